@@ -67,7 +67,7 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
         try:
             raise failure
         finally:
-            failure = None  # The traceback of the error refers to this frame, which would form a reference cycle.
+            failure = None  # Break the reference cycle of the error, its traceback and this frame.
     result: T = value
     return result
 

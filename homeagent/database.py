@@ -1,6 +1,6 @@
 """Public entry point of the package. `Database` opens a database and runs units of work and effects.
 
-The base classes of `Database` add the other methods.
+The base classes of `Database` have the methods for maintenance and for the secrets of devices.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ V = TypeVar("V", bound=UnitOfWork, default=UnitOfWork)
 class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     """An open operational store. All threads of a process can share one `Database`.
 
-    The type parameter is the class of the units. An object of the type `Database[HubUnit]` is also a `Database`.
+    The type parameter is the class of the units. A function with a parameter of the type `Database` also accepts a
+    `Database[HubUnit]`.
 
     A forked child process must open the database again. Open a database with `Database.open`. Close the database with
     `close()`, or use a `with` block.
@@ -115,27 +116,30 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Open a database. If necessary, create or upgrade its schema.
 
         Args:
-            target: path, URL, or `":memory:"` for a private temporary database. The default is the environment
-                variable `HOMEAGENT_DATABASE` or, without it, `~/.homeagent/homeagent.db`.
-            clock: function that returns the current time. Each store method calls this function once.
+            target: path, URL, or `":memory:"` for a private temporary database. The default is the value of the
+                environment variable `HOMEAGENT_DATABASE`. Without the variable, the default is
+                `~/.homeagent/homeagent.db`.
+            clock: function that returns the current time. Each store method calls the clock once.
             busy_timeout: longest wait of a unit for the write lock or a connection. A value over 24 days counts as 24
                 days.
             durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
-                commits. An attacker can then replay a message whose nonce was lost.
-            migrate: True to create or upgrade the schema. A file that holds data is backed up before an upgrade.
-            pool_size: maximum number of writing units at the same time on PostgreSQL, 1 to 1,000. The same limit
-                applies to reading units. SQLite ignores `pool_size`.
+                commits. An attacker can replay a message whose nonce was lost.
+            migrate: True to create or upgrade the schema. homeagent backs up a SQLite file with data before an upgrade.
+            pool_size: maximum number of simultaneous writing units on PostgreSQL, 1 to 1,000. The limit also applies to
+                reading units. On SQLite, the argument has no effect.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
-            migrations: the application's own Alembic revisions, as "package:folder" or a path, which run after
-                homeagent's revisions.
+            migrations: folder of the application's Alembic revisions, as "package:folder" or a path. The application's
+                revisions run after homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. Only such triggers are accepted.
-            limits: limits of the rows that devices can create, and of the work that strangers can cause.
+            acknowledged: names of the application's triggers on homeagent's tables. `Database.open` refuses any other
+                trigger on homeagent's tables.
+            limits: limits on the rows that devices can create, and on the work that unknown devices can cause.
 
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused. It stays unchanged.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if `Database.open` refuses the file, which
+                stays unchanged.
             DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)
@@ -161,10 +165,10 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def close(self) -> None:
         """Stop the sweepers, end the iterators of device changes, and close every connection.
 
-        Later calls of all methods except `close()` raise DatabaseClosedError.
+        After a call of `close()`, all other methods raise DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
-            return  # Do not take the mutex in a forked child, because a thread of the parent can hold the mutex.
+            return  # Do not take the mutex, because a thread of the parent may have held the mutex during the fork.
         with self._mutex:
             self._closed = True
             sweepers, self._sweepers = self._sweepers, []
@@ -192,37 +196,37 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
     @cached_property
     def devices(self) -> DeviceStore:
-        """The store of devices. Each call of a method is a separate unit (see `Database.store()`)."""
+        """The store of devices. Each call of a method is a separate unit of work (see `Database.store()`)."""
         return self.store(DeviceStore)
 
     @cached_property
     def agents(self) -> AgentStore:
-        """The store of agents. Each call of a method is a separate unit."""
+        """The store of agents. Each call of a method is a separate unit of work."""
         return self.store(AgentStore)
 
     @cached_property
     def sessions(self) -> SessionStore:
-        """The store of sessions. Each call of a method is a separate unit."""
+        """The store of sessions. Each call of a method is a separate unit of work."""
         return self.store(SessionStore)
 
     @cached_property
     def nonces(self) -> NonceStore:
-        """The store of consumed nonces. Each call of a method is a separate unit, so a consumed nonce cannot be rolled
-        back.
+        """The store of consumed nonces. Each call of a method is a separate unit of work, so the application can't roll
+        back a consumed nonce.
         """
         return self.store(NonceStore)
 
     @cached_property
     def idempotency_keys(self) -> IdempotencyKeyStore:
-        """The store of idempotency keys. Each call of a method is a separate unit."""
+        """The store of idempotency keys. Each call of a method is a separate unit of work."""
         return self.store(IdempotencyKeyStore)
 
     def store(self, kind: type[S]) -> S:
         """Return a store that runs each call of a method as a separate unit of work.
 
         A reading method of the store is one statement in autocommit mode and takes no lock. If a write depends on a
-        read, use a unit of work for both. A writing method uses `Database.run()`. If the thread already has an open
-        write unit, a writing method raises `UnitStateError`.
+        read, use one unit of work for the read and the write. A writing method of the store uses `Database.run()`. If
+        the thread already has an open write unit, a writing method raises `UnitStateError`.
 
         If a method of an application's store sends a second statement, homeagent calls the method again in one unit.
 
@@ -239,21 +243,21 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def watch_devices(self, *, after: int | None = None) -> AsyncIterator[DeviceChange]:
         """Return an asynchronous iterator of the device changes of all processes, in the order of their commits.
 
-        The iterator gets a change within 0.3 s of the commit, under asyncio or trio. One task at a time can use the
-        iterator. If the feed lacks changes, because they were deleted or the store was restored, the iterator gets a
-        change of the kind `reset`. After a change of the kind `reset`, read all devices again. The method `aclose()` of
-        the iterator ends the iteration.
+        The iterator gets a change within 0.3 s of the commit, under asyncio or trio. Only one task at a time can use
+        the iterator. After a restore, or after the deletion of unread changes, the iterator gets a change of the kind
+        `reset`. After a change of the kind `reset`, read all devices again. The method `aclose()` of the iterator ends
+        the iteration.
 
         Args:
             after: number of the last change that the caller has read. By default, `watch_devices()` reads the number of
                 the newest change from the database.
 
         Raises:
-            InvalidArgumentError: if the argument `after` is not a number of a change.
-            DatabaseError: if the database cannot be read. The iterator raises this error if the feed could not be read
-                for 5 s.
-            DatabaseClosedError: if the database was closed, or was opened before a fork. A waiting iterator also raises
-                this error.
+            InvalidArgumentError: if the argument `after` is not the number of a change.
+            DatabaseError: if the database cannot be read. The iterator raises DatabaseError if the feed could not be
+                read for 5 s.
+            DatabaseClosedError: if the database was closed, or was opened before a fork. An iterator that waits for a
+                change also raises DatabaseClosedError.
         """
         number = self.devices.newest_change() if after is None else check_number(after)
         return DeviceChanges(self._device_watcher, number)
@@ -292,18 +296,18 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def run(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Call your function inside a unit of work, and call the function again after an error that a retry can solve.
 
-        A retry can solve the errors of a busy database, a serialization failure, a deadlock, a connection that was lost
-        before COMMIT was sent, and a server that restarts or fails over. The pauses between tries grow. The last try
-        begins before the `busy_timeout` is over.
+        A retry can solve the errors of a busy database, a serialization failure or a deadlock. A retry also helps after
+        a restart or a failover of the server, or if the connection was lost before COMMIT was sent. The pauses between
+        tries grow. The last try begins before the `busy_timeout` is over.
 
         On SQLite, waiting write units share one commit, and each unit has a savepoint. The database's writer thread
-        calls the functions, with the context variables of their callers. If a function raises an exception, only the
-        unit of that function is undone. If the shared commit fails, each unit runs again in its own transaction.
+        calls each function with the context variables of the caller. If a function raises an exception, only the unit
+        of that function is undone. If the shared commit fails, each unit runs again in its own transaction.
 
         Args:
-            work: function of the unit. The database can call this function several times, so the function must have no
-                side effect outside the unit.
-            read_only: the same as for `unit_of_work()`.
+            work: function that gets the unit. The database can call this function several times, so the function must
+                have no side effect outside the unit.
+            read_only: see `unit_of_work()`.
             idempotent: True if two runs of the function have the same result as one run. With True, the function also
                 runs again after the connection was lost during COMMIT.
 
@@ -311,9 +315,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             Return value of the function, after the commit.
 
         Raises:
-            InvalidArgumentError: if the argument is a coroutine function.
-            DatabaseBusyError: if the database was busy, or if another function delayed the shared commit, for the whole
-                `busy_timeout`. The call changed no row.
+            InvalidArgumentError: if the argument `work` is a coroutine function.
+            DatabaseBusyError: if the database was busy for the whole `busy_timeout`. Another function can also delay
+                the shared commit for as long. The call changed no row.
             ConnectionLostError: if the server was not reachable within the `busy_timeout`. The call changed no row.
             CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place before you
                 repeat the call.
@@ -328,14 +332,14 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         Args:
             work: ordinary function, which runs with the caller's context variables.
-            read_only: the same as for `unit_of_work()`.
-            idempotent: the same as for the method `run()`.
+            read_only: see `unit_of_work()`.
+            idempotent: see `run()`.
 
         Raises:
             InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as for
                 `Database.run()`.
         """
-        # A unit of the database is a `U`, as in `run()`.
+        # mypy does not see that a unit of this database is a `U`.
         return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]
 
     # Effects that happen once
@@ -361,18 +365,19 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             effect: function that gets the attempt and returns any JSON value. The function can pass the text
                 `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
                 stored, and later calls raise it. If the function raises `EffectNotStartedError`, the key is free again.
-                After any other exception of the function, the outcome is unknown.
+                After an exception of any other class, the outcome is unknown.
             params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
                 FingerprintMismatchError.
             lease: time without a renewal after which an attempt counts as abandoned.
-            ttl: time for which the outcome is replayed.
+            ttl: time for which a retry of the call returns the stored outcome.
             on_abandoned: action if an earlier attempt of the key was abandoned. The action is "refuse", "rerun", or a
                 function that gets the new attempt and returns the outcome.
 
         Raises:
             InvalidArgumentError: if an argument is invalid. For a coroutine function, use the method `arun_once()`.
             FingerprintMismatchError: if the key was used with other parameters.
-            IdempotencyInProgressError: if another caller runs the effect now. Try again after the time `retry_after`.
+            IdempotencyInProgressError: if another caller is running the effect. Try again after the time in the
+                attribute `retry_after`.
             OutcomeUnknownError: if an earlier attempt was abandoned, and the argument `on_abandoned` is "refuse".
             LeaseLostError: if the effect ran, but another caller took over or deleted the key in the meantime.
             EffectFailedError, EffectNotStartedError: if the effect of this key raised the error.
@@ -401,8 +406,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     ) -> Outcome:
         """Do the same as `run_once()` for an effect that is a coroutine function, under asyncio or trio.
 
-        If the caller is cancelled, the effect is also cancelled. If the outcome is already known at the cancellation,
-        it is still recorded.
+        A cancellation of the caller also cancels the effect. If the effect has already ended, homeagent still records
+        the outcome.
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)

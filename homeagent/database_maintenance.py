@@ -42,7 +42,7 @@ class DatabaseMaintenance:
     _closed: bool
 
     def ping(self) -> None:
-        """Check that the database answers. The method reads the only row of the table `store`, without a lock.
+        """Check that the database answers. The method reads one row without a lock.
 
         Raises:
             DatabaseError: if the database cannot be read, was moved or is closed.
@@ -53,16 +53,16 @@ class DatabaseMaintenance:
     def sweep(
         self, *, batch_size: int = 100, time_budget: timedelta | None = None, dry_run: bool = False
     ) -> maintenance.SweepReport:
-        """Delete expired nonces and idempotency keys, old device changes, and devices that waited for too long.
+        """Delete expired nonces and idempotency keys, old device changes, and devices that were pending for too long.
 
-        A pending device is deleted after `Limits.pending_ttl`, and a device change after `Limits.changes_kept`. Each
-        batch is small, and therefore other writers wait only briefly. While other writers wait, `sweep()` uses smaller
-        batches and longer pauses.
+        A pending device is deleted after `Limits.pending_ttl`, and a device change after `Limits.changes_kept`. Other
+        writers wait only briefly, because each batch is small. While other writers wait, `sweep()` uses smaller batches
+        and longer pauses.
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
             time_budget: maximum duration. With None, the sweep continues until no expired row is left.
-            dry_run: True if the sweep only counts the rows. With False, the sweep deletes the rows.
+            dry_run: True to count the rows without deleting the rows.
         """
         return self._sweep(batch_size=batch_size, time_budget=time_budget, dry_run=dry_run)
 
@@ -143,30 +143,30 @@ class DatabaseMaintenance:
         return sweeper
 
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
-        """Make a verified backup of one snapshot while other units write. The backup gets its name only after it is
-        complete.
+        """Make a verified backup of one snapshot while other units write. The file gets its final name only after the
+        backup is complete.
 
         The backup is a single file with mode 0600, and can be opened on a read-only medium. The manifest file
-        `<backup>.json` is next to the backup and has the time, the schema's revision, the number of rows of each table,
-        the size and the SHA-256.
+        `<backup>.json` is next to the backup. The manifest records the backup's time, schema revision, size, SHA-256
+        and number of rows in each table.
 
         Args:
             destination: path of a new file, or of a directory. In a directory, the name of the new file contains the
-                schema's revision and the time. If the path has a final slash and does not exist, a directory with mode
-                0700 is created.
+                schema's revision and the time. If a path with a final slash does not exist, homeagent creates a
+                directory with mode 0700.
             keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
-                manifest, copies made by upgrades and backups of other databases do not count and are not deleted.
+                manifest, copies made by upgrades and backups of other databases are neither counted nor deleted.
             replace: True to replace an existing file.
 
         Returns:
             Path of the backup.
 
         Raises:
-            InvalidArgumentError: if the destination exists or cannot be a backup.
+            InvalidArgumentError: if the destination exists or is not a valid path of a backup.
             CorruptDatabaseError: if the database is damaged.
             DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. After the
-                error, no part of the new backup is left behind, and no older backup was deleted.
-            DatabaseError: if the database is on PostgreSQL. The error message names PostgreSQL's own tools.
+                error, no part of the new backup remains, and every older backup still exists.
+            DatabaseError: if the database is on PostgreSQL. The error message names PostgreSQL's tools for backups.
         """
         from homeagent.maintenance.backups import back_up
 
@@ -194,27 +194,28 @@ class DatabaseMaintenance:
         """Copy the whole store into an empty store, for example from SQLite to PostgreSQL. The source does not change.
 
         The copy is one transaction on the target database. Every row is compared with the source before the commit.
-        After an error the target is still empty, and the caller can repeat the copy. The application's own tables are
-        also copied, if the target was opened with the application's `migrations`.
+        After an error the target is still empty, and the caller can repeat the copy. The copy contains the
+        application's tables if the target was opened with the application's `migrations`.
 
         Args:
             target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.
-            live: True if other units may write to the source during the copy. With `live=True`, the target gets the
-                state of the source at the beginning of the copy, which is enough for a trial. To move a store to
-                another database, stop all writers first.
-            leave: names of the application's tables that are not copied.
-            progress: function that is called after each page of rows.
+            live: True to allow other units to write to the source during the copy. With `live=True`, the target gets
+                the state of the source at the beginning of the copy. Before you move a store to another database, stop
+                all writers.
+            leave: names of the application's tables that the copy leaves out.
+            progress: function that homeagent calls after each page of copied rows.
 
         Returns:
             Number of copied rows of each table.
 
         Raises:
             TargetNotEmptyError: if the target holds data.
-            SourceChangedError: if the source changed during the copy. With `live=True` the copy accepts changes.
+            SourceChangedError: if the source changed during the copy, unless the argument `live` is True.
             InvalidArgumentError: if source and target are the same database, or if the target lacks a table of the
                 application. The error message names the missing table.
             SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of another version.
-            SchemaChangedError: if a schema was changed by hand. On PostgreSQL the check finds only triggers and rules.
+            SchemaChangedError: if a schema was changed by hand. On PostgreSQL, homeagent checks only triggers and
+                rules.
             CorruptDatabaseError: if the source holds a value that no store writes.
         """
         from homeagent.maintenance.copy_store import copy_store
@@ -233,11 +234,10 @@ class DatabaseMaintenance:
         )
 
     def doctor(self, *, thorough: bool = False, fix: bool = False) -> maintenance.Diagnosis:
-        """Inspect the open database in the same way as the function `homeagent.diagnose()`, with the clock of this
-        database.
+        """Make the checks of the function `homeagent.diagnose()` on the open database, with the clock of the database.
 
         Args:
-            thorough: True to make also the checks that take long.
+            thorough: True to include the slow checks.
             fix: True to make the repairs that lose no data. With `fix=False`, the doctor changes no file.
 
         Returns:
@@ -254,8 +254,8 @@ class DatabaseMaintenance:
         )
 
     def counters(self) -> maintenance.DatabaseCounters:
-        """Return this process's counters since the database was opened. The call is so cheap that a program can make it
-        every second.
+        """Return the counters of this process since the database was opened. A program can call the method every
+        second, because the call is cheap.
         """
         return self._engine.counters.snapshot()
 
@@ -280,34 +280,35 @@ class DatabaseMaintenance:
     ) -> maintenance.RestoreReport:
         """Replace a closed database by a backup, and keep the old database in quarantine.
 
-        The backup is verified and upgraded to this version's schema first. The restore begins a new epoch, in which
-        the replay guard refuses all messages that were signed earlier. After a crash, either the old or the new
-        database is in place.
+        The restore first verifies the backup, and upgrades the backup to the schema of this version. The restore begins
+        a new epoch. In the new epoch, the replay guard refuses all messages that devices signed before the restore.
+        After a crash, either the old or the new database is in place.
 
         Args:
             backup: file that `Database.backup()` made, or a copy of a closed database. If the backup has a manifest
                 file, the size, SHA-256 and row counts in the manifest are compared with the backup.
-            target: database to replace, in the same form as for `Database.open`. The database can be damaged or absent.
+            target: path of the database to replace, as for `Database.open`. The database can be damaged or absent.
             clock: clock for the start of the new epoch. The clock must be right, because the replay guard compares
                 the time of each message with the start of the epoch.
-            busy_timeout: longest wait for a process that has the target open.
+            busy_timeout: longest wait for other processes to close the target.
             acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
-            expected_epoch: epoch that the target must have, or 0 if the target must be absent or too damaged to read
-                its epoch. Default: any epoch.
+            expected_epoch: epoch that the target must have. With 0, the target must be absent, or so damaged that its
+                epoch is unreadable. Default: any epoch.
 
         Returns:
             Report of the restore, with the path of the old database.
 
         Raises:
-            InvalidArgumentError: if the backup is absent or is the target, or if the target is not a file.
-            ConflictError: if the target has another epoch than the argument `expected_epoch`.
+            InvalidArgumentError: if the backup is absent, if backup and target are the same file, or if the target is
+                not a file.
+            ConflictError: if the epoch of the target differs from the argument `expected_epoch`.
             DatabaseBusyError: if a process has the target or the backup open. On Linux the error message names the
                 process.
             CorruptDatabaseError: if the backup is damaged.
             SchemaTooNewError: if a newer version of homeagent made the backup.
             SchemaChangedError: if a person changed the schema of the backup, for example by adding a trigger.
             ForeignDatabaseError: if the backup or the target belongs to another application.
-            DatabaseError: if any other step of the restore failed. If the last step failed, the next call of
+            DatabaseError: if the restore failed for another reason. If the last step failed, the next call of
                 `Database.open()` finishes the restore. After a failure of an earlier step, the target is unchanged.
         """
         from homeagent.maintenance.restore import restore
@@ -331,22 +332,22 @@ class DatabaseMaintenance:
         busy_timeout: timedelta = timedelta(seconds=5),
         expected_epoch: int | None = None,
     ) -> maintenance.EpochReport:
-        """Begin a new epoch after another program restored an older state of the database. No process may have the
-        database open.
+        """Begin a new epoch after another program restored an older state of the database. All processes must have
+        closed the database.
 
-        Call `begin_epoch()` after you have restored the database with PostgreSQL's tools, or from a snapshot of a disk
-        or a virtual machine. The restored database lacks the nonces that were consumed after the backup. In the new
-        epoch, the replay guard refuses the messages of the lost nonces.
+        Call `begin_epoch()` after a restore with PostgreSQL's tools, or from a snapshot of a disk or a virtual machine.
+        The restored database lacks the nonces that were consumed after the backup. In the new epoch, the replay guard
+        refuses messages that devices signed earlier. An attacker therefore can't replay messages of the lost nonces.
 
         Args:
-            target: database, in the same form as for `Database.open`.
+            target: path or URL of the database, as for `Database.open`.
             clock: clock for the start of the epoch.
-            busy_timeout: longest wait for a process that has the database open.
+            busy_timeout: longest wait for other processes to close the database.
             expected_epoch: epoch that the database must have. Default: any epoch.
 
         Raises:
-            ConflictError: if the database has another epoch than the argument `expected_epoch`.
-            DatabaseBusyError: if a process has the database open, because it would continue in the old epoch.
+            ConflictError: if the epoch of the database differs from the argument `expected_epoch`.
+            DatabaseBusyError: if a process has the database open. The process would continue in the old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.
             DatabaseError: if the database cannot be opened for another reason.
         """

@@ -1,8 +1,8 @@
-"""Group commit. Waiting write units of one database share a transaction, because a synced commit is slower than a unit.
+"""Group commit lets waiting write units share one transaction, because a synced commit takes longer than a unit.
 
-Each database has at most one writer thread. The writer thread takes a batch of queued calls, runs each call in a
-savepoint, and then commits once. If no other caller waits, the caller's own thread runs the unit in a plain
-transaction. Python runs signal handlers only in the main thread, so no interrupt can break the state of a batch.
+Each `Database` has at most one writer thread. The writer thread takes a batch of queued calls, runs each call in a
+savepoint, and then commits once. Without other callers, the thread of the caller runs the unit in a plain transaction.
+An interrupt cannot damage the state of a batch, because Python runs signal handlers only in the main thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["GroupCommit"]
 
 T = TypeVar("T")
 
-# Limits of a batch, because units in `with` blocks also need the write lock.
+# A batch has limits, because units in `with` blocks wait for the write lock until the batch ends.
 _MAX_BATCH_UNITS = 256
 _MAX_BATCH_SECONDS = 0.01
 _MIN_CHECK_INTERVAL = 0.005
@@ -43,22 +43,23 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class _NotSharedError(BaseException):
-    """The call can't be part of the shared commit, because its caller has left or the transaction was rolled back."""
+    """A batch can't be committed, because a caller has left or SQLite has rolled back the transaction."""
 
 
 class GroupCommit:
-    """A runner of functions as write units of one database. The units of waiting callers share a commit.
+    """Runs functions as write units of one database. The units of waiting callers share a commit.
 
     Args:
         settings: settings of the units.
-        executor: function that returns an executor. A coroutine's callbacks, and its unit if the shared commit failed,
-            run in a thread of this executor.
+        executor: function that returns an executor. A thread of the executor calls the callbacks of a coroutine's unit.
+            If the shared commit of a coroutine's unit fails, a thread of the executor runs the unit.
     """
 
     def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
         self._settings = settings
         self._executor = executor
-        # The mutex protects the calls' states, and is reentrant because a signal handler can use the database.
+        # The mutex protects the states of the calls. The mutex is reentrant, because a signal handler can use the
+        # database.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, set[QueuedCall]] = WeakKeyDictionary()
@@ -74,8 +75,7 @@ class GroupCommit:
         """Run a function as a unit, in this thread or in the writer thread, and return the function's value.
 
         Raises:
-            DatabaseBusyError: if the function was not called, or its batch was not committed, within the
-                `busy_timeout`.
+            DatabaseBusyError: if the unit waited for the whole `busy_timeout` to begin or to be committed.
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
@@ -83,8 +83,8 @@ class GroupCommit:
         settings.engine.pool(read_only=False)  # in a forked child, the method pool() raises DatabaseClosedError
         if get_ident() in settings.writing:
             refuse_nesting()
-        # If the last batch had several units, other threads probably also call `run()` now. Queue the call, so that it
-        # can share a commit.
+        # Queue the call if another thread writes, or if the last batch had several units. Queued calls can share a
+        # commit.
         if settings.writing or self._is_contended or not self._queue.empty():
             call = QueuedCall(work)
             call.woken.acquire()
@@ -94,8 +94,8 @@ class GroupCommit:
                 while not call.state.is_over and not call.woken.acquire(timeout=wait):
                     wait = self._check(call)
             except BaseException:
-                # The error can be an interrupt, for example. If the call's function has begun, its unit still ends
-                # normally.
+                # An interrupt can end the wait of the caller. If the writer thread has already called the function, the
+                # unit still ends normally.
                 self._leave(call)
                 raise
             if call.state is not ALONE:
@@ -114,8 +114,8 @@ class GroupCommit:
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit for an asyncio coroutine, in the writer thread, and return the function's value.
 
-        If the caller is cancelled before the unit begins, the call is removed from the queue. After the unit has begun,
-        a cancelled caller waits for the end of the unit.
+        If the caller is cancelled before the unit begins, the unit does not run. After the unit has begun, a cancelled
+        caller waits for the end of the unit.
 
         Raises:
             DatabaseBusyError, DatabaseClosedError: in the same cases as for `GroupCommit.run()`.
@@ -140,8 +140,8 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.state.is_over:
-                # The cancellation ended the first future, so wait for a second future. The function `_resolve()` runs
-                # in the same thread, and therefore ends the second future.
+                # The cancellation ended the call's future, so the call gets a second future. The function `_resolve()`
+                # always finds the second future, because `_resolve()` runs in the same thread.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -149,8 +149,7 @@ class GroupCommit:
         if call.state is ALONE and cancellation is None:
             return await call_in_thread(partial(self._run_alone, work), self._executor())
         if call.callbacks:
-            # Call the callbacks in another thread. The callbacks can use the database, which would block the event
-            # loop.
+            # Call the callbacks in another thread, because a callback can use the database and block the event loop.
             await call_in_thread(partial(call_back, call.callbacks), self._executor())
         if cancellation is not None:
             raise cancellation
@@ -158,9 +157,9 @@ class GroupCommit:
         return value
 
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
-        """Check the timeouts of an event loop's calls. Repeat the check until no call of the event loop waits."""
+        """Check the timeouts of the calls of an event loop. Repeat the check until no call of the event loop waits."""
         wait = min(map(self._check, calls), default=0)
-        # Check regularly, because the method `_deliver()` can have failed to notify the event loop.
+        # Wake callers here too, because the method `_deliver()` may have failed to notify the event loop.
         _resolve([call for call in calls if call.state.is_over])
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
@@ -170,12 +169,12 @@ class GroupCommit:
     def _check(self, call: QueuedCall) -> float:
         """If a call has waited for the whole timeout, move the call to the state LEFT.
 
-        The time in which the call's function runs does not count as waiting. Return the time until the next check of
-        the call, in seconds.
+        The run time of the call's function does not count as waiting. Return the time until the next check of the call,
+        in seconds.
         """
         remaining = timeout = self._settings.timeout
         with self._mutex:
-            # If no batch runs, the writer thread soon takes the queued call.
+            # While no batch runs, a queued call does not time out, because the writer thread soon takes the call.
             if call.state is ENDED or (call.state is QUEUED and self._batch):
                 remaining = call.since + timeout - monotonic()
                 if remaining <= 0:
@@ -187,7 +186,9 @@ class GroupCommit:
         return max(remaining, _MIN_CHECK_INTERVAL)
 
     def _leave(self, call: QueuedCall) -> bool:
-        """Move a call to the state LEFT, and return True. If the call's function has begun, return False."""
+        """Move a call to the state LEFT, and return True. If the call's function has begun, change nothing and return
+        False.
+        """
         with self._mutex:
             if call.state is QUEUED or call.state is STARTING:
                 call.state = LEFT
@@ -203,8 +204,8 @@ class GroupCommit:
                 try:
                     self._thread.start()
                 except BaseException as error:
-                    # After an interrupt, the thread can have started. If the thread has started, the method `_write()`
-                    # ends at once.
+                    # Even after an error, the thread may have started. The method `_write()` of the thread ends at once
+                    # if `_thread` is None.
                     self._thread = None
                     if not isinstance(error, Exception):
                         raise
@@ -216,10 +217,11 @@ class GroupCommit:
             self._queue.put(call)
 
     def close(self) -> None:
-        """End the queued calls with DatabaseClosedError. Wait for the writer thread, for at most `busy_timeout`.
+        """End the queued calls with DatabaseClosedError. Wait for the end of the writer thread, for at most
+        `busy_timeout`.
 
-        The caller must have closed the connection pools. A function that runs during this call is not interrupted, and
-        its unit is still committed.
+        The caller must have closed the connection pools. The method `close()` does not interrupt a running function,
+        and the function's unit is still committed.
         """
         with self._mutex:
             self._is_closed = True
@@ -295,11 +297,12 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Append the calls to the list
+        """Run units in savepoints until the queue is empty or the batch is full. Append each executed call to the list
         `shared`.
         """
         connection = transaction._require_connection()
-        # A batch may take a quarter of the timeout, because the first callers also wait for the commit.
+        # A batch may take at most a quarter of the timeout, because its first caller waits until the whole batch is
+        # committed.
         end = monotonic() + min(_MAX_BATCH_SECONDS, self._settings.timeout / 4)
         call: QueuedCall | None = first
         while call is not None:
@@ -324,7 +327,7 @@ class GroupCommit:
                 call.callbacks = unit._leave(keep=call.error is None)
                 call.since, call.state = monotonic(), ENDED
                 if not connection.in_transaction:
-                    # For example, SQLite rolls back the transaction on a full disk
+                    # On a full disk, for example, SQLite rolls back the whole transaction
                     # (https://sqlite.org/lang_transaction.html, section 3).
                     raise _NotSharedError
             is_full = len(self._batch) >= _MAX_BATCH_UNITS or monotonic() >= end
@@ -360,14 +363,14 @@ class GroupCommit:
             try:
                 loop.call_soon_threadsafe(_resolve, waiting)
             except RuntimeError:
-                # The event loop was closed, so no coroutine waits.
+                # A closed event loop has no waiting coroutines.
                 self._loops.pop(loop, None)
             except Exception as error:  # noqa: BLE001
                 # After a MemoryError, `_check_loop()` wakes the callers.
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:
-        """Name the function that the writer thread runs, for error messages about the write lock.
+        """Describe the function that the writer thread is running, for error messages about the write lock.
 
         If the writer thread runs no function, return None.
         """
@@ -376,9 +379,7 @@ class GroupCommit:
 
 
 def _resolve(calls: list[QueuedCall]) -> None:
-    """Wake the coroutines that wait for the end of the calls. Call `_resolve()` in the thread of the coroutines' event
-    loop.
-    """
+    """Wake the coroutines that wait for the end of the calls. Only the event loop's thread may call `_resolve()`."""
     for call in calls:
         if call.future is not None and not call.future.done():
             call.future.set_result(None)

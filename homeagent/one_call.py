@@ -1,11 +1,12 @@
-"""Stores that belong to a database, such as `database.devices`. Each method call is a separate unit of work.
+"""Create the stores of a database, such as `database.devices`. Each method call of these stores is a separate unit of
+work.
 
 A method with the decorator `@reading` runs its statement in autocommit mode, without BEGIN and COMMIT. A method with
-the decorator `@writing` uses `Runner.run`, with batches and retries.
+the decorator `@writing` runs as a unit in `Runner.run()`, which retries after errors.
 
 A method without a decorator belongs to a store of the application. The first statement of the method runs in autocommit
-mode if it only reads. If a method without a decorator writes or sends a second statement, homeagent calls the method
-again in a unit.
+mode if the statement only reads. If a method without a decorator writes or sends a second statement, homeagent calls
+the method again in a unit.
 """
 
 from __future__ import annotations
@@ -32,15 +33,13 @@ S = TypeVar("S", bound=Store)
 
 
 def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
-    """Return a store of the class that the argument `kind` names. The returned store is bound to a database, not to a
-    unit.
-    """
+    """Return a store of the given class. The returned store belongs to a database, not to a unit."""
     store: S = _one_call_type(kind)(AutocommitReads(settings, runner))  # type: ignore[arg-type]  # a class is hashable
     return store
 
 
 class AutocommitReads:
-    """A replacement for the unit of work in a store whose calls are separate units. Each read is one statement in
+    """A store of a database has this object instead of a unit of work. The object runs each reading statement in
     autocommit mode, without a lock.
     """
 
@@ -72,9 +71,9 @@ class AutocommitReads:
 
 @cache
 def _one_call_type(kind: type[Store]) -> Any:
-    """Return a subclass of a store. In the subclass, each writing method runs in a new unit of work.
+    """Derive a class from a store class. Each writing method of the derived class runs in a new unit of work.
 
-    Methods with the decorator `@reading` are inherited.
+    The derived class inherits the methods with the decorator `@reading`.
     """
     methods: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
@@ -94,7 +93,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         database: AutocommitReads = self._unit
         if access.kind is Access.Kind.STREAM:
-            # Do not run the unit again after an error, because an iterable can be read only once.
+            # Do not run the unit again after an error, because the method's iterable argument can be read only once.
             with database.settings.unit(database.settings, read_only=False) as unit:
                 return method(kind(unit), *arguments, **named)
         if access.unless is not None:
@@ -110,10 +109,10 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """The method must be called again in a unit.
+    """A method of a store must be called again in a unit of work.
 
     Attributes:
-        writes: True if the unit must be able to write.
+        writes: True if the unit of work must be able to write.
     """
 
     def __init__(self, *, writes: bool) -> None:
@@ -121,10 +120,10 @@ class _NeedsUnitError(BaseException):
 
 
 class _Reads:
-    """A replacement for the unit while a method only reads.
+    """A store has this object instead of a unit as long as the store's method only reads.
 
     Args:
-        unit: unit or connection that runs the statements.
+        unit: object that runs the statements.
         allowed: maximum number of statements, or None for no limit.
     """
 
@@ -156,12 +155,12 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Keep the error, because the method can suppress it by a bare `except`.
+        # Keep the error, because a bare `except` in the store's method can suppress the error.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # All other attributes of a unit of work can write.
+        # Any other attribute of a unit of work can write to the database.
         raise self._need(writes=True)
 
 

@@ -1,4 +1,4 @@
-"""Open the engine of a target, and create or upgrade the schema."""
+"""Open a database, and create or upgrade its schema."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def open_engine(
 ) -> Engine:
     """Open the SQLite file or the PostgreSQL database that a target names (see `Database.open`).
 
-    If the schema cannot be used, `open_engine` closes the engine and raises the error.
+    If the schema cannot be used, the function closes the database and raises an error.
     """
     durability, pool_size = durability_or_default(durability), pool_size_or_default(pool_size)
     if check_limit(pool_size, "pool_size") > 1000:

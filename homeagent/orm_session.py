@@ -1,4 +1,4 @@
-"""The ORM session of a unit of work, on the connection and in the transaction of the unit."""
+"""The ORM session of a unit of work uses the connection and the transaction of the unit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _ROWS_AT_ONCE = 500
 
 
 class UnitSession(Session):
-    """The ORM session of a unit. The method `commit()` only flushes, and the method `rollback()` rolls back the whole
-    unit.
+    """The ORM session of a unit. The session's method `commit()` only flushes, and its method `rollback()` rolls back
+    the whole unit.
     """
 
     def __init__(self, unit: Transaction, connection: StoreConnection) -> None:
@@ -40,7 +40,7 @@ class UnitSession(Session):
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
         """Return the connection. SQLAlchemy calls this method before every statement.
 
-        After the end of the unit, another unit can use the connection, so the method raises UnitStateError.
+        After the end of the unit, the method raises UnitStateError, because another unit can use the connection.
         """
         self._unit._require_connection()
         return super().get_bind(*args, **kwargs)
@@ -51,11 +51,13 @@ class UnitSession(Session):
         self.flush()
 
     def rollback(self) -> None:
-        """Roll back the unit of work. SQLAlchemy's method would expire the objects, so that they could not be used."""
+        """Roll back the unit of work. The method `rollback()` of SQLAlchemy would also expire the objects of the
+        session.
+        """
         self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
-        """Expire the objects and collections whose rows a statement of a store can have changed."""
+        """Expire the session's objects and collections that a store's statement may have changed."""
         compiled = statement.compiled(self._dialect)
         if compiled.target is None:
             self.expire_all()
@@ -79,10 +81,12 @@ class UnitSession(Session):
                 self.expire(row, stale)
 
     def complete(self) -> None:
-        """Flush the pending changes, and load the expired rows, so that their objects can be used after the unit.
+        """Flush the pending changes, and load expired objects, so that the application can use the objects after the
+        unit.
 
         Raises:
-            UnitStateError: if the transaction of SQLAlchemy's connection was ended, so that changes can be lost.
+            UnitStateError: if the application ended the transaction through SQLAlchemy's connection, which can lose
+                changes.
         """
         if not self._unit._require_connection().has_orm_transaction:
             raise UnitStateError(
@@ -104,18 +108,18 @@ class UnitSession(Session):
 
 @event.listens_for(UnitSession, "after_rollback")
 def _after_rollback(session: UnitSession) -> None:
-    """If the whole transaction was rolled back, for example because a flush failed, end the unit."""
+    """Roll back the unit if the session has rolled back the whole transaction, for example after a failed flush."""
     session._unit._end_after_rollback()
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
-    """Return True if a statement on one table (`target`) can change rows of another table (`table`).
+    """Return True if a statement can change rows of a table, either directly or by the cascade of a foreign key.
 
     Args:
-        table: table of an object.
+        table: table whose rows the statement can perhaps change.
         target: name of the table that the statement inserts into, updates or deletes from.
-        cascade: `ondelete` for a DELETE, `onupdate` for an UPDATE, None for an INSERT. A foreign key has its action in
-            the attribute with this name.
+        cascade: attribute that holds a foreign key's action. The attribute is `ondelete` for a DELETE, `onupdate` for
+            an UPDATE, and None for an INSERT.
     """
     if table.fullname == target:
         return True

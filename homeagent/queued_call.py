@@ -1,7 +1,7 @@
-"""A call in the queue of the group commit, with the call's function, state and outcome.
+"""A call in the queue of the group commit has a function, a state and an outcome.
 
-The following table has the states of a call. The caller of a call moves it to the state LEFT. The writer thread makes
-most other changes of the state.
+The following table shows how the state of a call changes. A caller that stops waiting moves its call to the state LEFT.
+The writer thread makes most other changes of a call's state.
 
 | from | to | when |
 |---|---|---|
@@ -56,13 +56,13 @@ class CallState(Enum):
         """True if the caller must stop waiting for the call."""
 
 
-# Use global names for the states, because reading `CallState.QUEUED` takes ten times as long.
+# Use global names for the states, because reading `CallState.QUEUED` takes ten times as long as reading a global name.
 QUEUED, STARTING, RUNNING, ENDED, COMMITTING, DONE, ALONE, LEFT = CallState
 
 
 @dataclass(slots=True, eq=False)
 class QueuedCall:
-    """A function to run as a unit in the writer thread, and its outcome."""
+    """A function that the writer thread runs as a unit, and the outcome of the function."""
 
     work: Callable[[UnitOfWork], Any]
     future: asyncio.Future[None] | None = None
@@ -81,13 +81,13 @@ class QueuedCall:
     callbacks: list[Callable[[], object]] | None = None
 
     def outcome(self) -> Any:
-        """Return the function's value, or raise its error."""
+        """Return the value that the function returned, or raise the function's error."""
         if self.error is not None:
             try:
                 raise self.error
             finally:
-                # Remove the error from the call, because the traceback of the error refers to the call, which would
-                # form a reference cycle.
+                # Remove the error from the call. The error's traceback refers to the call, which would form a reference
+                # cycle.
                 self.error = None
         return self.value
 

@@ -1,8 +1,9 @@
 """Run functions as units of work, and run a unit again after an error if a second run is safe.
 
-A unit can run again after a conflict with another unit, or if the connection was lost before COMMIT was sent, because
-the database has rolled it back. If the connection was lost after COMMIT was sent, the outcome of the commit is unknown.
-After an unknown outcome, the unit runs again only if the caller has passed `idempotent=True`.
+A unit can run again if the database has rolled the unit back. The database rolls a unit back after a conflict with
+another unit, or if the connection was lost before COMMIT was sent. If the connection was lost after COMMIT was sent,
+the outcome of the commit is unknown. After an unknown outcome, the unit runs again only if the caller has passed
+`idempotent=True`.
 """
 
 from __future__ import annotations
@@ -36,33 +37,39 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# Upper bounds of the first and of the longest pause before a retry, in seconds. Each pause is random, up to its bound.
+# The upper bound of the pause before a retry grows from the first to the second value, in seconds. Each pause is a
+# random time up to its bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
 
-# Kinds of work that have their own worker threads.
+# Each kind of work has separate worker threads.
 _UNITS, _CHECKS, _SLOW_HASHES = "units", "checks", "slow_hashes"
 
-# Number of worker threads for each kind of work. Few threads share the checks on SQLite, because to wake a thread takes
-# longer than a check. With 64 threads, 200 concurrent requests took 25% more processor time than with 4.
+# Number of worker threads for each kind of work. On SQLite, only four threads make the checks, because waking a thread
+# takes longer than a check. With 64 instead of four threads, 200 concurrent requests took 25% more processor time.
 _WORKERS = 64
 _CHECKERS = 4
 
 
 class Runner:
-    """Runs functions as units of work of one database. The retries of a unit end after the time `settings.timeout`."""
+    """Runs functions as units of work of one database. The last retry of a unit begins before the time
+    `settings.timeout` is over.
+    """
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
-        # PostgreSQL groups commits by itself and has many writers, so each unit uses its own connection.
+        # On PostgreSQL each unit uses a separate connection, because PostgreSQL itself groups commits and admits many
+        # writers.
         self._group_commit = (
             GroupCommit(settings, partial(self._executor, _UNITS)) if settings.engine.shares_commits else None
         )
         self._executors: dict[str, Executor] = {}
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Run a unit of work, and run the unit again if a second run is safe (see `Database.run`)."""
+        """Run a function as a unit of work. Run the unit again after an error if a second run is safe (see
+        `Database.run`).
+        """
         begun, retries = monotonic(), None
         while True:
             try:
@@ -90,19 +97,18 @@ class Runner:
             await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
-        """Call the function `work()` in a worker thread. Wait for the end of the call even if the caller is cancelled
-        meanwhile.
+        """Call the function `work()` in a worker thread. A cancelled caller also waits for the end of the call.
 
         Args:
             work: function that can block.
-            slow: True if the function computes a slow hash, and False if it checks something by a short read. Slow
-                hashes and checks have their own worker threads, because otherwise a check would wait for a free thread.
+            slow: True if the function computes a slow hash, or False if the function makes a short check. Slow hashes
+                and checks have separate worker threads, so that a check does not wait for a slow hash.
         """
         await checkpoint_if_cancelled()
         return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
 
     async def _in_thread(self, work: Callable[[], T], kind: str) -> T:
-        """Call the function `work()` in a worker thread for this kind of work (see `in_thread()`)."""
+        """Call the function `work()` in a worker thread of the given kind (see `in_thread()`)."""
         if not _under_asyncio():
             import anyio.to_thread
 
@@ -111,12 +117,12 @@ class Runner:
         return await call_in_thread(work, self._executor(kind))
 
     def _executor(self, kind: str) -> Executor:
-        """Return the executor with the worker threads for one kind of work, under asyncio."""
+        """Return the executor for one kind of work under asyncio."""
         executor = self._executors.get(kind)
         if executor is None:
             from concurrent.futures import ThreadPoolExecutor
 
-            # On PostgreSQL, a check waits for the network, and not for Python's global lock.
+            # A check on PostgreSQL waits for the network, so many threads can check at the same time.
             number = _CHECKERS if kind is _CHECKS and self._group_commit is not None else _WORKERS
             executor = self._executors.setdefault(kind, ThreadPoolExecutor(number, "homeagent-worker"))
         return executor
@@ -126,7 +132,7 @@ class Runner:
         if self._group_commit is not None:
             self._group_commit.close()
         # The threads of an executor end when the last reference to the executor is gone. Do not call `shutdown()`,
-        # because a later call would raise RuntimeError instead of DatabaseClosedError.
+        # because later method calls would raise RuntimeError instead of DatabaseClosedError.
         self._executors.clear()
 
 
@@ -135,7 +141,7 @@ def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
 
 
 class _Retries:
-    """State of one unit's retries: the next pause, the deadline, and the error of a commit with unknown outcome."""
+    """Decides whether one unit runs again, and after which pause."""
 
     __slots__ = ("_bound", "_deadline", "_idempotent", "_settings", "_unknown")
 
@@ -147,15 +153,16 @@ class _Retries:
         self._unknown: CommitUnknownError | None = None
 
     def pause_after(self, error: HomeAgentError) -> float:
-        """Return the pause before the next try, in seconds. If the unit must not run again, raise its error."""
+        """Return the pause before the next try, in seconds. If the unit must not run again, raise the error of the
+        unit.
+        """
         if isinstance(error, CommitUnknownError):
             if not self._idempotent:
                 raise error
             self._unknown = error
         pause = random.uniform(0, self._bound)  # noqa: S311  the pause separates callers and is not a secret
         if monotonic() + pause >= self._deadline:
-            # Raise the error of the commit with unknown outcome, because the error of a later try does not show that
-            # the outcome is unknown.
+            # If the outcome of a commit is unknown, raise the error of that commit and not the error of a later try.
             raise self._unknown or error
         self._bound = min(self._bound * 2, _LONGEST_PAUSE)
         self._settings.engine.counters.retries += 1
@@ -171,8 +178,8 @@ def _under_asyncio() -> bool:
 
 
 def _worker_limiter(kind: str) -> CapacityLimiter:
-    """Return the limiter of the worker threads for one kind of work in trio's event loop. At its first use, create the
-    limiter. Do not use AnyIO's default limiter, which is for the application.
+    """Return the limiter of trio's worker threads for one kind of work. Create the limiter at its first use. Do not use
+    AnyIO's default limiter, because the application uses the default limiter.
     """
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar

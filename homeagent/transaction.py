@@ -1,6 +1,6 @@
-"""The transaction of a unit of work, from the begin to the commit or rollback, and the release of the connection.
+"""Begin and end the transaction of a unit of work, and release the connection.
 
-The following table has the states of a unit of work.
+The following table shows how the state of a unit of work changes.
 
 | from | to | when |
 |---|---|---|
@@ -45,7 +45,7 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class UnitState(Enum):
-    """State of a unit, as the table of this module describes."""
+    """State of a unit: see the table in the docstring of this module."""
 
     NEW = auto()
     OPEN = auto()
@@ -53,8 +53,8 @@ class UnitState(Enum):
     FINISHED = auto()
 
 
-# Use global names for the states, because every statement compares the state. Reading a global name is faster than
-# reading `UnitState.OPEN`.
+# Use global names for the states, because every statement of a unit checks the state of the unit. Reading a global name
+# is faster than reading `UnitState.OPEN`.
 NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
 
 SAVEPOINT = "homeagent_group"
@@ -75,8 +75,8 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait forever for the
-    first unit.
+    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait for the first unit
+    of the same thread.
     """
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
@@ -85,12 +85,12 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`, which holds a transaction for one `with` block.
+    """Base class of `UnitOfWork`. The transaction begins and ends with a `with` block.
 
     Args:
         settings: settings of the database's units.
         read_only: True if the unit only reads, from one snapshot.
-        timeout: longest wait for a connection, in seconds. With None, the timeout of the settings applies.
+        timeout: longest wait for a connection, in seconds. None means the timeout of the settings.
 
     Attributes:
         settings: settings of the database's units, and the values that the stores keep between units.
@@ -128,7 +128,8 @@ class Transaction:
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
-                settings.engine.pool(read_only=False)  # In a forked child, the method raises DatabaseClosedError.
+                # In a forked child, the method `pool()` raises DatabaseClosedError.
+                settings.engine.pool(read_only=False)
                 refuse_nesting()
         try:
             if not self.read_only:
@@ -178,8 +179,7 @@ class Transaction:
                 notify()
 
     def _roll_back(self, connection: StoreConnection, error: BaseException | None) -> None:
-        # After a call of the method `rollback()`, the connection must still be released, and a second ROLLBACK has no
-        # effect.
+        # Release the connection even after a call of the method `rollback()`. A second ROLLBACK has no effect.
         counters = self.settings.engine.counters
         if error is not None:
             counters.faulted(error)
@@ -196,7 +196,7 @@ class Transaction:
     def _undo(self, connection: StoreConnection) -> bool:
         """Roll back, and return True if the connection is still usable.
 
-        If the connection is not usable, the database itself rolls back the transaction.
+        The database itself rolls back the transaction of an unusable connection.
         """
         if connection.is_lost:
             return False
@@ -217,14 +217,14 @@ class Transaction:
         settings = self.settings
         engine = settings.engine
         pool = engine.readers if self.read_only else engine.writers
-        # Do not keep the ORM session in an attribute, because the unit and the session form a reference cycle.
+        # Remove the ORM session from the unit, because the unit and the session form a reference cycle.
         session, self._session = self._session, None
         try:
             if session is not None:
                 session.close()
         finally:
             try:
-                # Do not use the pool in a forked child, because a thread of the parent can hold the pool's mutex.
+                # Do not use the pool in a forked child, because a thread of the parent may have held the pool's mutex.
                 if engine.is_forked_copy:
                     pass
                 elif sound and not connection.needs_reconnect:
@@ -238,13 +238,13 @@ class Transaction:
                     if connection.needs_reconnect:
                         engine.discard_free()
             finally:
-                # Do not discard the id of the thread before the write lock is released, because a signal handler could
-                # open a second write unit in between, which would wait for its own thread.
+                # Do not discard the id of the thread before the release of the write lock. A signal handler could open
+                # a second write unit, which would wait for its own thread.
                 if not self.read_only:
                     settings.writing.discard(self._owner)
 
     def _require_connection(self) -> StoreConnection:
-        """Return the connection if the unit is in the state OPEN. In any other state, raise UnitStateError."""
+        """Return the connection of the unit. If the unit is not in the state OPEN, raise UnitStateError."""
         connection = self._connection
         if connection is None or self._state is not OPEN:
             if self._state is ROLLED_BACK and connection is not None:
@@ -253,12 +253,11 @@ class Transaction:
         return connection
 
     def now(self) -> datetime:
-        """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
+        """Return the clock's time as a timestamp in UTC, rounded down to milliseconds."""
         return self.settings.now()
 
     def rollback(self) -> None:
-        """Roll back now. At the end of the `with` block, the unit does not commit. A second call of the method has no
-        effect.
+        """Roll back now, and do not commit at the end of the `with` block. A second call of the method has no effect.
 
         Raises:
             UnitStateError: if the unit has ended.
@@ -289,16 +288,16 @@ class Transaction:
             return
         if not connection.has_orm_transaction or not connection.in_transaction:
             if self._session is not None:
-                # SQLAlchemy expires the session's objects after this method. A detached object keeps its values.
+                # Detach the objects first, because SQLAlchemy expires the objects of the session after this method.
                 self._session.expunge_all()
             self._undo_changes(connection)
 
-    # A part of the transaction of a batch
+    # Units in the transaction of a batch
 
     def _join(self, connection: StoreConnection) -> Self:
-        """Begin the unit in a savepoint of the open transaction of a batch, and return the unit.
+        """Begin the unit as a savepoint in the transaction of a batch, and return the unit.
 
-        The method replaces the `with` block of the unit.
+        The methods `_join()` and `_leave()` replace the `with` block of the unit.
         """
         connection.execute(_BEGIN_SAVEPOINT)
         self._connection, self._has_joined, self._state = connection, True, OPEN
@@ -308,7 +307,7 @@ class Transaction:
         """End a unit that has joined a batch. Return the callbacks that must be called after the commit.
 
         Args:
-            keep: True if the changes of the unit stay in the transaction.
+            keep: True to keep the changes of the unit in the transaction, or False to undo the changes.
         """
         connection, self._connection = self._connection, None
         session, self._session = self._session, None

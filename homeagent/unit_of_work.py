@@ -38,10 +38,11 @@ _NO_COROUTINE = "use an ordinary function for the work in this database, and awa
 class UnitOfWork(Transaction):
     """One transaction. The unit commits at the end of the `with` block, or rolls back if an exception leaves the block.
 
-    Get a unit from `Database.unit_of_work()`, and use it only inside its `with` block.
+    Get a unit from `Database.unit_of_work()`, and use the unit only inside a `with` block.
 
     An application can derive a class with its own stores, and pass the class to `Database.open`. The derived class
-    annotates each store, for example `messages: MessageStore`. The unit creates a store at each use.
+    annotates each store, for example `messages: MessageStore`. Each use of a store's attribute creates a new store
+    object.
 
     Attributes:
         devices, agents, sessions, nonces, idempotency_keys: stores that are bound to this unit.
@@ -51,8 +52,8 @@ class UnitOfWork(Transaction):
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Return a context manager for a part of the unit. If an exception leaves its `with` block, only the changes of
-        the block are undone.
+        """Return a context manager for a part of the unit. An exception that leaves the `with` block undoes only the
+        changes of the block.
         """
         connection = self._require_connection()
         self._savepoints += 1
@@ -61,8 +62,8 @@ class UnitOfWork(Transaction):
         nested = None
         if self._session is not None:
             nested = self._session.begin_nested()
-            # Send SAVEPOINT now. SQLAlchemy would send SAVEPOINT before the session's first statement, but a store can
-            # write before that statement.
+            # Send SAVEPOINT now, before a store can write. SQLAlchemy would wait for the first statement of the
+            # session.
             self._session.connection()
         else:
             connection.savepoint(name)
@@ -79,7 +80,8 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # If the session was opened inside the block, the rollback can also undo the session's objects.
+                        # The session was opened inside the block, so the rollback can undo the rows of the session's
+                        # objects.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -89,10 +91,10 @@ class UnitOfWork(Transaction):
             connection.release_savepoint(name)
 
     def after_commit(self, callback: Callable[[], object]) -> None:
-        """Call the function `callback()` once after the commit, in the order of registration. If the unit rolls back,
-        it discards the callback.
+        """Call the function `callback()` once after the commit, in the order of registration. A rollback discards the
+        callback.
 
-        If a callback raises an exception, the exception is logged and affects neither the commit nor the caller.
+        An exception of a callback is logged, and affects neither the commit nor the caller.
 
         Raises:
             UnitStateError: if the unit has ended.
@@ -106,12 +108,13 @@ class UnitOfWork(Transaction):
 
     @property
     def session(self) -> Session:
-        """The ORM session of this unit. The session is opened at first use, on the unit's connection and transaction.
+        """The ORM session of this unit. At the first use of the session, the unit opens the session in the unit's
+        transaction.
 
-        The unit flushes the session before a store's statement. After a store's write, the unit expires the session's
-        objects of the tables that the statement can have changed. Therefore the session and the stores see the same
-        data. The session's method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the
-        end of the unit, the session raises UnitStateError, but its objects can be used.
+        Before a store's statement, the unit flushes the session. After a store's write, the unit expires the session's
+        objects that the write may have changed. The session and the stores therefore see the same data. The session's
+        method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the end of the unit, the
+        session raises UnitStateError, but the application can still use the session's objects.
         """
         connection = self._require_connection()
         if self._session is None:
@@ -132,17 +135,17 @@ class UnitOfWork(Transaction):
         params: JsonValue = None,
         ttl: timedelta = timedelta(hours=24),
     ) -> Outcome:
-        """Run an effect on this database once. The key, the effect and the result are committed together.
+        """Run an effect on this database once. One commit contains the key, the changes of the effect and its result.
 
-        If the effect raises an exception, its changes are undone and the key is free. But an `EffectFailedError` is
-        stored if the caller catches the error inside the unit and commits.
+        If the effect raises an exception, its changes are undone and the key is free again. An `EffectFailedError` is
+        stored if the caller catches the error inside the unit and the unit commits.
 
         Args:
             scope: identity of the call.
             effect: function that gets the attempt, uses this unit and returns any JSON value.
             params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
                 FingerprintMismatchError.
-            ttl: time for which the outcome is replayed.
+            ttl: time for which a retry of the call returns the stored outcome.
 
         Raises:
             InvalidArgumentError: if an argument is invalid, for example a coroutine function.
@@ -195,7 +198,7 @@ class UnitOfWork(Transaction):
         """The store of idempotency keys, for safe retries of calls."""
         return IdempotencyKeyStore(self)
 
-    # Methods for the stores
+    # Methods that the stores call
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a store's statement, and return the object of the first row. If the statement returns no row, return
@@ -291,14 +294,15 @@ def add_stores(kind: type[U]) -> type[U]:
     """Add a property for each store that a subclass of `UnitOfWork` annotates, and return the class.
 
     Raises:
-        InvalidArgumentError: if the class is not a subclass of `UnitOfWork`, an annotation is not a subclass of
-            `Store`, or `UnitOfWork` already has the annotated name.
+        InvalidArgumentError: if the class is not a subclass of `UnitOfWork`. An annotation that is not a subclass of
+            `Store`, or that hides an attribute of `UnitOfWork`, raises the error too.
     """
     if not isinstance(kind, type) or not issubclass(kind, UnitOfWork):
         raise InvalidArgumentError("unit must be a subclass of UnitOfWork")
     own = [base for base in kind.__mro__ if not issubclass(UnitOfWork, base)]
     try:
-        # Collect the names first, because the function `get_type_hints()` also returns the annotations of `UnitOfWork`.
+        # Collect the names of the subclass first, because the function `get_type_hints()` also returns the annotations
+        # of `UnitOfWork`.
         names = {name for base in own for name in get_annotations(base)}
         types = get_type_hints(kind) if names else {}
     except NameError as error:

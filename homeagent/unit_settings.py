@@ -26,7 +26,7 @@ class UnitSettings:
         clock: clock that each store method reads once.
         timeout: longest wait of a unit for a connection, in seconds.
         unit: class of the units that the application gets.
-        limits: limits of the rows that devices can create. By default, the defaults of the class `Limits` apply.
+        limits: limits on the rows that devices can create. The default is `Limits()`.
 
     Attributes:
         memory: values that the stores keep between units.
@@ -47,7 +47,7 @@ class UnitSettings:
         self.writing: set[int] = set()
 
     def now(self) -> datetime:
-        """Return the time of the clock, as a timestamp in UTC, floored to milliseconds."""
+        """Return the clock's time as a timestamp in UTC, rounded down to milliseconds."""
         clock = self.clock
         # The default clock already returns a timestamp in UTC in whole milliseconds.
         return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")

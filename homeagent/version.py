@@ -9,4 +9,4 @@ __all__ = ["__version__"]
 try:
     __version__ = version("homeagent")
 except PackageNotFoundError:
-    __version__ = "unknown"  # the package is used from a folder and is not installed
+    __version__ = "unknown"  # the package runs from a folder and is not installed
