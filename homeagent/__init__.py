@@ -1,7 +1,7 @@
 """The operational store of a home agent gateway, in one SQLite file or on PostgreSQL.
 
 The store holds agents, sessions, devices, used nonces and idempotency keys. `Database.open` is the entry point. The
-lists `__all__` of this package, of `homeagent.errors` and of `homeagent.stores` contain the public names.
+lists `homeagent.__all__`, `homeagent.errors.__all__` and `homeagent.stores.__all__` contain the public names.
 """
 
 from typing import TYPE_CHECKING
@@ -127,8 +127,8 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        # Do not use the module `lazy_import` here, because pytest looks up names of this package and would import that
-        # module too.
+        # Do not use the module `lazy_import` here, because the import of the module would slow down each test run with
+        # pytest.
         from importlib import import_module
 
         if name in _MODULES:

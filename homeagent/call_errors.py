@@ -1,4 +1,6 @@
-"""Errors about a call or its caller, for example an invalid argument. `homeagent.errors` exports these errors."""
+"""Errors about a call or its caller, for example an invalid argument. The module `homeagent.errors` exports these
+errors.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ class HomeAgentError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By default, pickle passes the message of an error to `__init__()`. The errors of this package take ids instead
-        # of a message, so create an unpickled error by `__new__()` and set its attributes.
+        # By default, pickle passes the message of an error to `__init__()`. Unpickle an error by `__new__()`, because
+        # the errors of this package take ids instead of a message.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 

@@ -26,13 +26,13 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
             functions.
 
     Raises:
-        InvalidArgumentError: if the argument can't be called or is a generator function. Unless the argument
-            `coroutine` is None, a coroutine function raises the error too.
+        InvalidArgumentError: if the argument can't be called or is a generator function. If the argument `coroutine` is
+            not None, a coroutine function is also refused.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED
-    # For an ordinary function, skip the slow checks below. A mark as a coroutine function would be in the function's
-    # `__dict__`.
+    # For an ordinary function, skip the slow checks below. A function that was marked as a coroutine function has an
+    # entry in `__dict__`.
     if isinstance(plain, FunctionType) and not (plain.__code__.co_flags & deferred or plain.__dict__):
         return function
     if not callable(function):

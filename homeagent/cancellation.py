@@ -17,8 +17,8 @@ T = TypeVar("T")
 
 
 async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
-    """Call the function `act()` in a thread of an executor, and wait for its end. Return the value or raise the error
-    of the function.
+    """Call the function `act()` in a thread of an executor, and wait for its end. Return the function's value, or raise
+    its error.
 
     Do not replace the executor by `anyio.to_thread.run_sync()`, which takes several times as long as a read of one row.
 
@@ -33,8 +33,8 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
-    # Either the thread takes the lock and calls the function, or a cancelled caller takes the lock and the thread does
-    # not call the function.
+    # The thread takes the lock before it calls the function. A cancelled caller tries to take the lock first, to
+    # prevent the call.
     decision = threading.Lock()
     value: Any = None
     failure: BaseException | None = None

@@ -29,9 +29,8 @@ def canonical_json(value: JsonValue) -> str:
     """Return the canonical text of a JSON value.
 
     Raises:
-        InvalidArgumentError: if `value` is not a JSON value or is nested too deeply. NaN, an infinity, a lone
-            surrogate, or an int with more digits than Python writes (`sys.get_int_max_str_digits`) raises the error
-            too.
+        InvalidArgumentError: if `value` is not a JSON value or is nested too deeply. NaN, infinities, lone surrogates
+            and ints with too many digits (`sys.get_int_max_str_digits`) are also invalid.
     """
     text = None
     try:

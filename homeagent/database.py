@@ -113,7 +113,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         acknowledged: Collection[str] = (),
         limits: Limits = _DEFAULT_LIMITS,
     ) -> Database[V]:
-        """Open a database. If necessary, create or upgrade its schema.
+        """Open a database, and create or upgrade its schema if necessary.
 
         Args:
             target: path, URL, or `":memory:"` for a private temporary database. The default is the value of the
@@ -124,9 +124,10 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 days.
             durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
                 commits. An attacker can replay a message whose nonce was lost.
-            migrate: True to create or upgrade the schema. homeagent backs up a SQLite file with data before an upgrade.
-            pool_size: maximum number of simultaneous writing units on PostgreSQL, 1 to 1,000. The limit also applies to
-                reading units. On SQLite, the argument has no effect.
+            migrate: True to create or upgrade the schema. Before an upgrade, homeagent backs up a SQLite file with
+                data.
+            pool_size: maximum number of simultaneous writing units, and of simultaneous reading units, on PostgreSQL, 1
+                to 1,000. On SQLite, the argument has no effect.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. The application's
                 revisions run after homeagent's revisions.
@@ -296,7 +297,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def run(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Call your function inside a unit of work, and call the function again after an error that a retry can solve.
 
-        A retry can solve the errors of a busy database, a serialization failure or a deadlock. A retry also helps after
+        A retry can solve a serialization failure, a deadlock or the error of a busy database. A retry also helps after
         a restart or a failover of the server, or if the connection was lost before COMMIT was sent. The pauses between
         tries grow. The last try begins before the `busy_timeout` is over.
 
@@ -316,8 +317,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         Raises:
             InvalidArgumentError: if the argument `work` is a coroutine function.
-            DatabaseBusyError: if the database was busy for the whole `busy_timeout`. Another function can also delay
-                the shared commit for as long. The call changed no row.
+            DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed the
+                shared commit for that time. The call changed no row.
             ConnectionLostError: if the server was not reachable within the `busy_timeout`. The call changed no row.
             CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place before you
                 repeat the call.
@@ -365,7 +366,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             effect: function that gets the attempt and returns any JSON value. The function can pass the text
                 `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
                 stored, and later calls raise it. If the function raises `EffectNotStartedError`, the key is free again.
-                After an exception of any other class, the outcome is unknown.
+                Any exception except `EffectFailedError` and `EffectNotStartedError` makes the outcome unknown.
             params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
                 FingerprintMismatchError.
             lease: time without a renewal after which an attempt counts as abandoned.
@@ -406,8 +407,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     ) -> Outcome:
         """Do the same as `run_once()` for an effect that is a coroutine function, under asyncio or trio.
 
-        A cancellation of the caller also cancels the effect. If the effect has already ended, homeagent still records
-        the outcome.
+        A cancellation of the caller also cancels the effect. If the cancellation comes after the end of the effect,
+        homeagent still records the outcome.
         """
         call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)

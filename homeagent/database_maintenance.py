@@ -155,7 +155,7 @@ class DatabaseMaintenance:
                 schema's revision and the time. If a path with a final slash does not exist, homeagent creates a
                 directory with mode 0700.
             keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
-                manifest, copies made by upgrades and backups of other databases are neither counted nor deleted.
+                manifest, backups of other databases and copies from upgrades are neither counted nor deleted.
             replace: True to replace an existing file.
 
         Returns:
@@ -292,8 +292,8 @@ class DatabaseMaintenance:
                 the time of each message with the start of the epoch.
             busy_timeout: longest wait for other processes to close the target.
             acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
-            expected_epoch: epoch that the target must have. With 0, the target must be absent, or so damaged that its
-                epoch is unreadable. Default: any epoch.
+            expected_epoch: epoch that the target must have. With 0, the target must be absent, or too damaged to read
+                the epoch. Default: any epoch.
 
         Returns:
             Report of the restore, with the path of the old database.

@@ -37,13 +37,13 @@ MAX_POOL_SIZE = 1000
 
 
 class _Text(str):
-    """A default text. A text that a caller passes is another object, even if the text is equal."""
+    """A default text, which is not the same object as an equal text of a caller."""
 
     __slots__ = ()
 
 
 class _Number(int):
-    """A default number. A number that a caller passes is another object, even if the number is equal."""
+    """A default number, which is not the same object as an equal number of a caller."""
 
     __slots__ = ()
 

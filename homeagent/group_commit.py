@@ -1,8 +1,9 @@
 """Group commit lets waiting write units share one transaction, because a synced commit takes longer than a unit.
 
 Each `Database` has at most one writer thread. The writer thread takes a batch of queued calls, runs each call in a
-savepoint, and then commits once. Without other callers, the thread of the caller runs the unit in a plain transaction.
-An interrupt cannot damage the state of a batch, because Python runs signal handlers only in the main thread.
+savepoint, and then commits once. If no other caller waits, the thread of the caller runs the unit in a plain
+transaction. An interrupt cannot damage the state of a batch, because Python runs signal handlers only in the main
+thread.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class GroupCommit:
         """Run a function as a unit, in this thread or in the writer thread, and return the function's value.
 
         Raises:
-            DatabaseBusyError: if the unit waited for the whole `busy_timeout` to begin or to be committed.
+            DatabaseBusyError: if the unit could not begin or be committed within the `busy_timeout`.
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
@@ -140,8 +141,8 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.state.is_over:
-                # The cancellation ended the call's future, so the call gets a second future. The function `_resolve()`
-                # always finds the second future, because `_resolve()` runs in the same thread.
+                # The cancellation ended the call's future, so give the call a new future. The function `_resolve()`
+                # runs in the same thread, and ends the new future.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -159,7 +160,7 @@ class GroupCommit:
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
         """Check the timeouts of the calls of an event loop. Repeat the check until no call of the event loop waits."""
         wait = min(map(self._check, calls), default=0)
-        # Wake callers here too, because the method `_deliver()` may have failed to notify the event loop.
+        # Wake the callers of ended calls, because the method `_deliver()` may have failed to notify the event loop.
         _resolve([call for call in calls if call.state.is_over])
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
@@ -204,8 +205,8 @@ class GroupCommit:
                 try:
                     self._thread.start()
                 except BaseException as error:
-                    # Even after an error, the thread may have started. The method `_write()` of the thread ends at once
-                    # if `_thread` is None.
+                    # The thread may have started in spite of the error. The method `_write()` of the thread ends at
+                    # once if the attribute `_thread` is None.
                     self._thread = None
                     if not isinstance(error, Exception):
                         raise
@@ -341,7 +342,7 @@ class GroupCommit:
             return None
 
     def _move(self, calls: list[QueuedCall], state: CallState) -> list[QueuedCall]:
-        """Move the calls that have not ended to another state, and return the moved calls."""
+        """Change the state of the calls that have not ended, and return these calls."""
         now = monotonic()
         with self._mutex:
             moved = [call for call in calls if not call.state.is_over]

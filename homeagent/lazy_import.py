@@ -19,7 +19,7 @@ def lazy_names(package: str, modules: Mapping[str, str]) -> Callable[[str], Any]
 
     Args:
         package: name of the package.
-        modules: module that defines each name of the package. The names of the modules are relative to the package.
+        modules: for each name, the module that defines the name, relative to the package.
     """
 
     def get(name: str) -> Any:

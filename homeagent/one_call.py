@@ -39,8 +39,8 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
 
 
 class AutocommitReads:
-    """A store of a database has this object instead of a unit of work. The object runs each reading statement in
-    autocommit mode, without a lock.
+    """An object of this class replaces the unit of work in a store of a database. The object runs each reading
+    statement in autocommit mode, without a lock.
     """
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
@@ -120,7 +120,7 @@ class _NeedsUnitError(BaseException):
 
 
 class _Reads:
-    """A store has this object instead of a unit as long as the store's method only reads.
+    """An object of this class replaces the unit of work while a store's method only reads.
 
     Args:
         unit: object that runs the statements.

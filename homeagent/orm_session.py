@@ -116,7 +116,7 @@ def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
     """Return True if a statement can change rows of a table, either directly or by the cascade of a foreign key.
 
     Args:
-        table: table whose rows the statement can perhaps change.
+        table: table that the statement may change.
         target: name of the table that the statement inserts into, updates or deletes from.
         cascade: attribute that holds a foreign key's action. The attribute is `ondelete` for a DELETE, `onupdate` for
             an UPDATE, and None for an INSERT.

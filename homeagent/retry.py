@@ -37,8 +37,8 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# The upper bound of the pause before a retry grows from the first to the second value, in seconds. Each pause is a
-# random time up to its bound.
+# The upper bound of the pause before a retry doubles with each retry, from the first to the longest pause, in seconds.
+# Each pause is a random time up to the bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 

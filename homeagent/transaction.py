@@ -75,8 +75,8 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait for the first unit
-    of the same thread.
+    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait for the thread's
+    first unit.
     """
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
@@ -85,7 +85,7 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`. The transaction begins and ends with a `with` block.
+    """Base class of `UnitOfWork`. A `with` block begins and ends the transaction.
 
     Args:
         settings: settings of the database's units.
@@ -93,7 +93,7 @@ class Transaction:
         timeout: longest wait for a connection, in seconds. None means the timeout of the settings.
 
     Attributes:
-        settings: settings of the database's units, and the values that the stores keep between units.
+        settings: settings of the database's units, and values that the stores keep from unit to unit.
     """
 
     __slots__ = (

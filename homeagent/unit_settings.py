@@ -29,7 +29,7 @@ class UnitSettings:
         limits: limits on the rows that devices can create. The default is `Limits()`.
 
     Attributes:
-        memory: values that the stores keep between units.
+        memory: values that the stores of the database keep from unit to unit.
         writing: ids of the threads that have an open write unit.
     """
 
