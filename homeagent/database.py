@@ -116,16 +116,13 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Open a database, and create or upgrade its schema if necessary.
 
         Args:
-            target: path, URL, or `":memory:"` for a private temporary database. The default is the value of the
-                environment variable `HOMEAGENT_DATABASE`. Without the variable, the default is
-                `~/.homeagent/homeagent.db`.
+            target: path, URL, or `":memory:"` for a private temporary database. The default is the environment variable
+                `HOMEAGENT_DATABASE`, or without the variable `~/.homeagent/homeagent.db`.
             clock: function that returns the current time. Each store method calls the clock once.
-            busy_timeout: longest wait of a unit for the write lock or a connection. A value over 24 days counts as 24
-                days.
+            busy_timeout: longest wait of a unit for the write lock or a connection, capped at 24 days.
             durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
                 commits. An attacker can replay a message whose nonce was lost.
-            migrate: True to create or upgrade the schema. Before an upgrade, homeagent backs up a SQLite file with
-                data.
+            migrate: True to create or upgrade the schema. Before an upgrade, homeagent backs up a file with data.
             pool_size: maximum number of simultaneous writing units, and of simultaneous reading units, on PostgreSQL, 1
                 to 1,000. On SQLite, the argument has no effect.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
@@ -139,8 +136,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if `Database.open` refuses the file, which
-                stays unchanged.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused. It stays unchanged.
             DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)
