@@ -1,15 +1,16 @@
 """Format, hashing and checks of the secrets of devices. This package does not use the database.
 
-A secret is of one of two kinds, which its text alone decides:
+The text of a secret alone decides which of two kinds the secret is.
 
-- A *generated* secret, which `generate_secret` returns, has 256 random bits and can't be guessed. The database stores a
-  SHA-256 of the secret.
-- Any other secret could be guessed, because a person can have chosen it. The database stores an Argon2id hash (RFC
-  9106). The default costs are the RFC's second recommended option, with 64 MiB.
+A *generated* secret comes from `generate_secret`, has 256 random bits and can't be guessed. The database stores the
+SHA-256 of a generated secret.
 
-The duration of a check therefore depends only on the presented secret, with one exception (see `SecretHasher.check`).
-The duration of a check does not reveal whether the device exists, which kind of secret it has, or whether an older
-secret is valid.
+Any other secret could be guessed, because a person can have chosen the text. The database stores an Argon2id hash (RFC
+9106) of such a secret. The default costs are the second recommended option of RFC 9106, with 64 MiB.
+
+The duration of a check depends only on the presented secret, with one exception (see `SecretHasher.check`). The
+duration of a check does not reveal whether the device exists, which kind of secret it has, or whether an older secret
+is valid.
 
 `homeagent.scram` lets a device prove a secret without sending the secret.
 """

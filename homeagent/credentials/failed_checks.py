@@ -3,8 +3,8 @@
 Failed checks of unknown ids also count, so a refusal does not reveal whether a device exists. Checks of generated
 secrets do not count and are not refused, because a generated secret can't be guessed.
 
-A successful check does not reset the count of failures. If success reset the count, each success of the device would
-allow an attacker 30 more guesses.
+A successful check does not reset the count of failures. With a reset, each success of the device would allow an
+attacker 30 more guesses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MOST_IDS = 10_000
 # keep the id itself.
 _LONGEST_ID = 512
 
-# All instances share one lock, so that a forked child can replace the lock. A call holds the lock only for
+# All instances share one lock, so that a forked child replaces only one lock. A call holds the lock only for
 # microseconds. The lock is reentrant, because a signal handler can check a secret while its thread holds the lock.
 _lock = threading.RLock()
 
@@ -57,17 +57,17 @@ class FailedChecks:
     of this id are refused.
 
     The counts are in the memory of one process. A check counts from its start, so concurrent checks can't exceed the
-    limit. If the check does not fail, it is removed from the count.
+    limit. A check that does not fail is removed from the count.
 
-    The object counts the failures of a limited number of ids (`most_ids`). If `most_ids` ids are counted, a new id
+    The object counts the failures of a limited number of ids (`most_ids`). At the limit of `most_ids` ids, a new id
     replaces the id with the fewest failures. To remove the count of an id with 30 failures, an attacker needs 30
-    failures of every other counted id within a minute. With 10,000 ids this takes 300,000 slow hashes, far more than
-    one process computes in a minute. If a new id replaced the oldest id, an attacker would need only 10,000 slow
-    hashes.
+    failures of every other counted id within a minute. For 10,000 ids, an attacker needs 300,000 slow hashes, far more
+    than one process computes in a minute. If a new id replaced the oldest id, 10,000 slow hashes would be enough to
+    remove a count.
 
-    A minute ends when the wall clock or the monotonic clock has moved by a minute. If the wall clock stands still or is
-    set back, a device is therefore not refused for longer. If the wall clock is set forward, an attacker gets the
-    guesses of one more minute.
+    A minute ends when the wall clock or the monotonic clock has moved by a minute. A wall clock that stands still or is
+    set back does not prolong the refusal of a device. If the wall clock is set forward, an attacker gets the guesses of
+    one more minute.
 
     Args:
         clock: the database's clock.
@@ -96,7 +96,7 @@ class FailedChecks:
 
         Raises:
             TooManyAttemptsError: if the id has reached the limit of `per_minute` checks. Failed checks of the last
-                minute and running checks count.
+                minute and running checks count towards the limit.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

@@ -71,8 +71,8 @@ class FairSemaphore:
         try:
             return handed_over.wait(timeout) or not self._leave_queue(handed_over)
         except BaseException:
-            # After Ctrl-C during the wait, release a place that was handed over, because no caller could otherwise take
-            # it again.
+            # If Ctrl-C interrupts the wait, release a place that another thread has handed over. No other caller could
+            # take the place.
             if not self._leave_queue(handed_over):
                 self._release()
             raise
@@ -107,5 +107,5 @@ def _free_all_places() -> None:
         semaphore._reset()
 
 
-# A forked child frees all places, because the parent's threads do not exist there and cannot free them.
+# A forked child frees all places, because the parent's threads do not run in the child.
 os.register_at_fork(after_in_child=_free_all_places)

@@ -44,7 +44,7 @@ _ARGON2 = re.compile(
 _MAX_MEMORY_COST = 2 * 1024 * 1024
 _MAX_TIME_COST = 64
 _MAX_PARALLELISM = 64
-_MEMORY_PER_THREAD = 8  # in kibibytes (RFC 9106 section 3.1)
+_MEMORY_PER_THREAD = 8  # kibibytes (RFC 9106 section 3.1)
 
 _SALT_BYTES = 16
 _DIGEST_BYTES = 32
@@ -135,8 +135,8 @@ class SecretMatch:
 class SecretHasher:
     """Hashes and checks secrets. The arguments set the costs of an Argon2 run and the number of concurrent runs.
 
-    The default costs are those of argon2-cffi, the second recommended option of RFC 9106 section 4. A hash with other
-    costs still matches. A check with the right secret returns a new hash in its place.
+    The default costs are the defaults of argon2-cffi, and the second recommended option of RFC 9106 section 4. A hash
+    with other costs still matches. For a hash with other costs, a check with the right secret also returns a new hash.
 
     Args:
         time_cost: number of passes over the memory, 1 to 64.
@@ -187,10 +187,10 @@ class SecretHasher:
             secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
                 secret is not normalised.
             beside: stored hash that stays valid together with the new hash during a rotation. If the old and the new
-                hash are Argon2 hashes, the new hash takes over the old salt, so one run checks both hashes. As a
-                result, the duration of a check does not reveal that a rotation is in progress. RFC 9106 section 3.1
-                asks for a salt for each password, so that one guess can't be tried on many accounts, but both hashes
-                belong to one device. If the old secret becomes invalid at once, pass None.
+                hash are Argon2 hashes, the new hash takes over the old salt, so one run checks both hashes. The
+                duration of a check therefore does not reveal a rotation. RFC 9106 section 3.1 asks for a salt for each
+                password, so that an attacker can't try one guess on many accounts. Both hashes belong to one device, so
+                they can share a salt. Pass None if the old secret becomes invalid at once.
             waiting: maximum number of waiting callers of this hasher, including this caller.
 
         Returns:
@@ -218,9 +218,9 @@ class SecretHasher:
         secret takes no hash, and any other secret takes one Argon2 run. A check for an unknown device takes as long as
         a check for a known device.
 
-        The duration differs in two cases. A stored hash can have other costs than a new hash. If the device has two
-        hashes with different salts, the check takes two Argon2 runs. After the caller has stored the replacement hash,
-        one run is enough.
+        A check has a different duration if a stored hash has other costs than a new hash. If the device has two hashes
+        with different salts, the check takes two Argon2 runs. After the caller has stored the replacement hash, a check
+        takes one Argon2 run.
 
         Args:
             secret: presented secret, of any length.
@@ -254,7 +254,7 @@ class SecretHasher:
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # a check for an unknown device must also spend the 30 µs of parsing.
+            _parse_argon2(self._decoy_text)  # spend the 30 µs of parsing also for an unknown device
         # The dictionary `recipes` is used as an ordered set. If the device has no Argon2 hash, run Argon2 with the
         # costs of the decoy hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}

@@ -85,8 +85,8 @@ def generate_secret() -> SecretStr:
 
     Returns:
         A text of 52 characters. After the prefix `ha1_`, the text has 32 random bytes and a CRC-32 in base64url (RFC
-        4648 section 5). The CRC-32 is computed over the prefix and the random bytes. The function `is_generated()`
-        recognises a generated secret by the CRC-32.
+        4648 section 5). The CRC-32 covers the prefix and the random bytes. The function `is_generated()` recognises a
+        generated secret by the CRC-32.
     """
     from pydantic import SecretStr
 
@@ -98,9 +98,9 @@ def generate_secret() -> SecretStr:
 def is_generated(secret: SecretStr | str) -> bool:
     """Return True if a secret has the format of the function `generate_secret()`.
 
-    A text that a person chose in the same format has a matching checksum with a probability of 1 in 2**32. Do not
-    create secrets in this format by other means. A secret in this format is stored as a SHA-256, which is safe only for
-    256 random bits.
+    A text that a person chose in the same format has a matching checksum with a probability of 1 in 2**32. Use only
+    `generate_secret()` to create secrets in this format. The SHA-256 in the database is safe only for a secret of 256
+    random bits.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
@@ -110,5 +110,5 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return True if a check of the secret runs Argon2: the secret is usable, and is not a generated secret."""
+    """Return True if a check of the secret runs Argon2, as for every usable secret that is not generated."""
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

@@ -140,8 +140,8 @@ class StoreConnection:
 
         Raises:
             DatabaseMovedError: if the file was deleted, moved or replaced. The transaction was not committed.
-            CommitUnknownError: if the connection was lost before the server answered; also if COMMIT failed on SQLite,
-                but a later connection could recover the commit from the WAL.
+            CommitUnknownError: if the connection was lost before the server answered. A failed COMMIT of SQLite
+                also raises the error, if a later connection could recover the commit from the WAL.
         """
         if self._identity_check is not None and not self.read_only:
             self._identity_check.before_commit()
@@ -211,8 +211,8 @@ class StoreConnection:
     def confine_orm(self, savepoint: str) -> None:
         """Confine SQLAlchemy's transaction to a savepoint, because other units share the transaction (SQLite only).
 
-        After `confine_orm()`, a rollback by SQLAlchemy rolls back only to the savepoint. A COMMIT by SQLAlchemy fails,
-        and SQLite rolls back the whole transaction.
+        After `confine_orm()`, a rollback by SQLAlchemy rolls back only to the savepoint. After `confine_orm()`, a
+        COMMIT by SQLAlchemy fails, and SQLite rolls back the whole transaction.
         """
         self._raw.confine(savepoint)
 
@@ -331,7 +331,7 @@ class StoreConnection:
         try:
             cursor = self._execute(compiled.sql, compiled.bind(parameters))
             if compiled.columns:
-                cursor.fetchall()  # SQLite counts the changes of a statement with RETURNING after its last row
+                cursor.fetchall()  # SQLite has the number of changed rows only after the last row of RETURNING
             return int(cursor.rowcount)
         except self._driver_errors as error:
             failure = self._refused(error, compiled.sql)
@@ -389,22 +389,22 @@ class StoreConnection:
         _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # An ORM session does not use the attribute `_raw`. Therefore replace the driver's connection inside
-        # SQLAlchemy's connection too.
+        # Replace the driver's connection inside SQLAlchemy's connection too, because an ORM session does not use the
+        # attribute `_raw`.
         fairy: Any = self._connection.connection
         fairy.dbapi_connection = gone
 
     def close(self) -> None:
         """Close the connection. The database rolls back a transaction that is still open."""
         if self.is_lost:
-            # Invalidate a lost connection, on which SQLAlchemy would try to roll back, and would log an error.
+            # Invalidate a lost connection. SQLAlchemy would try to roll back on the connection, and would log an error.
             self._connection.invalidate()
         self._connection.close()
 
 
 class _ClosedAfterFork:
-    """In a forked child, an object of this class replaces the parent's connection and cursor. Each method of the
-    replacement raises `DatabaseClosedError`.
+    """In a forked child, an object of this class replaces the parent's connection and cursor. Each method of the object
+    raises `DatabaseClosedError`.
     """
 
     in_transaction = False

@@ -46,8 +46,8 @@ class DatabaseCounters(BaseModel):
         commits: number of committed write units. The number includes each unit of a batch.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
-        pool_waits: number of waits for a connection of the pool. On SQLite it includes the waits of writers for the
-            write lock.
+        pool_waits: number of waits for a connection of the pool. On SQLite, the number includes the waits of writers
+            for the write lock.
         pool_wait_p50: median of the last 1,024 waits, in seconds. None if no caller waited.
         pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds. None if no caller waited.
         groups: number of batches. A batch is a commit of two or more units together.
@@ -77,17 +77,17 @@ class DatabaseCounters(BaseModel):
 
     @property
     def lane_waits(self) -> int:
-        """Return the field `pool_waits`. The earlier name of the field is `lane_waits`."""
+        """Return the field `pool_waits`. In earlier versions, the name of the field was `lane_waits`."""
         return self.pool_waits
 
     @property
     def lane_wait_p50(self) -> float | None:
-        """Return the field `pool_wait_p50`. The earlier name of the field is `lane_wait_p50`."""
+        """Return the field `pool_wait_p50`. In earlier versions, the name of the field was `lane_wait_p50`."""
         return self.pool_wait_p50
 
     @property
     def lane_wait_p99(self) -> float | None:
-        """Return the field `pool_wait_p99`. The earlier name of the field is `lane_wait_p99`."""
+        """Return the field `pool_wait_p99`. In earlier versions, the name of the field was `lane_wait_p99`."""
         return self.pool_wait_p99
 
 

@@ -1,8 +1,8 @@
 """Translate a driver's exceptions to homeagent's errors.
 
 A driver's message can contain stored values. For example, psycopg puts the rejected row into DETAIL. The message of a
-translated error therefore contains only the kind of error, the remedy, names from the schema and the SQL text of
-homeagent's statement. The translated error has no cause or context, so it does not refer to the driver's exception.
+translated error contains only the kind of error, the remedy, names from the schema and the SQL text of homeagent's
+statement. The translated error has no cause or context, so it does not refer to the driver's exception.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def message_with_name(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return the text of `message_with_name()` after a colon, with a remedy. If that text is empty, return an empty
-    text.
+    """Return the text of `message_with_name()` after a colon, with a remedy. If `message_with_name()` returns an empty
+    text, return an empty text.
     """
     message = message_with_name(error)
     if not message:
@@ -92,8 +92,8 @@ def named(error: BaseException) -> str:
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Add the SQL text of the statement to an error of the class DatabaseError. Return an error of any other class,
-    also of a subclass, unchanged.
+    """Add the SQL text of the statement to an error of the class DatabaseError. Return an error of any other class
+    unchanged, also an error of a subclass of DatabaseError.
 
     Args:
         error: error that a statement of homeagent caused.
@@ -208,7 +208,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 }
 
 
-# Exceptions without a result code of SQLite, which apsw or Python raises before or after SQLite runs a statement.
+# Exceptions that have no result code, because apsw or Python raises them before or after SQLite runs a statement.
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
     apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),

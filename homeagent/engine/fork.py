@@ -1,14 +1,13 @@
 """Prepare open databases for a fork of the process.
 
 A child process does not inherit file locks, but inherits the memory in which SQLite records the parent's locks. A new
-connection of the child would rely on locks that the child does not hold, and the parent could delete the WAL
-(https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). Therefore each engine
-closes its idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses to
-open the file.
+connection of the child would rely on locks that the child does not hold. The parent could then delete the WAL
+(https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). Each engine closes its idle
+connections before a fork. If a unit of work uses a connection during the fork, the child refuses to open the file.
 
-The forking thread holds the mutexes of all connection pools during the fork. Do not release the mutexes earlier.
-Another thread could open a connection during the fork and hold a lock of SQLite, for which the child would wait forever
-(`test_forks_under_load`).
+The forking thread holds the mutexes of all connection pools during the fork. Do not release the mutexes before the end
+of the fork (`test_forks_under_load`). Another thread could open a connection during the fork and hold a lock of SQLite.
+The child would wait forever for SQLite's lock.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class _Forkable(Protocol):
         """Return the locks without which no other thread can take or return a connection."""
 
     def before_fork(self) -> None:
-        """Close idle connections. A connection that stays open counts as in use."""
+        """Close idle connections. A connection that is still open after the call counts as in use."""
 
     def after_fork_in_child(self) -> None:
         """In a forked child, make inherited connections unusable, and call `inherit()` for a file that was in use."""
@@ -51,7 +50,7 @@ _held: list[list[threading.RLock]] = []
 
 
 def register(engine: _Forkable) -> None:
-    """Register an engine, whose methods are then called at every fork until the engine is garbage-collected."""
+    """Register an engine. Each fork calls the engine's methods until the engine is garbage-collected."""
     _known.add(engine)
 
 

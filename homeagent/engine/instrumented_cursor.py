@@ -71,7 +71,7 @@ class InstrumentedCursor:
     """A driver's cursor that calls the connection's listeners.
 
     The function `translate()` converts an exception of the driver to homeagent's error. The argument `driver_errors`
-    lists the classes of these exceptions.
+    lists the classes of the driver's exceptions.
     """
 
     def __init__(

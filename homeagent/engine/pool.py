@@ -87,8 +87,7 @@ class ConnectionPool(Generic[T]):
         waiter: _Waiter[T] | None = None
         has_place = False
         # CPython runs a signal handler only after a call or a jump back. Do not add a call between the line that takes
-        # a resource and the line that records the holder, because the interrupt tests of tests/engine/test_pool.py
-        # would fail.
+        # a resource and the line that records the holder. The interrupt tests of tests/engine/test_pool.py would fail.
         try:
             with self.mutex:
                 if self._closed:
@@ -140,7 +139,7 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self.mutex:
-                # A waiter that is no longer in the queue got a resource after its timeout.
+                # If the waiter has left the queue, another thread passed a resource to the waiter after the timeout.
                 if waiter in self._waiters:
                     raise self._busy(timeout)
         return waiter.has_place
@@ -185,7 +184,7 @@ class ConnectionPool(Generic[T]):
             self.release(resource)
 
     def discard(self, resource: T) -> None:
-        """Close a resource that must not be used again. In place of the closed resource, the pool can create another
+        """Close a resource that must not be used again. The pool can then create a new resource in place of the closed
         resource.
         """
         try:
@@ -219,9 +218,10 @@ class ConnectionPool(Generic[T]):
                 self._count -= 1
 
     def close(self) -> None:
-        """Close the resources that no thread holds. Waiting and later callers of `acquire()` get DatabaseClosedError.
+        """Close the resources that no thread holds. Callers that wait in `acquire()`, and later callers, get
+        DatabaseClosedError.
 
-        A held resource is closed when its holder releases it.
+        When a thread releases a resource of a closed pool, the pool closes the resource.
         """
         with self.mutex:
             self._closed = True

@@ -28,8 +28,8 @@ __all__ = [
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address that does not have the form of a URL. If homeagent used such an address as a path, it would create
-# a new, empty store, and messages would show the server's password. Examples are libpq's "host=… password=…",
+# A server's address that does not have the form of a URL. If homeagent used a server's address as a path, homeagent
+# would create an empty store, and messages would show the server's password. Examples are libpq's "host=… password=…",
 # "postgresql:/…", "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…".
 _ADDRESS = re.compile(
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
@@ -83,7 +83,7 @@ def presentable_url(url: URL) -> str:
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
     """Wrap the target, so that a recorded traceback with local variables does not show a password.
 
-    Each public method first calls `hidden()`, and then deletes its own argument.
+    Each public method first calls this function, and then deletes its own argument.
     """
     return SecretStr(target) if isinstance(target, str) else target
 
@@ -98,10 +98,10 @@ def resolve_target(target: Given) -> Target:
             also a path. A Pydantic SecretStr is treated as a str.
 
     Raises:
-        InvalidArgumentError: if the target is empty, contains a control character, or names a directory. A str that
-            looks like a server's address, and a SQLite URI, also raise the error. A URL must have a valid form and name
-            a supported engine. A server's URL must be UTF-8 and have a possible host and port. The error message does
-            not show the URL or the address, which can contain a password.
+        InvalidArgumentError: if the target is empty, contains a control character, or names a directory. The function
+            also raises the error for a SQLite URI, and for a str that looks like a server's address. A URL must have a
+            valid form and name a supported engine. A server's URL must be UTF-8 and have a possible host and port. The
+            error message does not show the URL or the address, which can contain a password.
     """
     try:
         found = _read(target)
@@ -210,6 +210,6 @@ def _read_server_url(url: URL) -> Target | InvalidArgumentError:
             "hosts: write ?host=a.example:5432&host=b.example:5432, see docs/postgresql.md"
         )
     if isinstance(password := url.query.get("password"), str):
-        # SQLAlchemy hides the attribute `URL.password`, but does not hide a password in the query.
+        # SQLAlchemy hides the attribute `URL.password`, but does not hide a password in the query of the URL.
         url = url.difference_update_query(["password"]).set(password=password)
     return Target(url=url)

@@ -1,12 +1,12 @@
 """Locate, inspect and create the files of a SQLite database.
 
-A user with write access to the database can approve any device, and a user with read access sees every device.
-Each file therefore has mode 0600. This module refuses a symbolic link, a file with several hard links, and a file of
-an untrusted user (`homeagent.engine.files.owners` lists the trusted users).
+A user with write access to the database can approve any device, and a user with read access sees every device. The
+files of a database therefore have mode 0600. This module refuses a symbolic link, a file with several hard links, and a file of
+an untrusted user. The module `homeagent.engine.files.owners` lists the trusted users.
 
-This module inspects an existing database by `lstat` only. Do not open a database file in this module. When a process
-closes any descriptor of a file, it loses all POSIX locks that SQLite holds on the file
-(https://sqlite.org/howtocorrupt.html, section 2.2). Do not open the files `-wal`, `-shm` and `-journal` here either.
+This module inspects an existing database by `lstat` only. Do not open a database file, or a file `-wal`, `-shm` or
+`-journal`, in this module. A process that closes any descriptor of a file loses all POSIX locks of SQLite on the file
+(https://sqlite.org/howtocorrupt.html, section 2.2).
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ _ATTEMPTS = 10
 def locate_file(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a database file. Expand `~`, and follow symbolic links among the directories.
 
-    The last component is not resolved, so that `inspect_file()` can refuse it if it is a link. A link to a directory is
-    legitimate, because /tmp is a link on macOS and a home directory can be on another volume. The file that the path
-    names need not exist.
+    The function does not resolve a link in the last component of the path, so that `inspect_file()` can refuse the
+    link. A link to a directory is legitimate, because /tmp is a link on macOS and a home directory can be on another
+    volume. The file that the path names need not exist.
 
     Raises:
         InvalidArgumentError: if `path` is not a path, is empty, contains a control character, is not UTF-8, or names
@@ -106,7 +106,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
 def sidecars(path: Path) -> list[Path]:
     """Return the paths of the WAL, the WAL index and the rollback journal (https://sqlite.org/tempfiles.html).
 
-    The three files need not exist.
+    The function also returns the paths of absent files.
     """
     return [path.with_name(path.name + suffix) for suffix in _SIDECAR_SUFFIXES]
 
@@ -130,8 +130,8 @@ def refuse_orphaned_log(path: Path) -> None:
     """Refuse to create a database next to a WAL that has content.
 
     SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
-    database means that the database was lost. SQLite would delete the WAL and start with an empty database, without any
-    revocation or nonce. The caller must hold `sidecar_lock`.
+    database means that the database was lost. SQLite would delete the WAL of the lost database and start with an empty
+    database, without any revocation or nonce. The caller must hold `sidecar_lock`.
 
     Raises:
         CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
@@ -244,13 +244,14 @@ def inspect_file(
     A change of the mode is logged as a warning. The function keeps a mode narrower than 0600, because an administrator
     can want a read-only file. The function does not change a file that it refuses.
 
-    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). If its mode is wider
-    than 0600, root gets `InsecureFileError`, because the owner could make root change the mode of a different file.
+    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). Root gets
+    `InsecureFileError` if the file's mode is wider than 0600. The owner could make root change the mode of a different
+    file.
 
     Args:
         path: path of the file.
-        is_database: if True, refuse a file that is too short for a database, and set an empty file's mode to 0600,
-            because a umask can have removed bits.
+        is_database: if True, refuse a file that is too short for a database. With True, also set an empty file's mode
+            to 0600, because a umask can have removed bits.
         complete_empty: True to set the mode of an empty file to 0600.
         repair: if False, do not change the mode, because the file can belong to another application.
 
@@ -259,7 +260,7 @@ def inspect_file(
 
     Raises:
         InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
-            private. For root, also if other users can replace files in the directory.
+            private. Root also gets the error for a directory in which other users can replace files.
         ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
         CorruptDatabaseError: if a database has 1 to 511 bytes, which SQLite would treat as an empty database.
         DatabaseError: if `lstat` failed.

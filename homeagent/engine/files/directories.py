@@ -33,8 +33,8 @@ def prepare_directory(directory: Path) -> None:
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.
-        InsecureFileError: if the file system does not keep modes. For root, also if other users can replace files in
-            the directory.
+        InsecureFileError: if the file system does not keep modes. Root also gets the error for a directory in which
+            other users can replace files.
         ReadOnlyError, DiskFullError, DatabaseError: if the directory can't be created or inspected.
     """
     for step in _missing_directories(directory):
@@ -42,7 +42,7 @@ def prepare_directory(directory: Path) -> None:
             try:
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
-                continue  # A broken link passes the loop, and the check after it refuses the link.
+                continue  # A broken link passes the loop, and the check after the loop refuses the link.
             if not _is_private_directory(step):
                 change_mode(step, DIRECTORY_MODE)  # a umask can also remove the owner's permissions
                 if not _is_private_directory(step):
@@ -68,7 +68,7 @@ def prepare_directory(directory: Path) -> None:
 
 
 def find_temporary_directory() -> Path | None:
-    """Return the directory in the variable TMPDIR, or a usual directory for temporary files. If no directory is
+    """Return the directory that the variable TMPDIR names, or a usual directory for temporary files. If no directory is
     writable, return None.
     """
     try:
@@ -104,7 +104,7 @@ def _missing_directories(directory: Path) -> list[Path]:
                 missing.append(candidate)
                 continue
             except NotADirectoryError:
-                continue  # a parent is a file, for which a later pass of the loop raises an error
+                continue  # a parent is a file, and a later pass of the loop raises an error
         if not stat.S_ISDIR(status.st_mode):
             raise InvalidArgumentError(f"{quoted(candidate)} is a file, not a directory: name another path")
         refuse_replaceable(candidate)
@@ -117,8 +117,9 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use a descriptor of the parent directory, because its owner could replace the new directory or the parent by a
-    # link. The owner could still replace the new directory by another empty directory, which does no harm.
+    # Use a descriptor of the parent directory, because the parent's owner could replace the new directory or the parent
+    # by a link. The parent's owner could still replace the new directory by another empty directory, which does no
+    # harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)
@@ -132,7 +133,7 @@ def _give_to_parents_owner(made: Path) -> None:
 
 
 def _is_private_directory(directory: Path) -> bool:
-    return os.lstat(directory).st_mode & 0o777 == DIRECTORY_MODE  # a set-group-id bit can come from the parent
+    return os.lstat(directory).st_mode & 0o777 == DIRECTORY_MODE  # the directory can inherit a set-group-id bit
 
 
 def _directory_problem(directory: Path, status: os.stat_result) -> str | None:

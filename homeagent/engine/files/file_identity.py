@@ -1,7 +1,7 @@
 """Check that the name of a database still refers to the file that was opened.
 
 Another program can delete or replace the file of an open database. SQLite then continues to use the old file, which has
-no name, and all changes are lost when the process ends (https://sqlite.org/howtocorrupt.html, section 4). In WAL mode
+no name. All changes are lost when the process ends (https://sqlite.org/howtocorrupt.html, section 4). In WAL mode
 SQLite does not check the name of the database file.
 """
 
@@ -39,8 +39,7 @@ class FileIdentityCheck:
 
     Attributes:
         due: time after which the last check counts as too old, on the monotonic clock. The code that begins a unit
-            compares this time with the clock, and calls `after_begin()` only if necessary, because each call takes
-            time.
+            calls `after_begin()` only after the time `due`, because each call takes time.
     """
 
     def __init__(
@@ -73,11 +72,11 @@ class FileIdentityCheck:
     def before_connect(self) -> None:
         """Check the files before a connection is opened.
 
-        Compare the WAL and the WAL index with the known identities. Do not record new identities, because another
+        Compare the WAL and the WAL index with the recorded identities. Do not record new identities, because another
         process can delete both files while no connection is open.
 
         Raises:
-            DatabaseMovedError: if the file, or a known WAL or WAL index, was deleted or replaced.
+            DatabaseMovedError: if the file, or a recorded WAL or WAL index, was deleted or replaced.
         """
         self._check(beside=self.remembers_log, remember=False)
 

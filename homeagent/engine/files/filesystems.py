@@ -12,9 +12,10 @@ from homeagent.errors import DatabaseError
 __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesystem"]
 
 # File systems that several kernels use at the same time, such as the kernels of a server and a client. The WAL index
-# needs memory that all connections share, which these file systems do not provide (https://sqlite.org/wal.html, section
-# 1). The kinds 9p and virtiofs are refused even if only one machine uses the file, because WAL databases were corrupted
-# on WSL 2 (9p), on gVisor (9p), and in shared folders of Docker Desktop and Podman (virtiofs).
+# needs memory that all connections share. Network file systems do not provide shared memory
+# (https://sqlite.org/wal.html, section 1). WAL databases were corrupted on WSL 2 (9p), on gVisor (9p), and in shared
+# folders of Docker Desktop and Podman (virtiofs). The kinds 9p and virtiofs are therefore refused even if only one
+# machine uses the file.
 _NETWORK_KINDS = frozenset(
     {
         "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",
@@ -55,7 +56,7 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         if not separator:
             continue
         point = _unescaped(fields.split()[4])
-        # Compare texts: Path.is_relative_to takes a tenth of the time in which a database opens.
+        # Compare texts, because Path.is_relative_to would take a tenth of the time in which a database opens.
         if f"{place}/".startswith(f"{point.rstrip('/')}/"):
             # Prefer a mount with the path's device, because a later mount can hide a mount with a longer path. On Btrfs
             # the device of the path differs from the device of its mount. If no mount has the path's device, prefer the

@@ -24,9 +24,9 @@ __all__ = ["FileLock"]
 class FileLock:
     """A lock on a separate file next to the database, between threads and between processes.
 
-    The method `acquire()` creates a missing file with mode 0600. The file is not deleted, because a process that waits
-    on a deleted file and a process that creates a new file would both hold the lock. The system releases the lock when
-    the process ends. A child made by `fork` does not hold the lock. The holder of the lock can write a short text, the
+    The method `acquire()` creates a missing file with mode 0600. The file is not deleted. A process that waits on a
+    deleted file and a process that creates a new file would both hold the lock. The system releases the lock when the
+    process ends. A child made by `fork` does not hold the lock. The holder of the lock can write a short text, the
     marker, to the file for the next holder.
 
     The lock is a `flock` lock. Unlike SQLite's POSIX locks, a `flock` lock works between threads of one process, and
@@ -38,7 +38,7 @@ class FileLock:
         shared: True for a shared lock, False for an exclusive lock. A shared lock allows other shared holders, and
             excludes exclusive holders.
         writable: False for a file that can be read-only or belong to another application. With False, the mode of the
-            file stays unchanged, and no marker can be written.
+            file stays unchanged, and the holder can't write a marker.
         monotonic, pause: clock and sleep function for waiting, both in seconds.
     """
 
@@ -114,11 +114,11 @@ class FileLock:
                 os.close(descriptor)
 
     def withdraw(self) -> None:
-        """Release the lock. Remove the lock file if it is empty, this object created it, and no other process has
-        locked it.
+        """Release the lock. Remove an empty lock file that this object created, unless another process has locked the
+        file.
 
-        After it got the lock, a waiting process checks that the path still names the locked file. If another process
-        has removed the lock file, the waiting process opens the path again.
+        When a waiting process gets the lock, the process checks that the path still names the locked file. If another
+        process has removed the lock file, the waiting process opens the path again.
         """
         descriptor = self._while_held()
         if self._made:
@@ -221,8 +221,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # For a moment, the mode of an empty file can be too narrow. The umask removes bits when another process
-            # creates the file, until this process restores the bits.
+            # For a moment, the mode of an empty file can be too narrow. The umask of the creating process can remove
+            # bits, until the creating process restores the bits.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None

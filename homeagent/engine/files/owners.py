@@ -1,4 +1,4 @@
-"""Decide which users' files are trusted, and to which user a file that root creates is given.
+"""Decide which users' files homeagent trusts, and to which user root gives a new file.
 
 | the process runs as | trusted owners of a database's files | trusted owners of its backups |
 |---|---|---|
@@ -7,7 +7,7 @@
 
 The owner of a directory can replace every file in the directory, so a refusal of the owner's files would not protect
 root. Other users who can write the directory could add a rollback journal that SQLite replays, a lock file with a
-marker, or a backup. Therefore root also refuses a directory in which other users can replace files.
+marker, or a backup. Root therefore refuses a directory in which other users can replace files.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | No
     sidecar files to the owner of the database file.
 
     Args:
-        descriptor: descriptor of the new file. Do not use the path instead, because the path can name another file by
-            now.
+        descriptor: descriptor of the new file. Do not pass the path, because the path can name another file by now.
         directory: path or descriptor of the file's directory.
-        database: source database, if the file is a copy in another directory. If backups of the directory's owner are
-            not trusted, root keeps the copy, because the owner could change the copy and read all devices.
+        database: source database, if the file is a copy in another directory. If root does not trust backups of the
+            directory's owner, root remains the owner of the copy. The owner of a copy can change the copy and read all
+            devices.
     """
     if os.geteuid() != 0:
         return

@@ -25,8 +25,7 @@ def change_mode(path: Path, mode: int) -> None:
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # The error has two possible causes. Either the path is a symbolic link, or the system can change a mode only by
-        # following links.
+        # The path is a symbolic link, or the system can change a mode only by following links.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)

@@ -29,7 +29,7 @@ _FAILED = 3
 # SQLSTATEs of the error with which a standby answers BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
 
-# Key in the dictionary `memory` of a connection that listens for the notifications of the triggers.
+# The dictionary `memory` of a connection has this key if the connection listens for the notifications of the triggers.
 _LISTENS = "listens"
 
 # Value of libpq's ExecStatusType for an error.
@@ -61,8 +61,8 @@ class PostgreSQLConnection(StoreConnection):
         self._raw.add_notice_handler(self._notice)
         self._begin_message = "; ".join(begin)
         # For commands such as BEGIN, use libpq's function for a message without parameters. A signal can't interrupt
-        # libpq's function, but BEGIN and COMMIT wait only shortly. A signal can interrupt psycopg's cursor, but the
-        # cursor takes 12 µs longer, which is a third of the client's time for a read.
+        # libpq's function, but BEGIN and COMMIT take only a short time. A signal can interrupt psycopg's cursor. But
+        # psycopg's cursor takes 12 µs longer, which is a third of the client's time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
         # If listeners are registered, commands use the instrumented cursor, because it calls the listeners.
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
@@ -105,7 +105,8 @@ class PostgreSQLConnection(StoreConnection):
         return found
 
     def look_for_commits(self) -> tuple[bool, int | None]:
-        """Listen for the notifications of the triggers, and return True, because only a read shows a commit.
+        """Listen for the notifications of the triggers. Return True, because only a read can show whether a commit took
+        place.
 
         Behind a pooler the connection can't listen, because the server's session belongs to several clients in turn.
         """
@@ -162,7 +163,7 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings.clear()
         super().commit()
         if self._warnings and not self.read_only:
-            # The server warns if an administrator cancelled the wait for a synchronous standby. After the cancellation
+            # The server warns if an administrator cancelled the wait for a synchronous standby. After a cancelled wait,
             # only the primary has the commit
             # (https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION).
             raise commit_unknown()
@@ -170,7 +171,7 @@ class PostgreSQLConnection(StoreConnection):
     def _refuse_lost_connection(self) -> None:
         """Raise `ConnectionLostError` if the server has ended the session. Call the method before sending COMMIT.
 
-        The method reads only data that has already arrived, in 1 µs.
+        The method takes 1 µs, because it reads only data that has already arrived.
         """
         pgconn = self._raw.pgconn
         pgconn.consume_input()

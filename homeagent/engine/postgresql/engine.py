@@ -1,6 +1,6 @@
 """The PostgreSQL engine, with bounded connection pools and explicit transactions.
 
-Behind a pooler each transaction can get another session, so the engine does not rely on the state of a session.
+A pooler can give each transaction another session of the server, so the engine does not rely on the state of a session.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["PostgreSQLEngine"]
 
 # Limits on the wait for a host that does not answer. The unit of tcp_user_timeout is milliseconds; the other limits are
-# in seconds. By default libpq waits without a limit to connect, sends the first keepalive after two hours, and waits
-# about 15 minutes on Linux for the acknowledgement of data
+# in seconds. By default, libpq waits without a limit to connect, and sends the first keepalive after two hours. On
+# Linux, libpq waits about 15 minutes for the acknowledgement of data
 # (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # for each host
@@ -55,7 +55,8 @@ _READ_ONLY = "homeagent_reads"
 """Key in the `info` of a connection. The value is True if the connection's transactions are read-only."""
 
 # The SQL text reads the schemas of the search_path that the URL, the role or the database sets. Another client of a
-# pooler can have set a different search_path in the session, so the SQL text restores the default for one transaction.
+# pooler can have set a different search_path in the session. The SQL text therefore restores the default for one
+# transaction.
 _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
 
 
@@ -63,14 +64,13 @@ class PostgreSQLEngine(Engine):
     """One PostgreSQL database. Several writing units run at the same time and use row locks.
 
     The first connection reads the schemas of the `search_path`. Every transaction of the engine uses exactly the
-    schemas that the first connection read. As a result, PostgreSQL does not search a schema that another role creates
+    schemas that the first connection read. PostgreSQL therefore does not search a schema that another role creates
     later, for example under this role's name.
 
     Args:
         url: URL of the form `postgresql+psycopg://…`. The query of the URL can contain libpq's options.
         busy_timeout: maximum wait of a statement for a lock (`lock_timeout`).
-        pool_size: maximum number of writing units at the same time. The same number of reading units can run at the
-            same time.
+        pool_size: maximum number of writing units at the same time, and of reading units at the same time.
     """
 
     feed_interval: float = 0.2
@@ -84,8 +84,8 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # The engine needs the server's warning that a standby may lack a commit. A role's setting could hide this
-        # warning.
+        # The engine needs the server's warning that a standby may lack a commit. A setting of the role could hide the
+        # server's warning.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
         """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
@@ -100,9 +100,9 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Other code, such as instrumentation, can have registered an earlier listener for errors. Therefore the
-        # listeners for execution remove stored values before SQLAlchemy calls any listener for errors. Do not raise the
-        # translated error in the function `_on_error()`, because SQLAlchemy would not call later listeners.
+        # Other code, such as instrumentation, can have registered an earlier listener for errors. The listeners for
+        # execution remove stored values before SQLAlchemy calls any listener for errors. Do not raise the translated
+        # error in the function `_on_error()`, because SQLAlchemy would not call later listeners.
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
@@ -123,15 +123,15 @@ class PostgreSQLEngine(Engine):
         if self.search_schema is None:
             self._fix_search_path(connection)
         if pooled:
-            # A pooler is in use if the two process ids differ, because a pooler reports its own id. Behind a pooler,
-            # the next transaction can get another session. Do not prepare statements, because another session does not
-            # have them. Do not change session settings by SET, because other clients would get these settings.
+            # A pooler reports its own process id. The process id of the server's session is a different id. Behind a
+            # pooler, the next transaction can get another session. Do not prepare statements, because another session
+            # does not have them. Do not change session settings by SET, because other clients would get these settings.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
 
     def _fix_search_path(self, connection: Any) -> None:
-        """Make every transaction search only the schemas that are in the `search_path` now, and search temporary tables
+        """Make every transaction search only the schemas of the present `search_path`, and search temporary tables
         last.
         """
         cursor = connection.execute(_SEARCH_PATH)
@@ -147,7 +147,7 @@ class PostgreSQLEngine(Engine):
         raw: Any = connection.connection.driver_connection
         # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
         if raw.info.transaction_status == 0:
-            # Use READ COMMITTED, also if the role has another default. After the wait for a row lock, the unit must see
+            # Use READ COMMITTED, even if the role has another default. After the wait for a row lock, the unit must see
             # the changes of the previous holder of the lock.
             kind = "REPEATABLE READ READ ONLY" if connection.info.get(_READ_ONLY) else "READ COMMITTED"
             raw.execute("; ".join((f"BEGIN ISOLATION LEVEL {kind}", *self._local_settings())))
@@ -182,7 +182,9 @@ class PostgreSQLEngine(Engine):
         return connection
 
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
-        """Return the SQL that begins a unit. Behind a pooler, the SQL also applies the settings to the transaction."""
+        """Return the SQL that begins a unit. Behind a pooler, the SQL also applies the engine's settings to the
+        transaction.
+        """
         begin = super().begin_of(connection, read_only=read_only)
         return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
 
@@ -255,7 +257,7 @@ def _private_errors() -> Iterator[None]:
 
 
 def _remove_private(error: BaseException) -> None:
-    """Remove the password and the server's message, which can show a row, from an exception of psycopg."""
+    """Remove the password and the server's message from an exception of psycopg. The message can show a row."""
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (message_with_name(error) or "the server's message is withheld",)
@@ -270,7 +272,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
         raise original  # The error was already translated, or was raised in a forked child.
-    clear_locals(original)  # Local variables of homeagent's frames hold stored values.
+    clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
     if not isinstance(context.sqlalchemy_exception, DBAPIError) and not isinstance(
         original, (OverflowError, UnicodeError)
     ):
@@ -289,7 +291,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 def _connect_error(error: BaseException) -> ConnectionLostError:
     """Return the error for a failed connection. The message has the reason for each host, such as a wrong password.
 
-    In libpq's message, the text before the host can show options, and the reason follows the host.
+    In libpq's message, the text before the host can show options. The text after the host is the reason of the failure.
     """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""

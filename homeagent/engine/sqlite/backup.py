@@ -1,8 +1,8 @@
 """Write one backup: copy a snapshot while units write, verify the copy, and rename the complete copy to its target.
 
-SQLite's online backup restarts if another connection writes between two steps (https://sqlite.org/backup.html), so a
-backup under constant writes can run forever. Therefore the source stays in one read transaction, which does not block a
-writer in WAL mode, and all steps copy from this snapshot.
+SQLite's online backup starts again if another connection writes between two steps (https://sqlite.org/backup.html). A
+backup under constant writes could run forever. The source stays in one read transaction, and all steps copy from its
+snapshot. In WAL mode, a read transaction does not block a writer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = ["Contents", "backup_name", "discard", "has_broken_reference", "read_c
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Number of pages to copy between two calls of the function `stop()`. Copying these pages takes at most some
+# Number of pages to copy between two calls of the function `stop()`. The copy of 2,000 pages takes at most some
 # milliseconds.
 _STEP = 2000
 # Number of instructions of SQLite's virtual machine between two calls of the function `stop()`.
@@ -63,8 +63,8 @@ class Contents:
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
-    """Return the file name of a backup. If the names of one revision's backups are sorted, the backups are in the order
-    of their times.
+    """Return the file name of a backup. For one revision, the order of the file names is the order of the backups'
+    times.
     """
     return f"{database.name}.{revision}-{taken_at.strftime('%Y%m%dT%H%M%S%fZ')}.backup"
 
@@ -83,12 +83,12 @@ def write_backup(
 
     The copy is in rollback mode and needs no WAL, so the copy can be opened on a read-only medium.
 
-    Until the copy is verified, it is at the path `partial`. The paths `partial` and `target` must be in the same
-    existing directory. The backup calls the function `stop()` repeatedly, and ends if a call returns True.
+    Until the end of the verification, the copy is at the path `partial`. The paths `partial` and `target` must be in
+    the same existing directory. The backup calls the function `stop()` repeatedly, and ends if a call returns True.
 
     Raises:
         InvalidArgumentError: if the target exists, except with `replace=True`.
-        CorruptDatabaseError: if the database is damaged. The damaged copy is removed.
+        CorruptDatabaseError: if the database is damaged. The function removes the damaged copy.
         DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
         BackupStoppedError: if the function `stop()` returned True.
     """
@@ -110,8 +110,8 @@ def write_backup(
 
 
 def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
-    # After a power cut each backup must be complete and match its manifest. Therefore sync each step to the disk before
-    # the next step.
+    # After a power cut each backup must be complete and match its manifest. Sync each step to the disk before the next
+    # step.
     with explained("put a backup in place at", target):
         if replace:
             manifest_path(target).unlink(missing_ok=True)
@@ -144,7 +144,7 @@ def discard(partial: Path) -> None:
 def read_contents(raw: Any) -> Contents:
     """Read the row counts, revision and epoch of a database. The rows of the version table are not counted.
 
-    If another connection can write to the file, the connection `raw` must be in a transaction.
+    If another connection can write to the file, the argument `raw` must be a connection in a transaction.
     """
     tables = [
         str(row[0])
@@ -248,7 +248,8 @@ def _describe(
 ) -> Manifest:
     """Sync the copy to the disk, read back every byte, and return the manifest."""
     digest = hashlib.sha256()
-    # No connection may have the copy open, because closing the descriptor of the copy would drop SQLite's locks.
+    # Do not call this function while a connection has the copy open. The function closes a descriptor of the copy, and
+    # SQLite would lose its locks.
     with explained("read back a backup at", partial), os.fdopen(os.open(partial, os.O_RDWR | OPEN_FLAGS), "rb") as file:
         sync(file.fileno())
         while block := file.read(1 << 20):
@@ -272,8 +273,8 @@ def _describe(
 
 
 def _require_room(size: int, directory: Path) -> None:
-    # Check the free space before copying. The directory can be on the disk of the database, and the copy must not fill
-    # it.
+    # Check the free space before copying. The copy must not fill the disk, because the database can be on the same
+    # disk.
     with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:

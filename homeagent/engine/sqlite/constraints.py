@@ -66,7 +66,7 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
             columns = tuple(part.removeprefix(f"{table}.") for part in message.split(", "))
             constraint = (_unique_name(raw, table, columns) if kind == "unique" else None) or ", ".join(columns)
     except (apsw.Error, UnicodeError):
-        pass  # if the schema can't be read, the error contains only the names that were found before
+        pass  # the schema can't be read, so the error contains only the names that were found before
     return constraint_conflict(kind, table, constraint, sqlite_code_name(error))
 
 

@@ -77,12 +77,12 @@ def _execute_each(
     execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
 ) -> int:
     """Run a statement once for each set of bindings, and return the number of changed rows."""
-    # Do not use `total_changes`, because it also counts rows that triggers and foreign keys changed. With
-    # `total_changes`, SQLAlchemy's ORM would raise StaleDataError.
+    # Do not use `total_changes`, because SQLAlchemy's ORM would raise StaleDataError. The value of `total_changes`
+    # includes rows that triggers and foreign keys changed.
     changed = 0
     for bindings in sets:
         rows: Any = execute(statement, bindings)
-        rows.fetchall()  # SQLite counts the changes of a statement with RETURNING after its last row
+        rows.fetchall()  # SQLite has the number of changed rows only after the last row of RETURNING
         changed += connection.changes()
     return changed
 
@@ -109,7 +109,7 @@ class StatementCursor(_Cursor):
 
 
 class Cursor(StatementCursor):
-    """DB-API cursor for SQLAlchemy. A store's statements use `StatementCursor`, which costs less."""
+    """DB-API cursor for SQLAlchemy. A store's statements use `StatementCursor`, which takes less time."""
 
     arraysize = 1
     description: Description | None = None  # type: ignore[assignment]  # apsw's own raises after the last row
@@ -149,7 +149,7 @@ class Cursor(StatementCursor):
         return self.connection.last_insert_rowid()
 
     def fetchmany(self, size: int | None = None) -> list[Any]:
-        """Return at most `size` rows. If `size` is absent, return at most `arraysize` rows."""
+        """Return at most `size` rows. Without the argument `size`, return at most `arraysize` rows."""
         rows = []
         for _ in range(self.arraysize if size is None else size):
             row = self.fetchone()
@@ -192,7 +192,7 @@ class Connection(_Connection):
         raise unknown
 
     def after_failed_commit(self, error: BaseException) -> HomeAgentError | None:
-        """Overwrite a failed commit in the WAL. If that is not possible, return a CommitUnknownError.
+        """Overwrite a failed commit in the WAL. If the overwrite fails, return a CommitUnknownError.
 
         The argument `error` is the exception that COMMIT raised.
         """
@@ -238,9 +238,9 @@ class Connection(_Connection):
 
     def confine(self, savepoint: str | None) -> None:
         """Confine later commits and rollbacks of the caller to a savepoint of the transaction. With `savepoint=None`,
-        end the confinement.
+        end the confinement to the savepoint.
 
-        During the confinement, the method `rollback()` rolls back only to the savepoint. During the confinement a
+        During the confinement, the method `rollback()` rolls back only to the savepoint. During the confinement every
         COMMIT fails, also as SQL text, and SQLite rolls back the whole transaction
         (https://sqlite.org/c3ref/commit_hook.html).
         """
@@ -263,8 +263,9 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     # SQLite puts the journal of a large savepoint into a temporary file (https://sqlite.org/tempfiles.html). A
     # container can lack a directory for temporary files.
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Otherwise SQLite plans a statement with `LIMIT ?` again at each execution, because the plan depends on the bound
-    # value (https://sqlite.org/queryplanner-ng.html#qpstab). The planning took a tenth of the time of a page.
+    # Without this option, SQLite plans a statement with `LIMIT ?` again at each execution, because the plan depends on
+    # the bound value (https://sqlite.org/queryplanner-ng.html#qpstab). The repeated planning took a tenth of the time
+    # to read a page of rows.
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection
 
@@ -279,7 +280,8 @@ class Undecodable(bytes):
 
 
 def undecoded_columns(names: Iterable[str]) -> str:
-    """Return the expressions that read columns without decoding texts. The function `decoded_row()` takes their values.
+    """Return the expressions that read columns without decoding texts. The function `decoded_row()` takes the values of
+    the expressions.
 
     The driver decodes each value of the storage class TEXT, and raises an error for a text that is not UTF-8. The
     argument `names` contains names that are quoted for SQL.
@@ -348,8 +350,8 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return the class of SQLAlchemy's pool, which has one connection for each thread for an in-memory database,
-        and otherwise a queue.
+        """Return SQLAlchemy's pool class. The pool of an in-memory database has one connection for each thread. Any
+        other pool is a queue.
         """
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 

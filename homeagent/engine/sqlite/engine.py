@@ -97,7 +97,7 @@ class SQLiteEngine(Engine):
     commits. With `temporary=True`, the engine removes the file's directory when the engine is closed.
     """
 
-    # SQLite allows one writer, and a sync takes many times as long as a small unit, so small units share a commit.
+    # SQLite allows one writer. A sync takes many times as long as a small unit, so small units share a commit.
     shares_commits = True
     feed_interval: float = 0.15
     write_connection_type: type[SQLiteConnection] = SQLiteConnection
@@ -131,7 +131,7 @@ class SQLiteEngine(Engine):
             translate=self.translate_error,
             writers=1,
             readers=READERS,
-            # After a deferred BEGIN, the first write would fail at once if another process has written since the BEGIN
+            # After a deferred BEGIN, the first write fails at once if another process has written since the BEGIN
             # (https://sqlite.org/lang_transaction.html).
             begin_write=("BEGIN IMMEDIATE",),
             # SQLite takes the snapshot at the first read, not at BEGIN.
@@ -162,8 +162,8 @@ class SQLiteEngine(Engine):
         end_with_transactions(connection)
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry) -> None:
-        # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. If the files were
-        # replaced, the WAL can contain commits of another process.
+        # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. If another
+        # program replaced the files, the WAL can contain commits of another process.
         moved: HomeAgentError | None
         try:
             moved = self.identity_check.find_moved(beside=True)
@@ -245,7 +245,7 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a new connection in a read transaction. This transaction does not block writers."""
+        """Yield a new connection in a read transaction, which does not block writers."""
         with self.connect() as connection, read_transaction(connection):
             yield connection
 
@@ -356,7 +356,8 @@ class SQLiteEngine(Engine):
         except CorruptDatabaseError:
             if self._sqlite_will_empty():
                 return
-            # While another process writes the header, it can look damaged. Take the lock and read the header again.
+            # The header can look damaged while another process writes the header. Take the lock and read the header
+            # again.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
@@ -365,7 +366,8 @@ class SQLiteEngine(Engine):
             )
 
     def _sqlite_will_empty(self) -> bool:
-        """Return True if the next connection will empty the file, because its first transaction was interrupted.
+        """Return True if the next connection will empty the file, because a crash interrupted the file's first
+        transaction.
 
         After a power cut the file can contain a part of the first page, which SQLite rolls back.
         """
@@ -373,7 +375,8 @@ class SQLiteEngine(Engine):
         if database_file.size_of(lock_path(self.path)) or database_file.look_at(journal) is None:
             return False
         header = read_start(journal, 20)
-        # Bytes 16 to 19 are the size before the transaction (https://sqlite.org/fileformat2.html, section 3).
+        # Bytes 16 to 19 of a journal are the size of the database before the transaction
+        # (https://sqlite.org/fileformat2.html, section 3).
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
@@ -398,7 +401,7 @@ class SQLiteEngine(Engine):
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # In a forked child, the class `_ClosedAfterFork` raises this error.
-        clear_locals(original)  # Local variables of homeagent's frames hold stored values.
+        clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
         # Before a statement runs, a column type of the application can raise an exception of Python.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):

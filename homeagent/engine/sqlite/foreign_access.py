@@ -1,7 +1,7 @@
 """Protect an open database from a second SQLite library in the same process.
 
 POSIX locks belong to a process. If another library, such as the interpreter's sqlite3, closes a descriptor of the
-database, the process loses the locks of homeagent's connections. Without these locks, other processes may delete the
+database, the process loses the locks of homeagent's connections. Without SQLite's locks, another process may delete the
 WAL (https://sqlite.org/howtocorrupt.html, section 2.2). This module takes two measures:
 
 - On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
@@ -68,7 +68,8 @@ class FileGuard:
         can't be unlocked or closed.
 
         Release the locks before the last connection is closed, because the close locks the file to checkpoint the WAL.
-        Do not close the descriptors before the connection, because SQLite would lose its own locks.
+        Do not close the descriptors before the connection, because SQLite would lose its locks while the connection is
+        open.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -133,15 +134,17 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold the lock while opening and counting a connection, because another thread would mistake an uncounted descriptor
-# for foreign code.
+# Hold the lock while a connection is opened and counted. Another thread would take the descriptor of an uncounted
+# connection for foreign code.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
 
 
 def guard_of(path: Path, identity: Identity) -> FileGuard:
-    """Return the object that holds the locks of a file. All `Database` objects of this process share this object."""
+    """Return the guard, which holds the locks of a file. All `Database` objects of this process for one file share one
+    guard.
+    """
     with _registry:
         guard = _guards.get(identity)
         if guard is None:

@@ -1,7 +1,7 @@
 """The in-use lock is a shared lock on the file `homeagent.db.open` that each process with an open database holds.
 
-A restore takes the lock exclusively, and therefore does not replace an open database. The lock does not depend on the
-database's content, so a damaged database can also be locked. The system releases the lock when the process ends.
+A restore takes the lock exclusively, and therefore does not replace an open database. A process can lock a damaged
+database too, because the lock is on a separate file. The system releases the lock when the process ends.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def in_use_path(database: Path) -> Path:
 
 
 def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
-    """Take the shared in-use lock, for the caller to hold until the last connection is closed.
+    """Take the shared in-use lock. The caller holds the lock until the last connection is closed.
 
     Finish an interrupted restore first. If the lock file can't be created because the directory is not writable, return
     None. In a directory that is not writable, no restore can replace a file, and SQLite can't write.
@@ -89,8 +89,8 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 def kept_from_sqlite(database: Path) -> Iterator[None]:
     """Keep programs that use SQLite from opening the file during the block. If the file is missing, do nothing.
 
-    If another program has the file open, raise DatabaseBusyError. This process must not have the file open through
-    SQLite, because SQLite and this function would drop each other's locks at close.
+    If another program has the file open, raise DatabaseBusyError. Do not call the function while SQLite has the file
+    open in this process. The close of one descriptor would drop all locks of this process on the file.
     """
     with explained("open", database):
         try:

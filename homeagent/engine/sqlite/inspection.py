@@ -1,7 +1,7 @@
 """Read a SQLite file without changing the file, its WAL or the modes of both files.
 
-An ordinary connection could destroy data of a damaged file, because the close of the last connection moves the WAL's
-content into the file and removes the WAL.
+An ordinary connection could destroy data of a damaged file. When the last connection closes, SQLite copies the WAL into
+the file and removes the WAL.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _INSTRUCTIONS = 10_000
 
 
 class Stopwatch:
-    """A statement timeout, which is a progress handler for SQLite. A limit of None means no timeout."""
+    """A statement timeout. SQLite calls the object as its progress handler. A limit of None means no timeout."""
 
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
@@ -69,9 +69,9 @@ def inspect_sqlite(
     Args:
         path: path of the file.
         watch: statement timeout.
-        assume_closed: False to take locks even without a WAL, because a process can be opening the file.
+        assume_closed: False to take locks even without a WAL, because another process can be opening the file.
         is_closed: True if no process of homeagent had the file open a moment ago. With False, SQLite reads a WAL
-            without frames through its index, because an open database can add a frame at any time.
+            without frames through the WAL index, because an open database can add a frame at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -85,8 +85,8 @@ def inspect_sqlite(
         connection = _open(path, options.pop(0), watch)
         try:
             with translated(DRIVER_ERRORS, sqlite_error):
-                # The first read takes the snapshot. Do not begin the transaction earlier. A listener of the host
-                # application can run a PRAGMA on each new connection, and SQLite refuses some PRAGMAs in a transaction.
+                # The first read takes the snapshot. Do not begin the transaction earlier, because SQLite refuses some
+                # PRAGMAs in a transaction. A listener of the host application can run a PRAGMA on each new connection.
                 raw: Any = connection.connection.driver_connection
                 raw.execute("BEGIN")
                 raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
@@ -130,8 +130,9 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
     mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
     if mode == "wal":
         return mode
-    # Without locks SQLite does not report "wal", so read the header. Do not read the header if this process has the
-    # file open, because the close would drop this process's locks (https://sqlite.org/howtocorrupt.html, section 2.2).
+    # A connection without locks does not report the journal mode "wal", so read the header. Do not read the header if
+    # this process has the file open, because the close would drop this process's locks
+    # (https://sqlite.org/howtocorrupt.html, section 2.2).
     if any(str(engine.sa_engine.url.database) == str(path) for engine in open_engines()):
         return None
     # https://sqlite.org/fileformat2.html#file_format_version_numbers
@@ -145,8 +146,8 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
     the statements, for example because an application's function is missing, also return True.
 
-    The argument `tables` has names in lower case. For a trigger, pass `kind="trigger"`, and pass its table as the
-    argument `on`. For a view, pass `kind="view"`, and pass the view's own name as the argument `on`.
+    The argument `tables` has names in lower case. For a trigger, pass `kind="trigger"`, and pass the trigger's table as
+    the argument `on`. For a view, pass `kind="view"`, and pass the view's name as the argument `on`.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []

@@ -30,9 +30,9 @@ __all__ = ["check_content", "check_table", "refuse_unclean_damage"]
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Largest sizes of a file for the full check, and for the quick check, when a database is opened. The full check takes
-# about 5 ms per MiB. The quick check takes about 1 ms per MiB, and does not compare indexes with tables. A larger file
-# is checked only after an unclean end and on the sweeper's schedule.
+# When a database is opened, a file up to the first size gets the full check. A file up to the second size gets the
+# quick check. The full check takes about 5 ms per MiB. The quick check takes about 1 ms per MiB, and does not compare
+# indexes with tables. A larger file is checked only after an unclean end and on the sweeper's schedule.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 

@@ -1,11 +1,11 @@
 """Wait for the write lock of another process. Frequent tries get the lock even if a process writes without pause.
 
 SQLite's own busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
-again at once leaves the lock free only for short moments. SQLite's busy handler seldom tries in one of these short
-moments. In a test with eight writing processes, some processes waited for seconds. A process that tries every few
+again at once leaves the lock free only for short moments. SQLite's busy handler seldom tries at a moment at which the
+lock is free. In a test with eight writing processes, some processes waited for seconds. A process that tries every few
 milliseconds gets the lock. With more frequent tries the lock moves between processes more often, which slows all
-writes. On a busy machine, pauses of 0.5 to 2 ms raised the 99th percentile of the write times of eight processes two to
-five times. On a quiet machine, pauses of 0.5 to 2 ms made no difference.
+writes. On a busy machine with eight writing processes, pauses of 0.5 to 2 ms made the 99th percentile of the write
+times two to five times as long. On a quiet machine, pauses of 0.5 to 2 ms made no difference.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _PAUSE = (0.001, 0.005)
 
 
 class LockWait:
-    """A busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html). At the start of each wait it calls the
-    function `began()`.
+    """A busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html). At the start of each wait, the handler
+    calls the function `began()`.
     """
 
     def __init__(self, timeout: float, began: Callable[[], object]) -> None:

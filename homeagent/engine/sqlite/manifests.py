@@ -49,8 +49,8 @@ class Manifest(BaseModel):
 
     Attributes:
         format: version of the manifest's format.
-        kind: the text "upgrade" for a copy that was made before a schema upgrade, "adoption" for a copy of another
-            application's file before its adoption, or "backup" for any other backup.
+        kind: the text "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file
+            before its adoption, or "backup" for any other backup.
         database: absolute path of the source database.
         taken_at: time of the backup, by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
@@ -86,7 +86,7 @@ def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None
     Args:
         backup: path of the backup.
         database: path of the source database, or of the target of a restore. The directory of the database decides
-            which owners are trusted. By default it is the path of the backup.
+            which owners are trusted. By default, the argument is the path of the backup.
 
     Raises:
         InsecureFileError: if the manifest has a second hard link, or belongs to a user whose backups are not trusted
@@ -113,9 +113,9 @@ def write_manifest(backup: Path, manifest: Manifest) -> None:
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
     """Return the backups in a directory, oldest first. Leave out a backup whose size differs from the manifest.
 
-    Do not open the backups, because the function `restore()` checks their content. Leave out a backup that the function
-    `restore()` would refuse because of its owner or a second hard link, and the copy of an adopted file. A directory
-    that cannot be read counts as empty.
+    Do not open the backups, because the function `restore()` checks their content. Leave out the copy of an adopted
+    file. Leave out a backup that `restore()` would refuse because of the backup's owner or a second hard link. A
+    directory that cannot be read counts as empty.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -133,12 +133,13 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Return the path of the newest backup of a database, or None. The argument is a path from `locate_file()`.
+    """Return the path of the newest backup of a database, or None. The argument `database` is a path from
+    `locate_file()`.
 
     Search the directory of the database and the directory of the last backup. The database itself need not exist.
     """
-    # In the database's own directory, compare only the name of the source database, because the directory can have been
-    # moved.
+    # In the database's directory, compare only the file name of the source database, because the whole directory can
+    # have been moved.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:

@@ -1,7 +1,7 @@
 """Close the unfinished statements of an ORM session at the end of its transaction.
 
-In SQLite a statement with unfetched rows outlives COMMIT and ROLLBACK, and keeps the read snapshot. Therefore the next
-unit of work on the connection would read old rows, and could not write after a commit of another process.
+In SQLite a statement with unfetched rows stays open after COMMIT and ROLLBACK, and keeps the read snapshot. An open
+statement would make the next unit of work read old rows, and fail to write after a commit of another process.
 """
 
 from __future__ import annotations

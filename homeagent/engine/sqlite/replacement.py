@@ -1,9 +1,9 @@
 """Replace a database atomically. After a crash at any moment either the old or the new database is complete.
 
 A replacement changes the database file and its WAL, but no file system can change two files in one step. Between the
-two steps SQLite would replay the old WAL over the new file, or read the old file without its last commits. Therefore
-homeagent first writes its intent as a marker to the in-use lock file, which every `Database.open()` locks. If the lock
-file has a marker of a replacement, the next `Database.open()` first finishes the replacement.
+two changes, SQLite would apply the old WAL to the new file, or miss the last commits of the old file. Before any
+change, homeagent writes a marker to the in-use lock file, which every `Database.open()` locks. If the lock file has a
+marker of a replacement, the next `Database.open()` first finishes the replacement.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _MARKER = r"initialised, epoch (\d+)"
 
 
 def new_path(database: Path, stamp: str) -> Path:
-    """Return the path at which the new database is before the replacement."""
+    """Return the path of the new database before the replacement."""
     return database.with_name(f"{database.name}.{stamp}.restoring")
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return the path at which the old database is after the replacement. The old sidecar files get the same prefix as
-    the old database.
+    """Return the path of the old database after the replacement. The old sidecar files get the same prefix as the old
+    database.
     """
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 
@@ -103,11 +103,10 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
         )
     stamp, epoch = found[1], int(found[2])
     new, kept = new_path(database, stamp), quarantine_path(database, stamp)
-    # Check the file at `new_path`. If the replacement is already finished, another user can have created the file
-    # afterwards.
+    # Check the file at `new_path`. After a finished replacement, another user can have created a file at `new_path`.
     if inspect_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
-            # The old file keeps its name until the new file takes this name, so the path exists at every moment.
+            # The new file takes over the name of the old file in one step, so the path exists at every moment.
             if os.path.lexists(database) and not os.path.lexists(kept):
                 _link_or_rename(database, kept)
             for old_sidecar, kept_sidecar in zip(sidecars(database), sidecars(kept), strict=True):
@@ -122,12 +121,12 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
 
 
 def _link_or_rename(path: Path, second: Path) -> None:
-    """Give a file a second name by a hard link. On a file system without hard links rename the file."""
+    """Give a file a second name by a hard link. On a file system without hard links, rename the file."""
     try:
         second.hardlink_to(path)
     except OSError as error:
-        # After a rename the database's path is absent for a moment. A process that opens the database at this moment
-        # finds the marker and finishes the replacement.
+        # After a rename, no file has the database's path for a moment. A process that opens the database in the
+        # meantime finds the marker and finishes the replacement.
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
             raise
         path.replace(second)

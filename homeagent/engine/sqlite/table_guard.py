@@ -13,7 +13,8 @@ __all__ = ["refuse_changes"]
 _WRITES = frozenset({apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE, apsw.SQLITE_DROP_TABLE})
 _TRIGGERS = frozenset({apsw.SQLITE_CREATE_TRIGGER, apsw.SQLITE_DROP_TRIGGER})
 
-# Actions for which SQLite's second argument is the table (https://sqlite.org/c3ref/c_alter_table.html).
+# Actions for which SQLite passes the name of the table as the second argument
+# (https://sqlite.org/c3ref/c_alter_table.html).
 _OF_TABLE = {
     apsw.SQLITE_ALTER_TABLE,
     apsw.SQLITE_CREATE_INDEX,

@@ -1,13 +1,13 @@
 """Find committed transactions that are lost from a write-ahead log (WAL).
 
-SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. In this way it discards a commit that a
-crash interrupted. But if the WAL was damaged or truncated later, SQLite silently discards complete commits
-(https://sqlite.org/fileformat2.html#walformat, section 4.2). Two traces of lost commits remain. The first trace is a
-last frame of a commit that comes after the damaged place. The second trace is the WAL index (-shm), which a killed
-process leaves behind with the number of committed frames (https://sqlite.org/walformat.html#the_wal_index_file_format,
-section 2.1).
+SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. SQLite thus discards a commit that a
+crash interrupted. If the WAL was damaged or truncated later, SQLite silently discards complete commits
+(https://sqlite.org/fileformat2.html#walformat, section 4.2). One trace of a lost commit is the last frame of a commit
+after the damaged place. Another trace is the number of committed frames in the WAL index (-shm), which a killed process
+leaves behind (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
-No process may have the database open. In this process, closing the WAL index would drop SQLite's locks.
+No process may have the database open. If this process had the database open, SQLite would lose its locks when this
+module closes the WAL index.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["LostCommits", "find_lost_commits", "has_frames", "read_start"]
 
 _HEADER = 32
 _FRAME_HEADER = 24
-_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # byte order of a checksum's words.
+_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # byte order of the words that the checksum adds up
 _SMALLEST_LOG = _HEADER + _FRAME_HEADER + SMALLEST_DATABASE  # Size of a WAL with one frame of the smallest page.
 _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
@@ -46,12 +46,12 @@ _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Damage of a WAL.
+    """Result of a check that found lost commits in a WAL.
 
     Attributes:
         problem: description of the damage, without a remedy.
         frames: number of frames that SQLite would still read.
-        by_power_cut: True if a power cut during the durability "normal" can be the cause.
+        by_power_cut: True if a power cut with the durability "normal" can be the cause.
     """
 
     problem: str
@@ -68,8 +68,8 @@ class _Index(NamedTuple):
 def has_frames(path: Path) -> bool:
     """Return whether SQLite would read a frame of this database's WAL. The caller may have the database open.
 
-    A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave a part of a
-    header. SQLite ignores a WAL without frames. But if no other connection is open, a connection with `readonly_shm=1`
+    A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave an incomplete
+    WAL header. SQLite ignores a WAL without frames. If no other connection is open, a connection with `readonly_shm=1`
     fails on a WAL without frames after 10 seconds (SQLITE_PROTOCOL).
     """
     log = sidecars(path)[0]
@@ -95,8 +95,8 @@ def find_lost_commits(path: Path) -> LostCommits | None:
     """Find commits that SQLite would silently discard when it opens the database. If no lost commit is found, return
     None.
 
-    Without a WAL index, damage in the last commit is not found, because a power cut in the middle of COMMIT leaves the
-    same content. No process may have the database open.
+    Without a WAL index, the function does not find damage in the last commit. A power cut in the middle of COMMIT
+    leaves the same content as damage in the last commit. No process may have the database open.
 
     Raises:
         DatabaseError: if a file can't be read, or if the WAL can't be copied.
@@ -112,7 +112,7 @@ def find_lost_commits(path: Path) -> LostCommits | None:
 
 class _Log(NamedTuple):
     committed: int  # Number of frames up to the end of the last intact commit.
-    later_commits: int  # Number of later frames of this WAL that end a commit.
+    later_commits: int  # Number of frames that end a commit and come after the last intact commit.
     salt: bytes | None  # None if the WAL has no valid header
     exists: bool = True
     is_blank: bool = False  # True if the WAL is too short for a frame, or has only zeros, as after a power cut
@@ -212,7 +212,7 @@ def _is_later(salt: bytes, *, than: bytes) -> bool:
 
 
 def _read_index(index: Path) -> _Index | None:
-    """Return the content of the WAL index. If the index is missing or invalid, return None."""
+    """Return the content of the WAL index. If the WAL index is missing or invalid, return None."""
     content = read_start(index, _INDEX)
     header = content[:_INDEX_HEADER]
     if len(content) < _INDEX or header != content[_INDEX_HEADER : 2 * _INDEX_HEADER]:
