@@ -6,11 +6,11 @@ A *generated* secret comes from `generate_secret`, has 256 random bits and can't
 SHA-256 of a generated secret.
 
 Any other secret could be guessed, because a person can have chosen the text. The database stores an Argon2id hash (RFC
-9106) of such a secret. The default costs are the second recommended option of RFC 9106, with 64 MiB.
+9106) of a secret that is not generated. The default costs are the second recommended option of RFC 9106, with 64 MiB.
 
 The duration of a check depends only on the presented secret, with one exception (see `SecretHasher.check`). The
-duration of a check does not reveal whether the device exists, which kind of secret it has, or whether an older secret
-is valid.
+duration of a check does not reveal whether the device exists, which kind of secret the device has, or whether an older
+secret is valid.
 
 `homeagent.scram` lets a device prove a secret without sending the secret.
 """

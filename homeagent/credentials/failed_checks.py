@@ -1,7 +1,7 @@
 """A counter of failed checks of guessable secrets, for each presented device id.
 
-Failed checks of unknown ids also count, so a refusal does not reveal whether a device exists. Checks of generated
-secrets do not count and are not refused, because a generated secret can't be guessed.
+Failed checks of unknown ids count like other failed checks, so a refusal does not reveal whether a device exists.
+Checks of generated secrets do not count and are not refused, because a generated secret can't be guessed.
 
 A successful check does not reset the count of failures. With a reset, each success of the device would allow an
 attacker 30 more guesses.
@@ -53,8 +53,8 @@ class CheckAttempt:
 
 
 class FailedChecks:
-    """Counts the failed checks of each device id. After too many failed checks of an id within a minute, further checks
-    of this id are refused.
+    """Counts the failed checks of each device id. After too many failed checks of an id within a minute, the class
+    refuses further checks of the id.
 
     The counts are in the memory of one process. A check counts from its start, so concurrent checks can't exceed the
     limit. A check that does not fail is removed from the count.
@@ -92,7 +92,7 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of this id while the block runs. Keep the count after the block only if the check failed.
+        """Count a check of the id while the block runs. Keep the count after the block only if the check failed.
 
         Raises:
             TooManyAttemptsError: if the id has reached the limit of `per_minute` checks. Failed checks of the last

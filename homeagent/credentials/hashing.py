@@ -68,7 +68,7 @@ class _Costs:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """The inputs of an Argon2 digest except the secret. One Argon2 run checks all hashes with the same inputs."""
+    """The inputs of an Argon2 digest except the secret. One Argon2 run checks all hashes with equal inputs."""
 
     costs: _Costs
     salt: bytes
@@ -101,7 +101,7 @@ def _parse_argon2(stored: str) -> _Argon2Hash | None:
     except binascii.Error:
         return None
     recipe = _Recipe(costs, salt, len(digest))
-    # Refuse a second spelling of the same value, such as base64 with unused bits set (RFC 4648 section 3.5).
+    # Refuse a second spelling of a stored hash, such as base64 with unused bits set (RFC 4648 section 3.5).
     return _Argon2Hash(recipe, digest) if _format_argon2(recipe, digest) == stored else None
 
 
@@ -109,7 +109,7 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# A generated secret of an unknown device is compared with this constant hash, so the check takes the same time.
+# Compare a generated secret of an unknown device with this hash, so that the check takes as long as for a known device.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 _MAX_STORED = 2
 
@@ -136,7 +136,7 @@ class SecretHasher:
     """Hashes and checks secrets. The arguments set the costs of an Argon2 run and the number of concurrent runs.
 
     The default costs are the defaults of argon2-cffi, and the second recommended option of RFC 9106 section 4. A hash
-    with other costs still matches. For a hash with other costs, a check with the right secret also returns a new hash.
+    with other costs still matches. A check with the right secret returns a new hash if the stored hash has other costs.
 
     Args:
         time_cost: number of passes over the memory, 1 to 64.
@@ -187,11 +187,12 @@ class SecretHasher:
             secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
                 secret is not normalised.
             beside: stored hash that stays valid together with the new hash during a rotation. If the old and the new
-                hash are Argon2 hashes, the new hash takes over the old salt, so one run checks both hashes. The
-                duration of a check therefore does not reveal a rotation. RFC 9106 section 3.1 asks for a salt for each
-                password, so that an attacker can't try one guess on many accounts. Both hashes belong to one device, so
-                they can share a salt. Pass None if the old secret becomes invalid at once.
-            waiting: maximum number of waiting callers of this hasher, including this caller.
+                hash are Argon2 hashes, the new hash takes over the old salt. With the shared salt, one Argon2 run
+                checks both hashes. The duration of a check therefore does not reveal a rotation. RFC 9106 section 3.1
+                asks for a salt for each password, so that an attacker can't try one guess on many accounts. Both hashes
+                belong to one device, so the two hashes can share a salt. Pass None if the old secret becomes invalid at
+                once.
+            waiting: maximum number of callers that wait for this hasher, including the caller of the method.
 
         Returns:
             A text of at most 256 characters. For a generated secret, the text is `sha256$` and 64 hex digits. For any
@@ -227,7 +228,7 @@ class SecretHasher:
             stored: at most 2 hashes: the present hash, and the previous hash while the previous secret is valid. For an
                 unknown device, pass an empty sequence. A damaged hash or a hash of an unknown kind does not match. A
                 generated secret does not match an Argon2 hash.
-            waiting: maximum number of waiting callers of this hasher, including this caller.
+            waiting: maximum number of callers that wait for this hasher, including the caller of the method.
 
         Raises:
             InvalidArgumentError: if the argument `stored` has more than 2 hashes, or is a string.
@@ -254,7 +255,7 @@ class SecretHasher:
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # spend the 30 µs of parsing also for an unknown device
+            _parse_argon2(self._decoy_text)  # Spend the 30 µs of parsing also for an unknown device.
         # The dictionary `recipes` is used as an ordered set. If the device has no Argon2 hash, run Argon2 with the
         # costs of the decoy hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
@@ -268,8 +269,8 @@ class SecretHasher:
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
-        # The secret was right, so accept the device even if no run for the new hash can start. The next check tries
-        # again to make a new hash.
+        # The secret was right, so accept the device even without a run for the new hash. The next check tries again to
+        # make a new hash.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)
@@ -320,7 +321,7 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
     method `SecretHasher.hash()`.
 
     The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. With `waiting=16`, at most
-    16 callers can wait at the same time in the whole process.
+    16 callers of the process can wait at the same time.
     """
     return _default.hash(secret, beside=beside, waiting=waiting)
 
@@ -330,6 +331,6 @@ def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int
     `SecretHasher.check()`.
 
     The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. With `waiting=16`, at most
-    16 callers can wait at the same time in the whole process.
+    16 callers of the process can wait at the same time.
     """
     return _default.check(secret, stored, waiting=waiting)

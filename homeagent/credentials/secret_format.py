@@ -98,9 +98,9 @@ def generate_secret() -> SecretStr:
 def is_generated(secret: SecretStr | str) -> bool:
     """Return True if a secret has the format of the function `generate_secret()`.
 
-    A text that a person chose in the same format has a matching checksum with a probability of 1 in 2**32. Use only
-    `generate_secret()` to create secrets in this format. The SHA-256 in the database is safe only for a secret of 256
-    random bits.
+    A person's text in the format of a generated secret has a matching checksum with a probability of 1 in 2**32. Only
+    `generate_secret()` may create secrets with the format of a generated secret. The SHA-256 in the database is safe
+    only for a secret of 256 random bits.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:

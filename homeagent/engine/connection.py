@@ -24,7 +24,8 @@ R = TypeVar("R")
 
 
 class StoreConnection:
-    """A connection outside SQLAlchemy's pool, on which one unit of work runs at a time.
+    """A long-lived connection that does not belong to SQLAlchemy's pool. One unit of work runs on the connection at a
+    time.
 
     Args:
         connection: SQLAlchemy's connection, to which an ORM session can be bound.
@@ -140,8 +141,8 @@ class StoreConnection:
 
         Raises:
             DatabaseMovedError: if the file was deleted, moved or replaced. The transaction was not committed.
-            CommitUnknownError: if the connection was lost before the server answered. A failed COMMIT of SQLite
-                also raises the error, if a later connection could recover the commit from the WAL.
+            CommitUnknownError: if the connection was lost before the server answered. On SQLite, the
+                method also raises the error after a failed COMMIT that a later connection could recover from the WAL.
         """
         if self._identity_check is not None and not self.read_only:
             self._identity_check.before_commit()
@@ -167,7 +168,7 @@ class StoreConnection:
         return self._refused(error, "COMMIT")
 
     def rollback(self) -> None:
-        """Roll back the transaction. Do nothing if there is no transaction, or if the process was forked."""
+        """Roll back the transaction. In a forked child, or without a transaction, do nothing."""
         if isinstance(self._raw, _ClosedAfterFork):
             return  # the transaction belongs to the parent process
         if self._root is not None:
@@ -272,7 +273,7 @@ class StoreConnection:
             raise _read_only()
         failure: BaseException
         try:
-            # Do not use fetchone, because a statement with an unread row keeps its locks and its snapshot.
+            # Do not use fetchone, because a statement with an unread row keeps SQLite's locks and snapshot.
             rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
         except self._driver_errors as error:
             failure = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
@@ -381,7 +382,7 @@ class StoreConnection:
     def invalidate(self) -> None:
         """Make every further statement of a forked child raise `DatabaseClosedError`, even while a unit is open.
 
-        Do not close the connection, because SQLite would then delete the WAL that the parent process still uses.
+        Do not close the connection, because SQLite would delete the WAL that the parent process still uses.
         """
         if self._connection.closed:
             return  # the connection was closed before the fork
@@ -389,8 +390,8 @@ class StoreConnection:
         _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # Replace the driver's connection inside SQLAlchemy's connection too, because an ORM session does not use the
-        # attribute `_raw`.
+        # An ORM session does not use the attribute `_raw`, so replace the driver's connection inside SQLAlchemy's
+        # connection too.
         fairy: Any = self._connection.connection
         fairy.dbapi_connection = gone
 

@@ -165,7 +165,7 @@ class Counters:
 
 
 def _percentile(values: deque[N], percent: int) -> N | None:
-    """Return a percentile by the nearest-rank method; None if there are no values."""
+    """Return a percentile by the nearest-rank method, or None if there are no values."""
     # Do not sort the deque itself, because another thread can append to the deque. The call `list(values)` copies the
     # deque in one step.
     ordered = sorted(list(values))  # noqa: C414

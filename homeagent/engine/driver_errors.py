@@ -2,7 +2,7 @@
 
 A driver's message can contain stored values. For example, psycopg puts the rejected row into DETAIL. The message of a
 translated error contains only the kind of error, the remedy, names from the schema and the SQL text of homeagent's
-statement. The translated error has no cause or context, so it does not refer to the driver's exception.
+statement. The translated error has no cause or context, so the error does not refer to the driver's exception.
 """
 
 from __future__ import annotations
@@ -74,9 +74,7 @@ _MISSING_REMEDY = (
 
 
 def message_with_name(error: BaseException) -> str:
-    """Return the database's message. If the database's message can contain a stored value, return an empty text
-    instead.
-    """
+    """Return the database's message. If the database's message can contain a stored value, return an empty text."""
     first, *_ = str(error).splitlines() or [""]
     return first if _NAMING.fullmatch(first) else ""
 
@@ -93,7 +91,7 @@ def named(error: BaseException) -> str:
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
     """Add the SQL text of the statement to an error of the class DatabaseError. Return an error of any other class
-    unchanged, also an error of a subclass of DatabaseError.
+    unchanged. A subclass of DatabaseError counts as another class.
 
     Args:
         error: error that a statement of homeagent caused.
@@ -208,7 +206,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 }
 
 
-# Exceptions that have no result code, because apsw or Python raises them before or after SQLite runs a statement.
+# Exceptions of apsw or Python that have no result code of SQLite.
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
     apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),
@@ -288,7 +286,8 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         busy.sqlstate = state
         return busy
     if state.startswith(("08", "57P")) or state in {"25P03", "25P04"}:
-        # The server was restarted, another server took its place, or the server ended a session that was idle too long.
+        # The server was restarted, another server took the server's place, or the server ended a session after a long
+        # idle time.
         return ConnectionLostError(
             "the PostgreSQL server closed the connection or is starting: run the unit again" + label
         )

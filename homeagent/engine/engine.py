@@ -205,7 +205,7 @@ class Engine(ABC):
             truncate: if True, also wait for readers, and truncate the WAL.
 
         Returns:
-            False if the WAL was not truncated, because another unit or process used the WAL until the timeout.
+            False if the WAL was not truncated. Another unit or process used the WAL until the timeout.
         """
 
     def _connection(self, *, read_only: bool) -> StoreConnection:
@@ -288,7 +288,7 @@ class Engine(ABC):
         """Return the mutex `feed_mutex`, and the mutexes of the connection pools. The caller holds the mutexes during a
         fork.
         """
-        # Take the mutex `feed_mutex` first, because its holder then takes the mutexes of a pool.
+        # Take the mutex `feed_mutex` first, because a thread with `feed_mutex` also takes the mutexes of a pool.
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
 

@@ -1,9 +1,10 @@
 """Prepare open databases for a fork of the process.
 
 A child process does not inherit file locks, but inherits the memory in which SQLite records the parent's locks. A new
-connection of the child would rely on locks that the child does not hold. The parent could then delete the WAL
-(https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). Each engine closes its idle
-connections before a fork. If a unit of work uses a connection during the fork, the child refuses to open the file.
+connection of the child would rely on locks that the child does not hold. The parent could delete the WAL while the
+child uses the WAL (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). Each
+engine closes its idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses
+to open the file.
 
 The forking thread holds the mutexes of all connection pools during the fork. Do not release the mutexes before the end
 of the fork (`test_forks_under_load`). Another thread could open a connection during the fork and hold a lock of SQLite.
@@ -90,8 +91,7 @@ def _after() -> None:
 
 def _after_in_child() -> None:
     engines = list(_known)
-    # Mark all engines as forked before the second loop, because an error in the second loop must not leave a usable
-    # engine.
+    # Mark all engines as forked before the second loop. An error in the second loop must not leave a usable engine.
     for engine in engines:
         engine.is_forked_copy = True
     try:

@@ -1,9 +1,10 @@
 """Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy.
 
 A store's statements run on the driver's cursor, so listeners such as OpenTelemetry's would miss the statements. If
-there are listeners when a connection is created, the connection's cursor is wrapped. The wrapper calls the listeners in
-the same order and with the same arguments as SQLAlchemy (https://docs.sqlalchemy.org/en/21/core/events.html). Unlike
-SQLAlchemy, the wrapper hides all parameters, and passes homeagent's error instead of the driver's error.
+listeners are registered at the creation of a connection, the connection gets a wrapped cursor. The wrapper calls the
+listeners in the same order and with the same arguments as SQLAlchemy
+(https://docs.sqlalchemy.org/en/21/core/events.html). Unlike SQLAlchemy, the wrapper hides all parameters. The wrapper
+passes homeagent's error to the listeners, and not the driver's error.
 """
 
 from __future__ import annotations

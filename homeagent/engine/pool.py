@@ -1,8 +1,8 @@
 """A fair (first in, first out) connection pool. With size 1 the pool is the write lock.
 
-The class `threading.Lock` is not fair, because a thread can release the lock and take it again before a waiting thread
-runs. In a trial with `threading.Lock`, the writers waited 400 ms for a sweep. SQLite's busy handler is not fair either.
-The pool passes a released connection to the thread with the longest wait.
+The class `threading.Lock` is not fair. A thread can release the lock and take the lock again before a waiting thread
+runs. In a trial with `threading.Lock`, the writers waited 400 ms for a sweep. SQLite's busy handler is not fair. The
+pool passes a released connection to the thread with the longest wait.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class ConnectionPool(Generic[T]):
         waiter: _Waiter[T] | None = None
         has_place = False
         # CPython runs a signal handler only after a call or a jump back. Do not add a call between the line that takes
-        # a resource and the line that records the holder. The interrupt tests of tests/engine/test_pool.py would fail.
+        # a resource and the line that records the holder. An added call makes the interrupt tests of
+        # tests/engine/test_pool.py fail.
         try:
             with self.mutex:
                 if self._closed:
@@ -145,7 +146,7 @@ class ConnectionPool(Generic[T]):
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
-        """Remove a waiter from the queue. If another thread has already passed a resource to the waiter, pass this
+        """Remove a waiter from the queue. If another thread has already passed a resource to the waiter, pass the
         resource to the next waiter.
         """
         with self.mutex:
@@ -178,13 +179,15 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def release_own(self, resource: T) -> None:
-        """Release the resource if the calling thread still holds it after an interrupt. Otherwise do nothing."""
+        """If the calling thread still holds the resource after an interrupt, release the resource. Otherwise do
+        nothing.
+        """
         holder = self._held.get(resource)
         if holder is not None and holder[0] == get_ident():
             self.release(resource)
 
     def discard(self, resource: T) -> None:
-        """Close a resource that must not be used again. The pool can then create a new resource in place of the closed
+        """Close a resource that must not be used again. The pool can create a new resource in place of the closed
         resource.
         """
         try:
@@ -234,7 +237,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
-        """Return the error for a caller that has waited too long. The message of the error names the holders."""
+        """Return the error for a caller whose wait has reached the timeout. The message names the holders."""
         with self.mutex:
             return self._busy(timeout)
 

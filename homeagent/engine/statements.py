@@ -60,12 +60,12 @@ class Compiled(Generic[R]):
 
     Attributes:
         sql: SQL text, with the placeholders of the driver.
-        bind: function that converts a mapping of parameters to a tuple of the driver's values for the placeholders.
+        bind: function that converts a mapping of parameters to the tuple of values that the driver gets.
         load: function that converts the driver's rows to a list of results.
         writes: True if the statement changes the database.
         columns: columns of a row, in the order of the values.
         target: name of the table that the statement writes to, or None for a reading statement or an unknown table.
-        cascade: name of the attribute of foreign keys that defines the statement's action in other tables: `ondelete`,
+        cascade: name of the foreign-key attribute that defines the statement's action in other tables: `ondelete`,
             `onupdate`, or None for an INSERT.
     """
 
@@ -134,7 +134,7 @@ _READING = (Select, CompoundSelect)
 
 
 class Statement(Generic[R]):
-    """One SQL statement with the type of its results.
+    """One SQL statement, and the type of the statement's results.
 
     Create a `Statement` once, for example as a constant of a module. Each engine compiles the statement at its first
     use. A SELECT of one model gives instances of the model, which must derive from `homeagent.Table`. A SELECT of one
@@ -145,7 +145,7 @@ class Statement(Generic[R]):
         make: expression of the statement or, for an upsert, a function that gets the dialect's `insert()` and returns
             the expression. For each value that differs between calls, the expression contains a bindparam() of
             SQLAlchemy.
-        lock: True if a SELECT in a write unit locks its rows until the unit ends. SQLite does not lock rows.
+        lock: True if a SELECT in a write unit locks the selected rows until the unit ends. SQLite does not lock rows.
         returning: model class of the rows that a writing statement returns; None if the statement returns no rows.
 
     Raises (at the first use):
@@ -231,9 +231,9 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 
 
 def _column_keys(expression: Any) -> list[str] | None:
-    """Return the columns of an INSERT without values, which are all columns except a key that the database assigns.
+    """Return the columns of an INSERT without values: all columns except a key that the database assigns.
 
-    For any other statement, return None. By default, SQLAlchemy would also insert the key.
+    For any other statement, return None. By default, SQLAlchemy would also insert a key that the database assigns.
     """
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
@@ -244,7 +244,7 @@ def _column_keys(expression: Any) -> list[str] | None:
 
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
-    """Return the functions that give the default values of the model, for columns that the statement does not name."""
+    """Return the functions that give default values of the model for the columns that the statement leaves out."""
     makers: dict[str, Callable[[], Any]] = {}
     for columns, attribute in ((compiled.insert_prefetch, "default"), (compiled.update_prefetch, "onupdate")):
         for column in columns:
@@ -360,7 +360,7 @@ def _columns(expression: Any, returning: type[Table] | None) -> list[Any]:
     return list(expression.exported_columns) if hasattr(expression, "exported_columns") else []
 
 
-# This function sets the attribute `__dict__` without calling Pydantic's slower `__setattr__`.
+# The function sets the attribute `__dict__` faster than Pydantic's method `__setattr__`.
 _set_dict: Any = BaseModel.__dict__["__dict__"].__set__
 
 

@@ -29,7 +29,7 @@ ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
 # A server's address that does not have the form of a URL. If homeagent used a server's address as a path, homeagent
-# would create an empty store, and messages would show the server's password. Examples are libpq's "host=… password=…",
+# would create an empty store. Messages would show the server's password. Examples are libpq's "host=… password=…",
 # "postgresql:/…", "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…".
 _ADDRESS = re.compile(
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
@@ -60,7 +60,7 @@ class Target(NamedTuple):
 
     @property
     def is_temporary(self) -> bool:
-        """True if the target is `:memory:`, a private temporary file that is deleted when the database is closed."""
+        """True if the target is `:memory:`, a temporary file. The file is deleted when the database is closed."""
         return self.path is None and self.url is None
 
     @property
@@ -98,10 +98,10 @@ def resolve_target(target: Given) -> Target:
             also a path. A Pydantic SecretStr is treated as a str.
 
     Raises:
-        InvalidArgumentError: if the target is empty, contains a control character, or names a directory. The function
-            also raises the error for a SQLite URI, and for a str that looks like a server's address. A URL must have a
-            valid form and name a supported engine. A server's URL must be UTF-8 and have a possible host and port. The
-            error message does not show the URL or the address, which can contain a password.
+        InvalidArgumentError: if the target is empty, contains a control character, or names a directory. A SQLite URI,
+            and a str that looks like a server's address, also lead to the error. A URL must have a valid form and name
+            a supported engine. A server's URL must be UTF-8 and have a possible host and port. The error message does
+            not show the URL or the address, which can contain a password.
     """
     try:
         found = _read(target)
@@ -167,7 +167,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith(("/", os.sep)):
-        # The function `locate_file()` would drop the last slash, and the path would then name a file.
+        # The function `locate_file()` would drop the last slash, and the path would name a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 
@@ -201,7 +201,7 @@ def _read_server_url(url: URL) -> Target | InvalidArgumentError:
     try:
         hosts = url.get_dialect()().create_connect_args(url)[1].get("host", "")
         for host in hosts.split(","):
-            # The host of a URL can also be the directory or the abstract name of the server's socket.
+            # In a server's URL, the host can be the directory or the abstract name of the server's socket.
             if not host.startswith(("/", "@")):
                 host.encode("idna")
     except (ArgumentError, ValueError):

@@ -1,8 +1,8 @@
 """Locate, inspect and create the files of a SQLite database.
 
-A user with write access to the database can approve any device, and a user with read access sees every device. The
-files of a database therefore have mode 0600. This module refuses a symbolic link, a file with several hard links, and a file of
-an untrusted user. The module `homeagent.engine.files.owners` lists the trusted users.
+A user with write access to the database can approve any device, and a user with read access sees every device.
+homeagent therefore creates each file of a database with mode 0600. This module refuses a symbolic link, a file with
+several hard links, and a file of an untrusted user. The module `homeagent.engine.files.owners` lists the trusted users.
 
 This module inspects an existing database by `lstat` only. Do not open a database file, or a file `-wal`, `-shm` or
 `-journal`, in this module. A process that closes any descriptor of a file loses all POSIX locks of SQLite on the file
@@ -73,8 +73,8 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a database file. Expand `~`, and follow symbolic links among the directories.
 
     The function does not resolve a link in the last component of the path, so that `inspect_file()` can refuse the
-    link. A link to a directory is legitimate, because /tmp is a link on macOS and a home directory can be on another
-    volume. The file that the path names need not exist.
+    link. A link to a directory is legitimate. On macOS /tmp is a link, and a home directory can be on another volume.
+    The file that the path names need not exist.
 
     Raises:
         InvalidArgumentError: if `path` is not a path, is empty, contains a control character, is not UTF-8, or names
@@ -86,7 +86,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     if not text:
         raise InvalidArgumentError("the path of a database is empty: name a file")
     if CONTROL_CHARACTER.search(text):
-        # A path that a program read from a file with its line break would create a new, empty database.
+        # A path with a line break, for example from a file, would create a new, empty database.
         raise InvalidArgumentError("the path holds a control character, such as a line break: remove the character")
     try:
         expanded = Path(text).expanduser()
@@ -137,7 +137,7 @@ def refuse_orphaned_log(path: Path) -> None:
         CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
     """
     log = sidecars(path)[0]
-    # Do not exchange the two calls of `size_of()`. If another process creates the database at the same time, the
+    # Do not exchange the two calls of `size_of()`. If another process creates the database during the check, the
     # database gets content before the WAL.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
@@ -150,7 +150,7 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file with mode 0600, under any umask.
 
     The directory must exist. The caller must hold `sidecar_lock`. Without `sidecar_lock`, another thread could open the
-    file before this function closes its descriptor, and SQLite would lose its locks.
+    file before this function closes the descriptor. SQLite would lose its locks at the close of the descriptor.
 
     Args:
         path: path of the new file.
@@ -197,7 +197,7 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
         return None
     try:
         # The umask can have removed bits from the mode, so set the mode again. Do not read the umask, because the
-        # system call that reads the umask also changes the umask of all threads.
+        # system call for reading changes the umask of all threads.
         try:
             os.fchmod(descriptor, FILE_MODE)
         except PermissionError as error:
@@ -282,7 +282,7 @@ def inspect_file(
                 change_mode(path, wanted)
                 changed = os.lstat(path)
             except FileNotFoundError:
-                continue  # another process has removed the file in between, so inspect the path again
+                continue  # another process has removed the file, so inspect the path once more
         if identity_of(changed) != identity_of(status):
             continue  # another process has replaced the file in between, so inspect the new file
         if stat.S_IMODE(changed.st_mode) != wanted:

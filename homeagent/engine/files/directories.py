@@ -29,7 +29,7 @@ def prepare_directory(directory: Path) -> None:
 
     New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
     owner of the parent directory becomes the owner. The function does not change an existing directory, because other
-    programs can rely on its mode. When the function first finds a directory unsafe, it logs a warning.
+    programs can rely on its mode. The function logs a warning when it first finds a directory unsafe.
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.
@@ -117,9 +117,8 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use a descriptor of the parent directory, because the parent's owner could replace the new directory or the parent
-    # by a link. The parent's owner could still replace the new directory by another empty directory, which does no
-    # harm.
+    # Use a descriptor of the parent directory, because the parent's owner could replace a directory of the path by a
+    # link. The parent's owner could only replace the new directory by another empty directory, which does no harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)

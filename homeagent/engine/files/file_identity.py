@@ -1,8 +1,8 @@
 """Check that the name of a database still refers to the file that was opened.
 
-Another program can delete or replace the file of an open database. SQLite then continues to use the old file, which has
-no name. All changes are lost when the process ends (https://sqlite.org/howtocorrupt.html, section 4). In WAL mode
-SQLite does not check the name of the database file.
+Another program can delete or replace the file of an open database. After a replacement, SQLite continues to use the old
+file, which no longer has a name. All changes are lost when the process ends (https://sqlite.org/howtocorrupt.html,
+section 4). In WAL mode SQLite does not check the name of the database file.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class FileIdentityCheck:
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        due: time after which the last check counts as too old, on the monotonic clock. The code that begins a unit
-            calls `after_begin()` only after the time `due`, because each call takes time.
+        due: time after which the last check counts as too old, on the monotonic clock. A unit calls `after_begin()`
+            only after the time `due`, because each call takes time.
     """
 
     def __init__(

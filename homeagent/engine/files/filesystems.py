@@ -14,8 +14,8 @@ __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesyste
 # File systems that several kernels use at the same time, such as the kernels of a server and a client. The WAL index
 # needs memory that all connections share. Network file systems do not provide shared memory
 # (https://sqlite.org/wal.html, section 1). WAL databases were corrupted on WSL 2 (9p), on gVisor (9p), and in shared
-# folders of Docker Desktop and Podman (virtiofs). The kinds 9p and virtiofs are therefore refused even if only one
-# machine uses the file.
+# folders of Docker Desktop and Podman (virtiofs). homeagent therefore refuses the kinds 9p and virtiofs even if only
+# one machine uses the file.
 _NETWORK_KINDS = frozenset(
     {
         "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",
@@ -34,8 +34,7 @@ _NETWORK_KINDS = frozenset(
 
 
 def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Return the kind of file system of a path, such as "ext4" or "nfs4". The function also accepts a path that does
-    not exist.
+    """Return the kind of file system of a path, such as "ext4" or "nfs4". The path may name a file that does not exist.
 
     On macOS, and on Linux without /proc, return None. The argument `mount_table` is the path of the kernel's list of
     mounts (manual page proc_pid_mountinfo(5)).

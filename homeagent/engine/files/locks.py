@@ -29,8 +29,8 @@ class FileLock:
     process ends. A child made by `fork` does not hold the lock. The holder of the lock can write a short text, the
     marker, to the file for the next holder.
 
-    The lock is a `flock` lock. Unlike SQLite's POSIX locks, a `flock` lock works between threads of one process, and
-    closing another descriptor of the file does not drop the lock.
+    The lock is a `flock` lock. Unlike SQLite's POSIX locks, a `flock` lock works between threads of one process. The
+    close of another descriptor of the file does not drop the lock.
 
     Args:
         path: path of the lock file. The directory must exist.
@@ -77,7 +77,7 @@ class FileLock:
         Raises:
             DatabaseBusyError: if another thread or process still holds the lock after the timeout.
             InsecureFileError, ForeignDatabaseError: if the function `inspect_file()` would refuse the lock file.
-            DatabaseError: if this object already holds the lock, or if the file can't be created, opened or locked.
+            DatabaseError: if this object already holds the lock, or if the system can't create, open or lock the file.
         """
         if self._descriptor is not None:
             raise DatabaseError(f"this object holds the lock on {quoted(self.path)} already: use one object per holder")

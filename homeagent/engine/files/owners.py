@@ -6,8 +6,8 @@
 | root | root and the owner of the database's directory | the same users |
 
 The owner of a directory can replace every file in the directory, so a refusal of the owner's files would not protect
-root. Other users who can write the directory could add a rollback journal that SQLite replays, a lock file with a
-marker, or a backup. Root therefore refuses a directory in which other users can replace files.
+root. Other users who can write the directory could add a rollback journal, a lock file with a marker, or a backup. Root
+therefore refuses a directory in which other users can replace files.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def trusted_owners(directory: Path) -> frozenset[int]:
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups of a database, and whose notes about backups, are trusted in any directory."""
+    """Return the users from whom homeagent accepts a database's backups, and notes about backups, in any directory."""
     return trusted_owners(database.parent) | {0}
 
 
@@ -65,7 +65,7 @@ def is_replaceable(status: os.stat_result) -> bool:
 def refuse_replaceable(directory: Path) -> None:
     """If the process runs as root, raise InsecureFileError for a directory in which other users can replace files.
 
-    An ordinary user gets a warning instead, from the function `prepare_directory()`.
+    The function `prepare_directory()` logs a warning for an ordinary user.
     """
     if os.geteuid() != 0:
         return

@@ -24,8 +24,8 @@ def fsync_directory(directory: Path) -> None:
         try:
             sync(descriptor)
         except OSError as error:
-            # Some file systems do not support fsync for a directory (fsync(2)). SQLite also ignores the error of fsync
-            # for a directory.
+            # Some file systems do not support fsync for a directory (fsync(2)). SQLite also ignores a failed fsync of a
+            # directory.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:

@@ -49,7 +49,8 @@ class PostgreSQLConnection(StoreConnection):
         def judge(error: BaseException) -> HomeAgentError:
             failure = translate(error)
             if isinstance(failure, ConnectionLostError):
-                # The server sends an error before it closes the connection, but psycopg notices only the closing.
+                # The server sends an error before the server closes the connection, but psycopg notices only the
+                # closing.
                 self._lost = True
             return failure
 
@@ -60,11 +61,11 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
         self._begin_message = "; ".join(begin)
-        # For commands such as BEGIN, use libpq's function for a message without parameters. A signal can't interrupt
+        # Send commands such as BEGIN by libpq's function for a message without parameters. A signal can't interrupt
         # libpq's function, but BEGIN and COMMIT take only a short time. A signal can interrupt psycopg's cursor. But
         # psycopg's cursor takes 12 µs longer, which is a third of the client's time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
-        # If listeners are registered, commands use the instrumented cursor, because it calls the listeners.
+        # If listeners are registered, send commands by the instrumented cursor, which calls the listeners.
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
 
     def _notice(self, notice: Any) -> None:
@@ -206,4 +207,4 @@ class PostgreSQLConnection(StoreConnection):
 
 
 def _ignore(notification: object) -> None:
-    """Do nothing. The caller of the connection reads the feed of device changes after each notification."""
+    """Do nothing. After each notification, the thread that uses the connection reads the feed of device changes."""

@@ -1,4 +1,5 @@
-"""Write one backup: copy a snapshot while units write, verify the copy, and rename the complete copy to its target.
+"""Write one backup. A backup copies a snapshot while units write, verifies the copy, and renames the complete
+copy to its target.
 
 SQLite's online backup starts again if another connection writes between two steps (https://sqlite.org/backup.html). A
 backup under constant writes could run forever. The source stays in one read transaction, and all steps copy from its
@@ -193,7 +194,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
         for raw in (source, copy):
             raw.set_progress_handler(stop, _INSTRUCTIONS)
         source.execute("PRAGMA query_only=ON")
-        # The copy needs no journal and no sync while it is incomplete, because an incomplete copy is always discarded.
+        # The copy needs no journal and no sync before its completion, because an incomplete copy is always discarded.
         copy.execute("PRAGMA journal_mode=OFF")
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")

@@ -18,7 +18,7 @@ _NOT_UTF8 = "holds text that is not UTF-8"
 
 
 class SQLiteConnection(StoreConnection):
-    """An apsw connection. Statements run on a cursor without the parts of DB-API that only SQLAlchemy needs."""
+    """An apsw connection. Statements run on a fast cursor, which lacks the parts of DB-API for SQLAlchemy."""
 
     __slots__ = ()
 

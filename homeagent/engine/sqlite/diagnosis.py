@@ -1,8 +1,8 @@
-"""Find out why SQLite could not read or write. SQLite does not return the system's error number, so this module repeats
-the system call as a probe.
+"""Find out why SQLite could not read or write. SQLite does not return the system's error number, so a probe repeats the
+system call.
 
-The probes run only after an error, so the cost of the probes does not matter. If the cause has disappeared before the
-probe, the error message contains only SQLite's code.
+The probes run only after an error, so the cost of the probes does not matter. If a probe does not find the cause any
+more, the error message contains only SQLite's code.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from homeagent.errors import (
 
 __all__ = ["corrupt_after_all", "diagnosed_error", "newest_backup_hint"]
 
-# Number of bytes that a probe writes. A smaller probe could fit on a disk that has no room for the WAL index, which
-# SQLite extends by 32 KiB at a time.
+# Number of bytes that a probe writes. The WAL index grows by 32 KiB at a time, so a smaller probe could fit on a disk
+# that is full for SQLite.
 _PIECE = 64 * 1024
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -84,13 +84,13 @@ def diagnosed_error(
 
 
 def newest_backup_hint(path: Path) -> str:
-    """Return the clause of an error message that names the newest known backup of a damaged database."""
+    """Return the clause of an error message that names the newest backup of a damaged database."""
     backup = newest_backup(path)
     return "no backup of the database is known here" if backup is None else f"the newest backup is {quoted(backup)}"
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:
-    """Return the error for a homeagent database if the file was emptied or deleted after it was initialised."""
+    """Return the error for an initialised homeagent database whose file was emptied or deleted."""
     return CorruptDatabaseError(
         f"{path} held a database and is empty or missing now: restore a backup, or remove {path.name}.lock for a new "
         f"database (every device, revocation and nonce is lost then); {newest_backup_hint(path)}"

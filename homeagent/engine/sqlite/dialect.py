@@ -1,8 +1,8 @@
 """apsw as a DB-API module, and a SQLAlchemy dialect for apsw.
 
 The driver apsw includes a current SQLite on every platform, but has no DB-API. This module adds the part of the DB-API
-(PEP 249) that SQLAlchemy and homeagent use. Unlike the interpreter's sqlite3, the module sends no BEGIN itself, an SQL
-text can contain several statements, and undecodable text raises UnicodeDecodeError.
+(PEP 249) that SQLAlchemy and homeagent use. Unlike the interpreter's sqlite3, the module sends no BEGIN itself. An SQL
+text can contain several statements. Undecodable text raises UnicodeDecodeError.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Connection(_Connection):
             super().close(force)
 
     def commit(self) -> None:
-        """If a transaction is open, end it."""
+        """End an open transaction."""
         if not self.in_transaction:
             return
         try:
@@ -225,14 +225,12 @@ class Connection(_Connection):
         except apsw.Error:
             return False
         with suppress(apsw.Error):
-            # After a complete checkpoint the next commit restarts the WAL, so `find_lost_commits` finds no old frame.
+            # After a complete checkpoint the next commit restarts the WAL. `find_lost_commits` then finds no old frame.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 
     def rollback(self) -> None:
-        """If a transaction is open, roll it back. The method `confine()` limits the rollback to a part of the
-        transaction.
-        """
+        """Roll back an open transaction. The method `confine()` limits the rollback to a part of the transaction."""
         if self.in_transaction:
             self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
 
@@ -241,8 +239,7 @@ class Connection(_Connection):
         end the confinement to the savepoint.
 
         During the confinement, the method `rollback()` rolls back only to the savepoint. During the confinement every
-        COMMIT fails, also as SQL text, and SQLite rolls back the whole transaction
-        (https://sqlite.org/c3ref/commit_hook.html).
+        COMMIT fails, and SQLite rolls back the whole transaction (https://sqlite.org/c3ref/commit_hook.html).
         """
         self._savepoint = savepoint
         self.set_commit_hook(None if savepoint is None else lambda: True)
@@ -263,9 +260,9 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     # SQLite puts the journal of a large savepoint into a temporary file (https://sqlite.org/tempfiles.html). A
     # container can lack a directory for temporary files.
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Without this option, SQLite plans a statement with `LIMIT ?` again at each execution, because the plan depends on
-    # the bound value (https://sqlite.org/queryplanner-ng.html#qpstab). The repeated planning took a tenth of the time
-    # to read a page of rows.
+    # Without this option, SQLite plans a statement with `LIMIT ?` again for each execution
+    # (https://sqlite.org/queryplanner-ng.html#qpstab). The repeated planning took a tenth of the time to read a page of
+    # rows.
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection
 

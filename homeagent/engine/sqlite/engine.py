@@ -1,4 +1,4 @@
-"""The SQLite engine, which checks that a file belongs to homeagent, and opens each connection with the same pragmas."""
+"""The SQLite engine. It checks that a file belongs to homeagent, and sets the same pragmas on each connection."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class SQLiteEngine(Engine):
     commits. With `temporary=True`, the engine removes the file's directory when the engine is closed.
     """
 
-    # SQLite allows one writer. A sync takes many times as long as a small unit, so small units share a commit.
+    # SQLite allows one writer. Small units share a commit, because a sync takes many times as long as a small unit.
     shares_commits = True
     feed_interval: float = 0.15
     write_connection_type: type[SQLiteConnection] = SQLiteConnection
@@ -123,7 +123,8 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # The listener returns the error and does not raise it, so that other listeners (instrumentation) also run.
+        # The listener returns the error and does not raise the error, so that other listeners (instrumentation) also
+        # run.
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
@@ -188,7 +189,7 @@ class SQLiteEngine(Engine):
         self._open.add(connection)  # SQLite could delete the WAL before the first read
 
     def _keep_from_checkpoints(self) -> None:
-        """Configure all connections not to copy the WAL into the file at close, because the file was replaced."""
+        """After a replacement of the file, configure all connections not to copy the WAL into the file at close."""
         for connection in list(self._open):
             with suppress(apsw.ConnectionClosedError):
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -282,8 +283,8 @@ class SQLiteEngine(Engine):
             if truncate:  # see https://sqlite.org/pragma.html#pragma_wal_checkpoint
                 self._wait_for_locks(connection.driver_connection, timeout)
                 ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                # Make an empty commit, which gives the truncated WAL a header again. A power cut could leave an empty
-                # WAL and an older WAL index, which would look like a WAL that lost commits.
+                # Make an empty commit, which writes a new header to the truncated WAL. A power cut could leave an empty
+                # WAL with an older WAL index, which would look like lost commits.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
             else:
@@ -356,8 +357,8 @@ class SQLiteEngine(Engine):
         except CorruptDatabaseError:
             if self._sqlite_will_empty():
                 return
-            # The header can look damaged while another process writes the header. Take the lock and read the header
-            # again.
+            # The header can look damaged while another process writes the header. Take the lock, and read the header a
+            # second time.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
@@ -366,8 +367,8 @@ class SQLiteEngine(Engine):
             )
 
     def _sqlite_will_empty(self) -> bool:
-        """Return True if the next connection will empty the file, because a crash interrupted the file's first
-        transaction.
+        """Return True if a crash interrupted the file's first transaction, so that the next connection will empty the
+        file.
 
         After a power cut the file can contain a part of the first page, which SQLite rolls back.
         """
@@ -400,7 +401,7 @@ class SQLiteEngine(Engine):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # In a forked child, the class `_ClosedAfterFork` raises this error.
+            raise context.original_exception  # The class `_ClosedAfterFork` raises this error in a forked child.
         clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
         # Before a statement runs, a column type of the application can raise an exception of Python.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
@@ -411,7 +412,7 @@ class SQLiteEngine(Engine):
         return conflict or self.translate_error(original)
 
     def before_fork(self) -> None:
-        """Close the connections that no unit uses, so that a forked child does not inherit SQLite's locks."""
+        """Close the connections that no unit uses. A forked child would inherit SQLite's locks."""
         # If closing a connection fails, the connection counts as in use.
         with suppress(HomeAgentError, *self.driver_errors):
             self.discard_free()

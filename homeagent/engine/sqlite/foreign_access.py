@@ -31,8 +31,9 @@ __all__ = ["FileGuard", "guard_of", "open_guarded"]
 
 Identity = tuple[int, int]
 
-# SQLite's SHARED range in the database file, and the byte of the WAL index on which each process with a connection has
-# a read lock. SQLite's source os_unix.c defines the values as SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
+# Bytes that a guard locks: SQLite's SHARED range of the database file, and a byte of the WAL index. Each process with a
+# connection has a read lock on this byte of the WAL index. SQLite's source os_unix.c defines the values as
+# SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
 
@@ -43,7 +44,7 @@ _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
 class FileGuard:
-    """Holds the locks of one database file while this process has a connection to the file."""
+    """Holds locks on one database file while this process has a connection to the file."""
 
     def __init__(self, path: Path, identity: Identity) -> None:
         self._path = path
@@ -55,21 +56,18 @@ class FileGuard:
         self._is_closed = False
 
     def opened(self) -> bool:
-        """Count a new connection. Return False if the guard is no longer in use, because its last connection was
-        closed.
-        """
+        """Count a new connection. Return False if the guard's last connection was closed."""
         with self._mutex:
             self._connections += not self._is_closed
             return not self._is_closed
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Run a block that closes a connection, and then count the connection as closed. Raise DatabaseError if a file
-        can't be unlocked or closed.
+        """Run a block that closes a connection. After the block, count the connection as closed. Raise DatabaseError if
+        a file can't be unlocked or closed.
 
         Release the locks before the last connection is closed, because the close locks the file to checkpoint the WAL.
-        Do not close the descriptors before the connection, because SQLite would lose its locks while the connection is
-        open.
+        Do not close the descriptors before the connection, because SQLite would lose the locks of the open connection.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -103,14 +101,17 @@ class FileGuard:
                     if look_at(path) is None:
                         return  # a read-only file, for which SQLite creates no WAL index
                     with explained("lock", path):
-                        # If locking fails, keep the descriptor open, because closing it would drop SQLite's own locks.
+                        # If locking fails, keep the descriptor open, because the close of a descriptor would drop
+                        # SQLite's locks.
                         if number == len(self._descriptors):
                             self._descriptors.append(os.open(path, os.O_RDONLY | OPEN_FLAGS))
                         _lock(self._descriptors[number], fcntl.F_RDLCK, *span)
             self._holds = True
 
     def _release(self) -> OSError | None:
-        """Release the locks. Return the last error, which the caller must raise after it has closed the connection."""
+        """Release the locks. Return the last error. After the caller has closed the connection, the caller must raise
+        the error.
+        """
         failure = None
         for descriptor in self._descriptors:
             try:
@@ -134,8 +135,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold the lock while a connection is opened and counted. Another thread would take the descriptor of an uncounted
-# connection for foreign code.
+# Hold the lock while a connection is opened and counted. Another thread would mistake the descriptor of an uncounted
+# connection for a descriptor of another library.
 _opening = threading.RLock()
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
@@ -177,7 +178,7 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
 def _refuse_foreign_descriptors(path: Path) -> None:
     """Raise ForeignAccessError if code other than homeagent has the file open in this process.
 
-    The function can't detect foreign code if the system has no /proc, or if homeagent already has the file open.
+    The function can't detect foreign code on a system without /proc, or if homeagent already has the file open.
     """
     status = look_at(path)
     if status is None or identity_of(status) in _guards:
@@ -216,7 +217,7 @@ _is_hook_installed = False
 
 
 def _install_hook() -> None:
-    # Install the hook when the first file is opened, because the hook slows each audited call and can't be removed.
+    # Install the hook when the first file is opened. The hook slows each audited call and can't be removed.
     global _is_hook_installed
     if not _is_hook_installed:
         _is_hook_installed = True
@@ -224,7 +225,7 @@ def _install_hook() -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Replace the locks, because a thread that exists only in the parent can have held one of these locks.
+    # Replace both locks, because a thread that exists only in the parent can have held a lock.
     global _opening, _registry
     _opening, _registry = threading.RLock(), threading.RLock()
     for guard in _guards.values():

@@ -34,8 +34,8 @@ def in_use_path(database: Path) -> Path:
 def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
     """Take the shared in-use lock. The caller holds the lock until the last connection is closed.
 
-    Finish an interrupted restore first. If the lock file can't be created because the directory is not writable, return
-    None. In a directory that is not writable, no restore can replace a file, and SQLite can't write.
+    Finish an interrupted restore first. If the directory is not writable and the lock file does not exist, return None.
+    In a directory that is not writable, no restore can replace a file, and SQLite can't write.
 
     Raises:
         DatabaseBusyError: if another process still restores the database after the wait `timeout`.
@@ -55,7 +55,8 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
             raise
         if lock.read_marker() is None:
             return lock
-        # To finish a restore, take the exclusive lock, which proves that no other process has the database open.
+        # To finish a restore, take the exclusive lock. The exclusive lock proves that no other process has the database
+        # open.
         lock.release()
         with FileLock(path, timeout=timeout) as exclusive:
             finish_replacement(exclusive, database, timeout=timeout)
@@ -90,7 +91,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
     """Keep programs that use SQLite from opening the file during the block. If the file is missing, do nothing.
 
     If another program has the file open, raise DatabaseBusyError. Do not call the function while SQLite has the file
-    open in this process. The close of one descriptor would drop all locks of this process on the file.
+    open in this process. The close of any descriptor would drop all locks of this process on the file.
     """
     with explained("open", database):
         try:

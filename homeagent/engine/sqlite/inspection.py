@@ -37,7 +37,7 @@ _INSTRUCTIONS = 10_000
 
 
 class Stopwatch:
-    """A statement timeout. SQLite calls the object as its progress handler. A limit of None means no timeout."""
+    """A statement timeout. SQLite calls the timeout as a progress handler. A limit of None means no timeout."""
 
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
@@ -63,15 +63,16 @@ def inspect_sqlite(
 ) -> Iterator[Connection]:
     """Open an existing file for reading. All statements see one snapshot.
 
-    If the WAL has no frames, the database file is complete and is read without a lock. If the WAL has frames, SQLite
-    reads the WAL through the WAL index (-shm), and creates a missing index. SQLite creates no other file.
+    If the WAL has no frames, the database file is complete, and SQLite reads the file without a lock. If the WAL has
+    frames, SQLite reads the WAL through the WAL index (-shm), and creates a missing index. SQLite creates no other
+    file.
 
     Args:
         path: path of the file.
         watch: statement timeout.
         assume_closed: False to take locks even without a WAL, because another process can be opening the file.
-        is_closed: True if no process of homeagent had the file open a moment ago. With False, SQLite reads a WAL
-            without frames through the WAL index, because an open database can add a frame at any time.
+        is_closed: True if the caller has just checked that no process of homeagent has the file open. With False,
+            SQLite reads a WAL without frames through the WAL index. An open database can add a frame at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -85,8 +86,9 @@ def inspect_sqlite(
         connection = _open(path, options.pop(0), watch)
         try:
             with translated(DRIVER_ERRORS, sqlite_error):
-                # The first read takes the snapshot. Do not begin the transaction earlier, because SQLite refuses some
-                # PRAGMAs in a transaction. A listener of the host application can run a PRAGMA on each new connection.
+                # The first read takes the snapshot. Do not begin the transaction before this line, because SQLite
+                # refuses some PRAGMAs in a transaction. A listener of the host application can run a PRAGMA on each new
+                # connection.
                 raw: Any = connection.connection.driver_connection
                 raw.execute("BEGIN")
                 raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
@@ -143,8 +145,8 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables.
 
     Compile statements that fire the trigger or read the view, but do not run the statements. SQLite reports each used
-    table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
-    the statements, for example because an application's function is missing, also return True.
+    table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). Also return True if
+    SQLite can't compile the statements, for example without a function of the application.
 
     The argument `tables` has names in lower case. For a trigger, pass `kind="trigger"`, and pass the trigger's table as
     the argument `on`. For a view, pass `kind="view"`, and pass the view's name as the argument `on`.

@@ -1,7 +1,8 @@
-"""Manifests are small files that describe backups, so that the newest backup is found without opening the database.
+"""Manifests are small files that describe backups. With manifests, homeagent finds the newest backup without opening a
+database.
 
 The error about a damaged database names the newest good backup. A note file next to the database contains the path of
-the last backup, because the path can't be read from a damaged database.
+the last backup. A reader can't get the path from a damaged database.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ Kind = Literal["backup", "upgrade", "adoption"]
 
 
 class Manifest(BaseModel):
-    """The content of a manifest: the state of a backup at the time of its verification.
+    """The content of a manifest. The manifest describes a backup at the time of the backup's verification.
 
     Attributes:
         format: version of the manifest's format.
-        kind: the text "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file
-            before its adoption, or "backup" for any other backup.
+        kind: "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file before its
+            adoption, or "backup" for any other backup.
         database: absolute path of the source database.
         taken_at: time of the backup, by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
@@ -145,7 +146,7 @@ def newest_backup(database: Path) -> Path | None:
     if last is not None and last.parent != database.parent:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # A backup with a time in the future was made while the clock was wrong, and can be older than all other backups.
+    # A backup with a time in the future was made by a wrong clock, and can be older than all other backups.
     newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 

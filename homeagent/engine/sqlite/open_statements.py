@@ -1,7 +1,8 @@
 """Close the unfinished statements of an ORM session at the end of its transaction.
 
 In SQLite a statement with unfetched rows stays open after COMMIT and ROLLBACK, and keeps the read snapshot. An open
-statement would make the next unit of work read old rows, and fail to write after a commit of another process.
+statement would make the next unit of work read old rows. After a commit of another process, the next unit could not
+write.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def end_with_transactions(connection: Connection) -> None:
     connection.info[_KEY] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # Do not close a store's cursor, because the connection uses the cursor again. The instrumented cursor also
-        # calls this listener.
+        # Do not close a store's cursor, because the connection uses the cursor for later statements. The instrumented
+        # cursor also calls this listener.
         if isinstance(context, DefaultExecutionContext):
             cursors.add(cursor)
 

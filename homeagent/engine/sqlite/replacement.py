@@ -1,7 +1,7 @@
 """Replace a database atomically. After a crash at any moment either the old or the new database is complete.
 
 A replacement changes the database file and its WAL, but no file system can change two files in one step. Between the
-two changes, SQLite would apply the old WAL to the new file, or miss the last commits of the old file. Before any
+two changes, SQLite would apply the old WAL to the new file, or would miss the last commits of the old file. Before any
 change, homeagent writes a marker to the in-use lock file, which every `Database.open()` locks. If the lock file has a
 marker of a replacement, the next `Database.open()` first finishes the replacement.
 """
@@ -67,9 +67,10 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
     Args:
         lock: the in-use lock, which the caller holds exclusively.
         database: path of the database file, which need not exist.
-        stamp: letters and digits that distinguish this replacement from other replacements.
+        stamp: letters and digits that distinguish the replacement from other replacements.
         epoch: epoch of the new database.
-        timeout: longest wait for the lock `sidecar_lock`, which a process that creates the database also takes.
+        timeout: longest wait for the lock `sidecar_lock`. A process that creates the database also takes
+            `sidecar_lock`.
 
     Raises:
         DatabaseError: if a step of the replacement failed. The next process that opens the database finishes the

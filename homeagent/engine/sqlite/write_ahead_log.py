@@ -6,8 +6,8 @@ crash interrupted. If the WAL was damaged or truncated later, SQLite silently di
 after the damaged place. Another trace is the number of committed frames in the WAL index (-shm), which a killed process
 leaves behind (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
-No process may have the database open. If this process had the database open, SQLite would lose its locks when this
-module closes the WAL index.
+No process may have the database open. In a process with an open database, SQLite would lose its locks when this module
+closes the WAL index.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def has_frames(path: Path) -> bool:
     """Return whether SQLite would read a frame of this database's WAL. The caller may have the database open.
 
     A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave an incomplete
-    WAL header. SQLite ignores a WAL without frames. If no other connection is open, a connection with `readonly_shm=1`
-    fails on a WAL without frames after 10 seconds (SQLITE_PROTOCOL).
+    WAL header. SQLite ignores a WAL without frames. If no other connection is open, a WAL without frames makes a
+    connection with `readonly_shm=1` fail after 10 seconds (SQLITE_PROTOCOL).
     """
     log = sidecars(path)[0]
     return size_of(log) >= _SMALLEST_LOG and _page_size(read_start(log, _HEADER)) is not None
@@ -79,8 +79,8 @@ def has_frames(path: Path) -> bool:
 def read_start(path: Path, size: int) -> bytes:
     """Return the first bytes of a file. If the file does not exist, return no bytes.
 
-    Do not call this function for a database file or a WAL index that this process has open through SQLite, because the
-    close would drop SQLite's locks.
+    Do not call this function for a database file or a WAL index that SQLite has open in this process. The close would
+    drop SQLite's locks.
     """
     with explained("read", path), suppress(FileNotFoundError), _opened(path) as file:
         return file.read(size)
@@ -115,7 +115,7 @@ class _Log(NamedTuple):
     later_commits: int  # Number of frames that end a commit and come after the last intact commit.
     salt: bytes | None  # None if the WAL has no valid header
     exists: bool = True
-    is_blank: bool = False  # True if the WAL is too short for a frame, or has only zeros, as after a power cut
+    is_blank: bool = False  # True if the WAL is too short for a frame, or has only zeros, for example after a power cut
 
     @classmethod
     def read(cls, file: BinaryIO, path: Path) -> _Log:
@@ -141,8 +141,8 @@ class _Log(NamedTuple):
 def _recovered(log: Path, *, page_size: int) -> int:
     """Return the number of frames that SQLite recovers from a copy of the WAL, next to an empty database.
 
-    Do not use a copy of the database, because the header can be damaged, and SQLite would replay a rollback journal. If
-    no directory for temporary files is writable, as in some containers, the copy of the WAL is made next to the WAL.
+    Do not use a copy of the database. The database's header can be damaged, and SQLite would replay a rollback journal.
+    If no directory for temporary files is writable, the copy of the WAL is next to the WAL, for example in a container.
     """
     parent = find_temporary_directory() or log.parent
     with (
@@ -192,7 +192,7 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
         # SQLite writes the header of a WAL first. A power cut can't split the header, because the header is smaller
         # than any sector of a disk.
         return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
-    # A power cut can leave one unfinished commit whose last frame reached the disk before its first frame.
+    # A power cut can leave the last frame of one unfinished commit on the disk without the first frame.
     if log.later_commits > 1:
         return LostCommits(
             f"the log is damaged after {log.committed} frames, and {log.later_commits} commits follow",
@@ -203,7 +203,7 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
 
 
 def _is_later(salt: bytes, *, than: bytes) -> bool:
-    """Return True if the WAL was restarted after the WAL index was last written to the disk.
+    """Return True if the WAL was restarted after the last write of the WAL index to the disk.
 
     SQLite does not sync the WAL index, so a power cut can leave an older index. A restart of the WAL follows a
     complete, synced checkpoint and increments the first salt (https://sqlite.org/fileformat2.html#walformat).
