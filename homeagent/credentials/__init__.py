@@ -1,6 +1,6 @@
 """Format, hashing and checks of the secrets of devices. This package does not use the database.
 
-The text of a secret alone decides which of two kinds the secret is.
+The text of a secret decides whether the secret counts as generated.
 
 A *generated* secret comes from `generate_secret`, has 256 random bits and can't be guessed. The database stores the
 SHA-256 of a generated secret.

@@ -3,8 +3,8 @@
 Failed checks of unknown ids count like other failed checks, so a refusal does not reveal whether a device exists.
 Checks of generated secrets do not count and are not refused, because a generated secret can't be guessed.
 
-A successful check does not reset the count of failures. With a reset, each success of the device would allow an
-attacker 30 more guesses.
+A successful check does not reset the count of failures. If a successful check reset the count, an attacker would get 30
+more guesses after each success of the device.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ class FairSemaphore:
         try:
             return handed_over.wait(timeout) or not self._leave_queue(handed_over)
         except BaseException:
-            # If Ctrl-C interrupts the wait, release a place that another thread has handed over. No other caller could
-            # take the place.
+            # If Ctrl-C interrupts the wait, release a place that another thread has handed over. Without the release,
+            # no caller could use the place.
             if not self._leave_queue(handed_over):
                 self._release()
             raise

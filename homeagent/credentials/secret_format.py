@@ -1,6 +1,6 @@
 """Format of secrets, and generation of secrets.
 
-A secret has 1 to 512 characters, at most 1,024 bytes of UTF-8, and no control character. homeagent neither strips nor
+A secret has 1 to 512 characters, at most 1,024 bytes of UTF-8, and no control character. The package neither strips nor
 normalises the secret.
 """
 

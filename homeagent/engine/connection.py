@@ -398,7 +398,8 @@ class StoreConnection:
     def close(self) -> None:
         """Close the connection. The database rolls back a transaction that is still open."""
         if self.is_lost:
-            # Invalidate a lost connection. SQLAlchemy would try to roll back on the connection, and would log an error.
+            # Invalidate a lost connection. On a lost connection, SQLAlchemy would try to roll back, and would log an
+            # error.
             self._connection.invalidate()
         self._connection.close()
 

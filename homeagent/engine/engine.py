@@ -205,7 +205,7 @@ class Engine(ABC):
             truncate: if True, also wait for readers, and truncate the WAL.
 
         Returns:
-            False if the WAL was not truncated. Another unit or process used the WAL until the timeout.
+            False if another unit or process used the WAL until the timeout, so that the WAL was not truncated.
         """
 
     def _connection(self, *, read_only: bool) -> StoreConnection:

@@ -31,7 +31,7 @@ class _Forkable(Protocol):
     is_forked_copy: bool
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the locks without which no other thread can take or return a connection."""
+        """Return the locks that a thread needs to take or return a connection."""
 
     def before_fork(self) -> None:
         """Close idle connections. A connection that is still open after the call counts as in use."""
@@ -91,7 +91,7 @@ def _after() -> None:
 
 def _after_in_child() -> None:
     engines = list(_known)
-    # Mark all engines as forked before the second loop. An error in the second loop must not leave a usable engine.
+    # Mark all engines as forked first, so that an error in the second loop leaves no usable engine.
     for engine in engines:
         engine.is_forked_copy = True
     try:

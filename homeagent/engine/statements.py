@@ -309,8 +309,8 @@ def _missing(error: KeyError) -> InvalidArgumentError:
 # Rows
 
 
-# PostgreSQL's codes of the types `numeric` and `float8`. For a column of numbers, SQLAlchemy's dialect requires one of
-# the two codes.
+# PostgreSQL's codes of the types `numeric` and `float8`. For a column of numbers, SQLAlchemy's dialect requires the
+# code of `numeric` or `float8`.
 _NUMERIC, _FLOAT8 = 1700, 701
 
 

@@ -29,8 +29,9 @@ ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
 # A server's address that does not have the form of a URL. If homeagent used a server's address as a path, homeagent
-# would create an empty store. Messages would show the server's password. Examples are libpq's "host=… password=…",
-# "postgresql:/…", "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…".
+# would create an empty store. The messages of homeagent would also show the server's password. Examples of a server's
+# address are libpq's "host=… password=…", "postgresql:/…", "user:password@host/…", "host:5432", "sqlite:x.db",
+# "//host:5432", "user@host/…" and "postgres//…".
 _ADDRESS = re.compile(
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"

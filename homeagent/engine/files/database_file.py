@@ -1,7 +1,7 @@
 """Locate, inspect and create the files of a SQLite database.
 
 A user with write access to the database can approve any device, and a user with read access sees every device.
-homeagent therefore creates each file of a database with mode 0600. This module refuses a symbolic link, a file with
+Therefore homeagent creates each file of a database with mode 0600. This module refuses a symbolic link, a file with
 several hard links, and a file of an untrusted user. The module `homeagent.engine.files.owners` lists the trusted users.
 
 This module inspects an existing database by `lstat` only. Do not open a database file, or a file `-wal`, `-shm` or
@@ -284,7 +284,7 @@ def inspect_file(
             except FileNotFoundError:
                 continue  # another process has removed the file, so inspect the path once more
         if identity_of(changed) != identity_of(status):
-            continue  # another process has replaced the file in between, so inspect the new file
+            continue  # another process has replaced the file, so inspect the new file
         if stat.S_IMODE(changed.st_mode) != wanted:
             raise modes_not_kept(path)
         logger.warning(

@@ -39,7 +39,7 @@ class FileIdentityCheck:
 
     Attributes:
         due: time after which the last check counts as too old, on the monotonic clock. A unit calls `after_begin()`
-            only after the time `due`, because each call takes time.
+            only if the last check is too old, because each call takes time.
     """
 
     def __init__(

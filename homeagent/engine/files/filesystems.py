@@ -14,7 +14,7 @@ __all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesyste
 # File systems that several kernels use at the same time, such as the kernels of a server and a client. The WAL index
 # needs memory that all connections share. Network file systems do not provide shared memory
 # (https://sqlite.org/wal.html, section 1). WAL databases were corrupted on WSL 2 (9p), on gVisor (9p), and in shared
-# folders of Docker Desktop and Podman (virtiofs). homeagent therefore refuses the kinds 9p and virtiofs even if only
+# folders of Docker Desktop and Podman (virtiofs). Therefore homeagent refuses the kinds 9p and virtiofs even if only
 # one machine uses the file.
 _NETWORK_KINDS = frozenset(
     {

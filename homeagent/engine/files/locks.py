@@ -22,7 +22,7 @@ __all__ = ["FileLock"]
 
 
 class FileLock:
-    """A lock on a separate file next to the database, between threads and between processes.
+    """A lock between threads and between processes. The lock is on a separate file next to the database.
 
     The method `acquire()` creates a missing file with mode 0600. The file is not deleted. A process that waits on a
     deleted file and a process that creates a new file would both hold the lock. The system releases the lock when the
@@ -221,8 +221,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # For a moment, the mode of an empty file can be too narrow. The umask of the creating process can remove
-            # bits, until the creating process restores the bits.
+            # For a moment, the mode of an empty file can be too narrow. The umask removes bits of the mode when a
+            # process creates the file. The creating process then restores the bits.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None

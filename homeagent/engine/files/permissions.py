@@ -25,7 +25,8 @@ def change_mode(path: Path, mode: int) -> None:
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # The path is a symbolic link, or the system can change a mode only by following links.
+        # A symbolic link causes NotImplementedError. The error can also come from a system that changes modes only by
+        # following links.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)

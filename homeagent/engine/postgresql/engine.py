@@ -55,7 +55,8 @@ _READ_ONLY = "homeagent_reads"
 """Key in the `info` of a connection. The value is True if the connection's transactions are read-only."""
 
 # The SQL text reads the schemas of the search_path that the URL, the role or the database sets. Another client of a
-# pooler can have set a different search_path in the session. The SQL text restores the default for one transaction.
+# pooler can have set a different search_path in the session. The SQL text restores the default search_path for one
+# transaction.
 _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
 
 
@@ -122,10 +123,10 @@ class PostgreSQLEngine(Engine):
         if self.search_schema is None:
             self._fix_search_path(connection)
         if pooled:
-            # A pooler reports its own process id. The process id of the server's session is a different id. Behind a
-            # pooler, the next transaction can get another session. Do not prepare statements, because another session
-            # does not have them. Do not change session settings by SET, because other clients of the pooler would get
-            # the changed settings.
+            # A pooler reports its own process id, and not the process id of the server's session. Behind a pooler, the
+            # next transaction can get another session. Do not prepare statements, because another session does not have
+            # them. Do not change session settings by SET, because other clients of the pooler would get the changed
+            # settings.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))

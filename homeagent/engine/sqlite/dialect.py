@@ -225,7 +225,8 @@ class Connection(_Connection):
         except apsw.Error:
             return False
         with suppress(apsw.Error):
-            # After a complete checkpoint the next commit restarts the WAL. `find_lost_commits` then finds no old frame.
+            # After a complete checkpoint the next commit restarts the WAL. The function `find_lost_commits()` then
+            # finds no old frame.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 
@@ -347,8 +348,8 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return SQLAlchemy's pool class. The pool of an in-memory database has one connection for each thread. Any
-        other pool is a queue.
+        """Return SQLAlchemy's pool class. The pool of an in-memory database has one connection for each thread. The
+        pool of a file is a queue of connections.
         """
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 

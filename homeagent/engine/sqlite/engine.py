@@ -1,4 +1,4 @@
-"""The SQLite engine. It checks that a file belongs to homeagent, and sets the same pragmas on each connection."""
+"""The SQLite engine, which checks that a file belongs to homeagent, and sets the same pragmas on each connection."""
 
 from __future__ import annotations
 
@@ -412,7 +412,7 @@ class SQLiteEngine(Engine):
         return conflict or self.translate_error(original)
 
     def before_fork(self) -> None:
-        """Close the connections that no unit uses. A forked child would inherit SQLite's locks."""
+        """Close the connections that no unit uses."""
         # If closing a connection fails, the connection counts as in use.
         with suppress(HomeAgentError, *self.driver_errors):
             self.discard_free()

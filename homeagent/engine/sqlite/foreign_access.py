@@ -2,12 +2,13 @@
 
 POSIX locks belong to a process. If another library, such as the interpreter's sqlite3, closes a descriptor of the
 database, the process loses the locks of homeagent's connections. Without SQLite's locks, another process may delete the
-WAL (https://sqlite.org/howtocorrupt.html, section 2.2). This module takes two measures:
+WAL (https://sqlite.org/howtocorrupt.html, section 2.2). This module takes two measures.
 
-- On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
-  survive the close of another descriptor, and show another library that the database is still open.
-- An audit hook makes `sqlite3.connect` raise an error for a file that a `Database` has open. The hook does not detect
-  `ATTACH` or C code.
+On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
+survive the close of another descriptor, and show another library that the database is still open.
+
+An audit hook makes `sqlite3.connect` raise an error for a file that a `Database` has open. The hook does not detect
+`ATTACH` or C code.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["FileGuard", "guard_of", "open_guarded"]
 Identity = tuple[int, int]
 
 # Bytes that a guard locks: SQLite's SHARED range of the database file, and a byte of the WAL index. Each process with a
-# connection has a read lock on this byte of the WAL index. SQLite's source os_unix.c defines the values as
+# connection has a read lock on the byte of the WAL index. SQLite's source os_unix.c defines the three values as
 # SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)

@@ -72,7 +72,8 @@ def inspect_sqlite(
         watch: statement timeout.
         assume_closed: False to take locks even without a WAL, because another process can be opening the file.
         is_closed: True if the caller has just checked that no process of homeagent has the file open. With False,
-            SQLite reads a WAL without frames through the WAL index. An open database can add a frame at any time.
+            SQLite reads a WAL without frames through the WAL index. A process with an open database can add a frame at
+            any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -145,8 +146,8 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables.
 
     Compile statements that fire the trigger or read the view, but do not run the statements. SQLite reports each used
-    table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). Also return True if
-    SQLite can't compile the statements, for example without a function of the application.
+    table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
+    the statements, also return True. For example, a function of the application can be missing.
 
     The argument `tables` has names in lower case. For a trigger, pass `kind="trigger"`, and pass the trigger's table as
     the argument `on`. For a view, pass `kind="view"`, and pass the view's name as the argument `on`.

@@ -1,6 +1,6 @@
 """Wait for the write lock of another process. Frequent tries get the lock even if a process writes without pause.
 
-SQLite's own busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
+SQLite's busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
 again at once leaves the lock free only for short moments. SQLite's busy handler seldom tries at a moment at which the
 lock is free. In a test with eight writing processes, some processes waited for seconds. A process that tries every few
 milliseconds gets the lock. With more frequent tries the lock moves between processes more often, which slows all

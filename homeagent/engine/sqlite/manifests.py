@@ -2,7 +2,7 @@
 database.
 
 The error about a damaged database names the newest good backup. A note file next to the database contains the path of
-the last backup. A reader can't get the path from a damaged database.
+the last backup. The path can't be read from a damaged database.
 """
 
 from __future__ import annotations

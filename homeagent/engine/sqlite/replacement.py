@@ -1,9 +1,10 @@
 """Replace a database atomically. After a crash at any moment either the old or the new database is complete.
 
-A replacement changes the database file and its WAL, but no file system can change two files in one step. Between the
-two changes, SQLite would apply the old WAL to the new file, or would miss the last commits of the old file. Before any
-change, homeagent writes a marker to the in-use lock file, which every `Database.open()` locks. If the lock file has a
-marker of a replacement, the next `Database.open()` first finishes the replacement.
+A replacement changes the database file and its WAL, but no file system can change two files in one step. After the
+change of only the file, SQLite would apply the old WAL to the new file. After the change of only the WAL, SQLite would
+miss the last commits of the old file. Before any change, homeagent writes a marker to the in-use lock file, which every
+`Database.open()` locks. If the lock file has a marker of a replacement, the next `Database.open()` first finishes the
+replacement.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ __all__ = [
     "replace_database",
 ]
 
-# A complete marker ends with the word "end". Without the word "end", a power cut interrupted the write of the marker,
-# and no file was moved yet.
+# A complete marker ends with the word "end". A marker without the word "end" was interrupted by a power cut, before
+# homeagent moved any file.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
 
@@ -126,8 +127,8 @@ def _link_or_rename(path: Path, second: Path) -> None:
     try:
         second.hardlink_to(path)
     except OSError as error:
-        # After a rename, no file has the database's path for a moment. A process that opens the database in the
-        # meantime finds the marker and finishes the replacement.
+        # After a rename, no file has the database's path for a moment. If another process opens the database in that
+        # moment, the process finds the marker and finishes the replacement.
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
             raise
         path.replace(second)

@@ -3,8 +3,8 @@
 SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. SQLite thus discards a commit that a
 crash interrupted. If the WAL was damaged or truncated later, SQLite silently discards complete commits
 (https://sqlite.org/fileformat2.html#walformat, section 4.2). One trace of a lost commit is the last frame of a commit
-after the damaged place. Another trace is the number of committed frames in the WAL index (-shm), which a killed process
-leaves behind (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
+after the damaged place. Another trace of a lost commit is the number of committed frames in the WAL index (-shm), which
+a killed process leaves behind (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
 No process may have the database open. In a process with an open database, SQLite would lose its locks when this module
 closes the WAL index.
@@ -33,7 +33,7 @@ __all__ = ["LostCommits", "find_lost_commits", "has_frames", "read_start"]
 
 _HEADER = 32
 _FRAME_HEADER = 24
-_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # byte order of the words that the checksum adds up
+_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # Byte order of the words that the checksum adds up.
 _SMALLEST_LOG = _HEADER + _FRAME_HEADER + SMALLEST_DATABASE  # Size of a WAL with one frame of the smallest page.
 _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
@@ -79,8 +79,8 @@ def has_frames(path: Path) -> bool:
 def read_start(path: Path, size: int) -> bytes:
     """Return the first bytes of a file. If the file does not exist, return no bytes.
 
-    Do not call this function for a database file or a WAL index that SQLite has open in this process. The close would
-    drop SQLite's locks.
+    Do not call this function for a database file or a WAL index that SQLite has open in this process. The close of the
+    file would drop SQLite's locks.
     """
     with explained("read", path), suppress(FileNotFoundError), _opened(path) as file:
         return file.read(size)
