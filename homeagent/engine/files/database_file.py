@@ -245,8 +245,7 @@ def inspect_file(
     can want a read-only file. The function does not change a file that it refuses.
 
     Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). Root gets
-    `InsecureFileError` if the file's mode is wider than 0600. The owner could make root change the mode of a different
-    file.
+    `InsecureFileError` if the file's mode is wider than 0600. The owner could make root change another file's mode.
 
     Args:
         path: path of the file.

@@ -104,7 +104,7 @@ def _missing_directories(directory: Path) -> list[Path]:
                 missing.append(candidate)
                 continue
             except NotADirectoryError:
-                continue  # a parent is a file, and a later pass of the loop raises an error
+                continue  # a parent is a file, and the loop raises an error at that parent
         if not stat.S_ISDIR(status.st_mode):
             raise InvalidArgumentError(f"{quoted(candidate)} is a file, not a directory: name another path")
         refuse_replaceable(candidate)

@@ -221,8 +221,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # For a moment, the mode of an empty file can be too narrow. The umask removes bits of the mode when a
-            # process creates the file. The creating process then restores the bits.
+            # For a moment, the mode of an empty file can be too narrow. The umask removes bits of the mode until the
+            # creating process sets the full mode.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None

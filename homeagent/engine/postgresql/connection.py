@@ -26,7 +26,7 @@ POOLED = "homeagent_pooled"
 _IDLE = 0
 _FAILED = 3
 
-# SQLSTATEs of the error with which a standby answers BEGIN … READ WRITE.
+# Error codes (SQLSTATE) with which a standby refuses BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
 
 # The dictionary `memory` of a connection has this key if the connection listens for the notifications of the triggers.

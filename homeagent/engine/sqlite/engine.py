@@ -123,8 +123,7 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # The listener returns the error and does not raise the error, so that other listeners (instrumentation) also
-        # run.
+        # The listener returns the error. A raised error would prevent other listeners, such as instrumentation.
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
@@ -357,8 +356,7 @@ class SQLiteEngine(Engine):
         except CorruptDatabaseError:
             if self._sqlite_will_empty():
                 return
-            # The header can look damaged while another process writes the header. Take the lock, and read the header a
-            # second time.
+            # The header can look damaged during a write of another process. Take the lock, and read the header again.
             found = self._application_id_while_locked()
         if found != APPLICATION_ID:
             raise ForeignDatabaseError(
@@ -376,8 +374,7 @@ class SQLiteEngine(Engine):
         if database_file.size_of(lock_path(self.path)) or database_file.look_at(journal) is None:
             return False
         header = read_start(journal, 20)
-        # Bytes 16 to 19 of a journal are the size of the database before the transaction
-        # (https://sqlite.org/fileformat2.html, section 3).
+        # Bytes 16 to 19 of a journal are the old size of the database (https://sqlite.org/fileformat2.html, section 3).
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:

@@ -37,7 +37,7 @@ _INSTRUCTIONS = 10_000
 
 
 class Stopwatch:
-    """A statement timeout. SQLite calls the timeout as a progress handler. A limit of None means no timeout."""
+    """A statement timeout in the form of a progress handler for SQLite. A limit of None means no timeout."""
 
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
@@ -71,9 +71,9 @@ def inspect_sqlite(
         path: path of the file.
         watch: statement timeout.
         assume_closed: False to take locks even without a WAL, because another process can be opening the file.
-        is_closed: True if the caller has just checked that no process of homeagent has the file open. With False,
-            SQLite reads a WAL without frames through the WAL index. A process with an open database can add a frame at
-            any time.
+        is_closed: True if the caller has just checked that no process of homeagent has the file open. If `is_closed` is
+            False, SQLite reads a WAL without frames through the WAL index. A process with an open database can add a
+            frame at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -127,9 +127,7 @@ def _open(path: Path, option: str, watch: Stopwatch) -> Connection:
 
 
 def journal_mode(path: Path, connection: Connection) -> str | None:
-    """Return the journal mode of a file that `inspect_sqlite()` opened. If the mode can't be determined, return
-    None.
-    """
+    """Return the journal mode of a file that `inspect_sqlite()` opened, or None for an unknown mode."""
     mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
     if mode == "wal":
         return mode
