@@ -187,11 +187,10 @@ class SecretHasher:
             secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
                 secret is not normalised.
             beside: stored hash that stays valid together with the new hash during a rotation. If the old and the new
-                hash are Argon2 hashes, the new hash takes over the old salt. With the shared salt, one Argon2 run
-                checks both hashes. The duration of a check therefore does not reveal a rotation. RFC 9106 section 3.1
-                asks for a salt for each password, so that an attacker can't try one guess on many accounts. Both hashes
-                belong to one device, so the two hashes can share a salt. Pass None if the old secret becomes invalid at
-                once.
+                hash are Argon2 hashes, the new hash takes over the old salt. One Argon2 run checks both hashes. With a
+                shared salt, the duration of a check does not reveal a rotation. RFC 9106 section 3.1 asks for a salt
+                for each password, so that an attacker can't try one guess on many accounts. Both hashes belong to one
+                device, so the two hashes can share a salt. Pass None if the old secret becomes invalid at once.
             waiting: maximum number of callers that wait for this hasher, including the caller of the method.
 
         Returns:

@@ -1,7 +1,7 @@
 """Translate a driver's exceptions to homeagent's errors.
 
-A driver's message can contain stored values. For example, psycopg puts the rejected row into DETAIL. The message of a
-translated error contains only the kind of error, the remedy, names from the schema and the SQL text of homeagent's
+A driver's message can contain stored values. For example, a message of psycopg can show the rejected row. The message
+of a translated error contains only the kind of error, the remedy, names from the schema and the SQL text of homeagent's
 statement. The translated error has no cause or context, so the error does not refer to the driver's exception.
 """
 
