@@ -91,7 +91,7 @@ class AgentStore(Store):
 
     @reading
     def get(self, agent_id: str) -> Agent:
-        """Return the agent in the same way as `find_by_id()`. For an absent agent, raise `AgentNotFoundError`."""
+        """Call `find_by_id()`, and raise `AgentNotFoundError` if the agent does not exist."""
         agent = self._unit.one(_FIND, id=self._searched(agent_id, "agent_id"))
         if agent is None:
             raise AgentNotFoundError(agent_id)
@@ -123,7 +123,7 @@ class AgentStore(Store):
         given = changes.model_fields_set
         if not given:
             return self.get(agent_id)
-        # Do not read the row first, because an update must be able to replace an unreadable value.
+        # Do not read the row first. A read would fail on an unreadable value, which an update must be able to replace.
         values = {f"new_{name}": getattr(changes, name) for name in given}
         changed = self._unit.write_one(
             _update(frozenset(given)), agent_id=self._searched(agent_id, "agent_id"), **values
@@ -142,7 +142,7 @@ class AgentStore(Store):
             False if the agent did not exist.
 
         Raises:
-            AgentInUseError: if the agent has sessions, except with `delete_sessions=True`.
+            AgentInUseError: if the agent has sessions, and `delete_sessions` is False.
         """
         # Lock the agent before counting its sessions. With the lock, the count includes a session that another unit has
         # just added. A unit that adds a session later waits for the lock, and then finds no agent.

@@ -1,7 +1,7 @@
-"""Methods of the store of devices that read the feed of device changes.
+"""Methods of the store of devices for the feed of device changes.
 
-Rows are deleted only from the beginning of the feed, and the newest row always stays. Therefore a reader has missed no
-change if the feed still contains the number of the last change that the reader has read.
+homeagent deletes the oldest rows of the feed first, and always keeps the newest row. A reader has missed no change if
+the feed still contains the last change that the reader has read.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _after = bindparam("after", type_=_columns.number.type)
 _is_kept = select(constant(1, _columns.number.type)).where(_columns.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_columns.number)))
-# The first selected row has the given number. If the feed does not contain the row with this number, the statement
-# selects only the newest row.
+# If the feed contains the number `after`, the statement selects the rows from the number `after` on. If the feed does
+# not contain the number, the statement selects only the newest row.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_columns.number >= case((_is_kept, _after), else_=_newest))
@@ -45,9 +45,9 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the changes that follow a number, from the rows of the statement `CHANGES`.
+    """Select the changes that follow the argument `after` from the rows that the statement `CHANGES` returned.
 
-    If the feed does not contain the number, return one change of the kind `reset` with the newest number.
+    If the feed does not contain the number, return a single change of the kind `reset`, which has the newest number.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]
@@ -55,14 +55,14 @@ def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
 
 
 def check_number(after: int) -> int:
-    """Return the argument if it is a possible number of a device change. Otherwise raise InvalidArgumentError."""
+    """Return the argument if a device change can have the number `after`. Otherwise raise InvalidArgumentError."""
     if type(after) is not int or not 0 <= after < 2**63:
         raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
     return after
 
 
 class DeviceFeed(Store):
-    """Base class of the store of devices, with the methods of the feed."""
+    """Base class of `DeviceStore` with the methods that read the feed of device changes."""
 
     __slots__ = ()
 
@@ -70,11 +70,12 @@ class DeviceFeed(Store):
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
         """Return the device changes after a number, oldest first.
 
-        If the feed no longer contains this number, or if the store was restored, the result is one change of the kind
-        `reset`. After a reset, read all devices again, and continue with the number of the reset.
+        If the feed no longer contains the number `after`, the method returns one change of the kind `reset`. After a
+        restore of the database, the method also returns a reset. After a reset, read all devices again, and continue
+        with the number of the reset.
 
         Args:
-            after: number of the last change that the caller has read. For a new feed, pass 0.
+            after: number of the last change that the caller has read. A new reader passes the number 0.
             limit: maximum number of changes, 1 or more.
         """
         rows = self._unit.all(CHANGES, after=check_number(after), limit=check_limit(limit) + 1)

@@ -1,4 +1,4 @@
-"""SQL of the store of devices."""
+"""SQL statements of the store of devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from homeagent.models.store_record import store_table
 
 
 class SecretHashes(NamedTuple):
-    """The hashes of a device's secrets. The fields have the same names as in the class `Device`.
+    """Hashes of the current and the previous secret of a device. The fields have the same names as in the class
+    `Device`.
 
     If the device does not exist, the field `shared_secret_hash` is an empty text, which matches no secret. The other
     fields of an absent device are None.
@@ -27,10 +28,10 @@ class SecretHashes(NamedTuple):
 
 
 class DeviceState(NamedTuple):
-    """The state of a device, and whether the device has the expected values.
+    """State of a device, and the result of a comparison of the device with expected values.
 
-    The field `was_decided` is True if the device was approved or revoked at least once. If `uow.session` withdraws an
-    approval and sets no time of revocation, the device counts as revoked.
+    The field `was_decided` is True if the device was approved or revoked at least once. If a program withdraws an
+    approval by `uow.session`, the device counts as revoked even without a time of revocation.
     """
 
     approved: bool
@@ -44,10 +45,9 @@ class DeviceState(NamedTuple):
 _columns: Any = Device.__table__.c
 _keys: Any = IdempotencyKey.__table__.c
 
-# Do not write `approved = 0` for an unapproved device. Another program can store the value 2. The device would then be
-# in neither of the two groups.
 _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
+"""SQL condition for unapproved devices. Do not write `approved = 0`, which ignores a device with the value 2."""
 
 FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
 PAIRED_AT = Statement[datetime](select(_columns.paired_at).where(_columns.id == bindparam("id")))
@@ -59,8 +59,8 @@ def _for_every_id(*columns: Any) -> Any:
     return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
 
 
-# Do not select the column `proof_verifier` in this statement. SQLite takes longer to read a column after a long value,
-# and the value of the column metadata comes before proof_verifier.
+# Do not select the column `proof_verifier` in this statement. SQLite takes longer to read a column that comes after a
+# long value. In each row, the value of `metadata` comes before the value of `proof_verifier`.
 SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
     _for_every_id(
         func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),
@@ -83,8 +83,8 @@ COUNT_PENDING = Statement[int](
         .subquery()
     )
 )
-# On PostgreSQL, two pairings at the same time do not see each other's device. With this lock of the store's row, the
-# second of two pairings waits until the first unit has ended, and then counts both devices.
+# On PostgreSQL, two pairings at the same time do not see each other's device. The lock of the store's row makes the
+# second pairing wait until the first unit has ended. After the wait, the second pairing counts both devices.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """SQL condition for the pending devices that a sweep deletes.
@@ -132,7 +132,7 @@ APPROVE = Statement[Device](
         approved_at=bindparam("now"),
         revoked_at=None,
         revoked_reason=None,
-        # An unapproved device can have a previous secret, which an earlier version of homeagent or `uow.session` wrote.
+        # An unapproved device can have a previous secret, for example from an earlier version of homeagent.
         previous_secret_hash=None,
         previous_secret_expires_at=None,
     )
@@ -148,8 +148,8 @@ REVOKE = Statement[Device](
         previous_secret_expires_at=None,
     )
 )
-# The database compares the columns, and therefore homeagent does not convert the stored values. An unreadable value
-# must not prevent an approval or a revocation. In SQL, the result of a comparison with NULL is NULL.
+# Compare the columns in SQL, because homeagent can't convert an unreadable value. An unreadable value must not prevent
+# an approval or a revocation. In SQL, the result of a comparison with NULL is NULL.
 STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
     select(
         _columns.approved,
@@ -205,8 +205,8 @@ def page_of(
     newest_first: bool,
     after: bool,
 ) -> Statement[Device]:
-    """Return the statement that selects a page of devices with the given conditions, in the order of id or time of
-    pairing.
+    """Return the statement that selects a page of devices. The arguments decide the conditions and the order of the
+    statement.
     """
     conditions = []
     if approved is not None:

@@ -75,7 +75,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def get(self, device_id: str) -> Device:
-        """Return the device in the same way as `find_by_id()`. For an absent device, raise `DeviceNotFoundError`."""
+        """Call `find_by_id()`, and raise `DeviceNotFoundError` if the device does not exist."""
         device = self._unit.one(statements.FIND, id=self._searched(device_id, "device_id"))
         if device is None:
             raise DeviceNotFoundError(device_id)
@@ -83,7 +83,9 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
-        """Return the hashes of the device's secrets. An absent and a stored device take the same time."""
+        """Return the hashes of the device's secrets. The method takes the same time for an absent device and for a
+        stored device.
+        """
         row = self._unit.one(statements.SECRET_HASHES, id=self._searched(device_id, "device_id"))
         assert row is not None  # noqa: S101  the outer join has a row for every id
         return SecretHashes(*row)
@@ -113,7 +115,8 @@ class DeviceStore(DeviceFeed):
     def count_pending(self, *, limit: int) -> int:
         """Return the number of pending devices. The count stops at the argument `limit`, which must be 1 or more.
 
-        A device that has been pending for longer than `Limits.pending_ttl` does not count, even before a sweep.
+        A device that has been pending for longer than `Limits.pending_ttl` does not count, even if no sweep has deleted
+        the device yet.
         """
         before = earlier(self._unit.now(), self._unit.settings.limits.pending_ttl)
         return self._unit.one(statements.COUNT_PENDING, limit=check_limit(limit), before=before) or 0
@@ -122,7 +125,7 @@ class DeviceStore(DeviceFeed):
     def require_pending_room(self, limit: int) -> None:
         """If more devices are pending than the argument `limit` allows, raise `PendingLimitError`.
 
-        Pairings in other units wait until this unit ends.
+        Pairings in other units wait until the end of the unit that called the method.
         """
         self._unit.one(statements.LOCK_STORE)
         if self.count_pending(limit=limit + 1) > limit:
@@ -157,15 +160,16 @@ class DeviceStore(DeviceFeed):
             approved: True to select approved devices, False to select unapproved devices. Default: both.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
-            seen_before: latest time at which a returned device was last seen, exclusive. Without `seen_before`, the
-                method also returns devices that were never seen.
-            order: "id" (default), or "paired_at" for the newest first.
+            seen_before: time before which the selected devices were last seen. By default, the method also returns
+                devices that were never seen.
+            order: order of the devices: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
-            after: last device on the previous page, or its id. By default, the method returns the first page.
+            after: last device on the previous page, or the id of this device. By default, the method returns the first
+                page.
 
         Raises:
-            DeviceNotFoundError: if the order is "paired_at", and the argument `after` is the id of an absent device. If
-                the device was deleted, pass the device instead of its id.
+            DeviceNotFoundError: if the order is "paired_at", and the argument `after` is the id of an absent device. To
+                continue after a deleted device, pass the `Device` object instead of the id.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -268,7 +272,7 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def revoke(self, device_id: str, *, reason: str | None = None, force: bool = False) -> bool:
-        """Revoke a device, which then has no access until the method `approve()` is called.
+        """Revoke a device. The device has no access until a call of `approve()`.
 
         The nonces and idempotency keys of the device stay.
 
@@ -279,7 +283,7 @@ class DeviceStore(DeviceFeed):
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
-            LastAdminError: if the device is the last approved admin, except with `force=True`.
+            LastAdminError: if the device is the last approved admin, and `force` is False.
         """
         if reason is not None:
             check_name(reason, "reason")
@@ -316,7 +320,7 @@ class DeviceStore(DeviceFeed):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return True if `update_last_seen()` has no row to write, and False, which that call would then return."""
+        """Return whether `update_last_seen()` would change no row, and the result for an unchanged row."""
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
@@ -328,8 +332,8 @@ class DeviceStore(DeviceFeed):
         """Store the time at which a device was last seen.
 
         The argument `at` is the time of the last contact. If `at` is None or later than the current time, the method
-        stores the current time. The row is changed only if the stored time is earlier by at least the granularity. If
-        the row was not changed, or if the device does not exist, return False.
+        stores the current time. The method changes the row only if the stored time is earlier by at least the argument
+        `granularity`. If the method changed no row, the result is False.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -345,13 +349,13 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def delete(self, device_id: str, *, force: bool = False) -> bool:
-        """Delete a device and its idempotency keys. The device's nonces stay, because no nonce must be usable twice.
+        """Delete a device and its idempotency keys. The device's nonces stay, so that no nonce can be used twice.
 
         Returns:
             False if the device did not exist.
 
         Raises:
-            LastAdminError: if the device is the last approved admin, except with `force=True`.
+            LastAdminError: if the device is the last approved admin, and `force` is False.
         """
         device = self._searched(device_id, "device_id")
         self._require_another_admin(device_id, force=force)
@@ -385,7 +389,7 @@ class DeviceStore(DeviceFeed):
             False if the device does not exist, or has a different hash.
 
         Raises:
-            DeviceNotApprovedError: if the argument `previous_until` is given, and the device is pending or revoked.
+            DeviceNotApprovedError: if the device is pending or revoked, and `previous_until` is not None.
             InvalidArgumentError: if a hash or the verifier is not a valid text, or if `previous_until` has no time
                 zone.
         """
@@ -434,7 +438,7 @@ E = TypeVar("E", Role, DeviceStatus)
 
 
 def _member(kind: type[E], value: E, what: str) -> E:
-    """Return the member of the enum for a value that is a member or the text of a member."""
+    """Convert a text to the member of the enum. Return a member unchanged."""
     try:
         return kind(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""SQL of the store of idempotency keys."""
+"""SQL statements of the store of idempotency keys."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _SAME_SCOPE = and_(
     _columns.method == bindparam("method"),
     _columns.key == bindparam("key"),
 )
-# A row in progress does not expire. A row with an invalid state does not expire either, because the effect could run
-# twice after its deletion.
+# The row of an effect in progress does not expire. A row with an invalid state does not expire, because the effect
+# could run a second time after a deletion of the row.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for the records that count as absent and that a sweep deletes."""
 
-# Count all rows in the index of the primary key. To count only unexpired rows, SQLite would also read the long column
-# `result`, because the column `expires_at` comes after it.
+# To count all rows of a device, SQLite reads only the index of the primary key. To count only unexpired rows, SQLite
+# would also have to read the long column `result`, which comes before `expires_at`.
 COUNT = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
 )
-# Keep the expression `device_id + ""`, which no index contains, because the engine would otherwise use the primary key
-# and not the index of `expires_at` (`test_expired_keys_are_counted_by_the_index`).
+# Keep the expression `device_id + ""`, which no index contains. For a plain `device_id`, the database would use the
+# primary key and not the index of `expires_at` (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 )
@@ -46,7 +46,7 @@ INSERT = Statement[IdempotencyKey](
             device_id=bindparam("device_id"),
             method=bindparam("method"),
             key=bindparam("key"),
-            # The store passes the result as encoded text, because it had to encode the result to check it.
+            # The parameter `json` is text, because the store has already encoded the result to check its size.
             result=bindparam("json", type_=Text),
             created_at=bindparam("now"),
             expires_at=bindparam("expires_at"),
@@ -56,8 +56,8 @@ INSERT = Statement[IdempotencyKey](
         )
     ).on_conflict_do_update(
         index_elements=["device_id", "method", "key"],
-        # An expired record counts as absent even before a sweep deletes the record. Therefore a new claim replaces each
-        # column of an expired record.
+        # An expired record counts as absent even before a sweep deletes the record. A new claim replaces each column of
+        # an expired record.
         set_={
             "result": statement.excluded.result,
             "created_at": statement.excluded.created_at,
@@ -113,7 +113,7 @@ RECORD = Statement[IdempotencyKey](
     .where(_OWNED)
     .values(
         state=bindparam("state"),
-        # The store passes the result as encoded text, because it had to encode the result to check it.
+        # The parameter `json` is text, because the store has already encoded the result to check its size.
         result=bindparam("json", type_=Text),
         omitted=bindparam("omitted"),
         expires_at=bindparam("expires_at"),

@@ -114,7 +114,7 @@ class IdempotencyKeyStore(Store):
         }
 
     def _require_room(self, scope: IdempotencyScope, now: datetime) -> None:
-        """Raise KeyLimitError if the device has no room for a new record, unless the scope has an unexpired record."""
+        """Raise KeyLimitError if a new record of this scope would exceed the limit of the device."""
         limit = self._unit.settings.limits.keys_per_device
         device_id = scope.device_id
 
@@ -122,8 +122,8 @@ class IdempotencyKeyStore(Store):
             stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
             if stored < limit:
                 return stored
-            # Subtract the number of expired rows that a sweep has not deleted yet. Make the slower count only at the
-            # limit.
+            # Subtract the expired rows that no sweep has deleted yet. Count the expired rows only at the limit, because
+            # this count is slower.
             return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
         if not has_room(self._unit, "idempotency_keys", device_id, limit, count) and (
@@ -131,7 +131,7 @@ class IdempotencyKeyStore(Store):
         ):
             raise KeyLimitError(device_id, limit)
 
-    # Steps of `run_once()`
+    # Methods that `run_once()` calls
 
     @writing()
     @clears_locals
@@ -150,9 +150,9 @@ class IdempotencyKeyStore(Store):
         Args:
             scope: device, method and key of the call.
             fingerprint: fingerprint of the call's parameters, for example by `canonical_json.fingerprint_of()`.
-            lease: time after which an attempt without renewal counts as abandoned. A lease of zero has already expired.
+            lease: time after which an attempt without renewal counts as abandoned. A lease of zero expires at once.
             ttl: time for which retries get the outcome, more than zero and at most `Limits.longest_ttl`.
-            rerun: True if the caller takes over an abandoned attempt, and runs the effect again.
+            rerun: True to take over an abandoned attempt, and to run the effect again.
             owner: random token of the caller. A second claim with the same token returns the same attempt.
 
         Returns:
@@ -161,7 +161,7 @@ class IdempotencyKeyStore(Store):
         Raises:
             FingerprintMismatchError: if the key was used with other parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
-            OutcomeUnknownError: if an attempt was abandoned, except with `rerun=True`.
+            OutcomeUnknownError: if an attempt was abandoned, and `rerun` is False.
             EffectFailedError: if the effect has failed for good. The error contains the stored detail of the failure.
             KeyLimitError: if the key is new, and the device has `Limits.keys_per_device` keys that have not expired.
         """
@@ -183,7 +183,7 @@ class IdempotencyKeyStore(Store):
             downstream_key=downstream_key,
         ):
             row = self._unit.one(statements.ANY, **_parameters(scope))
-            if row is not None:  # if the record was deleted between the two statements, claim again
+            if row is not None:  # None if another caller has deleted the record: claim again
                 outcome = _outcome(scope, row, fingerprint)
                 return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
         return Attempt(
@@ -208,7 +208,7 @@ class IdempotencyKeyStore(Store):
     ) -> Attempt:
         """Return the next attempt of a key in progress.
 
-        If the present attempt is not abandoned, or if the caller did not pass `rerun=True`, raise an error.
+        Raise an error unless the present attempt is abandoned and the caller passed `rerun=True`.
         """
         if row.owner == owner:
             # The caller has already committed the same claim, but did not get the result of the commit.
@@ -248,8 +248,8 @@ class IdempotencyKeyStore(Store):
         """Record the result of the effect, so that a retry gets the same result.
 
         Returns:
-            False if the result is not JSON or is over 1 MiB. The effect has taken place, so the record is still stored,
-            but without the result and with `omitted=True`.
+            False if the result is not JSON or is over 1 MiB. The record is stored without the result and with
+            `omitted=True`, because the effect has taken place.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key. The record stays.
@@ -269,7 +269,7 @@ class IdempotencyKeyStore(Store):
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
         """Return the outcome that the attempt has recorded. If the attempt has recorded no outcome, return None.
 
-        After a commit with an unknown outcome, the caller uses the method to find out if the commit took place.
+        After a commit with an unknown outcome, a caller can find out by `find_recorded()` if the commit took place.
         """
         check_kind(attempt, Attempt, "attempt")
         row = self._unit.one(statements.ANY, **_parameters(attempt.scope))
@@ -301,9 +301,9 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call the method only if the effect of the attempt did not begin.
 
-        The method deletes the record if the attempt is the first attempt, or if the caller passed `none_began=True`. By
-        `none_began=True`, the caller states that no earlier attempt began its effect. In all other cases the outcome of
-        an earlier attempt is unknown, so the record stays and counts as abandoned again.
+        By `none_began=True`, the caller states that no earlier attempt began its effect. With `none_began=True`, or
+        after a first attempt, the method deletes the record. The record of a later attempt stays and counts as
+        abandoned again, because the outcome of an earlier attempt is unknown.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key. The record stays.
@@ -323,13 +323,13 @@ class IdempotencyKeyStore(Store):
             scope = attempt.scope
             raise LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)
 
-    # Methods with which operators settle abandoned attempts
+    # Methods for operators, who settle abandoned attempts
 
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return records of abandoned attempts. The argument `limit` is the maximum number of records. The order is the
-        order in which the leases expired.
+        """Return records of abandoned attempts. The record whose lease expired first comes first. The argument `limit`
+        is the maximum number of records.
         """
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
@@ -342,7 +342,7 @@ class IdempotencyKeyStore(Store):
             False if the scope has no abandoned attempt.
 
         Raises:
-            IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
+            IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
             InvalidArgumentError: if the result is over 1 MiB or not JSON.
         """
         encode_json(result, "result", limit=MAX_RESULT_BYTES)
@@ -358,7 +358,7 @@ class IdempotencyKeyStore(Store):
             False if the scope has no abandoned attempt.
 
         Raises:
-            IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
+            IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
         """
         attempt = self._find_abandoned(scope)
         if attempt is not None:
@@ -393,7 +393,7 @@ class IdempotencyKeyStore(Store):
 
 
 def _attempt_of(row: IdempotencyKey) -> Attempt:
-    """Return the attempt of a row in progress."""
+    """Return the attempt that a row in progress describes."""
     return Attempt(
         number=row.attempt,
         downstream_key=row.downstream_key or "",
@@ -417,7 +417,7 @@ def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> 
 
 
 def _refusal(scope: IdempotencyScope, row: IdempotencyKey) -> dict[str, Any]:
-    """Return the arguments of the error with which a record refuses a claim."""
+    """Return the arguments of the error that refuses a claim."""
     found = {"state": row.state, "expires_at": row.expires_at}
     return {"device_id": scope.device_id, "method": scope.method, **found}
 
@@ -439,7 +439,7 @@ def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
 
 
 def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
-    """Return a scope for a new record. Check the texts of a scope from `IdempotencyScope.of_record()`."""
+    """Return the scope of a new record. Check a scope from `IdempotencyScope.of_record()` first."""
     if type(scope) is IdempotencyScope:
         return scope
     _check_scope(scope)

@@ -28,7 +28,9 @@ from homeagent.stores.store import Store, reading, writing
 __all__ = ["NONCE_GRACE", "Freshness", "NonceStore", "ReplayGuard"]
 
 NONCE_GRACE = timedelta(hours=1)
-"""Time for which the row of an expired nonce stays. If the clock is set back by less, the nonce stays unusable."""
+"""Time for which the row of an expired nonce stays. If the clock is set back by less than this time, the nonce stays
+unusable.
+"""
 
 _table: Any = Nonce.__table__
 _columns: Any = _table.c
@@ -55,7 +57,7 @@ _FIND = Statement[Nonce](
         _columns.expires_at > bindparam("now"),
     )
 )
-# Value of the column `created_at` of a nonce that an operator released from the limit.
+# An operator can release a nonce from the limit. The column `created_at` of a released nonce is 0.
 _RELEASED = constant(0, Integer())
 _COUNTED = (
     _columns.device_id == bindparam("device_id"),
@@ -67,7 +69,7 @@ _RELEASE = Statement[Nonce](update(Nonce).where(*_COUNTED).values(created_at=_RE
 EXPIRED: Any = _columns.expires_at <= bindparam("before")
 """SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
 
-# On PostgreSQL, two hosts can sweep at the same time. SKIP LOCKED makes the two sweeps delete different rows.
+# On PostgreSQL, two hosts can sweep at the same time. With SKIP LOCKED, the two sweeps delete different rows.
 _DELETE_EXPIRED = Statement[Nonce](
     delete(Nonce).where(
         tuple_(_columns.device_id, _columns.nonce).in_(
@@ -90,7 +92,7 @@ class Freshness(StrEnum):
 
     FRESH = "fresh"
     STALE = "stale"
-    """The message was signed too long ago, or before a restore. A restore can remove the record of a nonce."""
+    """The message was signed too long ago, or was signed before a restore, which can remove the record of a nonce."""
     FUTURE = "future"
     """The clock of the signer is too far ahead."""
     REPLAYED = "replayed"
@@ -105,26 +107,26 @@ class NonceStore(Store):
     @writing()
     @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int | None = None) -> bool:
-        """Consume a nonce. Of several calls with the same nonce, only one call returns True.
+        """Consume a nonce. If several callers consume the same nonce, the method returns True for only one caller.
 
-        Call the method in a separate unit, after the check of the signature and before the device gets access. In a
-        unit with other work, a rollback of the work would make the nonce usable again.
+        Call the method in a separate unit, after the check of the signature and before the device gets access. If the
+        unit contained other work, a rollback of the other work would make the nonce usable again.
 
         Args:
             device_id: id of the signer. Two devices can use the same nonce.
             nonce: nonce of the signed message.
-            expires_at: signed timestamp plus the allowed skew. At the time `expires_at` the message becomes too old.
-            limit: maximum number of the device's nonces, if it is lower than `Limits.nonces_per_device`. The number
-                does not include expired nonces. Several processes together can store up to twice as many nonces (see
-                `homeagent.stores.room`).
+            expires_at: time at which the message becomes too old: the signed timestamp plus the allowed skew.
+            limit: maximum number of the device's unexpired nonces. A limit above `Limits.nonces_per_device` has no
+                effect. Several processes together can store up to twice the limit (see `homeagent.stores.room`).
 
         Returns:
-            False if the nonce was used before, even if the device is at the limit. Also False if the time `expires_at`
-            has passed.
+            False if the nonce was used before, or if the time `expires_at` has passed. For a used nonce, the method
+            returns False even if the device is at the limit.
 
         Raises:
             NonceLimitError: if the nonce is new and the device is at the limit. The store does not delete an older
-                nonce instead, because a deleted nonce could be used again. An operator can call the method `forget()`.
+                nonce to make room, because a deleted nonce could be used again. An operator can make room by the method
+                `forget()`.
             InvalidArgumentError: if `expires_at` is more than `Limits.longest_ttl` ahead.
         """
         check_identifier(device_id, "device_id")
@@ -180,18 +182,18 @@ class NonceStore(Store):
         if signed_at - now > skew:
             return Freshness.FUTURE
         restored_at = self._restored_at()
-        # If a nonce was consumed before the restore, the timestamp of its message is at most `restored_at + skew`.
+        # A message whose nonce was consumed before the restore has a timestamp of at most `restored_at + skew`.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        """Return the time of the last restore. The method reads the time of the restore once for each connection,
-        because no epoch begins while a connection is open.
+        """Return the time of the last restore. The method reads the time once for each connection, because no restore
+        can take place while a connection is open.
 
-        When the connection is closed, the store forgets the time of the restore. A PostgreSQL server closes all
-        connections before a restore, so the gateway reads the time again.
+        On a new connection, for example after a restore on PostgreSQL, the method reads the time of the last restore
+        again.
         """
         memory = self._unit.connection_memory
         if "restored_at" not in memory:
@@ -217,20 +219,20 @@ class NonceStore(Store):
     def forget(self, device_id: str) -> int:
         """Release the nonces of a device from its limit, and return the number of released nonces.
 
-        Call the method if a device is at its limit and its nonces expire too late. First shorten the time for which new
-        nonces are kept, because the device would otherwise reach the limit again.
+        Call the method if a device is at its limit and its nonces expire too late. Before the call, shorten the time
+        for which new nonces are kept, so that the device does not reach the limit again.
 
-        The rows of the released nonces stay until the nonces expire. A message with a released nonce is still a replay,
-        for which `consume()` returns False and `consume_signed()` returns REPLAYED. After the call, the table can have
-        more nonces of the device than the limit allows.
+        The rows of the released nonces stay until the nonces expire. A released nonce stays used: `consume()` returns
+        False, and `consume_signed()` returns REPLAYED. After the call, the table can contain more nonces of the device
+        than the limit allows.
         """
         device = self._searched(device_id, "device_id")
         return self._unit.write(_RELEASE, device_id=device, now=self._unit.now())
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete nonces whose expiry is at least the time `NONCE_GRACE` ago, oldest first. The argument `limit` is the
-        maximum number of deleted nonces.
+        """Delete nonces that expired at least `NONCE_GRACE` ago, oldest first. The argument `limit` is the maximum
+        number of deleted nonces.
 
         Returns the number of deleted nonces.
         """
@@ -240,17 +242,16 @@ class NonceStore(Store):
 
 
 class ReplayGuard:
-    """Accept each signed message once, and only while the message is fresh.
+    """Guard that accepts each signed message once, and only while the message is fresh.
 
     Args:
-        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh from its timestamp
-            minus the skew until its timestamp plus the skew. The store keeps the nonce until the message is no longer
-            fresh.
-        limit: maximum number of a device's nonces, if it is lower than `Limits.nonces_per_device`. The number does not
-            include expired nonces.
+        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh if its timestamp
+            differs from the gateway's clock by less than the skew. The store keeps the nonce until the message is no
+            longer fresh.
+        limit: maximum number of a device's unexpired nonces. A limit above `Limits.nonces_per_device` has no effect.
 
     Raises:
-        InvalidArgumentError: if the argument `skew` is not more than zero, or the argument `limit` is less than 1.
+        InvalidArgumentError: if `skew` is not more than zero, or if `limit` is less than 1.
     """
 
     def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int | None = None) -> None:
@@ -259,7 +260,7 @@ class ReplayGuard:
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
-        """Check a message by `nonces.consume_signed()`, with the `skew` and the `limit` of the guard.
+        """Call `nonces.consume_signed()` with the `skew` and the `limit` of the guard, and return the result.
 
         Call the method in a separate unit, after the check of the signature.
         """

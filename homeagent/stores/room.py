@@ -1,17 +1,15 @@
-"""A limit of the rows of one device, which the store counts only at intervals.
+"""Limit for the rows of one device. The store does not count the rows at each insert.
 
-Counting 10,000 rows takes as long as 40 inserts. Therefore a process that has counted the rows of a device may add
-several rows without another count. The number of these rows is the grant. The grant is an eighth of the number of rows
-that may still be added, but at most a fiftieth of the limit.
+Counting 10,000 rows takes as long as 40 inserts. Therefore each count gives the process a grant: a number of rows that
+the process may add without another count. The grant is an eighth of the rows that still fit below the limit, but at
+most a fiftieth of the limit.
 
-Several processes together do not store more than twice the limit, because a process gets a grant only if fewer rows
-than the limit are stored. When the limit is reached, each process can use up only the rest of its own grant, which is
-less than a fiftieth of the limit. Therefore 49 processes together stay below twice the limit, even if each process got
-the largest possible grant. On SQLite, a process counts and adds its row in one transaction, and no other
-writer can add a row in between. On PostgreSQL, a transaction that counts does not see the rows of transactions that
-have not committed. If the limit is low, or few rows may still be added, the grant can be only one row. For a grant of
-one row, the transaction takes a lock for the device, and counts again. Without the lock, each open transaction could
-exceed the limit by one row.
+A process gets a grant only if the device has fewer rows than the limit. At the limit, a process can add only the rest
+of its grant, which is less than a fiftieth of the limit. Therefore 49 processes together store less than twice the
+limit, even with the largest possible grants. On SQLite, a process counts the rows and adds a row in one transaction, so
+no other writer can add a row after the count. On PostgreSQL, a count does not include the rows of uncommitted
+transactions. Shortly below the limit, a grant can be only one row. Before a grant of one row, the transaction takes a
+lock for the device, and counts again. Without the lock, each open transaction could exceed the limit by one row.
 """
 
 from __future__ import annotations
@@ -35,17 +33,17 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 
 
 def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[[], int]) -> bool:
-    """Return True if the device can have another row. The new row then uses up a part of the process's grant.
+    """Return True if the device can have another row. The new row uses up one row of the process's grant.
 
     Args:
-        unit: writing unit that adds the row.
-        kind: name of the table, because each table has its own limit.
+        unit: unit of work that adds the row.
+        kind: name of the table. Each table has a separate limit.
         device_id: id of the device.
         limit: maximum number of the device's rows.
         count: function that counts the device's rows.
     """
     grants: dict[tuple[str, str, int], Iterator[int]] = unit.settings.memory.setdefault("grants", {})
-    # The key of the dictionary contains the limit, because each limit has separate grants.
+    # Grants for different limits are separate, so the key of the dictionary contains the limit.
     key = (kind, device_id, limit)
     # Each call of the function `next()` takes a row from the grant. Two threads can't take the same row, because the
     # function `next()` is atomic.

@@ -1,7 +1,7 @@
-"""SQL of the store of sessions.
+"""SQL statements of the store of sessions.
 
-In these statements, the parameters `agent_id`, `sender_id` and `channel_id` are a route. The parameter `route` is the
-key of the route.
+A route is the combination of agent, sender and channel. In each statement, the parameters `agent_id`, `sender_id` and
+`channel_id` name a route. The parameter `route` is the key of the route.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _agents: Any = Agent.__table__.c
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# The method `move()` does not lock the holder of the new route. With such a lock, two units that move sessions to each
-# other's route would deadlock.
+# The method `move()` does not lock the holder of the new route. With a lock of the holder, two units that move sessions
+# to each other's route would deadlock.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
-# The statement locks the row of the agent until the end of the unit, so that no other unit can delete the agent before
-# the session is added.
+# The statement locks the row of the agent until the end of the unit. No other unit can delete the agent before this
+# unit adds a session.
 AGENT = Statement[str](
     select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
@@ -52,7 +52,8 @@ _VALUES: dict[str, Any] = {
     "last_active_at": bindparam("last_active_at"),
     "metadata": bindparam("metadata_"),
 }
-# The ON CONFLICT clause has no index_elements, so it applies to a conflict of the id and to a conflict of the route.
+# Do not add `index_elements`. Without `index_elements`, the statement adds no row if the id exists, or if the route is
+# taken.
 CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values({**_VALUES, "route_key": bindparam("route")}).on_conflict_do_nothing(),
     returning=AgentSession,
@@ -83,14 +84,14 @@ RELEASE = Statement[AgentSession](
 
 # Routes
 
-# Condition that a session has the route in the parameters. The condition does not compare the stored route key, because
-# the key can be stale.
+# SQL condition for the sessions of a route. Do not compare the stored route key, because the key can be stale.
 _IS_ON_ROUTE: Any = and_(
     _columns.agent_id == bindparam("agent_id"),
     _columns.sender_id.is_not_distinct_from(bindparam("sender_id")),
     _columns.channel_id.is_not_distinct_from(bindparam("channel_id")),
 )
-# An UPDATE of many rows by `uow.session`, or another program, can change a session without changing its route key.
+# The route key of a session is stale if another program changed the session without its route key. A bulk UPDATE by
+# `uow.session` can also leave a stale route key.
 RELEASE_STALE = Statement[AgentSession](
     update(AgentSession).where(_columns.route_key == bindparam("route"), not_(_IS_ON_ROUTE)).values(route_key=None)
 )
@@ -118,16 +119,14 @@ INDEX = Statement[AgentSession](
 
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
-    """Return the values by which sessions of a route are compared. The session with the greatest of these values was
-    active last.
-    """
-    # Do not remove `+ 0`, because SQLite would read an index of `last_active_at`, which contains the sessions of other
-    # routes (`test_a_route_is_searched_by_its_index`).
+    """Return the values that order the sessions of a route. The session with the greatest values was active last."""
+    # Do not remove `+ 0`. Without `+ 0`, SQLite would read the index of `last_active_at`, which contains the sessions
+    # of all routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
 def _last_active(*conditions: Any, has_sender: bool, has_channel: bool) -> Any:
-    # Do not merge the variants, because PostgreSQL uses no index for IS NOT DISTINCT FROM.
+    # Do not replace the variants by IS NOT DISTINCT FROM, because PostgreSQL uses no index for this operator.
     return (
         select(_others.c.session_id)
         .where(
@@ -149,7 +148,7 @@ def last_active(*, has_sender: bool, has_channel: bool) -> Statement[str]:
 
 @cache
 def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement that makes the last active session of a free route the holder of the route.
+    """Return the statement that gives a free route to the last active session of the route.
 
     On PostgreSQL the statement violates the unique index if another transaction takes the route at the same time.
     """
@@ -157,7 +156,7 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
     candidate = _last_active(is_free, has_sender=has_sender, has_channel=has_channel).correlate(None)
     return Statement(
         update(AgentSession)
-        # If another transaction moved the session, PostgreSQL checks the second condition again on the new row.
+        # If another transaction has moved the session, PostgreSQL checks `_IS_ON_ROUTE` again on the changed row.
         .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
         .values(route_key=bindparam("route"))
     )
@@ -165,7 +164,7 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
 
 @cache
 def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement that frees a route if a session other than the route's holder was active last."""
+    """Return the statement that frees a route if another session was active later than the holder of the route."""
     is_later = exists().where(
         _others.c.agent_id == _columns.agent_id,
         _others.c.sender_id == _columns.sender_id if has_sender else _others.c.sender_id.is_(None),

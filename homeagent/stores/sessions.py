@@ -1,6 +1,7 @@
 """The store of sessions.
 
-At most one session holds a route, and the method `resolve()` returns this session. A route without a holder is free.
+A route is the combination of agent, sender and channel. At most one session holds a route, and `resolve()` returns the
+holder. A route without a holder is free.
 
 | event | holder of the route afterwards |
 |---|---|
@@ -11,8 +12,9 @@ At most one session holds a route, and the method `resolve()` returns this sessi
 | `index()` | the last active session |
 | `delete()`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
 
-If sessions were active at the same time, the session that was created later counts as the last active. If the times of
-creation are also equal, the session with the greater id counts as the last active.
+Of several sessions that were active at the same time, the session that was created last counts as the last active
+session. Of sessions with equal times of activity and creation, the session with the greatest id counts as the last
+active session.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ _INDEX_BATCH = 1000
 
 
 def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return the parameters of the statements for a route."""
+    """Return a route as parameters for the statements."""
     return {
         "agent_id": agent_id,
         "sender_id": sender_id,
@@ -56,9 +58,7 @@ def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> P
 
 
 def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return the same parameters as the function `_route_of()`. If a part of the route is not a text, raise
-    InvalidArgumentError.
-    """
+    """Call `_route_of()`, and raise InvalidArgumentError if a part of the route is not a text."""
     check_searched(agent_id, "agent_id")
     for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
         if value is not None:
@@ -67,8 +67,9 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
-    """Return True if the session has this route. Do not compare the route keys, because a key can be stale."""
-    # A store has loaded the instance, so `__dict__` has the values. Reading attributes would take five times as long.
+    """Return True if the session is on the route. Do not compare the route keys, because a key can be stale."""
+    # A store has loaded the instance, so the instance's `__dict__` contains all values. Reading the values as
+    # attributes would take five times as long.
     values = session.__dict__
     return bool(
         values["agent_id"] == route["agent_id"]
@@ -78,13 +79,13 @@ def _is_on(session: AgentSession, route: Parameters) -> bool:
 
 
 def _shape(route: Parameters) -> dict[str, bool]:
-    """Return the arguments that select the variant of a statement for a route."""
+    """Return the arguments that choose the variant of a statement for a route."""
     return {"has_sender": route["sender_id"] is not None, "has_channel": route["channel_id"] is not None}
 
 
 class SessionStore(Store):
-    """Store of sessions. The table is an index of the transcripts. The method `index()` rebuilds the table from the
-    transcripts.
+    """Store of sessions. The table of sessions is an index of the transcripts. The method `index()` rebuilds the table
+    from the transcripts.
     """
 
     __slots__ = ()
@@ -131,7 +132,7 @@ class SessionStore(Store):
 
     @reading
     def get(self, session_id: str) -> AgentSession:
-        """Return the session in the same way as `find_by_id()`. For an absent session, raise `SessionNotFoundError`."""
+        """Call `find_by_id()`, and raise `SessionNotFoundError` if the session does not exist."""
         session = self._unit.one(statements.FIND, id=self._searched(session_id, "session_id"))
         if session is None:
             raise SessionNotFoundError(session_id)
@@ -140,9 +141,7 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return whether `resolve()` can answer without a write, and the answer. Without a write, the answer is the
-        session that holds the route.
-        """
+        """Return True and the session that holds the route. If `resolve()` must write, return False."""
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
         return session is not None and _is_on(session, route), session
@@ -151,17 +150,18 @@ class SessionStore(Store):
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the session that holds a route.
 
-        If no session holds the route, the last active session of the route takes the route. If the route has no
-        session, create one session.
+        If no session holds the route, the method gives the route to the last active session of the route. If the route
+        has no session, the method creates a session.
 
-        Callers that run at the same time get the same session. A route need not have a sender or a channel. The
-        returned session has the given agent, sender and channel, even if `uow.session` has changed rows.
+        Callers that run at the same time get the same session. The arguments `sender_id` and `channel_id` can be None.
+        The returned session has the given agent, sender and channel, even if a program has changed rows by
+        `uow.session`.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
-        # Another caller can take the route, or delete or move a session of the route, between two statements.
+        # Repeat the statements, because another caller can change the sessions of the route between two statements.
         while True:
             session = self._unit.one(statements.BY_ROUTE, route=route["route"])
             if session is not None and _is_on(session, route):
@@ -169,7 +169,7 @@ class SessionStore(Store):
             self._require_agent(agent_id)
             if session is not None:
                 self._unit.write(statements.RELEASE_STALE, **route)
-            # No session has a text that the database can't hold.
+            # No stored session has a sender or channel that the database can't hold.
             is_text = None not in (
                 self._searched(sender_id or "", "sender_id"),
                 self._searched(channel_id or "", "channel_id"),
@@ -177,7 +177,7 @@ class SessionStore(Store):
             if is_text and self._unit.one(statements.last_active(**_shape(route)), **route) is not None:
                 self._take(statements.give(**_shape(route)), route)
                 continue
-            # An existing session can have a sender or channel that no new session can have.
+            # Check the texts only now, because an existing session can have a text that a new session can't have.
             check_optional_label(sender_id, "sender_id")
             check_optional_label(channel_id, "channel_id")
             created = self._insert(route, new_session_id())
@@ -185,9 +185,9 @@ class SessionStore(Store):
                 return created
 
     def _take(self, statement: Statement[AgentSession], route: Parameters) -> bool:
-        """Run a statement that sets the key of a route, and return True if a row was changed.
+        """Run a statement that sets a route key, and return True if the statement changed a row.
 
-        If another transaction takes the route at the same time, which is possible on PostgreSQL, return False.
+        On PostgreSQL, return False if another transaction takes the route at the same time.
         """
         try:
             with self._unit.savepoint():
@@ -199,9 +199,10 @@ class SessionStore(Store):
 
     @writing()
     def start(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
-        """Begin a new conversation: add a session that holds the route, even if another session held the route.
+        """Begin a new conversation. Add a session that takes the route, even if another session holds the route.
 
-        A session that held the route before stays in the lists, and the method `get()` still returns it by its id.
+        The previous holder of the route stays in the store. The methods `list()` and `get()` still return the previous
+        holder.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -212,7 +213,7 @@ class SessionStore(Store):
         self._require_agent(agent_id)
         while True:
             self._unit.write(statements.RELEASE, route=route["route"])
-            # If no row was inserted, another caller took the route after its release.
+            # If the insert adds no row, another caller took the route after its release.
             started = self._insert(route, new_session_id())
             if started is not None:
                 return started
@@ -226,10 +227,11 @@ class SessionStore(Store):
         sender_id: str | EllipsisType | None = ...,
         channel_id: str | EllipsisType | None = ...,
     ) -> AgentSession:
-        """Give a session another agent, sender or channel, and return the session, which then holds the new route.
+        """Give a session another agent, sender or channel, and return the session. The moved session takes the new
+        route.
 
-        If the session held its old route, the last active session that remains on the old route becomes its holder. If
-        the new route equals the session's own route and has no holder, the session becomes its holder.
+        If the session held its old route, the last active of the remaining sessions takes the old route. If no part of
+        the route changes, and no session holds the route, the session takes the route.
 
         Args:
             session_id: id of the session.
@@ -240,11 +242,11 @@ class SessionStore(Store):
         Raises:
             SessionNotFoundError: if the session does not exist.
             AgentNotFoundError: if the new agent does not exist.
-            RouteTakenError: if another session holds the new route. The attribute `session_id` is the id of the session
-                that holds the route.
+            RouteTakenError: if another session holds the new route. The attribute `session_id` of the error is the id
+                of the holder.
         """
-        # Lock the agent before the session, in the same order as the method `agents.delete()`. With different orders of
-        # locks, the two methods could deadlock.
+        # Lock the agent before the session, in the same order as the method `agents.delete()`. A deadlock would be
+        # possible if the two methods took the locks in different orders.
         agent = (
             None if agent_id is ... else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
         )
@@ -314,7 +316,7 @@ class SessionStore(Store):
         """Store the time of a session's last activity.
 
         The argument `at` is the time of the activity. If `at` is None or later than the current time, the method stores
-        the current time. If the stored time is not earlier, or if the session does not exist, return False.
+        the current time. Return True if the session exists and the stored time was earlier.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
@@ -340,32 +342,29 @@ class SessionStore(Store):
     def delete(self, session_id: str) -> bool:
         """Delete a session but not its transcript. If the session did not exist, return False.
 
-        If the session held its route, the next call of `resolve()` gives the route to the last active session that
-        remains.
+        If the session held its route, the route is free after the deletion. The next call of `resolve()` gives the
+        route to the last active session that remains.
         """
         return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
-        """Add many sessions, or move the last activity of existing sessions forward.
-
-        The method is for rebuilding the index of transcripts.
+        """Rebuild the index of transcripts: add many sessions, or move the last activity of existing sessions forward.
 
         An existing session keeps the agent, sender, channel, time of creation and metadata. The last active session of
-        each route becomes its holder, in whatever order the sessions are given.
+        each route takes the route. The order of the argument `sessions` has no effect.
 
         Args:
-            sessions: transient instances. The method reads the instances in batches to limit the memory. If
-                `created_at` or `last_active_at` is later than the current time, the method stores the current time
-                instead.
-            progress: function that is called after each batch with the number of sessions so far.
+            sessions: transient instances. The method reads the instances in batches, to limit the use of memory. The
+                method replaces a `created_at` or `last_active_at` in the future by the current time.
+            progress: function that the method calls after each batch, with the number of sessions so far.
 
         Returns:
             The number of sessions.
 
         Raises:
-            InvalidArgumentError: if an item is not a session. After this error roll back the unit, because earlier
-                batches are already written.
+            InvalidArgumentError: if an item is not a session. Roll back the unit after the error, because the unit has
+                already written earlier batches.
             AgentNotFoundError: if a session's agent does not exist.
         """
         known: set[str] = set()
@@ -373,21 +372,22 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Pass a list and not the generator, because the generator reads agents, and no other statement can run
-            # during `write_many()`.
+            # Pass a list to `write_many()`, and not a generator. The generator reads agents, and no other statement can
+            # run during `write_many()`.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
             while not self._index_rows(rows):
-                pass  # on PostgreSQL another transaction took a route at the same time
+                pass  # repeat: on PostgreSQL another transaction took a route at the same time
             total += len(batch)
             if progress is not None:
                 progress(total)
         return total
 
     def _index_rows(self, rows: Sequence[Parameters]) -> bool:
-        """Write a batch. If another transaction took a route at the same time, change nothing and return False.
+        """Write a batch, and return True. If another transaction took a route at the same time, change no row, and
+        return False.
 
-        If the route of a new session is free, the session takes the route. Pass the sessions in descending order of
-        `last_active_at`, so that few sessions lose their routes again.
+        A new session takes its route if the route is free. Pass the sessions in descending order of `last_active_at`,
+        so that few sessions lose their routes to later sessions.
         """
         routes: dict[tuple[bool, bool], dict[str, Parameters]] = {}
         for row in rows:
@@ -409,7 +409,8 @@ class SessionStore(Store):
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         """Check the sessions of a batch and yield the parameters of each session.
 
-        Add the id of each existing agent to the set of known agents.
+        The argument `known` contains ids of existing agents. The method adds the ids of further existing agents to
+        `known`.
         """
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):

@@ -1,4 +1,6 @@
-"""Base of the stores. A store runs statements in a unit of work. Decorators declare reading and writing methods."""
+"""Base class of the stores, and decorators that declare their reading and writing methods. A store runs statements in a
+unit of work.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,10 @@ def check_kind(value: T, kind: type[T], what: str) -> T:
 
 
 class Unit(Protocol):
-    """The methods of a unit of work that a store calls. Each method raises UnitStateError after the unit has ended.
+    """Methods of a unit of work that a store calls. After the end of the unit, each method raises UnitStateError.
 
-    Pass the value of each parameter of the statement as a keyword argument with the name of its bindparam(). If a
-    parameter is absent, the method raises InvalidArgumentError. If a constraint refuses a row, it raises ConflictError.
+    Pass the value of each `bindparam()` of a statement as a keyword argument of the same name. If a value is absent,
+    the method raises InvalidArgumentError. If a row violates a constraint, the method raises ConflictError.
     """
 
     settings: UnitSettings
@@ -53,8 +55,8 @@ class Unit(Protocol):
         """Run an INSERT, UPDATE or DELETE. Return the number of changed rows."""
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a writing statement that returns rows. If no row was changed, return None, and otherwise the first
-        changed row.
+        """Run a writing statement that returns rows. Return the first changed row, or None if the statement changed no
+        row.
         """
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
@@ -70,8 +72,8 @@ class Unit(Protocol):
 
     @property
     def connection_memory(self) -> dict[str, Any]:
-        """Memory for the unit's connection. Keep in this memory only values that can't change while the connection is
-        open.
+        """Dictionary that belongs to the unit's connection. Store in the dictionary only values that can't change while
+        the connection is open.
         """
 
 
@@ -82,19 +84,19 @@ class Access:
     Attributes:
         kind: see `Kind`.
         unless: function that finds out before a call if the method would write a row, or None if the method always
-            writes. The argument `unless` is a function that only reads, and has the arguments of the method. The
-            function returns True if no write is needed, and the result of the method in that case.
+            writes. The function only reads, and has the same arguments as the method. The function returns a boolean
+            and a result. If the boolean is True, the method is not called, and the caller gets the result.
     """
 
     class Kind(Enum):
-        """Declaration how a method runs if it is called outside of a unit."""
+        """Behaviour of a method that is called without a unit of work."""
 
         READ = auto()
-        """The method runs one statement that reads."""
+        """The method runs a single statement, which reads."""
         WRITE = auto()
-        """The method runs in a unit, which is repeated if the database is busy."""
+        """The method runs in a unit. If the database is busy, homeagent repeats the unit."""
         STREAM = auto()
-        """The method runs in a unit that is not repeated, because the method reads an iterable."""
+        """The method runs in a unit, and reads an iterable. homeagent does not repeat the unit."""
 
     kind: Kind
     unless: Callable[..., tuple[bool, Any]] | None = None
@@ -106,18 +108,18 @@ def access_of(method: object) -> Access | None:
 
 
 def reading(method: F) -> F:
-    """Declare a store's method as one statement that reads."""
+    """Declare that a store's method reads, and sends only one statement."""
     method.homeagent_access = Access(Access.Kind.READ)  # type: ignore[attr-defined]
     return method
 
 
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
-    """Declare a store's method as writing.
+    """Declare that a store's method writes.
 
     Args:
-        unless: function that finds out if a write is needed, as the class `Access` explains. Without `unless`, the
-            method always writes.
-        stream: True if the method consumes an iterator, which a second run would find empty.
+        unless: function that finds out if a write is needed (see `Access`). Without the argument `unless`, the method
+            always writes.
+        stream: True if the method consumes an iterator. A second run would find the iterator empty.
     """
 
     def declare(method: F) -> F:
@@ -128,14 +130,16 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
 
 class Store:
-    """Base class of the stores. A store is bound to one unit, and its methods fail after the end of the unit.
+    """Base class of the stores. A store belongs to one unit. After the end of the unit, the methods of the store fail.
 
-    An application derives a class for each of its own tables. The methods of a store run statements by the attribute
-    `self.unit`. A subclass of `UnitOfWork` names the store in an annotation, such as `messages: MessageStore`.
+    An application derives a class for each of its own tables. A method of a store runs statements by the methods of
+    `self.unit`. The application's subclass of `UnitOfWork` names each store in an annotation, such as `messages:
+    MessageStore`.
 
-    The method `Database.store()` returns a store for calls without a unit. Each call of a public method of this store
-    is a separate unit. A method that sends a single SELECT takes no lock. If a method sends a second statement or
-    writes, homeagent calls the method again in a unit of work, so the method must have no side effect outside the unit.
+    The method `Database.store()` returns a store for calls without a unit. Each call of a method of a store from
+    `Database.store()` is a separate unit. A method that sends a single SELECT takes no lock. Before a second statement
+    or a write, homeagent calls the method again in a unit of work. Therefore the method must have no side effect
+    outside the unit.
     """
 
     __slots__ = ("_unit",)
@@ -145,14 +149,14 @@ class Store:
 
     @property
     def unit(self) -> Unit:
-        """The unit of work of the store, which runs statements and returns the time."""
+        """The unit of work of the store. The unit runs statements and returns the time."""
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Return the text for a search. If the database can't hold the text, return None, which equals no stored value.
+        """Return the text for a search. If the database can't hold the text, return None. A search for None finds no
+        row.
 
-        No database can hold a lone surrogate, and PostgreSQL can't hold NUL. A search for a text that the database
-        can't hold finds no row.
+        No database can hold a lone surrogate, and PostgreSQL can't hold NUL.
         """
         # The method `isprintable()` returns False for each text with a lone surrogate or NUL.
         if value.__class__ is str and value.isprintable():
