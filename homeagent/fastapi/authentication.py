@@ -26,7 +26,7 @@ _LONGEST_HEADER = 8_192
 
 
 class _Scheme(SecurityBase):
-    """An entry of `securitySchemes` in the OpenAPI document. `current_device` itself reads the header."""
+    """Entry of `securitySchemes` in the OpenAPI document. The function `current_device` reads the header."""
 
     def __init__(self, scheme: str, description: str) -> None:
         self.scheme_name = f"device-{scheme}"
@@ -56,8 +56,9 @@ async def current_device(
     """Return the approved device that sent the request. The check of the secret does not block the event loop.
 
     Raises:
-        HTTPProblem: with status 401 and always the same text if the credentials are absent or wrong. With 403 if the
-            secret is right, but the device is pending or revoked. With 429 after too many failed checks.
+        HTTPProblem: with status 401 if the credentials are absent or wrong. The text of the reply does not show the
+            cause. With status 403 if the secret is right, but the device is pending or revoked. With status 429 after
+            too many failed checks.
     """
     presented = _credentials(connection.headers.getlist("authorization"))
     if presented is None:
@@ -65,7 +66,7 @@ async def current_device(
     try:
         checked = await database.acheck_secret(*presented)
     except InvalidArgumentError:
-        # The presented id or secret is invalid, so no device can have it.
+        # No device can have an invalid id or secret, so the credentials are wrong.
         raise HTTPProblem(AuthenticationError("the id or the secret is invalid")) from None
     except HomeAgentError as error:
         raise as_http(error) from error
@@ -81,10 +82,11 @@ CurrentDevice = Annotated[Device, Security(current_device)]
 
 
 def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
-    """Return a dependency that returns the device of the request if the device has one of the roles.
+    """Return a dependency that returns the device of the request. The dependency accepts only devices with one of the
+    roles.
 
-    Use the dependency as `Annotated[Device, Depends(require_role(Role.ADMIN))]`. If the device has none of the roles,
-    the reply has status 403.
+    Use the dependency as `Annotated[Device, Depends(require_role(Role.ADMIN))]`. A device without one of the roles gets
+    a reply with status 403.
     """
     allowed = frozenset(map(Role, roles))
 
@@ -114,12 +116,12 @@ def _credentials(headers: list[str]) -> tuple[str, SecretStr] | None:
             device_id = unquote(user, errors="strict")
         else:
             return None
-    except ValueError:  # invalid base64 and invalid UTF-8 also raise ValueError
+    except ValueError:  # raised for invalid base64 and for invalid UTF-8
         return None
     return device_id, SecretStr(secret)
 
 
 def _decoded(text: str, alternatives: bytes) -> str:
-    # Do not require the padding of base64url, because RFC 7515, appendix C, leaves the padding out.
+    # Do not require padding, because RFC 7515, appendix C, writes base64url without padding.
     unpadded = text.rstrip("=")
     return base64.b64decode(unpadded + "=" * (-len(unpadded) % 4), alternatives, validate=True).decode()

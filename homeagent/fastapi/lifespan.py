@@ -33,14 +33,14 @@ def lifespan(
     sweep_every: timedelta | None = timedelta(minutes=5),
     **options: Any,
 ) -> Callable[[App], AbstractAsyncContextManager[Any]]:
-    """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database when the worker
-    starts.
+    """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database at its start.
 
     Args:
-        target: target of `Database.open`, or an open database, which the lifespan does not close. If this database
-            was opened before the server forked this process, the lifespan raises DatabaseClosedError.
-        then: lifespan of the application. This lifespan begins after the database was opened, and ends before the
-            database is closed. In this lifespan, `get_database(app)` returns the database.
+        target: target of `Database.open`, or an open database. The lifespan does not close an open database. The
+            lifespan raises DatabaseClosedError if the given database was opened before the server forked the worker
+            process.
+        then: lifespan of the application, which runs while the database is open. In the application's lifespan,
+            `app.state.homeagent_database` is the database.
         sweep_every: time between two sweeps in the background. With None, the lifespan does not sweep.
         options: arguments of `Database.open`, such as `unit=`. If the target is an open database, the options
             have no effect.
@@ -51,7 +51,8 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: _open(given, options))
-        # A database that was opened before a fork is closed in the child. Then do not start: every request would fail.
+        # Raise an error if the database was opened before a fork, because every request would fail in the child
+        # process.
         await run_sync(database.ping)
         try:
             app.state.homeagent_database = database
@@ -96,7 +97,7 @@ health_router: APIRouter = APIRouter()
 
 @health_router.get("/health")
 def health(database: DatabaseDep) -> JSONResponse:
-    """Check that the database answers."""
+    """Return status 200 if the database answers, or else status 503."""
     try:
         database.ping()
     except DatabaseError as error:

@@ -38,15 +38,15 @@ from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 __all__ = ["MAX_BODY", "Once", "idempotent", "params_of", "read_body", "route_of"]
 
 MAX_BODY = 1024 * 1024
-"""Default of the largest body in bytes, which is also nginx's default."""
+"""Default for the size of the largest body in bytes. The default of nginx is the same."""
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
-# Errors of an effect for which the reply is known. After any other error the outcome is unknown.
+# Errors that are a known outcome of an effect. After any other error of an effect, the outcome is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
-# Store the headers that a client needs to read a stored body or to follow a stored redirection. Do not store headers
-# such as Set-Cookie, which can hold a secret.
+# Store only headers that a client needs to read the body or to follow a redirection. Do not store headers such as
+# Set-Cookie, which can hold a secret.
 _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 
 Effect = Callable[[Attempt], Any]
@@ -55,8 +55,8 @@ Effect = Callable[[Attempt], Any]
 class Once:
     """Run the effect of a request once. A retry of the request gets the status and the body of the first answer.
 
-    The constructor has the arguments of `Database.arun_once()`, and the argument `stored=`. For a request without a
-    key, pass `stored=False`.
+    The dependency `idempotent()` creates the object. For a request without a key, the argument `stored` is False, and
+    the effect runs without a record.
     """
 
     def __init__(
@@ -86,22 +86,24 @@ class Once:
         """Run the effect, or return the answer of the first request with this key.
 
         Args:
-            effect: function that gets the attempt. A coroutine function runs in the event loop, and another function in
-                a worker thread. The function returns JSON, a model, or a Response. An HTTPException with a status below
-                500, and an error such as `AgentNotFoundError`, is also stored as the answer for retries.
+            effect: function that gets the attempt, and returns JSON, a model, or a Response. A coroutine function runs
+                in the event loop. Any other function runs in a worker thread. If the function raises an HTTPException
+                with a status below 500, the reply is stored for retries. The reply for an error such as
+                `AgentNotFoundError` is also stored.
 
         Returns:
-            Value for `return` in the route: JSON value or Response of the effect.
+            JSON value or Response of the effect, which the route must return.
 
         Raises:
-            HTTPProblem: with status 409 if another request with this key is in progress or its outcome is unknown. With
-                422 if the key was used for another request or the effect raised `EffectFailedError`. With 503 if the
-                effect raised `EffectNotStartedError`.
-            UnitStateError: if the `Once` object was called before.
+            HTTPProblem: with status 409 if an earlier request with the key is in progress or has an unknown outcome.
+                With status 422 if the key was used for another request, or if the effect raised `EffectFailedError`.
+                With status 503 if the effect raised `EffectNotStartedError`.
+            UnitStateError: if the `Once` object is called a second time.
         """
         check_function(effect, "effect")
         if self._is_called:
-            # A second call with the same key would return the outcome of the first effect.
+            # A second call of the object would return the outcome of the first call, because both calls have the same
+            # key.
             raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
         self._is_called = True
         try:
@@ -123,7 +125,7 @@ class Once:
         return self._answer(outcome)
 
     async def _run(self, effect: Effect, attempt: Attempt) -> JsonValue:
-        """Run the effect, and return its answer in the form that is stored."""
+        """Run the effect, and return its answer as JSON for the store."""
         try:
             if iscoroutinefunction(effect):
                 value = await effect(attempt)
@@ -138,7 +140,7 @@ class Once:
         if not isinstance(value, Response):
             self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
-        # A streamed body can't be stored, so `arun_once()` records its outcome without a value.
+        # A streamed body can't be stored, so `arun_once()` records the outcome without a value.
         body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
         kept = {name: value.headers[name] for name in _KEPT_HEADERS if name in value.headers}
         return {"status": value.status_code, "body": body, "headers": kept}
@@ -164,7 +166,7 @@ class Once:
         return stored["value"]
 
     def _unstored_attempt(self) -> Attempt:
-        """Return an attempt for a request without a key."""
+        """Return the attempt for a request without a key, which has no record."""
         expires_at = self._database._clock() + self._ttl
         token = token_urlsafe(32)
         return Attempt(1, token, self._scope, expires_at, expires_at, self._ttl, token)
@@ -181,20 +183,19 @@ def idempotent(
 ) -> Callable[..., Awaitable[Once]]:
     """Return a dependency for `Annotated[Once, Depends(idempotent())]`, which reads the header Idempotency-Key.
 
-    The key belongs to the device, the method and the path of the route. A retry must have the same path, query and
-    body.
+    The key belongs to the device, the method and the path of the route. A retry must repeat the path, query and body of
+    the first request.
 
     Args:
-        required: True to answer a request without a key with status 400. With False, the effect of a request without a
-            key runs without a record.
-        lease: the same as for `Database.run_once()`.
-        ttl: time for which a retry gets the answer.
-        on_abandoned: the same as for `Database.run_once()`. The argument `on_abandoned` can also be a coroutine
-            function.
+        required: With True, a request without a key gets status 400. With False, the effect of a request without a key
+            runs without a record.
+        lease: see `Database.run_once()`.
+        ttl: time for which a retry gets the answer of the first request.
+        on_abandoned: see `Database.run_once()`. The argument `on_abandoned` can also be a coroutine function.
         device: dependency that returns the device of the request.
-        max_body: largest body in bytes, 1 MiB by default. For a larger body the reply has status 413. If the route
-            declares a form or a model, FastAPI reads the whole body before this dependency: also set FastAPI's own
-            `max_body_size`.
+        max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. If the route
+            declares a form or a model, FastAPI reads the whole body before this dependency. For a route with a form or
+            a model, also set FastAPI's argument `max_body_size`.
     """
 
     async def once(
@@ -202,7 +203,7 @@ def idempotent(
         response: Response,
         database: DatabaseDep,
         idempotency_key: Annotated[str | None, Header(description="Key of the call, the same in each retry.")] = None,
-        caller: Device = Depends(device),  # an annotation in the closure can't refer to the argument `device`
+        caller: Device = Depends(device),  # not in an annotation, which can't refer to the argument `device`
     ) -> Once:
         keys = request.headers.getlist("idempotency-key")
         if not keys and required:
@@ -233,8 +234,8 @@ def _refused(detail: str) -> HTTPProblem:
 
 
 def _key_of(header: str) -> str:
-    """Return the key in the header. The key is a String of RFC 8941, as the draft demands, or plain text, as in other
-    APIs.
+    """Return the key in the header. The header can contain a String of RFC 8941, as the draft demands, or plain text,
+    as in many APIs.
     """
     quoted = _QUOTED.fullmatch(header)
     return header if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted[1])
@@ -242,10 +243,11 @@ def _key_of(header: str) -> str:
 
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
-    # Keep the path of a mounted application, and leave out the prefix that a proxy removed.
+    # The prefix that a proxy removed is not a part of the result. The path of a mounted application is a part of the
+    # result.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
-    # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's context has the whole
-    # path, but under no public name, so the function `params_of()` returns the path of the request.
+    # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context contains
+    # the whole path, but is not a public interface. Even without the context, `params_of()` distinguishes the paths.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route
@@ -253,7 +255,7 @@ def route_of(request: Request) -> str:
 
 
 def _outer_root(request: Request) -> str:
-    """Return the prefix that a proxy removed, without the paths of mounted applications."""
+    """Return the prefix that a proxy removed from the path of the request."""
     root: str = request.scope.get("app_root_path", request.scope.get("root_path", ""))
     return root
 
@@ -272,7 +274,8 @@ async def read_body(request: Request, max_body: int) -> bytes:
                 detail = f"The body has more than {max_body:,} bytes."
                 raise HTTPProblem(InvalidArgumentError(detail), 413, detail)
             chunks.append(chunk)
-    # `Request.body` also stores the body here. Starlette has no public way to keep a body that was read by `stream`.
+    # Store the body in the same attribute as the method `Request.body()`. Starlette has no public way to keep a body
+    # that was read by `stream`.
     request._body = b"".join(chunks)
     return request._body
 
@@ -280,7 +283,7 @@ async def read_body(request: Request, max_body: int) -> bytes:
 async def params_of(request: Request, max_body: int) -> JsonValue:
     """Return the values that a retry must repeat: path, query and a hash of the body."""
     if getattr(request, "_form", None) is not None:
-        # FastAPI has already parsed the body of the form, so its bytes are no longer available.
+        # FastAPI has already parsed the form, so the bytes of the body are no longer available.
         form = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
         body: JsonValue = [list(pair) for pair in form]
     else:

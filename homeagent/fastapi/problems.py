@@ -1,7 +1,7 @@
-"""Replies for errors, as problem details (RFC 9457). No reply shows a secret, an input or the name of a file.
+"""Convert errors to replies with problem details (RFC 9457). No reply shows a secret, an input or the name of a file.
 
-The texts of the replies are for clients. The messages of homeagent's errors are for operators, and name commands, paths
-and ids.
+The texts of the replies are for clients. The messages of homeagent's errors are for operators, and contain commands,
+paths and ids.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
 _RETRY_AFTER = 1
 """Value of the header Retry-After for an error without a known time, in seconds."""
 
-# The status and the text of each error. An error without an entry has the status and text of its base class.
+# HTTP status and text of the reply for each class of errors. A class without an entry has the status and text of its
+# base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     HomeAgentError: (500, "The server could not handle the request."),
     InvalidArgumentError: (422, "A value in the request is not allowed."),
@@ -94,7 +95,8 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     LastAdminError: (409, "The device is the last approved administrator."),
     ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     DeviceNotApprovedError: (409, "The device is not approved."),
-    # If an effect raises these errors, the reply is stored under the idempotency key, so a retry gets the same reply.
+    # If an effect raises a LimitError, a retry with the same key gets the same reply. The text of a LimitError asks for
+    # a new request.
     LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
     PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     TooManyAttemptsError: (429, "Too many attempts: try again later."),
@@ -114,7 +116,7 @@ _RETRYABLE = (DatabaseBusyError, ConnectionLostError, EffectNotStartedError)
 
 
 class InvalidValue(BaseModel):
-    """A value of a request that was refused. The reply does not show the value itself."""
+    """Description of an invalid value in a request. The reply does not show the value itself."""
 
     type: str = Field(description="Pydantic's name of the kind of error.")
     loc: list[str | int] = Field(description="Place of the value in the request.")
@@ -122,7 +124,7 @@ class InvalidValue(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """Problem details (RFC 9457), the body of each error reply."""
+    """Body of each error reply (problem details, RFC 9457)."""
 
     type: str = Field(default="about:blank", description="Always `about:blank`: `error` names the kind of error.")
     title: str = Field(description="Name of the status.")
@@ -134,14 +136,16 @@ class ErrorReply(BaseModel):
 
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the argument `responses=` of a FastAPI route. With this value of `responses=`, the OpenAPI document lists
-    the error statuses of the route.
+    """Return a value for the argument `responses=` of a FastAPI route, so that the OpenAPI document lists the error
+    statuses of the route.
     """
     return {status: {"model": ErrorReply} for status in statuses}
 
 
 class HTTPProblem(HTTPException):
-    """An error of homeagent with its status and headers. FastAPI can answer it also without homeagent's handlers."""
+    """HTTPException for an error of homeagent, with the status and headers of the error. FastAPI can answer an
+    HTTPProblem even without homeagent's handlers.
+    """
 
     reply: ErrorReply
 
@@ -155,11 +159,9 @@ class HTTPProblem(HTTPException):
 
 
 def as_http(error: HomeAgentError) -> Exception:
-    """Return homeagent's error as an `HTTPProblem`. An error with status 500 is returned unchanged, because it must be
-    logged.
+    """Return the error as an `HTTPProblem`. FastAPI answers an HTTPProblem even without `install_error_handlers()`.
 
-    A dependency raises the returned error, so its replies have the right status even without
-    `install_error_handlers()`.
+    Return an error with status 500 unchanged, so that the server logs the error.
     """
     return error if status_of(error) == 500 else HTTPProblem(error)
 
@@ -170,7 +172,7 @@ def status_of(error: HomeAgentError) -> int:
 
 
 def problem_response(error: Exception) -> JSONResponse:
-    """Return the reply for an error of homeagent, an HTTPException or a RequestValidationError."""
+    """Return the reply for a HomeAgentError, an HTTPException or a RequestValidationError."""
     if isinstance(error, HTTPProblem):
         reply, headers = error.reply, dict(error.headers or {})
     else:
@@ -200,14 +202,14 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
         errors = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
     elif isinstance(error, StarletteHTTPException):
         headers.update(error.headers or {})
-        # FastAPI's HTTPException accepts any JSON value as its detail.
+        # The detail of FastAPI's HTTPException can be any JSON value.
         given: Any = error.detail
         status, detail = error.status_code, given if isinstance(given, str) else _title(error.status_code)
         data = None if isinstance(given, str) else given
     else:
         status, detail = _answer_for(error)
     if isinstance(error, (IdempotencyInProgressError, TooManyAttemptsError)):
-        # Round up to whole seconds, because an early retry would be refused again.
+        # Round up to whole seconds, so that a retry is not too early.
         headers["Retry-After"] = str(max(0, math.ceil(error.retry_after.total_seconds())))
     elif isinstance(error, _RETRYABLE):
         headers["Retry-After"] = str(_RETRY_AFTER)
@@ -223,7 +225,7 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
 
 
 def _reason(line: Mapping[str, Any]) -> str:
-    # Replace this message, because it is the only message in which Pydantic repeats the input.
+    # Pydantic's message for `union_tag_invalid` repeats the input. No other message of Pydantic repeats the input.
     return "Input tag is not one of the expected tags" if line["type"] == "union_tag_invalid" else str(line["msg"])
 
 
@@ -241,14 +243,14 @@ def install_error_handlers(app: FastAPI) -> None:
     | `DatabaseBusyError`, `ConnectionLostError`, `EffectNotStartedError` | 503 |
     | `DatabaseClosedError`, `DiskFullError` | 503 |
 
-    If a retry can succeed, the reply has the header Retry-After (RFC 9110, section 10.2.3). The handlers also answer
+    A reply has the header Retry-After (RFC 9110, section 10.2.3) if a retry can succeed. The handlers also answer
     FastAPI's `HTTPException` and `RequestValidationError`. FastAPI's own reply for a RequestValidationError repeats the
-    input, which can be a secret. The OpenAPI document describes the replies.
+    input, which can be a secret. The function adds the replies to the OpenAPI document.
 
     Args:
         app: the application. The handlers replace the application's existing handlers for these errors.
     """
-    # Starlette has one type for handlers of requests, and another type for handlers of WebSockets.
+    # Starlette's types for handlers do not allow a handler for both requests and WebSockets.
     answer: Any = _answer
     for kind in (HomeAgentError, StarletteHTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
@@ -257,7 +259,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.openapi = lambda: _document_problems(original())  # type: ignore[method-assign]  # FastAPI documents this way
 
 
-# Do not make the handler a plain function, because Starlette would run it in the thread pool, which can be full.
+# Do not remove the keyword `async`. Starlette would run a plain function in the thread pool, which can be full.
 async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
     response: Response = problem_response(error)
     if response.status_code == 500 and isinstance(error, HomeAgentError):
@@ -277,7 +279,7 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
 
 
 async def _ignore(connection: Request | WebSocket, error: Exception) -> None:
-    """After a client has closed its WebSocket, do nothing, because the server would log a traceback."""
+    """Ignore the end of a WebSocket. Without this handler, the server would log a traceback."""
 
 
 def _document_problems(document: dict[str, Any]) -> dict[str, Any]:

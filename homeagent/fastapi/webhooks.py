@@ -1,4 +1,4 @@
-"""Accept the messages of a sender that signs as Standard Webhooks says (https://www.standardwebhooks.com)."""
+"""Accept signed messages of the specification Standard Webhooks (https://www.standardwebhooks.com)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from homeagent.unit_of_work import UnitOfWork
 __all__ = ["Webhook", "signed_webhook"]
 
 _PREFIX = "whsec_"
-_MIN_KEY_BYTES = 24  # minimum of the specification.
-_OWNER_CHARACTERS = 22  # 132 random bits
+_MIN_KEY_BYTES = 24  # The specification requires 24 bytes.
+_OWNER_CHARACTERS = 22  # The characters contain 132 random bits.
 
 
 class Webhook(Once):
-    """A message whose signature and time were checked. Call the object with a function that handles the message once.
+    """Message with a right signature and time. Call the object with a function, which handles the message once.
 
-    A sender repeats a message with the same id, and an attacker can repeat a message while its time is accepted. Each
-    repetition gets the answer of the first message, and the effect does not run again.
+    A sender can repeat a message with the same id. An attacker can repeat a message while its time is accepted. Each
+    repetition gets the answer of the first message, and the function does not run again.
 
     Attributes:
         id: id of the message.
@@ -72,17 +72,18 @@ def signed_webhook(
 ) -> Callable[..., Awaitable[Webhook]]:
     """Return a dependency for `Annotated[Webhook, Depends(signed_webhook(secret, sender=…))]`.
 
-    A message with a wrong signature, or with a time outside of the tolerance, gets a reply with status 401.
+    The reply to a message with a wrong signature or a wrong time has status 401.
 
     Args:
-        secret: secret `whsec_…` that the sender gave, or several secrets during a rotation.
-        sender: name of the sender, at most 489 bytes. The keys of the messages are stored under `SENDER/…` instead of a
-            device id.
-        tolerance: longest difference between the signed time and the present.
-        lease: the same as for `Database.run_once()`.
-        ttl: time for which a repetition gets the first answer, more than twice the tolerance.
-        on_abandoned: the same as for `Database.run_once()`.
-        max_body: largest message in bytes, 1 MiB by default. For a larger message the reply has status 413.
+        secret: secret `whsec_…` from the sender, or several secrets during a rotation.
+        sender: name of the sender, at most 489 bytes. The store keeps the keys of the messages under `SENDER/…`, and
+            not under a device id.
+        tolerance: longest difference between the time of the message and the gateway's clock.
+        lease: see `Database.run_once()`.
+        ttl: time for which a repetition gets the answer of the first message. The time must be more than twice the
+            tolerance.
+        on_abandoned: see `Database.run_once()`.
+        max_body: largest message in bytes, 1 MiB by default. A larger message gets a reply with status 413.
 
     Raises:
         InvalidArgumentError: if a secret is malformed or shorter than 24 bytes, or `ttl` is too short.
@@ -121,21 +122,20 @@ def signed_webhook(
 
 
 async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tuple[str, datetime, bytes]:
-    """Return the id, the time and the body of a message with a right signature. Refuse a message with a wrong
-    signature.
-    """
+    """Check the signature of a message, and return the id, the time and the body of the message."""
     message_id, timestamp, signatures = (
         request.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
     )
     body = await read_body(request, max_body)
     signed = f"{message_id}.{timestamp}.".encode() + body
-    # Compute one signature for each key, because a header can have thousands of signatures, and the body can be large.
+    # Compute only one signature for each key. Do not compute a signature for each signature in the header, because a
+    # header can contain thousands of signatures.
     expected = [_signature(key, signed) for key in keys]
-    # Compare all signatures, so that the time does not depend on the position of the right signature.
+    # Compare all signatures, so that the duration does not show the position of the right signature.
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]
     sent_at = _time_of(timestamp)
-    # The specification forbids a full stop in the id of a message. With a full stop, a signed text could also be read
-    # as a message with another id and another body, which would be handled again.
+    # The specification forbids a full stop in the id of a message. If an id could contain a full stop, an attacker
+    # could send the same signed text as a message with another id and body.
     if not any(right) or sent_at is None or "." in message_id:
         raise _refused()
     return message_id, sent_at, body
@@ -168,10 +168,10 @@ def _time_of(timestamp: str) -> datetime | None:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the id that the idempotency keys of a sender have as `device_id`.
+    """Return the `device_id` of a sender's idempotency keys. A stranger must not know this id.
 
-    A stranger must not know this id. `Database.pair()` deletes the idempotency keys of the paired id. A stranger who
-    pairs a device with this id could afterwards send a recorded message again.
+    A stranger could pair a device with this id, and then send a recorded message again, because `Database.pair()`
+    deletes the idempotency keys of the id.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
@@ -179,9 +179,9 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
-    """Return True if the store still knows the key of a message that was signed at this time.
+    """Return True if the store still contains the keys of messages that were signed at this time.
 
-    A restore can remove the key of a message that was handled before the restore.
+    A restore can remove the key of a message that a gateway handled before the restore.
     """
     record = unit.one(FIND_RECORD)
     if record is None:

@@ -1,4 +1,4 @@
-"""Accept WebSockets of devices, until the device loses its access.
+"""Accept WebSockets of devices, and close the WebSocket of a device that loses its access.
 
 | close code | reason |
 |---|---|
@@ -9,8 +9,8 @@
 | 1013 | the database is busy, or a limit is reached: try again later |
 | 1011 | the database or its feed of changes could not be read |
 
-The handshake does not depend on the address, so a reverse proxy may end the TLS connection. The proxy must pass on the
-headers `Upgrade` and `Connection`, and must use a longer idle timeout than the server's pings (uvicorn: 20 s).
+A reverse proxy may end the TLS connection. The proxy must pass on the headers `Upgrade` and `Connection`. The idle
+timeout of the proxy must be longer than the interval between the server's pings (uvicorn: 20 s).
 """
 
 from __future__ import annotations
@@ -56,11 +56,12 @@ async def accept_device(
 ) -> AsyncIterator[Device]:
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
-    If the device is revoked or deleted, if its secret is replaced, or if the changes can't be read, the block is
-    cancelled and the WebSocket is closed. The docstring of the module lists the close codes.
+    A revocation, a deletion or a new secret of the device cancels the block, and closes the WebSocket. An error of the
+    feed of device changes also cancels the block, and closes the WebSocket. The docstring of the module lists the close
+    codes.
 
     Args:
-        websocket: WebSocket that was not accepted yet.
+        websocket: WebSocket that the application has not accepted yet.
         database: the open database.
         time_limit: longest duration of the handshake.
         skew: allowed difference between the device's clock and the gateway's clock.
@@ -70,8 +71,8 @@ async def accept_device(
             WebSocketException.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
-    # Subscribe to the device changes before the handshake reads the approval, to notice a revocation between the two
-    # steps.
+    # Subscribe to the device changes before the handshake reads the approval. A subscription after the handshake could
+    # miss a revocation.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()
 
@@ -111,11 +112,11 @@ async def _end_of_access(database: Database, admission: Admission, changes: Asyn
     """Wait until the device loses its access, or until the device changes can't be read. Return the reason."""
     try:
         async for change in changes:
-            # A change without an id is a reset, after which the device can have changed.
+            # A change without an id is a reset. After a reset, check the device again.
             if change.device_id not in {admission.device.id, None}:
                 continue
-            # After a revocation, close the WebSocket without reading the device first. While all worker threads of
-            # `arun()` are busy, the read would wait, and the device would stay connected
+            # After a revocation, do not read the device before the WebSocket is closed. The read would wait while all
+            # worker threads of `arun()` are busy, and the device would stay connected
             # (`test_a_revocation_while_the_workers_are_busy`).
             if change.kind is DeviceChangeKind.REVOKED:
                 return AccessDeniedError(REFUSALS["revoked"])
@@ -128,7 +129,7 @@ async def _end_of_access(database: Database, admission: Admission, changes: Asyn
 
 
 def _closing(error: HomeAgentError) -> WebSocketException:
-    """Return the exception with which Starlette closes the WebSocket."""
+    """Return the exception that makes Starlette close the WebSocket."""
     if isinstance(error, HandshakeError):
         return WebSocketException(4408 if isinstance(error.__cause__, TimeoutError) else 4400, str(error))
     if isinstance(error, AuthenticationError):

@@ -1,6 +1,6 @@
 """Handshake over a WebSocket or a similar connection. The package imports no web framework.
 
-Each message is a JSON object in one text frame of at most 8 KiB. Texts in base64 have the standard alphabet.
+Each message is a JSON object in one text frame of at most 8 KiB. Base64 values use the standard alphabet.
 
 | number | sender | message |
 |---|---|---|
@@ -9,11 +9,11 @@ Each message is a JSON object in one text frame of at most 8 KiB. Texts in base6
 | 3 | device | `{"type": "proof", "nonce": …, "time": …, "proof": base64}` |
 | 4 | gateway | `{"type": "welcome", "signature": base64}` or `{"type": "refused", "error": …, "detail": …}` |
 
-The challenge is random for each connection. The proof is a proof of SCRAM (module `homeagent.scram`) for the device id,
-the nonce `CHALLENGE.NONCE` and the device's time in milliseconds since 1970. The gateway checks the time and the proof,
-and consumes the nonce in the unit of work that reads the approval. By the signature, the gateway shows that it has the
-verifier of the device's secret. Use TLS, because an attacker between the device and the gateway could otherwise pass on
-the messages.
+Each connection has a new random challenge. The proof covers the device id, the nonce `CHALLENGE.NONCE` and the device's
+time in milliseconds since 1970. The module `homeagent.scram` describes proofs. The gateway checks the time and the
+proof. A single unit of work consumes the nonce and reads the approval. The signature proves that the gateway has the
+verifier of the device's secret. Use TLS. Without TLS, an attacker between the device and the gateway could pass on the
+messages, and use the connection.
 """
 
 from homeagent.handshake.gateway import REFUSALS, Admission, authenticate_device, recheck

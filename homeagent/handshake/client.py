@@ -1,6 +1,6 @@
 """The device's side of the handshake. The docstring of `homeagent.handshake` describes the messages.
 
-With the library `websockets`, a device connects in a few lines:
+This code uses the library `websockets`:
 
     async with websockets.connect("wss://gateway.example/ws") as socket:
         await authenticate("phone", secret, send=socket.send, receive=socket.recv)
@@ -43,22 +43,23 @@ async def authenticate(
     skew: timedelta = timedelta(minutes=5),
     clock: Clock = system_clock,
 ) -> None:
-    """Prove the secret of a device to the gateway, and check that the gateway knows the device.
+    """Prove to the gateway that the device has its secret, and check that the gateway has the verifier of the secret.
 
     Args:
         device_id: id of the device.
-        secret: generated secret of the device. A device cannot make proofs with a secret that a person chose.
+        secret: generated secret of the device. A secret that a person chose is not suitable for proofs.
         send: function that sends a text frame.
-        receive: function that receives a frame. The function should raise an error for a closed connection.
+        receive: function that receives a frame. The function should raise an error if the connection is closed.
         time_limit: longest duration of the whole handshake.
-        skew: largest difference between the clocks that the gateway accepts.
+        skew: largest allowed difference between the clocks of the device and the gateway.
         clock: clock of the device.
 
     Raises:
         AuthenticationError: if the gateway does not accept the proof.
         AccessDeniedError: if the device is pending or revoked. The error message names the reason.
-        HandshakeError: if the time limit is over, the clocks differ too much, or a message is invalid. Also if the
-            gateway does not have the verifier of the secret. Close the connection.
+        HandshakeError: if the handshake takes too long, the clocks differ too much, or a message is invalid. The
+            function also raises this error if the gateway does not have the verifier of the secret. Close the
+            connection after the error.
     """
     try:
         with anyio.fail_after(time_limit.total_seconds()):
@@ -90,7 +91,7 @@ async def _authenticate(
 
 
 def _expect(message: object, kind: str) -> dict[str, Any]:
-    """Return the fields of a message, or raise the error that the gateway sent."""
+    """Return the fields of a message. If the gateway sent an error, raise the error."""
     fields = messages.read(message, kind, "refused")
     if fields["type"] == "refused":
         error, detail = messages.field(fields, "error", str), messages.field(fields, "detail", str)

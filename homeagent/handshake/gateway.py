@@ -26,18 +26,19 @@ REFUSALS = {
     "pending": "The device waits for an administrator's approval: try again after the approval.",
     "revoked": "An administrator withdrew the approval of the device.",
 }
-"""Texts for a device that has the right secret and no approval, by status."""
+"""Texts for a device that has the right secret but no approval. The keys of the dictionary are values of DeviceStatus.
+"""
 
 _DENIED = "the proof is wrong, the time differs too much, or the device does not exist"
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A device that proved its secret and was approved.
+    """Approved device after a successful handshake.
 
     Attributes:
         device: the device.
-        verifier: verifier of the secret that was proved. A rotation of the device's secret changes the verifier.
+        verifier: verifier of the proved secret. A rotation of the device's secret changes the verifier.
     """
 
     device: Device
@@ -53,21 +54,22 @@ async def authenticate_device(
     time_limit: timedelta = timedelta(seconds=10),
     skew: timedelta = timedelta(minutes=5),
 ) -> Admission:
-    """Run the gateway's side of a handshake. If the gateway refuses the device, it sends a message with the reason.
+    """Run the gateway's side of a handshake. If the function refuses the device, the function sends a message with the
+    reason.
 
     Args:
         database: the open database.
         send: function that sends a text frame.
-        receive: function that receives a frame. The function should raise an error for a closed connection.
+        receive: function that receives a frame. The function should raise an error if the connection is closed.
         time_limit: longest duration of the whole handshake.
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        AuthenticationError: if the proof or the time is wrong, or the device does not exist. The text of the error does
-            not show the cause.
-        AccessDeniedError: if the proof is right, and the device is pending or revoked.
-        HandshakeError: if a message is invalid, or the time limit is over.
-        HomeAgentError: if the database could not be read.
+        AuthenticationError: if the proof or the time is wrong, or if the device does not exist. The text of the error
+            does not show the cause.
+        AccessDeniedError: if the proof is right, but the device is pending or revoked.
+        HandshakeError: if a message is invalid, or if the handshake takes too long.
+        HomeAgentError: if the function can't read the database.
     """
     try:
         with anyio.fail_after(time_limit.total_seconds()):

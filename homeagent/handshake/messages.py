@@ -14,7 +14,7 @@ from homeagent.errors import HandshakeError
 __all__ = ["MAX_MESSAGE", "Receive", "Send", "bytes_of", "field", "read", "text_of", "time_of", "write"]
 
 MAX_MESSAGE = 8_192
-"""Maximum size of a message in bytes. The connection must have its own limit for the bytes that it buffers."""
+"""Maximum size of a message in bytes. The web server needs a separate limit for the bytes that it buffers."""
 
 Send = Callable[[str], Awaitable[Any]]
 """Function that sends a text frame, such as `websocket.send_text` of Starlette or `send` of websockets."""
@@ -30,7 +30,7 @@ _LATEST = (datetime(9999, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
 
 
 def write(**fields: str | int | bytes | datetime) -> str:
-    """Return a message. In a message, bytes are base64, and a time is a number of milliseconds since 1970."""
+    """Return a message. A message contains bytes as base64, and times as milliseconds since 1970."""
     return json.dumps({name: _plain(value) for name, value in fields.items()}, ensure_ascii=False)
 
 
@@ -41,15 +41,15 @@ def _plain(value: str | int | bytes | datetime) -> str | int:
 
 
 def text_of(value: bytes) -> str:
-    """Return the base64 of a value."""
+    """Return the bytes as base64."""
     return base64.b64encode(value).decode()
 
 
 def read(message: object, *kinds: str) -> dict[str, Any]:
-    """Return the fields of a message of one of the kinds.
+    """Return the fields of a message. The type of the message must be one of the given kinds.
 
     Raises:
-        HandshakeError: if the message is not a text with a JSON object, is too large, or is of a different kind.
+        HandshakeError: if the message is not a text with a JSON object, is too large, or has another type.
     """
     if not isinstance(message, str) or len(message.encode("utf-8", "replace")) > MAX_MESSAGE:
         raise HandshakeError(f"a message of a handshake is text of at most {MAX_MESSAGE:,} bytes")
@@ -75,7 +75,7 @@ def field(fields: dict[str, Any], name: str, kind: type[T]) -> T:
 
 
 def bytes_of(fields: dict[str, Any], name: str) -> bytes:
-    """Return a field in base64 as bytes. The method raises the same errors as the method `field()`."""
+    """Decode a field in base64. For the errors, see the function `field()`."""
     try:
         return base64.b64decode(field(fields, name, str), validate=True)
     except (binascii.Error, ValueError):
@@ -83,7 +83,7 @@ def bytes_of(fields: dict[str, Any], name: str) -> bytes:
 
 
 def time_of(fields: dict[str, Any]) -> datetime:
-    """Return the value of the field "time" as a timestamp, or raise the errors of the method `field()`."""
+    """Return the field `time` as a timestamp. For the errors, see the function `field()`."""
     milliseconds = field(fields, "time", int)
     if not 0 <= milliseconds <= _LATEST:
         raise HandshakeError("the field 'time' of the handshake must be milliseconds since 1970")
