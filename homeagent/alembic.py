@@ -1,4 +1,4 @@
-"""Functions for the file `env.py` of an application that runs Alembic's commands on its own tables.
+"""Run Alembic's commands on an application's tables. The application calls these functions in its file `env.py`.
 
 A complete `env.py` has these lines:
 
@@ -7,7 +7,8 @@ A complete `env.py` has these lines:
 
     run_environment(context, package="hub")
 
-The module `homeagent.alembic` does not replace the package `alembic`, because all imports of homeagent are absolute.
+homeagent has only absolute imports, so that `import alembic` imports the package Alembic and not the module
+`homeagent.alembic`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ _WAIT = timedelta(seconds=30)
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
-    """Return False for homeagent's tables and their parts. Pass the function to Alembic's `context.configure`.
+    """Return False for a table of homeagent, and for parts of such a table. Pass the function to Alembic's
+    `context.configure`.
 
     Args:
         name: name of the object in the database.
@@ -55,32 +57,34 @@ def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | 
 
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
-    """Return False for homeagent's tables and their parts. Pass the function to Alembic's `context.configure`.
+    """Return False for a table of homeagent, and for parts of such a table. Pass the function to Alembic's
+    `context.configure`.
 
-    homeagent's tables are in the metadata of `homeagent.Table`, so that foreign keys can refer to the tables by name.
+    The metadata of `homeagent.Table` also contains homeagent's tables, so that foreign keys can refer to the tables by
+    name.
 
     Args:
-        object: object of SQLAlchemy, such as a `Table` or a `Column`.
+        object: SQLAlchemy object, such as a `Table` or a `Column`.
         name: name of the object.
         type_: kind of the object, such as `table` or `index`.
-        reflected: True if the object was read from the database.
-        compare_to: counterpart with which Alembic compares the object, or None.
+        reflected: True if Alembic read the object from the database.
+        compare_to: object that Alembic compares with the argument `object`, or None.
     """
     table = object if type_ == "table" else getattr(object, "table", None)
     return table is None or table.name not in TABLES or table.schema is not None
 
 
 def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
-    """Run the current command of Alembic on the application's tables. The file `env.py` needs only this call.
+    """Run the current command of Alembic on the application's tables. A file `env.py` needs only a call of this
+    function.
 
-    The option `-x database=TARGET` names the database. Without `-x`, Alembic's configuration names the database by the
-    line `database = TARGET`. If no option and no setting names a database, the environment variable
-    `$HOMEAGENT_DATABASE` names the database. The function first brings homeagent's own tables up to date. If no
-    database is named, Alembic's commands `revision` and `check` use a scratch database. An application that calls
-    Alembic's commands can pass a connection in `config.attributes["connection"]`.
+    The option `-x database=TARGET` names the database. The default is the line `database = TARGET` in Alembic's
+    configuration, or else the environment variable `$HOMEAGENT_DATABASE`. Before the command, the function upgrades
+    homeagent's tables. If no database is named, Alembic's commands `revision` and `check` use a scratch database. A
+    program that calls Alembic's commands can pass a connection in `config.attributes["connection"]`.
 
-    Autogenerate compares only the tables whose classes are defined in the application's package. The function imports
-    all modules of the package.
+    Autogenerate compares only tables whose classes are in the application's package. The function imports all modules
+    of the package.
 
     Args:
         context: the module `alembic.context`.
@@ -88,8 +92,8 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
         metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
 
     Raises:
-        alembic.util.CommandError: if no database is named, or if the connection can't be used.
-        HomeAgentError: if the database can't be opened or upgraded.
+        alembic.util.CommandError: if no database is named, or if the connection is not usable.
+        HomeAgentError: if the function can't open or upgrade the database.
     """
     from homeagent.migrations.autogenerate import application_tables, options
 
@@ -121,7 +125,7 @@ def _command_error(message: str) -> Exception:
 
 def _target(context: Any) -> str | None:
     named = context.get_x_argument(as_dictionary=True).get("database")
-    # Unlike `get_main_option`, this method also reads pyproject.toml, and alembic.ini need not exist.
+    # Do not call `get_main_option`, which does not read pyproject.toml, and needs the file alembic.ini.
     return named or context.config.get_alembic_option("database") or os.environ.get(ENVIRONMENT_VARIABLE)
 
 
@@ -129,7 +133,7 @@ def _target(context: Any) -> str | None:
 def _connection(
     context: Any, given: Connection | None, target: str | None, metadata: Sequence[MetaData]
 ) -> Iterator[Connection]:
-    """Yield a connection to a database with homeagent's tables. On SQLite its foreign keys are switched off."""
+    """Yield a connection to a database with homeagent's tables. On SQLite, foreign keys are off."""
     if given is not None:
         with _without_foreign_keys(given):
             yield given
@@ -168,7 +172,7 @@ def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:
 
 @contextmanager
 def _without_foreign_keys(connection: Connection) -> Iterator[None]:
-    """Switch foreign keys off, because rebuilding a table would otherwise delete the rows that refer to the table."""
+    """Switch foreign keys off. With foreign keys, a rebuild of a table would delete rows that refer to the table."""
     if connection.dialect.name != "sqlite":
         yield
         return

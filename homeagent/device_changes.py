@@ -1,11 +1,11 @@
-"""Deliver device changes to asynchronous iterators, as described in `Database.watch_devices`.
+"""Deliver device changes to asynchronous iterators (see `Database.watch_devices`).
 
-One thread for each `Database` reads the feed, however many iterators there are. The thread starts when the first
-iterator is created, and ends with the last iterator. The feed itself is in the database, so the thread keeps only the
-number of the last change that it has delivered to each iterator.
+Each `Database` has one thread, which reads the feed for all iterators. The thread starts with the first iterator, and
+ends with the last iterator. For each iterator, the thread stores only the number of the last delivered change, because
+the feed itself is in the database.
 
 Each iterator checks the time since the last successful read of the feed, and raises an error after `PATIENCE` seconds.
-Do not leave this check to the thread, because a statement on a lost connection can block the thread for longer
+Do not move this check to the thread, because a lost connection can block the thread for a longer time
 (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
@@ -40,21 +40,22 @@ __all__ = ["PATIENCE", "DeviceChanges", "DeviceWatcher"]
 logger: logging.Logger = logging.getLogger("homeagent")
 
 PATIENCE = 5.0
-"""Time without a successful read of the feed after which an iterator raises an error, in seconds."""
+"""Time in seconds. If no read of the feed succeeds for this time, an iterator raises an error."""
 
-# Maximum number of changes that one statement reads, and that wait in an iterator.
+# Maximum number of changes that a statement reads (`_PAGE`). An iterator with `_WAITING` waiting changes gets no
+# further page.
 _PAGE = 100
 _WAITING = 1000
 
-# Shortest time between two reads, in seconds. Without a pause, the thread would read the feed for each commit of the
-# process.
+# Shortest time between two reads, in seconds. Without a pause, each commit of the process would start a read of the
+# feed.
 _PAUSE = 0.005
 
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
 
 
 class _Subscription:
-    """The changes that wait for one iterator, and the number of the last of these changes."""
+    """Changes that wait for an iterator. The attribute `position` is the number of the last change."""
 
     def __init__(self, after: int) -> None:
         self._mutex = threading.Lock()
@@ -71,7 +72,7 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If there is no change, store the function `wake()`, and return None."""
+        """Return the next change. If no change waits, store the function `wake()`, and return None."""
         with self._mutex:
             if self._changes:
                 return self._changes.popleft()
@@ -88,21 +89,21 @@ class _Subscription:
             self.wake()
 
     def wake(self) -> None:
-        """Wake the iterator. If the event loop of the iterator was closed, close the subscription."""
+        """Wake the iterator. If the event loop of the iterator has ended, close the subscription."""
         with self._mutex:
             wake, self._wake = self._wake, None
         if wake is not None:
             try:
                 wake()
-            except RuntimeError:  # asyncio and trio raise RuntimeError, because the event loop has ended
+            except RuntimeError:  # asyncio and trio raise RuntimeError after the end of the event loop
                 self.is_closed = True
 
 
 class DeviceChanges(AsyncIterator["DeviceChange"]):
     """Asynchronous iterator of device changes, for one task at a time, under asyncio or trio.
 
-    A cancelled wait loses no change. The method `aclose()` ends the iteration. If a program no longer refers to an
-    iterator, the iterator ends too.
+    A cancellation of a waiting task loses no change. The method `aclose()` ends the iteration. The garbage collector
+    also ends the iteration of an iterator that it frees.
     """
 
     def __init__(self, watcher: DeviceWatcher, after: int) -> None:
@@ -140,21 +141,21 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
-    """Return a function that another thread calls to run a function in the event loop of this task."""
+    """Return a function by which another thread can run a function in the event loop of this task."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
-        import trio  # import lazily, because an application can lack the package trio
+        import trio  # lazy import: an application can lack the package trio
 
         return trio.lowlevel.current_trio_token().run_sync_soon
 
 
 class DeviceWatcher:
-    """The thread that reads the feed of one `Database`.
+    """Thread that reads the feed of device changes for a `Database`.
 
     Args:
-        engine: engine that opens the thread's connection.
-        timeout: longest time for which `close()` waits for the thread, in seconds.
+        engine: engine that opens the connection of the thread.
+        timeout: longest time in seconds for which `close()` waits for the thread.
         monotonic: clock, in seconds.
     """
 
@@ -179,7 +180,8 @@ class DeviceWatcher:
         Raises:
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
-        # Do not take the mutex in a forked child, because a thread of the parent can hold the mutex.
+        # Check for a fork before taking the mutex. In a forked child, the mutex can stay locked, because a thread of
+        # the parent held the mutex.
         if self._engine.is_forked_copy or self._is_closed:
             raise DatabaseClosedError(_CLOSED)
         if subscription not in self._subscriptions:
@@ -195,9 +197,9 @@ class DeviceWatcher:
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            # Close the pipe only when this object is freed, because a committing thread could otherwise write into
-            # another file with the same descriptor.
-            weakref.finalize(self, _close, self._pipe).atexit = False  # the thread runs until the process ends
+            # Do not close the pipe before this object is freed. A committing thread could write to another file with
+            # the same descriptor. Do not close the pipe at exit, because the thread runs until the process ends.
+            weakref.finalize(self, _close, self._pipe).atexit = False
         self._read_at, self._error = self._monotonic(), None
         self._thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
         try:
@@ -208,7 +210,7 @@ class DeviceWatcher:
         self._engine.on_commit = self.notify
 
     def seconds_left(self, subscription: _Subscription) -> float:
-        """Return the time after which the iterator must call the method again.
+        """Return the time after which the iterator must call the method again, in seconds.
 
         Raises:
             DatabaseError: if the thread could not read the feed for `PATIENCE` seconds.
@@ -223,13 +225,13 @@ class DeviceWatcher:
         ) from self._error
 
     def notify(self) -> None:
-        """Make the thread read the feed without a further pause. Each commit of this process calls the method."""
+        """Wake the thread, which then reads the feed. Each commit of this process calls the method."""
         if self._pipe is not None and not self._is_notified:
             self._is_notified = True
             os.write(self._pipe[1], b"\0")
 
     def close(self) -> None:
-        """End the thread. Waiting and later calls of the iterators raise DatabaseClosedError."""
+        """End the thread. Iterators that wait, and later calls of iterators, raise DatabaseClosedError."""
         with self._mutex:
             self._is_closed = True
             thread, subscriptions = self._thread, list(self._subscriptions)
@@ -254,7 +256,9 @@ class DeviceWatcher:
             self._wait(handle)
 
     def _read(self, subscriptions: Iterable[_Subscription]) -> int | None:
-        """Read the feed for all iterators. Return the descriptor that becomes readable after a commit, or None."""
+        """Read the feed for all iterators. Return a descriptor that becomes readable after a commit, or None if the
+        connection has no such descriptor.
+        """
         engine = self._engine
         try:
             with engine.feed_mutex:
@@ -287,7 +291,7 @@ class DeviceWatcher:
 
     @staticmethod
     def _deliver(connection: StoreConnection, subscriptions: list[_Subscription]) -> None:
-        """Read pages of the feed until each iterator has all changes, or has no room for more."""
+        """Read pages of the feed until each iterator has all changes, or has no room for another page."""
         for subscription in subscriptions:
             subscription.is_behind = True
         while True:
@@ -304,7 +308,7 @@ class DeviceWatcher:
                     subscription.put(changes)
 
     def _wait(self, handle: int | None) -> None:
-        """Wait for a notification, but at most for the engine's interval."""
+        """Wait for a notification. Wait at most for the interval of the engine."""
         if self._pipe is None:
             return
         began, poll = monotonic(), select.poll()
@@ -316,7 +320,8 @@ class DeviceWatcher:
             os.read(self._pipe[0], 1)
             if not self._is_closed:
                 time.sleep(max(began + _PAUSE - monotonic(), 0))
-            # Do not move this line after the next read of the feed, because the thread would miss a commit in between.
+            # Do not move this line behind the next read of the feed. After the move, the thread would miss a commit
+            # during the read.
             self._is_notified = False
 
 

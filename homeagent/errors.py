@@ -1,8 +1,9 @@
-"""All errors of this package. The attributes of an error hold the ids of the rows, and the message names the remedy.
+"""Errors of this package. The attributes of an error contain the ids of the rows, and the message names the remedy.
 
-Catch `HomeAgentError` to catch all errors. The base classes `InvalidArgumentError`, `NotFoundError`,
-`AlreadyExistsError`, `ConflictError`, `IdempotencyError` and `DatabaseError` are families of errors. A message can be
-logged, because no message contains a secret, hash, nonce, idempotency key, stored result or bound parameter.
+Catch `HomeAgentError` to catch all errors. To catch related errors, catch one of the base classes
+`InvalidArgumentError`, `NotFoundError`, `AlreadyExistsError`, `ConflictError`, `IdempotencyError` and `DatabaseError`.
+A program can log the messages, because no message contains a secret, hash, nonce, idempotency key, stored result or
+bound parameter.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ __all__ = [
 
 
 class NotFoundError(HomeAgentError):
-    """The store has no row with the given id. The message has at most 1,024 characters of the id."""
+    """The store has no row with the given id. The message contains only the first 1,024 characters of the id."""
 
 
 class DeviceNotFoundError(NotFoundError):
@@ -74,7 +75,7 @@ class SessionNotFoundError(NotFoundError):
 
 
 class AlreadyExistsError(HomeAgentError):
-    """A row with the same identity exists already. The method did not change the existing row."""
+    """A row with the given id or key exists already. The method did not change the existing row."""
 
 
 class DeviceExistsError(AlreadyExistsError):
@@ -111,14 +112,14 @@ class IdempotencyKeyExistsError(AlreadyExistsError):
 
 
 class ConflictError(HomeAgentError):
-    """The present state of the store does not permit the change. The method that raises this error changed no row.
+    """The present state of the store does not permit the change. The method that raised the error did not change a row.
 
     If no constraint was violated, the attributes `constraint` and `kind` are None.
 
     Attributes:
         table: name of the table. None if the table is unknown.
-        constraint: name of the violated constraint, or its columns if the constraint has no name. None if the name is
-            unknown, for example for a foreign key on SQLite.
+        constraint: name of the violated constraint. For a constraint without a name, the value names the columns. None
+            if the database does not report the name, for example for a foreign key on SQLite.
         kind: kind of the constraint: `unique` (also for a primary key), `foreign_key`, `check`, `not_null`, `exclusion`
             (only on PostgreSQL) or `datatype` (only for a STRICT table of SQLite).
     """
@@ -138,9 +139,7 @@ class AgentInUseError(ConflictError):
 
 
 class RouteTakenError(ConflictError):
-    """Another session holds the new route of a moved session. The attribute `session_id` is the id of the session that
-    holds the route.
-    """
+    """Another session holds the new route of a moved session. The attribute `session_id` is the id of the holder."""
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -168,7 +167,7 @@ class ApprovalChangedError(ConflictError):
 
 
 class DeviceNotApprovedError(ConflictError):
-    """The device is not approved, so a rotation of the device's secret can't have an overlap."""
+    """The device is not approved. For an unapproved device, a rotation of the secret can't have an overlap."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -176,7 +175,7 @@ class DeviceNotApprovedError(ConflictError):
 
 
 class LimitError(ConflictError):
-    """The store has the maximum number of rows of a kind. The attribute `limit` is the maximum number."""
+    """The store already contains the maximum number of rows of a kind. The attribute `limit` is the maximum number."""
 
     def __init__(self, message: str, *, limit: int) -> None:
         self.limit = limit
@@ -184,7 +183,7 @@ class LimitError(ConflictError):
 
 
 class PendingLimitError(LimitError):
-    """The maximum number of devices already waits for approval, so another device can't be paired."""
+    """The maximum number of devices already waits for approval."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(
@@ -224,7 +223,7 @@ class TargetNotEmptyError(ConflictError):
 
 
 class SourceChangedError(ConflictError):
-    """Another process or thread wrote to the store during a copy, so the copy was not made."""
+    """Another process or thread wrote to the source of a copy. homeagent did not make the copy."""
 
     def __init__(self, table: str) -> None:
         self.table: str = table
@@ -239,7 +238,7 @@ class DatabaseError(HomeAgentError):
 
 
 class DatabaseBusyError(DatabaseError):
-    """Another unit held the database for longer than the `busy_timeout`, or all retries within this time failed."""
+    """Other units kept the database busy for longer than the `busy_timeout`."""
 
 
 class TransientError(DatabaseBusyError):
@@ -254,16 +253,17 @@ class ConnectionLostError(DatabaseError):
 
 
 class CommitUnknownError(DatabaseError):
-    """It is unknown whether the unit was committed (SQLSTATE 08007, transaction resolution unknown).
+    """homeagent can't find out whether the database committed the unit (SQLSTATE 08007, transaction resolution
+    unknown).
 
-    On PostgreSQL, the connection was lost before the answer to COMMIT arrived, or the wait for a synchronous standby
-    was cancelled. On SQLite, COMMIT failed, and then the failed commit could not be removed from the WAL. Before you
-    repeat the unit, check whether the unit's rows exist. `Database.run` with `idempotent=True` repeats the unit.
+    On PostgreSQL, the connection was lost before the answer to COMMIT arrived, or PostgreSQL cancelled the wait for a
+    synchronous standby. On SQLite, COMMIT failed, and homeagent could not remove the failed commit from the WAL. Before
+    you repeat the unit, check whether the unit's rows exist. `Database.run` with `idempotent=True` repeats the unit.
     """
 
 
 class SchemaTooNewError(DatabaseError):
-    """A newer version of homeagent or of the application upgraded the database. The call did not change the
+    """A newer version of homeagent or of the application upgraded the database. The older version does not change the
     database.
     """
 
@@ -281,9 +281,9 @@ class SchemaTooNewError(DatabaseError):
 class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both the creation and the upgrade.
 
-    If the database does not exist, the attribute `location` is the path, or the URL without the password. If only the
-    application's own revisions are missing, the attribute `application` is the name of the application. In other cases
-    `location` and `application` are None.
+    If the database does not exist, the attribute `location` is the path, or the URL without the password. If only
+    revisions of the application are missing, the attribute `application` is the name of the application. In all other
+    cases, the attributes `location` and `application` are None.
     """
 
     def __init__(
@@ -308,10 +308,10 @@ class SchemaOutdatedError(DatabaseError):
 
 
 class SchemaChangedError(DatabaseError):
-    """The schema was changed by other statements than homeagent's revisions, so the rows can be inconsistent.
+    """Statements that are not a part of a revision changed the schema. The rows can be inconsistent.
 
-    A restore, a copy and an upgrade raise this error and do not change the database. The attribute `changes` has one
-    sentence for each change. Each sentence names the table and the trigger, index, column or view.
+    A restore, a copy and an upgrade raise this error, and do not change the database. The attribute `changes` is a list
+    with a sentence for each change. Each sentence names the changed object, such as a table and its index.
     """
 
     def __init__(self, changes: list[str], *, location: str, command: str | None, triggers: Sequence[str] = ()) -> None:
@@ -328,10 +328,10 @@ class SchemaChangedError(DatabaseError):
 
 
 class IncompatibleRevisionError(DatabaseError):
-    """A revision of the application breaks code of the version before (see `homeagent.testing.check_revisions`).
+    """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`).
 
-    The attribute `revision` is the revision. The attribute `problems` has one text for each change that breaks old
-    code. The text names the table or column and the remedy.
+    The attribute `revision` is the id of the revision. The attribute `problems` is a list with a text for each change
+    that breaks old code. Each text names the table or column, and the remedy.
     """
 
     def __init__(self, revision: str, *, application: str, problems: list[str]) -> None:
@@ -355,41 +355,39 @@ class MigrationError(DatabaseError):
 
     @property
     def cause(self) -> BaseException | None:
-        """The exception of the failed revision. If the database raised the exception, or no revision failed, the
-        attribute is None.
-        """
+        """Exception of the failed revision. None if no revision failed, or if the database raised the exception."""
         return self.__cause__
 
 
 class ForeignAccessError(DatabaseError):
-    """Another SQLite library in this process opened, or tried to open, the file of an open database."""
+    """Another SQLite library in this process opened or tried to open the file of an open database."""
 
 
 class ForeignDatabaseError(DatabaseError):
-    """The file or schema belongs to another application, and was not changed."""
+    """The file or schema belongs to another application. homeagent did not change the file or schema."""
 
 
 class CorruptDatabaseError(DatabaseError):
-    """The file is damaged, or is not a SQLite database. homeagent does not change it or treat it as empty."""
+    """The file is damaged, or is not a SQLite database. homeagent does not change a damaged file, and does not treat
+    the file as empty.
+    """
 
 
 class DatabaseMovedError(CorruptDatabaseError):
     """The file or its WAL was deleted, moved or replaced while the database was open. The database did not commit the
     unit.
 
-    After the administrator has put the same file back, units succeed again. To use another file, open the database
-    again.
+    Units succeed again after the administrator has put the same file back. To use another file, close and open the
+    database.
     """
 
 
 class InsecureFileError(DatabaseError):
-    """A file or directory is not private, or is a link. Another user could replace the file or read its content."""
+    """A file or directory is a link, or another user could read or replace the file."""
 
 
 class DiskFullError(DatabaseError):
-    """The disk is full. The database rolled back the unit. After the disk has free space again, the next unit can
-    succeed.
-    """
+    """The disk is full. The database rolled back the unit. Units can succeed after the disk has free space again."""
 
 
 class DatabaseIOError(DatabaseError):
@@ -415,8 +413,8 @@ class StandbyError(ReadOnlyError):
 
 
 class BackupStoppedError(DatabaseError):
-    """The caller stopped the backup before its end. The incomplete copy was deleted."""
+    """The caller stopped a backup. homeagent deleted the incomplete copy."""
 
 
 class DatabaseClosedError(DatabaseError):
-    """The database was closed, or was opened before this process was forked. Open the database again."""
+    """The database was closed, or the process was forked after the database was opened. Open the database again."""

@@ -1,8 +1,8 @@
-"""Run a side effect once. Commit a claim, run the effect outside of any transaction, and commit the outcome.
+"""Run a side effect once. First commit a claim, then run the effect without a transaction, and then commit the outcome.
 
-If the process ends between the two commits, the outcome of the effect is unknown. By default, the next call with the
-key raises `OutcomeUnknownError` without running the effect again. The argument `on_abandoned` chooses the action of a
-call that follows an abandoned attempt.
+If the process ends between the commit of the claim and the commit of the outcome, the outcome is unknown. By default,
+the next call with the key does not run the effect, and raises `OutcomeUnknownError`. By the argument `on_abandoned`, a
+caller can choose another action after an abandoned attempt.
 """
 
 from __future__ import annotations
@@ -45,23 +45,22 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# Types of `Database.run` and `Database.arun`, called with `idempotent=True`. A call with `idempotent=True` can run a
-# unit twice.
+# Types of `Database.run` and `Database.arun` with `idempotent=True`, which can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Shortest time between two renewals, in seconds. A renewal is due after a third of the lease, so the attempt keeps its
-# lease even if two renewals fail.
+# Shortest time between two renewals, in seconds. Renewals take place after each third of the lease. An attempt keeps
+# its lease even if a renewal fails.
 _SHORTEST_PERIOD = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """The arguments of `run_once()`. The fingerprint of the parameters is computed before the effect can change
-    them.
+    """Arguments of a call of `run_once()`. The object contains the fingerprint of `params`, because the effect can
+    change `params`.
     """
 
     scope: IdempotencyScope
@@ -85,8 +84,8 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        The argument `instead` is the remedy that the error message for a coroutine function names. With `instead=None`,
-        coroutine functions are accepted.
+        If the argument `instead` is None, the effect can be a coroutine function. If `instead` is a text, a coroutine
+        function raises an error, and the text is the remedy in the error message.
         """
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):
@@ -117,13 +116,14 @@ class OnceCall:
 
 
 class _Once:
-    """A unit of work that ends an attempt. After a commit with an unknown outcome, the unit can safely run again.
+    """Function for a unit of work that ends an attempt. A second run of the function is safe, for example after a
+    commit with an unknown outcome.
 
     Args:
         attempt: attempt that the unit ends.
         write: function that records the outcome or releases the key.
-        leaves_record: True if the unit leaves a record of the attempt in the store. With False, a lost lease in the
-            second run counts as success, because the first run has released the key.
+        leaves_record: True if the unit leaves a record of the attempt in the store. For a function that releases the
+            key, the argument is False, and a lost lease in a second run counts as success.
     """
 
     def __init__(
@@ -158,18 +158,19 @@ class _Lease:
 
 
 class LeaseTimer:
-    """A thread that renews the leases of one database's running effects.
+    """Thread that renews the leases of all effects that run on a `Database`.
 
-    The thread sleeps until the earliest renewal is due. If no effect runs when the thread wakes, the thread ends. The
-    end of an effect does not wake the thread, so many short effects use the same thread.
+    The thread sleeps until the next renewal is due. When the thread wakes and no effect runs, the thread ends. The end
+    of an effect does not wake the thread, so that many short effects can use the same thread.
 
     Args:
-        run: function that runs a unit of work in the same way as `Database.run`.
+        run: function that runs a unit of work like `Database.run`.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        # The condition's lock is reentrant because a signal handler can run an effect while the thread holds the lock.
+        # The lock of the condition must be reentrant, because a signal handler can run an effect while its thread holds
+        # the lock.
         self._changed = threading.Condition()
         self._leases: set[_Lease] = set()
         self._thread: threading.Thread | None = None
@@ -179,24 +180,25 @@ class LeaseTimer:
         """Renew a lease until the caller calls the returned function.
 
         Raises:
-            RuntimeError: if no thread can be started.
+            RuntimeError: if the system can't start a thread.
         """
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # If the effect ends before the thread starts, the thread finds no lease and ends at once.
+                # If the effect ends before the thread starts, the thread finds no lease, and ends at the time
+                # `lease.due`.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # if the thread has started in spite of the error, it ends at once
+                    self._thread = None  # a thread that started in spite of the error ends at once
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Do not take the lock in the function that stops the renewals. If the effect forks, the lock can stay locked in
-        # the forked child.
+        # Do not take the lock in the returned function. If the effect forks, the lock can stay locked in the child
+        # process.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -222,7 +224,7 @@ class LeaseTimer:
             lease.due = monotonic() + lease.call.period
 
     def _next(self) -> _Lease | None:
-        """Wait until the renewal of a lease is due, and return the lease. If the thread must end, return None."""
+        """Wait until a renewal is due, and return the lease. If the thread must end, return None."""
         with self._changed:
             while self._thread is threading.current_thread():
                 lease = min([*self._leases], key=lambda lease: lease.due, default=None)
@@ -238,7 +240,7 @@ class LeaseTimer:
             return None
 
     def _renew(self, lease: _Lease, unit: UnitOfWork) -> None:
-        if lease in self._leases:  # the effect can have ended while the unit of the renewal waited for the write lock
+        if lease in self._leases:  # the effect can end while this unit waits for the write lock
             lease.call.renew(unit, lease.attempt)
 
 
@@ -246,9 +248,9 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     """Run an effect once (see `Database.run_once`).
 
     Args:
-        run: function that runs a unit of work in the same way as `Database.run`.
+        run: function that runs a unit of work like `Database.run`.
         timer: timer that renews the lease while the effect runs.
-        call: arguments of `run_once()`, which were checked.
+        call: checked arguments of `run_once()`.
         effect: function that gets the attempt and returns the result.
     """
     is_substituted = False
@@ -266,12 +268,12 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     try:
         end = timer.renew(call, attempt)
     except RuntimeError:
-        # The thread cannot be started, so the effect has not begun. Release the key, because the attempt would
-        # otherwise count as abandoned.
+        # The thread did not start, and the effect has not begun. Release the key, so that the attempt does not count as
+        # abandoned.
         run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
-        # An ordinary function can return a coroutine. Do not record the coroutine as a result, because the effect has
+        # If a plain function returns a coroutine, raise an error. The coroutine is not a result, because the effect has
         # not begun.
         value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
     except EffectFailedError as error:
@@ -289,11 +291,11 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 
 
 class _AsyncUnits:
-    """The units of work of one `arun_once()` call, which claim the key, record the outcome or release the key.
+    """Units of work of an `arun_once()` call. The units claim the key, record the outcome, or release the key.
 
     Attributes:
-        substitute: function of the argument `on_abandoned`, which runs instead of the effect if an earlier attempt was
-            abandoned. None if no earlier attempt was abandoned.
+        substitute: function that runs instead of the effect. If an earlier attempt was abandoned, `substitute` is the
+            argument `on_abandoned`. If no earlier attempt was abandoned, `substitute` is None.
     """
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
@@ -315,14 +317,13 @@ class _AsyncUnits:
         return claimed
 
     async def release_claim(self) -> None:
-        """Release a claimed key, because the key must not count as abandoned. The caller must not have begun the
-        effect.
+        """Release a claimed key, so that the attempt does not count as abandoned. Do not call the method after the
+        effect has begun.
         """
         if self._claimed is not None:
-            # Ignore an error of the release, because the claim also ends when its lease expires.
+            # Ignore errors of the release, because the claim ends at the latest when its lease expires.
             with suppress(HomeAgentError):
-                # The function of the argument `on_abandoned` did not run, so the outcome of an earlier attempt is still
-                # unknown.
+                # Do not pass `none_began=True`, because the outcome of an earlier attempt can still be unknown.
                 await self.release(self._claimed, none_began=False)
 
     async def release(self, attempt: Attempt, *, none_began: bool) -> None:
@@ -331,17 +332,15 @@ class _AsyncUnits:
     async def record(
         self, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
     ) -> Any:
-        """Run a unit to its end, even if the caller is cancelled meanwhile. After the end of the unit, raise the
-        cancellation.
-        """
+        """Run a unit to its end. A cancellation of the caller is raised only after the end of the unit."""
         import anyio
 
         cancelled = anyio.get_cancelled_exc_class()
         work = _Once(attempt, write, leaves_record=leaves_record)
         cancellation: BaseException | None = None
-        # AnyIO's scope does not shield from `Task.cancel()`, so handle its CancelledError here. A cancellation can
-        # remove the unit from the queue, or come after the unit's commit. Run the unit again after a cancellation,
-        # because a second run of the class `_Once` is safe.
+        # AnyIO's scope does not shield from `Task.cancel()`, so handle the CancelledError of `Task.cancel()` here. A
+        # CancelledError does not show whether the unit was committed. Run the unit again, because a second run of
+        # `_Once` is safe.
         with anyio.CancelScope(shield=True):
             while True:
                 try:
@@ -361,7 +360,8 @@ class _AsyncUnits:
     async def _claim(self, *, rerun: bool) -> Attempt | Outcome:
         def claim(unit: UnitOfWork) -> Attempt | Outcome:
             claimed = self._call.claim(unit, rerun=rerun)
-            # Set the attribute `_claimed` inside the unit, because a cancelled caller does not get the unit's value.
+            # Set the attribute `_claimed` inside the unit, because a cancelled caller does not get the result of the
+            # unit.
             self._claimed = claimed if isinstance(claimed, Attempt) else None
             return claimed
 
@@ -374,8 +374,8 @@ async def arun_once(
 ) -> Outcome:
     """Run a coroutine function as an effect once (see `Database.arun_once`).
 
-    If the caller is cancelled, the effect is also cancelled. If the outcome is already known at the cancellation, it is
-    still recorded.
+    A cancellation of the caller also cancels the effect. If the outcome is known before the cancellation, the function
+    still records the outcome.
     """
     import anyio
     from anyio.lowlevel import checkpoint_if_cancelled

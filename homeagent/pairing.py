@@ -1,4 +1,4 @@
-"""Operations on the secrets of devices: pair, check and rotate.
+"""Pair devices, check their secrets and proofs, and rotate their secrets.
 
 Do not compute a slow hash inside a unit of work, because other writers would wait. Compute a slow hash before or after
 the unit of work.
@@ -59,7 +59,7 @@ _DECIDE = "show it again, then decide. The secret was not changed"
 
 
 class Pairing:
-    """Implementation of the methods of `Database` that use the secrets of devices."""
+    """Implementation of those methods of `Database` that use the secrets of devices."""
 
     def __init__(self, runner: Runner, clock: Clock, limits: Limits) -> None:
         self._runner = runner
@@ -71,8 +71,8 @@ class Pairing:
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a pending device (see `Database.pair`)."""
         check_kind(request, DevicePair, "request")
-        # Check the id and the limit before the slow hash, so that a refusal costs no hash. The unit of work checks
-        # again.
+        # Check the id and the limit before the slow hash, so that a refusal costs no hash. The unit of work repeats
+        # both checks.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._max_pending
@@ -90,17 +90,17 @@ class Pairing:
         def add(unit: UnitOfWork) -> Device:
             try:
                 device = unit.devices.create(create)
-                # Check the limit after the insert. If the unit runs again after a commit with an unknown outcome, the
-                # insert must find the unit's own device first.
+                # Check the limit after the insert. If the unit runs a second time, the insert must find the device of
+                # the first run before the limit is checked.
                 unit.devices.require_pending_room(limit)
-                # A deleted device with the same id can have left idempotency keys. Do not delete a key in progress,
-                # because it can belong to the call that pairs the new device.
+                # Delete idempotency keys of an earlier device with the same id. Do not delete a key in progress,
+                # because the key can belong to the call that pairs the new device.
                 unit.idempotency_keys.delete_ended(create.id)
                 return device
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
-                # If the stored hash and verifier are equal to the new hash and verifier, an earlier run of the unit
-                # stored the device. The hash or the verifier has a random salt, so no other call has the same pair.
+                # If the store has the new hash and the new verifier, an earlier run of the unit stored the device. No
+                # other call has the same hash and verifier, because one of them has a random salt.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return stored
@@ -113,7 +113,7 @@ class Pairing:
         return checked.device if checked else None
 
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret and return the state of the device (see `Database.check_secret`)."""
+        """Check a secret, and return the state of the device (see `Database.check_secret`)."""
         return self._check_secret(device_id, shared_secret, slow=needs_slow_hash(shared_secret))
 
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
@@ -140,16 +140,16 @@ class Pairing:
         return await self._runner.in_thread(partial(self.rotate_secret, device_id, shared_secret, **options), slow=True)
 
     def _check_fast(self, unit: UnitOfWork, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret without a slow hash, in one snapshot. A wrong secret costs one statement and at most one hash,
-        even if the device is absent.
+        """Check a secret without a slow hash, in a single snapshot. For a wrong secret, the method runs one statement
+        and at most one hash, even if the device is absent.
         """
         stored = _valid_hashes(unit.devices.find_secret_hashes(device_id), self._clock())
         device = unit.devices.find_by_id(device_id) if check_secret(shared_secret, stored) else None
         return _DENIED if device is None else SecretCheck(device.status.value, device)
 
     def _check_slowly(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret with a slow hash outside of a unit. A wrong secret costs one statement and one hash, even if
-        the device is absent.
+        """Check a secret with a slow hash. The method computes the hash outside of a unit of work. For a wrong secret,
+        the method runs one statement and one hash, even if the device is absent.
         """
         while True:
             now = self._clock()
@@ -159,32 +159,32 @@ class Pairing:
             match = check_secret(shared_secret, stored, waiting=self._waiting_hashes)
             if match.matched is None:
                 return _DENIED
-            # Another caller can have changed or deleted the device during the computation of the hash.
+            # Read the device again, because another caller can change or delete the device during the hash.
             device = self._find_device(device_id)
             if device is None:
                 return _DENIED
             if stored[match.matched] in _valid_hashes(device, self._clock()):
-                # Do not replace the hash of a pending device, because an approval can depend on the hash that the
-                # administrator saw.
+                # Do not replace the hash of a pending device, because an administrator can approve the device on
+                # condition that the hash is unchanged.
                 if device.approved and match.matched == 0 and match.replacement is not None:
                     self._rehash(device_id, stored[0], match.replacement)
                 return SecretCheck(device.status.value, device)
             if device.shared_secret_hash == stored[0]:
-                return _DENIED  # the previous secret became invalid during the check
-            # Check the secret again, because another caller has replaced the hash. The replaced hash can be a hash of
-            # the same secret.
+                return _DENIED  # The overlap ended during the check.
+            # Another caller has replaced the hash. Check the secret again, because the new hash can be a hash of the
+            # same secret.
 
     def _find_device(self, device_id: str) -> Device | None:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Store a hash that has newer parameters. After an error only log a warning, because the secret is right."""
+        """Store a hash with newer parameters. If an error occurs, only log a warning, because the secret is right."""
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
                 idempotent=True,
             )
-        # UnitStateError is raised if the thread has an open write unit.
+        # The cause of a UnitStateError is an open write unit of this thread.
         except (DatabaseError, UnitStateError) as error:
             logger.warning(
                 "a hash could not be replaced by a hash with newer parameters; the next check tries again: %s",
@@ -193,7 +193,7 @@ class Pairing:
             )
 
     def proof_parameters(self, device_id: str) -> ProofParameters:
-        """Return parameters for proofs, also for an absent device (see `Database.proof_parameters`)."""
+        """Return parameters for proofs, even for an absent device (see `Database.proof_parameters`)."""
         key, verifier = self._runner.run(lambda unit: unit.devices.find_proof_secrets(device_id), read_only=True)
         return parameters_for(_encodable(device_id), verifier, key=key.encode())
 
@@ -212,7 +212,7 @@ class Pairing:
         return await self._runner.in_thread(check, slow=False)
 
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> SecretCheck:
-        """Check a proof and return the state of the device (see `Database.check_proof`)."""
+        """Check a proof, and return the state of the device (see `Database.check_proof`)."""
         check_searched(device_id, "device_id")
         check_label(nonce, "nonce")
         check_timestamp(timestamp, "timestamp")
@@ -223,7 +223,7 @@ class Pairing:
         if not check_proof(verifier, message, proof):
             return _DENIED
         device = self._find_device(device_id)
-        # After the verifier was read, another caller can have deleted the device or rotated the secret.
+        # Another caller can delete the device or rotate the secret after the verifier was read.
         if device is None or device.proof_verifier != verifier:
             return _DENIED
         return SecretCheck(device.status.value, device)
@@ -245,10 +245,10 @@ class Pairing:
             if current is None:
                 raise DeviceNotFoundError(device_id)
             if overlap and not current.approved:
-                raise DeviceNotApprovedError(device_id)  # check before the slow hash, and again in set_secret()
+                raise DeviceNotApprovedError(device_id)  # set_secret() checks the approval again
             old = current.shared_secret_hash
-            # During an overlap, a check of a secret must compute only one slow hash, so both stored hashes need the
-            # same salt. Without an overlap, the new hash gets a new salt.
+            # During an overlap, a check needs only one slow hash if the two stored hashes have the same salt. Without
+            # an overlap, use a new salt.
             new = hash_secret(secret, beside=old if overlap else None, waiting=self._waiting_hashes)
             verifier = _make_verifier(secret)
 
@@ -257,7 +257,7 @@ class Pairing:
                 if device is None:
                     raise DeviceNotFoundError(device_id)
                 if new != old and _hash_and_verifier(device) == (new, verifier):
-                    return True  # the unit has run before, and the connection was lost during the commit
+                    return True  # an earlier run of the unit stored the hash
                 if expected_paired_at not in (None, device.paired_at):
                     raise ConflictError(f"device {device_id!r} was paired at another time: {_DECIDE}")
                 if expected_secret_hash not in (None, device.shared_secret_hash):
@@ -267,11 +267,11 @@ class Pairing:
                     expected_secret_hash=old,
                     secret_hash=new,
                     proof_verifier=verifier,
-                    # If the new secret is the old secret, there is no overlap, and an earlier overlap ends.
+                    # A rotation to the same secret has no overlap, and ends an earlier overlap.
                     previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
                 )
 
-            # If another caller has rotated the secret in the meantime, begin again with the new hash.
+            # If another caller has rotated the secret, replace() returns False. Begin again with the newly stored hash.
             if self._runner.run(replace, idempotent=True):
                 return secret
 
@@ -285,7 +285,7 @@ def _make_verifier(secret: SecretStr) -> str | None:
 
 
 def _encodable(device_id: str) -> str:
-    """Return the id with each lone surrogate replaced. No device has an id with a lone surrogate."""
+    """Replace each lone surrogate in an id. No device has an id with a lone surrogate."""
     return device_id.encode(errors="replace").decode()
 
 
@@ -294,7 +294,7 @@ def _hash_and_verifier(device: Device) -> tuple[str, str | None]:
 
 
 def _valid_hashes(device: Device | SecretHashes, now: datetime) -> list[str]:
-    """Return the hashes of the secrets that are valid now, including the previous secret during an overlap."""
+    """Return the hash of the current secret and, during an overlap, the hash of the previous secret."""
     hashes = [device.shared_secret_hash]
     until = device.previous_secret_expires_at
     if device.previous_secret_hash is not None and until is not None and until > now:

@@ -1,16 +1,18 @@
-"""Proofs. A device proves that it has a secret, without sending the secret. The module does not use a database.
+"""Proofs of secrets. A device proves that it has a secret, without sending the secret. The module does not use a
+database.
 
-The computation is the same as in SCRAM (RFC 5802 section 3, with SHA-256 from RFC 7677), but the messages are
-different:
+The computation follows SCRAM (RFC 5802 section 3, with SHA-256 from RFC 7677). The messages differ from SCRAM's
+messages:
 
-1. At pairing, the gateway stores a verifier, which is the result of `make_verifier(secret)`. A verifier does not
-   contain the secret.
-2. The device asks the gateway for salt and iterations. The method `Database.proof_parameters()` has an answer for every
-   id.
-3. The device makes a proof for its id, a new nonce and the time, by the functions `proof_message()` and `make_proof()`.
+1. At pairing, the gateway stores a verifier. The function `make_verifier()` makes the verifier from the secret. A
+   verifier does not contain the secret.
+2. The device asks the gateway for the salt and the iterations of the verifier. The method `Database.proof_parameters()`
+   gives an answer even if the device does not exist.
+3. By the functions `proof_message()` and `make_proof()`, the device makes a proof for its id, a new nonce and the time.
    The device sends the id, the nonce, the time and the proof.
 4. The gateway checks the proof by `check_proof()`, consumes the nonce, and sends the result of `server_signature()`.
-   The device checks the signature by `check_server_signature()`. The signature shows that the gateway has the verifier.
+   The device checks the signature by `check_server_signature()`. A right signature proves that the gateway has the
+   verifier.
 
 | attacker has | attacker can |
 |---|---|
@@ -18,7 +20,7 @@ different:
 | the verifier | guess a secret that a human chose, or impersonate the gateway |
 | the verifier and the messages of one proof | make proofs until the secret is rotated (RFC 5802 section 9) |
 
-A generated secret can't be guessed. A proof is not bound to a connection, so use TLS.
+An attacker can't guess a generated secret. Use TLS, because a proof is not bound to a connection.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ def _xor(left: bytes, right: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ProofKeys:
-    """The two keys that are derived from a secret and its proof parameters. Both keys must be kept secret.
+    """Two keys that homeagent derives from a secret and its proof parameters. Both keys must stay secret.
 
     A device can keep the keys in memory (RFC 5802 section 5.1), and make many proofs with the same keys.
     """
@@ -89,15 +91,15 @@ class ProofKeys:
 
     @property
     def stored_key(self) -> bytes:
-        """SHA-256 of the client key. The gateway stores the hash of the client key."""
+        """SHA-256 hash of the client key. The gateway stores the hash, and not the client key."""
         return hashlib.sha256(self.client_key).digest()
 
     def prove(self, message: bytes) -> bytes:
-        """Return the proof for a message. The proof is the ClientProof of RFC 5802 section 3, and has 32 bytes."""
+        """Return the proof for a message. The proof has 32 bytes (ClientProof in RFC 5802 section 3)."""
         return _xor(self.client_key, _hmac_sha256(self.stored_key, message))
 
     def recognises(self, message: bytes, signature: bytes) -> bool:
-        """Return True if the signature of the message was made with the verifier of the same secret."""
+        """Return True if a gateway made the signature of the message with the verifier of this secret."""
         return hmac.compare_digest(_hmac_sha256(self.server_key, message), signature)
 
 
@@ -105,18 +107,19 @@ class ProofKeys:
 def derive_proof_keys(
     secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> ProofKeys:
-    """Derive the keys of a secret, in about 2 ms for 4,096 iterations and in about 0.2 s for 600,000 iterations.
+    """Derive the keys of a secret. The derivation takes about 2 ms for 4,096 iterations, and 0.2 s for 600,000
+    iterations.
 
     Args:
-        secret: the secret. The function leaves out the step SASLprep of RFC 5802, which changes only non-ASCII
-            characters.
-        parameters: parameters of the verifier, from the gateway.
-        minimum_iterations: minimum number of iterations that the device accepts. If the device knows the iterations of
-            the verifier, pass that number. With a low number of iterations, a false gateway could cheaply guess a
-            human's secret.
+        secret: the secret. The function does not normalize the characters (RFC 5802 does so by SASLprep, which changes
+            only non-ASCII characters).
+        parameters: parameters of the verifier. The device gets the parameters from the gateway.
+        minimum_iterations: minimum number of iterations that the device accepts. Pass the iterations of the verifier if
+            the device knows this number. With fewer iterations, a false gateway could guess a human's secret at low
+            cost.
 
     Raises:
-        InvalidArgumentError: if the secret is invalid, or if the gateway asks for fewer iterations than
+        InvalidArgumentError: if the secret is invalid, or if the parameters have fewer iterations than
             `minimum_iterations`. The error message does not show the secret.
     """
     if parameters.iterations < minimum_iterations:
@@ -157,7 +160,7 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
         salt, stored_key, server_key = (base64.b64decode(part) for part in found.groups()[1:])
         parameters = ProofParameters(salt, int(found[1]))
     except ValueError:
-        # ValueError is raised if the padding of base64 is incomplete, or if a parameter is out of range.
+        # The cause of a ValueError is incomplete padding of base64, or a parameter that is out of range.
         return None
     # Accept only the canonical text, because several base64 texts decode to the same bytes (RFC 4648 section 3.5).
     canonical = _format_verifier(parameters, stored_key, server_key) == verifier
@@ -167,7 +170,7 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
 def _require_verifier(verifier: str) -> _Verifier:
     """Return the parts of a verifier. Raise InvalidArgumentError if the verifier is damaged or None.
 
-    The verifier is None for a device with a secret that a human chose.
+    A device with a human's secret has no verifier.
     """
     parsed = _parse_verifier(verifier) if isinstance(verifier, str) else None
     if parsed is None:
@@ -180,19 +183,20 @@ def _require_verifier(verifier: str) -> _Verifier:
 
 @clears_locals
 def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, salt: bytes | None = None) -> str:
-    """Make the verifier with which a gateway checks proofs of a secret. A verifier does not contain the secret.
+    """Make a verifier from a secret. With the verifier, a gateway checks proofs of the secret. A verifier does not
+    contain the secret.
 
     Args:
         secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
-        iterations: iterations of PBKDF2, 4,096 to 10,000,000. By default, the number is 4,096 for a generated secret
-            (about 2 ms), and 600,000 for any other secret (about 0.2 s). With any other number, the function
-            `fake_parameters()` can't hide which devices exist.
+        iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default is 4,096 for a generated secret (about 2 ms),
+            and 600,000 for any other secret (about 0.2 s). For any other number, the answers of `fake_parameters()`
+            differ from the answers for existing devices.
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
         Text of the form `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, at most 256 characters. The salt
-        and the keys are in base64. PostgreSQL stores passwords in the same format (see pg_authid in PostgreSQL's
-        manual).
+        and the keys are in base64. The format is PostgreSQL's format for stored passwords (see pg_authid in
+        PostgreSQL's manual).
 
     Raises:
         InvalidArgumentError: if an argument is out of range. The error message does not show the secret.
@@ -205,7 +209,7 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
 
 
 def verifier_parameters(verifier: str) -> ProofParameters:
-    """Return the salt and iterations of a verifier, which the gateway sends to the device.
+    """Return the salt and the iterations of a verifier, for the gateway to send to the device.
 
     Raises:
         InvalidArgumentError: if the argument `verifier` is damaged or None. The error message does not show the
@@ -218,20 +222,20 @@ _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
 def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
-    """Return a made-up salt and number of iterations for an absent device. The made-up answer looks like the answer for
-    an existing device.
+    """Make up a salt and a number of iterations for an absent device. The made-up answer looks like the answer for an
+    existing device.
 
-    The same arguments always give the same result. By default the iterations are the same as for a generated secret,
-    because `Database.pair()` and `rotate_secret()` store only verifiers of generated secrets. A real answer changes
-    with the secret, but a made-up answer changes only with the key. From a change that comes with a rotation, a caller
-    can learn that a device exists.
+    The same arguments always give the same result. By default, a made-up answer has the iterations of a generated
+    secret, because `Database` stores only verifiers of generated secrets. A made-up answer changes only with the key.
+    The answer for an existing device changes with each rotation of its secret. From a changed answer, a caller can
+    learn that a device exists.
 
     Args:
         device_id: id in the request.
         key: at least 16 random bytes, by default a key of this process. Keep the key private, and do not change the
-            key. A new key would change all made-up answers, but no real answer.
-        human_share: share of the ids that get the iterations of a human's secret, 0 to 1. The default 0 is right if the
-            gateway makes only verifiers of generated secrets.
+            key. A new key would change all made-up answers, but no answer for an existing device.
+        human_share: share of the ids that get the iterations of a human's secret, from 0 to 1. Keep the default 0 if
+            all verifiers belong to generated secrets.
 
     Raises:
         InvalidArgumentError: if the key is too short, the share is out of range, or the id has a lone surrogate.
@@ -249,26 +253,26 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
 
 
 def _canonical(values: list[str | int]) -> bytes:
-    """Return the canonical JSON text (RFC 8785) of a list of texts and integers."""
+    """Convert a list of texts and integers to canonical JSON (RFC 8785)."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     if any("\ud800" <= character <= "\udfff" for character in text):
-        # Do not leave the check of the texts to `encode()`, because its UnicodeEncodeError would contain the nonce.
+        # Raise this error before `encode()` raises UnicodeEncodeError, which would contain the nonce.
         raise InvalidArgumentError("a lone surrogate has no UTF-8: remove the surrogate from the id or the nonce")
     return text.encode()
 
 
 @clears_locals
 def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
-    """Return the message of a proof. The device and the gateway compute the message from the same values.
+    """Return the message for a proof. The device and the gateway compute the message from the same values.
 
-    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, without spaces and
-    unnecessary escapes. RFC 8785 (JSON Canonicalization Scheme) and JavaScript's JSON.stringify() use the same form.
+    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8. The array has no
+    spaces and no unnecessary escapes, as in RFC 8785 (JSON Canonicalization Scheme) and in JavaScript's
+    `JSON.stringify()`.
 
     Args:
         device_id: id of the device.
-        nonce: new nonce for each proof. After the check of the proof, the gateway consumes the nonce by
-            `nonces.consume()`.
-        timestamp: aware datetime, which is floored to milliseconds.
+        nonce: nonce of the proof. Use a new nonce for each proof, because the gateway accepts a nonce only once.
+        timestamp: aware datetime. The function floors the timestamp to milliseconds.
 
     Raises:
         InvalidArgumentError: if the timestamp is not an aware datetime, or if the id or the nonce has a lone surrogate.
@@ -286,11 +290,10 @@ def make_proof(
     *,
     minimum_iterations: int = MIN_ITERATIONS,
 ) -> bytes:
-    """Make a proof of a secret. A device calls the function.
+    """Make a proof of a secret. Devices call the function.
 
-    The argument `message` is the result of `proof_message()`. The other arguments and the errors are the same as for
-    `derive_proof_keys()`. To make several proofs, or to check a signature too, derive the keys once and use the class
-    `ProofKeys`.
+    The argument `message` is the result of `proof_message()`. For the other arguments and the errors, see
+    `derive_proof_keys()`. For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
 
     Returns:
         Proof of 32 bytes.
@@ -298,7 +301,7 @@ def make_proof(
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# A check of a device without a valid verifier uses this substitute, so that it takes the same time.
+# Substitute for an absent or damaged verifier. With the substitute, a check of a proof takes the same time.
 _DECOY_VERIFIER = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),
@@ -310,16 +313,16 @@ _DECOY_VERIFIER_TEXT = _format_verifier(
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
-    """Return True if a proof for the message was made with the secret of the verifier. A gateway calls the function.
+    """Return True if the proof of the message was made with the secret of the verifier. Gateways call the function.
 
-    The function always parses a verifier and computes two hashes, so a right proof, a wrong proof and an absent device
-    take the same time. Also check the timestamp and consume the nonce, because an attacker could send an old proof
-    again.
+    The duration is the same for a right proof, a wrong proof and an absent device. The function always parses a
+    verifier and computes two hashes. The caller must also check the timestamp and consume the nonce, because an
+    attacker could send an old proof again.
 
     Args:
         verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.
-        message: result of the function `proof_message()`. The gateway must compute the message, and must not accept the
-            message from the device.
+        message: result of `proof_message()`. The gateway must compute the message, and must not accept the message from
+            the device.
         proof: 32 bytes. A proof of another length is wrong.
     """
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -332,10 +335,10 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 
 
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
-    """Return the salt and iterations that a gateway sends to a caller with this id.
+    """Return the salt and the iterations that a gateway sends to a device with this id.
 
-    If the verifier is None or damaged, the function derives an answer from the argument `key` by `fake_parameters()`.
-    The function always makes up an answer and parses a verifier, so an absent device takes the same time.
+    If the verifier is None or damaged, the function returns an answer of `fake_parameters()`. In each call, the
+    function makes up an answer and parses a verifier, so that the duration does not show whether a device exists.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
@@ -344,13 +347,13 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 
 @clears_locals
 def server_signature(verifier: str, message: bytes) -> bytes:
-    """Sign the message of a proof, so that the device can check the gateway. A gateway calls the function.
+    """Sign the message of a proof, so that the device can check the gateway. Gateways call the function.
 
     Send the signature only after `check_proof()` has returned True, because an attacker can use the signature to check
     guesses at a human's secret.
 
     Returns:
-        Signature of 32 bytes, the ServerSignature of RFC 5802 section 3.
+        Signature of 32 bytes (ServerSignature in RFC 5802 section 3).
 
     Raises:
         InvalidArgumentError: if the argument `verifier` is damaged. The error message does not show the verifier.
@@ -362,10 +365,9 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Return True if the signature was made with the verifier of the secret. A device calls the function.
+    """Return True if the signature was made with the verifier of the secret. Devices call the function.
 
-    Pass the parameters and the message with which the proof was made. A signature of another length than 32 bytes is
-    wrong.
+    Pass the parameters and the message of the proof. A signature of any other length than 32 bytes is wrong.
 
     Raises:
         InvalidArgumentError: if the secret is invalid. The error message does not show the secret.

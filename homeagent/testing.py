@@ -1,7 +1,7 @@
-"""pytest plugin with a clock that the test moves and with fresh databases.
+"""pytest plugin with fixtures for fresh databases, and for a clock that a test can move.
 
-If homeagent is installed, pytest loads the plugin. The plugin imports the rest of homeagent only when a test uses a
-fixture, so it does not slow the start of other test runs.
+pytest loads the plugin if homeagent is installed. The plugin imports the rest of homeagent only when a test uses a
+fixture, so that other test runs start as fast as before.
 
 | fixture | value | override the fixture to |
 |---|---|---|
@@ -11,7 +11,8 @@ fixture, so it does not slow the start of other test runs.
 | `homeagent_options` | arguments of `Database.open` for all these databases | name the unit and the migrations |
 | `homeagent_server` | URL of a PostgreSQL server, or None for SQLite | choose the engine for a part of the tests |
 
-The option `--homeagent-postgresql` has the URL. The role of the URL must be allowed to create databases.
+The option `--homeagent-postgresql` sets the URL of the PostgreSQL server. The role in the URL needs the right to create
+databases.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _SCHEMA_OPTIONS = ("migrations", "metadata", "acknowledged")
 
 
 class FakeClock:
-    """A clock that shows the same time until a test moves the clock."""
+    """Clock that stands still until a test moves the clock."""
 
     def __init__(self, now: datetime = START) -> None:
         self.now: datetime = now
@@ -55,20 +56,18 @@ class FakeClock:
         return self.now
 
     def advance(self, duration: timedelta | None = None, **units: float) -> datetime:
-        """Move the clock forward, or back if the duration is negative, and return the new time.
+        """Move the clock, and return the new time. A negative duration moves the clock back.
 
         Args:
             duration: time to add.
-            units: arguments of timedelta, such as `minutes=5`, if the argument `duration` is absent.
+            units: arguments of timedelta, such as `minutes=5`, instead of the argument `duration`.
         """
         self.now += timedelta(**units) if duration is None else duration
         return self.now
 
 
 class _Templates:
-    """Template databases, which are closed and have a schema but no rows. Copying a template takes less time than a
-    migration.
-    """
+    """Closed template databases with a schema and no rows. Copying a template takes less time than a migration."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -76,7 +75,7 @@ class _Templates:
         self._made: dict[tuple[str | None, str], Any] = {}
 
     def copy(self, server: str | None, options: dict[str, Any]) -> Path | URL:
-        """Return the path or the URL of a new database with the schema that the options need."""
+        """Copy a template with the schema for the given options, and return the path or the URL of the copy."""
         from homeagent.database import Database
 
         schema = {name: options[name] for name in _SCHEMA_OPTIONS if name in options}
@@ -88,7 +87,8 @@ class _Templates:
                 Database.open(made, **schema).close()
                 self._made[key] = made
             copied = self._new_directory()
-            # Also copy the file with the marker, so that `Database.open` does not write and sync a new marker.
+            # Also copy the lock file, which contains a marker. Without the lock file, `Database.open` would write and
+            # sync a new marker.
             for name in ("homeagent.db", "homeagent.db.lock"):
                 shutil.copy(made.with_name(name), copied)
             return copied / "homeagent.db"
@@ -99,7 +99,7 @@ class _Templates:
         return _create_database(server, template=made.database)
 
     def _new_directory(self) -> Path:
-        # Do not use pytest's function mktemp(), which would read the whole directory for each number.
+        # Do not use pytest's function mktemp(), which reads the whole directory at each call.
         directory = self._directory / str(next(self._numbers))
         directory.mkdir(mode=0o700)
         return directory
@@ -112,7 +112,7 @@ class _Templates:
 
 
 class DatabaseFactory:
-    """Open fresh databases, which are closed at the end of the test."""
+    """Open fresh databases, and close the databases at the end of the test."""
 
     def __init__(self, templates: _Templates, options: dict[str, Any], server: str | None) -> None:
         self._templates = templates
@@ -126,9 +126,10 @@ class DatabaseFactory:
 
         Args:
             server: URL of a PostgreSQL server. The default is the value of the fixture `homeagent_server`.
-            options: arguments of `Database.open()`, such as `unit=` and `migrations=`, which replace the arguments of
-                the fixture `homeagent_options`. By default the clock is the fixture `homeagent_clock`. The default
-                durability is `normal`, because no test needs its rows after a power cut.
+            options: arguments of `Database.open()`, such as `unit=` and `migrations=`. The arguments of the call
+                replace the arguments of the fixture `homeagent_options`. By default, the clock is the fixture
+                `homeagent_clock`. The default durability is `normal`, because a test does not need its rows after a
+                power cut.
         """
         from homeagent.database import Database
 
@@ -157,23 +158,25 @@ def check_revisions(
     acknowledged: Collection[str] = (),
     accepted: Collection[str] = (),
 ) -> None:
-    """Raise an error if a revision of the application breaks code of the version before.
+    """Raise an error if a revision breaks code of the application's previous version.
 
-    While hosts are upgraded one after the other, old code uses the new schema. So a revision must only expand the
-    schema. The function runs the revisions one by one on an empty database, and compares the schemas. A revision that
-    declares `oldest_revision = "…"` in its module may drop what code for that revision and later does not use.
+    During an upgrade of several hosts, old code uses the new schema. Therefore a revision must only expand the schema.
+    The function runs the revisions one by one on an empty database, and compares the schemas before and after each
+    revision. By the line `oldest_revision = "…"` in its module, a revision declares the oldest revision whose code
+    still runs. A revision with this line may also drop tables and columns that no code since the oldest revision uses.
 
     Args:
-        migrations: the revisions, as for `Database.open`.
-        server: URL of a PostgreSQL server on which the function creates a database, as for `homeagent_server`. None
-            means a SQLite file.
-        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
-        accepted: names of new CHECK constraints, and of new triggers on existing tables, that old code satisfies.
+        migrations: revisions of the application (see `Database.open`).
+        server: URL of a PostgreSQL server, on which the function creates a database. With None, the function creates a
+            SQLite file.
+        acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
+        accepted: names of new CHECK constraints and triggers that do not break old code.
 
     Raises:
         IncompatibleRevisionError: if a revision breaks old code. The error names the revision, the changes and the
             remedies.
-        InvalidArgumentError: if the revisions do not form one sequence, for example if they have several heads.
+        InvalidArgumentError: if the revisions do not form a sequence, for example because the revisions have several
+            heads.
         MigrationError: if a revision fails, or changes homeagent's tables.
     """
     from homeagent.clock import system_clock
@@ -199,7 +202,7 @@ def check_revisions(
 
 @contextmanager
 def _scratch_target(server: str | None) -> Iterator[Path | URL]:
-    """Yield the path or the URL of an empty database, which is deleted at the end of the block."""
+    """Yield the path or the URL of an empty database. Delete the database at the end of the block."""
     if server is None:
         with tempfile.TemporaryDirectory(prefix="homeagent-") as directory:
             yield Path(directory) / "scratch.db"
@@ -225,7 +228,7 @@ def _drop_database(server: str, url: URL) -> None:
 
 
 def _execute(server: str, statement: str) -> None:
-    """Run a statement outside of a transaction, because PostgreSQL creates no database inside a transaction."""
+    """Run a statement without a transaction, because PostgreSQL can't create a database inside a transaction."""
     from sqlalchemy import create_engine, make_url, text
 
     engine = create_engine(make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
@@ -237,7 +240,7 @@ def _execute(server: str, statement: str) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that names the PostgreSQL server of the run."""
+    """Add the option that sets the PostgreSQL server for the test run."""
     parser.getgroup("homeagent").addoption(
         "--homeagent-postgresql",
         metavar="URL",
@@ -247,19 +250,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def homeagent_clock() -> FakeClock:
-    """A clock that stands still at the time `START` until the test calls its method advance()."""
+    """Clock that begins at `START`, and stands still until the test calls `advance()`."""
     return FakeClock()
 
 
 @pytest.fixture
 def homeagent_options() -> dict[str, Any]:
-    """The arguments with which the application calls `Database.open()`, by default none."""
+    """Arguments for each call of `Database.open()`. By default, the dictionary is empty."""
     return {}
 
 
 @pytest.fixture
 def homeagent_server(pytestconfig: pytest.Config) -> str | None:
-    """The URL of the PostgreSQL server, or None for SQLite."""
+    """URL of the PostgreSQL server, or None for SQLite."""
     server: str | None = pytestconfig.getoption("--homeagent-postgresql")
     return server
 
@@ -278,7 +281,7 @@ def homeagent_factory(
     homeagent_options: dict[str, Any],
     homeagent_server: str | None,
 ) -> Iterator[DatabaseFactory]:
-    """A function that opens further databases. The test can pass other options and another server."""
+    """Factory that opens further databases. The test can pass other options and another server."""
     options = {"clock": homeagent_clock, "durability": "normal", **homeagent_options}
     factory = DatabaseFactory(_homeagent_templates, options, homeagent_server)
     yield factory
@@ -287,5 +290,5 @@ def homeagent_factory(
 
 @pytest.fixture
 def homeagent_database(homeagent_factory: DatabaseFactory) -> Database:
-    """An open, empty database with the clock `homeagent_clock`, closed at the end of the test."""
+    """Open, empty database with the clock `homeagent_clock`. The plugin closes the database at the end of the test."""
     return homeagent_factory()
