@@ -63,7 +63,7 @@ def _declare(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also for an error.", expose_value=False)] = False,
 ) -> None:
-    """Declare the common options. The functions of the commands do not take them as arguments."""
+    """Declare the common options. The functions of the commands do not take the common options as arguments."""
 
 
 def _common_options() -> list[Any]:
@@ -80,7 +80,7 @@ class WithoutDatabase(TyperCommand):
 
 
 class _Context(typer.Context):
-    """A context whose help text fits the terminal from 40 columns on."""
+    """A Click context that fits the help text to a terminal of 40 columns or more."""
 
     def make_formatter(self) -> Any:
         formatter: Any = super().make_formatter()
@@ -144,7 +144,8 @@ def _reported_errors(common: _Common) -> Iterator[None]:
         _print_message(common, text, error="Interrupted")
         raise typer.Exit(130) from None  # a shell reports a process that Ctrl-C ended as 128 plus the signal's number
     except OSError as error:
-        # The library raises HomeAgentError, so an OSError without a file's name is an error of the standard output.
+        # The library raises HomeAgentError. An OSError without a file's name is therefore an error of the standard
+        # output.
         if error.filename is not None:
             raise
         _discard_output()
@@ -215,8 +216,9 @@ def confirm(
     Args:
         context: context of the command.
         question: description of the planned change.
-        yes: True if the operator passed `--yes`. With True, the function does not ask.
-        dry_run: True if the operator passed `--dry-run`. With True, the function shows the rows and does not ask.
+        yes: True if the operator passed `--yes`. The function does not ask if the operator passed `--yes`.
+        dry_run: True if the operator passed `--dry-run`. If the operator passed `--dry-run`, the function shows the
+            rows and does not ask.
         show: function that is called before the question, and prints on standard error what the command will change.
     """
     if dry_run:
@@ -231,7 +233,7 @@ def confirm(
         raise InvalidArgumentError("the command can't ask, because it has no standard input: pass --yes")
     if show is not None:
         show()
-    # Typer's function would print a space on standard output, which is for results only.
+    # The function `typer.confirm()` would print a space on standard output, which is for results only.
     typer.echo(f"{question} [y/N]: ", nl=False, err=True)
     answer = sys.stdin.readline()
     if not (answer.endswith("\n") and sys.stdin.isatty()):  # only a terminal shows the line break of the answer

@@ -70,7 +70,8 @@ def _open_target(target: str, migrations: str | None) -> Database:
     try:
         return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
-        # Do not upgrade an existing target. A target with data would be upgraded, and then the copy would be refused.
+        # Do not upgrade an existing target. If a target had data, the command would upgrade the target and then refuse
+        # the copy.
         if outdated.revision is not None:
             raise
     return Database.open(target, migrations=migrations)

@@ -91,9 +91,9 @@ def approve(
 ) -> None:
     """Approve a device.
 
-    The command shows the device and asks for a confirmation. If the role, secret, time of pairing or status of the
-    device changes before the operator answers, the command approves nothing. The option --yes needs --role and
-    --paired-at, and for a revoked device also --status revoked.
+    The command shows the device and asks for a confirmation. The command approves nothing if the role, secret, time of
+    pairing or status of the device changes before the operator answers. The option --yes needs --role and --paired-at.
+    For a revoked device, --yes also needs --status revoked.
     """
     require_expected(yes=yes, option="--role", value=role)
     require_expected(yes=yes, option="--paired-at", value=paired_at)
@@ -159,8 +159,8 @@ def delete(
     else:
         if not pending or before is None or force or paired_at is not None:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
-        # The store's method also deletes a device that was paired exactly at its time argument; `--before` excludes
-        # such a device.
+        # The store's method also deletes a device that was paired exactly at the given time. The option --before
+        # excludes such a device.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
         with open_named(context) as opened:
             counts = {"deleted": _delete_pending(context, opened, until, dry_run=dry_run, yes=yes)}

@@ -27,10 +27,10 @@ def begin_epoch(
 ) -> None:
     """Begin a new epoch after the database was restored by other means than 'homeagent restore'.
 
-    Examples of other means are a server's own tools and a snapshot of a disk or of a virtual machine. Stop the gateways
-    first. In the new epoch, gateways refuse messages that were signed before its beginning. The beginning of an epoch
-    cannot be undone, so the command shows the current epoch and asks for a confirmation. The option --yes needs
-    --epoch.
+    Other means are, for example, the tools of a server, or a snapshot of a disk or of a virtual machine. Stop the
+    gateways first. In the new epoch, gateways refuse messages that were signed before the epoch began. The beginning of
+    an epoch cannot be undone, so the command shows the current epoch and asks for a confirmation. The option --yes
+    needs --epoch.
     """
     require_expected(yes=yes, option="--epoch", value=epoch, source="as 'status --json' prints it")
     if not yes:

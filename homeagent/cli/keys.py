@@ -34,7 +34,7 @@ def _row_of(row: IdempotencyKey) -> tuple[object, ...]:
 def abandoned(
     context: typer.Context, limit: arguments.LimitOption = 100, form: arguments.FormatOption = arguments.Format.TABLE
 ) -> None:
-    """List the keys with an abandoned attempt, whose lease expired without an outcome, oldest first.
+    """List the keys with an abandoned attempt, oldest first.
 
     Find out whether the effect took place, then run 'keys resolve' or 'keys forget' for each key.
     """
@@ -106,7 +106,8 @@ def _settle(
 ) -> None:
     """Show the abandoned attempt, ask the question, change the key, and report the change.
 
-    If the key has no abandoned attempt, do not ask. The function `change` then returns False, or raises an error.
+    Ask only if the key has an abandoned attempt. If the key has no abandoned attempt, the function `change` returns
+    False or raises an error.
     """
     require_expected(yes=yes, option="--attempt", value=attempt, source="as 'keys abandoned --json' prints it")
     with open_named(context) as opened:

@@ -132,7 +132,8 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # Remove Alembic's comments that ask the developer to adjust the revision, because the command asks the same.
+        # Remove Alembic's comments that ask the developer to adjust the revision. The command itself asks the developer
+        # to do so.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

@@ -15,7 +15,7 @@ nonces: typer.Typer = group("nonces", help="Release the nonces of a device that 
 
 @nonces.command()
 def forget(context: typer.Context, device_id: DeviceArgument) -> None:
-    """Release the nonces of a device from its limit.
+    """Stop counting a device's stored nonces against the limit of the device.
 
     First let the gateway keep nonces for a shorter time. The rows stay until the nonces expire, so a message with a
     released nonce is still refused as a replay.

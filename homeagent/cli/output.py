@@ -26,7 +26,9 @@ _LEAST = 24  # least width of the column for a long text
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print a value under --json, else the text. A function instead of a text prints what people read."""
+    """Print `value` as JSON if the operator passed --json, and otherwise print `text`. Instead of a text, `text` can be
+    a function that prints the output for people.
+    """
     if context.obj.as_json:
         # Escape characters outside ASCII, so that the output is valid in any encoding, and an id can't control the
         # terminal.
@@ -40,7 +42,8 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
 def print_list(
     context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object, form: Format
 ) -> None:
-    """Print the values of a list under --json, else its rows in the form that the operator chose.
+    """Print the values of a list as JSON if the operator passed --json. Otherwise print the rows in the form that the
+    operator chose.
 
     If the list has as many rows as `--limit` permits, note on standard error that there can be more rows.
     """
@@ -96,7 +99,7 @@ def print_facts(
 
     Args:
         facts: pairs of a name and a value. A value can have several lines.
-        colours: colours of names. A name without a colour is bold.
+        colours: colours of names. Typer prints a name in bold if the name has no colour.
         error: True to print on standard error instead of standard output.
     """
     facts = list(facts)
@@ -110,7 +113,7 @@ def print_facts(
         if available is not None:
             parts = [_parts(line, available - 2) for line in lines]
             words = [part.rstrip() for line in parts for part in line if not part.startswith(" ")]
-            # The column of the value must have room for its widest word, and for several words of a long text.
+            # The column of the values must fit the widest word, and several words of a long text.
             room = max([min(_LEAST, _width(value)), *map(_width, words)])
             if room > available - indent:
                 # Print the value below its name.

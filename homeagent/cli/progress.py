@@ -32,11 +32,13 @@ def shown_activity(context: typer.Context, text: str) -> Iterator[None]:
 
 @contextmanager
 def shown_progress(context: typer.Context) -> Iterator[Callable[[CopyProgress], object] | None]:
-    """Show a progress bar for each step of a copy. Return the function that the copy calls, or None without a bar."""
+    """Show a progress bar for each step of a copy. Return the function that the copy calls to report progress, or None
+    if no bar is shown.
+    """
     if not _is_shown(context):
         yield None
         return
-    # Import lazily, because most commands draw no bar.
+    # Import lazily, because most commands draw no progress bar.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 

@@ -43,22 +43,22 @@ def require_expected(
 ) -> None:
     """End the command as wrong usage if --yes stands without the value that identifies the row.
 
-    With --yes the command shows no row, so the option binds the decision to the row that the program has read. The
-    argument `source` says where the operator finds the value.
+    With --yes the command shows no row. The operator therefore names a value of the row, and the command refuses a row
+    with another value. The argument `source` says where the operator finds the value.
     """
     if yes and value is None:
         raise typer.BadParameter(f"--yes needs {option}, {source}.")
 
 
 def refuse_change(row: str, seen: Any, now: Any, *columns: str, expected: str | int | None = None) -> None:
-    """Raise ConflictError if a row changed after it was shown, or is not the expected row.
+    """Raise ConflictError if a row has changed since the command showed it, or is not the expected row.
 
     Args:
         row: kind and id of the row, for the message.
         seen: row that was shown, or None if no row was shown.
-        now: row in the unit that changes the row.
+        now: row as the unit that changes it reads it.
         columns: names of the columns that must be equal in both.
-        expected: value of the first column that the operator named, or None. A text is a timestamp.
+        expected: value that the operator expects in the first column, or None. A str value is parsed as a timestamp.
     """
     wanted = parsed_timestamp(expected) if isinstance(expected, str) else expected
     if wanted not in (None, getattr(now, columns[0])):

@@ -46,7 +46,7 @@ def init(
     changes no data.
 
     With --adopt, the database can already have tables of an application. First stop the application. The command shows
-    a report and asks. It copies a SQLite file before the first change.
+    a report and asks. The command copies a SQLite file before the first change.
     """
     if not adopt or not _adopt(context, target_of(context), migrations, acknowledge or (), yes=yes):
         _report_upgrade(context, migrations, acknowledge or ())
@@ -55,7 +55,7 @@ def init(
 def _adopt(
     context: typer.Context, target: str | None, migrations: str | None, acknowledged: Collection[str], *, yes: bool
 ) -> bool:
-    """Adopt the database if necessary, and return whether the command did so."""
+    """Adopt the database if necessary. Return True if the command adopted it."""
     found = preview_adoption(target, migrations=migrations, acknowledged=acknowledged)
     if found is None:
         return False
@@ -63,12 +63,12 @@ def _adopt(
     path = resolve_target(target).path
     before = _backups(path)
     done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
-    # A file that already has homeagent's tables gets the backup of an upgrade instead.
+    # If the file already has homeagent's tables, the backup comes from the upgrade.
     made = sorted(_backups(path) - before)
     done = done.model_copy(update={"backup": done.backup or (made[-1] if made else None)})
     kept = f" A copy from before is in {done.backup}." if done.backup else ""
     text = f"Adopted {done.location} at schema revision {REVISION}.{kept}"
-    if yes:  # otherwise the report is above the question
+    if yes:  # without --yes, the report is printed above the question
         text = "\n".join([*_changes(done), text])
     print_result(context, {"action": "adopted", "schema_revision": REVISION, **done.model_dump(mode="json")}, text)
     return True
@@ -116,7 +116,7 @@ def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged
         else:
             action, found = "made" if outdated.revision is None else "upgraded", outdated.revision
     before = _backups(where.path)
-    # Call `Database.open()` also for a current schema, because the call repairs the modes of directories and files.
+    # Call `Database.open()` even for a current schema, because the call repairs the modes of directories and files.
     Database.open(target, migrations=migrations, acknowledged=acknowledged).close()
     made = sorted(_backups(where.path) - before)
     kept = f" A copy from before the upgrade is in {made[-1]}." if made else ""

@@ -15,8 +15,8 @@ The script of a letter, mark or digit is the first word of the Unicode name. Han
 script, because names mix the four. The main script is Latin if the text has Latin letters, and otherwise the most
 frequent script.
 
-The name of a main script other than Latin is printed after the text. A text is printed in quotes if the text contains
-an escape, begins or ends with a space, or is not in NFC.
+If the main script is not Latin, its name follows the text. Quotes surround a text that contains an escape, begins or
+ends with a space, or is not in NFC.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _main_script(text: str) -> str | None:
 
 
 def _is_mistakable(character: str, main: str | None) -> bool:
-    """Return True if a text with this main script must show the character as an escape."""
+    """Return True if the character must be escaped in a text with this main script."""
     if character.isascii():
         return not character.isprintable()
     if (
@@ -91,7 +91,9 @@ def quoted(text: str) -> str:
 
 
 def identity(text: str) -> str:
-    """Return an id or another short text for printing. If the text could be mistaken for another, it is in quotes."""
+    """Return an id or another short text for printing. If the text could be mistaken for another text, return it in
+    quotes.
+    """
     shown = quoted(text)
     is_plain = shown == f"'{text}'" and text == text.strip() and unicodedata.is_normalized("NFC", text)
     return text if is_plain and not text.startswith('"') else shown

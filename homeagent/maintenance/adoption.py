@@ -1,12 +1,13 @@
 """Adopt a database that an application created before homeagent: add homeagent's tables next to the application's.
 
-A SQLite file can also contain the tables of the first version that another program created, without names of
-constraints and with NULL in primary keys. These tables become homeagent's tables. A row without a key moves to a table
-of its own, because no homeagent table accepts the row.
+A SQLite file can also contain tables of the first version that another program created. Such tables have constraints
+without names, and NULL in primary keys. The adoption converts these tables of the first version to homeagent's tables.
+A row without a key moves to a separate table, because no homeagent table accepts the row.
 
-`preview_adoption` only reads. `adopt` takes the report that the administrator confirmed, and refuses a database that
-has changed since. On SQLite the changes are one transaction after a backup. The application id is part of the
-transaction, so after a kill the file belongs either to the application or to homeagent.
+`preview_adoption` only reads. The function `adopt` takes the report that the administrator confirmed. It refuses a
+database that has changed since the report. On SQLite the changes are one transaction after a backup. The transaction
+also writes the application id. Even if the process is killed, the file belongs either to the application or to
+homeagent.
 """
 
 from __future__ import annotations
@@ -323,7 +324,8 @@ def _convert(connection: Connection, report: AdoptionReport) -> None:
         execute(f"DROP TABLE {table}")
     upgrade(connection, _FIRST)
     for table in report.converted:
-        # The names are constants, or the free names of a report that was compared with the database.
+        # The names are safe in SQL: the code defines the names, or the report with the names was compared with the
+        # database.
         columns = ", ".join(_FIRST_TABLES[table])
         key = _FIRST_TABLES[table][0]
         execute(

@@ -65,15 +65,15 @@ def back_up(
         clock: clock for the time of the backup.
         keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
             not include a backup without a manifest, a backup from an upgrade, or a backup whose owner `restore()` would
-            refuse. Backups that are not counted are not removed.
+            refuse. A new backup does not remove the backups that `keep` does not count.
         replace: True to replace an existing file.
         timeout: longest wait for another backup into the same directory.
         stop: function that is called repeatedly during the backup. If the function returns True, the backup is
             cancelled.
 
     Raises:
-        InvalidArgumentError: if the destination exists, except with `replace=True`. Also if the destination can't be
-            the path of a backup.
+        InvalidArgumentError: if the destination exists, except with `replace=True`. The error is also raised if the
+            destination can't be the path of a backup.
         CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part remains.
     """
     engine = require_file(engine)
@@ -241,7 +241,7 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # A backup is valid without the note about the last backup. The note is used only for error messages about a
+        # If the note can't be written, the backup is still valid. The note is used only for error messages about a
         # damaged database.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",

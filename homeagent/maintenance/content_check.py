@@ -23,7 +23,7 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class ContentCheck:
-    """Checks the content of an open SQLite database periodically.
+    """Object that checks the content of an open SQLite database periodically.
 
     Each table is checked with its indexes in one read-only unit. The first check of a database is due at once. The
     argument `every` is the pause between two checks. If a check exceeds the time budget, the next check continues with

@@ -81,7 +81,7 @@ class CopyProgress:
 Report = Callable[[CopyProgress], object]
 
 
-# Tables as stored values, without the models' types
+# Read and write tables as stored values, without the models' types
 
 
 class _Table:
@@ -181,7 +181,7 @@ def copy_store(
     """Copy all rows of a store into an empty store, and compare both stores before the commit.
 
     The argument `engines` contains the engine of the source and the engine of the target. With `live=True`, other units
-    can change the source during the copy, which then contains the state at its beginning. The argument `leave` names
+    can change the source during the copy. The copy then contains the state at its beginning. The argument `leave` names
     the application's tables that are not copied. After each page of rows, the copy calls the function `progress()`.
 
     Raises:
@@ -189,7 +189,7 @@ def copy_store(
         SchemaOutdatedError, SchemaTooNewError: the source or the target is not at this version's revision.
         SchemaChangedError: the schema of the source or the target was changed by hand.
         TargetNotEmptyError: the target has rows.
-        SourceChangedError: the source changed during the copy. With `live=True` the copy accepts changes.
+        SourceChangedError: the source changed during the copy. With `live=True` the copy accepts changes of the source.
         CorruptDatabaseError: the source has a value that homeagent's stores do not write.
         DatabaseError: the rows read back from the target differ from the copied rows.
     """
@@ -244,8 +244,8 @@ class _Steps:
 def _copy(source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps: _Steps) -> None:
     for table in _tables():
         if table.name not in DATA_TABLES:
-            # Replace the rows that the revisions inserted in the target, so that it continues with the epoch of the
-            # source.
+            # Replace the rows that the revisions inserted in the target, so that the target continues with the epoch of
+            # the source.
             table.clear(target)
         for page in table.pages(source):
             table.insert(target, page)
@@ -263,7 +263,7 @@ def _copy(source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps
 def _first_difference(
     source: UnitOfWork, target: UnitOfWork, own: Sequence[OwnTable], steps: _Steps | None = None
 ) -> str | None:
-    """Return the name of the first table whose rows differ. If all rows are the same, return None."""
+    """Return the name of the first table whose rows differ. If all tables have equal rows, return None."""
     for table in _tables():
         for original, copied in zip_longest(table.pages(source), table.pages(target)):
             if original != copied:
@@ -303,8 +303,8 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: UnitOfWork, ta
 
 
 def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
-    # Do not compare URLs, because a server can have several names, and a name can lead to several servers. An advisory
-    # lock belongs to one database, so only a session of the same database can find the key locked
+    # Do not compare URLs: a server can have several names, and a name can lead to several servers. An advisory lock
+    # belongs to one database. Only a session of the same database can find the key locked
     # (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
     key = secrets.randbits(63)
     query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")

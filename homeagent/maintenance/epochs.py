@@ -50,8 +50,8 @@ class EpochReport(BaseModel):
     Attributes:
         location: path of the file, or URL of the server without the password.
         epoch: number of the epoch.
-        restored_at: start of the epoch. A replay guard refuses each message whose time is not later than the start of
-            the epoch plus the skew.
+        restored_at: start of the epoch. A replay guard accepts only messages that are newer than the start of the epoch
+            plus the skew.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -68,8 +68,8 @@ def begin_epoch(
 
     Raises:
         ConflictError: if the store has another epoch than the argument `expected_epoch`.
-        DatabaseBusyError: if another process still has the database open after the `busy_timeout`. That process would
-            continue in the old epoch.
+        DatabaseBusyError: if another process still has the database open after the `busy_timeout`. The other process
+            would continue in the old epoch.
         SchemaOutdatedError: if the database is absent, or has an older schema.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
@@ -92,7 +92,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # only check for other programs, because SQLite would drop these locks when it closes the file
+                pass  # only check for other programs, because SQLite would drop these locks when it closes the file.
             # Pass temporary=True, because the caller already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:

@@ -2,8 +2,8 @@
 
 A foreign key of an application's table can refer to a nonce or an idempotency key. At first, one statement deletes a
 batch. After a constraint has refused a batch, the following batches delete each row in a separate savepoint. A later
-batch starts after the last row of the previous batch, so a sweep tries to delete each skipped row only once. If a
-constraint refuses a batch at COMMIT, each half of the batch is deleted in a separate unit of work.
+batch starts after the last row of the previous batch. Therefore a sweep tries to delete each skipped row only once. If
+a constraint refuses a batch at COMMIT, each half of the batch is deleted in a separate unit of work.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Batch(NamedTuple):
 
     Attributes:
         deleted: number of deleted rows.
-        found: number of deleted and skipped rows. If the number is below the limit, no other expired row is left.
+        found: number of deleted and skipped rows. If the number is below the maximum number of rows of a batch, no
+            other expired row is left.
         worked: duration of the statements, in seconds.
         held: time for which the batch held the write lock, including the commit, in seconds.
     """
@@ -102,7 +103,7 @@ class ExpiredRows:
             return unit.one(statement, **self._times()) or 0
 
     def delete(self, limit: int) -> Batch:
-        """Delete the next batch, with at most the given number of rows."""
+        """Delete the next batch of at most the given number of rows."""
         if self._after is None:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:
@@ -155,7 +156,7 @@ class ExpiredRows:
         return deleted
 
     def _times(self) -> dict[str, datetime]:
-        """Return the parameters of the statements, which are two times."""
+        """Return the two times that the statements take as parameters."""
         now = self._settings.now()
         return {"now": now, "before": earlier(now, self._grace)}
 

@@ -1,11 +1,11 @@
 """Copy the application's own tables, and compare the copied rows with the source.
 
 The tables are read from both databases. A table is copied if both databases have it with the same columns. The engines
-store some types differently; for example, SQLite stores a timestamp as text. Therefore the values are converted by the
-column types of the application's models. If a table has no model, they are converted by the types that SQLAlchemy finds
-in the database.
+store some types differently; for example, SQLite stores a timestamp as text. Therefore homeagent converts the values by
+the column types of the application's models. If a table has no model, homeagent converts the values by the types that
+SQLAlchemy finds in the database.
 
-The engines can order text keys differently. Therefore the rows are not compared in the order of the keys. Instead, the
+The engines can order text keys differently. Therefore the comparison does not follow the order of the keys. The
 comparison reads a page of rows from the source, and the rows with the same keys from the target.
 """
 
@@ -91,7 +91,7 @@ class _JsonText(TypeDecorator[str]):
         return cast(column, Text)
 
     def bind_expression(self, bindvalue: Any) -> Any:
-        """Write the JSON text with the type of the column."""
+        """Convert the JSON text to the type of the column."""
         return bindvalue if self.stored is None else cast(bindvalue, self.stored)
 
 
@@ -100,7 +100,7 @@ _parsed = partial(json.loads, parse_float=Decimal)
 
 @dataclass(frozen=True)
 class OwnTable:
-    """A table of the application, as the source and as the target describe the table."""
+    """A table of the application, with its description in the source and in the target."""
 
     name: str
     source: Table
@@ -156,7 +156,7 @@ class OwnTable:
         return all(self._is_same(row, copied.get(one)) for one, row in zip(keys, page, strict=True))
 
     def _is_same(self, row: _Row, other: _Row | None) -> bool:
-        # The value NaN is not equal to itself, so compare the texts also.
+        # Also compare the texts, because the value NaN does not equal itself.
         if other is None or other == row or repr(other) == repr(row):
             return other is not None
         # PostgreSQL's type jsonb changes the text of a JSON value, and SQLite changes the text of a number.
@@ -203,9 +203,9 @@ class OwnTable:
                 yield {"table": table, "name": name}
 
     def advance_sequence(self, target: Connection, last: int) -> None:
-        """Let the target assign to new rows only numbers above the copied rows and above the argument `last`."""
+        """Make the target number new rows above the copied rows and above the argument `last`."""
         if target.dialect.name == "sqlite":
-            # Only a table with AUTOINCREMENT does not use the numbers of deleted rows again.
+            # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
             if last and target.execute(_AUTOINCREMENT, {"table": self.name}).first():
                 target.execute(_FORGET, {"table": self.name})
                 target.execute(_REMEMBER, {"table": self.name, "last": last})
@@ -283,10 +283,12 @@ _REFERENCES = text(
 
 @contextmanager
 def late_references(connection: Connection, tables: Sequence[OwnTable]) -> Iterator[None]:
-    """On PostgreSQL, check foreign keys at the end of the block if a row can precede the row that it refers to.
+    """On PostgreSQL, defer the check of foreign keys to the end of the block. The check is deferred only for tables in
+    which a row can precede the row that it refers to.
 
     A row can precede the row that it refers to if a foreign key refers to its own table, or is part of a circle of
-    tables. Only the owner of the table can defer the check. SQLite defers all foreign keys to the COMMIT.
+    tables. Only the owner of a table can defer the check of its foreign keys. SQLite defers all foreign keys to the
+    COMMIT.
     """
     if not tables or connection.dialect.name == "sqlite":
         yield

@@ -289,7 +289,7 @@ def _identify_target(database: Path) -> None:
     """Refuse another application's file before a lock file is created next to it."""
     state = inspect_file(database, is_database=False, repair=False)
     if state is None or state.st_size == 0 or any(map(size_of, (lock_path(database), in_use_path(database)))):
-        return  # if a lock file has content, the function `_refuse_target()` checks the target later
+        return  # if a lock file has content, the function `_refuse_target()` checks the target later.
     # Read the header through SQLite, because another thread may have the file open.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:
@@ -305,8 +305,8 @@ def _refuse_target(database: Path, marker: str | None) -> None:
     exclusively.
     """
     state = inspect_file(database, is_database=False, repair=False)
-    # If the lock file has a marker, homeagent created a database here. A file without homeagent's header is then a
-    # damaged homeagent database, which the restore may replace.
+    # If the lock file has a marker, homeagent created a database here. A file with a marker but without homeagent's
+    # header is a damaged homeagent database, which the restore may replace.
     has_content = state is not None and state.st_size
     if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
         raise _not_homeagent(database)

@@ -28,7 +28,7 @@ __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # Number of deleted rows after which the sweep empties the WAL if other writers wait. Most deleted rows are in separate
-# pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
+# database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
 _ROWS_IN_LOG = 250
 
 
@@ -38,8 +38,8 @@ class BackupSchedule:
 
     Args:
         directory: directory for the backups. If the directory is missing, it is created with mode 0700.
-        every: maximum age of the newest backup. The age is computed from the backup's manifest, so restarts and several
-            processes with the same schedule make no additional backups.
+        every: maximum age of the newest backup. homeagent reads the age from the manifest of the backup. Therefore
+            neither a restart nor a second process with the same schedule makes an additional backup.
         keep: number of this database's backups to keep. Older backups are removed after a new backup is verified. With
             `keep=None`, no backup is removed.
 
@@ -70,7 +70,7 @@ class SweepReport(BaseModel):
         more: True if the sweep ended early. After an early end, expired rows can remain.
         skipped: number of expired rows that a constraint of an application's table keeps. The skipped rows count as
             absent, and the next sweep tries to delete them again.
-        constraints: names of the constraints that keep expired rows, with the names of their tables.
+        constraints: names of the constraints that keep expired rows, each with the name of its table.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -99,8 +99,8 @@ def sweep(
 
     While other writers wait, a batch takes a few milliseconds, and all batches together at most a fifth of the time.
 
-    The argument `batch_size` is the maximum number of rows of a batch. If the time budget is used up, or the event
-    `stop` is set, the sweep ends early. The argument `pending_ttl` is the longest time for which a device may wait for
+    The argument `batch_size` is the maximum number of rows of a batch. The sweep ends early if the time budget is used
+    up, or if the event `stop` is set. The argument `pending_ttl` is the longest time for which a device may wait for
     its approval. With `pending_ttl=None`, the sweep deletes no device. The argument `changes_kept` is the time for
     which the sweep keeps device changes. With `changes_kept=None`, the sweep keeps all changes. With `dry_run=True`,
     the sweep counts the rows and deletes none of them.
@@ -181,10 +181,11 @@ def _log_skipped(report: SweepReport) -> None:
 
 
 class Sweeper:
-    """Sweeps periodically in a daemon thread. If a sweep raises an error, the thread logs the error and continues.
+    """Object that sweeps periodically in a daemon thread. If a sweep raises an error, the thread logs the error and
+    continues.
 
     Args:
-        run: function that sweeps once. It gets an event, and ends early if the event is set.
+        run: function that sweeps once. The function gets an event, and ends early if the event is set.
         every: pause between two sweeps, at most 24 days. The first sweep starts without a pause.
     """
 
@@ -193,7 +194,8 @@ class Sweeper:
         self._every = check_wait(every, "every").total_seconds()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        # The mutex is reentrant, because a signal handler that closes the database can interrupt its holder.
+        # The mutex is reentrant, because a signal handler that closes the database can interrupt the thread that holds
+        # the mutex.
         self._mutex = threading.RLock()
 
     @property
@@ -210,7 +212,7 @@ class Sweeper:
             self._stop = threading.Event()
             thread = threading.Thread(target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True)
             thread.start()
-            # Store the thread only after its start, because a thread that the system could not start can't be joined.
+            # Store the thread only after its start, because joining a thread that never started raises an error.
             self._thread = thread
 
     def stop(self) -> None:

@@ -1,4 +1,6 @@
-"""Schema migrations: find the revisions, lock, back up, upgrade and verify. Each engine has a module."""
+"""Schema migrations: find the revisions, lock, back up, upgrade and verify. The modules sqlite.py and postgresql.py
+contain the code of each engine.
+"""
 
 from homeagent.migrations.revisions import REVISION, VERSION_TABLE, alembic_config, revision_of
 

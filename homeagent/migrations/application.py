@@ -321,7 +321,8 @@ class _Guard:
         if self.refused is not None:
             raise RevisionFailedError(self.refused)
         if self._outside is not None and self._left_transaction:
-            # Commit the revision, because the effects of its statements outside the transaction stay.
+            # Commit the revision, because the statements that the revision ran outside the transaction cannot be
+            # undone.
             with self._outside():
                 self._left_transaction = False
 

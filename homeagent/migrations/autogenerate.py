@@ -29,7 +29,8 @@ __all__ = ["application_tables", "options", "render_item", "render_revision", "s
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Render homeagent's column types as plain types, because a revision must not change with the package.
+    """Render homeagent's column types as plain types of SQLAlchemy. An old revision then keeps its meaning if a later
+    version changes homeagent's types.
 
     For any other type that is not SQLAlchemy's, the revision imports the module of the type.
     """
@@ -67,8 +68,8 @@ def options(
         return kind != "table" or name in tables
 
     return {
-        # Alembic uses the naming convention of a single metadata, but it uses no convention for a list. Therefore do
-        # not put a single metadata into a list.
+        # Alembic uses the naming convention of a single MetaData object. For a list of MetaData objects, Alembic uses
+        # no convention. Therefore pass a single MetaData object without a list.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,

@@ -1,10 +1,11 @@
 """Check that a revision only expands the schema, so that code of the previous version works with the new schema.
 
-Administrators upgrade hosts one after the other: the first upgraded host changes the schema under the older hosts. So
-columns that old code reads must stay, rows that old code writes must still be accepted, and names that old code uses
-must stay. The check runs the revisions on an empty database, and compares the schemas before and after each revision.
+Administrators upgrade hosts one after the other: the first upgraded host changes the schema under the older hosts.
+Therefore columns and names that old code uses must stay, and the schema must still accept the rows that old code
+writes. The check runs the revisions on an empty database, and compares the schemas before and after each revision.
 
-A later release drops what no code uses any more, by a revision that declares itself a contraction:
+A later release removes the parts that no code uses any more. The revision of that release declares itself a
+contraction:
 
     oldest_revision = "a7"
 
@@ -57,7 +58,8 @@ Structure = Mapping[str, _Table]
 def check_expansion(
     application: Application, open_step: Callable[[Application], Engine], accepted: Container[str]
 ) -> None:
-    """Bring an empty database to each revision of an application, and raise an error for a breaking revision.
+    """Bring an empty database to each revision of an application, and raise an error for a revision that breaks old
+    code.
 
     Args:
         application: the revisions.
@@ -96,7 +98,7 @@ def _steps(application: Application) -> Iterator[Application]:
     try:
         order = list(TopologicalSorter(graph).static_order())
     except CycleError:
-        yield application  # Alembic refuses the circle
+        yield application  # Alembic refuses revisions that depend on each other
         return
     for number, revision in enumerate(order, start=1):
         yield replace(application, scripts={name: scripts[name] for name in order[:number]}, head=revision)
@@ -142,9 +144,9 @@ def _triggers(connection: Connection) -> set[tuple[str, str]]:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield one text for each change that can break old code: the change, and the remedy after a colon.
+    """Yield one text for each change that can break old code. The text names the change and, after a colon, the remedy.
 
-    A new CHECK constraint or trigger passes if the argument `accepted` contains its name.
+    The check accepts a new CHECK constraint or trigger if the argument `accepted` contains its name.
     """
     for name, before in old.items():
         if name not in new:
@@ -168,7 +170,7 @@ def _breaks_of_table(name: str, old: _Table, new: _Table, accepted: Container[st
         yield f"the primary key of {name} changes, which old code's upserts name: create another table instead"
     yield from _breaks_of_checks(name, old, new, accepted)
     for columns in sorted(new.uniques - old.uniques):
-        # If old code inserts a row, one of these columns is null, and nulls are distinct.
+        # Old code leaves a new nullable column null, and a unique index accepts several nulls.
         free = any(
             new.columns[column]["nullable"] and not new.columns[column]["default"] for column in added & {*columns}
         )

@@ -47,11 +47,11 @@ __all__ = ["open_postgresql", "refuse_second_store", "upgrade_lock"]
 # "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
 # Key of the advisory lock that a host also holds during an upgrade, for example while a revision runs outside a
-# transaction. A command of Alembic holds only the lock with this key.
+# transaction. A command of Alembic takes only the lock `_OUTSIDE_LOCK`.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
-# Longest wait of a revision for a table's lock, in seconds. After the longest wait, the whole upgrade is rolled back
-# and tried again, because readers and writers of the table wait behind the revision.
+# Longest wait of a revision for a table's lock, in seconds. After the longest wait, homeagent rolls the whole upgrade
+# back and tries it again. Readers and writers of the table wait behind the revision.
 _TABLE_LOCK_PATIENCE = 2
 
 # Longest time for a statement of a revision.
@@ -59,8 +59,8 @@ _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine replaces the current search_path. The column reset_val of pg_settings still has the search_path of the URL,
-# the role or the database.
+# The engine sets another search_path for its session. The column reset_val of pg_settings still has the search_path of
+# the URL, the role or the database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -127,11 +127,12 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse a store in the schema with the name of the role if a later schema of the `search_path` also has a store.
+    """Refuse the database if the `search_path` finds homeagent's tables in the schema with the role's name and in a
+    later schema.
 
-    By default PostgreSQL first searches a schema that has the same name as the role, and then `public`. A role with the
-    right CREATE on the database can create this schema, with tables that contain an approved device. The next start of
-    homeagent would use the tables of this role.
+    By default PostgreSQL first searches a schema that has the same name as the role, and then `public`. Another role
+    with the right CREATE on the database can create a schema with the name of homeagent's role, and store an approved
+    device in its tables. At its next start, homeagent would use the tables of the other role.
 
     Raises:
         InvalidArgumentError: the search_path contains `"$user"`, and two of its schemas have a store.
@@ -180,7 +181,7 @@ def _make_or_upgrade(
     if suitable and not application.is_pending(connection):
         return
     if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
-        # Do not wait for the lock, because CREATE INDEX CONCURRENTLY of another host would wait for this transaction.
+        # Do not wait for the lock: CREATE INDEX CONCURRENTLY of another host would wait for this transaction.
         raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
@@ -199,7 +200,7 @@ def _make_or_upgrade(
     if not suitable:
         upgrade(connection)
     application.upgrade(connection, lambda: _outside_transaction(engine, connection, left))
-    # COMMIT can wait longer than a statement, for example for a standby.
+    # COMMIT can wait longer than a statement, for example for a standby server.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
 
 
@@ -213,8 +214,9 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         while True:
-            # The transaction is in READ COMMITTED, so it has no snapshot between two statements, and CREATE INDEX
-            # CONCURRENTLY in the block does not wait for it. For the same reason do not wait inside a statement.
+            # In READ COMMITTED, the transaction has no snapshot between two statements. Therefore CREATE INDEX
+            # CONCURRENTLY in the block does not wait for the transaction. Do not wait inside a statement, because a
+            # statement has a snapshot.
             with connection.begin():
                 connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():
@@ -237,7 +239,7 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
     waits for all snapshots.
 
     Raises:
-        MigrationError: a pooler is in use, which can give each statement another session.
+        MigrationError: a connection pooler may run each statement in another session.
     """
     if connection.info[POOLED]:
         raise MigrationError(
@@ -245,7 +247,7 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
             "database once with a URL that leads directly to the server"
         )
     raw: Any = connection.connection.driver_connection
-    # Use the driver's connection, because SQLAlchemy must not notice the end of the transaction.
+    # Use the driver's connection, so that SQLAlchemy does not notice the end of the transaction.
     raw.execute(f"SELECT pg_advisory_lock({_OUTSIDE_LOCK})")
     if engine.search_schema is not None:
         raw.execute(f"SET {engine.search_schema}")

@@ -1,8 +1,9 @@
-"""Keep the application's objects during an upgrade of a SQLite file, or name the object or row that prevents it.
+"""Keep the application's objects during an upgrade of a SQLite file. If an object or a row prevents the upgrade, the
+error names it.
 
-When a revision renames a rebuilt table, SQLite checks all views and triggers, and a broken view or trigger makes the
-upgrade fail (https://sqlite.org/lang_altertable.html). Therefore the revisions first run on a scratch database in
-memory with the schema of the file, but without rows. The rehearsal does not change the file.
+When a revision renames a rebuilt table, SQLite checks all views and triggers (https://sqlite.org/lang_altertable.html).
+A broken view or trigger makes the upgrade fail. Therefore the revisions first run on a scratch database in memory with
+the schema of the file, but without rows. The rehearsal does not change the file.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ _CULPRIT = re.compile(
 
 
 def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Connection], None] = upgrade) -> None:
-    """Raise MigrationError if the upgrade would break a view or a trigger, or if an object has the name of a new one.
+    """Raise MigrationError if the upgrade would break a view or a trigger, or if an object already has the name of a
+    new object.
 
     Args:
         connection: connection to the file, in a transaction.
         act: description of the upgrade for the error, such as "upgrading 'homeagent.db' from '0001'".
-        run: function that upgrades the scratch database. A SchemaChangedError of the function is raised.
+        run: function that upgrades the scratch database. The caller gets a SchemaChangedError that `run` raises.
     """
     # SQLite creates the shadow tables together with their virtual table.
     query = (
@@ -100,14 +102,14 @@ def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
 
 @contextmanager
 def kept_objects(connection: Connection, revision: str) -> Iterator[None]:
-    """Create the application's indexes and triggers again if a revision in the block loses or changes them.
+    """If a revision in the block drops or changes indexes or triggers of the application, create them again.
 
-    Alembic's batch mode loses the triggers of a table and the indexes on expressions when it rebuilds the table. It
-    creates other indexes again without collations and without DESC.
+    Alembic's batch mode loses the triggers of a table and the indexes on expressions when it rebuilds the table.
+    Alembic's batch mode creates other indexes again without collations and without DESC.
 
     Args:
         connection: connection to a SQLite file, in a transaction.
-        revision: revision of the file, to which homeagent's own objects belong.
+        revision: revision of the file, which defines homeagent's objects in the file.
     """
     query = "SELECT type, name, sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL"
     before = {name: (kind, sql) for kind, name, sql in connection.exec_driver_sql(f"{query} ORDER BY rowid")}

@@ -90,8 +90,8 @@ SPEAK_FOR_THEMSELVES = (
 
 
 class RevisionFailedError(Exception):
-    """A revision of the application failed. The text of the error names the revision. The caller of the function raises
-    a MigrationError instead.
+    """A revision of the application failed. The text of the error names the revision. The caller of `run_revisions()`
+    raises a MigrationError instead.
     """
 
 
@@ -101,7 +101,7 @@ def script_directory() -> Traversable:
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # For an installed package, the folder alembic next to it is the Alembic library, which has no env.py in its top
+        # Next to an installed package, the folder alembic is the Alembic library, which has no `env.py` in its top
         # directory.
         if (candidate / "env.py").is_file():
             return candidate
@@ -109,7 +109,7 @@ def script_directory() -> Traversable:
 
 
 def alembic_config(connection: Connection | None = None) -> Config:
-    """Return Alembic's configuration for a command on homeagent's revisions. The scripts of the revisions must not be
+    """Return the configuration that Alembic needs for homeagent's revisions. The scripts of the revisions must not be
     in a zip file.
 
     With `connection=None`, the script `env.py` chooses the database.

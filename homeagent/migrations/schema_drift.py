@@ -1,8 +1,8 @@
 """Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
-On SQLite the revisions run on a scratch database in memory. Then the SQL texts of both schemas are compared, because no
-pragma shows a CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are compared with
-the server's catalogue.
+On SQLite the revisions run on a scratch database in memory. homeagent then compares the SQL texts of both schemas,
+because no pragma shows a CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are
+compared with the server's catalogue.
 
 The application's tables, indexes, triggers and views are allowed, with two exceptions. A trigger that changes
 homeagent's tables is a difference, because the trigger can approve a device. A view that reads homeagent's tables is a
@@ -33,15 +33,15 @@ __all__ = ["Difference", "homeagents_objects", "refuse_changed_schema", "schema_
 
 @dataclass(frozen=True)
 class Difference:
-    """One difference between the schema and the schema of homeagent's revisions.
+    """A difference between a database's schema and the schema that homeagent's revisions create.
 
     A difference is grave if homeagent may fail, or accept values that homeagent must refuse. The attribute `command` is
     the SQL statement that undoes the change. If one statement is not enough, the attribute `command` is None.
 
-    A trigger, a view or an index that only uses homeagent's tables can belong to the application. For an object that
-    can belong to the application, the attribute `kind` is its kind. For a trigger that is not homeagent's, the
-    attribute `trigger` is its name. Copies, restores and upgrades refuse a trigger that is not homeagent's, unless the
-    application acknowledged its name.
+    A trigger, a view or an index that only uses homeagent's tables can belong to the application. The attribute `kind`
+    is the kind of an object that can belong to the application: trigger, view or index. The attribute `trigger` is the
+    name of a trigger that is not homeagent's. Copies, restores and upgrades refuse a trigger that is not homeagent's,
+    unless the application acknowledged its name.
     """
 
     text: str
@@ -54,8 +54,8 @@ class Difference:
 class _Part(NamedTuple):
     """A column, constraint, index or storage option of a table, with its normalised SQL text.
 
-    The attribute `strict` is True if the part can refuse a row that homeagent inserts. Examples are a unique index and
-    a column without a default.
+    The attribute `strict` is True if the definition can make the database refuse a row that homeagent inserts. For
+    example, a unique index or a column without a default can refuse a row.
     """
 
     definition: str
@@ -96,7 +96,7 @@ def refuse_changed_schema(
 
 
 def schema_differences(connection: Connection) -> list[Difference]:
-    """Compare a schema at this version's revision with the schema that the revision creates.
+    """Compare a schema at this version's revision with the schema that this revision creates.
 
     Return the differences.
     """
@@ -328,7 +328,8 @@ def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Diff
                 del expected[name]
                 continue
             command = f"DROP {kind.upper()} {_name(name)} ON {table}"
-            # The function of a BEFORE trigger can replace the row. A rule can replace the statement.
+            # The function of a BEFORE trigger can replace the row. A rule of PostgreSQL can replace an INSERT by
+            # another statement.
             harmless: Literal["trigger"] | None = "trigger" if kind == "trigger" and not is_before else None
             trigger = name if kind == "trigger" else None
             yield Difference(f"{kind} {name} of {table} is not homeagent's", True, command, harmless, trigger)
@@ -354,7 +355,7 @@ def _postgresql_tables(connection: Connection) -> _Tables:
 
 
 def _modelled(connection: Connection, table: Table) -> dict[str, _Part]:
-    """Return the parts of a model's table, with definitions in the form of PostgreSQL's catalogue."""
+    """Describe the columns, constraints and indexes of a model's table as PostgreSQL's catalogue describes them."""
     dialect = connection.dialect
     parts = {}
     for column in table.columns:
@@ -396,7 +397,7 @@ def _column(kind: str, collation: str | None, default: str | None, not_null: boo
 def _normalised(written: str) -> str:
     """Normalise an expression, because the server rewrites it.
 
-    The server writes `IN` as `= ANY (ARRAY[…])`, and adds casts and parentheses.
+    PostgreSQL writes `IN` as `= ANY (ARRAY[…])`, and adds casts and parentheses.
     """
     plain = re.sub(r"::[a-z]+(\[\])?", "", written)
     plain = re.sub(r"= ANY \(+ARRAY\[(.*?)\]\)+", r"IN \1", plain)

@@ -72,7 +72,7 @@ def open_sqlite(
     temporary: bool,
     application: Application = _NO_APPLICATION,
 ) -> None:
-    """Check the file, and bring it to WAL mode and to the revision of this version of homeagent.
+    """Check the file, switch it to WAL mode, and bring its schema to the revision of this version of homeagent.
 
     The argument `timeout` is the longest wait for another process that creates or upgrades the file. With
     `migrate=False`, the schema must be up to date. A temporary file is private to the caller, so the file needs no
@@ -151,7 +151,7 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     """Identify a file before the first lock is taken, and return True if the file could be identified.
 
     Return False if a restore was interrupted. Also return False if the file is damaged, because a restore can be
-    replacing it. After False, the caller takes the in-use lock and calls `identify()` again.
+    replacing it. If the function returns False, the caller takes the in-use lock and calls `identify()` again.
     """
     if database_file.size_of(in_use_path(engine.path)):
         return False  # the function `identify()` would refuse a second hard link that the restore added
@@ -165,8 +165,7 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
 
 
 def _check_unclean_end(engine: SQLiteEngine) -> bool:
-    """Check a file that has a WAL although no process has the file open, because the last process did not close the
-    database.
+    """Check a file that has a WAL although no process has the file open. The last process did not close the database.
 
     Return True if the file was checked. Raise CorruptDatabaseError if the file is damaged or its WAL lost commits.
     """
@@ -198,8 +197,8 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 def _look_up(connection: Connection, application: Application) -> tuple[str | None, bool, bool]:
     """Return the revision of the schema.
 
-    Return two further values: whether this version of homeagent works with the schema without an upgrade, and whether a
-    revision of the application is missing.
+    The second value is True if this version of homeagent works with the schema without an upgrade. The third value is
+    True if a revision of the application is missing.
     """
     with read_transaction(connection):
         revision = revision_of(connection)
@@ -214,7 +213,7 @@ def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
-    # If the lock file has a marker, a database was created here, so do not treat an empty file as a new database.
+    # If the lock file has a marker, homeagent created a database here. Do not treat an empty file as a new database.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.st_size == 0):
         raise corrupt_after_all(path)
@@ -238,7 +237,8 @@ def _make_or_upgrade(
         raw: Any = connection.connection.driver_connection
         revision, suitable, pending = _look_up(connection, application)
         if revision is not None and not initialised and not temporary:
-            # Write the marker before the upgrade, because a full disk then leaves the schema unchanged.
+            # Write the marker before the upgrade. If the disk is full, writing the marker fails, and the schema stays
+            # unchanged.
             lock.write_marker("initialised")
             initialised = True
         if suitable and not pending:
@@ -251,7 +251,7 @@ def _make_or_upgrade(
         # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
         # pragma foreign_keys before the transaction, because it has no effect inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
-        # Overwrite the pages of a table that a revision recreates, because the old rows contain hashes.
+        # Overwrite the old rows of a table that a revision recreates, because the rows contain hashes.
         raw.execute("PRAGMA secure_delete=ON")
         try:
             _upgrade(engine, connection, application, None if temporary else clock)
@@ -309,10 +309,11 @@ class _Attempt:
 
 @contextmanager
 def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
-    """Raise MigrationError if the transaction in the block fails with an error that does not explain itself.
+    """If the transaction in the block fails with an error that does not explain the failure, raise MigrationError
+    instead.
 
-    If Ctrl-C comes while Alembic rebuilds a table, Alembic runs another statement, and that statement fails. Then raise
-    the KeyboardInterrupt, not the error of the other statement.
+    If Ctrl-C comes while Alembic rebuilds a table, Alembic runs another statement that fails. After Ctrl-C, raise the
+    KeyboardInterrupt and not the error of a failed statement.
 
     The block sets the attribute `backup` of the yielded object to the path of the backup.
     """
@@ -383,7 +384,7 @@ def back_up(
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        # An upgrade that was killed left this file, because no other upgrade runs under the lock.
+        # No other upgrade runs while this process holds the lock, so an upgrade that was killed left this file.
         discard(stale)
     try:
         write_backup(engine, target, partial=partial, taken_at=now, kind=kind)

@@ -1,7 +1,7 @@
 """Base classes of the models. The classes validate each construction and assignment, with errors that hide the input.
 
-Do not add `from __future__ import annotations` to a module of models. With this import, Pydantic and SQLAlchemy would
-evaluate each annotation again for each subclass, and importing the models would take a twelfth longer.
+Do not add `from __future__ import annotations` to a module of models. With the import of `annotations`, Pydantic and
+SQLAlchemy would evaluate each annotation again for each subclass. Importing the models would take a twelfth longer.
 """
 
 import copy
@@ -46,8 +46,8 @@ metadata: MetaData = MetaData(
 _registry = registry(metadata=metadata)
 
 
-# Pydantic can build an error again from its type if the type is in this set. A validator can also raise errors of other
-# types.
+# Pydantic can build an error again only if the error has one of Pydantic's types. A validator can also raise errors of
+# other types.
 _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
@@ -77,8 +77,8 @@ def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
         return handler(data)
     except ValidationError as error:
         without_input = _without_input(error)
-    # Do not raise the new error inside the except block, because its context would be the original error, which shows
-    # the input.
+    # Do not raise the new error inside the `except` block. Its context would be the original error, which shows the
+    # input.
     raise without_input
 
 
@@ -131,8 +131,8 @@ class PartialIndex(Index):
 RESERVED_PREFIX = "homeagent_"
 """Prefix of the names of tables that homeagent reserves."""
 
-# Reserved names without the prefix, which are homeagent's tables and the version tables. SQLite ignores the case of a
-# name.
+# Names of homeagent's tables and of the version tables, which are reserved although they lack the prefix. SQLite
+# ignores the case of a name.
 _RESERVED_NAMES = frozenset(
     {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     | {"device_changes", "application_schema_version", "alembic_version"}
@@ -180,12 +180,13 @@ class Table(Model, metaclass=_TableType):
     stored values were validated before.
 
     Both engines store the same values in the same order. A field of type `str` is a TEXT column that is compared by
-    bytes, `int` has 64 bits, `Timestamp` is stored in milliseconds, a `StrEnum` as its value, and `dict`, `list` or
-    Pydantic's `JsonValue` as JSON text of at most 256 KiB. For other types, SQLModel chooses the column type. The
-    arguments `sa_type` and `sa_column` of a field have precedence.
+    bytes, and `int` has 64 bits. A `Timestamp` is stored in milliseconds, and a `StrEnum` as its value. A `dict`, a
+    `list` or Pydantic's `JsonValue` is stored as JSON text of at most 256 KiB. For a field of another type, SQLModel
+    chooses the column type. The arguments `sa_type` and `sa_column` of a field have precedence.
 
-    Constraints and indexes without a name get one, such as `fk_messages_session_id_sessions`. A foreign key can refer
-    to homeagent's tables by name, such as `Field(foreign_key="sessions.session_id", ondelete="CASCADE")`.
+    A constraint or an index without a name gets a name such as `fk_messages_session_id_sessions`. A foreign key can
+    refer to homeagent's tables by name, for example with `Field(foreign_key="sessions.session_id",
+    ondelete="CASCADE")`.
 
     Raises (when the class is defined):
         InvalidArgumentError: if the name of the table is reserved, another class has the same table name, or a field is
@@ -197,7 +198,7 @@ class Table(Model, metaclass=_TableType):
     __table__: ClassVar[Any]
 
     if TYPE_CHECKING:
-        # SQLAlchemy would look up the value of a declaration that is executed.
+        # If the declarations were executed, SQLAlchemy would look up the values of the attributes.
         __tablename__: ClassVar[str]
         __table_args__: ClassVar[Any]
 
@@ -212,7 +213,7 @@ class Table(Model, metaclass=_TableType):
 
         A subclass of a table would contain private fields, such as hashes.
 
-        SQLModel would also add the fields of the subclass to the parent's table.
+        SQLModel would add the fields of a subclass to the parent's table.
         """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
@@ -228,7 +229,7 @@ class Table(Model, metaclass=_TableType):
             return
         related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
         # The validator writes the fields directly into `__dict__`, without SQLAlchemy's instrumentation. After the
-        # validation, restore the old `__dict__`, and set each field through the instrumentation.
+        # validation, restore the old `__dict__`, and set each field through SQLAlchemy's instrumentation.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -243,11 +244,11 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state before the attribute `__pydantic_fields_set__`, because an instance with this
-        # attribute does not count as loaded.
+        # Create SQLAlchemy's state before the attribute `__pydantic_fields_set__`. The attribute would mark the
+        # instance as constructed, not as loaded.
         getattr(self, "_sa_instance_state", None)
-        # Do not copy the dictionary `__dict__`. Pydantic replaces `__dict__`, and a flush that calls a listener of
-        # `before_update` writes the values of the old dictionary (test_a_listener_of_a_flush_assigns).
+        # Do not replace the dictionary `__dict__` by a copy. Pydantic replaces `__dict__`, and a flush that calls a
+        # listener of `before_update` writes the values of the old dictionary (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -263,10 +264,10 @@ class Table(Model, metaclass=_TableType):
 
         def __getattr__(self, name: str) -> Any:
             # A store sets only the fields of a loaded instance. Setting Pydantic's attributes took a third of the time
-            # of creating an instance. Pydantic's attributes are equal in all loaded instances.
+            # of creating an instance. All loaded instances have the same values of Pydantic's attributes.
             if name == "__pydantic_fields_set__":
-                # Create SQLAlchemy's state first, because an instance with the attribute `__pydantic_fields_set__` does
-                # not count as loaded.
+                # Create SQLAlchemy's state first. Later, the attribute `__pydantic_fields_set__` would mark the
+                # instance as constructed, not as loaded.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
@@ -291,14 +292,15 @@ class Table(Model, metaclass=_TableType):
 
         With `deep=True`, values of JSON columns are also copied.
         """
-        # Pydantic's method would copy `__dict__` with the state that binds the instance to an ORM session.
+        # Pydantic's method would copy `__dict__` as a whole, including the state that binds the instance to an ORM
+        # session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
         if deep:
             values = copy.deepcopy(values)
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create SQLAlchemy's state now, because an unpickled instance has all attributes and does not count as loaded.
+        # Create SQLAlchemy's state now. An unpickled instance has all attributes, and does not count as loaded.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 
@@ -320,16 +322,16 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# The function `_get_fields_set()` reads Pydantic's attribute, which a constructor sets and a loading store does not
-# set.
+# The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. Constructors set this
+# attribute. Stores do not set it when they load an instance.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
     """A descriptor that creates SQLAlchemy's state of a loaded instance at its first use by the ORM.
 
-    Creating the state takes longer than all other steps of loading, and the ORM uses few instances. A constructed
-    instance has a state in `__dict__`, which has precedence over the descriptor.
+    Creating the state takes longer than all other steps of loading an instance. The ORM uses only few instances. A
+    constructed instance has its state in `__dict__`, which has precedence over the descriptor.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:

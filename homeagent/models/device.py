@@ -128,7 +128,7 @@ class Device(Table, table=True):
         """State of the device: pending, approved or revoked."""
         if self.approved:
             return DeviceStatus.APPROVED
-        # An UPDATE by `uow.session` can withdraw an approval without a time of revocation.
+        # An UPDATE by `uow.session` can withdraw an approval without setting `revoked_at`.
         was_approved = self.approved_at is not None
         return DeviceStatus.REVOKED if was_approved or self.revoked_at is not None else DeviceStatus.PENDING
 
@@ -136,14 +136,15 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If the ORM changes the column `approved`, set the same columns as the methods `devices.approve()` and
-    `devices.revoke()`.
+    """If the ORM changes the column `approved`, set the other columns that the methods `devices.approve()` and
+    `devices.revoke()` set.
     """
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # SQLAlchemy does not load an expired attribute before a new value is set, so its history can lack the old value.
+    # SQLAlchemy does not load an expired attribute before a new value is set. The history of the attribute can then
+    # lack the old value.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

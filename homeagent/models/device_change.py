@@ -19,7 +19,7 @@ __all__ = ["DeviceChange", "DeviceChangeKind"]
 class DeviceChangeKind(StrEnum):
     """Kind of a device change.
 
-    One UPDATE can cause several changes. The kind `updated` is only for an UPDATE without a change of another kind.
+    One UPDATE can cause several changes. The kind `updated` stands only for an UPDATE without a change of another kind.
     """
 
     PAIRED = "paired"
@@ -34,7 +34,7 @@ class DeviceChangeKind(StrEnum):
 
 
 class DeviceChange(Table, table=True):
-    """A row of the table `device_changes`. A change of a later commit has a greater number."""
+    """A row of the table `device_changes`. Changes of later commits have greater numbers."""
 
     __tablename__ = "device_changes"
     __table_args__: ClassVar[Any] = (

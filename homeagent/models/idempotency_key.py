@@ -174,7 +174,9 @@ class IdempotencyScope:
 
 
 class _RecordedScope(IdempotencyScope):
-    """The scope of a stored record with an invalid text. Each instance of `IdempotencyScope` itself is valid."""
+    """A scope whose text is invalid, read from a stored record. The constructor of `IdempotencyScope` refuses such a
+    text.
+    """
 
     __slots__ = ()
 
@@ -187,17 +189,17 @@ _set_key = _SLOTS["key"].__set__
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to run the effect of an idempotency key one time. The right ends when the lease ends.
+    """The right to run the effect of an idempotency key once. The right ends together with the lease.
 
     Attributes:
-        number: number of the attempt, which begins with 1. An attempt that takes over an abandoned attempt has the next
-            number.
+        number: number of the attempt; the first attempt has number 1. An attempt that takes over an abandoned attempt
+            has the next number.
         downstream_key: idempotency key to pass to another service. All attempts of a key have the same downstream key.
         scope: device, method and key of the call.
         lease_expires_at: end of the lease. After the lease, the attempt counts as abandoned.
         expires_at: end of the time in which a repeated call gets the stored outcome.
-        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded after `expires_at`, the
-            time `ttl` begins at the recording.
+        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded after `expires_at`,
+            repeated calls get the outcome for the time `ttl` after the recording.
         owner: random token of this attempt.
     """
 
@@ -219,7 +221,7 @@ class Outcome:
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
         omitted: True if the return value could not be stored, because the value is over 1 MiB or not JSON. Only the
-            first caller gets a return value that could not be stored. For a replay, `value` is None.
+            first caller gets a return value that could not be stored. A replay returns None as `value`.
     """
 
     value: JsonValue = field(repr=False)

@@ -15,9 +15,9 @@ __all__ = ["Limits"]
 class Limits:
     """Limits on the rows that devices can create, and on the work that strangers can cause.
 
-    The number of pending devices is exact. The numbers of nonces and keys are exact if one process uses a SQLite file.
-    Several processes, up to 49, together store less than twice as many nonces and keys (see `homeagent.stores.room`).
-    If a database already has more rows than a limit allows, the rows stay.
+    The limit on pending devices is exact. The limits on nonces and keys are exact if one process uses a SQLite file. Up
+    to 49 processes together store less than twice the limit of nonces and keys (see `homeagent.stores.room`). If a
+    database already has more rows than a limit allows, the rows stay.
 
     Args:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises

@@ -60,8 +60,8 @@ class MetadataSchema(Model):
     field is `metadata`.
     """
 
-    # This property hides a class variable of SQLModel. SQLAlchemy does not read the class variable for a class without
-    # a table.
+    # This property hides a class variable of SQLModel. SQLAlchemy reads the class variable only for a class with a
+    # table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""
@@ -83,8 +83,8 @@ class AgentUpdate(Model):
     Fields that the request leaves out keep their values. The value None of the field `config` clears the configuration.
     """
 
-    # The default None means that the request leaves out the field. Pydantic does not validate a default. Pydantic
-    # refuses a null in the request.
+    # The default None means that the request leaves out the field. Pydantic does not validate a default. A request that
+    # contains null is refused.
     name: Name = Field(default=None)
     workspace_path: WorkspacePath = Field(default=None)
     config: Json = None

@@ -61,7 +61,7 @@ class AgentSession(Table, table=True):
     __table_args__: ClassVar[Any] = (
         Index("idx_sessions_agent", "agent_id"),
         Index("idx_sessions_sender", "sender_id"),
-        # The next four indexes are for the pages of lists, in the order of last activity and id.
+        # The next four indexes serve the pages of lists, in the order of last activity and id.
         Index("idx_sessions_active", "last_active_at", "session_id"),
         Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
         Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
@@ -121,8 +121,8 @@ def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Set the session's new route unless another session has the route. The method `sessions.create()` does the
-    same.
+    """Set the session's new route unless another session has the route. The method `sessions.create()` sets a route
+    under the same condition.
     """
     if not _changes_route(session):
         return

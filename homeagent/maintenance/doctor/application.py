@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_application", "check_schema", "report_orphans"]
 
-# Meaning and remedy of an object of the application, by kind.
+# Meaning and remedy for each kind of object of the application.
 _OBJECTS = {
     "trigger": (
         "the trigger runs at writes to homeagent's tables; a copy, a restore and an upgrade refuse the trigger",
@@ -58,7 +58,8 @@ def check_schema(collector: Collector, connection: Connection) -> None:
             )
     if accepted:
         listed = ", ".join(str(difference.trigger) for difference in accepted)
-        # If the check also finds a problem, its finding omits this summary, but keeps the figure `acknowledged`.
+        # If the check finds another problem, the finding of that problem replaces this summary, but keeps the figure
+        # `acknowledged`.
         collector.ok("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
 
 

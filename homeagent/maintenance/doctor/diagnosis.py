@@ -58,8 +58,9 @@ def diagnose(
             indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
             listed in the attribute `not_checked`.
         fix: True to repair problems that can be repaired without loss. The doctor corrects modes of files, route keys
-            of sessions and the journal mode. It deletes partial copies older than a day, expired rows and hashes of
-            expired secrets, and it empties the WAL. The returned findings describe the database after the repair.
+            of sessions and the journal mode. The doctor also deletes partial copies older than a day, expired rows and
+            hashes of expired secrets, and empties the WAL. The returned findings describe the database after the
+            repair.
         acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
 
     Raises:
@@ -87,8 +88,8 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
-    """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without the unit, because
-    the checks find the cause.
+    """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without it. The checks
+    find the cause.
     """
     with ExitStack() as stack:
         try:

@@ -250,7 +250,7 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _stamp(file: Path, pattern: Path) -> datetime | None:
-    """Return the time in the name of a file that a restore created. If the file has any other name, return None."""
+    """Return the time in the name of a file that a restore created. If the name has another form, return None."""
     before, _, after = pattern.name.partition("*")
     # The -wal and -shm files of a quarantine have the same name with a suffix.
     found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)

@@ -26,7 +26,7 @@ __all__ = ["check_postgresql"]
 
 _CONNECT_SECONDS = "5"
 
-# Set the output format of timestamps and definitions, because the role may have other settings.
+# Set the output format of timestamps and definitions, because the role can have other settings.
 _SHOWN_AS = ("datestyle = ISO", "quote_all_identifiers = off")
 
 

@@ -56,8 +56,7 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# Checks that forbid a change of rows if their finding is critical, because rows can be damaged or the clock can be
-# wrong.
+# If a finding of these checks is critical, do not change rows. The rows can be damaged, or the clock can be wrong.
 _HANDS_OFF = (
     "database",
     "integrity",
@@ -161,7 +160,7 @@ def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
 def _correct_routes(settings: UnitSettings) -> Iterator[str]:
     with UnitOfWork(settings, read_only=False) as unit:
         stale = list(stale_routes(unit.session.connection()))
-        # Remove all wrong keys first, because the wrong key of one session can be the right key of another session.
+        # Remove all wrong keys first. The wrong key of one session can be the right key of another session.
         for session_id, _ in stale:
             unit.write(_RELEASE_ROUTE, id=session_id)
         taken = sum(unit.write(_TAKE_ROUTE, id=session_id, route=route) for session_id, route in stale)

@@ -52,14 +52,14 @@ def check_sqlite(collector: Collector, path: Path) -> None:
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
             # Another process has opened the database during the checks. If a file is read without locks during a write,
-            # the file looks damaged. Therefore check the file again with locks.
+            # the file looks damaged. Therefore take locks and check the file again.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
     collector.skip("the database can't be opened", *_INSIDE)
 
 
 def _check_wal(collector: Collector, path: Path) -> bool:
-    """Check the WAL. Return True if certainly no process of homeagent has the database open."""
+    """Check the WAL. Return True only if no process of homeagent can have the database open."""
     log, index, _ = sidecars(path)
     state = look_at(log)
     size = 0 if state is None else state.st_size
@@ -98,8 +98,8 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Return True if the owners and sizes of its files allow to open the database. If the doctor must not open the
-    database, add a finding.
+    """Return True if the owners and sizes of the database's files allow the doctor to open the database. If the doctor
+    must not open the database, add a finding.
     """
     log, _, journal = sidecars(path)
     lock = lock_path(path)
@@ -177,7 +177,7 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
 
 def _check_journal_mode(collector: Collector, path: Path, connection: Connection) -> None:
     mode = journal_mode(path, connection)
-    # If the calling process has the file open, the function journal_mode() returns None, and the file is in WAL mode.
+    # For a file that the calling process has open, `journal_mode()` returns None. Such a file is in WAL mode.
     if mode in ("wal", None):
         return
     summary = f"The journal mode is {mode!r} and not 'wal'."

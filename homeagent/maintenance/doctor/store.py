@@ -1,7 +1,7 @@
 """Check the revision, the schema and the rows of a readable store, on SQLite and PostgreSQL.
 
-The findings contain numbers of rows. Only the check named `rows` reports single rows. Findings do not contain secrets,
-hashes, nonces, keys or results.
+The findings count rows. Only the check named `rows` reports single rows. Findings do not contain secrets, hashes,
+nonces, keys or results.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _read(
     """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
 
     After the time limit, the function `watch()` returns True. With `undecoded=True`, texts are read as bytes. Without
-    `undecoded=True`, the driver raises an error for a page with invalid UTF-8.
+    `undecoded=True`, the driver raises an error for a page of rows that contains invalid UTF-8.
     """
     columns = list(described.columns)
     names = [c.name for c in columns]
@@ -263,11 +263,11 @@ def _check_references(collector: Collector, connection: Connection) -> None:
 def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
     """Yield the id and the right route key of each session with a wrong route key.
 
-    The right key is computed from the agent, the sender and the channel of the session.
+    The right route key is computed from the agent, the sender and the channel of the session.
     """
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
-    # The rows are ordered, because of two sessions with the same route the one that was active last gets the route.
+    # The rows are ordered by activity: if two sessions have the same route, the session that was active last gets it.
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):

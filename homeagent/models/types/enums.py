@@ -34,7 +34,7 @@ class EnumColumn(TypeDecorator[StrEnum]):
         self._stored: dict[Any, str] = {member.value: member.value for member in kind}
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the value of a member. A member is also a key of the dictionary, because a StrEnum member equals its
+        """Return the value of a member. The dictionary finds a member by its text, because a StrEnum member equals its
         value.
         """
         try:
@@ -65,8 +65,8 @@ class FlagColumn(TypeDecorator[bool]):
     BOOLEAN.
 
     Args:
-        otherwise: result of loading a stored value other than 0 and 1. Another program can store a different value, for
-            example a text or the number 2. Choose the safe result as this argument.
+        otherwise: result of loading a stored value other than 0 and 1. Another program can store a value other than 0
+            and 1, for example a text. Choose a value that grants no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
@@ -82,7 +82,7 @@ class FlagColumn(TypeDecorator[bool]):
         return None if value is None else int(value)
 
     def process_result_value(self, value: object, dialect: Dialect) -> bool | None:
-        """Return True for 1, False for 0, and `otherwise` for any other stored value."""
+        """Return True for 1, False for 0, and the argument `otherwise` for any other stored value."""
         return None if value is None else self.loaded_values[value]
 
     convert_bound = int

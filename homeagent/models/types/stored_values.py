@@ -25,7 +25,7 @@ _REMEDY = (
 def naming_column(table: Table) -> str:
     """Return the name of the column that identifies a row in an error message.
 
-    This column is `device_id` if the table has such a column, and otherwise the primary key.
+    The column is `device_id` if the table has a column `device_id`, and otherwise the primary key.
 
     The keys of nonces and idempotency keys are secret, so an error must not show the keys.
     """

@@ -120,7 +120,7 @@ def _is_modifier(character: str) -> bool:
 
 
 def _is_emoji(character: str) -> bool:
-    # The Unicode category of U+2194, which is also an emoji, is Sm.
+    # U+2194 is an emoji, but its Unicode category is Sm.
     return character == "\u2194" or unicodedata.category(character) == "So"
 
 
@@ -131,9 +131,9 @@ def _is_letter_or_emoji(character: str) -> bool:
 def check_identifier(value: str, what: str = "an id") -> str:
     """Return the value if it is a valid id of a new device or agent. Otherwise raise InvalidArgumentError.
 
-    An id has 1 to 512 bytes of UTF-8. An id can contain `/`, but not a backslash, a control character or an invisible
-    character, and no segment between slashes is `.` or `..`. The joiners U+200C and U+200D are allowed between letters
-    or emoji.
+    An id has 1 to 512 bytes of UTF-8. An id can contain slashes, but no segment between slashes is `.` or `..`. An id
+    cannot contain a backslash, a control character or an invisible character. The joiners U+200C and U+200D are allowed
+    between letters or emoji.
     """
     if value.__class__ is str and value in _valid[MAX_ID_BYTES]:
         return value
@@ -210,7 +210,7 @@ def _check_path(value: str) -> str:
 
 
 def _described(octets: int, *, refused: str = "") -> WithJsonSchema:
-    """Return the JSON schema of a text. JSON Schema can't express the other rules, such as the length in bytes."""
+    """Return the JSON schema of a text. JSON Schema can't express a length in bytes."""
     pattern = f"^[^\\u0000-\\u001f\\u007f-\\u009f\\u2028\\u2029{refused}]*$"
     return WithJsonSchema({"type": "string", "minLength": 1, "maxLength": octets, "pattern": pattern})
 
@@ -235,7 +235,7 @@ WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
 
 
 def text_column() -> TypeEngine[str]:
-    """Return the column type TEXT, which both engines compare by bytes, so that lists have the same order.
+    """Return the column type TEXT. Both engines compare TEXT by bytes, so lists have the same order.
 
     SQLite's default collation BINARY compares UTF-8 by `memcmp`. PostgreSQL compares bytes only with the collation "C".
     """

@@ -37,8 +37,8 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 _ZERO = timedelta(0)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-# Each unit of work floors the time of the clock. Subtracting a prepared duration takes a quarter of the time of
-# `replace(microsecond=…)`.
+# Each unit of work rounds the time of the clock down to whole milliseconds. Subtracting a prepared duration takes a
+# quarter of the time of `replace(microsecond=…)`.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
@@ -65,7 +65,7 @@ def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
     """Return the value in UTC, floored to whole milliseconds, or the current time if the value is None or later than
     now.
 
-    The function is for the time of a past event. If the value is later than now, the clock of the caller is ahead. The
+    Use the function for the time of a past event. A later value means that the clock of the caller is ahead. The
     function raises the same errors as `check_timestamp()`.
     """
     return now if value is None else min(check_timestamp(value, what), now)
@@ -111,7 +111,7 @@ def earlier(timestamp: datetime, duration: timedelta) -> datetime:
 
 
 def to_milliseconds(value: datetime) -> int:
-    """Return the floored number of milliseconds from 1970 to `value`, which is negative before 1970."""
+    """Return the number of milliseconds from 1970 to `value`, rounded down. The number is negative before 1970."""
     return (value - EPOCH) // MILLISECOND
 
 
@@ -145,7 +145,7 @@ def _timestamp_of(milliseconds: float) -> datetime:
 class _TimestampCache(dict[int, datetime]):
     """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly.
 
-    A hit in the cache takes a fifth of the time of creating a new timestamp, and a miss takes twice that time.
+    A cache hit takes a fifth of the time that creating a timestamp takes. A cache miss takes twice that time.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
@@ -175,9 +175,9 @@ class TimestampColumn(TypeDecorator[datetime]):
         """Return the timestamp of a number of milliseconds, in UTC."""
         return None if value is None else loaded(self.convert_loaded, value)
 
-    # The code that is generated for each statement reads these attributes of the column type, and bypasses SQLAlchemy's
-    # layers. For a statement with many rows, the generated code uses the function `loaded_values()`. None of the values
-    # is None.
+    # The code that homeagent generates for each statement bypasses SQLAlchemy's layers. The code calls the functions
+    # `convert_bound()` and `convert_loaded()` of the column type. For a statement with many rows, the generated code
+    # calls `loaded_values()`. The generated code does not call the functions for None.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
