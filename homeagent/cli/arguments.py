@@ -45,7 +45,7 @@ def parsed_timestamp(text: str | None) -> datetime | None:
 
 
 def _find_packages(migrations: str | None) -> str | None:
-    # Find the application's package in the current directory also, as Alembic does.
+    # Also search the current directory for the application's package, as Alembic does.
     if migrations is not None and "" not in sys.path:
         sys.path.insert(0, "")
     return migrations

@@ -31,7 +31,7 @@ def backup(
             min=1,
             max=MAX_LIMIT,
             metavar="N",
-            help="Afterwards, remove the oldest backups of this database in that directory until N are left.",
+            help="Afterwards, remove the oldest backups of this database in the directory until N backups are left.",
             show_default="all",
         ),
     ] = None,

@@ -25,12 +25,15 @@ def copy(
     ],
     live: Annotated[
         bool,
-        typer.Option("--live", help="For a trial: SOURCE may be in use. Its state when the command starts is copied."),
+        typer.Option(
+            "--live",
+            help="For a trial: SOURCE may be in use. Changes after the start are not copied.",
+        ),
     ] = False,
     migrations: MigrationsOption = None,
     leave: Annotated[
         list[str] | None,
-        option(metavar="TABLE", help="Table of an application that is not copied. Can be repeated."),
+        option(metavar="TABLE", help="Table of an application that the command does not copy. Can be repeated."),
     ] = None,
     acknowledge: AcknowledgeOption = None,
 ) -> None:

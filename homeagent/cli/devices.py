@@ -123,7 +123,7 @@ def revoke(
     reason: Annotated[str | None, arguments.option(metavar="TEXT", help="Reason, stored with the device.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Revoke even the last approved admin.")] = False,
 ) -> None:
-    """Revoke a device, which then has no access until it is approved again."""
+    """Revoke a device. Afterwards the device has no access until an administrator approves the device again."""
     with open_named(context) as opened:
         changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
@@ -160,7 +160,7 @@ def delete(
         if not pending or before is None or force or paired_at is not None:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
         # The store's method also deletes a device that was paired exactly at the given time. The option --before
-        # excludes such a device.
+        # excludes a device that was paired exactly at the given time.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
         with open_named(context) as opened:
             counts = {"deleted": _delete_pending(context, opened, until, dry_run=dry_run, yes=yes)}

@@ -26,7 +26,7 @@ _LEAST = 24  # least width of the column for a long text
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print `value` as JSON if the operator passed --json, and otherwise print `text`. Instead of a text, `text` can be
+    """Print `value` as JSON if the operator passed --json, and otherwise print `text`. The argument `text` can also be
     a function that prints the output for people.
     """
     if context.obj.as_json:
@@ -42,8 +42,8 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
 def print_list(
     context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object, form: Format
 ) -> None:
-    """Print the values of a list as JSON if the operator passed --json. Otherwise print the rows in the form that the
-    operator chose.
+    """Print the values of a list as JSON if the operator passed --json. Without --json, print the rows in the form that
+    the operator chose.
 
     If the list has as many rows as `--limit` permits, note on standard error that there can be more rows.
     """
@@ -135,8 +135,8 @@ def _parts(text: str, width: int) -> list[str]:
 
 
 def _joined(parts: Iterable[str], width: int) -> list[str]:
-    """Join the parts of a text to lines of at most `width` cells. A part wider than `width` cells has a line of its
-    own.
+    """Join the parts of a text to lines of at most `width` cells. A part that is wider than `width` cells gets a
+    separate line.
     """
     lines = [""]
     for part in parts:

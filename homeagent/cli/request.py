@@ -56,8 +56,8 @@ def refuse_change(row: str, seen: Any, now: Any, *columns: str, expected: str | 
     Args:
         row: kind and id of the row, for the message.
         seen: row that was shown, or None if no row was shown.
-        now: row as the unit that changes it reads it.
-        columns: names of the columns that must be equal in both.
+        now: row, read in the unit that changes the row.
+        columns: names of the columns that must be equal in `seen` and `now`.
         expected: value that the operator expects in the first column, or None. A str value is parsed as a timestamp.
     """
     wanted = parsed_timestamp(expected) if isinstance(expected, str) else expected

@@ -28,7 +28,7 @@ from homeagent.maintenance.restore import check_paths
 @app.command()
 def restore(
     context: typer.Context,
-    backup: Annotated[str, argument(metavar="BACKUP", help="Backup to restore. The command does not change it.")],
+    backup: Annotated[str, argument(metavar="BACKUP", help="Backup to restore. The backup does not change.")],
     acknowledge: AcknowledgeOption = None,
     epoch: Annotated[
         int | None,

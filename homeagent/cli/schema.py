@@ -55,7 +55,7 @@ def init(
 def _adopt(
     context: typer.Context, target: str | None, migrations: str | None, acknowledged: Collection[str], *, yes: bool
 ) -> bool:
-    """Adopt the database if necessary. Return True if the command adopted it."""
+    """Adopt the database if necessary. Return True if the command adopted the database."""
     found = preview_adoption(target, migrations=migrations, acknowledged=acknowledged)
     if found is None:
         return False

@@ -43,8 +43,8 @@ def sweep(
 ) -> None:
     """Delete expired nonces and idempotency keys, old device changes, and devices that waited for over 30 days.
 
-    The command works in small transactions, so it can run at the same time as the gateway. With --dry-run the command
-    counts the rows and deletes none of them.
+    The command works in small transactions, so the gateway can run at the same time. With --dry-run the command counts
+    the rows and deletes none of them.
     """
     budget = None if time_budget is None else timedelta(seconds=time_budget)
     with open_named(context) as opened:

@@ -1,7 +1,7 @@
 """Print ids of devices and other untrusted text, so that two different ids do not look the same by accident.
 
-An administrator approves a device by its id. An escape with the number of the character replaces each of these
-characters:
+An administrator approves a device by its id. Each of the following characters is replaced by an escape with the number
+of the character:
 
 - a character that is not printable, or a space other than U+0020;
 - an invisible character, which is U+2800 or has Unicode's property Default_Ignorable_Code_Point;
@@ -15,8 +15,8 @@ The script of a letter, mark or digit is the first word of the Unicode name. Han
 script, because names mix the four. The main script is Latin if the text has Latin letters, and otherwise the most
 frequent script.
 
-If the main script is not Latin, its name follows the text. Quotes surround a text that contains an escape, begins or
-ends with a space, or is not in NFC.
+If the main script is not Latin, the name of the script follows the text. Quotes surround a text that contains an
+escape, begins or ends with a space, or is not in NFC.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _escape(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return an id in quotes. If the main script is not Latin, append its name."""
+    """Return an id in quotes. If the main script is not Latin, append the name of the script."""
     # Double the backslashes first, because a backslash in the id must not look like an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)
@@ -91,7 +91,7 @@ def quoted(text: str) -> str:
 
 
 def identity(text: str) -> str:
-    """Return an id or another short text for printing. If the text could be mistaken for another text, return it in
+    """Return an id or another short text for printing. A text that could be mistaken for another text is returned in
     quotes.
     """
     shown = quoted(text)

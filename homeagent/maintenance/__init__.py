@@ -47,6 +47,6 @@ _LAZY = {
     "preview_adoption": "adoption",
 }
 
-# Hide `__getattr__` from type checkers, because with this function they would accept any misspelt name.
+# Hide `__getattr__` from type checkers. With `__getattr__`, type checkers would accept any misspelt name.
 if not TYPE_CHECKING:
     __getattr__ = lazy_names(__name__, _LAZY)

@@ -1,8 +1,9 @@
 """Adopt a database that an application created before homeagent: add homeagent's tables next to the application's.
 
-A SQLite file can also contain tables of the first version that another program created. Such tables have constraints
-without names, and NULL in primary keys. The adoption converts these tables of the first version to homeagent's tables.
-A row without a key moves to a separate table, because no homeagent table accepts the row.
+A SQLite file can also contain tables of homeagent's first version that another program created. In tables of the first
+version, constraints can lack names, and primary keys can contain NULL. The adoption converts tables of the first
+version to homeagent's tables. A row without a key moves to a separate table, because no homeagent table accepts the
+row.
 
 `preview_adoption` only reads. The function `adopt` takes the report that the administrator confirmed. It refuses a
 database that has changed since the report. On SQLite the changes are one transaction after a backup. The transaction
@@ -79,7 +80,7 @@ class AdoptionReport(BaseModel):
         application_id: application id of the SQLite file, which the adoption replaces. None on PostgreSQL.
         application_revision: revision in Alembic's table `alembic_version`, which becomes the version table of the
             application's own revisions. None if the table stays the application's.
-        backup: path of the copy that the adoption made first. None before the adoption, and on PostgreSQL.
+        backup: path of the copy that the adoption made first. None before the adoption, and for a PostgreSQL database.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -102,7 +103,7 @@ def preview_adoption(
 ) -> AdoptionReport | None:
     """Report what an adoption would change, and change nothing.
 
-    If a program was killed while it wrote, SQLite first undoes its transaction.
+    SQLite first undoes the transaction of a program that was killed while writing.
 
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
@@ -159,7 +160,7 @@ def adopt(
 ) -> AdoptionReport:
     """Make a backup of the database, and bring the database to this version's schema.
 
-    Stop the application first. The errors of `preview_adoption` are possible too.
+    Stop the application first. The function also raises the errors of `preview_adoption`.
 
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
@@ -278,7 +279,7 @@ def _adopt_file(
     inspect_file(path, repair=False)
     with sidecar_lock(path, timeout=timeout):
         with kept_from_sqlite(path):
-            pass  # only check, because SQLite would drop these locks when it closes the file
+            pass  # only check for other programs, because SQLite drops these locks when it closes the file.
         engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
         try:
             with engine.translated(), closing(engine.open_source()) as raw:

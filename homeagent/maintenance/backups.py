@@ -201,7 +201,8 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
     if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
     for sidecar in sidecars(target):
-        # An existing sidecar file belongs to another database, and SQLite would apply it to a backup with this name.
+        # An existing sidecar file belongs to another database. SQLite would apply the sidecar file to a backup with the
+        # same name.
         if os.path.lexists(sidecar):
             raise InvalidArgumentError(
                 f"{quoted(target)} is a database that is open or was not closed cleanly, since {quoted(sidecar)} "
@@ -223,7 +224,7 @@ def _remove_stale(directory: Path, database: Path) -> None:
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
     # Keep the new backup, even if the clock was set back and the backup looks like the oldest.
     found = [entry for entry in _backups_of(Path(manifest.database), made.parent) if entry[0] != made]
-    # Remove backups with a time in the future first, because they would always count as the newest backups.
+    # First remove backups with a time in the future, because such backups would always count as the newest backups.
     others = [backup for backup, _ in sorted(found, key=lambda entry: entry[1].taken_at <= manifest.taken_at)]
     for backup in others[: max(len(others) - (keep - 1), 0)]:
         with explained("remove the old backup", backup):

@@ -69,7 +69,7 @@ class CopyProgress:
         step: the text "copying" in the first step, or "comparing" in the second step.
         table: name of the current table.
         rows: number of rows of all tables that this step has processed.
-        total: number of rows that this step will have processed at its end.
+        total: total number of rows of this step.
     """
 
     step: Literal["copying", "comparing"]
@@ -181,8 +181,9 @@ def copy_store(
     """Copy all rows of a store into an empty store, and compare both stores before the commit.
 
     The argument `engines` contains the engine of the source and the engine of the target. With `live=True`, other units
-    can change the source during the copy. The copy then contains the state at its beginning. The argument `leave` names
-    the application's tables that are not copied. After each page of rows, the copy calls the function `progress()`.
+    can change the source during the copy. The copy contains the state of the source at the time when the copy began.
+    The argument `leave` names the application's tables that are not copied. After each page of rows, the copy calls the
+    function `progress()`.
 
     Raises:
         InvalidArgumentError: source and target are the same database, or the target lacks a table of the application.

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EpochReport", "begin_epoch"]
 
-# Count homeagent's sessions, because they hold the old epoch in memory. Do not count the sessions of poolers and other
-# programs.
+# Count homeagent's sessions, because each session holds the old epoch in memory. Do not count the sessions of poolers
+# and other programs.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
@@ -92,7 +92,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # only check for other programs, because SQLite would drop these locks when it closes the file.
+                pass  # only check for other programs, because SQLite drops these locks when it closes the file.
             # Pass temporary=True, because the caller already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:

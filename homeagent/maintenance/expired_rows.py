@@ -134,7 +134,7 @@ class ExpiredRows:
         return unit.devices.delete_pending(paired_before=self._times()["before"], limit=limit)
 
     def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
-        """Delete the rows that no constraint keeps, and return their number."""
+        """Delete the rows that no constraint keeps, and return the number of deleted rows."""
         if not page:
             return 0
         deleted, skipped = 0, Counter[str]()

@@ -1,9 +1,9 @@
 """Copy the application's own tables, and compare the copied rows with the source.
 
-The tables are read from both databases. A table is copied if both databases have it with the same columns. The engines
-store some types differently; for example, SQLite stores a timestamp as text. Therefore homeagent converts the values by
-the column types of the application's models. If a table has no model, homeagent converts the values by the types that
-SQLAlchemy finds in the database.
+homeagent reads the structure of the tables from both databases. A table is copied if both databases have the table with
+the same columns. The engines store some types differently; for example, SQLite stores a timestamp as text. Therefore
+homeagent converts the values by the column types of the application's models. If a table has no model, homeagent
+converts the values by the types that SQLAlchemy finds in the database.
 
 The engines can order text keys differently. Therefore the comparison does not follow the order of the keys. The
 comparison reads a page of rows from the source, and the rows with the same keys from the target.
@@ -65,7 +65,7 @@ __all__ = ["OwnTable", "late_references", "plan_own_tables"]
 PAGE = 500
 """Number of rows that a page has."""
 
-# Columns of these types have the same stored values on both engines, so the values are copied without decoding.
+# Both engines store the same values in columns of the following types, so homeagent copies the values without decoding.
 _STORED_ALIKE = (AutoString, EnumColumn, FlagColumn, JsonColumn, TimestampColumn)
 
 _Row = tuple[Any, ...]
@@ -286,9 +286,9 @@ def late_references(connection: Connection, tables: Sequence[OwnTable]) -> Itera
     """On PostgreSQL, defer the check of foreign keys to the end of the block. The check is deferred only for tables in
     which a row can precede the row that it refers to.
 
-    A row can precede the row that it refers to if a foreign key refers to its own table, or is part of a circle of
-    tables. Only the owner of a table can defer the check of its foreign keys. SQLite defers all foreign keys to the
-    COMMIT.
+    A row can precede the row that it refers to in two cases: a foreign key refers to its own table, or is part of a
+    circle of tables. Only the owner of a table can defer the check of its foreign keys. SQLite defers all foreign keys
+    to the COMMIT.
     """
     if not tables or connection.dialect.name == "sqlite":
         yield
@@ -310,7 +310,7 @@ def late_references(connection: Connection, tables: Sequence[OwnTable]) -> Itera
 
 
 def _in_order(connection: Connection, names: set[str]) -> list[str]:
-    """Return the names in an order in which each table follows the tables that its foreign keys refer to."""
+    """Sort the names so that each table follows the tables that its foreign keys refer to."""
     inspector = inspect(connection)
     parents = {
         name: {key["referred_table"] for key in inspector.get_foreign_keys(name)} & names - {name}

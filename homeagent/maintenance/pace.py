@@ -4,8 +4,8 @@ from __future__ import annotations
 
 __all__ = ["Pace"]
 
-# Longest time in which a batch may find and delete its rows while writers wait, in seconds. The limit does not include
-# the commit, whose duration hardly depends on the number of rows.
+# Longest time for finding and deleting the rows of a batch while other writers wait, in seconds. The limit does not
+# include the commit, whose duration hardly depends on the number of rows.
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
 

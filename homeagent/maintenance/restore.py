@@ -1,7 +1,7 @@
 """Restore a backup: check and upgrade a copy, replace the database, and keep the old database in quarantine.
 
-The backup lacks all later changes, such as consumed nonces, revocations and results. Therefore a restore begins a new
-epoch and stores the time of its start. The replay guard refuses messages that were signed before the start of the
+A backup lacks all changes after its time, such as consumed nonces, revocations and results. Therefore a restore begins
+a new epoch and stores the time of its start. The replay guard refuses messages that were signed before the start of the
 epoch, because their nonces may have been consumed.
 """
 
@@ -115,8 +115,8 @@ def restore(
     The docstring of `Database.restore()` describes the arguments, the report and all other errors.
 
     Raises:
-        InsecureFileError: if the backup, its manifest or the target is a link, has a second hard link, or has an owner
-            that `homeagent.engine.files.owners` does not trust.
+        InsecureFileError: if the backup, the manifest or the target is a link, has a second hard link, or has an
+            untrusted owner (see `homeagent.engine.files.owners`).
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     source, database, manifest = check_paths(backup, target)
@@ -164,7 +164,7 @@ def restore(
 
 
 def _read_old_database(database: Path) -> tuple[int, Devices | None]:
-    """Return the epoch and the devices of the old database. If a value can't be read, return 0 or None instead.
+    """Return the epoch and the devices of the old database. For a value that can't be read, return 0 or None.
 
     Read a copy, because SQLite would checkpoint and remove the original's WAL at close.
     """
@@ -244,8 +244,8 @@ def _source(backup: str | os.PathLike[str], database: Path) -> Path:
 def _not_in_use(source: Path) -> Iterator[None]:
     """Refuse a file that a process has open. While the block runs, prevent homeagent from opening the file.
 
-    During the block the caller can read the bytes of the file. The file must be closed because the caller would drop
-    SQLite's locks when it closes its descriptor.
+    During the block the caller can read the bytes of the file. The file must be closed, because closing the descriptor
+    of the caller drops SQLite's locks on the file.
     """
     with ExitStack() as locks:
         if os.path.lexists(in_use_path(source)):
@@ -280,7 +280,7 @@ def _check_header(source: Path, database: Path, manifest: Manifest | None) -> No
 
 
 def _marker(database: Path, timeout: timedelta) -> str | None:
-    # Release the lock after reading the marker, because other processes take the in-use lock first and then this lock.
+    # Release the lock after reading the marker, because other processes take the in-use lock before this lock.
     with sidecar_lock(database, timeout=timeout) as lock:
         return lock.read_marker()
 

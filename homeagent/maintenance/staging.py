@@ -106,7 +106,7 @@ def stage(
     the file.
     """
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
-        discard(stale)  # a restore that was killed before it wrote its marker left this file
+        discard(stale)  # a restore wrote this file, and was killed before it wrote the marker
     new = new_path(database, stamp)
     try:
         _copy(source, new, manifest, database=database)

@@ -27,7 +27,7 @@ __all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Number of deleted rows after which the sweep empties the WAL if other writers wait. Most deleted rows are in separate
+# If other writers wait, the sweep empties the WAL after this number of deleted rows. Most deleted rows are in separate
 # database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
 _ROWS_IN_LOG = 250
 
@@ -67,7 +67,7 @@ class SweepReport(BaseModel):
         idempotency_keys: number of deleted idempotency keys.
         pending_devices: number of deleted devices that had waited too long for their approval.
         device_changes: number of deleted rows of the feed of device changes.
-        more: True if the sweep ended early. After an early end, expired rows can remain.
+        more: True if the sweep ended early. Expired rows can remain after an early end.
         skipped: number of expired rows that a constraint of an application's table keeps. The skipped rows count as
             absent, and the next sweep tries to delete them again.
         constraints: names of the constraints that keep expired rows, each with the name of its table.

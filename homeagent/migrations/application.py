@@ -58,7 +58,7 @@ _PROTECTED = (*TABLES, VERSION_TABLE)
 _ENDS_TRANSACTION = re.compile(r"\s*(COMMIT|END|ABORT|ROLLBACK(?!.*\bTO\b))\b", re.IGNORECASE | re.DOTALL)
 
 Outside = Callable[[], AbstractContextManager[None]]
-"""Function that commits, leaves the transaction for the time of the block, and begins a new transaction."""
+"""Function that returns a context manager: commit, run the block, and begin a new transaction."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ __all__ = ["application_tables", "options", "render_item", "render_revision", "s
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Render homeagent's column types as plain types of SQLAlchemy. An old revision then keeps its meaning if a later
+    """Render homeagent's column types as plain types of SQLAlchemy. An old revision must keep its meaning when a later
     version changes homeagent's types.
 
     For any other type that is not SQLAlchemy's, the revision imports the module of the type.
@@ -91,7 +91,7 @@ def application_tables(package: str, *, more: Sequence[MetaData] = (), scripts: 
 
     Args:
         package: name of the package, or of a module.
-        more: other metadata whose tables are also compared.
+        more: further MetaData objects whose tables the comparison includes.
         scripts: folder of the revisions. The modules in the folder of the revisions are not imported.
     """
     _import_modules(package, scripts)

@@ -92,7 +92,7 @@ def check_expansion(
 
 
 def _steps(application: Application) -> Iterator[Application]:
-    """Yield the application at each of its revisions, oldest first."""
+    """For each revision, oldest first, yield the application with the revisions up to this revision."""
     scripts = application.scripts
     graph = {revision: {*script.parents, *script.dependencies} for revision, script in scripts.items()}
     try:

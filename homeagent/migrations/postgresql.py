@@ -46,8 +46,8 @@ __all__ = ["open_postgresql", "refuse_second_store", "upgrade_lock"]
 # Key of the advisory lock that each host takes before an upgrade. The number consists of the bytes of the text
 # "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of the advisory lock that a host also holds during an upgrade, for example while a revision runs outside a
-# transaction. A command of Alembic takes only the lock `_OUTSIDE_LOCK`.
+# Key of a second advisory lock. A host also holds the second lock during an upgrade, for example while a revision runs
+# outside a transaction. A command of Alembic takes only the lock `_OUTSIDE_LOCK`.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
 # Longest wait of a revision for a table's lock, in seconds. After the longest wait, homeagent rolls the whole upgrade
@@ -59,8 +59,8 @@ _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine sets another search_path for its session. The column reset_val of pg_settings still has the search_path of
-# the URL, the role or the database.
+# The engine sets a different search_path for the session. The column reset_val of pg_settings still has the search_path
+# of the URL, the role or the database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -82,7 +82,7 @@ def open_postgresql(
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema
-            can't be used or upgraded. If the upgrade fails, the database undoes it.
+            can't be used or upgraded. If the upgrade fails, the database undoes the upgrade.
     """
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
@@ -131,8 +131,8 @@ def refuse_second_store(connection: Connection) -> None:
     later schema.
 
     By default PostgreSQL first searches a schema that has the same name as the role, and then `public`. Another role
-    with the right CREATE on the database can create a schema with the name of homeagent's role, and store an approved
-    device in its tables. At its next start, homeagent would use the tables of the other role.
+    with the right CREATE on the database can create a schema with the name of homeagent's role. The tables of the
+    created schema can contain an approved device. At its next start, homeagent would use the tables of the other role.
 
     Raises:
         InvalidArgumentError: the search_path contains `"$user"`, and two of its schemas have a store.
@@ -234,9 +234,9 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
     """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks and
     settings.
 
-    During the block, this host holds the lock `_OUTSIDE_LOCK`, which belongs to the session. Do not hold the lock
-    `_ADVISORY_LOCK` during the block. A host that waits for this lock has a snapshot, and CREATE INDEX CONCURRENTLY
-    waits for all snapshots.
+    During the block, this host holds the session-level lock `_OUTSIDE_LOCK`. Do not hold the lock `_ADVISORY_LOCK`
+    during the block. A host that waits for this lock has a snapshot, and CREATE INDEX CONCURRENTLY waits for all
+    snapshots.
 
     Raises:
         MigrationError: a connection pooler may run each statement in another session.

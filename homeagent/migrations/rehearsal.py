@@ -1,5 +1,5 @@
-"""Keep the application's objects during an upgrade of a SQLite file. If an object or a row prevents the upgrade, the
-error names it.
+"""Keep the application's objects during an upgrade of a SQLite file. The error names an object or a row that prevents
+the upgrade.
 
 When a revision renames a rebuilt table, SQLite checks all views and triggers (https://sqlite.org/lang_altertable.html).
 A broken view or trigger makes the upgrade fail. Therefore the revisions first run on a scratch database in memory with
@@ -45,8 +45,7 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
         "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
         " AND name NOT IN (SELECT name FROM pragma_table_list WHERE type = 'shadow') ORDER BY "
     )
-    # Create the tables first and the triggers last, because a view can refer to a later view, and a trigger needs its
-    # table.
+    # Create the tables first and the triggers last. A view can refer to a later view, and a trigger needs its table.
     order = "CASE type WHEN 'table' THEN 1 WHEN 'view' THEN 2 ELSE 3 END, rowid"
     statements = [str(row[0]) for row in connection.exec_driver_sql(query + order)]
     found = None
@@ -104,7 +103,7 @@ def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
 def kept_objects(connection: Connection, revision: str) -> Iterator[None]:
     """If a revision in the block drops or changes indexes or triggers of the application, create them again.
 
-    Alembic's batch mode loses the triggers of a table and the indexes on expressions when it rebuilds the table.
+    When Alembic's batch mode rebuilds a table, it loses the triggers of the table and the indexes on expressions.
     Alembic's batch mode creates other indexes again without collations and without DESC.
 
     Args:

@@ -91,7 +91,7 @@ SPEAK_FOR_THEMSELVES = (
 
 class RevisionFailedError(Exception):
     """A revision of the application failed. The text of the error names the revision. The caller of `run_revisions()`
-    raises a MigrationError instead.
+    converts this error to a MigrationError.
     """
 
 
@@ -151,7 +151,9 @@ def tables(connection: Connection) -> set[str]:
 
 
 def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
-    """Count the rows of a SQLite file that refer to a missing row. Return the numbers by the names of both tables."""
+    """Count the rows of a SQLite file that refer to a missing row. Return a count for each pair of a table and the
+    table that it refers to.
+    """
     rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
     return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
 

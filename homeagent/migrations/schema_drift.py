@@ -96,7 +96,7 @@ def refuse_changed_schema(
 
 
 def schema_differences(connection: Connection) -> list[Difference]:
-    """Compare a schema at this version's revision with the schema that this revision creates.
+    """Compare a schema at this version's revision with the schema that homeagent's revisions create.
 
     Return the differences.
     """
@@ -180,7 +180,8 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
             continue
         command = f"DROP {kind.upper()} {_name(name)}"
         uses = mention.search(sql) is not None and reaches(raw, expected.tables, kind=kind, name=name, on=on)
-        # Compare names in lower case, because SQLite stores the name of a table as the author of the trigger wrote it.
+        # Compare names in lower case, because SQLite stores the name of a table as the author of the trigger wrote the
+        # name.
         if kind == "trigger" and on.lower() in expected.tables:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
             yield Difference(what, True, command, None if uses else "trigger", name)

@@ -79,9 +79,9 @@ def open_sqlite(
     in-use lock and no backup. The application's revisions run after homeagent's.
 
     Raises:
-        SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError, ForeignDatabaseError,
-        CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. The content of a refused
-        file is unchanged.
+        SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: the schema can't be used.
+        ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. The
+            content of a refused file is unchanged.
     """
     try:
         _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
@@ -97,7 +97,7 @@ def _open_sqlite(
     path = engine.path
     identified = identify_or_wait(engine)
     if not temporary and in_use_path(path).exists():
-        # Take the in-use lock first, which also finishes an interrupted restore.
+        # First take the in-use lock. The function that takes the lock also finishes an interrupted restore.
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout))
     state = identify(engine) if not identified else database_file.inspect_file(path, repair=False)
     if state is not None and state.st_size:
@@ -151,7 +151,7 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     """Identify a file before the first lock is taken, and return True if the file could be identified.
 
     Return False if a restore was interrupted. Also return False if the file is damaged, because a restore can be
-    replacing it. If the function returns False, the caller takes the in-use lock and calls `identify()` again.
+    replacing the file. If the function returns False, the caller takes the in-use lock and calls `identify()` again.
     """
     if database_file.size_of(in_use_path(engine.path)):
         return False  # the function `identify()` would refuse a second hard link that the restore added
@@ -249,7 +249,7 @@ def _make_or_upgrade(
                 "the newest good backup"
             )
         # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
-        # pragma foreign_keys before the transaction, because it has no effect inside a transaction.
+        # pragma foreign_keys before the transaction, because the pragma has no effect inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
         # Overwrite the old rows of a table that a revision recreates, because the rows contain hashes.
         raw.execute("PRAGMA secure_delete=ON")
@@ -309,8 +309,7 @@ class _Attempt:
 
 @contextmanager
 def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
-    """If the transaction in the block fails with an error that does not explain the failure, raise MigrationError
-    instead.
+    """If the transaction in the block fails with an unclear error, raise MigrationError.
 
     If Ctrl-C comes while Alembic rebuilds a table, Alembic runs another statement that fails. After Ctrl-C, raise the
     KeyboardInterrupt and not the error of a failed statement.

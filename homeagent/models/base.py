@@ -77,8 +77,8 @@ def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
         return handler(data)
     except ValidationError as error:
         without_input = _without_input(error)
-    # Do not raise the new error inside the `except` block. Its context would be the original error, which shows the
-    # input.
+    # Do not raise the new error inside the `except` block. The original error, which shows the input, would be the
+    # context of the new error.
     raise without_input
 
 
@@ -121,7 +121,7 @@ class PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """Return the condition of the index as the options of both engines."""
+        """Return the options of both engines with the condition of the index."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -247,8 +247,8 @@ class Table(Model, metaclass=_TableType):
         # Create SQLAlchemy's state before the attribute `__pydantic_fields_set__`. The attribute would mark the
         # instance as constructed, not as loaded.
         getattr(self, "_sa_instance_state", None)
-        # Do not replace the dictionary `__dict__` by a copy. Pydantic replaces `__dict__`, and a flush that calls a
-        # listener of `before_update` writes the values of the old dictionary (test_a_listener_of_a_flush_assigns).
+        # Do not replace the dictionary `__dict__` by a copy. A flush that calls a listener of `before_update` writes
+        # the values of the old dictionary, but Pydantic replaces the dictionary (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -322,13 +322,13 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. Constructors set this
-# attribute. Stores do not set it when they load an instance.
+# The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. The constructors of the models
+# set the attribute. A store that loads an instance does not set the attribute.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
-    """A descriptor that creates SQLAlchemy's state of a loaded instance at its first use by the ORM.
+    """A descriptor that creates SQLAlchemy's state when the ORM uses a loaded instance for the first time.
 
     Creating the state takes longer than all other steps of loading an instance. The ORM uses only few instances. A
     constructed instance has its state in `__dict__`, which has precedence over the descriptor.

@@ -51,8 +51,8 @@ class DeviceStatus(StrEnum):
     REVOKED = "revoked"
 
 
-# Do not reword the condition of the partial index, because SQLite uses the index only for a query with the same terms
-# (https://sqlite.org/partialindex.html, section 3; `test_the_index_counts`).
+# Do not reword the condition of the partial index. SQLite uses the index only for a query with the same terms
+# (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
 PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 """SQL condition for the pending devices."""
 
@@ -60,15 +60,15 @@ PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 class Device(Table, table=True):
     """A row of the table `devices`.
 
-    Do not use this model for requests, because a client could then set the field `approved`; use the schemas.
+    Use the schemas for requests. With this model as a request, a client could set the field `approved`.
     """
 
     __tablename__ = "devices"
     __table_args__: ClassVar[Any] = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
-        # The index contains the columns of the condition, so SQLite counts the pending devices without reading whole
-        # rows with their metadata.
+        # The index contains the columns of the condition. Therefore SQLite counts the pending devices without reading
+        # whole rows with their metadata.
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
@@ -77,7 +77,7 @@ class Device(Table, table=True):
     shared_secret_hash: Name = Field(
         repr=False,
         exclude=True,
-        description="Hash of the present secret, with a prefix for the kind of hash. Not in the repr or in a dump.",
+        description="Hash of the present secret, with a prefix for the kind of hash. The repr and dumps omit the hash.",
     )
     approved: bool = Field(
         default=False,
@@ -86,7 +86,8 @@ class Device(Table, table=True):
     )
     paired_at: Timestamp = Field(description="Time of the pairing.")
     last_seen_at: Timestamp | None = Field(
-        default=None, description="Null until the device is seen for the first time. Written at most once a minute."
+        default=None,
+        description="Null until the device is seen for the first time. Updated at most once a minute.",
     )
     metadata_: Json = Field(
         default=None,
@@ -96,7 +97,7 @@ class Device(Table, table=True):
     )
     approved_at: Timestamp | None = Field(
         default=None,
-        description="Time of the last approval. Null before the first, or if an old version approved the device.",
+        description="Time of the last approval. Null before the first approval, or if an old version approved the device.",
     )
     revoked_at: Timestamp | None = Field(
         default=None, description="Time of the revocation. Null without a revocation, or after a later approval."
@@ -143,8 +144,8 @@ def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # SQLAlchemy does not load an expired attribute before a new value is set. The history of the attribute can then
-    # lack the old value.
+    # SQLAlchemy does not load an expired attribute before a new value is set. The history of an expired attribute can
+    # therefore lack the old value.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

@@ -1,7 +1,7 @@
 """The feed of device changes, which triggers of the schema write in the order of the commits.
 
-A reader of the feed keeps the number of the last change that it has read, and later asks for the changes after this
-number. If the feed no longer contains the reader's number, the reader must read all devices again.
+A reader of the feed keeps the number of the last change that it has read. Later, the reader asks for the changes with
+greater numbers. If the feed no longer contains the reader's number, the reader must read all devices again.
 """
 
 from enum import StrEnum
@@ -26,7 +26,7 @@ class DeviceChangeKind(StrEnum):
     APPROVED = "approved"
     REVOKED = "revoked"
     ROTATED = "rotated"
-    """The stored hash or verifier of the secret has changed, also if the secret itself is still the same."""
+    """The stored hash or verifier of the secret has changed, even if the secret itself is still the same."""
     UPDATED = "updated"
     DELETED = "deleted"
     RESET = "reset"
@@ -50,10 +50,8 @@ class DeviceChange(Table, table=True):
             autoincrement=False,
             nullable=False,
         ),
-        description="Number of the change. A later commit has a greater number.",
+        description="Number of the change. Changes of later commits have greater numbers.",
     )
     device_id: Identifier | None = Field(default=None, description="Null for the kind `reset`.")
     kind: DeviceChangeKind = Field(description="Kind of the change.")
-    at: Timestamp = Field(
-        description="Time of the change, as the device's row states it, else by the database's clock."
-    )
+    at: Timestamp = Field(description="Time of the change, from the device's row or from the database's clock.")

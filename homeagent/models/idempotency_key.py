@@ -111,7 +111,7 @@ class IdempotencyKey(Table, table=True):
     )
     lease_expires_at: Timestamp | None = Field(
         default=None,
-        description="From this timestamp on the attempt is abandoned unless renewed. Null after the outcome.",
+        description="End of the lease, after which the attempt is abandoned unless renewed. Null after the outcome.",
     )
     downstream_key: Name | None = Field(
         default=None,
@@ -157,7 +157,7 @@ class IdempotencyScope:
     def of_record(cls, device_id: str, method: str, key: str) -> Self:
         """Return the scope of a stored record, whose texts can break the rules for new texts.
 
-        The returned scope can find and settle the record, but the methods `insert()` and `claim()` refuse it.
+        The returned scope can find and settle the record. The methods `insert()` and `claim()` refuse the scope.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
@@ -174,8 +174,8 @@ class IdempotencyScope:
 
 
 class _RecordedScope(IdempotencyScope):
-    """A scope whose text is invalid, read from a stored record. The constructor of `IdempotencyScope` refuses such a
-    text.
+    """A scope whose text is invalid, read from a stored record. The constructor of `IdempotencyScope` refuses an
+    invalid text.
     """
 
     __slots__ = ()

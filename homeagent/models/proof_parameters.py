@@ -9,7 +9,7 @@ from homeagent.errors import InvalidArgumentError
 __all__ = ["MIN_ITERATIONS", "ProofParameters"]
 
 MIN_ITERATIONS = 4_096
-"""Minimum number of iterations in RFC 7677 section 4. It is enough for a generated secret, which can't be guessed."""
+"""Minimum number of iterations in RFC 7677 section 4, which is enough for a generated secret."""
 
 # A proof with the maximum number of iterations takes a few seconds. A gateway that asks for more iterations than this
 # maximum could keep the device busy.

@@ -39,8 +39,7 @@ __all__ = [
 ]
 
 
-# The alias `metadata_` comes first, because validation from a row would otherwise read SQLAlchemy's attribute
-# `metadata`.
+# If the alias `metadata_` did not come first, validation from a row would read SQLAlchemy's attribute `metadata`.
 PublicMetadata = Annotated[
     Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
 ]
@@ -90,7 +89,7 @@ class AgentUpdate(Model):
     config: Json = None
 
 
-# The texts of a reply come from a row, and a row of an earlier version can break the rules for new texts.
+# The texts of a reply come from a row. A row that an earlier version wrote can break the rules for new texts.
 
 
 class AgentPublic(Model):
@@ -110,7 +109,7 @@ class DevicePair(MetadataSchema):
     role: Role
     shared_secret: ChosenSecret | None = Field(
         default=None,
-        description="Secret that a person chose. If left out, the reply returns a new secret of 256 bits once.",
+        description="Secret that a person chose. Without a secret, the reply contains a new secret of 256 bits.",
     )
     metadata_: PairingJson = Field(default=None, alias="metadata", description="JSON of at most 16 KiB.")
 
@@ -184,7 +183,7 @@ class SecretCheck:
 class AgentSessionCreate(MetadataSchema):
     """Request to create a session. An application can use this model as a request body."""
 
-    session_id: SessionId = Field(default_factory=new_session_id, description="If left out, a new UUIDv7.")
+    session_id: SessionId = Field(default_factory=new_session_id, description="Default: a new UUIDv7.")
     agent_id: Identifier
     sender_id: Label | None = None
     channel_id: Label | None = None

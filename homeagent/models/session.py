@@ -44,8 +44,8 @@ def new_session_id() -> str:
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
     """Return the SHA-256 of a JSON array with the route of a session: the agent, the sender and the channel.
 
-    A unique index on the three columns would not work, because two NULL values count as different. The JSON array
-    separates the three values even if they contain separators.
+    A unique index on the three columns would not work, because two NULL values count as different. The JSON array keeps
+    the three values apart, even if a value contains the separator.
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
@@ -121,8 +121,8 @@ def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Set the session's new route unless another session has the route. The method `sessions.create()` sets a route
-    under the same condition.
+    """Set the session's new route unless another session has the route. The method `sessions.create()` also sets a
+    route only if no other session has the route.
     """
     if not _changes_route(session):
         return

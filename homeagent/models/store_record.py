@@ -8,7 +8,7 @@ from homeagent.models.types import TimestampColumn, text_column
 __all__ = ["store_table"]
 
 # The table has no model, because only homeagent reads the row. Creating a model class would take longer than all uses
-# of this row.
+# of the row.
 store_table: Table = Table(
     "store",
     metadata,

@@ -101,7 +101,9 @@ def check_application(collector: Collector, connection: Connection) -> None:
 
 
 def report_orphans(collector: Collector, broken: Counter[tuple[str, str]]) -> None:
-    """Report rows of the application's tables that refer to a missing row. The report has the names of both tables."""
+    """Report rows of the application's tables that refer to a missing row. The report names the table with the
+    reference and the referenced table.
+    """
     if not broken:
         return
     shown = "; ".join(f"from {child} to {parent}: {rows:,}" for (child, parent), rows in sorted(broken.items()))

@@ -88,8 +88,8 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
-    """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without it. The checks
-    find the cause.
+    """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without the unit. The
+    checks find the cause.
     """
     with ExitStack() as stack:
         try:

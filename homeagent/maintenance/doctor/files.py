@@ -1,6 +1,6 @@
 """Check a SQLite database without opening it: names, owners, modes, leftovers, backups, file system, free space.
 
-Do not open the database file in this module, but use `lstat`. Closing the file would release the locks that SQLite
+Do not open the database file in this module. Use `lstat` instead. Closing the file would release the locks that SQLite
 holds on the file in this process (see `homeagent.engine.files.database_file`).
 """
 

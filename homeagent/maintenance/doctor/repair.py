@@ -56,7 +56,8 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# If a finding of these checks is critical, do not change rows. The rows can be damaged, or the clock can be wrong.
+# If a finding of these checks is critical, the doctor must not change rows. The rows can be damaged, or the clock can
+# be wrong.
 _HANDS_OFF = (
     "database",
     "integrity",

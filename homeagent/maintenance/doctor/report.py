@@ -117,7 +117,7 @@ class Repair(BaseModel):
 
 
 class Diagnosis(BaseModel):
-    """State of a database, as `homeagent doctor --json` prints it.
+    """Report about a database, which `homeagent doctor --json` prints as JSON.
 
     Attributes:
         location: path of the file, or URL of the server without the password.
@@ -217,8 +217,8 @@ class Collector:
 
     @contextmanager
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
-        """Run a check in the `with` block. If the check raises an error, report a finding instead, so later checks
-        still run.
+        """Run a check in the `with` block. If the check raises an error, report a finding, so that later checks still
+        run.
 
         After a failed statement, PostgreSQL refuses all other statements of the transaction. Therefore each check runs
         in its own savepoint.

@@ -73,8 +73,8 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         return False
     in_use = look_at(in_use_path(path))
     if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
-        # Do not take the in-use lock, because this would create its file or change the mode. The doctor must not modify
-        # files.
+        # Do not take the in-use lock, because taking the lock would create the lock file or change its mode. The doctor
+        # must not modify files.
         collector.skip("the 'database in use' lock file is missing or not private", "wal")
         return in_use is None  # while a process has the database open, the lock file exists
     try:
@@ -177,7 +177,8 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
 
 def _check_journal_mode(collector: Collector, path: Path, connection: Connection) -> None:
     mode = journal_mode(path, connection)
-    # For a file that the calling process has open, `journal_mode()` returns None. Such a file is in WAL mode.
+    # For a file that the calling process has open, `journal_mode()` returns None. A file that homeagent has open is in
+    # WAL mode.
     if mode in ("wal", None):
         return
     summary = f"The journal mode is {mode!r} and not 'wal'."

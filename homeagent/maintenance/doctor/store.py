@@ -267,7 +267,8 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
     """
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
-    # The rows are ordered by activity: if two sessions have the same route, the session that was active last gets it.
+    # If two sessions have the same route, the session that was active last gets the route. Therefore the rows are
+    # ordered by activity.
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):

@@ -34,9 +34,7 @@ class EnumColumn(TypeDecorator[StrEnum]):
         self._stored: dict[Any, str] = {member.value: member.value for member in kind}
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the value of a member. The dictionary finds a member by its text, because a StrEnum member equals its
-        value.
-        """
+        """Return the value of a member. The keys of the dictionary are texts, and a StrEnum member equals its text."""
         try:
             return self._stored[value]
         except (KeyError, TypeError):

@@ -36,7 +36,8 @@ MAX_PAIRING_JSON_BYTES = 16 * 1024
 MAX_RESULT_BYTES = 1024 * 1024
 """Maximum length of the JSON text of a result."""
 
-# Python can refuse to read an integer with more digits than this number (function sys.set_int_max_str_digits()).
+# If an integer has more digits than this number, Python can refuse to read the integer (function
+# `sys.set_int_max_str_digits()`).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 

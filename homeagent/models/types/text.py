@@ -100,7 +100,7 @@ def _check_id(value: str, what: str, octets: int) -> str:
 
 
 def _is_visible(text: str, place: int) -> bool:
-    """Return True if an id can have the character at this place of the text.
+    """Return True if an id can contain the character at the given position.
 
     The joiners U+200C and U+200D must be between two letters or emoji. A variation selector (U+FE0E or U+FE0F) must
     follow an emoji. Every other character must be visible.
@@ -143,7 +143,7 @@ def check_identifier(value: str, what: str = "an id") -> str:
 def check_session_id(value: str, what: str = "an id") -> str:
     """Return the value if it is a valid id of a new session. Otherwise raise InvalidArgumentError.
 
-    The rules are the same as for `check_identifier()`, but the id can have up to 1,024 bytes.
+    The rules of `check_identifier()` apply, but the id can have up to 1,024 bytes.
     """
     return _check_id(value, what, MAX_LABEL_BYTES)
 

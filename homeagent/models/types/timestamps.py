@@ -62,8 +62,8 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Return the value in UTC, floored to whole milliseconds, or the current time if the value is None or later than
-    now.
+    """Return the value in UTC, floored to whole milliseconds. If the value is None or later than now, return the
+    current time.
 
     Use the function for the time of a past event. A later value means that the clock of the caller is ahead. The
     function raises the same errors as `check_timestamp()`.
