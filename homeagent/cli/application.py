@@ -35,7 +35,7 @@ class _Common:
     """Values of the common options, which can stand before or after the name of the command.
 
     Attributes:
-        database: the --database option nearest to the command, or None.
+        database: value of the --database option that is nearest to the command, or None.
         as_json: True if the arguments contain `--json`. With `--json` errors are JSON too, even if an option to the
             left of `--json` is wrong.
     """

@@ -40,7 +40,7 @@ timestamp_option: partial[Any] = partial(option, callback=_check_timestamp, meta
 
 
 def parsed_timestamp(text: str | None) -> datetime | None:
-    """Return the value of a `timestamp_option`, or None without a value."""
+    """Return the value of a `timestamp_option`, or None if the option is absent."""
     return None if text is None else datetime.fromisoformat(text)
 
 

@@ -39,8 +39,8 @@ def backup(
 ) -> None:
     """Copy the database while other processes use it.
 
-    The copy gets its final name only after the command has verified it. A manifest next to the backup, with .json after
-    its name, records time, revision, rows, size and SHA-256.
+    The copy gets its final name only after the command has verified it. The manifest is the file next to the backup
+    whose name ends in .json. The manifest records time, revision, rows, size and SHA-256.
     """
     from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
 

@@ -1,4 +1,4 @@
-"""All commands. Importing a module adds its commands, and the order of the imports is their order in the help."""
+"""All commands. Importing a module adds its commands. The help lists the commands in the order of the imports."""
 
 import io
 import logging

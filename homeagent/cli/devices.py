@@ -107,8 +107,8 @@ def approve(
                 expected_role=role or seen.role,
                 expected_secret_hash=seen.shared_secret_hash,
                 expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
-                # Without `--yes`, compare the status, because another administrator can revoke the device before the
-                # answer.
+                # Without --yes, compare the status before and after the question. Another administrator can revoke the
+                # device before the operator answers.
                 expected_status=status if yes else status or seen.status,
             )
         )

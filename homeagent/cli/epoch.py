@@ -27,7 +27,7 @@ def begin_epoch(
 ) -> None:
     """Begin a new epoch after the database was restored by other means than 'homeagent restore'.
 
-    Other means are, for example, the tools of a server, or a snapshot of a disk or of a virtual machine. Stop the
+    Run the command, for example, after the tools of a server or a snapshot of a disk restored the database. Stop the
     gateways first. In the new epoch, gateways refuse messages that were signed before the epoch began. The beginning of
     an epoch cannot be undone, so the command shows the current epoch and asks for a confirmation. The option --yes
     needs --epoch.

@@ -75,9 +75,7 @@ def new(
 
 
 def import_tables(migrations: str | None) -> None:
-    """Import the tables of the package that --migrations names. As a result, the column types of the tables are
-    known.
-    """
+    """Import the tables of the package that --migrations names. The imports define the column types of the tables."""
     named, folder = _named_folder(migrations or "")
     if named:
         _application_tables(named, folder)
@@ -132,8 +130,8 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # Remove Alembic's comments that ask the developer to adjust the revision. The command itself asks the developer
-        # to do so.
+        # The command itself asks the developer to read the revision, so remove Alembic's comments with the same
+        # request.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

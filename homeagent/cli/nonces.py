@@ -17,8 +17,8 @@ nonces: typer.Typer = group("nonces", help="Release the nonces of a device that 
 def forget(context: typer.Context, device_id: DeviceArgument) -> None:
     """Stop counting a device's stored nonces against the limit of the device.
 
-    First let the gateway keep nonces for a shorter time. The rows stay until the nonces expire, so a message with a
-    released nonce is still refused as a replay.
+    First configure the gateway to keep nonces for a shorter time. The rows stay until the nonces expire, so a message
+    with a released nonce is still refused as a replay.
     """
     with open_named(context) as opened:
         released = opened.nonces.forget(device_id)

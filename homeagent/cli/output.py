@@ -30,7 +30,7 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
     a function that prints the output for people.
     """
     if context.obj.as_json:
-        # Escape characters outside ASCII, so that the output is valid in any encoding, and an id can't control the
+        # Escape characters outside ASCII. The output is then valid in any encoding, and an id can't control the
         # terminal.
         typer.echo(json.dumps(value, indent=2))
     elif isinstance(text, str):
@@ -135,8 +135,8 @@ def _parts(text: str, width: int) -> list[str]:
 
 
 def _joined(parts: Iterable[str], width: int) -> list[str]:
-    """Join the parts of a text to lines of at most `width` cells. A part that is wider than `width` cells gets a
-    separate line.
+    """Join the parts of a text to lines that are at most `width` terminal cells wide. A part that is wider than `width`
+    cells gets a separate line.
     """
     lines = [""]
     for part in parts:

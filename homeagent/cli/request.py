@@ -29,7 +29,7 @@ def request(model: type[M], **values: Any) -> M:
 
 
 def json_argument(text: str | None, name: str) -> Any:
-    """Return the value of an argument that is JSON, or None without the argument."""
+    """Return the value of a JSON argument, or None if the argument is absent."""
     if text is None:
         return None
     try:

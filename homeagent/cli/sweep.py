@@ -17,7 +17,7 @@ _LONGEST_BUDGET = 366 * 24 * 3600.0
 
 
 def _budget(seconds: float | None) -> float | None:
-    # Do not write two comparisons with `or`: this chained comparison also refuses NaN.
+    # Do not replace the chained comparison by two comparisons with `or`: the chained comparison also refuses NaN.
     if seconds is not None and not 0.001 <= seconds <= _LONGEST_BUDGET:
         raise typer.BadParameter("it must be from 0.001 seconds to 366 days.")
     return seconds

@@ -12,8 +12,8 @@ of the character:
 - a character of another script than the main script of the text.
 
 The script of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and hangul count as one
-script, because names mix the four. The main script is Latin if the text has Latin letters, and otherwise the most
-frequent script.
+script, because names mix these four scripts. The main script is Latin if the text has Latin letters, and otherwise the
+most frequent script.
 
 If the main script is not Latin, the name of the script follows the text. Quotes surround a text that contains an
 escape, begins or ends with a space, or is not in NFC.
@@ -34,8 +34,8 @@ _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC",
 
 
 def _script(character: str) -> str | None:
-    """Return the script of a letter, mark or digit. For an ASCII digit, a shared mark and any other character, return
-    None.
+    """Return the script of a letter, mark or digit. Return None for an ASCII digit, for a mark that several scripts
+    share, and for all other characters.
     """
     if not unicodedata.category(character).startswith(("L", "M", "N")) or character in "0123456789":
         return None
@@ -46,8 +46,8 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
-    """Return Latin if the text has Latin letters, and otherwise its most frequent script. If no character has a script,
-    return None.
+    """Return Latin if the text has Latin letters. Otherwise return the most frequent script of the text. If no
+    character has a script, return None.
     """
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None

@@ -5,7 +5,7 @@ version, constraints can lack names, and primary keys can contain NULL. The adop
 version to homeagent's tables. A row without a key moves to a separate table, because no homeagent table accepts the
 row.
 
-`preview_adoption` only reads. The function `adopt` takes the report that the administrator confirmed. It refuses a
+`preview_adoption` only reads. The function `adopt` takes the report that the administrator confirmed, and refuses a
 database that has changed since the report. On SQLite the changes are one transaction after a backup. The transaction
 also writes the application id. Even if the process is killed, the file belongs either to the application or to
 homeagent.
@@ -249,7 +249,7 @@ def _examine(connection: Connection, application: Application, location: str) ->
 
 
 def _roll_back(path: Path, timeout: timedelta) -> None:
-    """Let SQLite undo a transaction that a killed program left, as each program does that opens the file."""
+    """Let SQLite undo a transaction that a killed program left unfinished."""
     engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
     try:
         with engine.translated(), closing(engine.open_source()) as raw:

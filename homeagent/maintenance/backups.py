@@ -65,7 +65,7 @@ def back_up(
         clock: clock for the time of the backup.
         keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
             not include a backup without a manifest, a backup from an upgrade, or a backup whose owner `restore()` would
-            refuse. A new backup does not remove the backups that `keep` does not count.
+            refuse. A new backup does not remove the backups that the argument `keep` does not count.
         replace: True to replace an existing file.
         timeout: longest wait for another backup into the same directory.
         stop: function that is called repeatedly during the backup. If the function returns True, the backup is
@@ -110,7 +110,7 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
     except DatabaseBusyError:
         return None
     try:
-        # Check again with the lock, because another process can have made the backup in between.
+        # Check again under the lock, because another process can have made the backup in the meantime.
         if not _is_due(engine.path, directory, schedule, clock()):
             return None
         return _make_in(directory, engine, clock=clock, keep=schedule.keep, stop=stop)

@@ -1,4 +1,4 @@
-"""Check the content of a SQLite file while the database is open, because opening does not check a large file."""
+"""Check the content of a SQLite file while the database is open. Opening a large file does not check its content."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Copy a whole store into an empty store of any engine in one transaction, and compare the two stores.
 
 Stored values are copied without decoding. For example, a timestamp stays a number of milliseconds, and JSON stays text.
-Rows are read in pages by primary key, which limits the memory. Both engines order the keys by bytes, so the two stores
-can be compared row by row.
+The copy reads rows in pages by primary key, which limits the memory. Both engines order the keys by bytes, so the two
+stores can be compared row by row.
 """
 
 from __future__ import annotations

@@ -203,7 +203,7 @@ class OwnTable:
                 yield {"table": table, "name": name}
 
     def advance_sequence(self, target: Connection, last: int) -> None:
-        """Make the target number new rows above the copied rows and above the argument `last`."""
+        """Ensure that new rows in the target get numbers above the copied rows and above the argument `last`."""
         if target.dialect.name == "sqlite":
             # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
             if last and target.execute(_AUTOINCREMENT, {"table": self.name}).first():

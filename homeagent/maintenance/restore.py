@@ -82,8 +82,8 @@ class RestoreReport(BaseModel):
         rows: number of rows of each table, including the application's tables.
         readmitted_devices: ids of approved devices that had no approval or another role before the restore. A device in
             this list was revoked, deleted or paired again after the backup. None if the old database could not be read.
-        old_secret_devices: ids of approved devices whose secret changed after the backup, so the restored secret is an
-            older one. None if the old database could not be read.
+        old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back an
+            older secret. None if the old database could not be read.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -280,13 +280,13 @@ def _check_header(source: Path, database: Path, manifest: Manifest | None) -> No
 
 
 def _marker(database: Path, timeout: timedelta) -> str | None:
-    # Release the lock after reading the marker, because other processes take the in-use lock before this lock.
+    # Release the lock after reading the marker, because other processes take the in-use lock before the sidecar lock.
     with sidecar_lock(database, timeout=timeout) as lock:
         return lock.read_marker()
 
 
 def _identify_target(database: Path) -> None:
-    """Refuse another application's file before a lock file is created next to it."""
+    """Refuse a file of another application before homeagent creates a lock file next to the file."""
     state = inspect_file(database, is_database=False, repair=False)
     if state is None or state.st_size == 0 or any(map(size_of, (lock_path(database), in_use_path(database)))):
         return  # if a lock file has content, the function `_refuse_target()` checks the target later.

@@ -136,7 +136,7 @@ class Application:
         return stored
 
     def adopted_revisions(self, connection: Connection) -> set[str]:
-        """Return the revisions in Alembic's own version table, if `upgrade` will rename the table.
+        """If `upgrade` will rename Alembic's own version table, return the revisions in the table.
 
         Raises:
             SchemaTooNewError: the table has a revision that the application does not have.

@@ -32,7 +32,7 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
     """Render homeagent's column types as plain types of SQLAlchemy. An old revision must keep its meaning when a later
     version changes homeagent's types.
 
-    For any other type that is not SQLAlchemy's, the revision imports the module of the type.
+    For a type of another package, the revision imports the module of the type.
     """
     if kind != "type":
         return False

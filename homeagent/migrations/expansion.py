@@ -4,8 +4,8 @@ Administrators upgrade hosts one after the other: the first upgraded host change
 Therefore columns and names that old code uses must stay, and the schema must still accept the rows that old code
 writes. The check runs the revisions on an empty database, and compares the schemas before and after each revision.
 
-A later release removes the parts that no code uses any more. The revision of that release declares itself a
-contraction:
+A later release removes the parts of the schema that no code uses any more. The revision that removes parts of the
+schema declares itself a contraction:
 
     oldest_revision = "a7"
 

@@ -78,7 +78,8 @@ def open_postgresql(
     """With `migrate=True`, bring the schema to the revision of this version of homeagent, one host at a time.
 
     With `migrate=False`, the schema must be up to date. The argument `timeout` is the longest wait for another host
-    that upgrades the schema, and for units that lock its tables. The application's revisions run after homeagent's.
+    that upgrades the schema, and for transactions that lock its tables. The application's revisions run after
+    homeagent's.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema
@@ -127,8 +128,7 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse the database if the `search_path` finds homeagent's tables in the schema with the role's name and in a
-    later schema.
+    """Refuse the database if two schemas of the `search_path` have a store, and the first has the name of the role.
 
     By default PostgreSQL first searches a schema that has the same name as the role, and then `public`. Another role
     with the right CREATE on the database can create a schema with the name of homeagent's role. The tables of the

@@ -38,7 +38,8 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
     Args:
         connection: connection to the file, in a transaction.
         act: description of the upgrade for the error, such as "upgrading 'homeagent.db' from '0001'".
-        run: function that upgrades the scratch database. The caller gets a SchemaChangedError that `run` raises.
+        run: function that upgrades the scratch database. A SchemaChangedError that `run` raises reaches the caller
+            unchanged.
     """
     # SQLite creates the shadow tables together with their virtual table.
     query = (

@@ -1,11 +1,12 @@
 """Read the revision of a schema, decide whether this version of homeagent can use the schema, and run the missing
 revisions.
 
-For an up-to-date database, homeagent runs only one SELECT and does not import Alembic, whose import takes 80 ms.
+For an up-to-date database, homeagent runs only one SELECT. homeagent does not import Alembic, because the import takes
+80 ms.
 
 The application can run a command of Alembic at the same time. Therefore the function `upgrade()` does not change
 Alembic's global objects `alembic.context` and `alembic.op`. The function does not run `env.py`, and gives each script a
-separate object `op`. The scripts are read as resources, so they can be in a zip file.
+separate instance of Alembic's object `op`. The scripts are read as resources, so they can be in a zip file.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ SPEAK_FOR_THEMSELVES = (
 
 class RevisionFailedError(Exception):
     """A revision of the application failed. The text of the error names the revision. The caller of `run_revisions()`
-    converts this error to a MigrationError.
+    converts a RevisionFailedError to a MigrationError.
     """
 
 
@@ -227,8 +228,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
     if "store" not in tables(connection):
         raise SchemaTooNewError(revision, known=REVISION)
     oldest = connection.execute(text("SELECT oldest_revision FROM store")).scalar()
-    # A revision that this version of homeagent knows is its own revision or an older revision, and therefore
-    # compatible.
+    # This version of homeagent knows its own revision and older revisions, which are all compatible.
     if oldest not in known:
         raise SchemaTooNewError(revision, known=REVISION)
     logger.info(
@@ -272,7 +272,7 @@ def run_revisions(
 
     Args:
         connection: connection in a transaction.
-        modules: modules of all revisions. Each module gets a separate object `op` of Alembic.
+        modules: modules of all revisions. Each module gets a separate instance of Alembic's object `op`.
         version_table: name of the version table.
         to: newest revision to run.
         autocommit: function that Alembic's method `autocommit_block()` calls.

@@ -121,7 +121,7 @@ class PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """Return the options of both engines with the condition of the index."""
+        """Return the index options of both engines, including the condition."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -189,9 +189,9 @@ class Table(Model, metaclass=_TableType):
     ondelete="CASCADE")`.
 
     Raises (when the class is defined):
-        InvalidArgumentError: if the name of the table is reserved, another class has the same table name, or a field is
-            a datetime without the checks of the type `Timestamp`. The names of homeagent's tables and names that begin
-            with `homeagent_` are reserved.
+        InvalidArgumentError: if the name of the table is reserved, or another class has the same table name. The error
+            is also raised if a datetime field lacks the checks of the type `Timestamp`. The names of homeagent's tables
+            and names that begin with `homeagent_` are reserved.
         TypeError: if the class derives from a table of homeagent.
     """
 
@@ -244,8 +244,8 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state before the attribute `__pydantic_fields_set__`. The attribute would mark the
-        # instance as constructed, not as loaded.
+        # Create SQLAlchemy's state while the instance still counts as loaded. The attribute
+        # `__pydantic_fields_set__` marks an instance as constructed.
         getattr(self, "_sa_instance_state", None)
         # Do not replace the dictionary `__dict__` by a copy. A flush that calls a listener of `before_update` writes
         # the values of the old dictionary, but Pydantic replaces the dictionary (test_a_listener_of_a_flush_assigns).
@@ -266,8 +266,8 @@ class Table(Model, metaclass=_TableType):
             # A store sets only the fields of a loaded instance. Setting Pydantic's attributes took a third of the time
             # of creating an instance. All loaded instances have the same values of Pydantic's attributes.
             if name == "__pydantic_fields_set__":
-                # Create SQLAlchemy's state first. Later, the attribute `__pydantic_fields_set__` would mark the
-                # instance as constructed, not as loaded.
+                # Create SQLAlchemy's state first. Later, the attribute `__pydantic_fields_set__` marks the instance as
+                # constructed.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
@@ -322,8 +322,8 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. The constructors of the models
-# set the attribute. A store that loads an instance does not set the attribute.
+# The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. An instance has the attribute
+# only if a constructor created it, not if a store loaded it.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 

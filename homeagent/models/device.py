@@ -97,7 +97,7 @@ class Device(Table, table=True):
     )
     approved_at: Timestamp | None = Field(
         default=None,
-        description="Time of the last approval. Null before the first approval, or if an old version approved the device.",
+        description="Time of the last approval. Null before any approval, or if an old version approved the device.",
     )
     revoked_at: Timestamp | None = Field(
         default=None, description="Time of the revocation. Null without a revocation, or after a later approval."
@@ -137,8 +137,8 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If the ORM changes the column `approved`, set the other columns that the methods `devices.approve()` and
-    `devices.revoke()` set.
+    """If the ORM changes the column `approved`, also set the columns that `devices.approve()` and `devices.revoke()`
+    set.
     """
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():

@@ -19,7 +19,8 @@ __all__ = ["DeviceChange", "DeviceChangeKind"]
 class DeviceChangeKind(StrEnum):
     """Kind of a device change.
 
-    One UPDATE can cause several changes. The kind `updated` stands only for an UPDATE without a change of another kind.
+    One UPDATE can cause several changes. A change has the kind `updated` only if the UPDATE causes no change of another
+    kind.
     """
 
     PAIRED = "paired"

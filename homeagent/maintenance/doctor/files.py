@@ -250,9 +250,9 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _stamp(file: Path, pattern: Path) -> datetime | None:
-    """Return the time in the name of a file that a restore created. If the name has another form, return None."""
+    """Return the time in the name of a file that a restore created. If the name contains no time, return None."""
     before, _, after = pattern.name.partition("*")
-    # The -wal and -shm files of a quarantine have the same name with a suffix.
+    # The names of the -wal and -shm files of a quarantine add a suffix to the name of the quarantine.
     found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)
     return None if found is None else datetime.strptime(found[1], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC)
 

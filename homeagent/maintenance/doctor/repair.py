@@ -1,4 +1,4 @@
-"""Repair, without loss of data, file modes, partial copies, expired rows and hashes, route keys, and the WAL."""
+"""Repair file modes, partial copies, expired rows and hashes, route keys, and the WAL without loss of data."""
 
 from __future__ import annotations
 

@@ -208,8 +208,8 @@ class Collector:
     critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why the named checks did not run. Leave out a check that already has a finding or a
-        reason.
+        """Record the reason why the named checks did not run. Leave out a check that already has a finding, or a reason
+        why the check did not run.
         """
         for check in checks:
             if check not in self.findings:

@@ -51,8 +51,8 @@ def check_sqlite(collector: Collector, path: Path) -> None:
         _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
-            # Another process has opened the database during the checks. If a file is read without locks during a write,
-            # the file looks damaged. Therefore take locks and check the file again.
+            # Another process has opened the database during the checks. A file that is read without locks during a
+            # write looks damaged. Take locks and check the file again.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
     collector.skip("the database can't be opened", *_INSIDE)

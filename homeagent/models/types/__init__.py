@@ -1,6 +1,6 @@
 """Types of fields and columns for text, timestamps, JSON, enums and flags.
 
-Models validate fields, and stores validate arguments, by the same functions of this package.
+The models and the stores validate values by the same functions of this package.
 """
 
 from homeagent.models.types.enums import EnumColumn, FlagColumn

@@ -20,8 +20,8 @@ class EnumColumn(TypeDecorator[StrEnum]):
     SQLAlchemy's column type Enum would store the name of a member instead of its value.
 
     Args:
-        kind: the StrEnum. If a stored text is not the value of a member, loading raises an error. A CHECK constraint
-            also forbids other texts.
+        kind: the StrEnum. If a stored text is not the value of a member, loading raises an error. A CHECK constraint of
+            the table forbids all texts that are not values of members.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text

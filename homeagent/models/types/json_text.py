@@ -42,8 +42,7 @@ _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 
 def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_BYTES) -> str:
-    """Return the value as JSON text. In the text, the order of keys, the numbers and the Unicode characters do not
-    change.
+    """Return the value as JSON text. The text keeps the order of keys, the numbers and the Unicode characters.
 
     Raises:
         InvalidArgumentError: if the value is not a JSON value, or if its text has more bytes than the limit. For

@@ -48,8 +48,8 @@ def unreadable_in(
 ) -> CorruptDatabaseError:
     """Return the error for an unreadable value. The error message does not show the value.
 
-    The argument `key` is the row's value in the column of `naming_column()`. If the column or the key is unknown, the
-    arguments `column` and `key` are None.
+    The argument `key` is the row's value in the column that `naming_column()` returns. If the column or the key is
+    unknown, the arguments `column` and `key` are None.
     """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")

@@ -63,8 +63,8 @@ def _check_text(value: str, what: str, octets: int) -> str:
     """Return the value if it has 1 to `octets` bytes of UTF-8, no control character and no lone surrogate."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
-    # Check the characters before the length in bytes, because a lone surrogate has no UTF-8. Do not check the
-    # characters of a text that is too long.
+    # Check the characters before the length in bytes, because a lone surrogate can't be encoded as UTF-8. Do not check
+    # the characters of a text that is too long.
     if 1 <= len(value) <= octets:
         if not value.isprintable() and any(unicodedata.category(each) in _REFUSED_CATEGORIES for each in value):
             raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
@@ -215,8 +215,8 @@ def _described(octets: int, *, refused: str = "") -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "minLength": 1, "maxLength": octets, "pattern": pattern})
 
 
-_ID = r"\\"  # an id has no backslash
-_NAME = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # the bidirectional controls
+_ID = r"\\"  # an id contains no backslash.
+_NAME = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # Bidirectional controls of Unicode.
 
 Identifier = Annotated[str, AfterValidator(check_identifier), _described(MAX_ID_BYTES, refused=_ID)]
 """The id of a device or agent: see `check_identifier`."""

@@ -177,7 +177,7 @@ class TimestampColumn(TypeDecorator[datetime]):
 
     # The code that homeagent generates for each statement bypasses SQLAlchemy's layers. The code calls the functions
     # `convert_bound()` and `convert_loaded()` of the column type. For a statement with many rows, the generated code
-    # calls `loaded_values()`. The generated code does not call the functions for None.
+    # calls `loaded_values()`. The generated code does not convert None.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
