@@ -40,8 +40,8 @@ def doctor(
         with shown_activity(context, "checking"):
             diagnosis = diagnose(target_of(context), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
-        # Exit with status 2. Exit status 1 of the doctor means warnings; for other commands it means a refused
-        # operation.
+        # Exit with status 2. Exit status 1 of the doctor means warnings. For other commands, exit status 1 means a
+        # refused operation.
         raise typer.BadParameter(str(error)) from None
     print_result(context, diagnosis.model_dump(mode="json"), lambda: _print(diagnosis))
     raise typer.Exit(diagnosis.exit_status)

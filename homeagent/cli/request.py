@@ -1,4 +1,4 @@
-"""Requests to the stores, made from the arguments of a command, and checks of the rows that a command changes."""
+"""Create the requests to the stores from the arguments of a command, and check the rows that a command changes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def require_expected(
 ) -> None:
     """End the command as wrong usage if --yes stands without the value that identifies the row.
 
-    With --yes the command shows no row. The operator therefore names a value of the row, and the command refuses a row
+    With --yes the command shows no row. The operator names a value of the row instead, and the command refuses a row
     with another value. The argument `source` says where the operator finds the value.
     """
     if yes and value is None:

@@ -242,8 +242,8 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # If the note can't be written, the backup is still valid. The note is used only for error messages about a
-        # damaged database.
+        # If the note about the last backup can't be written, the backup is still valid. The note is used only for error
+        # messages about a damaged database.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

@@ -247,7 +247,7 @@ class Sweeper:
                     extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
                 )
             except Exception as error:
-                # An error of an injected clock, or a bug, must not end all later sweeps.
+                # An unexpected error, such as an error of an injected clock, must not end all later sweeps.
                 logger.exception(
                     "a sweep failed and will be tried again in %g s",
                     self._every,

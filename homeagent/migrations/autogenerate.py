@@ -69,7 +69,7 @@ def options(
 
     return {
         # Alembic uses the naming convention of a single MetaData object. For a list of MetaData objects, Alembic uses
-        # no convention. Therefore pass a single MetaData object without a list.
+        # no convention. Therefore pass a single MetaData object to Alembic without a list.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,

@@ -1,7 +1,7 @@
 """Base classes of the models. The classes validate each construction and assignment, with errors that hide the input.
 
-Do not add `from __future__ import annotations` to a module of models. With the import of `annotations`, Pydantic and
-SQLAlchemy would evaluate each annotation again for each subclass. Importing the models would take a twelfth longer.
+Do not add `from __future__ import annotations` to a module of models. The import of `annotations` makes Pydantic and
+SQLAlchemy evaluate each annotation again for each subclass. Importing the models then takes a twelfth longer.
 """
 
 import copy
@@ -248,7 +248,8 @@ class Table(Model, metaclass=_TableType):
         # `__pydantic_fields_set__` marks an instance as constructed.
         getattr(self, "_sa_instance_state", None)
         # Do not replace the dictionary `__dict__` by a copy. A flush that calls a listener of `before_update` writes
-        # the values of the old dictionary, but Pydantic replaces the dictionary (test_a_listener_of_a_flush_assigns).
+        # the values of the old dictionary, although Pydantic replaces the dictionary
+        # (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -323,7 +324,7 @@ def _is_loaded(instance: Table) -> bool:
 
 
 # The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. An instance has the attribute
-# only if a constructor created it, not if a store loaded it.
+# `__pydantic_fields_set__` only if a constructor created the instance, not if a store loaded it.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 

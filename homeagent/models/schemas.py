@@ -59,8 +59,8 @@ class MetadataSchema(Model):
     field is `metadata`.
     """
 
-    # This property hides a class variable of SQLModel. SQLAlchemy reads the class variable only for a class with a
-    # table.
+    # The property `metadata` hides a class variable of SQLModel. SQLAlchemy reads the class variable only for a class
+    # with a table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""
