@@ -344,7 +344,7 @@ class _Guard:
         self._left_transaction = True
         with outside():
             yield
-        # The COMMIT has reset the counters of written rows.
+        # Compare only the structure, because the COMMIT has reset the counters of written rows.
         before, after = self._before, _postgresql_state(self._connection, self._acknowledged)
         self._before = after
         changed = sorted(name for name in before if before[name][0] != after.get(name, ("", 0))[0])

@@ -1,4 +1,4 @@
-"""Timestamps in UTC, and durations, in whole milliseconds. Do not compute with floats, because floats round."""
+"""Timestamps in UTC and durations. Both are whole milliseconds. Do not compute with floats, because floats round."""
 
 from __future__ import annotations
 
