@@ -71,10 +71,10 @@ def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_B
 
 def decode_json(text: str | bytes) -> Any:
     """Return the value of a JSON text. If the text is not JSON, raise ValueError."""
+    if not isinstance(text, (str, bytes)):
+        raise ValueError("JSON is stored as text")
     try:
         return from_json(text, cache_strings="keys")
-    except TypeError:
-        raise ValueError("JSON is stored as text") from None
     except ValueError:
         # The function `from_json()` reads at most 200 nested levels, but `encode_json()` accepts 254 levels.
         return json.loads(text)
