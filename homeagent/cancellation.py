@@ -39,15 +39,18 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
     value: Any = None
     failure: BaseException | None = None
 
-    def whole() -> None:
+    def attempt() -> None:
         nonlocal value, failure
-        if not decision.acquire(blocking=False):
-            return
         try:
             value = act()
         except BaseException as error:  # noqa: BLE001  `call_in_thread()` raises the error
             failure = error
-        loop.call_soon_threadsafe(ended.set_result, None)
+
+    def whole() -> None:
+        if decision.acquire(blocking=False):
+            # Do not call `act()` here. The function `clear_locals()` can clear only a frame that has ended.
+            attempt()
+            loop.call_soon_threadsafe(ended.set_result, None)
 
     cancellation: asyncio.CancelledError | None = None
     try:
