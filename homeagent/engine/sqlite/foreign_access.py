@@ -139,6 +139,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
 # Hold the lock while a connection is opened and counted. Another thread would mistake the descriptor of an uncounted
 # connection for a descriptor of another library.
 _opening = threading.RLock()
+_uncounted = 0
+"""Number of connections that the thread with the lock `_opening` opens and has not counted."""
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
 
@@ -163,16 +165,22 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
         timeout: longest wait of a statement for a lock, in seconds.
         refuse: True to raise ForeignAccessError if code other than homeagent has the file open in this process.
     """
+    global _uncounted
     with _opening:
-        if refuse:
+        # If a signal handler opens a connection during this call, do not refuse the descriptor of the outer connection.
+        if refuse and not _uncounted:
             _refuse_foreign_descriptors(path)
-        connection = connect(uri, uri=True, create=False, timeout=timeout)
-        status = look_at(path)
-        while status is not None:
-            guard = guard_of(path, identity_of(status))
-            if guard.opened():
-                connection.closing = guard.closing
-                break
+        _uncounted += 1
+        try:
+            connection = connect(uri, uri=True, create=False, timeout=timeout)
+            status = look_at(path)
+            while status is not None:
+                guard = guard_of(path, identity_of(status))
+                if guard.opened():
+                    connection.closing = guard.closing
+                    break
+        finally:
+            _uncounted -= 1
     return connection
 
 
@@ -227,8 +235,8 @@ def _install_hook() -> None:
 
 def _after_fork_in_child() -> None:
     # Replace both locks, because a thread that exists only in the parent can have held a lock.
-    global _opening, _registry
-    _opening, _registry = threading.RLock(), threading.RLock()
+    global _opening, _registry, _uncounted
+    _opening, _registry, _uncounted = threading.RLock(), threading.RLock(), 0
     for guard in _guards.values():
         guard.forget()
     _guards.clear()

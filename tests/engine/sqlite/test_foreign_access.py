@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from homeagent import Database, errors
+from homeagent.engine.sqlite import foreign_access
 from homeagent.engine.sqlite.foreign_access import guard_of
 from tests.conftest import Children, add_agent
 
@@ -123,6 +125,7 @@ def test_sqlite3_is_refused_in_the_process(sqlite_path: Path, children: Children
 import os, sqlite3, sys
 from pathlib import Path
 from homeagent import Database, errors
+from homeagent.engine.sqlite import foreign_access
 path = Path(sys.argv[1])
 os.chdir(path.parent)
 os.symlink(path, "link.db")
@@ -170,6 +173,7 @@ def test_a_refused_connect_leaves_no_descriptor(sqlite_path: Path, children: Chi
         """
 import os, sqlite3, sys
 from homeagent import Database, errors
+from homeagent.engine.sqlite import foreign_access
 with Database.open(sys.argv[1]) as database:
     database.agents.list()
     before = sorted(os.listdir("/proc/self/fd"))
@@ -192,6 +196,7 @@ def test_open_descriptor_refuses_open(sqlite_path: Path, children: Children, how
         f"""
 import os, sqlite3, sys
 from homeagent import Database, errors
+from homeagent.engine.sqlite import foreign_access
 path = sys.argv[1]
 foreign = {how}
 try:
@@ -206,6 +211,24 @@ with Database.open(path) as database:
         sqlite_path,
     )
     assert printed.split() == ["refused", "0"]
+
+
+def test_a_signal_handler_can_open_the_file(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler can open the database while its thread opens the database's first connection."""
+    Database.open(sqlite_path).close()
+    connect = foreign_access.connect
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(foreign_access, "connect", connect)
+        connection = connect(*arguments, **options)
+        with Database.open(sqlite_path) as inner:
+            inner.agents.list()
+        return connection
+
+    monkeypatch.setattr(foreign_access, "connect", interrupted)
+    with Database.open(sqlite_path) as database:
+        add_agent(database)
+    assert foreign_access._uncounted == 0
 
 
 def test_forked_child_may_use_sqlite3(sqlite_path: Path, children: Children) -> None:
@@ -390,6 +413,7 @@ def test_sqlite3_is_refused_without_open_file_description_locks(sqlite_path: Pat
         """
 import sqlite3, sys
 from homeagent import Database, errors
+from homeagent.engine.sqlite import foreign_access
 from homeagent.engine.sqlite import foreign_access
 foreign_access._HAS_OFD_LOCKS = False
 with Database.open(sys.argv[1]) as database:
