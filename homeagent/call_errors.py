@@ -42,16 +42,20 @@ class HomeAgentError(Exception):
 
 
 class InvalidArgumentError(HomeAgentError, ValueError):
-    """An argument is invalid. The method that raises this error did not read or write the database."""
+    """An argument is invalid. The method that raises this error did not read or write the database. Remedy: correct the
+    argument that the message names.
+    """
 
 
 class UnitStateError(HomeAgentError):
-    """A unit of work was used after its end, or a thread opened a second write unit inside the first."""
+    """A unit of work was used after its end, or a thread opened a second write unit inside the first. Remedy: open
+    another unit after the end of the first unit.
+    """
 
 
 class TooManyAttemptsError(HomeAgentError):
     """Too many checks of a device's secret failed, or too many slow hashes are waiting. The refused check did not
-    compute a hash (HTTP status 429).
+    compute a hash (HTTP status 429). Remedy: wait for the time `retry_after`, or give the device a generated secret.
 
     The attribute `retry_after` is the time to wait. The attribute `device_id` is None if too many slow hashes are
     waiting.
@@ -67,15 +71,21 @@ class TooManyAttemptsError(HomeAgentError):
 
 
 class AuthenticationError(HomeAgentError):
-    """The credentials of a request, or the proof of a handshake, are absent or wrong (HTTP status 401)."""
+    """The credentials of a request, or the proof of a handshake, are absent or wrong (HTTP status 401). Remedy: send
+    the id and the present secret of a paired device.
+    """
 
 
 class AccessDeniedError(HomeAgentError):
-    """The secret is right, but the device is pending or revoked, or its role does not suffice (HTTP status 403)."""
+    """The secret is right, but the device is pending or revoked, or its role does not suffice (HTTP status 403).
+    Remedy: approve the device, or use a device with the right role.
+    """
 
 
 class HandshakeError(HomeAgentError):
-    """A message of a handshake is invalid or late, or comes from a wrong device or gateway."""
+    """A message of a handshake is invalid or late, or comes from a wrong device or gateway. Remedy: correct the clock,
+    the address or the message that the error names.
+    """
 
 
 class RefusingRecord(TypedDict, total=False):
@@ -110,7 +120,7 @@ class IdempotencyError(HomeAgentError):
 
 class IdempotencyInProgressError(IdempotencyError):
     """Another caller is running the effect of the key (HTTP status 409). The lease of the other caller ends after the
-    time `retry_after`.
+    time `retry_after`. Remedy: repeat the call after `retry_after`.
     """
 
     def __init__(
@@ -123,7 +133,7 @@ class IdempotencyInProgressError(IdempotencyError):
 
 
 class FingerprintMismatchError(IdempotencyError):
-    """The key was used before with other parameters (HTTP status 422)."""
+    """The key was used before with other parameters (HTTP status 422). Remedy: use a new key for a new call."""
 
     def __init__(self, *, device_id: str, method: str, **record: Unpack[RefusingRecord]) -> None:
         message = f"this key of {method!r} by device {device_id!r} was used with other parameters: "
@@ -132,7 +142,9 @@ class FingerprintMismatchError(IdempotencyError):
 
 
 class OutcomeUnknownError(IdempotencyError):
-    """The lease of an earlier attempt expired, and homeagent does not know whether the effect took place."""
+    """The lease of an earlier attempt expired, and homeagent does not know whether the effect took place. Remedy: find
+    out the outcome, and then call `resolve()` or `forget()`, or pass `on_abandoned`.
+    """
 
     def __init__(self, *, device_id: str, method: str, attempt: int, **record: Unpack[RefusingRecord]) -> None:
         self.attempt = attempt
@@ -142,7 +154,9 @@ class OutcomeUnknownError(IdempotencyError):
 
 
 class LeaseLostError(IdempotencyError):
-    """An attempt no longer owns its idempotency key. The refused call did not change the store."""
+    """An attempt no longer owns its idempotency key. The refused call did not change the store. Remedy: do not act on
+    the outcome of this attempt.
+    """
 
     def __init__(self, *, device_id: str, method: str, attempt: int) -> None:
         self.attempt = attempt
@@ -152,7 +166,8 @@ class LeaseLostError(IdempotencyError):
 
 
 class EffectFailedError(HomeAgentError):
-    """An effect raises this error to fail permanently. Each retry of the key raises the stored error again.
+    """An effect raises this error to fail permanently. Each retry of the key raises the stored error again. Remedy:
+    read the attribute `detail`, and make a new call with a new key.
 
     Args:
         detail: JSON value that homeagent stores.
@@ -167,5 +182,5 @@ class EffectFailedError(HomeAgentError):
 
 class EffectNotStartedError(HomeAgentError):
     """An effect raises this error if the effect did not begin. The idempotency key is free again, so the next call can
-    run the effect.
+    run the effect. Remedy: repeat the call.
     """

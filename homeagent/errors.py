@@ -51,7 +51,7 @@ class NotFoundError(HomeAgentError):
 
 
 class DeviceNotFoundError(NotFoundError):
-    """No device has the given id."""
+    """No device has the given id. Remedy: pair the device, or find its id by `homeagent devices list`."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -59,7 +59,7 @@ class DeviceNotFoundError(NotFoundError):
 
 
 class AgentNotFoundError(NotFoundError):
-    """No agent has the given id."""
+    """No agent has the given id. Remedy: create the agent, or find its id by `agents.list()`."""
 
     def __init__(self, agent_id: str) -> None:
         self.agent_id = agent_id
@@ -67,7 +67,7 @@ class AgentNotFoundError(NotFoundError):
 
 
 class SessionNotFoundError(NotFoundError):
-    """No session has the given id."""
+    """No session has the given id. Remedy: create the session, or call `sessions.resolve()`."""
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -79,7 +79,7 @@ class AlreadyExistsError(HomeAgentError):
 
 
 class DeviceExistsError(AlreadyExistsError):
-    """A device with the given id is already paired."""
+    """A device with the given id is already paired. Remedy: call `rotate_secret()`, or delete the device first."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -87,7 +87,7 @@ class DeviceExistsError(AlreadyExistsError):
 
 
 class AgentExistsError(AlreadyExistsError):
-    """An agent with the given id already exists."""
+    """An agent with the given id already exists. Remedy: change the agent by `agents.update()`."""
 
     def __init__(self, agent_id: str) -> None:
         self.agent_id = agent_id
@@ -95,7 +95,7 @@ class AgentExistsError(AlreadyExistsError):
 
 
 class SessionExistsError(AlreadyExistsError):
-    """A session with the given id already exists."""
+    """A session with the given id already exists. Remedy: call `sessions.touch()` or `sessions.index()`."""
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -103,7 +103,7 @@ class SessionExistsError(AlreadyExistsError):
 
 
 class IdempotencyKeyExistsError(AlreadyExistsError):
-    """The scope already has a record that has not expired."""
+    """The scope already has a record that has not expired. Remedy: call `find()`, and answer with the stored result."""
 
     def __init__(self, device_id: str, method: str) -> None:
         self.device_id = device_id
@@ -113,6 +113,7 @@ class IdempotencyKeyExistsError(AlreadyExistsError):
 
 class ConflictError(HomeAgentError):
     """The present state of the store does not permit the change. The method that raised the error did not change a row.
+    Remedy: read the row again, and correct the values that violate the constraint.
 
     If no constraint was violated, the attributes `constraint` and `kind` are None.
 
@@ -130,7 +131,7 @@ class ConflictError(HomeAgentError):
 
 
 class AgentInUseError(ConflictError):
-    """The agent still has sessions."""
+    """The agent still has sessions. Remedy: delete the sessions first, or pass `delete_sessions=True`."""
 
     def __init__(self, agent_id: str, session_count: int) -> None:
         self.agent_id = agent_id
@@ -139,7 +140,9 @@ class AgentInUseError(ConflictError):
 
 
 class RouteTakenError(ConflictError):
-    """Another session holds the new route of a moved session. The attribute `session_id` is the id of the holder."""
+    """Another session holds the new route of a moved session. The attribute `session_id` is the id of the holder.
+    Remedy: move or delete that session, and then try again.
+    """
 
     def __init__(self, session_id: str) -> None:
         self.session_id = session_id
@@ -147,7 +150,7 @@ class RouteTakenError(ConflictError):
 
 
 class LastAdminError(ConflictError):
-    """The device is the last approved admin."""
+    """The device is the last approved admin. Remedy: approve another admin first, or pass `force=True`."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -155,8 +158,8 @@ class LastAdminError(ConflictError):
 
 
 class ApprovalChangedError(ConflictError):
-    """The device has changed since the administrator read the device. The attribute `changed` names the changed
-    field.
+    """The device has changed since the administrator read the device. The attribute `changed` names the changed field.
+    Remedy: show the device again, and then decide.
     """
 
     def __init__(self, device_id: str, changed: str) -> None:
@@ -167,7 +170,7 @@ class ApprovalChangedError(ConflictError):
 
 
 class DeviceNotApprovedError(ConflictError):
-    """The device is not approved. For an unapproved device, a rotation of the secret can't have an overlap."""
+    """The device is not approved, so its secret can't be rotated with an overlap. Remedy: leave out the overlap."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -183,7 +186,7 @@ class LimitError(ConflictError):
 
 
 class PendingLimitError(LimitError):
-    """The maximum number of devices already waits for approval."""
+    """The maximum number of devices waits for approval. Remedy: approve or delete some, or raise the limit."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(
@@ -195,7 +198,7 @@ class PendingLimitError(LimitError):
 
 
 class NonceLimitError(LimitError):
-    """The device already has the maximum number of nonces that have not expired."""
+    """The device has the maximum number of unexpired nonces. Remedy: slow the device down, or call `forget()`."""
 
     def __init__(self, device_id: str, limit: int) -> None:
         self.device_id = device_id
@@ -205,7 +208,7 @@ class NonceLimitError(LimitError):
 
 class KeyLimitError(LimitError):
     """The device already has the maximum number of idempotency keys that have not expired. The effect of the call did
-    not begin.
+    not begin. Remedy: let the device make fewer calls, or raise `Limits.keys_per_device`.
     """
 
     def __init__(self, device_id: str, limit: int) -> None:
@@ -215,7 +218,7 @@ class KeyLimitError(LimitError):
 
 
 class TargetNotEmptyError(ConflictError):
-    """The target of a copy is not empty. The copy did not change the target."""
+    """The target of a copy is not empty and stays unchanged. Remedy: name an empty or absent database."""
 
     def __init__(self, table: str) -> None:
         self.table: str = table
@@ -223,7 +226,9 @@ class TargetNotEmptyError(ConflictError):
 
 
 class SourceChangedError(ConflictError):
-    """Another process or thread wrote to the source of a copy. homeagent did not make the copy."""
+    """Another process or thread wrote to the source of a copy. homeagent did not make the copy. Remedy: stop every
+    gateway of the source, and copy again.
+    """
 
     def __init__(self, table: str) -> None:
         self.table: str = table
@@ -234,22 +239,28 @@ class SourceChangedError(ConflictError):
 
 
 class DatabaseError(HomeAgentError):
-    """The database engine refused an operation, or a database file is not in the required state."""
+    """The engine refused an operation, or a database file is not in the required state. Remedy: see the message."""
 
 
 class DatabaseBusyError(DatabaseError):
-    """Other units kept the database busy for longer than the `busy_timeout`."""
+    """Other units kept the database busy for longer than the `busy_timeout`. Remedy: make the unit that the message
+    names shorter, or raise `busy_timeout`.
+    """
 
 
 class TransientError(DatabaseBusyError):
-    """The unit conflicted with another unit and was rolled back. `Database.run` runs the whole unit again."""
+    """The unit conflicted with another unit and was rolled back. `Database.run` runs the whole unit again. Remedy: call
+    `run()` instead of `unit_of_work`, or repeat the unit.
+    """
 
     sqlstate: str | None = None
     """PostgreSQL's error code if a lock timed out or a statement was cancelled. None for other errors."""
 
 
 class ConnectionLostError(DatabaseError):
-    """The server can't be reached, or the connection ended. The database did not commit the unit."""
+    """The server can't be reached, or the connection ended. The database did not commit the unit. Remedy: check the
+    server, and run the unit again.
+    """
 
 
 class CommitUnknownError(DatabaseError):
@@ -257,14 +268,14 @@ class CommitUnknownError(DatabaseError):
     unknown).
 
     On PostgreSQL, the connection was lost before the answer to COMMIT arrived, or PostgreSQL cancelled the wait for a
-    synchronous standby. On SQLite, COMMIT failed, and homeagent could not remove the failed commit from the WAL. Before
-    you repeat the unit, check whether the unit's rows exist. `Database.run` with `idempotent=True` repeats the unit.
+    synchronous standby. On SQLite, COMMIT failed, and homeagent could not remove the failed commit from the WAL.
+    Remedy: check whether the unit's rows exist, then repeat it. `Database.run` with `idempotent=True` repeats the unit.
     """
 
 
 class SchemaTooNewError(DatabaseError):
     """A newer version of homeagent or of the application upgraded the database. The older version does not change the
-    database.
+    database. Remedy: upgrade homeagent or the application, or restore a backup from before the upgrade.
     """
 
     def __init__(self, revision: str, *, known: str, application: str | None = None) -> None:
@@ -280,6 +291,7 @@ class SchemaTooNewError(DatabaseError):
 
 class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both the creation and the upgrade.
+    Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
 
     If the database does not exist, the attribute `location` is the path, or the URL without the password. If only
     revisions of the application are missing, the attribute `application` is the name of the application. In all other
@@ -308,7 +320,8 @@ class SchemaOutdatedError(DatabaseError):
 
 
 class SchemaChangedError(DatabaseError):
-    """Statements that are not a part of a revision changed the schema. The rows can be inconsistent.
+    """Statements that are not a part of a revision changed the schema. The rows can be inconsistent. Remedy: undo the
+    changes, or acknowledge the application's triggers.
 
     A restore, a copy and an upgrade raise this error, and do not change the database. The attribute `changes` is a list
     with a sentence for each change. Each sentence names the changed object, such as a table and its index.
@@ -328,7 +341,8 @@ class SchemaChangedError(DatabaseError):
 
 
 class IncompatibleRevisionError(DatabaseError):
-    """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`).
+    """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`). Remedy:
+    change the revision as each text says.
 
     The attribute `revision` is the id of the revision. The attribute `problems` is a list with a text for each change
     that breaks old code. Each text names the table or column, and the remedy.
@@ -344,7 +358,7 @@ class IncompatibleRevisionError(DatabaseError):
 
 
 class MigrationError(DatabaseError):
-    """An upgrade failed and was rolled back.
+    """An upgrade failed and was rolled back. Remedy: correct the cause in the message, and open the database again.
 
     The attribute `backup` is the path of the backup made before the upgrade, or None for a new database.
     """
@@ -360,16 +374,20 @@ class MigrationError(DatabaseError):
 
 
 class ForeignAccessError(DatabaseError):
-    """Another SQLite library in this process opened or tried to open the file of an open database."""
+    """Another SQLite library in this process opened or tried to open the file of an open database. Remedy: use
+    `Database.read_connection` or a store instead of the other library.
+    """
 
 
 class ForeignDatabaseError(DatabaseError):
-    """The file or schema belongs to another application. homeagent did not change the file or schema."""
+    """The file or schema belongs to another application. homeagent did not change the file or schema. Remedy: name
+    another path, or add homeagent's tables by `homeagent init --adopt`.
+    """
 
 
 class CorruptDatabaseError(DatabaseError):
     """The file is damaged, or is not a SQLite database. homeagent does not change a damaged file, and does not treat
-    the file as empty.
+    the file as empty. Remedy: restore the newest good backup.
     """
 
 
@@ -377,34 +395,39 @@ class DatabaseMovedError(CorruptDatabaseError):
     """The file or its WAL was deleted, moved or replaced while the database was open. The database did not commit the
     unit.
 
-    Units succeed again after the administrator has put the same file back. To use another file, close and open the
-    database.
+    Remedy: put the same file back, and units succeed again. To use another file, close and open the database.
     """
 
 
 class InsecureFileError(DatabaseError):
-    """A file or directory is a link, or another user could read or replace the file."""
+    """A file or directory is a link, or another user could read or replace the file. Remedy: correct the mode, owner or
+    link that the message names.
+    """
 
 
 class DiskFullError(DatabaseError):
-    """The disk is full. The database rolled back the unit. Units can succeed after the disk has free space again."""
+    """The disk is full. The database rolled back the unit. Remedy: free some space, and repeat the unit."""
 
 
 class DatabaseIOError(DatabaseError):
-    """The operating system could not read or write a file of the database. The database rolled back the unit."""
+    """The system could not read or write a database file. The unit was rolled back. Remedy: check the disk."""
 
 
 class TooManyFilesError(DatabaseError):
-    """The process or the machine reached its limit of open files. The database rolled back the unit."""
+    """The process or the machine reached its limit of open files. The database rolled back the unit. Remedy: close
+    some, or raise the limit (`ulimit -n`).
+    """
 
 
 class ReadOnlyError(DatabaseError):
-    """The database, its file system or this unit of work is read-only."""
+    """The database, its file system or this unit of work is read-only. Remedy: open the unit without `read_only=True`,
+    or make the file system writable.
+    """
 
 
 class StandbyError(ReadOnlyError):
     """The PostgreSQL server is a standby and refuses writes. The method `Database.run` runs the unit again on another
-    server.
+    server. Remedy: name all hosts in the URL, with `target_session_attrs=read-write`.
     """
 
     def __init__(self) -> None:
@@ -413,8 +436,8 @@ class StandbyError(ReadOnlyError):
 
 
 class BackupStoppedError(DatabaseError):
-    """The caller stopped a backup. homeagent deleted the incomplete copy."""
+    """The caller stopped a backup. homeagent deleted the incomplete copy. Remedy: start the backup again."""
 
 
 class DatabaseClosedError(DatabaseError):
-    """The database was closed, or the process was forked after the database was opened. Open the database again."""
+    """The database was closed, or the process was forked after the opening. Remedy: open the database again."""

@@ -10,7 +10,7 @@ import pytest
 import homeagent
 import homeagent.fastapi
 import homeagent.maintenance
-from homeagent import transaction
+from homeagent import errors, transaction
 from homeagent.models import device, idempotency_key
 from tests import fork_server
 
@@ -30,6 +30,12 @@ def test_reference_lists_each_name(module: object) -> None:
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
     listed = {name.rpartition(".")[2] for name in re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE)}
     assert set(module.__all__) - {"__version__"} <= listed  # type: ignore[attr-defined]  # the modules have `__all__`
+
+
+def test_errors_have_remedies() -> None:
+    """The reference says the remedy of each error that is not only the base class of other errors."""
+    without = {name for name in errors.__all__ if "Remedy:" not in str(vars(errors)[name].__doc__)}
+    assert without == {"AlreadyExistsError", "HomeAgentError", "IdempotencyError", "LimitError", "NotFoundError"}
 
 
 def diagram(page: str, title: str) -> str:
