@@ -1,15 +1,11 @@
-"""The sessions and commands in the README and the pages of `docs` run, and the links lead to existing targets."""
+"""The sessions in the README and the pages of `docs` run, and the links lead to existing targets."""
 
 import doctest
 import os
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-
-from homeagent import Database, DevicePair, Role
-from tests import fork_server
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -39,24 +35,6 @@ def test_sessions_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_there_is_a_session() -> None:
     """The README shows a session, so that the test above has a session to run."""
     assert "Database.open" in "".join(blocks(ROOT / "README.md", "python"))
-
-
-def test_commands_run(tmp_path: Path) -> None:
-    """Every command line of the README succeeds on a database with the named device."""
-    lines = [line for block in blocks(ROOT / "README.md", "sh") for line in block.splitlines()]
-    commands = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("homeagent ")]
-    assert ["init"] in commands
-    file = tmp_path / "data" / "homeagent.db"
-    with Database.open(file) as database:
-        database.pair(DevicePair(id="hall-lamp", role=Role.NODE))
-    for command in commands:
-        done = fork_server.run(
-            fork_server.COMMAND, *command, input="y\n", environment={**os.environ, "HOMEAGENT_DATABASE": str(file)}
-        )
-        assert done.returncode == 0, (command, done.stderr)
-    with Database.open(file) as database, database.unit_of_work(read_only=True) as unit:
-        assert unit.devices.get("hall-lamp").approved_at is not None
-        assert unit.devices.get("hall-lamp").revoked_at is not None
 
 
 def anchors(page: Path) -> set[str]:
