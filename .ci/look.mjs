@@ -56,6 +56,9 @@ async function look(tab, page, placed) {
   for (const colours of ["light", "dark"]) {
     await tab.emulateMediaFeatures([{ name: "prefers-color-scheme", value: colours }, { name: "prefers-reduced-motion", value: "reduce" }]);
     await tab.goto(`${origin}/now/${page.replace(/index\.html$/, "")}`, { waitUntil: "load" });
+    // The theme stores the first colours that it shows, and shows them again without regard to the browser's setting.
+    const shown = await tab.evaluate(() => document.body.dataset.mdColorScheme);
+    if (shown !== { light: "default", dark: "slate" }[colours]) placed(`${page}, ${colours}`)(`has the colours ${shown}`);
     await tab.addStyleTag({ content: "* { transition: none !important; animation: none !important }" });
     await tab.evaluate(axe);
     for (const width of [1440, 768, 360]) {
@@ -72,10 +75,11 @@ async function look(tab, page, placed) {
   }
 }
 
-// Two tabs share the pages.
+// Two tabs share the pages. Each has its own storage.
 const queue = [...pages];
 async function worker() {
-  const tab = await browser.newPage();
+  const tab = await (await browser.createBrowserContext()).newPage();
+  await tab.evaluateOnNewDocument(() => localStorage.clear());
   let fault;
   const placed = (place) => (fault = (text) => faults.push(`${place}: ${text}`));
   tab.on("console", (line) => line.type() === "error" && fault(`console: ${line.text()}`));
