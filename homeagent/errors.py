@@ -269,7 +269,7 @@ class CommitUnknownError(DatabaseError):
 
     On PostgreSQL, the connection was lost before the answer to COMMIT arrived, or PostgreSQL cancelled the wait for a
     synchronous standby. On SQLite, COMMIT failed, and homeagent could not remove the failed commit from the WAL.
-    Remedy: check whether the unit's rows exist, then repeat it. `Database.run` with `idempotent=True` repeats the unit.
+    Remedy: check whether the unit's rows exist before a retry. `Database.run` with `idempotent=True` repeats the unit.
     """
 
 
