@@ -25,8 +25,8 @@ BEGINNING = """\
 This page is for engineers who read the tables by SQL, or whose own tables refer to homeagent's tables. A program
 generates the page from the models. Timestamps are milliseconds since 1970-01-01 in UTC.
 
-The arrow is a foreign key. The columns `device_id` of nonces, idempotency keys and changes are not foreign keys, so
-their rows stay when the device is deleted.
+The line from `agents` to `sessions` is a foreign key. The columns `device_id` of nonces, idempotency keys and changes
+are not foreign keys, so their rows stay when the device is deleted.
 """
 
 
@@ -47,7 +47,7 @@ def diagram() -> Iterator[str]:
     """Yield the lines of the entity diagram."""
     yield "```mermaid"
     # Little room around the names, so that the diagram is readable on a narrow screen.
-    yield from ["---", "config:", "  er:", "    nodeSpacing: 30", "    rankSpacing: 20", "    minEntityWidth: 60"]
+    yield from ["---", "config:", "  er:", "    nodeSpacing: 30", "    rankSpacing: 45", "    minEntityWidth: 60"]
     yield from ["    entityPadding: 6", "---"]
     yield "erDiagram"
     yield "  accTitle: Tables of homeagent and their keys"
@@ -62,7 +62,7 @@ def diagram() -> Iterator[str]:
         yield "  }"
     for table in models.SCHEMA:
         for key in table.foreign_keys:
-            yield f"  {key.column.table.name} ||--o{{ {table.name} : has"
+            yield f'  {key.column.table.name} ||--o{{ {table.name} : ""'
     yield "```"
 
 
