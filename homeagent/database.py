@@ -221,7 +221,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def store(self, kind: type[S]) -> S:
         """Return a store that runs each call of a method as a separate unit of work.
 
-        A reading method of the store is one statement in autocommit mode and takes no lock. If a write depends on a
+        A method that only reads runs one statement in autocommit mode, and takes no lock. If a write depends on a
         read, use one unit of work for the read and the write. A writing method of the store uses `Database.run()`. If
         the thread already has an open write unit, a writing method raises `UnitStateError`.
 
@@ -279,8 +279,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         At the end of the block the unit commits. If an exception leaves the block, the unit rolls back.
 
         Args:
-            read_only: True if the unit only reads, from one snapshot. Read-only units and writers do not wait for each
-                other.
+            read_only: True if the unit only reads. All reads see one snapshot. Read-only units and writers do not wait
+                for each other.
 
         Raises (when the block is entered):
             DatabaseBusyError: if the unit did not get the write lock or a connection within the `busy_timeout`.

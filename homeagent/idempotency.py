@@ -294,8 +294,8 @@ class _AsyncUnits:
     """Units of work of an `arun_once()` call. The units claim the key, record the outcome, or release the key.
 
     Attributes:
-        substitute: function that runs instead of the effect. If an earlier attempt was abandoned, `substitute` is the
-            argument `on_abandoned`. If no earlier attempt was abandoned, `substitute` is None.
+        substitute: function that runs instead of the effect. If an earlier attempt was abandoned, the caller
+            passes its argument `on_abandoned`, and otherwise None.
     """
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:

@@ -89,7 +89,7 @@ class Transaction:
 
     Args:
         settings: settings of the database's units.
-        read_only: True if the unit only reads, from one snapshot.
+        read_only: True if the unit only reads. All its reads see one snapshot.
         timeout: longest wait for a connection, in seconds. None means the timeout of the settings.
 
     Attributes:

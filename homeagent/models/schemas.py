@@ -103,7 +103,7 @@ class AgentPublic(Model):
 
 
 class DevicePair(MetadataSchema):
-    """Request of a device to pair. The model can be a request body, because it can't approve the device."""
+    """Request of a device to pair. A request body can have this model, because no field approves the device."""
 
     id: Identifier
     role: Role

@@ -315,9 +315,8 @@ class IdempotencyKeyStore(Store):
             self._write_fenced(statements.RENEW, attempt, lease_expires_at=self._unit.now())
 
     def _write_fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
-        """Run a statement that changes a key only while the attempt owns the key.
-
-        If the attempt does not own the key, raise `LeaseLostError`.
+        """Run a statement that changes the key of an attempt. If the attempt does not own the key, raise
+        `LeaseLostError`.
         """
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
             scope = attempt.scope

@@ -51,8 +51,8 @@ __all__ = [
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
-# treats a shorter file as an empty database, and would silently drop all revocations and nonces.
+# The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). If a
+# file is shorter, SQLite treats the file as an empty database. All revocations and nonces would be silently lost.
 SMALLEST_DATABASE = 512
 
 CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f-\x9f]")

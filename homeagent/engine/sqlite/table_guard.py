@@ -36,7 +36,7 @@ def refuse_changes(
     Args:
         raw: driver's connection.
         tables: names of the tables, in lower case.
-        triggers: names of triggers that may be created, be dropped, and write to the tables.
+        triggers: names of the triggers that a statement may create or drop. These triggers may write to the tables.
         refused: function that is called with the name of the table before SQLite raises the error.
     """
 

@@ -21,7 +21,7 @@ class EnumColumn(TypeDecorator[StrEnum]):
 
     Args:
         kind: the StrEnum. If a stored text is not the value of a member, loading raises an error. A CHECK constraint of
-            the table forbids all texts that are not values of members.
+            the table allows only the values of the StrEnum's members.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
