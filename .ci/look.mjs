@@ -52,45 +52,41 @@ async function violations(tab, options) {
   }, options, sample.toString());
 }
 
-async function look(tab, page, placed) {
-  for (const colours of ["light", "dark"]) {
-    await tab.emulateMediaFeatures([{ name: "prefers-color-scheme", value: colours }, { name: "prefers-reduced-motion", value: "reduce" }]);
-    await tab.goto(`${origin}/now/${page.replace(/index\.html$/, "")}`, { waitUntil: "load" });
-    // The theme stores the first colours that it shows, and shows them again without regard to the browser's setting.
-    const shown = await tab.evaluate(() => document.body.dataset.mdColorScheme);
-    if (shown !== { light: "default", dark: "slate" }[colours]) placed(`${page}, ${colours}`)(`has the colours ${shown}`);
-    await tab.addStyleTag({ content: "* { transition: none !important; animation: none !important }" });
-    await tab.evaluate(axe);
-    for (const width of [1440, 768, 360]) {
-      const fault = placed(`${page} at ${width} px, ${colours}`);
-      await tab.setViewport({ width, height: 900 });
-      const wide = await tab.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
-      if (wide > 0) fault(`${wide} px wider than the window`);
-      // Contrast depends on the colours, some rules depend on the width, and the others on neither.
-      const found = width === 1440 ? await violations(tab, CONTRAST) : [];
-      if (colours === "light" && width === 1440) found.push(...(await violations(tab, REST)));
-      if (colours === "light" && width === 360) found.push(...(await violations(tab, LAYOUT)));
-      found.forEach(fault);
-    }
+async function look(tab, page, colours, placed) {
+  await tab.goto(`${origin}/now/${page.replace(/index\.html$/, "")}`, { waitUntil: "load" });
+  const shown = await tab.evaluate(() => document.body.dataset.mdColorScheme);
+  if (shown !== { light: "default", dark: "slate" }[colours]) placed(`${page}, ${colours}`)(`has the colours ${shown}`);
+  await tab.addStyleTag({ content: "* { transition: none !important; animation: none !important }" });
+  await tab.evaluate(axe);
+  for (const width of [1440, 768, 360]) {
+    const fault = placed(`${page} at ${width} px, ${colours}`);
+    await tab.setViewport({ width, height: 900 });
+    const wide = await tab.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
+    if (wide > 0) fault(`${wide} px wider than the window`);
+    // Contrast depends on the colours, some rules depend on the width, and the others on neither.
+    const found = width === 1440 ? await violations(tab, CONTRAST) : [];
+    if (colours === "light" && width === 1440) found.push(...(await violations(tab, REST)));
+    if (colours === "light" && width === 360) found.push(...(await violations(tab, LAYOUT)));
+    found.forEach(fault);
   }
 }
 
-// Two tabs share the pages. Each has its own storage.
-const queue = [...pages];
-async function worker() {
+// One tab shows all pages in light colours, and the other tab in dark colours. Each tab has its own storage, because the
+// theme stores the first colours that it shows, and shows them again without regard to the browser's setting.
+async function worker(colours) {
   const tab = await (await browser.createBrowserContext()).newPage();
-  await tab.evaluateOnNewDocument(() => localStorage.clear());
+  await tab.emulateMediaFeatures([{ name: "prefers-color-scheme", value: colours }, { name: "prefers-reduced-motion", value: "reduce" }]);
   let fault;
   const placed = (place) => (fault = (text) => faults.push(`${place}: ${text}`));
   tab.on("console", (line) => line.type() === "error" && fault(`console: ${line.text()}`));
   tab.on("pageerror", (error) => fault(error));
   tab.on("request", (request) => /^https?:/.test(request.url()) && !request.url().startsWith(origin) && fault(`loads ${request.url()}`));
-  for (let next = queue.shift(); next; next = queue.shift()) {
-    placed(next);
-    await look(tab, next, placed);
+  for (const page of pages) {
+    placed(page);
+    await look(tab, page, colours, placed);
   }
 }
-await Promise.all([worker(), worker()]);
+await Promise.all([worker("light"), worker("dark")]);
 await browser.close();
 server.close();
 if (faults.length) console.log(faults.sort().join("\n"));
