@@ -120,15 +120,14 @@ _LAZY = {
     "safe_filename": "file_names",
 }
 _MODULES = ("errors", "maintenance", "models", "stores")
-"""Modules that are attributes after `import homeagent`."""
+"""Names of the modules that are attributes of the package after `import homeagent`."""
 
 
-# Hide `__getattr__` from type checkers, because type checkers would accept any misspelt name.
+# Hide `__getattr__` from type checkers, which would otherwise accept any misspelt name.
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        # Do not use the module `lazy_import` here, because the import of the module would slow down each test run with
-        # pytest.
+        # Do not import the module `lazy_import` here, because the import would slow down each test run with pytest.
         from importlib import import_module
 
         if name in _MODULES:

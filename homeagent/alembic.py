@@ -44,8 +44,7 @@ _WAIT = timedelta(seconds=30)
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
-    """Return False for a table of homeagent, and for parts of such a table. Pass the function to Alembic's
-    `context.configure`.
+    """Return False for homeagent's tables and their parts. Pass the function to Alembic's `context.configure`.
 
     Args:
         name: name of the object in the database.
@@ -57,8 +56,7 @@ def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | 
 
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
-    """Return False for a table of homeagent, and for parts of such a table. Pass the function to Alembic's
-    `context.configure`.
+    """Return False for homeagent's tables and their parts. Pass the function to Alembic's `context.configure`.
 
     The metadata of `homeagent.Table` also contains homeagent's tables, so that foreign keys can refer to the tables by
     name.
@@ -78,10 +76,11 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
     """Run the current command of Alembic on the application's tables. A file `env.py` needs only a call of this
     function.
 
-    The option `-x database=TARGET` names the database. The default is the line `database = TARGET` in Alembic's
-    configuration, or else the environment variable `$HOMEAGENT_DATABASE`. Before the command, the function upgrades
-    homeagent's tables. If no database is named, Alembic's commands `revision` and `check` use a scratch database. A
-    program that calls Alembic's commands can pass a connection in `config.attributes["connection"]`.
+    The option `-x database=TARGET` names the database. Without the option, the function uses the line `database =
+    TARGET` in Alembic's configuration, or else the environment variable `$HOMEAGENT_DATABASE`. Before the command, the
+    function upgrades homeagent's tables. If no database is named, Alembic's commands `revision` and `check` use a
+    scratch database. A program that calls Alembic's commands can pass a connection in
+    `config.attributes["connection"]`.
 
     Autogenerate compares only tables whose classes are in the application's package. The function imports all modules
     of the package.
@@ -125,7 +124,7 @@ def _command_error(message: str) -> Exception:
 
 def _target(context: Any) -> str | None:
     named = context.get_x_argument(as_dictionary=True).get("database")
-    # Do not call `get_main_option`, which does not read pyproject.toml, and needs the file alembic.ini.
+    # Do not call `get_main_option`, which needs the file alembic.ini and does not read pyproject.toml.
     return named or context.config.get_alembic_option("database") or os.environ.get(ENVIRONMENT_VARIABLE)
 
 

@@ -77,7 +77,7 @@ class AuthenticationError(HomeAgentError):
 
 
 class AccessDeniedError(HomeAgentError):
-    """The secret is right, but the device is pending or revoked, or its role does not suffice (HTTP status 403).
+    """The secret is right, but the device is pending, is revoked, or does not have the required role (HTTP status 403).
     Remedy: approve the device, or use a device with the right role.
     """
 
@@ -96,7 +96,7 @@ class RefusingRecord(TypedDict, total=False):
 
 
 class IdempotencyError(HomeAgentError):
-    """homeagent can't claim an idempotency key, renew its lease or record its outcome now.
+    """homeagent can't claim an idempotency key, renew the key's lease or record the key's outcome.
 
     If a stored record refuses a claim, the attributes `state` and `expires_at` have the values of the record. If no
     record refuses the claim, the attributes `state` and `expires_at` are None.

@@ -13,7 +13,7 @@ __all__ = ["check_function", "refuse_coroutine", "refuse_coroutine_function"]
 T = TypeVar("T")
 
 _DEFERRED = CO_GENERATOR | CO_COROUTINE
-"""Flags of the code of a function whose call does not run its body."""
+"""Flags of generator functions and coroutine functions: a call of such a function does not run the body."""
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
@@ -55,7 +55,7 @@ def refuse_coroutine(value: T, what: str, remedy: str) -> T:
 def refuse_coroutine_function(function: object, value: T, what: str, remedy: str) -> T:
     """Return the value that a function returned. If the function is a coroutine function, raise InvalidArgumentError.
 
-    An ordinary function may return a coroutine, which its caller awaits.
+    An ordinary function can return a coroutine, which the caller awaits.
     """
     # Check the type of the value first, because the check of the function takes longer.
     if isinstance(value, CoroutineType) and iscoroutinefunction(function):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["canonical_json", "fingerprint_of"]
 
 
-# Do not call `json.dumps()` with arguments, because it would create an encoder for each text.
+# Do not call `json.dumps()` with arguments, because each such call creates an encoder.
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 

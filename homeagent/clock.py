@@ -23,8 +23,8 @@ monotonic: Callable[[], float] = (
 )
 """A function that returns the seconds of a monotonic clock.
 
-Do not use `time.monotonic`, because an application's tests can freeze `time.monotonic` with freezegun. Then a timeout
-would not end. Neither freezegun nor time-machine freezes `time.clock_gettime`.
+Do not use `time.monotonic`, because an application's tests can freeze `time.monotonic` with freezegun. With a frozen
+clock, a timeout would not end. Neither freezegun nor time-machine freezes `time.clock_gettime`.
 """
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

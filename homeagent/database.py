@@ -123,8 +123,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
                 commits. An attacker can replay a message whose nonce was lost.
             migrate: True to create or upgrade the schema. Before an upgrade, homeagent backs up a file with data.
-            pool_size: maximum number of simultaneous writing units, and of simultaneous reading units, on PostgreSQL, 1
-                to 1,000. On SQLite, the argument has no effect.
+            pool_size: maximum number of connections for write units, and also for read-only units, from 1 to 1,000. The
+                argument has an effect only on PostgreSQL.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. The application's
                 revisions run after homeagent's revisions.
@@ -136,7 +136,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused. It stays unchanged.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused. No byte changes.
             DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)
@@ -165,7 +165,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         After a call of `close()`, all other methods raise DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
-            return  # Do not take the mutex, because a thread of the parent may have held the mutex during the fork.
+            return  # Do not take the mutex, because a thread of the parent can have held the mutex during the fork.
         with self._mutex:
             self._closed = True
             sweepers, self._sweepers = self._sweepers, []
@@ -222,8 +222,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Return a store that runs each call of a method as a separate unit of work.
 
         A method that only reads runs one statement in autocommit mode, and takes no lock. If a write depends on a
-        read, use one unit of work for the read and the write. A writing method of the store uses `Database.run()`. If
-        the thread already has an open write unit, a writing method raises `UnitStateError`.
+        read, use one unit of work for the read and the write. A method that writes uses `Database.run()`. If the
+        thread already has an open write unit, a method that writes raises `UnitStateError`.
 
         If a method of an application's store sends a second statement, homeagent calls the method again in one unit.
 
@@ -279,8 +279,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         At the end of the block the unit commits. If an exception leaves the block, the unit rolls back.
 
         Args:
-            read_only: True if the unit only reads. All reads see one snapshot. Read-only units and writers do not wait
-                for each other.
+            read_only: True if the unit only reads. All reads of a read-only unit see one snapshot. Read-only units and
+                writers do not wait for each other.
 
         Raises (when the block is entered):
             DatabaseBusyError: if the unit did not get the write lock or a connection within the `busy_timeout`.
@@ -305,8 +305,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             work: function that gets the unit. The database can call this function several times, so the function must
                 have no side effect outside the unit.
             read_only: see `unit_of_work()`.
-            idempotent: True if two runs of the function have the same result as one run. With True, the function also
-                runs again after the connection was lost during COMMIT.
+            idempotent: True if a second run of the function changes nothing. With True, the function also runs
+                again after the connection was lost during COMMIT.
 
         Returns:
             Return value of the function, after the commit.
@@ -314,7 +314,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Raises:
             InvalidArgumentError: if the argument `work` is a coroutine function.
             DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed the
-                shared commit for that time. The call changed no row.
+                shared commit for the whole `busy_timeout`. The call changed no row.
             ConnectionLostError: if the server was not reachable within the `busy_timeout`. The call changed no row.
             CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place before you
                 repeat the call.
@@ -322,7 +322,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return self._runner.run(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]  # a unit is a U
 
     async def arun(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do the same as `Database.run()` for a coroutine, under asyncio or trio. The function runs in another thread.
+        """Run a unit like `Database.run()`, without blocking the event loop of asyncio or trio. The function runs in
+        another thread.
 
         If the caller is cancelled under asyncio before the unit begins, the unit does not run. If the unit has begun,
         a cancelled caller still waits for the end of the unit.
@@ -361,8 +362,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             scope: identity of the call, which consists of the device, the method and the key that the device chose.
             effect: function that gets the attempt and returns any JSON value. The function can pass the text
                 `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
-                stored, and later calls raise it. If the function raises `EffectNotStartedError`, the key is free again.
-                Any exception except `EffectFailedError` and `EffectNotStartedError` makes the outcome unknown.
+                stored, and later calls raise the stored error. If the function raises `EffectNotStartedError`, the key
+                is free again. Any exception except `EffectFailedError` and `EffectNotStartedError` makes the outcome
+                unknown.
             params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
                 FingerprintMismatchError.
             lease: time without a renewal after which an attempt counts as abandoned.
@@ -401,7 +403,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         ttl: timedelta = timedelta(hours=24),
         on_abandoned: OnAbandoned = "refuse",
     ) -> Outcome:
-        """Do the same as `run_once()` for an effect that is a coroutine function, under asyncio or trio.
+        """Run a coroutine function as an effect once, under asyncio or trio (see `run_once()`).
 
         A cancellation of the caller also cancels the effect. If the cancellation comes after the end of the effect,
         homeagent still records the outcome.

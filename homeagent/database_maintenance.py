@@ -56,8 +56,8 @@ class DatabaseMaintenance:
         """Delete expired nonces and idempotency keys, old device changes, and devices that were pending for too long.
 
         A pending device is deleted after `Limits.pending_ttl`, and a device change after `Limits.changes_kept`. Other
-        writers wait only briefly, because each batch is small. While other writers wait, `sweep()` uses smaller batches
-        and longer pauses.
+        writers wait only briefly, because each batch is small. While other writers wait, `sweep()` makes the batches
+        smaller and the pauses longer.
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
@@ -154,8 +154,9 @@ class DatabaseMaintenance:
             destination: path of a new file, or of a directory. In a directory, the name of the new file contains the
                 schema's revision and the time. If a path with a final slash does not exist, homeagent creates a
                 directory with mode 0700.
-            keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
-                manifest, backups of other databases and copies from upgrades are neither counted nor deleted.
+            keep: number of this database's backups to keep in the directory. homeagent deletes older backups. homeagent
+                neither counts nor deletes files without a manifest, backups of other databases, and copies from
+                upgrades.
             replace: True to replace an existing file.
 
         Returns:
@@ -200,8 +201,8 @@ class DatabaseMaintenance:
         Args:
             target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.
             live: True to allow other units to write to the source during the copy. With `live=True`, the target gets
-                the state of the source at the beginning of the copy. Before you move a store to another database, stop
-                all writers.
+                the state that the source had at the beginning of the copy. Before you move a store to another database,
+                stop all writers.
             leave: names of the application's tables that the copy leaves out.
             progress: function that homeagent calls after each page of copied rows.
 
@@ -210,7 +211,7 @@ class DatabaseMaintenance:
 
         Raises:
             TargetNotEmptyError: if the target holds data.
-            SourceChangedError: if the source changed during the copy, unless the argument `live` is True.
+            SourceChangedError: if the source changed during a copy with `live=False`.
             InvalidArgumentError: if source and target are the same database, or if the target lacks a table of the
                 application. The error message names the missing table.
             SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of another version.
@@ -309,7 +310,7 @@ class DatabaseMaintenance:
             SchemaChangedError: if a person changed the schema of the backup, for example by adding a trigger.
             ForeignDatabaseError: if the backup or the target belongs to another application.
             DatabaseError: if the restore failed for another reason. If the last step failed, the next call of
-                `Database.open()` finishes the restore. After a failure of an earlier step, the target is unchanged.
+                `Database.open()` finishes the restore. If a step before the last step failed, the target is unchanged.
         """
         from homeagent.maintenance.restore import restore
 
@@ -337,7 +338,8 @@ class DatabaseMaintenance:
 
         Call `begin_epoch()` after a restore with PostgreSQL's tools, or from a snapshot of a disk or a virtual machine.
         The restored database lacks the nonces that were consumed after the backup. In the new epoch, the replay guard
-        refuses messages that devices signed earlier. An attacker therefore can't replay messages of the lost nonces.
+        refuses messages that devices signed earlier. In the new epoch, an attacker can't replay the messages of the
+        lost nonces.
 
         Args:
             target: path or URL of the database, as for `Database.open`.
@@ -347,7 +349,8 @@ class DatabaseMaintenance:
 
         Raises:
             ConflictError: if the epoch of the database differs from the argument `expected_epoch`.
-            DatabaseBusyError: if a process has the database open. The process would continue in the old epoch.
+            DatabaseBusyError: if a process has the database open. A process with an open database would continue in the
+                old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.
             DatabaseError: if the database cannot be opened for another reason.
         """

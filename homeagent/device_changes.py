@@ -5,7 +5,7 @@ ends with the last iterator. For each iterator, the thread stores only the numbe
 the feed itself is in the database.
 
 Each iterator checks the time since the last successful read of the feed, and raises an error after `PATIENCE` seconds.
-Do not move this check to the thread, because a lost connection can block the thread for a longer time
+Do not move this check to the thread, because a lost connection can block the thread for more than `PATIENCE` seconds
 (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
@@ -197,8 +197,9 @@ class DeviceWatcher:
         if self._pipe is None:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            # Do not close the pipe before this object is freed. A committing thread could write to another file with
-            # the same descriptor. Do not close the pipe at exit, because the thread runs until the process ends.
+            # Do not close the pipe before this object is freed. After an early close, a thread that commits could write
+            # to another file, because the system gives a free descriptor to the next file. Do not close the pipe at
+            # exit, because the thread runs until the process ends.
             weakref.finalize(self, _close, self._pipe).atexit = False
         self._read_at, self._error = self._monotonic(), None
         self._thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
@@ -231,7 +232,7 @@ class DeviceWatcher:
             os.write(self._pipe[1], b"\0")
 
     def close(self) -> None:
-        """End the thread. Iterators that wait, and later calls of iterators, raise DatabaseClosedError."""
+        """End the thread. After the end of the thread, every iterator raises DatabaseClosedError."""
         with self._mutex:
             self._is_closed = True
             thread, subscriptions = self._thread, list(self._subscriptions)
@@ -320,8 +321,8 @@ class DeviceWatcher:
             os.read(self._pipe[0], 1)
             if not self._is_closed:
                 time.sleep(max(began + _PAUSE - monotonic(), 0))
-            # Do not move this line behind the next read of the feed. After the move, the thread would miss a commit
-            # during the read.
+            # Do not move this line behind the next read of the feed, because the thread would miss a commit during the
+            # read.
             self._is_notified = False
 
 

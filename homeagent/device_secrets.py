@@ -107,7 +107,7 @@ class DeviceSecrets:
             TooManyAttemptsError: if the failed checks of this id in this process have reached
                 `Limits.failed_checks_per_minute`, or if the number of waiting slow hashes has reached
                 `Limits.waiting_hashes`. At a limit, the method raises the error even for the right secret. The limits
-                do not apply to a secret in the form of generated secrets.
+                do not apply to a secret that has the form of a generated secret.
             DatabaseBusyError: if the slow hash did not begin within 30 seconds.
         """
         return self._pairing.check_secret(device_id, shared_secret)

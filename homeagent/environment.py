@@ -37,13 +37,13 @@ MAX_POOL_SIZE = 1000
 
 
 class _Text(str):
-    """A default text, which is not the same object as an equal text of a caller."""
+    """Text of a default. An equal text of a caller is a different object."""
 
     __slots__ = ()
 
 
 class _Number(int):
-    """A default number, which is not the same object as an equal number of a caller."""
+    """Number of a default. An equal number of a caller is a different object."""
 
     __slots__ = ()
 

@@ -51,7 +51,7 @@ class NotFoundError(HomeAgentError):
 
 
 class DeviceNotFoundError(NotFoundError):
-    """No device has the given id. Remedy: pair the device, or find its id by `homeagent devices list`."""
+    """No device has the given id. Remedy: pair the device, or find the right id by `homeagent devices list`."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -59,7 +59,7 @@ class DeviceNotFoundError(NotFoundError):
 
 
 class AgentNotFoundError(NotFoundError):
-    """No agent has the given id. Remedy: create the agent, or find its id by `agents.list()`."""
+    """No agent has the given id. Remedy: create the agent, or find the right id by `agents.list()`."""
 
     def __init__(self, agent_id: str) -> None:
         self.agent_id = agent_id
@@ -141,7 +141,7 @@ class AgentInUseError(ConflictError):
 
 class RouteTakenError(ConflictError):
     """Another session holds the new route of a moved session. The attribute `session_id` is the id of the holder.
-    Remedy: move or delete that session, and then try again.
+    Remedy: move or delete the holder of the route, and then try again.
     """
 
     def __init__(self, session_id: str) -> None:
@@ -170,7 +170,7 @@ class ApprovalChangedError(ConflictError):
 
 
 class DeviceNotApprovedError(ConflictError):
-    """The device is not approved, so its secret can't be rotated with an overlap. Remedy: leave out the overlap."""
+    """The secret of a device that is not approved can't be rotated with an overlap. Remedy: leave out the overlap."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -186,7 +186,7 @@ class LimitError(ConflictError):
 
 
 class PendingLimitError(LimitError):
-    """The maximum number of devices waits for approval. Remedy: approve or delete some, or raise the limit."""
+    """The maximum number of devices waits for approval. Remedy: approve or delete some devices, or raise the limit."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(
@@ -274,8 +274,8 @@ class CommitUnknownError(DatabaseError):
 
 
 class SchemaTooNewError(DatabaseError):
-    """A newer version of homeagent or of the application upgraded the database. The older version does not change the
-    database. Remedy: upgrade homeagent or the application, or restore a backup from before the upgrade.
+    """A newer version of homeagent or of the application upgraded the database. The version that raises this error does
+    not change the database. Remedy: upgrade homeagent or the application, or restore a backup from before the upgrade.
     """
 
     def __init__(self, revision: str, *, known: str, application: str | None = None) -> None:
@@ -395,7 +395,7 @@ class DatabaseMovedError(CorruptDatabaseError):
     """The file or its WAL was deleted, moved or replaced while the database was open. The database did not commit the
     unit.
 
-    Remedy: put the same file back, and units succeed again. To use another file, close and open the database.
+    Remedy: put the original file back, and then units succeed again. To use another file, close and open the database.
     """
 
 
@@ -414,8 +414,8 @@ class DatabaseIOError(DatabaseError):
 
 
 class TooManyFilesError(DatabaseError):
-    """The process or the machine reached its limit of open files. The database rolled back the unit. Remedy: close
-    some, or raise the limit (`ulimit -n`).
+    """The process or the machine reached its limit of open files. The database rolled back the unit. Remedy: close some
+    files, or raise the limit (`ulimit -n`).
     """
 
 

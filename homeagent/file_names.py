@@ -19,10 +19,10 @@ _PREFIX = 100
 def safe_filename(identifier: str) -> str:
     """Return a file name for an id. Different ids have different file names.
 
-    A short id of lower-case ASCII letters, digits, `.`, `_` and `-` is also the file name. For a long id, or an id with
-    other characters, the file name is a readable part of the id, `~` and the SHA-256 of the id. The file names of two
-    ids differ even on a file system that ignores case or normalises Unicode. An id has the same file name in every
-    release of homeagent.
+    If a short id contains only lower-case ASCII letters, digits, `.`, `_` and `-`, the file name is the id itself. For
+    a long id, or an id with other characters, the file name is a readable part of the id, `~` and the SHA-256 of the
+    id. The file names of two ids differ even on a file system that ignores case or normalises Unicode. An id has the
+    same file name in every release of homeagent.
 
     Args:
         identifier: id of a row in the store.

@@ -160,7 +160,7 @@ class GroupCommit:
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
         """Check the timeouts of the calls of an event loop. Repeat the check until no call of the event loop waits."""
         wait = min(map(self._check, calls), default=0)
-        # Wake the callers of ended calls, because the method `_deliver()` may have failed to notify the event loop.
+        # Wake the callers of ended calls, because the method `_deliver()` can have failed to notify the event loop.
         _resolve([call for call in calls if call.state.is_over])
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
@@ -205,7 +205,7 @@ class GroupCommit:
                 try:
                     self._thread.start()
                 except BaseException as error:
-                    # The thread may have started in spite of the error. The method `_write()` of the thread ends at
+                    # The thread can have started in spite of the error. The method `_write()` of the thread ends at
                     # once if the attribute `_thread` is None.
                     self._thread = None
                     if not isinstance(error, Exception):
@@ -302,7 +302,7 @@ class GroupCommit:
         `shared`.
         """
         connection = transaction._require_connection()
-        # A batch may take at most a quarter of the timeout, because its first caller waits until the whole batch is
+        # A batch starts no unit after a quarter of the timeout, because the first caller waits until the whole batch is
         # committed.
         end = monotonic() + min(_MAX_BATCH_SECONDS, self._settings.timeout / 4)
         call: QueuedCall | None = first
@@ -380,7 +380,7 @@ class GroupCommit:
 
 
 def _resolve(calls: list[QueuedCall]) -> None:
-    """Wake the coroutines that wait for the end of the calls. Only the event loop's thread may call `_resolve()`."""
+    """Wake the coroutines that wait for the calls. Only the event loop's thread is allowed to call `_resolve()`."""
     for call in calls:
         if call.future is not None and not call.future.done():
             call.future.set_result(None)

@@ -122,8 +122,8 @@ class _Once:
     Args:
         attempt: attempt that the unit ends.
         write: function that records the outcome or releases the key.
-        leaves_record: True if the unit leaves a record of the attempt in the store. For a function that releases the
-            key, the argument is False, and a lost lease in a second run counts as success.
+        leaves_record: True if the unit leaves a record of the attempt in the store. False if the function releases the
+            key. With False, a lost lease in a second run counts as success.
     """
 
     def __init__(

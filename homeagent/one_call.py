@@ -39,8 +39,8 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
 
 
 class AutocommitReads:
-    """An object of this class replaces the unit of work in a store of a database. The object runs each reading
-    statement in autocommit mode, without a lock.
+    """An object of this class replaces the unit of work in a store of a database. The object runs each statement that
+    reads in autocommit mode, without a lock.
     """
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
@@ -71,7 +71,7 @@ class AutocommitReads:
 
 @cache
 def _one_call_type(kind: type[Store]) -> Any:
-    """Derive a class from a store class. Each writing method of the derived class runs in a new unit of work.
+    """Derive a class from a store class. Each method that writes runs in a new unit of work.
 
     The derived class inherits the methods with the decorator `@reading`.
     """

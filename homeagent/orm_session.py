@@ -57,7 +57,7 @@ class UnitSession(Session):
         self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
-        """Expire the session's objects and collections that a store's statement may have changed."""
+        """Expire the session's objects and collections that a store's statement can have changed."""
         compiled = statement.compiled(self._dialect)
         if compiled.target is None:
             self.expire_all()
@@ -116,7 +116,7 @@ def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
     """Return True if a statement can change rows of a table, either directly or by the cascade of a foreign key.
 
     Args:
-        table: table that the statement may change.
+        table: table whose rows the statement can change.
         target: name of the table that the statement inserts into, updates or deletes from.
         cascade: attribute that holds a foreign key's action. The attribute is `ondelete` for a DELETE, `onupdate` for
             an UPDATE, and None for an INSERT.

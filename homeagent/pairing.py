@@ -100,7 +100,8 @@ class Pairing:
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
                 # If the store has the new hash and the new verifier, an earlier run of the unit stored the device. No
-                # other call has the same hash and verifier, because one of them has a random salt.
+                # other call has an equal hash and an equal verifier, because the hash or the verifier has a random
+                # salt.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return stored
@@ -108,7 +109,7 @@ class Pairing:
         return PairedDevice(device=self._runner.run(add, idempotent=True), shared_secret=secret)
 
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
-        """Return the device if it is approved and the secret is right (see `Database.verify_secret`)."""
+        """Return the device if the device is approved and the secret is right (see `Database.verify_secret`)."""
         checked = self.check_secret(device_id, shared_secret)
         return checked.device if checked else None
 
@@ -202,7 +203,7 @@ class Pairing:
         return await self._runner.in_thread(partial(self.proof_parameters, device_id), slow=False)
 
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
-        """Return the device if it is approved and the proof is right (see `Database.verify_proof`)."""
+        """Return the device if the device is approved and the proof is right (see `Database.verify_proof`)."""
         checked = self.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
         return checked.device if checked else None
 

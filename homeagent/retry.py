@@ -83,7 +83,7 @@ class Runner:
             time.sleep(pause)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Do the same as `run()`, without blocking the event loop (see `Database.arun`)."""
+        """Run a function as a unit of work, without blocking the event loop (see `Database.arun`)."""
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)

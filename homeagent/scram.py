@@ -189,8 +189,8 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
     Args:
         secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
         iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default is 4,096 for a generated secret (about 2 ms),
-            and 600,000 for any other secret (about 0.2 s). For any other number, the answers of `fake_parameters()`
-            differ from the answers for existing devices.
+            and 600,000 for any other secret (about 0.2 s). With another number of iterations, the answers of
+            `fake_parameters()` differ from the answers for existing devices.
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
@@ -266,8 +266,8 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
     """Return the message for a proof. The device and the gateway compute the message from the same values.
 
     The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8. The array has no
-    spaces and no unnecessary escapes, as in RFC 8785 (JSON Canonicalization Scheme) and in JavaScript's
-    `JSON.stringify()`.
+    spaces and no unnecessary escapes. JavaScript's `JSON.stringify()` and RFC 8785 (JSON Canonicalization Scheme) give
+    an equal text.
 
     Args:
         device_id: id of the device.
@@ -301,7 +301,8 @@ def make_proof(
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# Substitute for an absent or damaged verifier. With the substitute, a check of a proof takes the same time.
+# Substitute for an absent or damaged verifier. With the substitute, a check without a verifier takes as long as a check
+# with a verifier.
 _DECOY_VERIFIER = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),

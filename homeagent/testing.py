@@ -1,7 +1,7 @@
 """pytest plugin with fixtures for fresh databases, and for a clock that a test can move.
 
 pytest loads the plugin if homeagent is installed. The plugin imports the rest of homeagent only when a test uses a
-fixture, so that other test runs start as fast as before.
+fixture, so that the plugin does not slow down other test runs.
 
 | fixture | value | override the fixture to |
 |---|---|---|
@@ -163,7 +163,8 @@ def check_revisions(
     During an upgrade of several hosts, old code uses the new schema. Therefore a revision must only expand the schema.
     The function runs the revisions one by one on an empty database, and compares the schemas before and after each
     revision. By the line `oldest_revision = "…"` in its module, a revision declares the oldest revision whose code
-    still runs. A revision with this line may also drop tables and columns that no code since the oldest revision uses.
+    still runs. A revision with this line is allowed to drop tables and columns that no code since the oldest revision
+    uses.
 
     Args:
         migrations: revisions of the application (see `Database.open`).

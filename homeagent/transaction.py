@@ -89,7 +89,7 @@ class Transaction:
 
     Args:
         settings: settings of the database's units.
-        read_only: True if the unit only reads. All its reads see one snapshot.
+        read_only: True if the unit only reads. All reads of a read-only unit see one snapshot.
         timeout: longest wait for a connection, in seconds. None means the timeout of the settings.
 
     Attributes:
@@ -224,7 +224,7 @@ class Transaction:
                 session.close()
         finally:
             try:
-                # Do not use the pool in a forked child, because a thread of the parent may have held the pool's mutex.
+                # Do not use the pool in a forked child, because a thread of the parent can have held the pool's mutex.
                 if engine.is_forked_copy:
                     pass
                 elif sound and not connection.needs_reconnect:

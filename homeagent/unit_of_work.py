@@ -112,7 +112,7 @@ class UnitOfWork(Transaction):
         transaction.
 
         Before a store's statement, the unit flushes the session. After a store's write, the unit expires the session's
-        objects that the write may have changed. The session and the stores therefore see the same data. The session's
+        objects that the write can have changed. The session and the stores therefore see the same data. The session's
         method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the end of the unit, the
         session raises UnitStateError, but the application can still use the session's objects.
         """
@@ -137,8 +137,8 @@ class UnitOfWork(Transaction):
     ) -> Outcome:
         """Run an effect on this database once. One commit contains the key, the changes of the effect and its result.
 
-        If the effect raises an exception, its changes are undone and the key is free again. An `EffectFailedError` is
-        stored if the caller catches the error inside the unit and the unit commits.
+        If the effect raises an exception, the unit undoes the changes of the effect, and the key is free again. An
+        `EffectFailedError` is stored if the caller catches the error inside the unit and the unit commits.
 
         Args:
             scope: identity of the call.
@@ -294,8 +294,8 @@ def add_stores(kind: type[U]) -> type[U]:
     """Add a property for each store that a subclass of `UnitOfWork` annotates, and return the class.
 
     Raises:
-        InvalidArgumentError: if the class is not a subclass of `UnitOfWork`. An annotation that is not a subclass of
-            `Store`, or that hides an attribute of `UnitOfWork`, raises the error too.
+        InvalidArgumentError: if the class is not a subclass of `UnitOfWork`. The function also raises the error if an
+            annotation is not a subclass of `Store`, or hides an attribute of `UnitOfWork`.
     """
     if not isinstance(kind, type) or not issubclass(kind, UnitOfWork):
         raise InvalidArgumentError("unit must be a subclass of UnitOfWork")

@@ -1,7 +1,7 @@
 """The command line. Each command or group of commands has a module. The module `application.py` holds common parts.
 
 The exit status is 0 for success, 1 for a refused operation, and 2 for wrong usage. A refused operation prints one line
-on standard error, which is a JSON object if the arguments contain --json.
+on standard error. If the arguments contain --json, the line is a JSON object.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ class _Common:
 
     Attributes:
         database: value of the --database option that is nearest to the command, or None.
-        as_json: True if the arguments contain `--json`. With `--json` errors are JSON too, even if an option to the
-            left of `--json` is wrong.
+        as_json: True if the arguments contain `--json`. With `--json`, the command prints errors as JSON, even if an
+            option to the left of `--json` is wrong.
     """
 
     database: str | None = None
@@ -129,7 +129,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
     try:
         yield
     except _UsageError as error:
-        # The message of a usage error repeats the argument, which can be a database URL in the wrong position.
+        # The message of a usage error repeats the wrong argument, which can be a database URL with a password.
         text = _CREDENTIALS.sub(lambda found: f"{found[1]}***" if found[1] else "://***@", error.format_message())
         text = text.replace("Value error, ", "")  # Pydantic's prefix
         text += "" if text.endswith((".", "?")) else "."
@@ -144,7 +144,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
         _print_message(common, text, error="Interrupted")
         raise typer.Exit(130) from None  # a shell reports a process that Ctrl-C ended as 128 plus the signal's number
     except OSError as error:
-        # The library raises HomeAgentError. An OSError without a file's name is therefore an error of the standard
+        # The library raises HomeAgentError instead of OSError. An OSError without a file's name comes from the standard
         # output.
         if error.filename is not None:
             raise
@@ -219,7 +219,7 @@ def confirm(
         yes: True if the operator passed `--yes`. The function does not ask if the operator passed `--yes`.
         dry_run: True if the operator passed `--dry-run`. If the operator passed `--dry-run`, the function shows the
             rows and does not ask.
-        show: function that is called before the question, and prints on standard error what the command will change.
+        show: function that prints the planned change on standard error before the question.
     """
     if dry_run:
         if show is not None and not context.obj.as_json:

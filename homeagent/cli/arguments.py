@@ -52,7 +52,7 @@ def _find_packages(migrations: str | None) -> str | None:
 
 
 class Format(StrEnum):
-    """Form of a list for people or for programs."""
+    """Output format of a list, for people or for programs."""
 
     TABLE = "table"
     TSV = "tsv"

@@ -22,13 +22,13 @@ DECISIVE = ("paired_at", "status", "role", "shared_secret_hash")
 
 
 def public(device: Device) -> dict[str, Any]:
-    """Return a device for JSON, without values derived from its secret."""
+    """Return a device for JSON, without values that were derived from the device's secret."""
     shown = DevicePublic.model_validate(device, from_attributes=True)
     return shown.model_dump(mode="json", by_alias=True)
 
 
 def row_of(device: Device) -> tuple[object, ...]:
-    """Return the cells of a device for `HEADINGS`."""
+    """Return the cells of a device for the columns in `HEADINGS`."""
     return device.id, device.role, device.status, device.paired_at, device.last_seen_at
 
 

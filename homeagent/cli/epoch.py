@@ -1,4 +1,4 @@
-"""The command `homeagent begin-epoch`, which begins a new epoch after a restore by other tools than homeagent."""
+"""The command `homeagent begin-epoch`, which begins a new epoch after a restore by a tool other than homeagent."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def abandoned(
     """
     with open_named(context) as opened:
         rows = opened.run(lambda unit: unit.idempotency_keys.list_abandoned(limit=limit), read_only=True)
-    # Do not show parameters or results, because they can be private.
+    # Do not show parameters or results, because parameters and results can be private.
     shown = {"device_id", "method", "key", "attempt", "created_at", "lease_expires_at", "downstream_key"}
     values = [row.model_dump(mode="json", include=shown) for row in rows]
     print_list(context, _HEADINGS, map(_row_of, rows), values, form)

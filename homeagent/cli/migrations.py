@@ -130,8 +130,8 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # The command itself asks the developer to read the revision, so remove Alembic's comments with the same
-        # request.
+        # Remove the comments by which Alembic asks the developer to read the revision. The command itself asks the
+        # developer.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

@@ -43,20 +43,20 @@ def require_expected(
 ) -> None:
     """End the command as wrong usage if --yes stands without the value that identifies the row.
 
-    With --yes the command shows no row. The operator names a value of the row instead, and the command refuses a row
-    with another value. The argument `source` says where the operator finds the value.
+    With --yes, the command shows no row. The operator names a value of the row, and the command refuses a row with
+    another value. The argument `source` says where the operator finds the value.
     """
     if yes and value is None:
         raise typer.BadParameter(f"--yes needs {option}, {source}.")
 
 
 def refuse_change(row: str, seen: Any, now: Any, *columns: str, expected: str | int | None = None) -> None:
-    """Raise ConflictError if a row has changed since the command showed it, or is not the expected row.
+    """Raise ConflictError if a row has changed since the command showed the row, or is not the expected row.
 
     Args:
         row: kind and id of the row, for the message.
         seen: row that was shown, or None if no row was shown.
-        now: row, read in the unit that changes the row.
+        now: row that the command read in the unit of the change.
         columns: names of the columns that must be equal in `seen` and `now`.
         expected: value that the operator expects in the first column, or None. A str value is parsed as a timestamp.
     """

@@ -76,7 +76,7 @@ def _status(context: typer.Context) -> DatabaseStatus | DatabaseError:
         with open_named(context) as opened:
             return opened.status()
     except DatabaseBusyError:
-        raise  # the database may be sound
+        raise  # the database can be sound
     except DatabaseError as error:
         return error
 

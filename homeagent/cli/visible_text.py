@@ -9,7 +9,7 @@ of the character:
 - punctuation or a mathematical sign outside of ASCII, such as a dash that looks like a hyphen;
 - a combining mark at the beginning;
 - a Latin letter from U+0180 onwards that has no ASCII base letter, such as U+0261, which looks like `g`;
-- a character of another script than the main script of the text.
+- a character whose script is not the main script of the text.
 
 The script of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and hangul count as one
 script, because names mix these four scripts. The main script is Latin if the text has Latin letters, and otherwise the
@@ -73,7 +73,7 @@ def _is_mistakable(character: str, main: str | None) -> bool:
 
 
 def _escape(text: str) -> str:
-    """Return the text with an escape for each character that looks like another character. The text may be empty."""
+    """Return the text with an escape for each character that looks like another character. The text can be empty."""
     if text.isascii() and text.isprintable():
         return text
     main = _main_script(text)
@@ -100,6 +100,6 @@ def identity(text: str) -> str:
 
 
 def escape_words(text: str) -> str:
-    """Return a message in which each word is escaped on its own, because words can have different main scripts."""
+    """Return a message in which each word is escaped separately, because words can have different main scripts."""
     # Do not escape the ellipsis, which homeagent's messages contain.
     return re.sub(r"[^\s…]+", lambda word: _escape(word[0]), text)

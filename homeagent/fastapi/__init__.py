@@ -6,7 +6,7 @@
 | `DatabaseDep` | dependency: the open database |
 | `CurrentDevice`, `require_role` | dependencies: the approved device that sent the request |
 | `idempotent`, `Once` | run an effect once for each Idempotency-Key of a device |
-| `signed_webhook`, `Webhook` | the same for the messages of a Standard Webhooks sender |
+| `signed_webhook`, `Webhook` | run an effect once for each message of a Standard Webhooks sender |
 | `accept_device` | accept a WebSocket from a device, until the device loses its access |
 | `install_error_handlers`, `ErrorReply`, `error_replies` | problem details (RFC 9457) for each error |
 | `health_router` | `GET /health` |

@@ -38,11 +38,11 @@ from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 __all__ = ["MAX_BODY", "Once", "idempotent", "params_of", "read_body", "route_of"]
 
 MAX_BODY = 1024 * 1024
-"""Default for the size of the largest body in bytes. The default of nginx is the same."""
+"""Default for the size of the largest body in bytes. nginx also limits a body to 1 MiB by default."""
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
-# Errors that are a known outcome of an effect. After any other error of an effect, the outcome is unknown.
+# Errors after which the outcome of an effect is known. After any other error of an effect, the outcome is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
 # Store only headers that a client needs to read the body or to follow a redirection. Do not store headers such as
@@ -88,8 +88,8 @@ class Once:
         Args:
             effect: function that gets the attempt, and returns JSON, a model, or a Response. A coroutine function runs
                 in the event loop. Any other function runs in a worker thread. If the function raises an HTTPException
-                with a status below 500, the reply is stored for retries. The reply for an error such as
-                `AgentNotFoundError` is also stored.
+                with a status below 500, the reply is stored for retries. homeagent also stores the reply for an error
+                such as `AgentNotFoundError`.
 
         Returns:
             JSON value or Response of the effect, which the route must return.
@@ -194,8 +194,8 @@ def idempotent(
         on_abandoned: see `Database.run_once()`. The argument `on_abandoned` can also be a coroutine function.
         device: dependency that returns the device of the request.
         max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. If the route
-            declares a form or a model, FastAPI reads the whole body before this dependency. For a route with a form or
-            a model, also set FastAPI's argument `max_body_size`.
+            declares a form or a model, FastAPI reads the whole body before the dependency runs. For a route with a form
+            or a model, also set FastAPI's argument `max_body_size`.
     """
 
     async def once(

@@ -29,14 +29,14 @@ __all__ = ["Webhook", "signed_webhook"]
 
 _PREFIX = "whsec_"
 _MIN_KEY_BYTES = 24  # The specification requires 24 bytes.
-_OWNER_CHARACTERS = 22  # The characters contain 132 random bits.
+_OWNER_CHARACTERS = 22  # 22 characters of base64 contain 132 random bits.
 
 
 class Webhook(Once):
     """Message with a right signature and time. Call the object with a function, which handles the message once.
 
-    A sender can repeat a message with the same id. An attacker can repeat a message while its time is accepted. Each
-    repetition gets the answer of the first message, and the function does not run again.
+    A sender can repeat a message with the same id. An attacker can repeat a message while the gateway accepts the
+    message's time. Each repetition gets the answer of the first message, and the function does not run again.
 
     Attributes:
         id: id of the message.

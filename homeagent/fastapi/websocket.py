@@ -9,8 +9,8 @@
 | 1013 | the database is busy, or a limit is reached: try again later |
 | 1011 | the database or its feed of changes could not be read |
 
-A reverse proxy may end the TLS connection. The proxy must pass on the headers `Upgrade` and `Connection`. The idle
-timeout of the proxy must be longer than the interval between the server's pings (uvicorn: 20 s).
+A reverse proxy is allowed to end the TLS connection. The proxy must pass on the headers `Upgrade` and `Connection`. The
+idle timeout of the proxy must be longer than the interval between the server's pings (uvicorn: 20 s).
 """
 
 from __future__ import annotations

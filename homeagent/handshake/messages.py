@@ -14,7 +14,7 @@ from homeagent.errors import HandshakeError
 __all__ = ["MAX_MESSAGE", "Receive", "Send", "bytes_of", "field", "read", "text_of", "time_of", "write"]
 
 MAX_MESSAGE = 8_192
-"""Maximum size of a message in bytes. The web server needs a separate limit for the bytes that it buffers."""
+"""Maximum size of a message in bytes. The web server needs a separate limit for the bytes that the server buffers."""
 
 Send = Callable[[str], Awaitable[Any]]
 """Function that sends a text frame, such as `websocket.send_text` of Starlette or `send` of websockets."""

@@ -47,7 +47,7 @@ DELETE_OLD = Statement[DeviceChange](
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
     """Select the changes that follow the argument `after` from the rows that the statement `CHANGES` returned.
 
-    If the feed does not contain the number, return a single change of the kind `reset`, which has the newest number.
+    If the feed does not contain the number, return a single change of the kind `reset` with the newest number.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]

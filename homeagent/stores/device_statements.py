@@ -164,8 +164,8 @@ STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]
 IS_ADMIN = Statement[bool](
     select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
 )
-# The statement locks all approved admins in a fixed order. If two admins revoke each other at the same time, the second
-# revocation waits for the first, and then finds only one approved admin.
+# The statement locks all approved admins in a fixed order. Two admins can revoke each other at the same time. The
+# second revocation waits for the first revocation, and then finds only one approved admin.
 APPROVED_ADMINS = Statement[bool](
     select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,

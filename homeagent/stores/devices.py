@@ -157,7 +157,8 @@ class DeviceStore(DeviceFeed):
         """Return a page of devices.
 
         Args:
-            approved: True to select approved devices, False to select unapproved devices. Default: both.
+            approved: True to select approved devices, False to select unapproved devices. By default, the method
+                selects both.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
             seen_before: time before which the selected devices were last seen. By default, the method also returns

@@ -208,7 +208,7 @@ class IdempotencyKeyStore(Store):
     ) -> Attempt:
         """Return the next attempt of a key in progress.
 
-        Raise an error unless the present attempt is abandoned and the caller passed `rerun=True`.
+        Raise an error if the present attempt is not abandoned, or if the argument `rerun` is False.
         """
         if row.owner == owner:
             # The caller has already committed the same claim, but did not get the result of the commit.

@@ -1,7 +1,7 @@
 """Limit for the rows of one device. The store does not count the rows at each insert.
 
 Counting 10,000 rows takes as long as 40 inserts. Therefore each count gives the process a grant: a number of rows that
-the process may add without another count. The grant is an eighth of the rows that still fit below the limit, but at
+the process can add without another count. The grant is an eighth of the rows that still fit below the limit, but at
 most a fiftieth of the limit.
 
 A process gets a grant only if the device has fewer rows than the limit. At the limit, a process can add only the rest

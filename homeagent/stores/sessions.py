@@ -316,7 +316,7 @@ class SessionStore(Store):
         """Store the time of a session's last activity.
 
         The argument `at` is the time of the activity. If `at` is None or later than the current time, the method stores
-        the current time. Return True if the session exists and the stored time was earlier.
+        the current time. Return True if the method changed the stored time.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0

@@ -1,5 +1,5 @@
-"""Base class of the stores, and decorators that declare their reading and writing methods. A store runs statements in a
-unit of work.
+"""Base class of the stores, and decorators that declare whether a store's method reads or writes. A store runs
+statements in a unit of work.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ class Store:
 
     The method `Database.store()` returns a store for calls without a unit. Each call of a method of a store from
     `Database.store()` is a separate unit. A method that sends a single SELECT takes no lock. Before a second statement
-    or a write, homeagent calls the method again in a unit of work. Therefore the method must have no side effect
-    outside the unit.
+    or a write, homeagent calls the method again in a unit of work. Because of the second call, the method must have no
+    side effect outside the unit.
     """
 
     __slots__ = ("_unit",)
