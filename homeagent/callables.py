@@ -57,7 +57,7 @@ def refuse_coroutine_function(function: object, value: T, what: str, remedy: str
 
     An ordinary function can return a coroutine, which the caller awaits.
     """
-    # Check the type of the value first, because the check of the function takes longer.
+    # Check the type of the value first, because a check of the function takes more time than a check of the type.
     if isinstance(value, CoroutineType) and iscoroutinefunction(function):
         value.close()
         raise InvalidArgumentError(f"{what} is a coroutine function, which is not awaited here: {remedy}")

@@ -136,7 +136,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Raises:
             InvalidArgumentError: if `target` or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused. No byte changes.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused and stays unchanged.
             DatabaseError: if the database cannot be opened for another reason.
         """
         given = conceal(target)

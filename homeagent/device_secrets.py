@@ -33,7 +33,7 @@ class DeviceSecrets:
     @property
     def _pairing(self) -> Pairing:
         if self._made_pairing is None:
-            # Import `homeagent.pairing` lazily, so that a process without checks of secrets starts sooner.
+            # Import `homeagent.pairing` lazily, to shorten the start of a process that checks no secrets.
             from homeagent.pairing import Pairing
 
             # Create only one `Pairing` object, even if several threads need the object. Two objects would count failed

@@ -45,7 +45,7 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# Types of `Database.run` and `Database.arun` with `idempotent=True`, which can run a unit twice.
+# Types of `Database.run` and `Database.arun`. With `idempotent=True`, the two methods can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -294,8 +294,8 @@ class _AsyncUnits:
     """Units of work of an `arun_once()` call. The units claim the key, record the outcome, or release the key.
 
     Attributes:
-        substitute: function that runs instead of the effect. If an earlier attempt was abandoned, the caller
-            passes its argument `on_abandoned`, and otherwise None.
+        substitute: function that runs instead of the effect, or None. After an abandoned attempt, the function is
+            the argument `on_abandoned` of the caller.
     """
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:

@@ -1,4 +1,4 @@
-"""Import the names of a package at their first use, so that a process starts sooner.
+"""Import the names of a package at their first use, to shorten the start of a process.
 
 Python can still evaluate annotations that contain lazy names, for example `models.AgentCreate`.
 """

@@ -179,7 +179,7 @@ class Pairing:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Store a hash with newer parameters. If an error occurs, only log a warning, because the secret is right."""
+        """Store a hash with current parameters. Log an error only as a warning, because the secret is right."""
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),

@@ -3,7 +3,7 @@
 | close code | reason |
 |---|---|
 | 4400 | a message of the handshake was invalid |
-| 4401 | the proof or the time was wrong, or the device does not exist; later: deleted, or its secret was replaced |
+| 4401 | the proof or the time was wrong, the device does not exist, or the device's secret was replaced |
 | 4403 | the device is pending or revoked |
 | 4408 | the handshake took too long |
 | 1013 | the database is busy, or a limit is reached: try again later |

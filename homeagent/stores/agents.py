@@ -145,7 +145,7 @@ class AgentStore(Store):
             AgentInUseError: if the agent has sessions, and `delete_sessions` is False.
         """
         # Lock the agent before counting its sessions. With the lock, the count includes a session that another unit has
-        # just added. A unit that adds a session later waits for the lock, and then finds no agent.
+        # just added. Another unit that adds a session waits for the lock, and then finds no agent.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:

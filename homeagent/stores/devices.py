@@ -165,7 +165,7 @@ class DeviceStore(DeviceFeed):
                 devices that were never seen.
             order: order of the devices: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
-            after: last device on the previous page, or the id of this device. By default, the method returns the first
+            after: last device on the previous page, or the device's id. By default, the method returns the first
                 page.
 
         Raises:
@@ -321,7 +321,9 @@ class DeviceStore(DeviceFeed):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return whether `update_last_seen()` would change no row, and the result for an unchanged row."""
+        """Return a pair. The first value is True if `update_last_seen()` would change no row. The second value is the
+        method's result for an unchanged row.
+        """
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
@@ -333,8 +335,8 @@ class DeviceStore(DeviceFeed):
         """Store the time at which a device was last seen.
 
         The argument `at` is the time of the last contact. If `at` is None or later than the current time, the method
-        stores the current time. The method changes the row only if the stored time is earlier by at least the argument
-        `granularity`. If the method changed no row, the result is False.
+        stores the current time. The method changes the row only if the stored time is at least `granularity` before the
+        new time. If the method changed no row, the result is False.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -412,7 +414,7 @@ class DeviceStore(DeviceFeed):
     @writing()
     @clears_locals
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
-        """Replace the hash by a hash of the same secret with newer parameters.
+        """Replace the hash by a hash that was computed from the same secret with the current parameters.
 
         If the stored hash differs from `expected_secret_hash`, return False.
         """

@@ -123,7 +123,7 @@ class IdempotencyKeyStore(Store):
             if stored < limit:
                 return stored
             # Subtract the expired rows that no sweep has deleted yet. Count the expired rows only at the limit, because
-            # this count is slower.
+            # the count of the expired rows is slow.
             return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
         if not has_room(self._unit, "idempotency_keys", device_id, limit, count) and (
