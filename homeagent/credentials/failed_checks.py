@@ -92,7 +92,7 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id while the block runs. Keep the count after the block only if the check failed.
+        """Count a check of the id while the block runs. If the check did not fail, remove the count after the block.
 
         Raises:
             TooManyAttemptsError: if the id has reached the limit of `per_minute` checks. Failed checks of the last

@@ -121,7 +121,8 @@ class SecretMatch:
     matched: int | None = None
     """Index of the matching stored hash, or None if no hash matched."""
     replacement: str | None = field(default=None, repr=False)
-    """A new hash of the same secret, if the matching hash has other costs than the hasher, else None.
+    """A new hash of the presented secret if the costs of the matching hash differ from the hasher's costs. Otherwise
+    None.
 
     Store the new hash in place of the matching hash.
     """
@@ -254,7 +255,7 @@ class SecretHasher:
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # Spend the 30 µs of parsing also for an unknown device.
+            _parse_argon2(self._decoy_text)  # For an unknown device, spend the 30 µs of parsing too.
         # The dictionary `recipes` is used as an ordered set. If the device has no Argon2 hash, run Argon2 with the
         # costs of the decoy hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
@@ -316,8 +317,8 @@ _default = SecretHasher()
 
 @clears_locals
 def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
-    """Return a hash of a secret for storing. The arguments, the result and the errors are the same as those of the
-    method `SecretHasher.hash()`.
+    """Return a hash of a secret for storing. The method `SecretHasher.hash()` documents the arguments, the result and
+    the errors.
 
     The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. With `waiting=16`, at most
     16 callers of the process can wait at the same time.
@@ -326,8 +327,7 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
 
 
 def check_secret(secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
-    """Check a presented secret. The arguments, the result and the errors are the same as those of the method
-    `SecretHasher.check()`.
+    """Check a presented secret. The method `SecretHasher.check()` documents the arguments, the result and the errors.
 
     The costs are the defaults of `SecretHasher`. A call waits at most 30 s for a slow hash. With `waiting=16`, at most
     16 callers of the process can wait at the same time.

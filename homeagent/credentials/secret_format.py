@@ -98,9 +98,9 @@ def generate_secret() -> SecretStr:
 def is_generated(secret: SecretStr | str) -> bool:
     """Return True if a secret has the format of the function `generate_secret()`.
 
-    A person's text in the format of a generated secret has a matching checksum with a probability of 1 in 2**32. Only
-    `generate_secret()` may create secrets with the format of a generated secret. The SHA-256 in the database is safe
-    only for a secret of 256 random bits.
+    A person's text in the format of a generated secret has a matching checksum with a probability of 1 in 2**32. No
+    other function than `generate_secret()` is allowed to create secrets with the format of a generated secret. The
+    SHA-256 in the database is safe only for a secret of 256 random bits.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
@@ -110,5 +110,7 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return True if a check of the secret runs Argon2, as for every usable secret that is not generated."""
+    """Return True if a check of the secret runs Argon2. A check runs Argon2 for each usable secret that is not
+    generated.
+    """
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

@@ -1,4 +1,4 @@
-"""A long-lived database connection, which runs precompiled statements, and to which an ORM session can be bound."""
+"""A long-lived database connection. The connection runs precompiled statements, and can serve an ORM session."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class StoreConnection:
     Args:
         connection: SQLAlchemy's connection, to which an ORM session can be bound.
         begin: SQL statements to run in this order to begin a transaction.
-        read_only: True if units of work on the connection can only read.
-        compiled: cache of compiled statements, shared by all connections of an engine with the same `read_only`.
+        read_only: True if the units of work on the connection can read but not write.
+        compiled: cache of compiled statements. All connections of an engine with an equal `read_only` share the cache.
         driver_errors: classes of the exceptions that the driver raises.
         translate: function that returns homeagent's error for an exception of the driver.
         watch: file-identity check; None if the database is on a server and has no file to check.
@@ -302,8 +302,8 @@ class StoreConnection:
         raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one reading statement outside a unit. The argument `act` names the method that runs the statement,
-        `one()` or `all()`.
+        """Run one statement outside a unit. The statement must only read. The argument `act` is the name of the method
+        that runs the statement: `one()` or `all()`.
         """
         check = self._identity_check
         if check is not None and check.monotonic() >= check.due:

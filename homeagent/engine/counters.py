@@ -26,8 +26,8 @@ class LastFault(BaseModel):
 
     Attributes:
         kind: name of the error's class, such as `DiskFullError`.
-        message: message of the error, without values of rows.
-        at: time of the error, from the system's clock.
+        message: message of the error. The message contains no values of rows.
+        at: time of the error by the system's clock.
     """
 
     model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
@@ -122,7 +122,7 @@ class Counters:
         self._last_error: LastFault | None = None
 
     def waited(self, seconds: float) -> None:
-        """Count a wait for a connection, successful or not."""
+        """Count a successful or failed wait for a connection."""
         self.pool_waits += 1
         self._waits.append(seconds)
 

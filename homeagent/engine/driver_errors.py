@@ -51,7 +51,7 @@ RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest go
 """Remedy for a damaged file."""
 
 SESSION_ENDED = frozenset({"FATAL", "PANIC"})
-"""Severities of a PostgreSQL error that ends the session, whatever the SQLSTATE is."""
+"""Severities of PostgreSQL errors. An error of these severities ends the session, whatever the SQLSTATE is."""
 
 Translate = Callable[[BaseException], HomeAgentError]
 
@@ -95,7 +95,7 @@ def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
 
     Args:
         error: error that a statement of homeagent caused.
-        sql: SQL text with placeholders, without stored values.
+        sql: SQL text with placeholders instead of stored values.
     """
     if type(error) is not DatabaseError:
         return error
@@ -113,7 +113,7 @@ def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT
     """Return the error for a COMMIT whose result is unknown.
 
     Args:
-        cause: reason why the result of the COMMIT is unknown, as a clause of the message.
+        cause: clause of the message that says why the result of the COMMIT is unknown.
     """
     return CommitUnknownError(
         f"{cause}, so it is unknown whether the unit was committed: check whether its rows exist before you repeat it, "
@@ -257,7 +257,7 @@ _POSTGRESQL_CONSTRAINTS = {
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return the names of the table, and of the constraint or column, from an exception of psycopg.
+    """Return the name of the table, and the name of the constraint or column, that an exception of psycopg contains.
 
     A name that PostgreSQL did not report is None.
     """
@@ -328,7 +328,9 @@ def _psycopg_error(error: BaseException) -> HomeAgentError:
 
 @contextmanager
 def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
-    """If the block raises an exception of the driver, raise homeagent's error instead, without a cause or context."""
+    """If the block raises an exception of the driver, raise homeagent's error instead. The error has no cause or
+    context.
+    """
     translation: HomeAgentError | None = None
     try:
         yield

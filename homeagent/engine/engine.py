@@ -36,9 +36,9 @@ class Engine(ABC):
         sa_engine: SQLAlchemy's engine, which opens all connections.
         driver_errors: base classes of the exceptions that the driver raises.
         translate: function that returns homeagent's error for an exception of the driver.
-        writers: maximum number of writing units at the same time.
-        readers: maximum number of reading units at the same time.
-        begin_write, begin_read: SQL statements that begin a writing unit and a reading unit.
+        writers: maximum number of write units at the same time.
+        readers: maximum number of read-only units at the same time.
+        begin_write, begin_read: SQL statements that begin a write unit and a read-only unit.
         watch: file-identity check; None if the database is on a server and has no file to check.
 
     Attributes:
@@ -48,9 +48,9 @@ class Engine(ABC):
     write_connection_type: type[StoreConnection] = StoreConnection
     read_connection_type: type[StoreConnection] = StoreConnection
     feed_interval: float
-    """Time between two reads of the feed of device changes if there is no notification, in seconds."""
+    """Number of seconds between two reads of the feed of device changes if no notification arrives."""
     shares_commits = False
-    """Whether concurrent units share a commit, as described in `homeagent.group_commit`."""
+    """True if concurrent units share a commit (see `homeagent.group_commit`)."""
 
     def __init__(
         self,
@@ -93,7 +93,9 @@ class Engine(ABC):
             1, lambda: self._connection(read_only=True), name="the connection that reads device changes"
         )
         self.feed_mutex: threading.RLock = threading.RLock()
-        """Mutex that the thread holds while it uses the connection for the feed of device changes."""
+        """Mutex of the connection for the feed of device changes. A thread holds the mutex while the thread uses the
+        connection.
+        """
         self.on_commit: Callable[[], object] | None = None
         """Function that each unit calls after its commit; None if no thread reads the feed of device changes."""
         self._closed = False
@@ -159,7 +161,7 @@ class Engine(ABC):
 
         Args:
             act: name of the method of `StoreConnection` that runs the statement.
-            statement: reading statement.
+            statement: statement that only reads.
             parameters: parameters of the statement, by name.
             timeout: maximum wait for a connection, in seconds.
 
@@ -193,7 +195,7 @@ class Engine(ABC):
 
     @property
     def contention(self) -> int:
-        """Number of times that a writing unit has waited for another unit."""
+        """Number of times that a write unit has waited for another unit."""
         return self.writers.waits
 
     @abstractmethod
@@ -205,7 +207,7 @@ class Engine(ABC):
             truncate: if True, also wait for readers, and truncate the WAL.
 
         Returns:
-            False if another unit or process used the WAL until the timeout, so that the WAL was not truncated.
+            False if the WAL was not truncated, because another unit or process used the WAL until the timeout.
         """
 
     def _connection(self, *, read_only: bool) -> StoreConnection:
@@ -252,7 +254,7 @@ class Engine(ABC):
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
-        """Yield a read-only connection, as described in `Database.read_connection`."""
+        """Yield a read-only connection (see `Database.read_connection`)."""
         if self.is_forked_copy:
             raise _invalidated()
         connection = self.read_connections.acquire(timeout)
@@ -263,7 +265,7 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare_connection(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
-        """Change the settings that differ between read-only and writing connections."""
+        """Change the settings that differ between connections for reading and connections for writing."""
 
     def close(self) -> None:
         """Close every connection. A second call of the method has no effect."""
@@ -297,7 +299,7 @@ class Engine(ABC):
         """Close the connections that a forked child must not inherit."""
 
     def after_fork_in_child(self) -> None:
-        """Make the connections unusable in a forked child, because they belong to the parent process."""
+        """In a forked child, make the connections unusable, because the connections belong to the parent process."""
         for connection in list(self._connections):
             connection.invalidate()
 

@@ -2,9 +2,9 @@
 
 A store's statements run on the driver's cursor, so listeners such as OpenTelemetry's would miss the statements. If
 listeners are registered at the creation of a connection, the connection gets a wrapped cursor. The wrapper calls the
-listeners in the same order and with the same arguments as SQLAlchemy
-(https://docs.sqlalchemy.org/en/21/core/events.html). Unlike SQLAlchemy, the wrapper hides all parameters. The wrapper
-passes homeagent's error to the listeners, and not the driver's error.
+listeners in SQLAlchemy's order and with SQLAlchemy's arguments (https://docs.sqlalchemy.org/en/21/core/events.html).
+Unlike SQLAlchemy, the wrapper hides all parameters. The wrapper passes homeagent's error to the listeners, and not the
+driver's error.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def has_listeners(connection: Connection) -> bool:
 
 
 class _Execution(ExecutionContext):
-    """The context of one statement, as SQLAlchemy's listeners expect it. Listeners can add attributes to the context of
-    a statement, such as a span.
+    """The context of one statement in the form that SQLAlchemy's listeners expect. Listeners can add attributes to the
+    context of a statement, such as a span.
     """
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
@@ -50,7 +50,7 @@ class _Execution(ExecutionContext):
 
 
 class FailureContext(ExceptionContext):
-    """Context of a failed statement, with homeagent's error, which contains no values."""
+    """Context of a failed statement. The context contains homeagent's error, which shows no values."""
 
     def __init__(self, execution: _Execution, error: BaseException) -> None:
         self.connection: Connection = execution.root_connection
@@ -96,7 +96,7 @@ class InstrumentedCursor:
         return self._run(statement, lambda statement: self._cursor.execute(statement, *parameters))
 
     def executemany(self, statement: str, parameters: Any) -> Any:
-        """Run one statement repeatedly, with each set of parameters."""
+        """Run a statement once for each set of parameters."""
         return self._run(statement, lambda statement: self._cursor.executemany(statement, parameters), many=True)
 
     @contextmanager

@@ -38,15 +38,15 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A bounded set of resources, which the pool creates on demand and keeps. The thread with the longest wait gets the
-    next resource.
+    """A bounded set of resources. The pool creates a resource on demand and keeps the resource. The thread with the
+    longest wait gets the next resource.
 
     Args:
         size: maximum number of resources. A pool of size 1 is a lock.
         make: function that creates a resource. The method `acquire()` raises the errors of this function.
         name: name of a resource in the message of a timeout, such as "the write lock".
-        waited: function that `acquire()` calls after each wait, also after a timeout, with the duration of the wait in
-            seconds.
+        waited: function that `acquire()` calls after each wait, even if the wait timed out. The function gets the
+            duration of the wait, in seconds.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class ConnectionPool(Generic[T]):
         self._closed = False
         self._held: dict[T, tuple[int, float]] = {}
         self.occupation: Callable[[int], str | None] | None = None
-        """Function from a holder's thread id to the name of the thread's work; None if the thread runs its own unit."""
+        """Function that gets the id of a holder's thread, and returns the name of the work that the thread does for
+        other threads. If the thread runs its own unit, the function returns None.
+        """
         self.waits: int = 0
         """Number of callers that had to wait."""
 
@@ -127,7 +129,7 @@ class ConnectionPool(Generic[T]):
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
         """Wait until another thread passes a resource, or the right to create a resource, to the waiter. Return True if
-        the waiter may create a resource.
+        the waiter received the right to create a resource.
 
         Return False if the waiter got a resource, or if the pool was closed.
         """

@@ -64,7 +64,8 @@ class Compiled(Generic[R]):
         load: function that converts the driver's rows to a list of results.
         writes: True if the statement changes the database.
         columns: columns of a row, in the order of the values.
-        target: name of the table that the statement writes to, or None for a reading statement or an unknown table.
+        target: name of the table that the statement writes to, or None if the statement only reads or the table is
+            unknown.
         cascade: name of the foreign-key attribute that defines the statement's action in other tables: `ondelete`,
             `onupdate`, or None for an INSERT.
     """
@@ -137,16 +138,17 @@ class Statement(Generic[R]):
     """One SQL statement, and the type of the statement's results.
 
     Create a `Statement` once, for example as a constant of a module. Each engine compiles the statement at its first
-    use. A SELECT of one model gives instances of the model, which must derive from `homeagent.Table`. A SELECT of one
-    column gives values, and a SELECT of several columns gives tuples. An INSERT without `values` has a parameter for
-    each column, except for the key that the database assigns.
+    use. A SELECT of one model gives instances of the model. The model must derive from `homeagent.Table`. A SELECT of
+    one column gives values, and a SELECT of several columns gives tuples. An INSERT without `values` has a parameter
+    for each column, except for the key that the database assigns.
 
     Args:
         make: expression of the statement or, for an upsert, a function that gets the dialect's `insert()` and returns
             the expression. For each value that differs between calls, the expression contains a bindparam() of
             SQLAlchemy.
         lock: True if a SELECT in a write unit locks the selected rows until the unit ends. SQLite does not lock rows.
-        returning: model class of the rows that a writing statement returns; None if the statement returns no rows.
+        returning: model class of the rows that an INSERT, UPDATE or DELETE returns; None if the statement returns no
+            rows.
 
     Raises (at the first use):
         InvalidArgumentError: if the results contain a model that does not derive from `homeagent.Table`, or a model
@@ -196,7 +198,7 @@ class Statement(Generic[R]):
                 expression = expression.with_for_update()
             if self._returning is not None:
                 expression = expression.returning(*self._returning.__table__.columns)
-            # Two threads can compile the same statement at the same time, with equal results.
+            # If two threads compile one statement at the same time, the results are equal.
             compiled = self._cache[key] = Compiled[R](expression, dialect, self._returning)
             return compiled
 

@@ -73,7 +73,7 @@ class Target(NamedTuple):
 
 
 def presentable_url(url: URL) -> str:
-    """Return a server's URL without its password, and only with the options that `_SHOWN_OPTIONS` lists.
+    """Remove the password from a server's URL, and keep only the options that `_SHOWN_OPTIONS` lists.
 
     The library libpq also accepts passwords as options (https://www.postgresql.org/docs/current/libpq-connect.html).
     """

@@ -1,14 +1,15 @@
-"""Adopt a database that an application created before homeagent: add homeagent's tables next to the application's.
+"""Adopt a database that an application created before homeagent: add homeagent's tables next to the application's
+tables.
 
 A SQLite file can also contain tables of homeagent's first version that another program created. In tables of the first
 version, constraints can lack names, and primary keys can contain NULL. The adoption converts tables of the first
 version to homeagent's tables. A row without a key moves to a separate table, because no homeagent table accepts the
 row.
 
-`preview_adoption` only reads. The function `adopt` takes the report that the administrator confirmed, and refuses a
-database that has changed since the report. On SQLite the changes are one transaction after a backup. The transaction
-also writes the application id. Even if the process is killed, the file belongs either to the application or to
-homeagent.
+The function `preview_adoption` only reads. The function `adopt` takes the report that the administrator confirmed, and
+refuses a database that has changed since the report. On SQLite the changes are one transaction after a backup. The
+transaction also writes the application id. Even if the process is killed, the file belongs either to the application or
+to homeagent.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ class AdoptionReport(BaseModel):
 
     Attributes:
         location: path of the file, or URL of the server without its password.
-        tables: number of rows of each table that stays the application's.
-        converted: number of rows of each table that becomes homeagent's, without the moved rows.
+        tables: number of rows of each table that belongs to the application after the adoption.
+        converted: number of rows of each table that homeagent takes over. The number does not include the moved rows.
         moved: number of rows without a key that move to a new table, by the name of the new table.
         application_id: application id of the SQLite file, which the adoption replaces. None on PostgreSQL.
         application_revision: revision in Alembic's table `alembic_version`, which becomes the version table of the
-            application's own revisions. None if the table stays the application's.
+            application's own revisions. None if the adoption does not rename the table.
         backup: path of the copy that the adoption made first. None before the adoption, and for a PostgreSQL database.
     """
 
@@ -107,15 +108,15 @@ def preview_adoption(
 
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
-        migrations: the application's revisions, as for `Database.open`.
-        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
+        migrations: the application's revisions (see `Database.open`).
+        acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
         busy_timeout: longest wait for a lock of PostgreSQL.
 
     Returns:
         None if the database does not exist or needs no adoption.
 
     Raises:
-        ForeignDatabaseError: if a table has the name of a homeagent table and other columns.
+        ForeignDatabaseError: if a table has the name of a homeagent table, but different columns.
         MigrationError, SchemaChangedError: if an object of the application prevents the adoption.
         DatabaseError: if the database can't be read.
     """
@@ -165,8 +166,8 @@ def adopt(
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
         report: report of `preview_adoption`, which the administrator has confirmed.
-        migrations: the application's revisions, as for `Database.open`. The missing revisions run last.
-        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open`.
+        migrations: the application's revisions (see `Database.open`). The missing revisions run last.
+        acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
         clock: function that returns the time of the backup.
         busy_timeout: longest wait for another process or for a lock.
 

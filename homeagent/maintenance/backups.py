@@ -65,16 +65,17 @@ def back_up(
         clock: clock for the time of the backup.
         keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
             not include a backup without a manifest, a backup from an upgrade, or a backup whose owner `restore()` would
-            refuse. A new backup does not remove the backups that the argument `keep` does not count.
+            refuse. Backups that the argument `keep` does not count stay in the directory.
         replace: True to replace an existing file.
         timeout: longest wait for another backup into the same directory.
         stop: function that is called repeatedly during the backup. If the function returns True, the backup is
             cancelled.
 
     Raises:
-        InvalidArgumentError: if the destination exists, except with `replace=True`. The error is also raised if the
+        InvalidArgumentError: if the destination exists, and `replace` is False. The error is also raised if the
             destination can't be the path of a backup.
-        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part remains.
+        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part of the backup
+            remains.
     """
     engine = require_file(engine)
     if keep is not None:

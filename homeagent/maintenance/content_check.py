@@ -1,4 +1,6 @@
-"""Check the content of a SQLite file while the database is open. Opening a large file does not check its content."""
+"""Check the content of a SQLite file while the database is open. homeagent does not check the content of a large file
+when the database is opened.
+"""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ def _first_difference(
 
 def _require_present_schema(unit: UnitOfWork) -> None:
     revision = revision_of(unit.session.connection())
-    # A newer schema may have columns that this version of homeagent would not copy.
+    # A schema of a newer version can have columns that this version of homeagent would not copy.
     if revision is not None and revision > REVISION:
         raise SchemaTooNewError(revision, known=REVISION)
     if revision != REVISION:
@@ -305,7 +305,7 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: UnitOfWork, ta
 
 def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
     # Do not compare URLs: a server can have several names, and a name can lead to several servers. An advisory lock
-    # belongs to one database. Only a session of the same database can find the key locked
+    # belongs to one database. A session of another database does not find the key locked
     # (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
     key = secrets.randbits(63)
     query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")

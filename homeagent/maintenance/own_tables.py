@@ -1,7 +1,7 @@
 """Copy the application's own tables, and compare the copied rows with the source.
 
-homeagent reads the structure of the tables from both databases. A table is copied if both databases have the table with
-the same columns. The engines store some types differently; for example, SQLite stores a timestamp as text. Therefore
+homeagent reads the structure of the tables from both databases. homeagent copies a table if the table has equal columns
+in both databases. The engines store some types differently; for example, SQLite stores a timestamp as text. Therefore
 homeagent converts the values by the column types of the application's models. If a table has no model, homeagent
 converts the values by the types that SQLAlchemy finds in the database.
 
@@ -65,7 +65,8 @@ __all__ = ["OwnTable", "late_references", "plan_own_tables"]
 PAGE = 500
 """Number of rows that a page has."""
 
-# Both engines store the same values in columns of the following types, so homeagent copies the values without decoding.
+# In columns of the following types, the stored values are equal on both engines. Therefore homeagent copies the values
+# without decoding.
 _STORED_ALIKE = (AutoString, EnumColumn, FlagColumn, JsonColumn, TimestampColumn)
 
 _Row = tuple[Any, ...]
@@ -233,8 +234,8 @@ def plan_own_tables(
     """Return the application's tables to copy, in the order of their foreign keys.
 
     Raises:
-        InvalidArgumentError: the target lacks a table, or its table has other columns. The argument `leave` names
-            tables to skip.
+        InvalidArgumentError: the target lacks a table, or a table of the target has other columns. The argument `leave`
+            names tables to skip.
         TargetNotEmptyError: a table of the target has rows.
     """
     found = set(own_tables(source))

@@ -29,7 +29,7 @@ class Pace:
         """Number of rows of the next batch."""
 
     def after_batch(self, *, worked: float, held: float, contended: bool) -> float:
-        """Choose the size of the next batch, and return the pause before it, in seconds.
+        """Choose the size of the next batch, and return the pause before the next batch, in seconds.
 
         Args:
             worked: duration of the batch's statement, in seconds.

@@ -2,7 +2,7 @@
 
 A backup lacks all changes after its time, such as consumed nonces, revocations and results. Therefore a restore begins
 a new epoch and stores the time of its start. The replay guard refuses messages that were signed before the start of the
-epoch, because their nonces may have been consumed.
+epoch, because devices can have used the nonces of these messages already.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RestoreReport(BaseModel):
 
     Attributes:
         database: path of the restored database.
-        backup: path of the backup, which is unchanged.
+        backup: path of the backup. The restore did not change the backup.
         kept_aside: path of the old database in quarantine, next to its -wal and -shm. None if no old database existed.
         taken_at: time of the backup. None if the backup has no manifest.
         epoch: new epoch of the store.
@@ -290,7 +290,7 @@ def _identify_target(database: Path) -> None:
     state = inspect_file(database, is_database=False, repair=False)
     if state is None or state.st_size == 0 or any(map(size_of, (lock_path(database), in_use_path(database)))):
         return  # if a lock file has content, the function `_refuse_target()` checks the target later.
-    # Read the header through SQLite, because another thread may have the file open.
+    # Read the header through SQLite, because another thread can have the file open.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:
         engine.refuse_foreign()
@@ -306,7 +306,7 @@ def _refuse_target(database: Path, marker: str | None) -> None:
     """
     state = inspect_file(database, is_database=False, repair=False)
     # If the lock file has a marker, homeagent created a database here. A file with a marker but without homeagent's
-    # header is a damaged homeagent database, which the restore may replace.
+    # header is a damaged homeagent database, and the restore is allowed to replace the file.
     has_content = state is not None and state.st_size
     if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
         raise _not_homeagent(database)

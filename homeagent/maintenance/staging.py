@@ -165,7 +165,7 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
 def copy_file(source: Path, new: Path, *, database: Path) -> str:
     """Copy a database or a backup to a new private file, and return the SHA-256.
 
-    The function refuses the same insecure files as `header_of()`.
+    Like `header_of()`, the function refuses insecure files.
     """
     digest = hashlib.sha256()
     with explained("copy the backup to", new):

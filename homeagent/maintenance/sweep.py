@@ -97,13 +97,14 @@ def sweep(
 ) -> SweepReport:
     """Delete expired nonces, idempotency keys and pending devices in batches. Each batch is a unit of work.
 
-    While other writers wait, a batch takes a few milliseconds, and all batches together at most a fifth of the time.
+    While other writers wait, a batch takes a few milliseconds, and all batches together take at most a fifth of the
+    time.
 
     The argument `batch_size` is the maximum number of rows of a batch. The sweep ends early if the time budget is used
-    up, or if the event `stop` is set. The argument `pending_ttl` is the longest time for which a device may wait for
+    up, or if the event `stop` is set. The argument `pending_ttl` is the longest time for which a device can wait for
     its approval. With `pending_ttl=None`, the sweep deletes no device. The argument `changes_kept` is the time for
     which the sweep keeps device changes. With `changes_kept=None`, the sweep keeps all changes. With `dry_run=True`,
-    the sweep counts the rows and deletes none of them.
+    the sweep counts the rows without deleting a row.
     """
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()

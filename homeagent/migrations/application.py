@@ -1,12 +1,12 @@
 """Find and run the application's own Alembic revisions, after homeagent's revisions.
 
-The folder of the revisions is a script location of Alembic, so the scripts are in its subfolder `versions`. The
+The folder of the revisions is a script location of Alembic, so the scripts are in the subfolder `versions`. The
 application needs no `env.py` and no `alembic.ini`. The method `Application.of()` reads the identifiers from the syntax
-tree of each script. Therefore homeagent need not import Alembic to open an up-to-date database.
+tree of each script. Therefore homeagent opens an up-to-date database without importing Alembic.
 
-A revision must not change homeagent's tables, because homeagent's own revisions rely on their structure. On SQLite an
-authorizer refuses a statement that changes homeagent's tables. On PostgreSQL, homeagent compares the catalogue before
-and after each revision.
+A revision must not change homeagent's tables, because homeagent's own revisions rely on the structure of the tables. On
+SQLite an authorizer refuses a statement that changes homeagent's tables. On PostgreSQL, homeagent compares the
+catalogue before and after each revision.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Application:
         scripts: scripts of the revisions, by their identifiers.
         head: newest revision. None if the application has no revisions.
         acknowledged: names of the application's triggers on homeagent's tables.
-        adopts: whether `upgrade` renames `alembic_version` to the version table of the application.
+        adopts: True if the method `upgrade()` renames `alembic_version` to the version table of the application.
     """
 
     name: str = ""
@@ -279,7 +279,7 @@ class _Guard:
         self.revision: str | None = None
         """Revision that runs now."""
         self.committed = ""
-        """Note about revisions that can't be undone, because they ran outside a transaction."""
+        """Note about revisions that ran outside a transaction and therefore can't be undone."""
 
     @property
     def is_sqlite(self) -> bool:

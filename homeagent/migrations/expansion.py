@@ -1,8 +1,9 @@
 """Check that a revision only expands the schema, so that code of the previous version works with the new schema.
 
-Administrators upgrade hosts one after the other: the first upgraded host changes the schema under the older hosts.
-Therefore columns and names that old code uses must stay, and the schema must still accept the rows that old code
-writes. The check runs the revisions on an empty database, and compares the schemas before and after each revision.
+Administrators upgrade hosts one after the other. The first upgraded host changes the schema while the other hosts still
+run old code. Therefore columns and names that old code uses must stay, and the schema must still accept the rows that
+old code writes. The check runs the revisions on an empty database, and compares the schemas before and after each
+revision.
 
 A later release removes the parts of the schema that no code uses any more. The revision that removes parts of the
 schema declares itself a contraction:
@@ -92,7 +93,7 @@ def check_expansion(
 
 
 def _steps(application: Application) -> Iterator[Application]:
-    """For each revision, oldest first, yield the application with the revisions up to this revision."""
+    """Yield the application once for each revision, oldest first, with all revisions up to that revision."""
     scripts = application.scripts
     graph = {revision: {*script.parents, *script.dependencies} for revision, script in scripts.items()}
     try:

@@ -51,7 +51,7 @@ _ADVISORY_LOCK = 0x686F6D656167656E
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
 # Longest wait of a revision for a table's lock, in seconds. After the longest wait, homeagent rolls the whole upgrade
-# back and tries it again. Readers and writers of the table wait behind the revision.
+# back and tries the upgrade again. Readers and writers of the table wait behind the revision.
 _TABLE_LOCK_PATIENCE = 2
 
 # Longest time for a statement of a revision.
@@ -78,8 +78,8 @@ def open_postgresql(
     """With `migrate=True`, bring the schema to the revision of this version of homeagent, one host at a time.
 
     With `migrate=False`, the schema must be up to date. The argument `timeout` is the longest wait for another host
-    that upgrades the schema, and for transactions that lock its tables. The application's revisions run after
-    homeagent's.
+    that upgrades the schema, and for transactions that lock the tables. The application's revisions run after
+    homeagent's revisions.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema
@@ -235,11 +235,11 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
     settings.
 
     During the block, this host holds the session-level lock `_OUTSIDE_LOCK`. Do not hold the lock `_ADVISORY_LOCK`
-    during the block. A host that waits for this lock has a snapshot, and CREATE INDEX CONCURRENTLY waits for all
-    snapshots.
+    during the block. A host that waits for the lock `_ADVISORY_LOCK` has a snapshot, and CREATE INDEX CONCURRENTLY
+    waits for all snapshots.
 
     Raises:
-        MigrationError: a connection pooler may run each statement in another session.
+        MigrationError: a connection pooler can run each statement in another session.
     """
     if connection.info[POOLED]:
         raise MigrationError(

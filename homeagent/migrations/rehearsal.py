@@ -1,5 +1,5 @@
-"""Keep the application's objects during an upgrade of a SQLite file. The error names an object or a row that prevents
-the upgrade.
+"""Keep the application's objects during an upgrade of a SQLite file. If an object or a row prevents the upgrade, raise
+an error that names the object or the row.
 
 When a revision renames a rebuilt table, SQLite checks all views and triggers (https://sqlite.org/lang_altertable.html).
 A broken view or trigger makes the upgrade fail. Therefore the revisions first run on a scratch database in memory with
@@ -38,8 +38,8 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
     Args:
         connection: connection to the file, in a transaction.
         act: description of the upgrade for the error, such as "upgrading 'homeagent.db' from '0001'".
-        run: function that upgrades the scratch database. A SchemaChangedError that `run` raises reaches the caller
-            unchanged.
+        run: function that upgrades the scratch database. If the function raises a SchemaChangedError, the error reaches
+            the caller unchanged.
     """
     # SQLite creates the shadow tables together with their virtual table.
     query = (
@@ -84,7 +84,7 @@ _CONVERTED = (
 def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
     """Raise MigrationError if a row has a BLOB, or text that is not UTF-8, in a column that a later revision converts.
 
-    PostgreSQL needs no check, because it can't store a BLOB or invalid UTF-8 in a text column.
+    PostgreSQL needs no check, because PostgreSQL can't store a BLOB or invalid UTF-8 in a text column.
     """
     for later, table, columns in _CONVERTED:
         if later <= revision:
@@ -102,10 +102,10 @@ def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
 
 @contextmanager
 def kept_objects(connection: Connection, revision: str) -> Iterator[None]:
-    """If a revision in the block drops or changes indexes or triggers of the application, create them again.
+    """After the block, restore the application's indexes and triggers that a revision dropped or changed.
 
-    When Alembic's batch mode rebuilds a table, it loses the triggers of the table and the indexes on expressions.
-    Alembic's batch mode creates other indexes again without collations and without DESC.
+    When Alembic's batch mode rebuilds a table, the table loses its triggers and its indexes on expressions. Alembic's
+    batch mode creates other indexes again without collations and without DESC.
 
     Args:
         connection: connection to a SQLite file, in a transaction.

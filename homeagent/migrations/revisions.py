@@ -6,7 +6,8 @@ For an up-to-date database, homeagent runs only one SELECT. homeagent does not i
 
 The application can run a command of Alembic at the same time. Therefore the function `upgrade()` does not change
 Alembic's global objects `alembic.context` and `alembic.op`. The function does not run `env.py`, and gives each script a
-separate instance of Alembic's object `op`. The scripts are read as resources, so they can be in a zip file.
+separate instance of Alembic's object `op`. homeagent reads the scripts as resources, so the scripts can be in a zip
+file.
 """
 
 from __future__ import annotations
@@ -216,9 +217,9 @@ def suits(connection: Connection, revision: str | None) -> bool:
     """Return True if this version of homeagent works with the schema. If the schema must be created or upgraded, return
     False.
 
-    This version of homeagent works with its own revision, and with a newer compatible revision. A newer version of
-    homeagent stores the oldest compatible revision in the column `store.oldest_revision`. If the schema is newer and
-    not compatible, raise SchemaTooNewError.
+    This version of homeagent works with its own revision, and with a compatible revision of a newer version. A newer
+    version of homeagent stores the oldest compatible revision in the column `store.oldest_revision`. If the schema is
+    newer and not compatible, raise SchemaTooNewError.
     """
     if revision is None or revision == REVISION:
         return revision is not None
@@ -243,7 +244,8 @@ def suits(connection: Connection, revision: str | None) -> bool:
 def reason_of(error: Exception) -> str:
     """Return the cause of a failure, for the text of a MigrationError.
 
-    For an error of another package, return only the name of its class, because its message can contain row values.
+    For an error of another package, return only the name of the error's class, because the message can contain row
+    values.
     """
     if isinstance(error, RevisionFailedError):
         return str(error)

@@ -35,13 +35,14 @@ __all__ = ["Difference", "homeagents_objects", "refuse_changed_schema", "schema_
 class Difference:
     """A difference between a database's schema and the schema that homeagent's revisions create.
 
-    A difference is grave if homeagent may fail, or accept values that homeagent must refuse. The attribute `command` is
-    the SQL statement that undoes the change. If one statement is not enough, the attribute `command` is None.
+    A difference is grave if homeagent can fail, or can accept values that homeagent must refuse. The attribute
+    `command` is the SQL statement that undoes the change. If one statement is not enough, the attribute `command` is
+    None.
 
     A trigger, a view or an index that only uses homeagent's tables can belong to the application. The attribute `kind`
     is the kind of an object that can belong to the application: trigger, view or index. The attribute `trigger` is the
     name of a trigger that is not homeagent's. Copies, restores and upgrades refuse a trigger that is not homeagent's,
-    unless the application acknowledged its name.
+    unless the application acknowledged the name of the trigger.
     """
 
     text: str
@@ -396,7 +397,7 @@ def _column(kind: str, collation: str | None, default: str | None, not_null: boo
 
 
 def _normalised(written: str) -> str:
-    """Normalise an expression, because the server rewrites it.
+    """Normalise an expression, because the server rewrites expressions.
 
     PostgreSQL writes `IN` as `= ANY (ARRAY[…])`, and adds casts and parentheses.
     """

@@ -72,11 +72,11 @@ def open_sqlite(
     temporary: bool,
     application: Application = _NO_APPLICATION,
 ) -> None:
-    """Check the file, switch it to WAL mode, and bring its schema to the revision of this version of homeagent.
+    """Check the file, switch the file to WAL mode, and bring the schema to the revision of this version of homeagent.
 
     The argument `timeout` is the longest wait for another process that creates or upgrades the file. With
     `migrate=False`, the schema must be up to date. A temporary file is private to the caller, so the file needs no
-    in-use lock and no backup. The application's revisions run after homeagent's.
+    in-use lock and no backup. The application's revisions run after homeagent's revisions.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: the schema can't be used.
@@ -150,8 +150,8 @@ def identify(engine: SQLiteEngine) -> os.stat_result | None:
 def identify_or_wait(engine: SQLiteEngine) -> bool:
     """Identify a file before the first lock is taken, and return True if the file could be identified.
 
-    Return False if a restore was interrupted. Also return False if the file is damaged, because a restore can be
-    replacing the file. If the function returns False, the caller takes the in-use lock and calls `identify()` again.
+    Return False if a restore was interrupted, or if the file is damaged. A file that a restore is just replacing can
+    look damaged. If the function returns False, the caller takes the in-use lock and calls `identify()` again.
     """
     if database_file.size_of(in_use_path(engine.path)):
         return False  # the function `identify()` would refuse a second hard link that the restore added
@@ -173,7 +173,7 @@ def _check_unclean_end(engine: SQLiteEngine) -> bool:
         engine.in_use_lock.release()
         engine.in_use_lock = None
     if not os.access(engine.path.parent, os.W_OK):
-        return False  # if the directory is read-only, SQLite can't write the files either
+        return False  # in a read-only directory, SQLite can't write the database
     lock = FileLock(in_use_path(engine.path), timeout=timedelta(0))
     try:
         lock.acquire()

@@ -1,7 +1,8 @@
 """Base classes of the models. The classes validate each construction and assignment, with errors that hide the input.
 
 Do not add `from __future__ import annotations` to a module of models. The import of `annotations` makes Pydantic and
-SQLAlchemy evaluate each annotation again for each subclass. Importing the models then takes a twelfth longer.
+SQLAlchemy evaluate each annotation again for each subclass. Importing the models then takes a twelfth more time than
+without the import of `annotations`.
 """
 
 import copy
@@ -131,8 +132,8 @@ class PartialIndex(Index):
 RESERVED_PREFIX = "homeagent_"
 """Prefix of the names of tables that homeagent reserves."""
 
-# Names of homeagent's tables and of the version tables, which are reserved although they lack the prefix. SQLite
-# ignores the case of a name.
+# Names of homeagent's tables and of the version tables, which are reserved even without the prefix. SQLite ignores the
+# case of a name.
 _RESERVED_NAMES = frozenset(
     {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     | {"device_changes", "application_schema_version", "alembic_version"}
@@ -164,7 +165,9 @@ def _check_table_name(model: type, name: str) -> None:
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(Field, FieldInfo))
 class _TableType(SQLModelMetaclass):
-    """Metaclass of `Table`, which checks the name of an own table before SQLAlchemy adds the table to the metadata."""
+    """Metaclass of `Table`. The metaclass checks the name of an application's table before SQLAlchemy adds the table to
+    the metadata.
+    """
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> None:
         if is_table_model_class(cls) and _is_own(cls) and not any(map(is_table_model_class, bases)):
@@ -291,7 +294,7 @@ class Table(Model, metaclass=_TableType):
         """Return a new, transient, validated instance. The argument `update` contains values that replace values of
         this instance.
 
-        With `deep=True`, values of JSON columns are also copied.
+        With `deep=True`, copy the values of JSON columns too.
         """
         # Pydantic's method would copy `__dict__` as a whole, including the state that binds the instance to an ORM
         # session.
@@ -348,5 +351,6 @@ class _StateOnDemand:
         return stored
 
 
-# Do not set `_sa_instance_state` in the body of the class, because Pydantic would treat it as a private attribute.
+# Do not set `_sa_instance_state` in the body of the class, because Pydantic would make `_sa_instance_state` a private
+# attribute.
 Table._sa_instance_state = _StateOnDemand()

@@ -51,8 +51,8 @@ class DeviceStatus(StrEnum):
     REVOKED = "revoked"
 
 
-# Do not reword the condition of the partial index. SQLite uses the index only for a query with the same terms
-# (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
+# Do not reword the condition of the partial index. SQLite uses the index for a query only if the query contains the
+# terms of the condition (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
 PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 """SQL condition for the pending devices."""
 

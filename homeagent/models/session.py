@@ -121,8 +121,8 @@ def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Set the session's new route unless another session has the route. The method `sessions.create()` also sets a
-    route only if no other session has the route.
+    """Set the session's new route unless another session has the route. If another session has the route,
+    `sessions.create()` does not set the route either.
     """
     if not _changes_route(session):
         return

@@ -4,9 +4,9 @@ A user with write access to the database can approve any device, and a user with
 Therefore homeagent creates each file of a database with mode 0600. This module refuses a symbolic link, a file with
 several hard links, and a file of an untrusted user. The module `homeagent.engine.files.owners` lists the trusted users.
 
-This module inspects an existing database by `lstat` only. Do not open a database file, or a file `-wal`, `-shm` or
-`-journal`, in this module. A process that closes any descriptor of a file loses all POSIX locks of SQLite on the file
-(https://sqlite.org/howtocorrupt.html, section 2.2).
+This module inspects an existing database by `lstat` only. In this module, do not open a database file or a sidecar file
+(`-wal`, `-shm` or `-journal`). A process that closes any descriptor of a file loses all POSIX locks of SQLite on the
+file (https://sqlite.org/howtocorrupt.html, section 2.2).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ __all__ = [
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). If a
-# file is shorter, SQLite treats the file as an empty database. All revocations and nonces would be silently lost.
+# The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
+# treats a file of fewer than 512 bytes as an empty database. All revocations and nonces would be silently lost.
 SMALLEST_DATABASE = 512
 
 CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f-\x9f]")
@@ -74,7 +74,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
 
     The function does not resolve a link in the last component of the path, so that `inspect_file()` can refuse the
     link. A link to a directory is legitimate. On macOS /tmp is a link, and a home directory can be on another volume.
-    The file that the path names need not exist.
+    The path can name a file that does not exist.
 
     Raises:
         InvalidArgumentError: if `path` is not a path, is empty, contains a control character, is not UTF-8, or names
@@ -117,11 +117,10 @@ def sidecars(path: Path) -> list[Path]:
 def secure_sidecars(path: Path) -> list[Path]:
     """Inspect each sidecar file of a database by `inspect_file()`. Return the paths of the existing sidecar files.
 
-    SQLite sets the mode of a sidecar file only on creation, and a sidecar file can be older than the database.
+    SQLite sets the mode only of a new sidecar file. A sidecar file can be older than the database.
 
     Raises:
-        InsecureFileError, ForeignDatabaseError, DatabaseError: if `inspect_file()` would raise the error for a sidecar
-            file.
+        InsecureFileError, ForeignDatabaseError, DatabaseError: if `inspect_file()` refuses a sidecar file.
     """
     return [sidecar for sidecar in sidecars(path) if inspect_file(sidecar, is_database=False) is not None]
 
@@ -181,7 +180,7 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
     """Create an empty file with mode 0600 and return its descriptor. If the path already exists, return None.
 
-    If root creates the file, the file is given to the owner of the directory.
+    If root creates the file, the function gives the file to the owner of the directory.
 
     Args:
         path: path of the new file.
@@ -221,7 +220,7 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
         owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: if the file has a second hard link, or belongs to a user outside the argument `owners`.
+        InsecureFileError: if the file has a second hard link, or belongs to a user that `owners` does not contain.
         ForeignDatabaseError: if `path` is not a regular file.
         OSError: if the file can't be opened, or is a link.
     """
@@ -241,7 +240,7 @@ def inspect_file(
 ) -> os.stat_result | None:
     """Inspect a file without opening the file. If the caller owns the file, narrow the file's mode to 0600.
 
-    A change of the mode is logged as a warning. The function keeps a mode narrower than 0600, because an administrator
+    A change of the mode is logged as a warning. The function keeps a narrower mode than 0600, because an administrator
     can want a read-only file. The function does not change a file that it refuses.
 
     Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). Root gets
@@ -255,7 +254,7 @@ def inspect_file(
         repair: if False, do not change the mode, because the file can belong to another application.
 
     Returns:
-        Result of the system call `lstat`, after a change of the mode. None if the file does not exist.
+        Result of `lstat`. After a change of the mode, the result has the new mode. None if the file does not exist.
 
     Raises:
         InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
@@ -307,8 +306,8 @@ def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) 
         owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: if the file is a link, has a second hard link, or belongs to a user outside the argument
-            `owners`.
+        InsecureFileError: if the file is a link, has a second hard link, or belongs to a user that `owners` does not
+            contain.
         ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
     """
     if stat.S_ISLNK(status.st_mode):

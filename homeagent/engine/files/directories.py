@@ -29,7 +29,7 @@ def prepare_directory(directory: Path) -> None:
 
     New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
     owner of the parent directory becomes the owner. The function does not change an existing directory, because other
-    programs can rely on its mode. The function logs a warning when it first finds a directory unsafe.
+    programs can rely on the directory's mode. For each unsafe directory, the function logs one warning.
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.
@@ -113,7 +113,7 @@ def _missing_directories(directory: Path) -> list[Path]:
 
 
 def _give_to_parents_owner(made: Path) -> None:
-    """Give a directory that root created to the owner of its parent directory."""
+    """If root created a directory, give the directory to the owner of the parent directory."""
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC

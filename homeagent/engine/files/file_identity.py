@@ -38,8 +38,8 @@ class FileIdentityCheck:
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        due: time after which the last check counts as too old, on the monotonic clock. A unit calls `after_begin()`
-            only if the last check is too old, because each call takes time.
+        due: time on the monotonic clock after which the last check counts as too old. Before this time, a unit leaves
+            out the call of `after_begin()` to save time.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class FileIdentityCheck:
         """Check the files of a new connection after its first read. The first call records the file's identity.
 
         Args:
-            beside: True to record also the identities of the WAL and the WAL index. With True, the caller must later
+            beside: True to record the identities of the WAL and the WAL index too. With True, the caller must later
                 call `disconnected()`.
 
         Raises:

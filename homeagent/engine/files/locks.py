@@ -76,7 +76,7 @@ class FileLock:
 
         Raises:
             DatabaseBusyError: if another thread or process still holds the lock after the timeout.
-            InsecureFileError, ForeignDatabaseError: if the function `inspect_file()` would refuse the lock file.
+            InsecureFileError, ForeignDatabaseError: if the function `inspect_file()` refuses the lock file.
             DatabaseError: if this object already holds the lock, or if the system can't create, open or lock the file.
         """
         if self._descriptor is not None:
@@ -149,12 +149,11 @@ class FileLock:
             content = _read(descriptor, 4096)
         if not content:
             return None
-        # If a power cut interrupted `write_marker()`, a part of an older, longer marker can follow the new marker.
+        # If a power cut interrupted `write_marker()`, the rest of an older marker can follow the new marker.
         return content.split(b"\n", 1)[0].decode("utf-8", "replace")
 
     def write_marker(self, text: str) -> None:
-        """Replace the marker and sync the file to the disk. The caller must hold the lock, and the lock must be
-        exclusive.
+        """Replace the marker and sync the file to the disk. The caller must hold an exclusive lock.
 
         Args:
             text: 1 to 200 bytes of UTF-8 without control characters.
@@ -169,8 +168,7 @@ class FileLock:
         fsync_directory(self.path.parent)
 
     def clear_marker(self) -> None:
-        """Remove the marker and sync the file to the disk. The caller must hold the lock, and the lock must be
-        exclusive.
+        """Remove the marker and sync the file to the disk. The caller must hold an exclusive lock.
 
         Raises:
             DatabaseError: if the caller does not hold an exclusive lock, or if the file can't be written.

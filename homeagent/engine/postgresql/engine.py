@@ -61,7 +61,7 @@ _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.curre
 
 
 class PostgreSQLEngine(Engine):
-    """One PostgreSQL database. Several writing units run at the same time and use row locks.
+    """One PostgreSQL database. Several write units run at the same time and use row locks.
 
     The first connection reads the schemas of the `search_path`. Every transaction of the engine uses exactly the
     schemas that the first connection read. PostgreSQL therefore does not search a schema that another role creates
@@ -70,7 +70,8 @@ class PostgreSQLEngine(Engine):
     Args:
         url: URL of the form `postgresql+psycopg://…`. The query of the URL can contain libpq's options.
         busy_timeout: maximum wait of a statement for a lock (`lock_timeout`).
-        pool_size: maximum number of writing units at the same time, and of reading units at the same time.
+        pool_size: maximum number of write units at the same time, and maximum number of read-only units at the same
+            time.
     """
 
     feed_interval: float = 0.2
@@ -84,7 +85,7 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # The engine needs the server's warning that a standby may lack a commit. A setting of the role could hide the
+        # The engine needs the server's warning that a standby can lack a commit. A setting of the role could hide the
         # server's warning.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
@@ -262,8 +263,8 @@ def _remove_private(error: BaseException) -> None:
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (message_with_name(error) or "the server's message is withheld",)
-        # The attribute `_info` contains the server's message, and the attribute `_pgconn` the parameters of a failed
-        # connection.
+        # The attribute `_info` contains the server's message, and the attribute `_pgconn` contains the parameters of a
+        # failed connection.
         error._info = error._pgconn = None  # type: ignore[attr-defined]
 
 

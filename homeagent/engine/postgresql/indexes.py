@@ -20,9 +20,9 @@ _WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
     """Return the error for a value that is too long for an index. If the exception has another cause, return None.
 
-    PostgreSQL's error names the index of a value over 2,704 bytes, but not of a value over 8,191 bytes. For a value
-    over 8,191 bytes, homeagent's error names the table in the SQL text, and the table's indexes that can contain long
-    values.
+    If a value has 2,705 to 8,191 bytes, PostgreSQL's error names the index. If a value has more than 8,191 bytes,
+    PostgreSQL's error does not name the index. homeagent's error then names the table in the SQL text, and the table's
+    indexes that can contain long values.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

@@ -56,7 +56,9 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Contents of a database for the manifest: the rows of each table, the schema revision and the epoch, or None."""
+    """Contents of a database for the manifest: the number of rows of each table, the schema revision and the epoch. The
+    revision and the epoch can be None.
+    """
 
     rows: dict[str, int]
     revision: str | None
@@ -88,7 +90,7 @@ def write_backup(
     the same existing directory. The backup calls the function `stop()` repeatedly, and ends if a call returns True.
 
     Raises:
-        InvalidArgumentError: if the target exists, except with `replace=True`.
+        InvalidArgumentError: if the target exists, and `replace` is False.
         CorruptDatabaseError: if the database is damaged. The function removes the damaged copy.
         DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
         BackupStoppedError: if the function `stop()` returned True.
@@ -171,8 +173,8 @@ def read_contents(raw: Any) -> Contents:
 def has_broken_reference(raw: Any) -> bool:
     """Return True if a row of homeagent's tables refers to a missing row.
 
-    An orphan in a table of the application must not prevent a backup or a restore. An orphan in a table of the
-    application is only logged.
+    An orphan in a table of the application must not prevent a backup or a restore. The function only logs an orphan in
+    a table of the application.
     """
     children = {str(row[0]) for row in raw.execute("PRAGMA foreign_key_check").fetchall()}
     own = sorted(children.difference(TABLES))

@@ -31,8 +31,8 @@ from homeagent.errors import (
 
 __all__ = ["corrupt_after_all", "diagnosed_error", "newest_backup_hint"]
 
-# Number of bytes that a probe writes. The WAL index grows by 32 KiB at a time, so a smaller probe could fit on a disk
-# that is full for SQLite.
+# Number of bytes that a probe writes. The WAL index grows by 32 KiB at a time. A probe of fewer bytes could fit on a
+# disk that is full for SQLite.
 _PIECE = 64 * 1024
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})

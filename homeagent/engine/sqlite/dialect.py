@@ -60,7 +60,7 @@ DRIVER_ERRORS = (apsw.Error, OverflowError, UnicodeError)
 """Exceptions that a statement can raise: SQLite's errors, and errors for integers over 64 bits and undecodable text."""
 
 _NOT_IN_WAL = (apsw.SQLITE_FULL, apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_CONSTRAINT_COMMITHOOK)
-"""Results of a COMMIT of which the WAL does not contain all frames."""
+"""Result codes of a failed COMMIT. With these codes, the WAL does not contain all frames of the transaction."""
 
 Description = tuple[tuple[str, None, None, None, None, None, None], ...]
 
@@ -88,7 +88,7 @@ def _execute_each(
 
 
 class StatementCursor(_Cursor):
-    """A cursor for a store's statements, whose columns are known before the execution."""
+    """A cursor for a store's statements. homeagent knows the columns of each statement before the execution."""
 
     _changed: int | None = None
 
@@ -99,8 +99,8 @@ class StatementCursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed. After a reading statement, the number of changed rows is
-        undefined.
+        """Number of rows that the last statement changed. After a statement that only reads, the number of changed rows
+        is undefined.
         """
         if self._changed is None:
             return self.connection.changes()
@@ -109,7 +109,9 @@ class StatementCursor(_Cursor):
 
 
 class Cursor(StatementCursor):
-    """DB-API cursor for SQLAlchemy. A store's statements use `StatementCursor`, which takes less time."""
+    """DB-API cursor for SQLAlchemy. A store's statements use `StatementCursor`, which takes less time than this
+    cursor.
+    """
 
     arraysize = 1
     description: Description | None = None  # type: ignore[assignment]  # apsw's own raises after the last row

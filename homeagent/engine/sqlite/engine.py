@@ -91,7 +91,7 @@ def read_transaction(connection: Connection) -> Iterator[None]:
 
 
 class SQLiteEngine(Engine):
-    """Engine of one SQLite file with one writer. Each reading connection sees a snapshot.
+    """Engine of one SQLite file with one writer. Each read-only connection sees a snapshot.
 
     With the durability "full", each commit is synced. With the durability "normal", a power cut can lose the last
     commits. With `temporary=True`, the engine removes the file's directory when the engine is closed.
@@ -345,7 +345,7 @@ class SQLiteEngine(Engine):
         return raw
 
     def refuse_foreign(self) -> None:
-        """Refuse a file with content that does not belong to homeagent, without changing the file.
+        """Refuse a file with content that does not belong to homeagent. Do not change the file.
 
         Raises:
             ForeignDatabaseError: if the file is another application's database.
@@ -365,8 +365,7 @@ class SQLiteEngine(Engine):
             )
 
     def _sqlite_will_empty(self) -> bool:
-        """Return True if a crash interrupted the file's first transaction, so that the next connection will empty the
-        file.
+        """Return True if a crash interrupted the file's first transaction. The next connection then empties the file.
 
         After a power cut the file can contain a part of the first page, which SQLite rolls back.
         """

@@ -1,7 +1,7 @@
 """Protect an open database from a second SQLite library in the same process.
 
 POSIX locks belong to a process. If another library, such as the interpreter's sqlite3, closes a descriptor of the
-database, the process loses the locks of homeagent's connections. Without SQLite's locks, another process may delete the
+database, the process loses the locks of homeagent's connections. Without SQLite's locks, another process can delete the
 WAL (https://sqlite.org/howtocorrupt.html, section 2.2). This module takes two measures.
 
 On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
@@ -123,7 +123,7 @@ class FileGuard:
         return failure
 
     def forget(self) -> None:
-        """Close the descriptors. While a connection is open, only a forked child may call the method."""
+        """Close the descriptors. While a connection is open, call the method only in a forked child."""
         descriptors, self._descriptors = self._descriptors, []
         # If one descriptor can't be closed, the ExitStack still closes the other descriptors.
         with ExitStack() as closing:
@@ -140,7 +140,7 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
 # connection for a descriptor of another library.
 _opening = threading.RLock()
 _uncounted = 0
-"""Number of connections that the thread with the lock `_opening` opens and has not counted."""
+"""Number of connections that the thread with the lock `_opening` is opening, and has not counted yet."""
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
 

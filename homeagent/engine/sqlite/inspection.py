@@ -145,7 +145,7 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
 
     Compile statements that fire the trigger or read the view, but do not run the statements. SQLite reports each used
     table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
-    the statements, also return True. For example, a function of the application can be missing.
+    the statements, return True. For example, a function of the application can be missing.
 
     The argument `tables` has names in lower case. For a trigger, pass `kind="trigger"`, and pass the trigger's table as
     the argument `on`. For a view, pass `kind="view"`, and pass the view's name as the argument `on`.

@@ -32,8 +32,8 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 # When a database is opened, a file of at most FULL_CHECK_BYTES gets the full check. A larger file of at most
 # QUICK_CHECK_BYTES gets the quick check. The full check takes about 5 ms per MiB. The quick check takes about 1 ms per
-# MiB, and does not compare indexes with tables. A file over QUICK_CHECK_BYTES is checked only after an unclean end and
-# on the sweeper's schedule.
+# MiB, and does not compare indexes with tables. homeagent checks a file over QUICK_CHECK_BYTES only after an unclean
+# end and on the sweeper's schedule.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
@@ -94,8 +94,8 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
 
 
 def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
-    """Check a file's content with SQLite, as thoroughly as its size allows. A large file is checked only with
-    `always=True`.
+    """Check a file's content with SQLite. A file of at most `FULL_CHECK_BYTES` gets the full check, and a larger file
+    gets the quick check. If the file is larger than `QUICK_CHECK_BYTES`, and `always` is False, do nothing.
 
     Raises:
         CorruptDatabaseError: if the check found damage.

@@ -3,9 +3,9 @@
 SQLite's busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
 again at once leaves the lock free only for short moments. SQLite's busy handler seldom tries at a moment at which the
 lock is free. In a test with eight writing processes, some processes waited for seconds. A process that tries every few
-milliseconds gets the lock. With more frequent tries the lock moves between processes more often, which slows all
-writes. On a busy machine with eight writing processes, pauses of 0.5 to 2 ms made the 99th percentile of the write
-times two to five times as long. On a quiet machine, pauses of 0.5 to 2 ms made no difference.
+milliseconds gets the lock. Too frequent tries make the lock move between processes too often, which slows all writes.
+On a busy machine with eight writing processes, pauses of 0.5 to 2 ms raised the 99th percentile of the write times by a
+factor of two to five. On a quiet machine, pauses of 0.5 to 2 ms made no difference.
 """
 
 from __future__ import annotations

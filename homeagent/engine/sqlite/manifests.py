@@ -53,7 +53,7 @@ class Manifest(BaseModel):
         kind: "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file before its
             adoption, or "backup" for any other backup.
         database: absolute path of the source database.
-        taken_at: time of the backup, by the database's clock.
+        taken_at: time of the backup by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
         epoch: epoch of the store; None if the schema is too old to have epochs.
         rows: number of rows of each table.
@@ -77,7 +77,7 @@ class Manifest(BaseModel):
 
 
 def manifest_path(backup: Path) -> Path:
-    """Return the path of a backup's manifest. The manifest need not exist."""
+    """Return the path of a backup's manifest. The manifest does not need to exist."""
     return backup.with_name(backup.name + ".json")
 
 

@@ -55,7 +55,7 @@ def marker_of_epoch(epoch: int) -> str:
 
 
 def epoch_of_marker(marker: str | None) -> int:
-    """Return the epoch in a lock file's marker, also for a damaged database. If the file has no marker, return 0."""
+    """Return the epoch in a lock file's marker. The database can be damaged. If the file has no marker, return 0."""
     if marker is None:
         return 0
     found = re.fullmatch(_MARKER, marker)
@@ -84,7 +84,7 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
 def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
     """Finish the replacement that the lock file's marker describes. If the lock file has no marker, do nothing.
 
-    The arguments are the same as for `replace_database()`.
+    The function `replace_database()` documents the arguments.
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if another user put a file at the path of the new database.

@@ -36,7 +36,8 @@ def refuse_changes(
     Args:
         raw: driver's connection.
         tables: names of the tables, in lower case.
-        triggers: names of the triggers that a statement may create or drop. These triggers may write to the tables.
+        triggers: names of the allowed triggers. A statement can create or drop an allowed trigger, and an allowed
+            trigger can write to the tables.
         refused: function that is called with the name of the table before SQLite raises the error.
     """
 

@@ -6,8 +6,8 @@ crash interrupted. If the WAL was damaged or truncated later, SQLite silently di
 after the damaged place. Another trace of a lost commit is the number of committed frames in the WAL index (-shm), which
 a killed process leaves behind (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
-No process may have the database open. In a process with an open database, SQLite would lose its locks when this module
-closes the WAL index.
+Before a call, the caller must ensure that no process has the database open. In a process with an open database, SQLite
+would lose its locks when this module closes the WAL index.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL. The caller may have the database open.
+    """Return whether SQLite would read a frame of this database's WAL. The caller can have the database open.
 
     A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave an incomplete
     WAL header. SQLite ignores a WAL without frames. If no other connection is open, a WAL without frames makes a
@@ -96,7 +96,8 @@ def find_lost_commits(path: Path) -> LostCommits | None:
     None.
 
     Without a WAL index, the function does not find damage in the last commit. A power cut in the middle of COMMIT
-    leaves the same content as damage in the last commit. No process may have the database open.
+    leaves the content that damage in the last commit leaves too. The caller must ensure that no process has the
+    database open.
 
     Raises:
         DatabaseError: if a file can't be read, or if the WAL can't be copied.

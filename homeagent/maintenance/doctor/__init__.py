@@ -1,5 +1,5 @@
-"""The doctor checks a database without changing it, and reports problems and remedies. The doctor repairs problems only
-on request.
+"""The doctor checks a database without changing the database, and reports problems and remedies. The doctor repairs
+problems only on request.
 """
 
 from homeagent.maintenance.doctor.diagnosis import diagnose

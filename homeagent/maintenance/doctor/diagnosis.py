@@ -51,8 +51,8 @@ def diagnose(
     finding, not an error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
 
     Args:
-        target: database to check, in the same form as for `Database.open()`. If the calling process has the database
-            open, call `Database.doctor()` instead.
+        target: database to check (see the argument `target` of `Database.open()`). If the calling process has the
+            database open, call `Database.doctor()` instead.
         clock: clock of the store.
         thorough: True to run SQLite's full integrity check without a time limit. The full check also compares the
             indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
@@ -61,7 +61,7 @@ def diagnose(
             of sessions and the journal mode. The doctor also deletes partial copies older than a day, expired rows and
             hashes of expired secrets, and empties the WAL. The returned findings describe the database after the
             repair.
-        acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
+        acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:
         InvalidArgumentError: `target` is invalid, or names a temporary database.

@@ -1,4 +1,5 @@
-"""Check a SQLite database without opening it: names, owners, modes, leftovers, backups, file system, free space.
+"""Check a SQLite database without opening the database: names, owners, modes, leftovers, backups, file system, free
+space.
 
 Do not open the database file in this module. Use `lstat` instead. Closing the file would release the locks that SQLite
 holds on the file in this process (see `homeagent.engine.files.database_file`).
@@ -27,7 +28,7 @@ __all__ = ["check_files", "database_files", "megabytes", "public_files", "stale_
 OLD_BACKUP = timedelta(days=7)
 
 STALE = timedelta(days=1)
-"""Age of a partial copy after which the doctor assumes that the process that wrote the copy has ended."""
+"""If a partial copy is older than this time, the doctor assumes that the process of the copy has ended."""
 
 KEPT = timedelta(days=30)
 """Age of a quarantine after which the doctor reports a warning."""
@@ -36,7 +37,7 @@ WAL_RESERVE = 64 * 1024 * 1024
 """Free space that is required for a growing WAL, in addition to a second copy of the database."""
 
 SCARCE = 16 * 1024 * 1024
-"""Free space below which the next burst of writes may fail."""
+"""Free space below which the next burst of writes can fail."""
 
 _IN_MEMORY = frozenset({"ramfs", "tmpfs"})
 
@@ -61,7 +62,7 @@ def database_files(path: Path) -> Files:
 
 
 def public_files(path: Path) -> list[Path]:
-    """Return the caller's own regular files of the database that other users may read or write."""
+    """Return the caller's own regular files of the database that other users can read or write."""
     return [
         file
         for file, status in database_files(path).items()
@@ -80,7 +81,7 @@ def stale_partials(path: Path, now: datetime) -> Files:
 
 
 def check_files(collector: Collector, path: Path) -> bool:
-    """Run all checks that do not open the database. Return True if the doctor may open the database."""
+    """Run all checks that do not open the database. Return True if the doctor is allowed to open the database."""
     with collector.attempt("backup"):
         _check_backup(collector, path)
     _check_directory(collector, path.parent)

@@ -79,7 +79,8 @@ def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
-    # If the database file can belong to another application, do not change it or the files next to it.
+    # If the database file can belong to another application, do not change the database file or the files next to the
+    # database file.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
         with _noted(done, "files"):
             _make_private(target.path, done)

@@ -1,4 +1,6 @@
-"""Diagnose a SQLite database: first check its files, then open it and check the content. No check changes a file."""
+"""Diagnose a SQLite database: first check the files, then open the database and check the content. No check changes a
+file.
+"""
 
 from __future__ import annotations
 

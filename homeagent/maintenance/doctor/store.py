@@ -39,7 +39,7 @@ PENDING = timedelta(days=7)
 """Longest time for which a device can wait for approval without a warning."""
 
 SECRETS_GRACE = timedelta(days=1)
-"""Time for which the hash of an expired secret can stay without a warning, because the clock may be wrong."""
+"""Time for which the hash of an expired secret can stay without a warning, because the clock can be wrong."""
 
 _PAGE = 1000
 _PAGE_WITH_JSON = 25  # the JSON of one row has up to 1 MiB

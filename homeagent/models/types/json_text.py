@@ -107,7 +107,7 @@ class JsonColumn(TypeDecorator[Any]):
     A database's own JSON type would change the order of keys, -0.0, large integers or NUL characters.
 
     Args:
-        none_as_null: True to store None as SQL NULL (default) or as the JSON text `null`.
+        none_as_null: True (default) to store None as SQL NULL; False to store None as the JSON text `null`.
         limit: maximum length of the JSON text in bytes.
     """
 

@@ -1,4 +1,4 @@
-"""Limit of the number of rows that a caller may request."""
+"""Limit of the number of rows that a caller can request."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ __all__ = ["choose_column_type"]
 def choose_column_type(field: FieldInfo, what: str) -> None:
     """Set the column type of a field if its definition has neither `sa_type` nor `sa_column`.
 
-    With the chosen column types, both engines store the same values in the same order. If `_column_type()` does not
-    know the type of the field, SQLModel chooses the column type.
+    With the chosen column types, the two engines store and sort all values equally. If `_column_type()` does not know
+    the type of the field, SQLModel chooses the column type.
 
     Raises:
         InvalidArgumentError: if the field is a datetime without the checks of the type `Timestamp`.

@@ -14,7 +14,9 @@ __all__ = ["UNREADABLE", "loaded", "naming_column", "stored_type", "unreadable",
 T = TypeVar("T")
 
 UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, ValueError)
-"""Exceptions that converting an unreadable value raises. TypeError is not included, because it is a bug in the code."""
+"""Exceptions that converting an unreadable value raises. TypeError is not included, because a TypeError shows a bug in
+the code.
+"""
 
 _REMEDY = (
     "another program wrote it, or the database is damaged: "

@@ -235,7 +235,7 @@ WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
 
 
 def text_column() -> TypeEngine[str]:
-    """Return the column type TEXT. Both engines compare TEXT by bytes, so lists have the same order.
+    """Return the column type TEXT. Both engines compare TEXT by bytes, so both engines sort a list equally.
 
     SQLite's default collation BINARY compares UTF-8 by `memcmp`. PostgreSQL compares bytes only with the collation "C".
     """

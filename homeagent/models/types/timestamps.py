@@ -1,4 +1,6 @@
-"""Timestamps in UTC and durations. Both are whole milliseconds. Do not compute with floats, because floats round."""
+"""Timestamps in UTC, and durations. Timestamps and durations are whole milliseconds. Do not compute with floats,
+because floats round.
+"""
 
 from __future__ import annotations
 
@@ -145,7 +147,8 @@ def _timestamp_of(milliseconds: float) -> datetime:
 class _TimestampCache(dict[int, datetime]):
     """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly.
 
-    A cache hit takes a fifth of the time that creating a timestamp takes. A cache miss takes twice that time.
+    A cache hit takes a fifth of the time that creating a timestamp takes. A cache miss takes twice the time of creating
+    a timestamp.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
