@@ -1,10 +1,10 @@
 """A counter of failed checks of guessable secrets, for each presented device id.
 
 Failed checks of unknown ids count like other failed checks, so a refusal does not reveal whether a device exists.
-Checks of generated secrets do not count and are not refused, because a generated secret can't be guessed.
+Checks of generated secrets are always allowed and do not count, because an attacker can't guess a generated secret.
 
 A successful check does not reset the count of failures. If a successful check reset the count, an attacker would get 30
-more guesses after each success of the device.
+new guesses after each success of the device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _MOST_IDS = 10_000
 _LONGEST_ID = 512
 
 # All instances share one lock, so that a forked child replaces only one lock. A call holds the lock only for
-# microseconds. The lock is reentrant, because a signal handler can check a secret while its thread holds the lock.
+# microseconds. The lock is reentrant, because a signal handler can check a secret while the interrupted thread holds
+# the lock.
 _lock = threading.RLock()
 
 
@@ -39,7 +40,7 @@ _Moment = tuple[datetime, float]
 
 
 def _age(begun: _Moment, now: _Moment) -> timedelta:
-    # Use the clock that moved further, as the class `FailedChecks` explains.
+    # Use the clock that moved further (see the class `FailedChecks`).
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
 
 
@@ -67,7 +68,7 @@ class FailedChecks:
 
     A minute ends when the wall clock or the monotonic clock has moved by a minute. A wall clock that stands still or is
     set back does not prolong the refusal of a device. If the wall clock is set forward, an attacker gets the guesses of
-    one more minute.
+    an additional minute.
 
     Args:
         clock: the database's clock.
@@ -96,7 +97,7 @@ class FailedChecks:
 
         Raises:
             TooManyAttemptsError: if the id has reached the limit of `per_minute` checks. Failed checks of the last
-                minute and running checks count towards the limit.
+                minute and unfinished checks count towards the limit.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

@@ -2,7 +2,7 @@
 
 A driver's message can contain stored values. For example, a message of psycopg can show the rejected row. The message
 of a translated error contains only the kind of error, the remedy, names from the schema and the SQL text of homeagent's
-statement. The translated error has no cause or context, so the error does not refer to the driver's exception.
+statement. The translated error has no cause or context, so that no reference to the driver's exception remains.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def message_with_name(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return the text of `message_with_name()` after a colon, with a remedy. If `message_with_name()` returns an empty
-    text, return an empty text.
+    """Return a colon, the text of `message_with_name()` and a remedy. If `message_with_name()` returns an empty text,
+    return an empty text.
     """
     message = message_with_name(error)
     if not message:

@@ -110,7 +110,9 @@ class Engine(ABC):
         return self.sa_engine.dialect.name
 
     def pool(self, *, read_only: bool) -> ConnectionPool[StoreConnection]:
-        """Return the pool of connections for reading if `read_only=True`, otherwise the pool for writing."""
+        """With `read_only=True`, return the pool of connections for reading. With `read_only=False`, return the pool
+        for writing.
+        """
         if self.is_forked_copy:
             raise _invalidated()
         return self.readers if read_only else self.writers
@@ -157,7 +159,7 @@ class Engine(ABC):
     def read_alone(
         self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters, timeout: float
     ) -> Any:
-        """Run one statement in autocommit mode. If the connection was lost, run the statement once more.
+        """Run one statement in autocommit mode. If the connection was lost, run the statement a second time.
 
         Args:
             act: name of the method of `StoreConnection` that runs the statement.

@@ -59,7 +59,8 @@ class ConnectionPool(Generic[T]):
         # Use a reentrant lock, because a signal handler can use the database while the interrupted thread holds the
         # mutex.
         self.mutex: threading.RLock = threading.RLock()
-        # A thread holds the lock `making` while it creates a resource, so a fork waits until the resource is complete.
+        # During the creation of a resource, a thread holds the lock `making`. A fork therefore waits until the resource
+        # is complete.
         self.making: threading.RLock = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()

@@ -222,9 +222,9 @@ def _render_constant(constant: _Constant, compiler: SQLCompiler, **options: Any)
 def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Return an expression that puts a constant into the text of a statement.
 
-    If the constant were a plain value, SQLAlchemy would turn it into a parameter. Binding the constants of an INSERT as
-    parameters took as long as writing the row. Do not pass a user's value, because the value would become part of the
-    SQL text. The argument `type_` is the SQLAlchemy type of the stored value.
+    If the constant were a plain value, SQLAlchemy would turn it into a parameter. In an INSERT, the constants as
+    parameters took as long as the write of the row. Do not pass a user's value, because the value would become part of
+    the SQL text. The argument `type_` is the SQLAlchemy type of the stored value.
     """
     return _Constant(value, type_)
 

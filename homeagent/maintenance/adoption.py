@@ -280,7 +280,7 @@ def _adopt_file(
     inspect_file(path, repair=False)
     with sidecar_lock(path, timeout=timeout):
         with kept_from_sqlite(path):
-            pass  # only check for other programs, because SQLite drops these locks when it closes the file.
+            pass  # SQLite drops these locks at the close of the file, so this block only checks for other programs.
         engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
         try:
             with engine.translated(), closing(engine.open_source()) as raw:

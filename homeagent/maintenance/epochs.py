@@ -70,7 +70,7 @@ def begin_epoch(
         ConflictError: if the store has another epoch than the argument `expected_epoch`.
         DatabaseBusyError: if another process still has the database open after the `busy_timeout`. The other process
             would continue in the old epoch.
-        SchemaOutdatedError: if the database is absent, or has an older schema.
+        SchemaOutdatedError: if the database is absent, or the schema is out of date.
     """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)
@@ -92,7 +92,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # only check for other programs, because SQLite drops these locks when it closes the file.
+                pass  # SQLite drops these locks at the close of the file, so this block only checks for other programs.
             # Pass temporary=True, because the caller already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:

@@ -6,7 +6,8 @@ homeagent converts the values by the column types of the application's models. I
 converts the values by the types that SQLAlchemy finds in the database.
 
 The engines can order text keys differently. Therefore the comparison does not follow the order of the keys. The
-comparison reads a page of rows from the source, and the rows with the same keys from the target.
+comparison reads a page of rows from the source. From the target, the comparison reads the rows with the keys of that
+page.
 """
 
 from __future__ import annotations

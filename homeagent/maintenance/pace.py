@@ -9,9 +9,9 @@ __all__ = ["Pace"]
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
 
-# Pauses after a batch, in seconds. Without contention the pause is short. The pause is not zero, because a process does
-# not notice writers that wait in another process. After contention the pause is a multiple of the time for which the
-# batch held the write lock.
+# Pauses after a batch, in seconds. Without contention the pause is short. The pause is above zero, because writers of
+# another process can wait unnoticed. After contention the pause is a multiple of the time for which the batch held the
+# write lock.
 _SHORTEST_PAUSE = 0.001
 _PAUSE_FACTOR = 4
 _LONGEST_PAUSE = 0.25

@@ -50,7 +50,7 @@ ALEMBIC_TABLE = "alembic_version"
 
 _PACKAGE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^:]+)")
 
-# On PostgreSQL, the version table that Alembic creates has no space for a longer identifier.
+# On PostgreSQL, the version table that Alembic creates has no space for an identifier above this length.
 _LONGEST_REVISION = 32
 
 _PROTECTED = (*TABLES, VERSION_TABLE)

@@ -130,9 +130,9 @@ def open_postgresql(
 def refuse_second_store(connection: Connection) -> None:
     """Refuse the database if two schemas of the `search_path` have a store, and the first has the name of the role.
 
-    By default PostgreSQL first searches a schema that has the same name as the role, and then `public`. Another role
-    with the right CREATE on the database can create a schema with the name of homeagent's role. The tables of the
-    created schema can contain an approved device. At its next start, homeagent would use the tables of the other role.
+    By default PostgreSQL first searches a schema with the role's name, and then the schema `public`. Another role with
+    the right CREATE on the database can create a schema with the name of homeagent's role. The tables of the created
+    schema can contain an approved device. At its next start, homeagent would use the tables of the other role.
 
     Raises:
         InvalidArgumentError: the search_path contains `"$user"`, and two of its schemas have a store.
@@ -231,8 +231,8 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
 
 @contextmanager
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
-    """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks and
-    settings.
+    """Commit the transaction, run the block without a transaction, and begin a new transaction with the locks and
+    settings of the old transaction.
 
     During the block, this host holds the session-level lock `_OUTSIDE_LOCK`. Do not hold the lock `_ADVISORY_LOCK`
     during the block. A host that waits for the lock `_ADVISORY_LOCK` has a snapshot, and CREATE INDEX CONCURRENTLY

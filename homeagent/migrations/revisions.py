@@ -218,8 +218,8 @@ def suits(connection: Connection, revision: str | None) -> bool:
     False.
 
     This version of homeagent works with its own revision, and with a compatible revision of a newer version. A newer
-    version of homeagent stores the oldest compatible revision in the column `store.oldest_revision`. If the schema is
-    newer and not compatible, raise SchemaTooNewError.
+    version of homeagent stores the oldest compatible revision in the column `store.oldest_revision`. If a schema of a
+    newer version is not compatible, raise SchemaTooNewError.
     """
     if revision is None or revision == REVISION:
         return revision is not None

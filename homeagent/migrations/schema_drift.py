@@ -41,8 +41,8 @@ class Difference:
 
     A trigger, a view or an index that only uses homeagent's tables can belong to the application. The attribute `kind`
     is the kind of an object that can belong to the application: trigger, view or index. The attribute `trigger` is the
-    name of a trigger that is not homeagent's. Copies, restores and upgrades refuse a trigger that is not homeagent's,
-    unless the application acknowledged the name of the trigger.
+    name of a trigger that is not homeagent's. Copies, restores and upgrades accept a trigger that is not homeagent's
+    only if the application acknowledged the name of the trigger.
     """
 
     text: str

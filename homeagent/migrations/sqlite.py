@@ -237,8 +237,8 @@ def _make_or_upgrade(
         raw: Any = connection.connection.driver_connection
         revision, suitable, pending = _look_up(connection, application)
         if revision is not None and not initialised and not temporary:
-            # Write the marker of the lock file before the upgrade. If the disk is full, writing the marker fails, and
-            # the schema stays unchanged.
+            # Write the marker of the lock file before the upgrade. If the disk is full, the write of the marker fails,
+            # and the schema stays unchanged.
             lock.write_marker("initialised")
             initialised = True
         if suitable and not pending:

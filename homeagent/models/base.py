@@ -1,4 +1,5 @@
-"""Base classes of the models. The classes validate each construction and assignment, with errors that hide the input.
+"""Base classes of the models. The classes validate each construction and assignment. The errors of a validation hide
+the input.
 
 Do not add `from __future__ import annotations` to a module of models. The import of `annotations` makes Pydantic and
 SQLAlchemy evaluate each annotation again for each subclass. Importing the models then takes a twelfth more time than
@@ -53,7 +54,7 @@ _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
 def _without_input(error: ValidationError) -> ValidationError:
-    """Return the error without the input, which may be a secret.
+    """Return the error without the input, because the input can be a secret.
 
     Pydantic's setting `hide_input_in_errors` removes the input only from the message. But FastAPI sends the result of
     the method `errors()` in the reply with status 422.
@@ -105,7 +106,7 @@ class Model(SQLModel, registry=_registry):
 
     @classmethod
     def model_validate_json(cls, *args: Any, **kwargs: Any) -> Self:
-        """Validate JSON text as Pydantic does, with errors that do not show the text."""
+        """Validate JSON text as Pydantic does. The errors do not show the text."""
         # Pydantic parses the text before the call of `_hide_input`.
         return hide_input(None, lambda _: super(Model, cls).model_validate_json(*args, **kwargs))
 
@@ -268,7 +269,7 @@ class Table(Model, metaclass=_TableType):
 
         def __getattr__(self, name: str) -> Any:
             # A store sets only the fields of a loaded instance. Setting Pydantic's attributes took a third of the time
-            # of creating an instance. All loaded instances have the same values of Pydantic's attributes.
+            # of creating an instance. The values of Pydantic's attributes are equal in all loaded instances.
             if name == "__pydantic_fields_set__":
                 # Create SQLAlchemy's state first. Later, the attribute `__pydantic_fields_set__` marks the instance as
                 # constructed.
@@ -282,9 +283,11 @@ class Table(Model, metaclass=_TableType):
 
     @classmethod
     def model_values(cls, **data: Any) -> dict[str, Any]:
-        """Return the validated values of a new row by name, with defaults, as parameters of a `Statement`.
+        """Return the validated values and defaults of a new row as parameters of a `Statement`. The keys of the
+        dictionary are names of attributes.
 
-        Creating an instance of a table takes ten times as long, because SQLAlchemy observes each of its attributes.
+        Creating an instance of a table takes ten times as long as this method, because SQLAlchemy observes each of its
+        attributes.
         """
         instance = object.__new__(cls)
         cls.__pydantic_validator__.validate_python(data, self_instance=instance)
@@ -346,7 +349,8 @@ class _StateOnDemand:
         values = instance.__dict__
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
-        # If two threads create the state at the same time, the method `setdefault()` gives both threads the same state.
+        # If two threads create the state at the same time, both threads get the state that the method `setdefault()`
+        # stored first.
         stored: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
         return stored
 

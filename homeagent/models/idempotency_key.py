@@ -169,7 +169,7 @@ class IdempotencyScope:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return Pydantic's default schema, with errors that do not show the input."""
+        """Return Pydantic's default schema. The errors of the schema do not show the input."""
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 

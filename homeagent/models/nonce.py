@@ -23,8 +23,8 @@ class Nonce(Table, table=True):
         # of another device.
         PrimaryKeyConstraint("device_id", "nonce", name="pk_nonces"),
         Index("idx_nonces_expires", "expires_at"),
-        # The table has no rowid (https://sqlite.org/withoutrowid.html), because the primary key is most of a row. With
-        # a rowid, an insert takes a quarter more time.
+        # The table has no rowid (https://sqlite.org/withoutrowid.html), because the primary key is most of a row. A
+        # rowid would make an insert slower by a quarter.
         {"sqlite_with_rowid": False},
     )
 

@@ -130,7 +130,7 @@ def refuse_orphaned_log(path: Path) -> None:
 
     SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
     database means that the database was lost. SQLite would delete the WAL of the lost database and start with an empty
-    database, without any revocation or nonce. The caller must hold `sidecar_lock`.
+    database that lacks all revocations and nonces. The caller must hold `sidecar_lock`.
 
     Raises:
         CorruptDatabaseError: if the WAL has content, and the database is missing or empty.

@@ -25,7 +25,7 @@ _reported_lock = threading.Lock()
 
 
 def prepare_directory(directory: Path) -> None:
-    """Create a database's directory if it is missing, and check an existing directory.
+    """Create a missing directory of a database, or check the existing directory.
 
     New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
     owner of the parent directory becomes the owner. The function does not change an existing directory, because other

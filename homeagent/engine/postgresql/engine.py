@@ -1,4 +1,4 @@
-"""The PostgreSQL engine, with bounded connection pools and explicit transactions.
+"""The PostgreSQL engine uses bounded connection pools and explicit transactions.
 
 A pooler can give each transaction another session of the server, so the engine does not rely on the state of a session.
 """

@@ -259,7 +259,7 @@ def _describe(
             digest.update(block)
             _raise_if_stopped(stop)
         size = file.tell()
-    # Import `homeagent.version` lazily, because its import takes longer than the other imports of the module.
+    # Import `homeagent.version` lazily, because the import takes longer than all other imports of this module.
     from homeagent.version import __version__
 
     return Manifest(

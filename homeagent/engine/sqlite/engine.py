@@ -1,4 +1,4 @@
-"""The SQLite engine, which checks that a file belongs to homeagent, and sets the same pragmas on each connection."""
+"""The SQLite engine. The engine checks that a file belongs to homeagent, and sets equal pragmas on all connections."""
 
 from __future__ import annotations
 
@@ -283,7 +283,7 @@ class SQLiteEngine(Engine):
                 self._wait_for_locks(connection.driver_connection, timeout)
                 ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 # Make an empty commit, which writes a new header to the truncated WAL. A power cut could leave an empty
-                # WAL with an older WAL index, which would look like lost commits.
+                # WAL and an outdated WAL index. The two files would look like lost commits.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
             else:
@@ -323,7 +323,7 @@ class SQLiteEngine(Engine):
                 return str(raw.execute("PRAGMA journal_mode=WAL").get)
             except apsw.BusyError:
                 # To change the journal mode, SQLite needs an exclusive lock, and does not call the busy handler.
-                # Another process can hold a lock for a moment while it reads the revision of a file in rollback mode.
+                # Another process that reads the revision of a file in rollback mode can hold a lock for a moment.
                 if monotonic() >= deadline:
                     raise
             time.sleep(_WAL_PAUSE)

@@ -34,8 +34,8 @@ def in_use_path(database: Path) -> Path:
 def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
     """Take the shared in-use lock. The caller holds the lock until the last connection is closed.
 
-    Finish an interrupted restore first. If the directory is not writable and the lock file does not exist, return None.
-    In a directory that is not writable, no restore can replace a file, and SQLite can't write.
+    Finish an interrupted restore first. In a read-only directory without the lock file, return None. In a read-only
+    directory, a restore can't replace a file, and SQLite can't write.
 
     Raises:
         DatabaseBusyError: if another process still restores the database after the wait `timeout`.
@@ -116,7 +116,9 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
 
 
 def _holders(path: Path) -> str:
-    """Return a text that names the processes with a lock on the file, from /proc/locks (manual page proc_locks(5))."""
+    """Return a text that names the processes with a lock on the file. Source: /proc/locks (manual page
+    proc_locks(5)).
+    """
     try:
         inode = path.stat().st_ino
         lines = Path("/proc/locks").read_text().splitlines()

@@ -44,7 +44,8 @@ _INSTRUCTIONS = 100_000
 def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     """Check a file that was not closed cleanly and that no process has open. Do not change any file.
 
-    Do not use an ordinary connection, because its close would move the WAL's content into the database.
+    Do not use an ordinary connection, because the close of the connection would move the WAL's content into the
+    database.
 
     Returns:
         True if the function `check_content()` accepted the file. False if the database has no WAL to check.
@@ -121,7 +122,8 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
         few milliseconds.
 
     Raises:
-        CorruptDatabaseError: if the table is damaged. Later units raise the same error until the database is reopened.
+        CorruptDatabaseError: if the table is damaged. Later units raise CorruptDatabaseError too until the database is
+            reopened.
         DatabaseBusyError, DatabaseClosedError: if a read-only unit of work could not begin.
     """
     connection = engine.begin(read_only=True, timeout=engine.busy_seconds)

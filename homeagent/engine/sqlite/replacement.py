@@ -43,8 +43,8 @@ def new_path(database: Path, stamp: str) -> Path:
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return the path of the old database after the replacement. The old sidecar files get the same prefix as the old
-    database.
+    """Return the path of the old database after the replacement. The names of the old sidecar files begin with the new
+    name of the old database.
     """
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 

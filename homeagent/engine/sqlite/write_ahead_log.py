@@ -69,8 +69,8 @@ def has_frames(path: Path) -> bool:
     """Return whether SQLite would read a frame of this database's WAL. The caller can have the database open.
 
     A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave an incomplete
-    WAL header. SQLite ignores a WAL without frames. If no other connection is open, a WAL without frames makes a
-    connection with `readonly_shm=1` fail after 10 seconds (SQLITE_PROTOCOL).
+    WAL header. SQLite ignores a WAL without frames. A WAL without frames makes a connection with `readonly_shm=1` fail
+    after 10 seconds (SQLITE_PROTOCOL), unless another connection is open.
     """
     log = sidecars(path)[0]
     return size_of(log) >= _SMALLEST_LOG and _page_size(read_start(log, _HEADER)) is not None
@@ -143,7 +143,8 @@ def _recovered(log: Path, *, page_size: int) -> int:
     """Return the number of frames that SQLite recovers from a copy of the WAL, next to an empty database.
 
     Do not use a copy of the database. The database's header can be damaged, and SQLite would replay a rollback journal.
-    If no directory for temporary files is writable, the copy of the WAL is next to the WAL, for example in a container.
+    If no directory for temporary files is writable, the copy is in the directory of the WAL. A container can lack a
+    writable directory for temporary files.
     """
     parent = find_temporary_directory() or log.parent
     with (
@@ -206,7 +207,7 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
 def _is_later(salt: bytes, *, than: bytes) -> bool:
     """Return True if the WAL was restarted after the last write of the WAL index to the disk.
 
-    SQLite does not sync the WAL index, so a power cut can leave an older index. A restart of the WAL follows a
+    SQLite does not sync the WAL index, so a power cut can leave an outdated index. A restart of the WAL follows a
     complete, synced checkpoint and increments the first salt (https://sqlite.org/fileformat2.html#walformat).
     """
     return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS

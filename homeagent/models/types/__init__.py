@@ -1,6 +1,6 @@
 """Types of fields and columns for text, timestamps, JSON, enums and flags.
 
-The models and the stores validate values by the same functions of this package.
+Both the models and the stores use the functions of this package to validate values.
 """
 
 from homeagent.models.types.enums import EnumColumn, FlagColumn

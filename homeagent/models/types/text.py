@@ -180,7 +180,7 @@ def check_name(value: str, what: str = "a name") -> str:
 def check_searched(value: str, what: str) -> str:
     """Return the value if it is a str. Otherwise raise InvalidArgumentError.
 
-    A search accepts every str, because rows of earlier versions or other programs can break the rules for new texts.
+    A search accepts every str, because rows of an old version or of another program can break the rules for new texts.
     """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")

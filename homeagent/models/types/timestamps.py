@@ -68,7 +68,7 @@ def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
     current time.
 
     Use the function for the time of a past event. A later value means that the clock of the caller is ahead. The
-    function raises the same errors as `check_timestamp()`.
+    function `check_timestamp()` documents the errors.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
