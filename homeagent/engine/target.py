@@ -110,7 +110,7 @@ def resolve_target(target: Given) -> Target:
         found = error
     if isinstance(found, InvalidArgumentError) and target is None and os.environ.get(ENVIRONMENT_VARIABLE):
         raise InvalidArgumentError(f"the value of {ENVIRONMENT_VARIABLE} is invalid: {found}")
-    # Do not raise the error in the function `_read()`, because a local variable of its frame holds the password.
+    # Do not raise the error in the function `_read()`, because a local variable of the function holds the password.
     if isinstance(found, InvalidArgumentError):
         raise found
     return found

@@ -168,7 +168,7 @@ def _make(
 
 
 def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: datetime) -> bool:
-    # Ignore a backup with a time in the future, which was made while the clock was wrong.
+    # Ignore a backup with a time in the future, because the clock was wrong at the time of the backup.
     ages = [now - manifest.taken_at for _, manifest in _backups_of(database, directory) if manifest.taken_at <= now]
     return not ages or min(ages) >= schedule.every
 

@@ -161,8 +161,8 @@ class _Table:
 
 @cache
 def _tables() -> tuple[_Table, ...]:
-    # Do not copy the feed of device changes, because the target's triggers add a change for each copied device. The row
-    # of the table `store`, which is copied later, restarts the feed of device changes.
+    # Do not copy the feed of device changes, because the target's triggers add a change for each copied device. The
+    # copy of the row of the table `store` later restarts the feed of device changes.
     return tuple(_Table(table) for table in SCHEMA if table is not DeviceChange.__table__)
 
 

@@ -36,7 +36,9 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 
 
 class _Statements:
-    """Statements for one table, which read the expired rows in pages, delete one row, and count the expired rows."""
+    """Statements for one table. The statements read the expired rows in pages, delete one row, and count the expired
+    rows.
+    """
 
     def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
         table = model.__table__

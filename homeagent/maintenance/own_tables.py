@@ -1,9 +1,9 @@
 """Copy the application's own tables, and compare the copied rows with the source.
 
-homeagent reads the structure of the tables from both databases. homeagent copies a table if the table has equal columns
-in both databases. The engines store some types differently; for example, SQLite stores a timestamp as text. Therefore
-homeagent converts the values by the column types of the application's models. If a table has no model, homeagent
-converts the values by the types that SQLAlchemy finds in the database.
+homeagent reads the structure of the tables from both databases. If a table has equal columns in both databases,
+homeagent copies the table. The engines store some types differently; for example, SQLite stores a timestamp as text.
+Therefore homeagent converts the values by the column types of the application's models. If a table has no model,
+homeagent converts the values by the types that SQLAlchemy finds in the database.
 
 The engines can order text keys differently. Therefore the comparison does not follow the order of the keys. The
 comparison reads a page of rows from the source. From the target, the comparison reads the rows with the keys of that

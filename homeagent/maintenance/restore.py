@@ -244,8 +244,8 @@ def _source(backup: str | os.PathLike[str], database: Path) -> Path:
 def _not_in_use(source: Path) -> Iterator[None]:
     """Refuse a file that a process has open. While the block runs, prevent homeagent from opening the file.
 
-    During the block the caller can read the bytes of the file. The file must be closed, because closing the descriptor
-    of the caller drops SQLite's locks on the file.
+    During the block the caller can read the bytes of the file. SQLite must not have the file open, because SQLite loses
+    its locks when the caller closes a descriptor.
     """
     with ExitStack() as locks:
         if os.path.lexists(in_use_path(source)):

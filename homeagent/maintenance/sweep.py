@@ -38,8 +38,8 @@ class BackupSchedule:
 
     Args:
         directory: directory for the backups. If the directory is missing, it is created with mode 0700.
-        every: maximum age of the newest backup. homeagent reads the age from the manifest of the backup. Therefore
-            neither a restart nor a second process with the same schedule makes an additional backup.
+        every: maximum age of the newest backup. The age comes from the manifest of the backup. Therefore neither a
+            restart nor a second process with the same schedule makes an additional backup.
         keep: number of this database's backups to keep. Older backups are removed after a new backup is verified. With
             `keep=None`, no backup is removed.
 

@@ -171,7 +171,7 @@ def _breaks_of_table(name: str, old: _Table, new: _Table, accepted: Container[st
         yield f"the primary key of {name} changes, which old code's upserts name: create another table instead"
     yield from _breaks_of_checks(name, old, new, accepted)
     for columns in sorted(new.uniques - old.uniques):
-        # Old code leaves a new nullable column null, and a unique index accepts several nulls.
+        # Old code does not set a new nullable column. A unique index accepts several nulls.
         free = any(
             new.columns[column]["nullable"] and not new.columns[column]["default"] for column in added & {*columns}
         )

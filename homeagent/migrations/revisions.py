@@ -1,13 +1,12 @@
 """Read the revision of a schema, decide whether this version of homeagent can use the schema, and run the missing
 revisions.
 
-For an up-to-date database, homeagent runs only one SELECT. homeagent does not import Alembic, because the import takes
-80 ms.
+For an up-to-date database, homeagent runs only one SELECT. Do not import Alembic for an up-to-date database, because
+the import takes 80 ms.
 
 The application can run a command of Alembic at the same time. Therefore the function `upgrade()` does not change
 Alembic's global objects `alembic.context` and `alembic.op`. The function does not run `env.py`, and gives each script a
-separate instance of Alembic's object `op`. homeagent reads the scripts as resources, so the scripts can be in a zip
-file.
+separate instance of Alembic's object `op`. The scripts are resources of the package, and can be in a zip file.
 """
 
 from __future__ import annotations

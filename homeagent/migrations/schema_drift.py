@@ -1,8 +1,8 @@
 """Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
-On SQLite the revisions run on a scratch database in memory. homeagent then compares the SQL texts of both schemas,
-because no pragma shows a CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are
-compared with the server's catalogue.
+On SQLite the revisions run on a scratch database in memory. The comparison uses the SQL texts of both schemas, because
+no pragma shows a CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are compared
+with the server's catalogue.
 
 The application's tables, indexes, triggers and views are allowed, with two exceptions. A trigger that changes
 homeagent's tables is a difference, because the trigger can approve a device. A view that reads homeagent's tables is a
@@ -181,8 +181,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
             continue
         command = f"DROP {kind.upper()} {_name(name)}"
         uses = mention.search(sql) is not None and reaches(raw, expected.tables, kind=kind, name=name, on=on)
-        # Compare names in lower case, because SQLite stores the name of a table as the author of the trigger wrote the
-        # name.
+        # Compare names in lower case, because a trigger can spell the name of a table in another case.
         if kind == "trigger" and on.lower() in expected.tables:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
             yield Difference(what, True, command, None if uses else "trigger", name)

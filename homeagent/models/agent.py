@@ -1,4 +1,4 @@
-"""An agent, which has a name, a workspace directory and a configuration."""
+"""An agent has a name, a workspace directory and a configuration."""
 
 from sqlmodel import Field
 

@@ -88,7 +88,7 @@ class Model(SQLModel, registry=_registry):
     """Base of all models. A model refuses unknown fields, and validates assignments as well as constructions."""
 
     # Describe the fields of a model by `description=`. If docstrings described the fields, Pydantic would parse the
-    # source of each class, which takes a tenth of the start time.
+    # source of each class. The parsing takes a tenth of the start time.
     model_config: ClassVar[SQLModelConfig] = SQLModelConfig(
         extra="forbid",
         validate_assignment=True,
@@ -329,8 +329,8 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. An instance has the attribute
-# `__pydantic_fields_set__` only if a constructor created the instance, not if a store loaded it.
+# The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. A constructed instance has the
+# attribute `__pydantic_fields_set__`. An instance that a store loaded lacks the attribute.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 

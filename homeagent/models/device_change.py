@@ -1,4 +1,4 @@
-"""The feed of device changes, which triggers of the schema write in the order of the commits.
+"""The feed of device changes. Triggers of the schema write the feed in the order of the commits.
 
 A reader of the feed keeps the number of the last change that it has read. Later, the reader asks for the changes with
 numbers above the kept number. If the feed no longer contains the reader's number, the reader must read all devices

@@ -155,7 +155,7 @@ class IdempotencyScope:
 
     @classmethod
     def of_record(cls, device_id: str, method: str, key: str) -> Self:
-        """Return the scope of a stored record, whose texts can break the rules for new texts.
+        """Return the scope of a stored record. The texts of the record can break the rules for new texts.
 
         The returned scope can find and settle the record. The methods `insert()` and `claim()` refuse the scope.
         """

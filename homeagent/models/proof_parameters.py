@@ -1,4 +1,4 @@
-"""Parameters that a gateway sends to a device for a proof. `homeagent.scram` computes the proofs."""
+"""Parameters that a gateway sends to a device for a proof. The module `homeagent.scram` computes the proofs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schemas, which are Pydantic models of requests and replies. A request creates or changes a row."""
+"""Schemas are Pydantic models of requests and replies. A request creates or changes a row."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal

@@ -1,4 +1,6 @@
-"""A session is a conversation of an agent. The table is an index of the transcripts, which are JSONL files."""
+"""A session is a conversation of an agent. The transcripts are JSONL files, and the table is an index of the
+transcripts.
+"""
 
 import hashlib
 import os

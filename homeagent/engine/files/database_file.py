@@ -159,7 +159,7 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
         False if `path` already exists. The existing file is not changed.
 
     Raises:
-        InsecureFileError: if the file system does not keep modes.
+        InsecureFileError: if the file system does not store the modes of files.
         DatabaseError: if the file can't be created. If the system reports a full disk or a read-only file system, the
             error is `DiskFullError` or `ReadOnlyError`. The function leaves no file behind.
     """
@@ -187,7 +187,7 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
         database: source database, if the new file will be a copy in another directory (see `give_to_owner`).
 
     Raises:
-        InsecureFileError: if the file system does not keep modes.
+        InsecureFileError: if the file system does not store the modes of files.
         OSError: if the file can't be created.
     """
     try:

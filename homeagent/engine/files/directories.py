@@ -33,8 +33,8 @@ def prepare_directory(directory: Path) -> None:
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.
-        InsecureFileError: if the file system does not keep modes. Root also gets the error for a directory in which
-            other users can replace files.
+        InsecureFileError: if the file system does not store the modes of files. Root also gets the error for a
+            directory in which other users can replace files.
         ReadOnlyError, DiskFullError, DatabaseError: if the directory can't be created or inspected.
     """
     for step in _missing_directories(directory):

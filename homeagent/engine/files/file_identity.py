@@ -32,7 +32,7 @@ class FileIdentityCheck:
     """Checks the identity (device and inode) of one open database's file, its WAL and its WAL index.
 
     Args:
-        path: path of the file, which need not exist yet.
+        path: path of the file. The file does not need to exist yet.
         strict: True if every commit checks the file; False if only the first commit in 10 ms checks the file.
         monotonic: clock, in seconds.
         on_moved: function to call before `DatabaseMovedError` is raised.

@@ -107,7 +107,7 @@ class FileLock:
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # Unlock the file before closing the descriptor, because a child between fork and exec has a copy of the
+                # A child between fork and exec has a copy of the descriptor, so unlock the file before closing the
                 # descriptor.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:

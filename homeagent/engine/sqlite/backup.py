@@ -2,8 +2,8 @@
 copy to its target.
 
 SQLite's online backup starts again if another connection writes between two steps (https://sqlite.org/backup.html). A
-backup under constant writes could run forever. The source stays in one read transaction, and all steps copy from its
-snapshot. In WAL mode, a read transaction does not block a writer.
+backup under constant writes could run forever. The source stays in one read transaction, and all steps copy the
+snapshot of this transaction. In WAL mode, a read transaction does not block a writer.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
         for raw in (source, copy):
             raw.set_progress_handler(stop, _INSTRUCTIONS)
         source.execute("PRAGMA query_only=ON")
-        # The copy needs no journal and no sync before its completion, because an incomplete copy is always discarded.
+        # Before its completion, the copy needs no journal and no sync. An incomplete copy is always discarded.
         copy.execute("PRAGMA journal_mode=OFF")
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")

@@ -88,7 +88,7 @@ def _execute_each(
 
 
 class StatementCursor(_Cursor):
-    """A cursor for a store's statements. homeagent knows the columns of each statement before the execution."""
+    """A cursor for a store's statements. The columns of each statement are fixed before the execution."""
 
     _changed: int | None = None
 

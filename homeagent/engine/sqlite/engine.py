@@ -303,7 +303,8 @@ class SQLiteEngine(Engine):
     def prepare_header(self) -> None:
         """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`.
 
-        SQLite writes the id to the file itself in rollback mode, so each homeagent database with content has the id.
+        In rollback mode, SQLite writes the id to the database file and not to a WAL. Therefore each homeagent database
+        with content has the id.
         """
         with self.translated(), closing(self._open_bare()) as raw:
             if not self.path.stat().st_size:

@@ -137,7 +137,8 @@ def newest_backup(database: Path) -> Path | None:
     """Return the path of the newest backup of a database, or None. The argument `database` is a path from
     `locate_file()`.
 
-    Search the directory of the database and the directory of the last backup. The database itself need not exist.
+    Search the directory of the database and the directory of the last backup. The database itself does not need to
+    exist.
     """
     # In the database's directory, compare only the file name of the source database, because the whole directory can
     # have been moved.

@@ -31,7 +31,7 @@ __all__ = [
     "replace_database",
 ]
 
-# A complete marker ends with the word "end". A marker without the word "end" was interrupted by a power cut, before
+# A complete marker ends with the word "end". A marker without the word "end" shows that a power cut came before
 # homeagent moved any file.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
@@ -63,11 +63,11 @@ def epoch_of_marker(marker: str | None) -> int:
 
 
 def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, timeout: timedelta) -> None:
-    """Move the file at `new_path` to the database's path, and the old files to `quarantine_path`.
+    """Move the file at `new_path` to the database's path, and move the old files to `quarantine_path`.
 
     Args:
         lock: the in-use lock, which the caller holds exclusively.
-        database: path of the database file, which need not exist.
+        database: path of the database file. The file does not need to exist.
         stamp: letters and digits that distinguish the replacement from other replacements.
         epoch: epoch of the new database.
         timeout: longest wait for the lock `sidecar_lock`. A process that creates the database also takes

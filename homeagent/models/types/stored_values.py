@@ -35,7 +35,9 @@ def naming_column(table: Table) -> str:
 
 
 def stored_type(column: Column[Any]) -> type:
-    """Return the type of the column's stored values. homeagent's column types are decorators around the stored type."""
+    """Return the type of the column's stored values. The column types of homeagent are decorators around the stored
+    type.
+    """
     kind: type = getattr(column.type, "impl_instance", column.type).python_type
     return kind
 
