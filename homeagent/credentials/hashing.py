@@ -137,7 +137,8 @@ class SecretHasher:
     """Hashes and checks secrets. The arguments set the costs of an Argon2 run and the number of concurrent runs.
 
     The default costs are the defaults of argon2-cffi, and the second recommended option of RFC 9106 section 4. A hash
-    with other costs still matches. A check with the right secret returns a new hash if the stored hash has other costs.
+    matches even if its costs differ from the hasher's costs. A check with the right secret returns a new hash if the
+    stored hash has other costs.
 
     Args:
         time_cost: number of passes over the memory, 1 to 64.

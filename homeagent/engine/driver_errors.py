@@ -91,7 +91,7 @@ def named(error: BaseException) -> str:
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
     """Add the SQL text of the statement to an error of the class DatabaseError. Return an error of any other class
-    unchanged. A subclass of DatabaseError counts as another class.
+    unchanged. Do not change an error of a subclass of DatabaseError.
 
     Args:
         error: error that a statement of homeagent caused.
@@ -135,7 +135,7 @@ def constraint_conflict(kind: str, table: str | None, constraint: str | None, la
     """Return the error for a change that violates a constraint.
 
     Args:
-        kind: kind of the constraint, one of the values of `ConflictError.kind`.
+        kind: kind of the constraint (see `ConflictError.kind`).
         table: name of the table with the constraint; None if unknown.
         constraint: name or columns of the constraint; None if unknown.
         label: name or number under which the database's documentation lists the error.

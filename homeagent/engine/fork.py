@@ -91,7 +91,7 @@ def _after() -> None:
 
 def _after_in_child() -> None:
     engines = list(_known)
-    # Mark all engines as forked first, so that an error in the second loop leaves no usable engine.
+    # First mark all engines as forked, so that an error in the second loop leaves no usable engine.
     for engine in engines:
         engine.is_forked_copy = True
     try:

@@ -105,7 +105,7 @@ class ExpiredRows:
             return unit.one(statement, **self._times()) or 0
 
     def delete(self, limit: int) -> Batch:
-        """Delete the next batch of at most the given number of rows."""
+        """Delete the next batch. The batch has at most the given number of rows."""
         if self._after is None:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:

@@ -220,8 +220,8 @@ class Outcome:
         value: return value of the effect, after a round trip through JSON.
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
-        omitted: True if the return value could not be stored, because the value is over 1 MiB or not JSON. Only the
-            first caller gets a return value that could not be stored. A replay returns None as `value`.
+        omitted: True if homeagent could not store the return value, because the value is not JSON or is larger than 1
+            MiB. Only the first caller gets a return value that could not be stored. A replay returns None as `value`.
     """
 
     value: JsonValue = field(repr=False)

@@ -1,4 +1,4 @@
-"""Decide which users' files homeagent trusts, and to which user root gives a new file.
+"""Decide which users' files homeagent trusts, and which user becomes the owner of a new file that root creates.
 
 | the process runs as | trusted owners of a database's files | trusted owners of its backups |
 |---|---|---|

@@ -346,7 +346,7 @@ class SQLiteEngine(Engine):
         return raw
 
     def refuse_foreign(self) -> None:
-        """Refuse a file with content that does not belong to homeagent. Do not change the file.
+        """Refuse a file that has content and does not belong to homeagent. Do not change the file.
 
         Raises:
             ForeignDatabaseError: if the file is another application's database.

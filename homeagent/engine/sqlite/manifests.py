@@ -147,7 +147,7 @@ def newest_backup(database: Path) -> Path | None:
     if last is not None and last.parent != database.parent:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # A backup with a time in the future was made by a wrong clock, and can be older than all other backups.
+    # If a backup has a time in the future, the clock was wrong. The backup can be older than all other backups.
     newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 
