@@ -99,7 +99,7 @@ def test_answers_are_in_the_menu() -> None:
             menu.update({f"{section} › {title}": page for entry in pages for title, page in entry.items()})
     text = (ROOT / "docs" / "questions.md").read_text(encoding="utf-8")
     answers = re.findall(r"^\| .+\? \| \[(.+)\]\((.+)#(.+)\) \| (.+) \|$", text, flags=re.MULTILINE)
-    assert len(answers) == 30
+    assert len(answers) >= 30
     for heading, page, anchor, place in answers:
         assert anchor == re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
         # `.ci/site.py` copies the pages of the project's root with names in small letters.
