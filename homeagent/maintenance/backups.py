@@ -41,7 +41,7 @@ def require_file(engine: Engine) -> SQLiteEngine:
     if not isinstance(engine, SQLiteEngine):
         raise DatabaseError(
             "a PostgreSQL database is backed up with its own tools: pg_dump for one database, pg_basebackup and an "
-            "archive of the write-ahead log for the server at any time; see docs/operations.md"
+            "archive of the write-ahead log for the server at any time; see docs/how-to/back-up-and-restore.md"
         )
     return engine
 

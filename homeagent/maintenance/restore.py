@@ -219,7 +219,7 @@ def _target(target: Given) -> Path:
     if where.url is not None:
         raise InvalidArgumentError(
             "homeagent can't restore a PostgreSQL database: use pg_restore, or a base backup and the archive of the "
-            "write-ahead log, then follow docs/operations.md"
+            "write-ahead log, then follow docs/how-to/back-up-and-restore.md"
         )
     if where.path is None:
         raise InvalidArgumentError("a temporary database is removed when it is closed: name the file to restore to")
