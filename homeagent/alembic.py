@@ -26,8 +26,8 @@ from homeagent.clock import system_clock
 from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.target import ENVIRONMENT_VARIABLE
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, VERSION_TABLE
-from homeagent.models import SCHEMA
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
+from homeagent.models import SCHEMA, VERSION_TABLE
 from homeagent.opening import open_engine
 
 if TYPE_CHECKING:

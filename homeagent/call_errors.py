@@ -14,23 +14,6 @@ if TYPE_CHECKING:
 
     from homeagent.models import IdempotencyState
 
-__all__ = [
-    "AccessDeniedError",
-    "AuthenticationError",
-    "EffectFailedError",
-    "EffectNotStartedError",
-    "FingerprintMismatchError",
-    "HandshakeError",
-    "HomeAgentError",
-    "IdempotencyError",
-    "IdempotencyInProgressError",
-    "InvalidArgumentError",
-    "LeaseLostError",
-    "OutcomeUnknownError",
-    "TooManyAttemptsError",
-    "UnitStateError",
-]
-
 
 class HomeAgentError(Exception):
     """Base class of all errors of this package."""

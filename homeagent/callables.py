@@ -8,8 +8,6 @@ from typing import TypeVar
 
 from homeagent.errors import InvalidArgumentError
 
-__all__ = ["check_function", "refuse_coroutine", "refuse_coroutine_function"]
-
 T = TypeVar("T")
 
 _DEFERRED = CO_GENERATOR | CO_COROUTINE

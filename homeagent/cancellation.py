@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 import anyio
 
-__all__ = ["call_in_thread", "shielded_wait"]
-
 T = TypeVar("T")
 
 

@@ -18,9 +18,6 @@ from homeagent.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-__all__ = ["canonical_json", "fingerprint_of"]
-
-
 # Do not call `json.dumps()` with arguments, because each such call creates an encoder.
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 

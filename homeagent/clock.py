@@ -10,8 +10,6 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from time import time_ns
 
-__all__ = ["Clock", "monotonic", "system_clock"]
-
 Clock = Callable[[], datetime]
 """A function that returns the current time as an aware datetime. An injected clock can step back.
 

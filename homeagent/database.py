@@ -61,8 +61,6 @@ else:
 if TYPE_CHECKING:
     from homeagent.pairing import Pairing
 
-__all__ = ["Database"]
-
 _DEFAULT_LIMITS = Limits()
 
 S = TypeVar("S", bound=Store)

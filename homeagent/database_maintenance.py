@@ -26,8 +26,6 @@ from homeagent.unit_settings import UnitSettings
 if TYPE_CHECKING:
     from homeagent.maintenance.content_check import ContentCheck
 
-__all__ = ["DatabaseMaintenance"]
-
 
 class DatabaseMaintenance:
     """Base class of `Database` with the methods for maintenance. `Database.__init__` sets the attributes."""

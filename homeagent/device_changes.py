@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
     from homeagent.models.device_change import DeviceChange
 
-__all__ = ["PATIENCE", "DeviceChanges", "DeviceWatcher"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 PATIENCE = 5.0

@@ -18,8 +18,6 @@ from homeagent.retry import Runner
 if TYPE_CHECKING:
     from homeagent.pairing import Pairing
 
-__all__ = ["DeviceSecrets"]
-
 
 class DeviceSecrets:
     """Base class of `Database` with the methods for the secrets of devices. The class `Database` sets the fields."""

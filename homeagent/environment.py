@@ -20,17 +20,6 @@ from typing import Literal, cast
 
 from homeagent.errors import InvalidArgumentError
 
-__all__ = [
-    "BUSY_TIMEOUT",
-    "DURABILITY",
-    "MAX_POOL_SIZE",
-    "POOL_SIZE",
-    "Durability",
-    "busy_timeout_or_default",
-    "durability_or_default",
-    "pool_size_or_default",
-]
-
 Durability = Literal["full", "normal"]
 
 MAX_POOL_SIZE = 1000

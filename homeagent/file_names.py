@@ -7,8 +7,6 @@ from hashlib import sha256
 
 from homeagent.errors import InvalidArgumentError
 
-__all__ = ["safe_filename"]
-
 # The pattern excludes upper-case letters, because a file system can ignore case. The pattern excludes characters
 # outside of ASCII, because a file system can normalise Unicode.
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,126}[a-z0-9]|[a-z0-9]")

@@ -16,8 +16,6 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from homeagent.errors import HomeAgentError
 
-__all__ = ["clear_locals", "clears_locals"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

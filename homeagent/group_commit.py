@@ -27,8 +27,6 @@ from homeagent.transaction import NEW, OPEN, call_back, refuse_nesting
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
-__all__ = ["GroupCommit"]
-
 T = TypeVar("T")
 
 # A batch has limits, because units in `with` blocks wait for the write lock until the batch ends.

@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
     from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 
-__all__ = ["ARUN_ONCE", "LeaseTimer", "OnAbandoned", "OnceCall", "arun_once", "run_once"]
-
 ARUN_ONCE = "call arun_once"
 """Remedy in the error message for an effect that is a coroutine function."""
 

@@ -26,8 +26,6 @@ from homeagent.stores.store import Access, Store, access_of
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
-__all__ = ["one_call_store"]
-
 R = TypeVar("R")
 S = TypeVar("S", bound=Store)
 

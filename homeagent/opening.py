@@ -21,8 +21,6 @@ from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models.types import check_limit
 
-__all__ = ["open_engine"]
-
 
 def open_engine(
     target: Given,

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from homeagent.engine.statements import Statement
     from homeagent.transaction import Transaction
 
-__all__ = ["UnitSession"]
-
 _ROWS_AT_ONCE = 500
 """Number of expired rows that one SELECT loads."""
 

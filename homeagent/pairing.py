@@ -45,11 +45,9 @@ from homeagent.models.types import (
 )
 from homeagent.retry import Runner
 from homeagent.scram import ProofParameters, check_proof, make_verifier, parameters_for, proof_message
-from homeagent.stores.devices import SecretHashes
+from homeagent.stores.device_statements import SecretHashes
 from homeagent.stores.store import check_kind
 from homeagent.unit_of_work import UnitOfWork
-
-__all__ = ["PairedDevice", "Pairing"]
 
 logger: logging.Logger = logging.getLogger("homeagent")
 

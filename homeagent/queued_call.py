@@ -36,8 +36,6 @@ from homeagent.clock import monotonic
 if TYPE_CHECKING:
     from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["ALONE", "COMMITTING", "DONE", "ENDED", "LEFT", "QUEUED", "RUNNING", "STARTING", "CallState", "QueuedCall"]
-
 
 class CallState(Enum):
     """State of a call: see the table in the docstring of this module."""

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from anyio import CapacityLimiter
 
-__all__ = ["Runner"]
-
 T = TypeVar("T")
 
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)

@@ -29,18 +29,6 @@ if TYPE_CHECKING:
     from homeagent.engine.connection import StoreConnection
     from homeagent.orm_session import UnitSession
 
-__all__ = [
-    "FINISHED",
-    "NEW",
-    "OPEN",
-    "ROLLED_BACK",
-    "SAVEPOINT",
-    "Transaction",
-    "UnitState",
-    "call_back",
-    "refuse_nesting",
-]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 

@@ -27,8 +27,6 @@ from homeagent.transaction import OPEN, SAVEPOINT, Transaction
 if TYPE_CHECKING:
     from sqlmodel import Session
 
-__all__ = ["UnitOfWork", "add_stores"]
-
 R = TypeVar("R")
 U = TypeVar("U", bound="UnitOfWork")
 

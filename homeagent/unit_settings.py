@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
     from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["UnitSettings"]
-
 _DEFAULT_LIMITS = Limits()
 
 

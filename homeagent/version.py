@@ -4,8 +4,6 @@ lazily.
 
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["__version__"]
-
 try:
     __version__ = version("homeagent")
 except PackageNotFoundError:

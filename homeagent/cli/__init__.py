@@ -8,17 +8,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import TYPE_CHECKING
-
-from homeagent.lazy_import import lazy_names
-
-if TYPE_CHECKING:
-    from homeagent.cli.commands import app
-
-__all__ = ["app", "main"]
-
-if not TYPE_CHECKING:
-    __getattr__ = lazy_names(__name__, {"app": "commands"})
 
 
 def main() -> None:

@@ -22,8 +22,6 @@ from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import HomeAgentError, InvalidArgumentError
 
-__all__ = ["WithoutDatabase", "app", "confirm", "group"]
-
 # `_UsageError` is the class UsageError of the copy of Click that Typer contains.
 _UsageError: Any = typer.BadParameter.__base__
 

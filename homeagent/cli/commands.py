@@ -11,8 +11,6 @@ from homeagent.cli import schema, migrations, status, doctor, sweep, backup, res
 from homeagent.cli import devices, device_secrets, agents, sessions, keys, nonces, config  # isort: skip  # noqa: F401
 from homeagent.cli.application import app
 
-__all__ = ["app", "command", "run"]
-
 command: Any = typer.main.get_command(app)
 """The command `homeagent`, which Typer builds from the functions in 0.1 s."""
 

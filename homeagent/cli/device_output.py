@@ -13,8 +13,6 @@ from homeagent.cli.visible_text import identity, quoted
 from homeagent.models.device import Device
 from homeagent.models.schemas import DevicePublic
 
-__all__ = ["DECISIVE", "HEADINGS", "public", "report_change", "report_secret", "row_of", "show_device"]
-
 HEADINGS = ("Device", "Role", "Status", "Paired at", "Last seen at")
 
 DECISIVE = ("paired_at", "status", "role", "shared_secret_hash")

@@ -18,8 +18,6 @@ from homeagent.engine.files.system_errors import explained
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 
-__all__ = ["import_tables"]
-
 migrations: typer.Typer = group("migrations", help="Write revisions of an application's own tables.")
 
 _TEMPLATE = '''"""{message}."""

@@ -6,8 +6,6 @@ import typer
 
 from homeagent.database import Database
 
-__all__ = ["open_named", "target_of"]
-
 
 def target_of(context: typer.Context) -> str | None:
     """Return the value of the option --database, which can stand before or after the command, or None."""

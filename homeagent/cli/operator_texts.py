@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["PHRASES", "operator_text"]
-
 PHRASES = {
     "or find its id with agents.list()": "or find its id by 'homeagent agents list'",
     "create it, or call sessions.resolve()": "find its id by 'homeagent sessions list'",

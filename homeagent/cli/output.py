@@ -19,9 +19,6 @@ import typer
 from homeagent.cli.arguments import Format
 from homeagent.cli.visible_text import identity
 
-__all__ = ["count", "format_timestamp", "print_facts", "print_list", "print_result", "print_table"]
-
-
 _LEAST = 24  # least width of the column for a long text
 
 

@@ -12,8 +12,6 @@ import typer
 if TYPE_CHECKING:
     from homeagent.maintenance.copy_store import CopyProgress
 
-__all__ = ["shown_activity", "shown_progress"]
-
 
 @contextmanager
 def shown_activity(context: typer.Context, text: str) -> Iterator[None]:

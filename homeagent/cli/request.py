@@ -13,8 +13,6 @@ from homeagent.cli.arguments import parsed_timestamp
 from homeagent.database import Database
 from homeagent.errors import ConflictError
 
-__all__ = ["count_rows", "json_argument", "refuse_change", "request", "require_expected"]
-
 M = TypeVar("M", bound=BaseModel)
 
 

@@ -27,8 +27,6 @@ from collections import Counter
 
 from homeagent.models.types import INVISIBLE
 
-__all__ = ["escape_words", "identity", "quoted"]
-
 _EMPTY_BRAILLE = "\u2800"
 _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC", "KATAKANA"})
 

@@ -20,8 +20,6 @@ from hashlib import sha256
 from homeagent.clock import Clock, monotonic
 from homeagent.errors import TooManyAttemptsError
 
-__all__ = ["FAILED_CHECKS_PER_MINUTE", "CheckAttempt", "FailedChecks"]
-
 FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000

@@ -12,8 +12,6 @@ from weakref import WeakSet
 
 from homeagent.errors import TooManyAttemptsError
 
-__all__ = ["FairSemaphore"]
-
 _RETRY_AFTER = timedelta(seconds=1)
 """Suggested wait of a caller if the queue is full. A second is the time of a few hashes."""
 

@@ -27,8 +27,6 @@ from homeagent.frame_locals import clears_locals
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-__all__ = ["WAITING_HASHES", "SecretHasher", "SecretMatch", "check_secret", "hash_secret"]
-
 WAITING_HASHES = 16
 """Maximum number of waiting slow hashes. Further callers get `TooManyAttemptsError` at once."""
 

@@ -17,17 +17,6 @@ from homeagent.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from pydantic import SecretStr
 
-__all__ = [
-    "MAX_SECRET_BYTES",
-    "MAX_SECRET_CHARACTERS",
-    "generate_secret",
-    "is_generated",
-    "needs_slow_hash",
-    "reveal",
-    "secret_text",
-    "what_is_wrong",
-]
-
 MAX_SECRET_CHARACTERS = 512
 MAX_SECRET_BYTES = 1024
 

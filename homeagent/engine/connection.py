@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from homeagent.engine.driver_errors import Translate
     from homeagent.engine.files.file_identity import FileIdentityCheck
 
-__all__ = ["StoreConnection"]
-
 R = TypeVar("R")
 
 

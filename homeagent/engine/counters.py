@@ -14,8 +14,6 @@ from pydantic import BaseModel, ConfigDict
 
 from homeagent.errors import DatabaseError
 
-__all__ = ["Counters", "DatabaseCounters", "LastFault"]
-
 _RECENT = 1024
 
 N = TypeVar("N", int, float)

@@ -31,22 +31,6 @@ from homeagent.errors import (
     TransientError,
 )
 
-__all__ = [
-    "SESSION_ENDED",
-    "Translate",
-    "commit_unknown",
-    "connection_lost",
-    "constraint_conflict",
-    "message_with_name",
-    "naming_statement",
-    "postgresql_error",
-    "refused_by",
-    "sqlite_code",
-    "sqlite_code_name",
-    "sqlite_error",
-    "translated",
-]
-
 RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest good backup"
 """Remedy for a damaged file."""
 

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from homeagent.engine.files.file_identity import FileIdentityCheck
     from homeagent.engine.statements import Compiled, Parameters, Statement
 
-__all__ = ["Engine", "open_engines"]
-
-
 READ_CONNECTIONS = 2
 """Maximum number of connections that `Database.read_connection` lends at once."""
 

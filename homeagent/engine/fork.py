@@ -24,8 +24,6 @@ from homeagent.engine.files.database_file import identity_of, look_at
 from homeagent.engine.files.system_errors import quoted
 from homeagent.errors import DatabaseError
 
-__all__ = ["inherit", "refuse_inherited", "register"]
-
 
 class _Forkable(Protocol):
     is_forked_copy: bool

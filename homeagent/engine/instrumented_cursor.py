@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from homeagent.engine.driver_errors import Translate
 
-__all__ = ["FailureContext", "InstrumentedCursor", "has_listeners"]
-
 
 def has_listeners(connection: Connection) -> bool:
     """Return whether listeners are registered for the connection's statements."""

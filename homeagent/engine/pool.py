@@ -16,8 +16,6 @@ from typing import Generic, Protocol, TypeVar
 from homeagent.clock import monotonic
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError
 
-__all__ = ["ConnectionPool"]
-
 
 class _Closable(Protocol):
     def close(self) -> None: ...

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from sqlalchemy.types import TypeEngine
     from sqlmodel.sql.expression import SelectOfScalar
 
-__all__ = ["Compiled", "DialectInsert", "Row", "Statement", "as_loaded", "constant"]
-
 M = TypeVar("M", bound=Table)
 R = TypeVar("R")
 T = TypeVar("T")

@@ -14,17 +14,6 @@ from sqlalchemy.exc import ArgumentError
 from homeagent.engine.files.database_file import CONTROL_CHARACTER, locate_file
 from homeagent.errors import InvalidArgumentError
 
-__all__ = [
-    "DEFAULT_PATH",
-    "ENVIRONMENT_VARIABLE",
-    "Given",
-    "Target",
-    "conceal",
-    "presentable_url",
-    "refuse_address",
-    "resolve_target",
-]
-
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 

@@ -20,8 +20,6 @@ from homeagent.frame_locals import clears_locals
 from homeagent.handshake import REFUSALS
 from homeagent.models.device import Device, Role
 
-__all__ = ["CurrentDevice", "bearer_token", "current_device", "require_role"]
-
 _LONGEST_HEADER = 8_192
 
 

@@ -21,8 +21,6 @@ from homeagent.engine.target import conceal
 from homeagent.errors import DatabaseError, UnitStateError
 from homeagent.fastapi.problems import HTTPProblem
 
-__all__ = ["DatabaseDep", "get_database", "health_router", "lifespan"]
-
 App = TypeVar("App", bound=Starlette)
 
 

@@ -35,8 +35,6 @@ from homeagent.idempotency import OnAbandoned
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 
-__all__ = ["MAX_BODY", "Once", "idempotent", "params_of", "read_body", "route_of"]
-
 MAX_BODY = 1024 * 1024
 """Default for the size of the largest body in bytes. nginx also limits a body to 1 MiB by default."""
 

@@ -54,16 +54,6 @@ from homeagent.errors import (
     TooManyAttemptsError,
 )
 
-__all__ = [
-    "ErrorReply",
-    "HTTPProblem",
-    "as_http",
-    "error_replies",
-    "install_error_handlers",
-    "problem_response",
-    "status_of",
-]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 PROBLEM = "application/problem+json"

@@ -25,8 +25,6 @@ from homeagent.models.types import check_duration, check_identifier
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["Webhook", "signed_webhook"]
-
 _PREFIX = "whsec_"
 _MIN_KEY_BYTES = 24  # The specification requires 24 bytes.
 _OWNER_CHARACTERS = 22  # 22 characters of base64 contain 132 random bits.

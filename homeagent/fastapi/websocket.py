@@ -41,8 +41,6 @@ from homeagent.handshake import REFUSALS, Admission, authenticate_device, rechec
 from homeagent.models.device import Device
 from homeagent.models.device_change import DeviceChangeKind
 
-__all__ = ["accept_device"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 

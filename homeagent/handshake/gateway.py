@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from homeagent.database import Database
     from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["REFUSALS", "Admission", "authenticate_device", "recheck"]
-
 REFUSALS = {
     "pending": "The device waits for an administrator's approval: try again after the approval.",
     "revoked": "An administrator withdrew the approval of the device.",

@@ -11,8 +11,6 @@ from typing import Any, TypeVar
 
 from homeagent.errors import HandshakeError
 
-__all__ = ["MAX_MESSAGE", "Receive", "Send", "bytes_of", "field", "read", "text_of", "time_of", "write"]
-
 MAX_MESSAGE = 8_192
 """Maximum size of a message in bytes. The web server needs a separate limit for the bytes that the server buffers."""
 

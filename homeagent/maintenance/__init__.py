@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 from homeagent.lazy_import import lazy_names
 
 if TYPE_CHECKING:
+    from homeagent.engine.counters import DatabaseCounters
     from homeagent.maintenance.adoption import AdoptionReport, adopt, preview_adoption
     from homeagent.maintenance.copy_store import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Finding
     from homeagent.maintenance.epochs import EpochReport
     from homeagent.maintenance.restore import RestoreReport
-    from homeagent.maintenance.status import DatabaseCounters, DatabaseStatus
+    from homeagent.maintenance.status import DatabaseStatus
     from homeagent.maintenance.sweep import BackupSchedule, Sweeper, SweepReport
 
 __all__ = [

@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
 
-__all__ = ["AdoptionReport", "adopt", "preview_adoption"]
-
 _FIRST = "0001"
 _FIRST_TABLES = {
     "agents": ("id", "name", "workspace_path", "created_at", "config"),

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
     from homeagent.maintenance.sweep import BackupSchedule
 
-__all__ = ["back_up", "back_up_if_due", "back_up_on_schedule", "require_file"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 _LOCK = ".homeagent-backups.lock"

@@ -19,8 +19,6 @@ from homeagent.models import TABLES
 if TYPE_CHECKING:
     from homeagent.engine.engine import Engine
 
-__all__ = ["ContentCheck"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 

@@ -38,8 +38,6 @@ from homeagent.models import DATA_TABLES, SCHEMA, DeviceChange
 from homeagent.models.types import FlagColumn, JsonColumn, naming_column, stored_type
 from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["CopyProgress", "CopyReport", "copy_store"]
-
 PAGE = 1000
 """Number of rows that a page has. Only one page of each store is in memory."""
 

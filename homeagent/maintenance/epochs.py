@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
 
-__all__ = ["EpochReport", "begin_epoch"]
-
 # Count homeagent's sessions, because each session holds the old epoch in memory. Do not count the sessions of poolers
 # and other programs.
 _OTHERS = (

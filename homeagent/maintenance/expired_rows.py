@@ -28,8 +28,6 @@ from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
-__all__ = ["ExpiredRows", "Kind"]
-
 Kind = Literal["nonces", "idempotency_keys", "pending_devices", "device_changes"]
 
 _FIRST = datetime.min.replace(tzinfo=UTC)

@@ -61,8 +61,6 @@ from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, Timestamp
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["OwnTable", "late_references", "plan_own_tables"]
-
 PAGE = 500
 """Number of rows that a page has."""
 

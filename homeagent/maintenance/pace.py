@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["Pace"]
-
 # Longest time for finding and deleting the rows of a batch while other writers wait, in seconds. The limit does not
 # include the commit, because the duration of a commit hardly depends on the number of rows.
 _LONGEST_WORK = 0.004

@@ -62,8 +62,6 @@ from homeagent.models.types import check_timestamp, check_wait
 if TYPE_CHECKING:
     from homeagent.clock import Clock
 
-__all__ = ["RestoreReport", "check_paths", "restore"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 

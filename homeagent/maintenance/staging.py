@@ -35,18 +35,6 @@ from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import DATA_TABLES, TABLES, store_table
 
-__all__ = [
-    "SQLITE_HEADER",
-    "Devices",
-    "Staged",
-    "copy_file",
-    "damaged",
-    "devices_of",
-    "header_of",
-    "is_homeagent_database",
-    "stage",
-]
-
 SQLITE_HEADER = b"SQLite format 3\0"
 _HEADER_SIZE = 100
 _WAL_FORMAT = b"\x02\x02"  # bytes 18 and 19 of a header: https://sqlite.org/fileformat2.html, section 1.3

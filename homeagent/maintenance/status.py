@@ -26,8 +26,6 @@ from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
-__all__ = ["DatabaseCounters", "DatabaseStatus", "report_status"]
-
 _PRAGMAS = (
     "journal_mode",
     "foreign_keys",

@@ -23,8 +23,6 @@ from homeagent.models.types import check_duration, check_limit, check_wait
 from homeagent.stores.nonces import NONCE_GRACE
 from homeagent.unit_settings import UnitSettings
 
-__all__ = ["BackupSchedule", "SweepReport", "Sweeper", "sweep"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # If other writers wait, the sweep empties the WAL after this number of deleted rows. Most deleted rows are in separate

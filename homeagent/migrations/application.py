@@ -28,7 +28,6 @@ from homeagent.errors import InvalidArgumentError, SchemaOutdatedError, SchemaTo
 from homeagent.migrations.revisions import (
     APPLICATION_VERSION_TABLE,
     SPEAK_FOR_THEMSELVES,
-    VERSION_TABLE,
     RevisionFailedError,
     loaded,
     reason_of,
@@ -36,14 +35,12 @@ from homeagent.migrations.revisions import (
     stored_revisions,
     tables,
 )
-from homeagent.models import TABLES
+from homeagent.models import TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
     from sqlalchemy import Connection
-
-__all__ = ["ALEMBIC_TABLE", "Application", "revision_guard"]
 
 ALEMBIC_TABLE = "alembic_version"
 """Version table of Alembic in an application that did not use homeagent (https://alembic.sqlalchemy.org)."""

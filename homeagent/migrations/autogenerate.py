@@ -25,8 +25,6 @@ from homeagent.models import SCHEMA, metadata
 from homeagent.models.base import Table
 from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
 
-__all__ = ["application_tables", "options", "render_item", "render_revision", "scratch_database"]
-
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
     """Render homeagent's column types as plain types of SQLAlchemy. An old revision must keep its meaning when a later

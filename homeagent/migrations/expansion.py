@@ -25,15 +25,13 @@ from sqlalchemy import inspect, text
 
 from homeagent.errors import IncompatibleRevisionError
 from homeagent.migrations.application import Application
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, VERSION_TABLE, loaded
-from homeagent.models import TABLES
+from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, loaded
+from homeagent.models import TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from homeagent.engine.engine import Engine
-
-__all__ = ["breaks", "check_expansion", "structure"]
 
 _WIDER = {("INTEGER", "BIGINT"), ("SMALLINT", "INTEGER"), ("SMALLINT", "BIGINT"), ("VARCHAR", "TEXT")}
 

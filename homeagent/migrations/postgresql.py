@@ -26,7 +26,6 @@ from homeagent.migrations.application import Application
 from homeagent.migrations.revisions import (
     REVISION,
     SPEAK_FOR_THEMSELVES,
-    VERSION_TABLE,
     RevisionFailedError,
     reason_of,
     revision_of,
@@ -35,13 +34,12 @@ from homeagent.migrations.revisions import (
     upgrade,
 )
 from homeagent.migrations.schema_drift import refuse_changed_schema, views_of_tables
+from homeagent.models import VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from homeagent.engine.postgresql.engine import PostgreSQLEngine
-
-__all__ = ["open_postgresql", "refuse_second_store", "upgrade_lock"]
 
 # Key of the advisory lock that each host takes before an upgrade. The number consists of the bytes of the text
 # "homeagen".

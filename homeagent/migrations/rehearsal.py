@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING
 from homeagent.engine.sqlite.dialect import decoded_row, undecoded_columns
 from homeagent.engine.sqlite.inspection import scratch_sqlite
 from homeagent.errors import MigrationError, SchemaChangedError
-from homeagent.migrations.revisions import VERSION_TABLE, revision_of, upgrade
+from homeagent.migrations.revisions import revision_of, upgrade
 from homeagent.migrations.schema_drift import homeagents_objects
+from homeagent.models import VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-
-__all__ = ["kept_objects", "refuse_broken_objects", "refuse_unconvertible_rows"]
 
 _CULPRIT = re.compile(
     r"error in (?P<broken>view|trigger) (?P<name>.+?)(?: after \w+)?:"

@@ -45,28 +45,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 
-__all__ = [
-    "APPLICATION_VERSION_TABLE",
-    "REVISION",
-    "SPEAK_FOR_THEMSELVES",
-    "VERSION_TABLE",
-    "RevisionFailedError",
-    "alembic_config",
-    "broken_references",
-    "count_rows",
-    "known_revisions",
-    "loaded",
-    "own_tables",
-    "reason_of",
-    "revision_of",
-    "run_revisions",
-    "server_triggers",
-    "stored_revisions",
-    "suits",
-    "tables",
-    "upgrade",
-]
-
 REVISION = "0009"
 """Revision that this version needs, which is the newest revision in `alembic/versions`."""
 

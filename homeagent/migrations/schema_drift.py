@@ -22,13 +22,11 @@ from sqlalchemy.schema import CreateIndex
 
 from homeagent.engine.sqlite.inspection import reaches, scratch_sqlite
 from homeagent.errors import SchemaChangedError, SchemaTooNewError
-from homeagent.migrations.revisions import REVISION, VERSION_TABLE, known_revisions, server_triggers, upgrade
-from homeagent.models import SCHEMA, TABLES
+from homeagent.migrations.revisions import REVISION, known_revisions, server_triggers, upgrade
+from homeagent.models import SCHEMA, TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
-
-__all__ = ["Difference", "homeagents_objects", "refuse_changed_schema", "schema_differences", "views_of_tables"]
 
 
 @dataclass(frozen=True)

@@ -49,14 +49,6 @@ if TYPE_CHECKING:
     from homeagent.clock import Clock
     from homeagent.engine.sqlite.engine import SQLiteEngine
 
-__all__ = [
-    "back_up",
-    "identify_or_wait",
-    "open_sqlite",
-    "undone_on_failure",
-    "verify_upgrade",
-]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 

@@ -11,8 +11,6 @@ from homeagent.models.types import (
     WorkspacePath,
 )
 
-__all__ = ["Agent"]
-
 
 class Agent(Table, table=True):
     """A row of the table `agents`."""

@@ -29,8 +29,6 @@ from sqlmodel.main import FieldInfo, SQLModelMetaclass
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types import choose_column_type
 
-__all__ = ["RESERVED_PREFIX", "Model", "PartialIndex", "Table", "hide_input", "metadata"]
-
 T = TypeVar("T")
 
 metadata: MetaData = MetaData(

@@ -32,8 +32,6 @@ from homeagent.models.types import (
     Timestamp,
 )
 
-__all__ = ["PENDING", "Device", "DeviceStatus", "Role"]
-
 
 class Role(StrEnum):
     """Role of a device. The device chooses its role when it pairs, and the role does not change later."""

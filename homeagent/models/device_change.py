@@ -14,8 +14,6 @@ from sqlmodel import Field
 from homeagent.models.base import Table
 from homeagent.models.types import Identifier, Timestamp
 
-__all__ = ["DeviceChange", "DeviceChangeKind"]
-
 
 class DeviceChangeKind(StrEnum):
     """Kind of a device change.

@@ -48,8 +48,6 @@ from homeagent.models.types import (
     check_searched,
 )
 
-__all__ = ["Attempt", "IdempotencyKey", "IdempotencyScope", "IdempotencyState", "Outcome"]
-
 
 class IdempotencyState(StrEnum):
     """State of the effect that an idempotency key protects."""

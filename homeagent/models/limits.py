@@ -8,8 +8,6 @@ from datetime import timedelta
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types import check_duration, check_limit
 
-__all__ = ["Limits"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:

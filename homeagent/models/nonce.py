@@ -8,8 +8,6 @@ from sqlmodel import Field
 from homeagent.models.base import Table
 from homeagent.models.types import Identifier, Label, Timestamp
 
-__all__ = ["Nonce"]
-
 
 class Nonce(Table, table=True):
     """A row of the table `nonces`.

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from homeagent.errors import InvalidArgumentError
 
-__all__ = ["MIN_ITERATIONS", "ProofParameters"]
-
 MIN_ITERATIONS = 4_096
 """Minimum number of iterations in RFC 7677 section 4, which is enough for a generated secret."""
 

@@ -23,22 +23,6 @@ from homeagent.models.types import (
     check_new_secret,
 )
 
-__all__ = [
-    "AgentCreate",
-    "AgentPublic",
-    "AgentSessionCreate",
-    "AgentSessionPublic",
-    "AgentSessionUpdate",
-    "AgentUpdate",
-    "DeviceCreate",
-    "DevicePair",
-    "DevicePublic",
-    "DeviceUpdate",
-    "PairedDevice",
-    "SecretCheck",
-]
-
-
 # If the alias `metadata_` did not come first, validation from a row would read SQLAlchemy's attribute `metadata`.
 PublicMetadata = Annotated[
     Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")

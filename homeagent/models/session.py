@@ -26,8 +26,6 @@ from homeagent.models.types import (
     Timestamp,
 )
 
-__all__ = ["ROUTE_INDEX", "AgentSession", "new_session_id", "route_key"]
-
 ROUTE_INDEX = "idx_sessions_route"
 """Name of the unique index of the route keys. PostgreSQL names the index in an error."""
 

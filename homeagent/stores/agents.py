@@ -16,8 +16,6 @@ from homeagent.models.session import AgentSession
 from homeagent.models.types import check_limit
 from homeagent.stores.store import Store, check_kind, reading, writing
 
-__all__ = ["AgentStore"]
-
 _columns: Any = Agent.__table__.c
 _sessions: Any = AgentSession.__table__.c
 

@@ -18,8 +18,6 @@ from homeagent.models.device_change import DeviceChange, DeviceChangeKind
 from homeagent.models.types import check_limit, check_timestamp
 from homeagent.stores.store import Store, reading, writing
 
-__all__ = ["CHANGES", "DeviceFeed", "changes_of", "check_number"]
-
 _columns: Any = DeviceChange.__table__.c
 _newest = select(func.max(_columns.number)).scalar_subquery()
 _after = bindparam("after", type_=_columns.number.type)

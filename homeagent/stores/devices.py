@@ -33,8 +33,6 @@ from homeagent.stores.device_feed import DeviceFeed
 from homeagent.stores.device_statements import DeviceState, SecretHashes
 from homeagent.stores.store import check_kind, reading, writing
 
-__all__ = ["DeviceStore", "SecretHashes"]
-
 SEEN_GRANULARITY = timedelta(minutes=1)
 
 

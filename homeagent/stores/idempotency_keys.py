@@ -37,8 +37,6 @@ from homeagent.stores import idempotency_key_statements as statements
 from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, check_kind, reading, writing
 
-__all__ = ["IdempotencyKeyStore"]
-
 
 class IdempotencyKeyStore(Store):
     """Store of idempotency keys. An idempotency key is a record that makes a retried call safe."""

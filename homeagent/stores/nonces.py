@@ -25,8 +25,6 @@ from homeagent.models.types import (
 from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, reading, writing
 
-__all__ = ["NONCE_GRACE", "Freshness", "NonceStore", "ReplayGuard"]
-
 NONCE_GRACE = timedelta(hours=1)
 """Time for which the row of an expired nonce stays. If the clock is set back by less than this time, the nonce stays
 unusable.

@@ -24,8 +24,6 @@ from homeagent.engine.statements import Statement
 if TYPE_CHECKING:
     from homeagent.stores.store import Unit
 
-__all__ = ["has_room"]
-
 _MOST_GRANTS = 10_000
 
 # PostgreSQL releases the advisory lock of the device at the end of the transaction.

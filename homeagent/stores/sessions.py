@@ -42,8 +42,6 @@ from homeagent.models.types import check_limit, check_optional_label, check_sear
 from homeagent.stores import session_statements as statements
 from homeagent.stores.store import Store, check_kind, reading, writing
 
-__all__ = ["SessionStore"]
-
 _INDEX_BATCH = 1000
 
 

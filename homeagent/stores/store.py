@@ -18,8 +18,6 @@ from homeagent.models.types import check_duration, check_searched
 if TYPE_CHECKING:
     from homeagent.unit_settings import UnitSettings
 
-__all__ = ["Access", "Store", "Unit", "access_of", "check_kind", "reading", "writing"]
-
 R = TypeVar("R")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])

@@ -9,14 +9,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
 from homeagent import Database
-from homeagent.cli import app
 from homeagent.errors import DatabaseBusyError, DatabaseError, ForeignDatabaseError
 from homeagent.maintenance import adopt, preview_adoption
 from homeagent.migrations import REVISION
 from tests import fork_server
+from tests.command_line import Result, invoke
 from tests.conftest import postgres_execute
 from tests.migrations.old_databases import fetch, is_sound, killed_at_statements, rows_of, sqlite
 from tests.migrations.own_revisions import write_revision
@@ -83,10 +82,9 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def init(target: object, *arguments: object, answer: str | None = None) -> Result:
+def init(target: object, *arguments: object, answer: str = "") -> Result:
     """Run `homeagent init --adopt`."""
-    given = ["--database", str(target), "init", "--adopt", *map(str, arguments)]
-    return CliRunner().invoke(app, given, input=answer)
+    return invoke("--database", target, "init", "--adopt", *arguments, input=answer)
 
 
 def test_a_file_of_the_first_version(file: Path, folder: Path) -> None:

@@ -31,24 +31,6 @@ from homeagent.errors import (
     InvalidArgumentError,
 )
 
-__all__ = [
-    "CONTROL_CHARACTER",
-    "OPEN_FLAGS",
-    "SMALLEST_DATABASE",
-    "create_descriptor",
-    "create_file",
-    "identity_of",
-    "inspect_file",
-    "locate_file",
-    "look_at",
-    "open_to_read",
-    "refuse_insecure",
-    "refuse_orphaned_log",
-    "secure_sidecars",
-    "sidecars",
-    "size_of",
-]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite

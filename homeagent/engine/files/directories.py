@@ -15,8 +15,6 @@ from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseError, InvalidArgumentError
 
-__all__ = ["find_temporary_directory", "make_temporary_directory", "prepare_directory"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 

@@ -16,8 +16,6 @@ from homeagent.engine.files.database_file import identity_of, sidecars
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import CorruptDatabaseError, DatabaseMovedError
 
-__all__ = ["FileIdentityCheck"]
-
 Identity = tuple[int, int]
 
 # Interval between two checks of the files, in seconds, for read-only units and for commits without a sync. A check

@@ -9,8 +9,6 @@ from pathlib import Path
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseError
 
-__all__ = ["filesystem_kind", "is_network_filesystem", "refuse_network_filesystem"]
-
 # File systems that several kernels use at the same time, such as the kernels of a server and a client. The WAL index
 # needs memory that all connections share. Network file systems do not provide shared memory
 # (https://sqlite.org/wal.html, section 1). WAL databases were corrupted on WSL 2 (9p), on gVisor (9p), and in shared

@@ -18,8 +18,6 @@ from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, InvalidArgumentError
 
-__all__ = ["FileLock"]
-
 
 class FileLock:
     """A lock between threads and between processes. The lock is on a separate file next to the database.

@@ -19,8 +19,6 @@ from pathlib import Path
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import InsecureFileError
 
-__all__ = ["backup_owners", "give_to_owner", "is_replaceable", "refuse_replaceable", "trusted_owners"]
-
 
 def trusted_owners(directory: Path) -> frozenset[int]:
     """Return the users whose files in a database's directory are trusted.

@@ -9,8 +9,6 @@ from pathlib import Path
 from homeagent.engine.files.system_errors import quoted
 from homeagent.errors import InsecureFileError
 
-__all__ = ["DIRECTORY_MODE", "FILE_MODE", "change_mode", "modes_not_kept"]
-
 FILE_MODE = 0o600
 DIRECTORY_MODE = 0o700
 

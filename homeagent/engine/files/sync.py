@@ -10,8 +10,6 @@ from pathlib import Path
 
 from homeagent.engine.files.system_errors import explained
 
-__all__ = ["fsync_directory", "sync"]
-
 
 def fsync_directory(directory: Path) -> None:
     """Sync a directory, so that a power cut does not undo the creation, renaming or removal of files in the directory.

@@ -18,8 +18,6 @@ from homeagent.errors import (
     TooManyFilesError,
 )
 
-__all__ = ["explained", "quoted"]
-
 
 @contextmanager
 def explained(act: str, path: Path) -> Iterator[None]:

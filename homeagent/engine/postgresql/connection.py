@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from homeagent.engine.driver_errors import Translate
     from homeagent.engine.statements import Parameters, Row, Statement
 
-__all__ = ["POOLED", "PostgreSQLConnection"]
-
 POOLED = "homeagent_pooled"
 """Key in the `info` of a connection. The value is True if a pooler can give each transaction another server session."""
 

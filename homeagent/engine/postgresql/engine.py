@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["PostgreSQLEngine"]
-
 # Limits on the wait for a host that does not answer. The unit of tcp_user_timeout is milliseconds; the other limits are
 # in seconds. By default, libpq waits without a limit to connect, and sends the first keepalive after two hours. On
 # Linux, libpq waits about 15 minutes for the acknowledgement of data

@@ -11,8 +11,6 @@ from homeagent.engine.driver_errors import refused_by
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.base import metadata
 
-__all__ = ["index_error"]
-
 _TOO_LONG = "54000"
 _WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|\w+)', re.IGNORECASE)
 

@@ -41,8 +41,6 @@ from homeagent.models import TABLES, VERSION_TABLE
 if TYPE_CHECKING:
     from homeagent.engine.sqlite.engine import SQLiteEngine
 
-__all__ = ["Contents", "backup_name", "discard", "has_broken_reference", "read_contents", "write_backup"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # Number of pages to copy between two calls of the function `stop()`. The copy of 2,000 pages takes at most some

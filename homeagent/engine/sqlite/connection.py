@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from homeagent.engine.statements import Compiled, Parameters
     from homeagent.errors import HomeAgentError
 
-__all__ = ["SQLiteConnection"]
-
 _NOT_UTF8 = "holds text that is not UTF-8"
 
 

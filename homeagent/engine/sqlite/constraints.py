@@ -16,8 +16,6 @@ import apsw
 from homeagent.engine.driver_errors import constraint_conflict, sqlite_code_name
 from homeagent.errors import ConflictError
 
-__all__ = ["named_conflict"]
-
 _KINDS = {
     apsw.SQLITE_CONSTRAINT_UNIQUE: "unique",
     apsw.SQLITE_CONSTRAINT_PRIMARYKEY: "unique",

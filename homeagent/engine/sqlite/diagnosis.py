@@ -29,8 +29,6 @@ from homeagent.errors import (
     TooManyFilesError,
 )
 
-__all__ = ["corrupt_after_all", "diagnosed_error", "newest_backup_hint"]
-
 # Number of bytes that a probe writes. The WAL index grows by 32 KiB at a time. A probe of fewer bytes could fit on a
 # disk that is full for SQLite.
 _PIECE = 64 * 1024

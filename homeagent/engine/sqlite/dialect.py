@@ -24,21 +24,6 @@ from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
 from homeagent.engine.driver_errors import commit_unknown
 from homeagent.errors import HomeAgentError
 
-__all__ = [
-    "APSW_VERSION",
-    "DRIVER_ERRORS",
-    "DRIVER_NAME",
-    "SQLITE_VERSION",
-    "Connection",
-    "Dialect",
-    "StatementCursor",
-    "Undecodable",
-    "connect",
-    "decoded_row",
-    "deny_attach",
-    "undecoded_columns",
-]
-
 DRIVER_NAME = "sqlite+homeagent"
 """Name of the dialect in SQLAlchemy's URLs."""
 

@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-__all__ = ["APPLICATION_ID", "SQLiteEngine", "lock_path", "read_transaction", "sidecar_lock"]
-
 APPLICATION_ID = 0x48414731
 """The text `HAG1`, in each homeagent database's header (https://sqlite.org/pragma.html#pragma_application_id)."""
 

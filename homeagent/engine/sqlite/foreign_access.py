@@ -28,8 +28,6 @@ from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.dialect import Connection, connect
 from homeagent.errors import ForeignAccessError
 
-__all__ = ["FileGuard", "guard_of", "open_guarded"]
-
 Identity = tuple[int, int]
 
 # Bytes that a guard locks: SQLite's SHARED range of the database file, and a byte of the WAL index. Each process with a

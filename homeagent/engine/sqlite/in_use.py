@@ -19,8 +19,6 @@ from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.replacement import finish_replacement
 from homeagent.errors import DatabaseBusyError, DatabaseError, ReadOnlyError
 
-__all__ = ["alone", "hold_in_use_lock", "in_use_path", "kept_from_sqlite"]
-
 # SQLite's locks in a database file are one byte for PENDING, one byte for RESERVED, and the SHARED range
 # (https://sqlite.org/src/file/src/os.h). An open connection in WAL mode holds a lock in the SHARED range.
 _SQLITE_LOCKS = (0x40000000, 512)

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import ExceptionContext
 
-__all__ = ["Stopwatch", "inspect_sqlite", "journal_mode", "reaches", "scratch_sqlite"]
-
 # Number of instructions of SQLite's virtual machine between two checks of the clock.
 _INSTRUCTIONS = 10_000
 

@@ -26,8 +26,6 @@ from homeagent.errors import CorruptDatabaseError
 if TYPE_CHECKING:
     from homeagent.engine.sqlite.engine import SQLiteEngine
 
-__all__ = ["check_content", "check_table", "refuse_unclean_damage"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # When a database is opened, a file of at most FULL_CHECK_BYTES gets the full check. A larger file of at most

@@ -16,8 +16,6 @@ from time import sleep
 
 from homeagent.clock import monotonic
 
-__all__ = ["LockWait"]
-
 _PAUSE = (0.001, 0.005)
 """Range of the random pause between two tries, in seconds. Equal pauses could let two processes always try together."""
 

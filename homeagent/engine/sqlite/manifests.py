@@ -22,20 +22,6 @@ from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 
-__all__ = [
-    "PARTIAL",
-    "Kind",
-    "Manifest",
-    "backups_in",
-    "manifest_path",
-    "newest_backup",
-    "note_path",
-    "read_manifest",
-    "remember_backup",
-    "remembered_backup",
-    "write_manifest",
-]
-
 PARTIAL = ".partial"
 """Suffix of files that are not complete yet."""
 

@@ -16,8 +16,6 @@ from sqlalchemy.engine.default import DefaultExecutionContext
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["end_with_transactions"]
-
 _KEY = "homeagent_cursors"
 
 

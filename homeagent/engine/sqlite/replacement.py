@@ -22,15 +22,6 @@ from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.engine import sidecar_lock
 from homeagent.errors import CorruptDatabaseError
 
-__all__ = [
-    "epoch_of_marker",
-    "finish_replacement",
-    "marker_of_epoch",
-    "new_path",
-    "quarantine_path",
-    "replace_database",
-]
-
 # A complete marker ends with the word "end". A marker without the word "end" shows that a power cut came before
 # homeagent moved any file.
 _INTENT = r"swap (\w+) (\d+) end"

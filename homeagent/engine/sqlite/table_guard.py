@@ -8,8 +8,6 @@ from typing import Any
 
 import apsw
 
-__all__ = ["refuse_changes"]
-
 _WRITES = frozenset({apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE, apsw.SQLITE_DROP_TABLE})
 _TRIGGERS = frozenset({apsw.SQLITE_CREATE_TRIGGER, apsw.SQLITE_DROP_TRIGGER})
 

@@ -29,8 +29,6 @@ from homeagent.engine.files.directories import find_temporary_directory
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
 
-__all__ = ["LostCommits", "find_lost_commits", "has_frames", "read_start"]
-
 _HEADER = 32
 _FRAME_HEADER = 24
 _MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # Byte order of the words that the checksum adds up.

@@ -18,8 +18,6 @@ from homeagent.migrations.schema_drift import Difference, schema_differences
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["check_application", "check_schema", "report_orphans"]
-
 # Meaning and remedy for each kind of object of the application.
 _OBJECTS = {
     "trigger": (

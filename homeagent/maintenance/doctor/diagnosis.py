@@ -27,8 +27,6 @@ from homeagent.unit_of_work import UnitOfWork
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
-__all__ = ["diagnose", "diagnose_open"]
-
 logger: logging.Logger = logging.getLogger("homeagent")
 
 OpenUnit = Callable[[], AbstractContextManager[UnitOfWork]]

@@ -23,8 +23,6 @@ from homeagent.engine.sqlite.manifests import newest_backup, read_manifest, reme
 from homeagent.engine.sqlite.replacement import new_path, quarantine_path
 from homeagent.maintenance.doctor.report import Collector, Severity
 
-__all__ = ["check_files", "database_files", "megabytes", "public_files", "stale_partials"]
-
 OLD_BACKUP = timedelta(days=7)
 
 STALE = timedelta(days=1)

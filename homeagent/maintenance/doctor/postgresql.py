@@ -22,8 +22,6 @@ from homeagent.models import TABLES
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["check_postgresql"]
-
 _CONNECT_SECONDS = "5"
 
 # Set the output format of timestamps and definitions, because the role can have other settings.

@@ -28,8 +28,6 @@ from homeagent.opening import open_engine
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
-__all__ = ["repair"]
-
 _WAIT = timedelta(seconds=30)
 
 _device: Any = Device.__table__.c

@@ -20,8 +20,6 @@ from homeagent.errors import CorruptDatabaseError, HomeAgentError
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["CHECKS", "RESTORE", "STORE_CHECKS", "Collector", "Diagnosis", "Finding", "Repair", "Severity"]
-
 STORE_CHECKS = (
     "schema_revision",
     "schema",

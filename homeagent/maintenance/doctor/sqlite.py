@@ -30,8 +30,6 @@ from homeagent.models import TABLES
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-__all__ = ["check_sqlite"]
-
 WAL_LIMIT = 64 * 1024 * 1024
 """SQLite truncates the WAL to this size after a checkpoint (`journal_size_limit`)."""
 

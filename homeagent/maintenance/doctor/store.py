@@ -27,8 +27,6 @@ from homeagent.stores.nonces import NONCE_GRACE
 if TYPE_CHECKING:
     from sqlalchemy import Column, ColumnElement, Connection, Dialect, Table
 
-__all__ = ["BACKLOG", "SECRETS_GRACE", "check_store", "stale_routes"]
-
 BACKLOG = 10_000
 """If the store has more expired rows than this number, the doctor assumes that no process sweeps."""
 

@@ -11,8 +11,6 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import loaded
 
-__all__ = ["EnumColumn", "FlagColumn"]
-
 
 class EnumColumn(TypeDecorator[StrEnum]):
     """Column type for a StrEnum, which stores a member as the text of its value.

@@ -15,18 +15,6 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import loaded
 
-__all__ = [
-    "MAX_JSON_BYTES",
-    "MAX_PAIRING_JSON_BYTES",
-    "MAX_RESULT_BYTES",
-    "Json",
-    "JsonColumn",
-    "PairingJson",
-    "ResultJson",
-    "decode_json",
-    "encode_json",
-]
-
 MAX_JSON_BYTES = 256 * 1024
 """Maximum length of the JSON text of a configuration and of metadata."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from homeagent.errors import InvalidArgumentError
 
-__all__ = ["MAX_LIMIT", "check_limit"]
-
 MAX_LIMIT = 2**31 - 1
 
 

@@ -25,8 +25,6 @@ from homeagent.models.types.json_text import JsonColumn
 from homeagent.models.types.text import text_column
 from homeagent.models.types.timestamps import TIMESTAMP_CHECK, TimestampColumn
 
-__all__ = ["choose_column_type"]
-
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
     """Set the column type of a field if its definition has neither `sa_type` nor `sa_column`.

@@ -9,8 +9,6 @@ from sqlalchemy import Column, Table
 
 from homeagent.errors import CorruptDatabaseError
 
-__all__ = ["UNREADABLE", "loaded", "naming_column", "stored_type", "unreadable", "unreadable_in"]
-
 T = TypeVar("T")
 
 UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, ValueError)

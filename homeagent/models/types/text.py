@@ -12,25 +12,6 @@ from sqlalchemy.types import TypeEngine
 
 from homeagent.errors import InvalidArgumentError
 
-__all__ = [
-    "INVISIBLE",
-    "MAX_ID_BYTES",
-    "MIN_SECRET_CHARACTERS",
-    "Identifier",
-    "Label",
-    "Name",
-    "SessionId",
-    "WorkspacePath",
-    "check_identifier",
-    "check_label",
-    "check_name",
-    "check_new_secret",
-    "check_optional_label",
-    "check_searched",
-    "check_session_id",
-    "text_column",
-]
-
 MAX_ID_BYTES = 512
 """Maximum length of an id of a device or agent, of a method and of a name, in bytes of UTF-8."""
 

@@ -14,22 +14,6 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import loaded
 
-__all__ = [
-    "EPOCH",
-    "LONGEST_WAIT",
-    "MILLISECOND",
-    "TIMESTAMP_CHECK",
-    "Timestamp",
-    "TimestampColumn",
-    "check_duration",
-    "check_timestamp",
-    "check_wait",
-    "earlier",
-    "later",
-    "not_after",
-    "to_milliseconds",
-]
-
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
 
