@@ -16,16 +16,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import MetaData
 
-from homeagent.clock import system_clock
 from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.target import ENVIRONMENT_VARIABLE
+from homeagent.environment import BUSY_TIMEOUT
 from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
 from homeagent.models import SCHEMA, VERSION_TABLE
 from homeagent.opening import open_engine
@@ -39,8 +38,6 @@ __all__ = ["TABLES", "include_name", "include_object", "run_environment"]
 
 TABLES: frozenset[str] = frozenset({table.name for table in SCHEMA} | {VERSION_TABLE})
 """Names of homeagent's tables, including the version table."""
-
-_WAIT = timedelta(seconds=30)
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
@@ -145,15 +142,7 @@ def _connection(
         with scratch_database(application) as connection:
             yield connection
     else:
-        engine = open_engine(
-            target,
-            clock=system_clock,
-            busy_timeout=_WAIT,
-            durability="full",
-            migrate=True,
-            pool_size=1,
-            metadata=metadata,
-        )
+        engine = open_engine(target, metadata=metadata)
         try:
             with _upgrade_lock(engine), engine.connect() as connection, _without_foreign_keys(connection):
                 yield connection
@@ -163,10 +152,10 @@ def _connection(
 
 def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:
     if isinstance(engine, SQLiteEngine):
-        return sidecar_lock(engine.path, timeout=_WAIT)
+        return sidecar_lock(engine.path, timeout=BUSY_TIMEOUT)
     from homeagent.migrations.postgresql import upgrade_lock
 
-    return upgrade_lock(cast("PostgreSQLEngine", engine), _WAIT)
+    return upgrade_lock(cast("PostgreSQLEngine", engine), BUSY_TIMEOUT)
 
 
 @contextmanager

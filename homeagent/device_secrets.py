@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
@@ -67,7 +68,7 @@ class DeviceSecrets:
     @clears_locals
     async def apair(self, request: models.DevicePair) -> models.PairedDevice:
         """Run `pair()` under asyncio or trio, without blocking the event loop."""
-        return await self._pairing.apair(request)
+        return await self._runner.in_thread(partial(self._pairing.pair, request), slow=True)
 
     @clears_locals
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
@@ -82,7 +83,8 @@ class DeviceSecrets:
         Raises:
             TooManyAttemptsError, DatabaseBusyError: see `check_secret()`.
         """
-        return self._pairing.verify_secret(device_id, shared_secret)
+        checked = self._pairing.check_secret(device_id, shared_secret)
+        return checked.device if checked else None
 
     @clears_locals
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
@@ -117,7 +119,10 @@ class DeviceSecrets:
         Slow hashes have separate worker threads, so that `arun()` and checks without a slow hash do not wait for slow
         hashes.
         """
-        return await self._pairing.acheck_secret(device_id, shared_secret)
+        from homeagent.credentials import needs_slow_hash
+
+        check = partial(self._pairing.check_secret, device_id, shared_secret)
+        return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))
 
     @clears_locals
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
@@ -140,7 +145,8 @@ class DeviceSecrets:
             InvalidArgumentError: if the nonce has an invalid form, the timestamp has no time zone, or the proof is not
                 bytes. The error does not depend on the device.
         """
-        return self._pairing.verify_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        checked = self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        return checked.device if checked else None
 
     @clears_locals
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> models.SecretCheck:
@@ -163,7 +169,8 @@ class DeviceSecrets:
         self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes
     ) -> models.SecretCheck:
         """Run `check_proof()` under asyncio or trio, without blocking the event loop."""
-        return await self._pairing.acheck_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        check = partial(self._pairing.check_proof, device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        return await self._runner.in_thread(check, slow=False)
 
     def proof_parameters(self, device_id: str) -> models.ProofParameters:
         """Return the salt and the number of iterations that a device needs to make proofs. The salt and the number of
@@ -183,7 +190,7 @@ class DeviceSecrets:
 
     async def aproof_parameters(self, device_id: str) -> models.ProofParameters:
         """Run `proof_parameters()` under asyncio or trio, without blocking the event loop."""
-        return await self._pairing.aproof_parameters(device_id)
+        return await self._runner.in_thread(partial(self._pairing.proof_parameters, device_id), slow=False)
 
     @clears_locals
     def rotate_secret(
@@ -232,10 +239,12 @@ class DeviceSecrets:
         expected_paired_at: datetime | None = None,
     ) -> SecretStr:
         """Run `rotate_secret()` under asyncio or trio, without blocking the event loop."""
-        return await self._pairing.arotate_secret(
+        rotate = partial(
+            self._pairing.rotate_secret,
             device_id,
             shared_secret,
             overlap=overlap,
             expected_secret_hash=expected_secret_hash,
             expected_paired_at=expected_paired_at,
         )
+        return await self._runner.in_thread(rotate, slow=True)

@@ -8,14 +8,14 @@ from os import PathLike
 
 from sqlalchemy import MetaData
 
-from homeagent.clock import Clock
+from homeagent.clock import Clock, system_clock
 from homeagent.engine.engine import Engine
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import Given, resolve_target
-from homeagent.environment import Durability, durability_or_default, pool_size_or_default
+from homeagent.environment import BUSY_TIMEOUT, Durability, durability_or_default, pool_size_or_default
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
@@ -25,11 +25,11 @@ from homeagent.models.types import check_limit
 def open_engine(
     target: Given,
     *,
-    clock: Clock,
-    busy_timeout: timedelta,
-    durability: Durability,
-    migrate: bool,
-    pool_size: int,
+    clock: Clock = system_clock,
+    busy_timeout: timedelta = BUSY_TIMEOUT,
+    durability: Durability = "full",
+    migrate: bool = True,
+    pool_size: int = 1,
     migrations: str | PathLike[str] | Application | None = None,
     metadata: Sequence[MetaData] = (),
     acknowledged: Collection[str] = (),

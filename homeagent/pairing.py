@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 from datetime import datetime, timedelta
-from functools import partial
-from typing import Any
 
 from pydantic import SecretStr
 
@@ -106,37 +104,15 @@ class Pairing:
 
         return PairedDevice(device=self._runner.run(add, idempotent=True), shared_secret=secret)
 
-    def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
-        """Return the device if the device is approved and the secret is right (see `Database.verify_secret`)."""
-        checked = self.check_secret(device_id, shared_secret)
-        return checked.device if checked else None
-
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
         """Check a secret, and return the state of the device (see `Database.check_secret`)."""
-        return self._check_secret(device_id, shared_secret, slow=needs_slow_hash(shared_secret))
-
-    async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Run `check_secret()` without blocking the event loop."""
-        slow = needs_slow_hash(shared_secret)
-        return await self._runner.in_thread(partial(self._check_secret, device_id, shared_secret, slow=slow), slow=slow)
-
-    def _check_secret(self, device_id: str, shared_secret: SecretStr | str, *, slow: bool) -> SecretCheck:
-        """Check a secret. The argument `slow` is the value of `needs_slow_hash()`."""
         check_searched(device_id, "device_id")
-        if not slow:
+        if not needs_slow_hash(shared_secret):
             return self._runner.run(lambda unit: self._check_fast(unit, device_id, shared_secret), read_only=True)
         with self._failed_checks.attempt(device_id) as attempt:
             checked = self._check_slowly(device_id, shared_secret)
             attempt.failed = checked.device is None
         return checked
-
-    async def apair(self, request: DevicePair) -> PairedDevice:
-        """Run `pair()` without blocking the event loop."""
-        return await self._runner.in_thread(partial(self.pair, request), slow=True)
-
-    async def arotate_secret(self, device_id: str, shared_secret: SecretStr | None = None, **options: Any) -> SecretStr:
-        """Run `rotate_secret()` without blocking the event loop."""
-        return await self._runner.in_thread(partial(self.rotate_secret, device_id, shared_secret, **options), slow=True)
 
     def _check_fast(self, unit: UnitOfWork, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
         """Check a secret without a slow hash, in a single snapshot. For a wrong secret, the method runs one statement
@@ -195,20 +171,6 @@ class Pairing:
         """Return parameters for proofs, even for an absent device (see `Database.proof_parameters`)."""
         key, verifier = self._runner.run(lambda unit: unit.devices.find_proof_secrets(device_id), read_only=True)
         return parameters_for(_encodable(device_id), verifier, key=key.encode())
-
-    async def aproof_parameters(self, device_id: str) -> ProofParameters:
-        """Run `proof_parameters()` without blocking the event loop."""
-        return await self._runner.in_thread(partial(self.proof_parameters, device_id), slow=False)
-
-    def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
-        """Return the device if the device is approved and the proof is right (see `Database.verify_proof`)."""
-        checked = self.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
-        return checked.device if checked else None
-
-    async def acheck_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> SecretCheck:
-        """Run `check_proof()` without blocking the event loop."""
-        check = partial(self.check_proof, device_id, nonce=nonce, timestamp=timestamp, proof=proof)
-        return await self._runner.in_thread(check, slow=False)
 
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> SecretCheck:
         """Check a proof, and return the state of the device (see `Database.check_proof`)."""

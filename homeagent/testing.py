@@ -80,23 +80,19 @@ class _Templates:
 
         schema = {name: options[name] for name in _SCHEMA_OPTIONS if name in options}
         key = (server, str(schema.get("migrations")))
-        made = self._made.get(key)
-        if server is None:
-            if made is None:
-                made = self._new_directory() / "homeagent.db"
-                Database.open(made, **schema).close()
-                self._made[key] = made
-            copied = self._new_directory()
-            # Also copy the lock file, which contains a marker. Without the lock file, `Database.open` would write and
-            # sync a new marker.
-            for name in ("homeagent.db", "homeagent.db.lock"):
-                shutil.copy(made.with_name(name), copied)
-            return copied / "homeagent.db"
+        made: Any = self._made.get(key)
         if made is None:
-            made = _create_database(server)
+            made = self._new_directory() / "homeagent.db" if server is None else _create_database(server)
             Database.open(made, **schema).close()
             self._made[key] = made
-        return _create_database(server, template=made.database)
+        if server is not None:
+            return _create_database(server, template=made.database)
+        copied = self._new_directory()
+        # Also copy the lock file, which contains a marker. Without the lock file, `Database.open` would write and sync
+        # a new marker.
+        for name in ("homeagent.db", "homeagent.db.lock"):
+            shutil.copy(made.with_name(name), copied)
+        return copied / "homeagent.db"
 
     def _new_directory(self) -> Path:
         # Do not use pytest's function mktemp(), which reads the whole directory at each call.
@@ -180,7 +176,6 @@ def check_revisions(
             heads.
         MigrationError: if a revision fails, or changes homeagent's tables.
     """
-    from homeagent.clock import system_clock
     from homeagent.migrations.application import Application
     from homeagent.migrations.expansion import check_expansion
     from homeagent.opening import open_engine
@@ -188,15 +183,7 @@ def check_revisions(
     with _scratch_target(server) as target:
 
         def open_step(step: Application) -> Engine:
-            return open_engine(
-                target,
-                clock=system_clock,
-                busy_timeout=timedelta(seconds=30),
-                durability="normal",
-                migrate=True,
-                pool_size=1,
-                migrations=step,
-            )
+            return open_engine(target, durability="normal", migrations=step)
 
         check_expansion(Application.of(migrations, acknowledged), open_step, accepted)
 

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from homeagent.cli import arguments
-from homeagent.cli.application import confirm, group
-from homeagent.cli.opening import open_named
+from homeagent.cli.application import confirm, group, open_named
 from homeagent.cli.output import count, format_timestamp, print_facts, print_list, print_result
 from homeagent.cli.request import count_rows, json_argument, refuse_change, request, require_expected
 from homeagent.cli.visible_text import identity, quoted

@@ -1,4 +1,4 @@
-"""Common parts of all commands: common options, exit status, questions, and the output of errors and warnings."""
+"""Common parts of all commands: options, database, exit status, questions, and the output of errors and warnings."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.visible_text import escape_words
+from homeagent.database import Database
 from homeagent.errors import HomeAgentError, InvalidArgumentError
 
 # `_UsageError` is the class UsageError of the copy of Click that Typer contains.
@@ -280,3 +281,15 @@ def group(name: str, *, help: str) -> typer.Typer:
     commands = typer.Typer(cls=_Commands, help=help, rich_markup_mode=None)
     app.add_typer(commands, name=name)
     return commands
+
+
+def target_of(context: typer.Context) -> str | None:
+    """Return the value of the option --database, which can stand before or after the command, or None."""
+    target: str | None = context.obj.database
+    return target
+
+
+def open_named(context: typer.Context) -> Database:
+    """Open the database of the command without creating or upgrading it."""
+    # Only `init` and `migrate` create or upgrade a database, because a misspelt path must not create a file.
+    return Database.open(target_of(context), migrate=False)

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import app
+from homeagent.cli.application import app, open_named
 from homeagent.cli.arguments import argument
-from homeagent.cli.opening import open_named
 from homeagent.cli.output import count, print_result
 from homeagent.cli.progress import shown_activity
 from homeagent.models.types import MAX_LIMIT

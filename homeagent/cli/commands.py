@@ -7,8 +7,8 @@ from typing import Any
 
 import typer
 
-from homeagent.cli import schema, migrations, status, doctor, sweep, backup, restore, epoch, copy  # isort: skip  # noqa: F401
-from homeagent.cli import devices, device_secrets, agents, sessions, keys, nonces, config  # isort: skip  # noqa: F401
+from homeagent.cli import schema, migrations, status, doctor, sweep, backup, restore, copy  # isort: skip  # noqa: F401
+from homeagent.cli import devices, agents, sessions, keys, nonces, config  # isort: skip  # noqa: F401
 from homeagent.cli.application import app
 
 command: Any = typer.main.get_command(app)

@@ -8,9 +8,8 @@ from datetime import datetime
 
 import typer
 
-from homeagent.cli.application import app
+from homeagent.cli.application import app, target_of
 from homeagent.cli.arguments import Format, FormatOption
-from homeagent.cli.opening import target_of
 from homeagent.cli.output import print_list
 from homeagent.engine.target import DEFAULT_PATH, ENVIRONMENT_VARIABLE, resolve_target
 from homeagent.environment import (

@@ -1,24 +1,26 @@
-"""Commands of the group `homeagent devices`: list devices, and decide on their access."""
+"""Commands of the group `homeagent devices`: pair and list devices, decide on access, and rotate secrets."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import SecretStr
 
 from homeagent.cli import arguments
-from homeagent.cli.application import confirm, group
-from homeagent.cli.device_output import DECISIVE, HEADINGS, public, report_change, row_of, show_device
-from homeagent.cli.opening import open_named
-from homeagent.cli.output import count, print_list, print_result, print_table
-from homeagent.cli.request import count_rows, refuse_change, require_expected
+from homeagent.cli.application import confirm, group, open_named
+from homeagent.cli.output import count, format_timestamp, print_facts, print_list, print_result, print_table
+from homeagent.cli.request import count_rows, json_argument, refuse_change, request, require_expected
+from homeagent.cli.visible_text import identity, quoted
 from homeagent.database import Database
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
+from homeagent.models.schemas import DevicePair, DevicePublic
 from homeagent.models.types import MILLISECOND, check_timestamp, earlier
 from homeagent.unit_of_work import UnitOfWork
 
@@ -26,10 +28,60 @@ devices: typer.Typer = group("devices", help="Pair, list, approve, revoke and de
 
 _SHOWN = 20  # number of devices that the command shows before the confirmation
 
+_HEADINGS = ("Device", "Role", "Status", "Paired at", "Last seen at")
+
+_DECISIVE = ("paired_at", "status", "role", "shared_secret_hash")
+"""Columns of a device on which an operator's decision depends."""
+
 
 class _Order(StrEnum):
     ID = "id"
     PAIRED_AT = "paired_at"
+
+
+def _public(device: Device) -> dict[str, Any]:
+    """Return a device for JSON, without values that were derived from the device's secret."""
+    shown = DevicePublic.model_validate(device, from_attributes=True)
+    return shown.model_dump(mode="json", by_alias=True)
+
+
+def _row_of(device: Device) -> tuple[object, ...]:
+    """Return the cells of a device for the columns in `_HEADINGS`."""
+    return device.id, device.role, device.status, device.paired_at, device.last_seen_at
+
+
+def _show_device(device: Device, *, error: bool = False) -> None:
+    """Print a device on standard output, or on standard error if `error` is true."""
+    facts = {
+        "Device": identity(device.id),
+        "Role": str(device.role),
+        "Status": str(device.status),
+        "Paired at": format_timestamp(device.paired_at),
+        "Last seen at": format_timestamp(device.last_seen_at),
+        "Metadata": json.dumps(device.metadata_),
+    }
+    if device.approved_at is not None:
+        facts["Approved at"] = format_timestamp(device.approved_at)
+    if device.revoked_at is not None:
+        facts["Revoked at"] = format_timestamp(device.revoked_at)
+        facts["Reason"] = identity(device.revoked_reason) if device.revoked_reason else "none given"
+    if device.previous_secret_expires_at is not None:
+        facts["Old secret until"] = format_timestamp(device.previous_secret_expires_at)
+    print_facts(facts.items(), error=error)
+
+
+def _report_change(context: typer.Context, device: Device, *, changed: bool, word: str) -> None:
+    """Print that a device was approved or revoked, or that no change was necessary."""
+    name = quoted(device.id)
+    text = f"{word.capitalize()} {name}, {device.role}." if changed else f"{name} is {word} already: nothing to do."
+    print_result(context, {"changed": changed, "device": _public(device)}, text)
+
+
+def _report_secret(context: typer.Context, word: str, device: Device, secret: SecretStr) -> None:
+    """Print a device with its new secret. No other command prints the secret."""
+    shown = secret.get_secret_value()
+    text = f"{word} {quoted(device.id)}, {device.role}, {device.status}.\nSecret, which is not shown again: {shown}"
+    print_result(context, {"device": _public(device), "shared_secret": shown}, text)
 
 
 @devices.command("list")
@@ -60,7 +112,7 @@ def list_devices(
             limit=limit,
             after=after,
         )
-    print_list(context, HEADINGS, map(row_of, page), list(map(public, page)), form)
+    print_list(context, _HEADINGS, map(_row_of, page), list(map(_public, page)), form)
 
 
 @devices.command()
@@ -68,7 +120,7 @@ def show(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
     """Show a device."""
     with open_named(context) as opened:
         device = opened.devices.get(device_id)
-    print_result(context, public(device), partial(show_device, device))
+    print_result(context, _public(device), partial(_show_device, device))
 
 
 @devices.command()
@@ -99,7 +151,7 @@ def approve(
     require_expected(yes=yes, option="--paired-at", value=paired_at)
     with open_named(context) as opened:
         seen = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-        show = partial(show_device, seen, error=True)
+        show = partial(_show_device, seen, error=True)
         confirm(context, "Approve this device?", yes=yes or seen.approved, show=show)
         changed = opened.run(
             lambda unit: unit.devices.approve(
@@ -113,7 +165,7 @@ def approve(
             )
         )
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-    report_change(context, now, changed=changed, word="approved")
+    _report_change(context, now, changed=changed, word="approved")
 
 
 @devices.command()
@@ -127,7 +179,7 @@ def revoke(
     with open_named(context) as opened:
         changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-    report_change(context, now, changed=changed, word="revoked")
+    _report_change(context, now, changed=changed, word="revoked")
 
 
 @devices.command()
@@ -186,11 +238,11 @@ def _delete_one(
     seen = opened.devices.get(device_id)
     keys = count_rows(opened, IdempotencyKey.device_id, device_id)
     question = f"Delete this device and {count(keys, 'idempotency key')}?"
-    confirm(context, question, yes=yes, dry_run=dry_run, show=partial(show_device, seen, error=True))
+    confirm(context, question, yes=yes, dry_run=dry_run, show=partial(_show_device, seen, error=True))
 
     def work(unit: UnitOfWork) -> None:
         now = unit.devices.get(device_id)
-        refuse_change(f"device {device_id!r}", seen, now, *DECISIVE, expected=paired_at)
+        refuse_change(f"device {device_id!r}", seen, now, *_DECISIVE, expected=paired_at)
         unit.devices.delete(device_id, force=force)
         if dry_run:
             unit.rollback()
@@ -209,7 +261,7 @@ def _delete_pending(context: typer.Context, opened: Database, until: datetime, *
             found += [device for device in page if device.paired_at <= until]
 
         def show() -> None:
-            print_table(HEADINGS, map(row_of, found[:_SHOWN]), error=True)
+            print_table(_HEADINGS, map(_row_of, found[:_SHOWN]), error=True)
             if len(found) > _SHOWN:
                 typer.echo(f"and {count(len(found) - _SHOWN, 'other device')}", err=True)
 
@@ -220,3 +272,66 @@ def _delete_pending(context: typer.Context, opened: Database, until: datetime, *
     while batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until)):
         deleted += batch
     return deleted
+
+
+@devices.command()
+def pair(
+    context: typer.Context,
+    device_id: arguments.DeviceArgument,
+    role: Annotated[Role, arguments.choice(Role, help="Role of the device.")],
+    metadata: Annotated[str | None, arguments.option(metavar="JSON", help="Metadata of the device.")] = None,
+    approved: Annotated[
+        bool, typer.Option("--approve", help="Approve the device at once, for example the first admin.")
+    ] = False,
+) -> None:
+    """Add a device, and print its new secret once.
+
+    The device is pending until 'devices approve', or gets access at once with --approve.
+    """
+    wanted = request(DevicePair, id=device_id, role=role, metadata=json_argument(metadata, "--metadata"))
+    with open_named(context) as opened:
+        paired = opened.pair(wanted)
+        device = paired.device
+        if approved:
+            opened.devices.approve(
+                device_id, expected_secret_hash=device.shared_secret_hash, expected_paired_at=device.paired_at
+            )
+            device = opened.devices.get(device_id)
+    _report_secret(context, "Paired", device, paired.shared_secret)
+
+
+@devices.command()
+def rotate(
+    context: typer.Context,
+    device_id: arguments.DeviceArgument,
+    overlap: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=366 * 24 * 3600,
+            metavar="SECONDS",
+            help="Time for which the old secret also works. Only for an approved device.",
+        ),
+    ] = 0,
+    paired_at: arguments.PairedAtOption = None,
+    yes: arguments.YesOption = False,
+) -> None:
+    """Give a device a new secret, and print the secret once.
+
+    The command shows the device and asks for a confirmation, because the old secret becomes invalid. The option
+    --yes needs --paired-at.
+    """
+    require_expected(yes=yes, option="--paired-at", value=paired_at)
+    with open_named(context) as opened:
+        seen = opened.devices.get(device_id)
+        end = f"in {overlap:,} s" if overlap else "at once"
+        question = f"Replace the secret of this device? The old secret ends {end}."
+        confirm(context, question, yes=yes, show=partial(_show_device, seen, error=True))
+        secret = opened.rotate_secret(
+            device_id,
+            overlap=timedelta(seconds=overlap),
+            expected_secret_hash=seen.shared_secret_hash,
+            expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
+        )
+        device = opened.devices.get(device_id)
+    _report_secret(context, "Rotated the secret of", device, secret)

@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import app
+from homeagent.cli.application import app, target_of
 from homeagent.cli.arguments import AcknowledgeOption
-from homeagent.cli.opening import target_of
 from homeagent.cli.output import print_facts, print_result
 from homeagent.cli.progress import shown_activity
 from homeagent.cli.visible_text import escape_words

@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from homeagent.cli import arguments
-from homeagent.cli.application import confirm, group
-from homeagent.cli.opening import open_named
+from homeagent.cli.application import confirm, group, open_named
 from homeagent.cli.output import print_list, print_result, print_table
 from homeagent.cli.request import json_argument, refuse_change, require_expected
 from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyScope, IdempotencyState

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from homeagent.cli.application import group
+from homeagent.cli.application import group, open_named
 from homeagent.cli.arguments import DeviceArgument
-from homeagent.cli.opening import open_named
 from homeagent.cli.output import count, print_result
 from homeagent.cli.visible_text import quoted
 

@@ -1,4 +1,4 @@
-"""The command `homeagent restore`, which replaces the database by a backup."""
+"""The commands `homeagent restore` and `homeagent begin-epoch`, which begin a new epoch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import app, confirm
+from homeagent.cli.application import app, confirm, open_named, target_of
 from homeagent.cli.arguments import AcknowledgeOption, YesOption, argument, option
-from homeagent.cli.opening import open_named, target_of
 from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.output import format_timestamp, print_facts, print_result
 from homeagent.cli.progress import shown_activity
@@ -118,3 +117,37 @@ def _print(report: RestoreReport) -> None:
         )
     for device_id in report.old_secret_devices or ():
         typer.echo(f"{quoted(device_id)} has an older secret again: rotate the secret.")
+
+
+@app.command()
+def begin_epoch(
+    context: typer.Context,
+    epoch: Annotated[
+        int | None, option(metavar="NUMBER", help="Refuse the change if the database has another epoch.")
+    ] = None,
+    yes: YesOption = False,
+) -> None:
+    """Begin a new epoch after the database was restored by other means than 'homeagent restore'.
+
+    Run the command, for example, after the tools of a server or a snapshot of a disk restored the database. Stop the
+    gateways first. In the new epoch, gateways refuse messages that were signed before the epoch began. The beginning of
+    an epoch cannot be undone, so the command shows the current epoch and asks for a confirmation. The option --yes
+    needs --epoch.
+    """
+    require_expected(yes=yes, option="--epoch", value=epoch, source="as 'status --json' prints it")
+    if not yes:
+        with open_named(context) as opened:
+            seen = opened.status()
+        facts = {
+            "Database": identity(seen.location),
+            "Epoch": str(seen.epoch),
+            "Restored at": format_timestamp(seen.restored_at),
+        }
+        show = partial(print_facts, facts.items(), error=True)
+        confirm(context, "Begin a new epoch of this database?", yes=False, show=show)
+        epoch = seen.epoch if epoch is None else epoch
+    report = Database.begin_epoch(
+        target_of(context), busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT), expected_epoch=epoch
+    )
+    text = f"Epoch {report.epoch} of {report.location} begins at {format_timestamp(report.restored_at)}."
+    print_result(context, report.model_dump(mode="json"), text)

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import app, confirm
+from homeagent.cli.application import app, confirm, target_of
 from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, YesOption
-from homeagent.cli.opening import target_of
 from homeagent.cli.output import print_result
 from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from homeagent.cli.application import app
-from homeagent.cli.opening import open_named
+from homeagent.cli.application import app, open_named
 from homeagent.cli.output import count, format_timestamp, print_facts, print_result, print_table
 from homeagent.maintenance.status import DatabaseStatus
 

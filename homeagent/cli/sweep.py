@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import app
+from homeagent.cli.application import app, open_named
 from homeagent.cli.arguments import DryRunOption
-from homeagent.cli.opening import open_named
 from homeagent.cli.output import count, print_result
 from homeagent.models.types import MAX_LIMIT
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections import deque
 from datetime import UTC, datetime
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from homeagent.errors import DatabaseError
 
@@ -19,7 +19,7 @@ _RECENT = 1024
 N = TypeVar("N", int, float)
 
 
-class LastFault(BaseModel):
+class LastFault(BaseModel, frozen=True):
     """The last error of the engine. An error that refuses an invalid call of the application is not recorded.
 
     Attributes:
@@ -28,14 +28,12 @@ class LastFault(BaseModel):
         at: time of the error by the system's clock.
     """
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
-
     kind: str
     message: str
     at: datetime
 
 
-class DatabaseCounters(BaseModel):
+class DatabaseCounters(BaseModel, frozen=True):
     """Counters of one open database in this process since it was opened.
 
     Attributes:
@@ -55,8 +53,6 @@ class DatabaseCounters(BaseModel):
         swept: number of rows that sweeps deleted.
         last_error: last error of the engine. None before the first error.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     units: int = 0
     reads: int = 0

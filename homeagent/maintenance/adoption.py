@@ -20,9 +20,9 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from sqlalchemy import text
 
 from homeagent.clock import system_clock
@@ -68,7 +68,7 @@ _FIRST_TABLES = {
 """Columns of the tables of revision 0001. The first column is the key."""
 
 
-class AdoptionReport(BaseModel):
+class AdoptionReport(BaseModel, frozen=True):
     """State of a database before its adoption, and the changes that the adoption makes.
 
     Attributes:
@@ -81,8 +81,6 @@ class AdoptionReport(BaseModel):
             application's own revisions. None if the adoption does not rename the table.
         backup: path of the copy that the adoption made first. None before the adoption, and for a PostgreSQL database.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     location: str
     tables: dict[str, int]
@@ -186,15 +184,7 @@ def adopt(
         refuse_network_filesystem(path)
         if report.application_id != APPLICATION_ID:
             report = _adopt_file(path, report, application, clock, busy_timeout)
-    open_engine(
-        given,
-        clock=clock,
-        busy_timeout=busy_timeout,
-        durability="full",
-        migrate=True,
-        pool_size=1,
-        migrations=application,
-    ).close()
+    open_engine(given, clock=clock, busy_timeout=busy_timeout, migrations=application).close()
     return report
 
 

@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from sqlalchemy import Connection, bindparam, column, delete, func, select, text, tuple_
 from sqlalchemy import table as sql_table
 
@@ -45,15 +45,13 @@ PAGE_WITH_JSON = 25
 """Number of rows that a page of a table with JSON has. The JSON of one row has up to 1 MiB."""
 
 
-class CopyReport(BaseModel):
+class CopyReport(BaseModel, frozen=True):
     """Result of a copy that was compared with its source.
 
     Attributes:
         rows: number of copied rows by table name, including the application's tables.
         left: names of the application's tables that were not copied.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     rows: dict[str, int]
     left: list[str] = []

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from sqlalchemy import URL, select, text, update
 
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
@@ -42,7 +42,7 @@ _OTHERS = (
 )
 
 
-class EpochReport(BaseModel):
+class EpochReport(BaseModel, frozen=True):
     """Report about the new epoch of a store.
 
     Attributes:
@@ -51,8 +51,6 @@ class EpochReport(BaseModel):
         restored_at: start of the epoch. A replay guard accepts only messages that are newer than the start of the epoch
             plus the skew.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     location: str
     epoch: int

@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from homeagent.engine.files.database_file import (
     inspect_file,
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("homeagent")
 
 
-class RestoreReport(BaseModel):
+class RestoreReport(BaseModel, frozen=True):
     """Result of a restore.
 
     Attributes:
@@ -83,8 +83,6 @@ class RestoreReport(BaseModel):
         old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back an
             older secret. None if the old database could not be read.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     database: Path
     backup: Path

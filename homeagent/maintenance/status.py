@@ -6,9 +6,9 @@ import stat
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from sqlalchemy import text
 
 from homeagent.engine.counters import DatabaseCounters
@@ -40,7 +40,7 @@ _PRAGMAS = (
 )
 
 
-class DatabaseStatus(BaseModel):
+class DatabaseStatus(BaseModel, frozen=True):
     """The current state of a database.
 
     Attributes:
@@ -63,8 +63,6 @@ class DatabaseStatus(BaseModel):
         wal_bytes: size of the write-ahead log in bytes. None for a PostgreSQL server.
         counters: counters of the database in this process since it was opened.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     engine: str
     location: str

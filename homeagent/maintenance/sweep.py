@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from homeagent.clock import monotonic
 from homeagent.engine.target import refuse_address
@@ -57,7 +57,7 @@ class BackupSchedule:
             check_limit(self.keep, "keep")
 
 
-class SweepReport(BaseModel):
+class SweepReport(BaseModel, frozen=True):
     """Result of a sweep.
 
     Attributes:
@@ -70,8 +70,6 @@ class SweepReport(BaseModel):
             absent, and the next sweep tries to delete them again.
         constraints: names of the constraints that keep expired rows, each with the name of its table.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     nonces: int = 0
     idempotency_keys: int = 0

@@ -1,9 +1,9 @@
 """Schemas are Pydantic models of requests and replies. A request creates or changes a row."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, SecretStr, WithJsonSchema
+from pydantic import AfterValidator, AliasChoices, BaseModel, SecretStr, WithJsonSchema
 from pydantic import Field as PlainField
 from sqlmodel import Field
 
@@ -131,15 +131,13 @@ class DevicePublic(MetadataSchema):
     metadata_: PublicMetadata = None
 
 
-class PairedDevice(BaseModel):
+class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
     """A device that has just paired, and its secret. The secret can't be read again later.
 
     Attributes:
         device: the stored device, which is not approved yet.
         shared_secret: secret of the request, or the generated secret if the request had no secret.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
     device: Device
     shared_secret: SecretStr

@@ -11,9 +11,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
 from homeagent.clock import system_clock
 from homeagent.engine.files.database_file import create_descriptor, open_to_read, refuse_insecure
@@ -31,7 +31,7 @@ _LARGEST = 64 * 1024  # maximum size in bytes; a manifest has a few hundred byte
 Kind = Literal["backup", "upgrade", "adoption"]
 
 
-class Manifest(BaseModel):
+class Manifest(BaseModel, frozen=True):
     """The content of a manifest. The manifest describes a backup at the time of the backup's verification.
 
     Attributes:
@@ -47,8 +47,6 @@ class Manifest(BaseModel):
         sha256: SHA-256 of the backup, in hexadecimal.
         package_version: version of homeagent that made the backup.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     format: Literal[1] = 1
     kind: Kind = "backup"

@@ -18,6 +18,7 @@ from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.statements import Statement
 from homeagent.engine.target import Target
+from homeagent.environment import BUSY_TIMEOUT
 from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.files import megabytes, public_files, stale_partials
 from homeagent.maintenance.doctor.report import Diagnosis, Repair, Severity
@@ -27,8 +28,6 @@ from homeagent.models import AgentSession, Device
 from homeagent.opening import open_engine
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
-
-_WAIT = timedelta(seconds=30)
 
 _device: Any = Device.__table__.c
 _session: Any = AgentSession.__table__.c
@@ -136,11 +135,9 @@ def _switch_to_wal(path: Path, done: list[Repair]) -> None:
 
 @contextmanager
 def _opened(target: Target, clock: Clock, engine: Engine | None) -> Iterator[UnitSettings]:
-    used = engine or open_engine(
-        target.url or target.path, clock=clock, busy_timeout=_WAIT, durability="full", migrate=False, pool_size=1
-    )
+    used = engine or open_engine(target.url or target.path, clock=clock, migrate=False)
     try:
-        yield UnitSettings(used, clock, _WAIT.total_seconds(), UnitOfWork)
+        yield UnitSettings(used, clock, BUSY_TIMEOUT.total_seconds(), UnitOfWork)
     finally:
         if engine is None:
             used.close()

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
 from functools import partialmethod
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.errors import CorruptDatabaseError, HomeAgentError
@@ -76,7 +76,7 @@ class Severity(StrEnum):
         return list(Severity).index(self)
 
 
-class Finding(BaseModel):
+class Finding(BaseModel, frozen=True, extra="forbid"):
     """Result of one check of the doctor.
 
     Attributes:
@@ -89,8 +89,6 @@ class Finding(BaseModel):
         facts: figures by name, such as counts, bytes and seconds. The figures contain no value of a row.
     """
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
-
     check: str
     severity: Severity
     summary: str
@@ -100,7 +98,7 @@ class Finding(BaseModel):
     facts: dict[str, Fact] = {}
 
 
-class Repair(BaseModel):
+class Repair(BaseModel, frozen=True, extra="forbid"):
     """One repair.
 
     Attributes:
@@ -108,13 +106,11 @@ class Repair(BaseModel):
         action: description of the repair, or of the error that prevented the repair.
     """
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
-
     check: str
     action: str
 
 
-class Diagnosis(BaseModel):
+class Diagnosis(BaseModel, frozen=True, extra="forbid"):
     """Report about a database, which `homeagent doctor --json` prints as JSON.
 
     Attributes:
@@ -128,8 +124,6 @@ class Diagnosis(BaseModel):
         repairs: repairs that the doctor made before the final checks. With `fix=False` the doctor makes no repairs, and
             the tuple is empty.
     """
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="forbid")
 
     location: str
     engine: str
