@@ -25,19 +25,3 @@ from homeagent.credentials.secret_format import (
     needs_slow_hash,
     secret_text,
 )
-
-__all__ = [
-    "FAILED_CHECKS_PER_MINUTE",
-    "MAX_SECRET_BYTES",
-    "MAX_SECRET_CHARACTERS",
-    "WAITING_HASHES",
-    "FailedChecks",
-    "SecretHasher",
-    "SecretMatch",
-    "check_secret",
-    "generate_secret",
-    "hash_secret",
-    "is_generated",
-    "needs_slow_hash",
-    "secret_text",
-]

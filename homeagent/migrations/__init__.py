@@ -4,5 +4,3 @@ contain the code of each engine.
 
 from homeagent.migrations.revisions import REVISION, alembic_config, revision_of
 from homeagent.models import VERSION_TABLE
-
-__all__ = ["REVISION", "VERSION_TABLE", "alembic_config", "revision_of"]

@@ -27,38 +27,6 @@ from homeagent.models.schemas import (
 from homeagent.models.session import AgentSession
 from homeagent.models.store_record import store_table
 
-__all__ = [
-    "DATA_TABLES",
-    "SCHEMA",
-    "TABLES",
-    "VERSION_TABLE",
-    "Agent",
-    "AgentCreate",
-    "AgentSession",
-    "AgentSessionCreate",
-    "AgentSessionUpdate",
-    "AgentUpdate",
-    "Attempt",
-    "Device",
-    "DeviceChange",
-    "DeviceChangeKind",
-    "DeviceCreate",
-    "DevicePair",
-    "DeviceStatus",
-    "DeviceUpdate",
-    "IdempotencyKey",
-    "IdempotencyScope",
-    "IdempotencyState",
-    "Nonce",
-    "Outcome",
-    "PairedDevice",
-    "ProofParameters",
-    "Role",
-    "SecretCheck",
-    "metadata",
-    "store_table",
-]
-
 # Do not read homeagent's tables from `metadata.tables`, because `metadata` also has the tables of the application.
 SCHEMA: tuple[Any, ...] = (
     Agent.__table__,

@@ -3,6 +3,4 @@ problems only on request.
 """
 
 from homeagent.maintenance.doctor.diagnosis import diagnose
-from homeagent.maintenance.doctor.report import CHECKS, Diagnosis, Finding, Repair, Severity
-
-__all__ = ["CHECKS", "Diagnosis", "Finding", "Repair", "Severity", "diagnose"]
+from homeagent.maintenance.doctor.report import CHECKS, Diagnosis, Finding, Severity
