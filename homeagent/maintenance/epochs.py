@@ -60,14 +60,7 @@ class EpochReport(BaseModel, frozen=True):
 def begin_epoch(
     target: Given, *, clock: Clock, busy_timeout: timedelta, expected_epoch: int | None = None
 ) -> EpochReport:
-    """Begin a new epoch of a store that no process has open.
-
-    Raises:
-        ConflictError: if the store has another epoch than the argument `expected_epoch`.
-        DatabaseBusyError: if another process still has the database open after the `busy_timeout`. The other process
-            would continue in the old epoch.
-        SchemaOutdatedError: if the database is absent, or the schema is out of date.
-    """
+    """Begin a new epoch of a store that no process has open (see `Database.begin_epoch`)."""
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)
     now = check_timestamp(clock(), "the clock's time")

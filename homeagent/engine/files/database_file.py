@@ -133,17 +133,8 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
     The directory must exist. The caller must hold `sidecar_lock`. Without `sidecar_lock`, another thread could open the
     file before this function closes the descriptor. SQLite would lose its locks at the close of the descriptor.
 
-    Args:
-        path: path of the new file.
-        database: source database, if the new file will be a copy in another directory (see `give_to_owner`).
-
-    Returns:
-        False if `path` already exists. The existing file is not changed.
-
-    Raises:
-        InsecureFileError: if the file system does not store the modes of files.
-        DatabaseError: if the file can't be created. If the system reports a full disk or a read-only file system, the
-            error is `DiskFullError` or `ReadOnlyError`. The function leaves no file behind.
+    Return False if the path already exists. For the argument `database`, see `create_descriptor()`. If the file can't
+    be created, the function raises an error and leaves no file behind.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)

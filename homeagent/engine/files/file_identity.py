@@ -29,6 +29,9 @@ _NO_CONTENT = 0
 class FileIdentityCheck:
     """Checks the identity (device and inode) of one open database's file, its WAL and its WAL index.
 
+    A check raises DatabaseMovedError if a file was deleted or replaced, and CorruptDatabaseError if the database was
+    marked corrupt.
+
     Args:
         path: path of the file. The file does not need to exist yet.
         strict: True if every commit checks the file; False if only the first commit in 10 ms checks the file.
@@ -72,9 +75,6 @@ class FileIdentityCheck:
 
         Compare the WAL and the WAL index with the recorded identities. Do not record new identities, because another
         process can delete both files while no connection is open.
-
-        Raises:
-            DatabaseMovedError: if the file, or a recorded WAL or WAL index, was deleted or replaced.
         """
         self._check(beside=self.remembers_log, remember=False)
 
@@ -84,9 +84,6 @@ class FileIdentityCheck:
         Args:
             beside: True to record the identities of the WAL and the WAL index too. With True, the caller must later
                 call `disconnected()`.
-
-        Raises:
-            DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
         """
         if self.identity is None:
             status = self._status(self._name)
@@ -99,21 +96,13 @@ class FileIdentityCheck:
         self._known = {}
 
     def after_begin(self) -> None:
-        """Check the files after BEGIN. SQLite does not delete the WAL and the WAL index while a transaction is open.
-
-        Raises:
-            DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
-            CorruptDatabaseError: if the database was marked corrupt.
-        """
+        """Check the files after BEGIN. SQLite does not delete the WAL and the WAL index while a transaction is open."""
         self._check()
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
         """Check the files if the last check is too old. If the object was created with `strict=True`, always check the
         database's file.
-
-        Raises:
-            DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
         """
         if self.monotonic() >= self.due:
             self.after_begin()
