@@ -100,12 +100,7 @@ class OnceCall:
     def claim(self, unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
         """Claim the key."""
         return unit.idempotency_keys.claim(
-            self.scope,
-            fingerprint=self.fingerprint,
-            lease=self.lease,
-            ttl=self.ttl,
-            rerun=rerun,
-            owner=self.owner,
+            self.scope, fingerprint=self.fingerprint, lease=self.lease, ttl=self.ttl, rerun=rerun, owner=self.owner
         )
 
     def renew(self, unit: UnitOfWork, attempt: Attempt) -> None:

@@ -33,14 +33,7 @@ from homeagent.errors import (
 from homeagent.models.device import Device
 from homeagent.models.limits import Limits
 from homeagent.models.schemas import DeviceCreate, DevicePair, PairedDevice, SecretCheck
-from homeagent.models.types import (
-    check_duration,
-    check_label,
-    check_new_secret,
-    check_searched,
-    check_timestamp,
-    later,
-)
+from homeagent.models.types import check_duration, check_label, check_new_secret, check_searched, check_timestamp, later
 from homeagent.retry import Runner
 from homeagent.scram import ProofParameters, check_proof, make_verifier, parameters_for, proof_message
 from homeagent.stores.device_statements import SecretHashes

@@ -284,11 +284,7 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
 
 @clears_locals
 def make_proof(
-    secret: SecretStr | str,
-    parameters: ProofParameters,
-    message: bytes,
-    *,
-    minimum_iterations: int = MIN_ITERATIONS,
+    secret: SecretStr | str, parameters: ProofParameters, message: bytes, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> bytes:
     """Make a proof of a secret. Devices call the function.
 

@@ -203,12 +203,7 @@ def _printed_warnings(common: _Common) -> Iterator[None]:
 
 
 def confirm(
-    context: typer.Context,
-    question: str,
-    *,
-    yes: bool,
-    dry_run: bool = False,
-    show: Callable[[], object] | None = None,
+    context: typer.Context, question: str, *, yes: bool, dry_run: bool = False, show: Callable[[], object] | None = None
 ) -> None:
     """Ask a question on standard error, and end the command with status 1 if the answer is not yes.
 

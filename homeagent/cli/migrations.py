@@ -47,8 +47,7 @@ def new(
     ],
     migrations: MigrationsOption = None,
     package: Annotated[
-        str | None,
-        typer.Option("--package", help="Package with the tables. Default: the package of --migrations."),
+        str | None, typer.Option("--package", help="Package with the tables. Default: the package of --migrations.")
     ] = None,
     empty: Annotated[bool, typer.Option("--empty", help="Write a revision that you complete by hand.")] = False,
 ) -> None:

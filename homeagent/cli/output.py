@@ -53,11 +53,7 @@ def print_list(
 
 
 def print_table(
-    headings: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    *,
-    form: Format = Format.TABLE,
-    error: bool = False,
+    headings: Sequence[str], rows: Iterable[Sequence[object]], *, form: Format = Format.TABLE, error: bool = False
 ) -> None:
     """Print a table of texts, numbers and timestamps on standard output, or on standard error if `error` is true."""
     if form is Format.TSV:

@@ -26,16 +26,12 @@ def _budget(seconds: float | None) -> float | None:
 def sweep(
     context: typer.Context,
     batch_size: Annotated[
-        int,
-        typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of rows per transaction."),
+        int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of rows per transaction.")
     ] = 100,
     time_budget: Annotated[
         float | None,
         typer.Option(
-            callback=_budget,
-            metavar="SECONDS",
-            help="Longest time for the command.",
-            show_default="until all is done",
+            callback=_budget, metavar="SECONDS", help="Longest time for the command.", show_default="until all is done"
         ),
     ] = None,
     dry_run: DryRunOption = False,

@@ -128,13 +128,7 @@ def _make(
     target: Path, engine: SQLiteEngine, *, taken_at: datetime, keep: int | None, replace: bool, stop: Stop
 ) -> Path:
     manifest = write_backup(
-        engine,
-        target,
-        partial=_partial(target),
-        taken_at=taken_at,
-        kind="backup",
-        replace=replace,
-        stop=stop,
+        engine, target, partial=_partial(target), taken_at=taken_at, kind="backup", replace=replace, stop=stop
     )
     if keep is not None:
         _remove_oldest(target, manifest, keep)

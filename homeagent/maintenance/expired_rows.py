@@ -81,13 +81,7 @@ class Batch(NamedTuple):
 class ExpiredRows:
     """The expired rows of one table. The attribute `skipped` counts the skipped rows of each constraint."""
 
-    def __init__(
-        self,
-        settings: UnitSettings,
-        kind: Kind,
-        grace: timedelta,
-        monotonic: Callable[[], float],
-    ) -> None:
+    def __init__(self, settings: UnitSettings, kind: Kind, grace: timedelta, monotonic: Callable[[], float]) -> None:
         self._settings = settings
         self._kind = kind
         self._grace = grace

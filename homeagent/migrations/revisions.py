@@ -274,12 +274,7 @@ def run_revisions(
             yield MigrationStep.upgrade_from_script(known, script)
             after()
 
-    options = {
-        "fn": missing,
-        "target_metadata": metadata,
-        "transactional_ddl": True,
-        "version_table": version_table,
-    }
+    options = {"fn": missing, "target_metadata": metadata, "transactional_ddl": True, "version_table": version_table}
     context = MigrationContext.configure(connection, opts=options)
     context.autocommit_block = autocommit  # type: ignore[assignment, method-assign]  # the caller began the transaction
     context.run_migrations()

@@ -3,13 +3,7 @@
 from sqlmodel import Field
 
 from homeagent.models.base import Table
-from homeagent.models.types import (
-    Identifier,
-    Json,
-    Name,
-    Timestamp,
-    WorkspacePath,
-)
+from homeagent.models.types import Identifier, Json, Name, Timestamp, WorkspacePath
 
 
 class Agent(Table, table=True):

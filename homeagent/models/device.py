@@ -23,14 +23,7 @@ from sqlmodel import Field
 
 from homeagent.clock import system_clock
 from homeagent.models.base import PartialIndex, Table
-from homeagent.models.types import (
-    FlagColumn,
-    Identifier,
-    Json,
-    JsonColumn,
-    Name,
-    Timestamp,
-)
+from homeagent.models.types import FlagColumn, Identifier, Json, JsonColumn, Name, Timestamp
 
 
 class Role(StrEnum):
@@ -84,8 +77,7 @@ class Device(Table, table=True):
     )
     paired_at: Timestamp = Field(description="Time of the pairing.")
     last_seen_at: Timestamp | None = Field(
-        default=None,
-        description="Null until the device is seen for the first time. Updated at most once a minute.",
+        default=None, description="Null until the device is seen for the first time. Updated at most once a minute."
     )
     metadata_: Json = Field(
         default=None,

@@ -16,15 +16,7 @@ from sqlmodel import Field
 
 from homeagent.errors import ConflictError
 from homeagent.models.base import Table
-from homeagent.models.types import (
-    Identifier,
-    Json,
-    JsonColumn,
-    Label,
-    Name,
-    SessionId,
-    Timestamp,
-)
+from homeagent.models.types import Identifier, Json, JsonColumn, Label, Name, SessionId, Timestamp
 
 ROUTE_INDEX = "idx_sessions_route"
 """Name of the unique index of the route keys. PostgreSQL names the index in an error."""

@@ -21,9 +21,7 @@ store_table: Table = Table(
         },
     ),
     Column(
-        "restored_at",
-        TimestampColumn,
-        info={"description": "Time at which the epoch began. Null in the first epoch."},
+        "restored_at", TimestampColumn, info={"description": "Time at which the epoch began. Null in the first epoch."}
     ),
     Column(
         "oldest_revision",

@@ -29,10 +29,7 @@ _OBJECTS = {
         "an upgrade that rebuilds the table fails while the view exists",
         "if an upgrade fails, drop the view ({command}), upgrade, and create the view again",
     ),
-    "index": (
-        "each write also changes the index",
-        "if no query needs the index, drop the index: {command}",
-    ),
+    "index": ("each write also changes the index", "if no query needs the index, drop the index: {command}"),
 }
 
 

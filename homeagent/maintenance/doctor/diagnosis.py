@@ -123,12 +123,7 @@ def _diagnose(
 
 
 def _check(
-    target: Target,
-    clock: Clock,
-    acknowledged: frozenset[str],
-    *,
-    thorough: bool,
-    repairs: Sequence[Repair] = (),
+    target: Target, clock: Clock, acknowledged: frozenset[str], *, thorough: bool, repairs: Sequence[Repair] = ()
 ) -> Diagnosis:
     limit = None if thorough else QUICK
     collector = Collector(check_timestamp(clock(), "the clock's time"), thorough=thorough, watch=Stopwatch(limit))

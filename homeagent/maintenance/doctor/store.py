@@ -92,12 +92,7 @@ def _check_revision(collector: Collector, connection: Connection) -> None:
         summary = f"The schema is at revision {revision}, and this version needs {REVISION}."
         meaning = "the gateway upgrades the schema at its next start; until then read-only programs refuse it"
         collector.warn(
-            check,
-            summary,
-            meaning,
-            "upgrade it; a SQLite file is backed up first",
-            "homeagent migrate",
-            **facts,
+            check, summary, meaning, "upgrade it; a SQLite file is backed up first", "homeagent migrate", **facts
         )
     elif (connection.execute(select(store_table.c.oldest_revision)).scalar() or revision) <= REVISION:
         collector.ok(check, f"The schema is at the newer revision {revision}, which works with this version.", **facts)
