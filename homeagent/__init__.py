@@ -127,7 +127,6 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        # Do not import the module `lazy_import` here, because the import would slow down each test run with pytest.
         from importlib import import_module
 
         if name in _MODULES:

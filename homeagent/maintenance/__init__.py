@@ -1,8 +1,7 @@
 """Maintenance: sweep, backup schedule, copy, restore, epochs, doctor and status, with their reports."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from homeagent.lazy_import import lazy_names
 
 if TYPE_CHECKING:
     from homeagent.engine.counters import DatabaseCounters
@@ -31,23 +30,23 @@ __all__ = [
     "preview_adoption",
 ]
 
-_LAZY = {
-    "AdoptionReport": "adoption",
-    "BackupSchedule": "sweep",
-    "CopyProgress": "copy_store",
-    "CopyReport": "copy_store",
-    "DatabaseCounters": "status",
-    "DatabaseStatus": "status",
-    "Diagnosis": "doctor",
-    "EpochReport": "epochs",
-    "Finding": "doctor",
-    "RestoreReport": "restore",
-    "SweepReport": "sweep",
-    "Sweeper": "sweep",
-    "adopt": "adoption",
-    "preview_adoption": "adoption",
+# Import each name only when a program first uses the name, to shorten the start of a process.
+_MODULES = {
+    "adoption": ("AdoptionReport", "adopt", "preview_adoption"),
+    "copy_store": ("CopyProgress", "CopyReport"),
+    "doctor": ("Diagnosis", "Finding"),
+    "epochs": ("EpochReport",),
+    "restore": ("RestoreReport",),
+    "status": ("DatabaseCounters", "DatabaseStatus"),
+    "sweep": ("BackupSchedule", "SweepReport", "Sweeper"),
 }
 
-# Hide `__getattr__` from type checkers. With `__getattr__`, type checkers would accept any misspelt name.
+# Hide `__getattr__` from type checkers, which would otherwise accept any misspelt name.
 if not TYPE_CHECKING:
-    __getattr__ = lazy_names(__name__, _LAZY)
+
+    def __getattr__(name):
+        for module, names in _MODULES.items():
+            if name in names:
+                globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
+                return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

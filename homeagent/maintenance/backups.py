@@ -119,8 +119,10 @@ def back_up_on_schedule(engine: Engine, schedule: BackupSchedule, *, clock: Cloc
 
 def _make_in(directory: Path, engine: SQLiteEngine, *, clock: Clock, keep: int | None, stop: Stop) -> Path:
     _remove_stale(directory, engine.path)
+    with engine.reading() as connection:
+        revision = revision_of(connection) or "none"
     taken_at = clock()
-    target = _free_name(directory / backup_name(engine.path, _revision(engine), taken_at))
+    target = _free_name(directory / backup_name(engine.path, revision, taken_at))
     return _make(target, engine, taken_at=taken_at, keep=keep, replace=False, stop=stop)
 
 
@@ -154,11 +156,6 @@ def _backups_of(database: Path, directory: Path) -> Iterator[tuple[Path, Manifes
     for backup, manifest in backups_in(directory, database):
         if manifest.kind == "backup" and manifest.database == str(database):
             yield backup, manifest
-
-
-def _revision(engine: SQLiteEngine) -> str:
-    with engine.reading() as connection:
-        return revision_of(connection) or "none"
 
 
 def _partial(target: Path) -> Path:

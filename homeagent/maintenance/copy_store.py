@@ -279,25 +279,19 @@ def _require_present_schema(unit: UnitOfWork) -> None:
 
 def _refuse_same_database(engines: tuple[Engine, Engine], source: UnitOfWork, target: UnitOfWork) -> None:
     first, second = engines
-    if isinstance(first, SQLiteEngine) and isinstance(second, SQLiteEngine):
-        same = first.path.samefile(second.path)
-    elif isinstance(first, SQLiteEngine) or isinstance(second, SQLiteEngine):
-        same = False
+    if isinstance(first, SQLiteEngine) or isinstance(second, SQLiteEngine):
+        same = isinstance(first, SQLiteEngine) and isinstance(second, SQLiteEngine) and first.path.samefile(second.path)
     else:
-        same = _same_schema(source, target)
+        # Do not compare URLs: a server can have several names, and a name can lead to several servers. An advisory lock
+        # belongs to one database. A session of another database does not find the key locked
+        # (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
+        key = secrets.randbits(63)
+        query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")
+        _, target_schema = target.session.connection().execute(query, {"key": key}).one()
+        free, source_schema = source.session.connection().execute(query, {"key": key}).one()
+        same = not free and source_schema == target_schema
     if same:
         raise InvalidArgumentError("source and target are the same database: name another target")
-
-
-def _same_schema(source: UnitOfWork, target: UnitOfWork) -> bool:
-    # Do not compare URLs: a server can have several names, and a name can lead to several servers. An advisory lock
-    # belongs to one database. A session of another database does not find the key locked
-    # (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
-    key = secrets.randbits(63)
-    query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")
-    _, target_schema = target.session.connection().execute(query, {"key": key}).one()
-    free, source_schema = source.session.connection().execute(query, {"key": key}).one()
-    return not free and source_schema == target_schema
 
 
 def _keep_writers_out(engine: Engine, target: UnitOfWork, own: Sequence[OwnTable]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import stat
 from datetime import datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -126,10 +125,6 @@ def _sqlite_facts(engine: SQLiteEngine) -> dict[str, Any]:
         "driver_version": APSW_VERSION,
         "durability": engine.durability,
         "pragmas": pragmas,
-        "file_modes": {file.name: _mode(file) for file in files if file.exists()},
+        "file_modes": {file.name: f"{stat.S_IMODE(file.lstat().st_mode):04o}" for file in files if file.exists()},
         "wal_bytes": wal.stat().st_size if wal.exists() else 0,
     }
-
-
-def _mode(path: Path) -> str:
-    return f"{stat.S_IMODE(path.lstat().st_mode):04o}"
