@@ -14,7 +14,7 @@ import anyio
 T = TypeVar("T")
 
 
-async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
+async def call_in_thread(act: Callable[[], T], executor: Executor, *, must_run: bool = False) -> T:
     """Call the function `act()` in a thread of an executor, and wait for its end. Return the function's value, or raise
     its error.
 
@@ -23,6 +23,8 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
     Args:
         act: function that can block. The function runs with the caller's context variables.
         executor: executor with the threads.
+        must_run: True if the function also runs after a cancellation of the caller. With the default False, a
+            cancellation prevents a call that has not begun.
 
     Raises:
         asyncio.CancelledError: if the caller was cancelled during the wait. After the error, the function `act()`
@@ -57,7 +59,7 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
     # If no thread can be started, the method `submit()` raises RuntimeError. Another thread of the executor can still
     # take the call from the queue.
     except (asyncio.CancelledError, RuntimeError) as error:
-        if decision.acquire(blocking=False):
+        if (not must_run or isinstance(error, RuntimeError)) and decision.acquire(blocking=False):
             raise
         cancellation = await shielded_wait(ended)
         if cancellation is None and isinstance(error, asyncio.CancelledError):

@@ -82,10 +82,10 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits, unit: type[U]) -> None:
         self._engine = engine
         self._limits = limits
-        self._clock = clock
         self._timeout = busy_timeout.total_seconds()
         self._unit = unit
         self._settings = UnitSettings(engine, clock, self._timeout, unit, limits)
+        self._clock: Clock = self._settings.now
         self._runner = Runner(self._settings)
         self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
         # The mutex is reentrant because a signal handler can close the database while its thread holds the mutex.

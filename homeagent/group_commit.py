@@ -149,7 +149,7 @@ class GroupCommit:
             return await call_in_thread(partial(self._run_alone, work), self._executor())
         if call.callbacks:
             # Call the callbacks in another thread, because a callback can use the database and block the event loop.
-            await call_in_thread(partial(call_back, call.callbacks), self._executor())
+            await call_in_thread(partial(call_back, call.callbacks), self._executor(), must_run=True)
         if cancellation is not None:
             raise cancellation
         value: T = call.outcome()

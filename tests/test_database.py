@@ -448,6 +448,14 @@ def test_clock_at_the_beginning_of_time(target: str) -> None:
         assert database.sweep().nonces == 0
 
 
+def test_a_naive_clock_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
+    """If the clock returns a naive datetime, the check of a chosen secret and a backup refuse the time."""
+    with Database.open(sqlite_path, clock=lambda: START.replace(tzinfo=None)) as database:
+        for act in (lambda: database.check_secret("lamp", "a chosen secret"), lambda: database.backup(tmp_path)):
+            with pytest.raises(InvalidArgumentError, match="aware"):
+                act()
+
+
 def test_sweeper_survives_errors_and_stops_at_once(
     database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

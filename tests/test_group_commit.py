@@ -524,6 +524,35 @@ def test_callbacks_of_coroutines_do_not_block_the_loop(sqlite_database: Database
     assert len(seen) == 5
 
 
+def test_callbacks_run_after_a_cancellation(sqlite_database: Database) -> None:
+    """If a coroutine is cancelled while its callback waits for a worker thread, the callback still runs."""
+    let_go = threading.Event()
+    called: list[bool] = []
+
+    def work(unit: UnitOfWork) -> None:
+        create(unit, "ada")
+        unit.after_commit(lambda: called.append(True))
+
+    async def main() -> None:
+        # As many callbacks as there are worker threads
+        others = [
+            asyncio.ensure_future(sqlite_database.arun(lambda unit: unit.after_commit(let_go.wait))) for _ in range(64)
+        ]
+        await asyncio.sleep(0)
+        task = asyncio.ensure_future(sqlite_database.arun(work))
+        for _ in iter(lambda: agents_of(sqlite_database) == ["ada"], True):
+            await asyncio.sleep(0)
+        for _ in range(200):
+            task.cancel()
+            await asyncio.sleep(0)
+        let_go.set()
+        await asyncio.wait([task, *others])
+        assert task.cancelled()
+
+    asyncio.run(main())
+    assert called == [True]
+
+
 def test_the_work_sees_the_callers_context(sqlite_database: Database) -> None:
     """In any thread that runs a unit, the function sees the context variables of its caller."""
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")

@@ -173,12 +173,14 @@ class NonceStore(Store):
         check_label(nonce, "nonce")
         limit = self._effective_limit(limit)
         signed_at = check_timestamp(signed_at, "signed_at")
-        expires_at = later(signed_at, self._check_ttl(skew, "skew"), "skew")
+        self._check_ttl(skew, "skew")
         now = self._unit.now()
-        if expires_at <= now:
-            return Freshness.STALE
+        # Check for a future time before the sum, because the sum of a time in the year 9999 and the skew can be too late.
         if signed_at - now > skew:
             return Freshness.FUTURE
+        expires_at = later(signed_at, skew, "skew")
+        if expires_at <= now:
+            return Freshness.STALE
         restored_at = self._restored_at()
         # A message whose nonce was consumed before the restore has a timestamp of at most `restored_at + skew`.
         if restored_at is not None and signed_at - restored_at <= skew:

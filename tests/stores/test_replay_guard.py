@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -34,6 +34,7 @@ def test_fresh_message_is_accepted_once(database: Database) -> None:
         (-SKEW + MOMENT, Freshness.FRESH),
         (SKEW, Freshness.FRESH),
         (SKEW + MOMENT, Freshness.FUTURE),
+        (datetime.max.replace(tzinfo=UTC) - START, Freshness.FUTURE),
     ],
 )
 def test_a_timestamp_is_judged_to_the_millisecond(database: Database, offset: timedelta, verdict: Freshness) -> None:
