@@ -175,7 +175,7 @@ class NonceStore(Store):
         signed_at = check_timestamp(signed_at, "signed_at")
         self._check_ttl(skew, "skew")
         now = self._unit.now()
-        # Check for a future time before the sum, because the sum of a time in the year 9999 and the skew can be too late.
+        # Check for a future time before the sum, because a signer can send a time in the year 9999.
         if signed_at - now > skew:
             return Freshness.FUTURE
         expires_at = later(signed_at, skew, "skew")
