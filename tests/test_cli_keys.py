@@ -136,9 +136,18 @@ def test_unexpired_lease(path: Path, arguments: list[str]) -> None:
 
 
 def test_wrong_usage(path: Path) -> None:
-    """If a result is not JSON, the status is 2 and no row changes; if no row has an id, there is nothing to do."""
+    """If a result is not JSON, the status is 2 and no row changes."""
     wrong = invoke(path, "resolve", *parts(SCOPES[0]), "{order")
     assert wrong.exit_code == 2
     assert "must be JSON" in wrong.stderr
-    assert "nothing to do" in invoke(path, "forget", "a/../b", "m", "k").stdout
     assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
+
+
+@pytest.mark.parametrize("arguments", [["resolve", "a/../b", "m", "k", "1"], ["forget", "a/../b", "m", "k"]], ids=str)
+def test_unknown_key(path: Path, arguments: list[str]) -> None:
+    """If the key does not exist, the commands refuse in a line that names the remedy."""
+    refused = invoke(path, *arguments)
+    assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
+    assert "no idempotency key has this device, method and key: find" in refused.stderr
+    refused = invoke(path, *arguments, "--yes", "--attempt", "1", "--json")
+    assert (refused.exit_code, json.loads(refused.stderr)["error"]) == (1, "NotFoundError")

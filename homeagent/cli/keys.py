@@ -12,6 +12,7 @@ from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group, open_named
 from homeagent.cli.output import print_list, print_result, print_table
 from homeagent.cli.request import json_argument, refuse_change, require_expected
+from homeagent.errors import NotFoundError
 from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyScope, IdempotencyState
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.unit_of_work import UnitOfWork
@@ -86,9 +87,16 @@ def forget(
 
 
 def _abandoned(unit: UnitOfWork, scope: IdempotencyScope) -> IdempotencyKey | None:
-    """Return the row of a key with an abandoned attempt, or None if the key has no abandoned attempt."""
+    """Return the row of a key with an abandoned attempt, or None if the key has no abandoned attempt.
+
+    If the key does not exist, raise NotFoundError.
+    """
     row = unit.idempotency_keys.find(scope)
-    if row is None or row.state is not IdempotencyState.IN_PROGRESS or row.lease_expires_at is None:
+    if row is None:
+        raise NotFoundError(
+            "no idempotency key has this device, method and key: find the right values with 'homeagent keys abandoned'"
+        )
+    if row.state is not IdempotencyState.IN_PROGRESS or row.lease_expires_at is None:
         return None
     return row if row.lease_expires_at <= unit.now() else None
 
