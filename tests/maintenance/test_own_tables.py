@@ -243,7 +243,7 @@ def test_status_names_own_tables(target: str, folder: Path) -> None:
         application = database.doctor().finding("application")
         assert application is not None
         assert application.severity == "ok"
-        assert "at revision a1: a tag (6 rows), notes (2 rows)" in application.summary
+        assert "at revision a1: a tag (rows: 6), notes (rows: 2)" in application.summary
 
 
 def test_objects_of_the_application(target: str, folder: Path, tmp_path: Path) -> None:

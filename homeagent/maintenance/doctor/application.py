@@ -89,7 +89,7 @@ def check_application(collector: Collector, connection: Connection) -> None:
     """Name the application's tables, and count their rows."""
     rows = count_rows(connection, own_tables(connection))
     revision = ", ".join(sorted(stored_revisions(connection, APPLICATION_VERSION_TABLE))) or None
-    shown = ", ".join(f"{name} ({number:,} rows)" for name, number in rows.items())
+    shown = ", ".join(f"{name} (rows: {number:,})" for name, number in rows.items())
     place = "" if revision is None else f" at revision {revision}"
     summary = f"Tables of the application{place}: {shown or 'none'}."
     collector.ok("application", summary, revision=revision, tables=len(rows), rows=sum(rows.values()))

@@ -135,7 +135,7 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
     elif collector.watch():
         collector.skip(TOO_LONG, "rows")
     else:
-        collector.ok("rows", f"All {rows:,} rows can be read.", rows=rows, unreadable=0)
+        collector.ok("rows", f"Rows that can't be read: 0 of {rows:,}.", rows=rows, unreadable=0)
 
 
 def _read(
@@ -291,7 +291,7 @@ def _check_store_record(collector: Collector, connection: Connection) -> None:
     collector.add(
         Severity.OK if len(epochs) == 1 else Severity.CRITICAL,
         "store_record",
-        f"The table store holds {len(epochs)} rows, of epoch {max(epochs, default=None)}; one belongs there.",
+        f"Rows of the table store: {len(epochs)}, of epoch {max(epochs, default=None)}; one belongs there.",
         "the epoch is unknown, and the versions that can work with the store are unknown",
         RESTORE,
         rows=len(epochs),
