@@ -36,6 +36,7 @@ from homeagent.migrations.revisions import (
     tables,
 )
 from homeagent.models import TABLES, VERSION_TABLE
+from homeagent.models.base import RESERVED_PREFIX
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -271,6 +272,7 @@ class _Guard:
         self._acknowledged = acknowledged
         self._before: dict[str, tuple[str, int]] = {}
         self._statements = 0
+        self._tables: set[str] = set()
         self.refused: str | None = None
         """Reason of a refusal."""
         self.revision: str | None = None
@@ -304,17 +306,25 @@ class _Guard:
     def begin(self, revision: str) -> None:
         """Store the id of the revision that begins, and prepare the method `check()`."""
         self.revision = revision
+        self._tables = tables(self._connection)
         if not self.is_sqlite:
             self._before = _postgresql_state(self._connection, self._acknowledged)
         self._statements = 0
 
     def check(self) -> None:
-        """Raise an error if the revision changed homeagent's tables."""
+        """Raise an error if the revision changed homeagent's tables, or created a table with a reserved name."""
         if not self.is_sqlite and self.refused is None:
             after = _postgresql_state(self._connection, self._acknowledged)
             changed = sorted(name for name in self._before if self._before[name] != after.get(name))
             if changed:
                 self.refuse(changed[0])
+        created = tables(self._connection) - self._tables
+        reserved = sorted(name for name in created if name.lower().startswith(RESERVED_PREFIX))
+        if reserved and self.refused is None:
+            self.refused = (
+                f"it creates the table {reserved[0]!r}, but names that begin with {RESERVED_PREFIX!r} are reserved for "
+                "homeagent's tables. Give the table another name"
+            )
         if self.refused is not None:
             raise RevisionFailedError(self.refused)
         if self._outside is not None and self._left_transaction:
