@@ -35,7 +35,7 @@ from homeagent.errors import (
     SchemaChangedError,
     SchemaTooNewError,
 )
-from homeagent.models import TABLES, VERSION_TABLE, metadata
+from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE, metadata
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
 
 REVISION = "0009"
 """Revision that this version needs, which is the newest revision in `alembic/versions`."""
-
-APPLICATION_VERSION_TABLE = "application_schema_version"
-"""Version table of the application's own revisions."""
 
 logger: logging.Logger = logging.getLogger("homeagent")
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
     from homeagent.engine.sqlite.engine import SQLiteEngine
+    from homeagent.engine.sqlite.manifests import Manifest
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -367,9 +368,13 @@ def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str
 def back_up(
     engine: SQLiteEngine, revision: str, clock: Clock, kind: Literal["upgrade", "adoption"] = "upgrade"
 ) -> Path:
-    """Back up the last commit over another connection, because the upgrade's connection is in a write transaction."""
+    """Back up the last commit over another connection, because the upgrade's connection is in a write transaction.
+
+    Afterwards remove the backups of earlier, failed attempts. Otherwise the backups would fill the disk if the service
+    manager restarts the gateway repeatedly.
+    """
     from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
-    from homeagent.engine.sqlite.manifests import PARTIAL
+    from homeagent.engine.sqlite.manifests import PARTIAL, backups_in
 
     path, now = engine.path, clock()
     target = path.with_name(backup_name(path, revision, now))
@@ -378,9 +383,32 @@ def back_up(
         # No other upgrade runs while this process holds the lock, so an upgrade that was killed left this file.
         discard(stale)
     try:
-        write_backup(engine, target, partial=partial, taken_at=now, kind=kind)
+        manifest = write_backup(engine, target, partial=partial, taken_at=now, kind=kind)
+        for backup, earlier in backups_in(path.parent, path) if kind == "upgrade" else ():
+            # Do not remove a copy with another name, because only the administrator renames a backup.
+            named = backup.name == backup_name(path, revision, earlier.taken_at)
+            if named and backup != target and _is_same_upgrade(earlier, manifest):
+                discard(backup)
+                logger.info(
+                    "removed the backup %s of a failed upgrade: %s replaces the backup",
+                    backup,
+                    target,
+                    extra={"event": "failed_upgrade_backup_removed", "backup": str(backup)},
+                )
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
         raise  # the messages of these errors already name the remedy
     except HomeAgentError as error:
         raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target
+
+
+def _is_same_upgrade(earlier: Manifest, new: Manifest) -> bool:
+    """Return True if the upgrade after the earlier backup failed, and the new backup is for the same upgrade.
+
+    A successful upgrade changes at least one of the two revisions. A restore of an earlier revision changes the epoch,
+    and a manual downgrade changes SQLite's counter of schema changes.
+    """
+    return earlier.schema_version is not None and all(
+        getattr(earlier, name) == getattr(new, name)
+        for name in ("kind", "database", "epoch", "schema_revision", "application_revision", "schema_version")
+    )

@@ -45,5 +45,8 @@ TABLES: tuple[str, ...] = tuple(sorted(table.name for table in SCHEMA))
 VERSION_TABLE = "homeagent_schema_version"
 """Alembic's table with the revision of homeagent's schema."""
 
+APPLICATION_VERSION_TABLE = "application_schema_version"
+"""Version table of the application's own revisions."""
+
 DATA_TABLES: tuple[str, ...] = tuple(sorted(set(TABLES) - {store_table.name, DeviceChange.__table__.name}))
 """Names of homeagent's tables with rows of an application: all except `store` and the feed of device changes."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ from sqlalchemy import text
 from homeagent import Database
 from homeagent.errors import InvalidArgumentError, MigrationError, SchemaOutdatedError, SchemaTooNewError
 from homeagent.migrations import REVISION
+from homeagent.testing import FakeClock
 from tests.conftest import Children, add_agent, postgres_execute
-from tests.migrations.old_databases import clock, fetch, is_sound, killed_at_statements, old_database, rows_of
+from tests.migrations.old_databases import clock, fetch, is_sound, killed_at_statements, old_database, rows_of, sqlite
 from tests.migrations.own_revisions import CREATE, write_revision, write_revisions
 
 
@@ -86,6 +89,46 @@ def test_old_file_is_backed_up_once(tmp_path: Path, folder: Path) -> None:
     assert fetch(path, "SELECT version_num FROM application_schema_version") == [("a3",)]
 
 
+def test_failed_attempts_keep_one_backup(tmp_path: Path, folder: Path) -> None:
+    """A new attempt replaces the backup of a failed attempt, but no backup of a successful upgrade or of a user."""
+    path, time = tmp_path / "homeagent.db", FakeClock(clock())
+
+    def upgrade() -> Path:
+        time.advance(minutes=1)
+        Database.open(path, migrations=folder, clock=time).close()
+        return max(tmp_path.glob("*Z.backup"))
+
+    def failed_upgrade() -> Path:
+        with pytest.raises(MigrationError) as caught:
+            upgrade()
+        assert caught.value.backup is not None
+        return caught.value.backup
+
+    Database.open(path, migrations=folder, clock=time).close()
+    write_revision(folder, "a4", "a3", "op.execute(\"UPDATE notes SET text = ''\")")  # changes no schema
+    kept = {upgrade()}
+    a5 = write_revision(folder, "a5", "a4", 'raise KeyError("a value")')
+    failed = failed_upgrade()
+    kept.add(tmp_path / "homeagent.db.of-a-user.backup")
+    for suffix in ("", ".json"):
+        shutil.copy(f"{failed}{suffix}", tmp_path / f"homeagent.db.of-a-user.backup{suffix}")
+    for _ in range(2):
+        failed = failed_upgrade()
+        assert set(tmp_path.glob("*.backup")) == {*kept, failed}
+    a5.unlink()
+    write_revision(folder, "a5", "a4", 'op.drop_table("notes")')
+    kept.add(upgrade())
+    assert set(tmp_path.glob("*.backup")) == kept
+    assert {path.with_suffix("") for path in tmp_path.glob("*.json")} == kept
+    a5.unlink()
+    with closing(sqlite(path)) as raw:  # a manual downgrade
+        raw.execute("CREATE TABLE notes (id INTEGER, text TEXT)")
+        raw.execute("UPDATE application_schema_version SET version_num = 'a4'")
+    write_revision(folder, "a5", "a4", 'raise KeyError("a value")')
+    failed = failed_upgrade()
+    assert set(tmp_path.glob("*.backup")) == {*kept, failed}
+
+
 def test_unknown_revision(target: str, folder: Path) -> None:
     """If the application was set back to an older version, the error names the application and both revisions."""
     Database.open(target, migrations=folder).close()
@@ -149,6 +192,7 @@ def test_acknowledged_trigger(target: str, folder: Path) -> None:
         ('raise KeyError("a value")', r"the revision 'a4' of .*migrations: KeyError\)"),
         ('op.execute("INSERT INTO nowhere VALUES (1)")', "the revision 'a4' of .*no such table|'a4'.*nowhere"),
         ("op.execute(\"INSERT INTO notes (id, session_id) VALUES (1, 'no')\")", "notes"),
+        ('op.create_table("HomeAgent_x", sa.Column("id", sa.Integer))', "'a4' of .*'HomeAgent_x'.*another name"),
         ('op.execute("COMMIT")\nop.execute("SELECT * FROM nowhere")', r"'a4' of .*it sends COMMIT or ROLLBACK"),
     ],
 )

@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +36,7 @@ from homeagent.errors import (
     HomeAgentError,
     InvalidArgumentError,
 )
-from homeagent.models import TABLES, VERSION_TABLE
+from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from homeagent.engine.sqlite.engine import SQLiteEngine
@@ -54,13 +54,13 @@ Stop = Callable[[], bool]
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Contents of a database for the manifest: the number of rows of each table, the schema revision and the epoch. The
-    revision and the epoch can be None.
-    """
+    """Contents of a database for the manifest. The attributes have the meaning of the manifest's attributes."""
 
     rows: dict[str, int]
     revision: str | None
+    application_revision: str | None
     epoch: int | None
+    schema_version: int = field(compare=False)
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
@@ -158,13 +158,19 @@ def read_contents(raw: Any) -> Contents:
         name: int(raw.execute(f'SELECT count(*) FROM "{escaped}"').get)  # noqa: S608  a name, escaped
         for name, escaped in quoted_names.items()
     }
-    versions = f"SELECT version_num FROM {VERSION_TABLE}"  # noqa: S608  a constant
-    revisions = raw.execute(versions).fetchall() if VERSION_TABLE in tables else []
+    versions, own = (
+        [str(row[0]) for row in raw.execute(f"SELECT version_num FROM {table} ORDER BY version_num").fetchall()]  # noqa: S608  a constant
+        if table in tables
+        else []
+        for table in (VERSION_TABLE, APPLICATION_VERSION_TABLE)
+    )
     epochs = raw.execute("SELECT epoch FROM store").fetchall() if "store" in tables else []
     return Contents(
         rows=rows,
-        revision=str(revisions[0][0]) if len(revisions) == 1 else None,
+        revision=versions[0] if len(versions) == 1 else None,
+        application_revision=", ".join(own) or None,
         epoch=int(epochs[0][0]) if len(epochs) == 1 else None,
+        schema_version=int(raw.execute("PRAGMA schema_version").get),
     )
 
 
@@ -265,6 +271,8 @@ def _describe(
         database=str(database),
         taken_at=taken_at,
         schema_revision=contents.revision,
+        application_revision=contents.application_revision,
+        schema_version=contents.schema_version,
         epoch=contents.epoch,
         rows=contents.rows,
         size=size,

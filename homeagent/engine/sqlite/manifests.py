@@ -41,6 +41,9 @@ class Manifest(BaseModel, frozen=True):
         database: absolute path of the source database.
         taken_at: time of the backup by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
+        application_revision: revisions of the application's own tables; None without own revisions.
+        schema_version: SQLite's counter of schema changes (https://sqlite.org/pragma.html#pragma_schema_version); None
+            in the manifest of an earlier version of homeagent.
         epoch: epoch of the store; None if the schema is too old to have epochs.
         rows: number of rows of each table.
         size: size of the backup, in bytes.
@@ -53,6 +56,8 @@ class Manifest(BaseModel, frozen=True):
     database: str
     taken_at: AwareDatetime
     schema_revision: str | None
+    application_revision: str | None = None
+    schema_version: int | None = None
     epoch: int | None = None
     rows: dict[str, int]
     size: int
