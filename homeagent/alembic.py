@@ -25,8 +25,7 @@ from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.target import ENVIRONMENT_VARIABLE
 from homeagent.environment import BUSY_TIMEOUT
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
-from homeagent.models import SCHEMA, VERSION_TABLE
+from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, VERSION_TABLE
 from homeagent.opening import open_engine
 
 if TYPE_CHECKING:

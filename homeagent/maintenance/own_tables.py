@@ -48,14 +48,8 @@ from homeagent.errors import (
     InvalidArgumentError,
     TargetNotEmptyError,
 )
-from homeagent.migrations.revisions import (
-    APPLICATION_VERSION_TABLE,
-    broken_references,
-    own_tables,
-    reason_of,
-    stored_revisions,
-)
-from homeagent.models import metadata
+from homeagent.migrations.revisions import broken_references, own_tables, reason_of, stored_revisions
+from homeagent.models import APPLICATION_VERSION_TABLE, metadata
 from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
 
 if TYPE_CHECKING:

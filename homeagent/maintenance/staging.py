@@ -30,10 +30,9 @@ from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
 from homeagent.migrations import revision_of
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import open_sqlite
-from homeagent.models import DATA_TABLES, TABLES, store_table
+from homeagent.models import APPLICATION_VERSION_TABLE, DATA_TABLES, TABLES, store_table
 
 SQLITE_HEADER = b"SQLite format 3\0"
 _HEADER_SIZE = 100

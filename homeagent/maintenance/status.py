@@ -18,8 +18,8 @@ from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.target import presentable_url
 from homeagent.migrations import revision_of
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, count_rows, own_tables, stored_revisions
-from homeagent.models import DATA_TABLES
+from homeagent.migrations.revisions import count_rows, own_tables, stored_revisions
+from homeagent.models import APPLICATION_VERSION_TABLE, DATA_TABLES
 from homeagent.stores.idempotency_key_statements import COUNT_EXPIRED as EXPIRED_KEYS
 from homeagent.stores.nonces import COUNT_EXPIRED as EXPIRED_NONCES
 from homeagent.stores.nonces import FIND_RECORD

@@ -26,7 +26,6 @@ from sqlalchemy import event, text
 from homeagent.engine.sqlite.table_guard import refuse_changes
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError, SchemaTooNewError
 from homeagent.migrations.revisions import (
-    APPLICATION_VERSION_TABLE,
     SPEAK_FOR_THEMSELVES,
     RevisionFailedError,
     loaded,
@@ -35,7 +34,7 @@ from homeagent.migrations.revisions import (
     stored_revisions,
     tables,
 )
-from homeagent.models import TABLES, VERSION_TABLE
+from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE
 from homeagent.models.base import RESERVED_PREFIX
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from sqlmodel import AutoString
 from homeagent.engine.sqlite.inspection import scratch_sqlite
 from homeagent.errors import MigrationError
 from homeagent.migrations.application import Application
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, RevisionFailedError, upgrade
-from homeagent.models import SCHEMA, metadata
+from homeagent.migrations.revisions import RevisionFailedError, upgrade
+from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, metadata
 from homeagent.models.base import Table
 from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
 

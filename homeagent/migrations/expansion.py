@@ -25,8 +25,8 @@ from sqlalchemy import inspect, text
 
 from homeagent.errors import IncompatibleRevisionError
 from homeagent.migrations.application import Application
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, loaded
-from homeagent.models import TABLES, VERSION_TABLE
+from homeagent.migrations.revisions import loaded
+from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

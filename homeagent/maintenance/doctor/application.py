@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from homeagent.maintenance.doctor.report import Collector, Severity
-from homeagent.migrations.revisions import APPLICATION_VERSION_TABLE, count_rows, own_tables, stored_revisions
+from homeagent.migrations.revisions import count_rows, own_tables, stored_revisions
 from homeagent.migrations.schema_drift import Difference, schema_differences
+from homeagent.models import APPLICATION_VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
