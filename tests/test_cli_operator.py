@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -19,7 +18,7 @@ from pydantic import SecretStr
 from homeagent import AgentCreate, AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
 from homeagent.errors import DatabaseBusyError
 from tests.command_line import invoke
-from tests.conftest import ROOT, START, Children, FakeClock
+from tests.conftest import START, Children, FakeClock
 
 LONG_ID = "kitchen-thermostat-on-the-left-side-of-the-door-to-the-garden"
 AT_START = START.isoformat()
@@ -292,21 +291,6 @@ def test_nonces_forget_releases_the_limit(sqlite_path: Path) -> None:
     with Database.open(sqlite_path) as database:
         database.nonces.consume("lamp", "n1", expires_at=soon)
     assert invoke("nonces", "forget", "lamp", "--database", sqlite_path).stdout == "Released 1 nonce of 'lamp'.\n"
-
-
-def test_the_day_of_an_operator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of the section in docs/operations.md work in their order, with yes as each answer."""
-    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8").partition("## A day of an operator")[2]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOMEAGENT_DATABASE", str(tmp_path / "store" / "h.db"))
-    lines = text.partition("```sh\n")[2].partition("```")[0].splitlines()
-    assert len(lines) > 8
-    for line in lines:
-        program, *arguments = shlex.split(line, comments=True)
-        done = invoke(*arguments, input="y\n")
-        # The doctor warns here, because the backup is the first, or the directory is in memory.
-        assert program == "homeagent"
-        assert done.exit_code == 0 or arguments == ["doctor"], done.output
 
 
 GATEWAY = """

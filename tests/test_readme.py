@@ -1,18 +1,14 @@
-"""The sessions in the README and the pages of `docs` run, and the links lead to existing targets."""
+"""The Python sessions of the pages run, and the links lead to existing targets."""
 
 import doctest
 import os
 import re
-import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from homeagent.cli.commands import command
-
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -39,19 +35,6 @@ def test_sessions_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_there_is_a_session() -> None:
     """The README shows a session, so that the test above has a session to run."""
     assert "Database.open" in "".join(blocks(ROOT / "README.md", "python"))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_exist(page: Path) -> None:
-    """Each command line of a page has existing commands, options and choices, and all required arguments."""
-    if page.name == "command-line.md":
-        return  # a program writes the page from the commands
-    text = "".join(blocks(page, "sh") + blocks(page, "console"))
-    for line in re.findall(r"^(?:\$ |epoch=\$\()?homeagent (.*?)(?: \|.*)?$", text, flags=re.MULTILINE):
-        called, words = command, shlex.split(line.replace("${epoch:-0}", "0"), comments=True)
-        while hasattr(called, "commands"):
-            called = called.commands[words.pop(0)]
-        called.make_context(called.name, words, obj=SimpleNamespace())
 
 
 def anchors(page: Path) -> set[str]:

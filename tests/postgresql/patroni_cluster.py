@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,15 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import IO
 
+from tests.conftest import ROOT
 from tests.postgresql.load import wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
 __all__ = ["PatroniCluster"]
+
+_PAGE = (ROOT / "docs" / "postgresql.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
+# JSON reads the values of the page's settings, which are numbers and `true`.
+_SETTINGS = {name: json.loads(value) for name, value in re.findall(r"^(\w+): (\S+)", _PAGE, re.MULTILINE)}
 
 
 class PatroniCluster:
@@ -83,14 +89,7 @@ class PatroniCluster:
             "etcd3": {"host": f"127.0.0.1:{self._etcd_port}"},
             "bootstrap": {
                 "dcs": {
-                    # Patroni's minimum is 20 seconds, and bounds the time until a lost node is noticed.
-                    "ttl": 20,
-                    "loop_wait": 1,
-                    "retry_timeout": 3,
-                    # No commit is acknowledged before the standby has it, and no other standby is promoted.
-                    "synchronous_mode": True,
-                    # A failed primary gives up its leadership at once, without a restart before.
-                    "primary_start_timeout": 0,
+                    **_SETTINGS,
                     "postgresql": {"use_pg_rewind": True, "parameters": {"wal_keep_size": "256MB"}},
                 },
                 "initdb": ["data-checksums", {"encoding": "UTF8"}, {"locale": "C"}],

@@ -214,10 +214,6 @@ class Server:
         self.stop(mode)
         self.start()
 
-    def promote(self) -> None:
-        """Promote a standby to a primary, and return when it accepts writes."""
-        self._control("promote")
-
     def kill(self) -> None:
         """End all processes with SIGKILL at once, as a power loss does."""
         postmaster = self.pid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,11 +11,16 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database
-from tests.conftest import Children, RecordProperty
+from tests.conftest import ROOT, Children, RecordProperty
 from tests.postgresql.load import Load, wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
 ROUNDS = 5
+PAGE = (ROOT / "docs" / "postgresql.md").read_text(encoding="utf-8")
+WAIT_FOR_STANDBY, PROMOTE = (
+    [line.partition(" -- ")[0] for line in block.splitlines()]
+    for block in re.findall(r"^```sql\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+)
 
 
 class Pair:
@@ -43,17 +49,12 @@ class Pair:
         name = directory.name
         self.standby = self.primary.clone(directory, port=port, name=name)
         self.standby.start()
-        self._set(self.primary, name)
+        for statement in WAIT_FOR_STANDBY:
+            self.primary.execute(statement.replace("'b'", f"'{name}'"))
         wait_for(
             "a synchronous standby",
             lambda: self.primary.execute("SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"),
         )
-
-    @staticmethod
-    def _set(server: Server, standby: str) -> None:
-        """Set the standby that commits wait for: '' for none."""
-        server.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{standby}'")
-        server.execute("SELECT pg_reload_conf()")
 
     def wait_for_waiting(self) -> None:
         """Wait until commits wait: the server's processes apply a setting with a delay."""
@@ -64,8 +65,8 @@ class Pair:
 
     def promote(self) -> None:
         """Promote the standby. The new primary has no standby yet, so its commits must not wait."""
-        self._set(self.standby, "")
-        self.standby.promote()
+        for statement in PROMOTE:
+            self.standby.execute(statement)
         self.primary, self.standby = self.standby, self.primary
 
     def rebuild(self) -> None:
