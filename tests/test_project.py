@@ -174,10 +174,24 @@ def test_every_dependency_has_a_lower_bound() -> None:
 
 
 def test_changelog_has_a_section_for_each_version() -> None:
-    """The changelog has one section for each release, and can begin with a section for unreleased changes."""
-    sections = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert all(re.fullmatch(r"\d+\.\d+\.\d+", section) for section in sections[sections[0] == "Unreleased" :])
-    assert len(sections) == len(set(sections))
+    """The changelog has one dated section for each release, and can begin with a section for the next version."""
+    sections = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    named = [re.fullmatch(r"(\d+\.\d+\.\d+) \((?:(unreleased)|\d{4}-\d\d-\d\d)\)", section) for section in sections]
+    assert all(named)
+    assert not any(match[2] for match in named[1:] if match)
+    assert len(sections) == len({match[1] for match in named if match})
+
+
+@pytest.mark.parametrize(("heading", "status"), [("0.1.0 (2030-01-31)", 0), ("0.1.0 (unreleased)", 1), ("0.1.01", 1)])
+def test_publish_needs_a_dated_section(heading: str, status: int, tmp_path: Path) -> None:
+    """The workflow for releases refuses a tag if the changelog has no section with the version and a date."""
+    workflow = (ROOT / ".github/workflows/publish.yml").read_text(encoding="utf-8")
+    script = re.search(r"section in CHANGELOG.md\n +run: \|\n((?: {10}.*\n)+)", workflow)
+    assert script is not None
+    (tmp_path / "CHANGELOG.md").write_text(f"# Changelog\n\n## {heading}\n")
+    environment = {**os.environ, "GITHUB_REF_NAME": "v0.1.0"}
+    done = subprocess.run(["bash", "-e", "-c", script[1]], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == status
 
 
 @pytest.mark.parametrize("kind", FORBIDDEN_TEXTS)
