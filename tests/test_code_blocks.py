@@ -112,6 +112,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Database.open(folder / "store" / "homeagent.db", clock=clock, durability="normal") as database:
         database.pair(DevicePair(id="hall-lamp", role=Role.NODE))
         database.devices.approve("hall-lamp")
+        database.pair(DevicePair(id="phone", role=Role.CLIENT))
         database.agents.create(AgentCreate(id="butler", name="Butler", workspace_path="/srv/butler"))
         for key in ("0f3c", "51d0"):
             scope = IdempotencyScope("lamp", "orders.create", key)
@@ -145,7 +146,7 @@ class Shell:
         return "".join(self._run(line) for line in block.replace("\\\n", "").splitlines())
 
     def _run(self, line: str) -> str:
-        line = re.sub(r"(?<![\w./])/(?=(?:srv|var)/)", "", line.removeprefix("podman exec gateway "))
+        line = re.sub(r"^podman exec (--interactive --tty )?gateway |(?<![\w./])/(?=(?:srv|var)/)", "", line)
         if read := re.fullmatch(r"(\w+)=\$\((.*) \| jq \.(\w+)\)", line):
             self.variables[read[1]] = str(json.loads(self._run(read[2]))[read[3]])
             return ""
