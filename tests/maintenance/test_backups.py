@@ -55,12 +55,15 @@ def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, t
     assert stat.S_IMODE(backup.parent.stat().st_mode) == 0o700
     manifest = json.loads(manifest_path(backup).read_text())
     assert manifest.pop("package_version")
+    with closing(connect(f"file:{sqlite_path}?mode=ro", uri=True)) as raw:
+        assert manifest.pop("schema_version") == raw.execute("PRAGMA schema_version").fetchone()[0]
     assert manifest == {
         "format": 1,
         "kind": "backup",
         "database": str(sqlite_path),
         "taken_at": "2026-01-02T03:04:05.678000Z",
         "schema_revision": REVISION,
+        "application_revision": None,
         "epoch": 1,
         "rows": {
             "agents": 1,
