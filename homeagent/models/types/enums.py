@@ -5,14 +5,14 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Dialect, Integer, Text
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy import Integer, Text
+from sqlalchemy.types import TypeEngine
 
 from homeagent.errors import InvalidArgumentError
-from homeagent.models.types.stored_values import loaded
+from homeagent.models.types.stored_values import StoredColumn
 
 
-class EnumColumn(TypeDecorator[StrEnum]):
+class EnumColumn(StoredColumn[StrEnum]):
     """Column type for a StrEnum, which stores a member as the text of its value.
 
     SQLAlchemy's column type Enum would store the name of a member instead of its value.
@@ -29,6 +29,7 @@ class EnumColumn(TypeDecorator[StrEnum]):
         super().__init__()
         self.kind = kind
         self.loaded_values: dict[str, StrEnum] = {member.value: member for member in kind}
+        self.convert_loaded = self.loaded_values.__getitem__
         self._stored: dict[Any, str] = {member.value: member.value for member in kind}
 
     def convert_bound(self, value: StrEnum | str) -> str:
@@ -37,14 +38,6 @@ class EnumColumn(TypeDecorator[StrEnum]):
             return self._stored[value]
         except (KeyError, TypeError):
             raise InvalidArgumentError(f"a value is not a member of {self.kind.__name__}") from None
-
-    def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
-        """Return the member's value."""
-        return None if value is None else self.convert_bound(value)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
-        """Return the member that has this value."""
-        return None if value is None else loaded(self.loaded_values.__getitem__, value)
 
 
 class _Flags(dict[Any, bool]):
@@ -56,7 +49,7 @@ class _Flags(dict[Any, bool]):
         return self._otherwise
 
 
-class FlagColumn(TypeDecorator[bool]):
+class FlagColumn(StoredColumn[bool]):
     """Column type for a bool, stored as INTEGER 0 or 1. SQLAlchemy's column type Boolean would declare the column as
     BOOLEAN.
 
@@ -67,18 +60,10 @@ class FlagColumn(TypeDecorator[bool]):
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
     cache_ok: bool | None = True
+    convert_bound = int
 
     def __init__(self, *, otherwise: bool = False) -> None:
         super().__init__()
         self.otherwise = otherwise
         self.loaded_values: dict[object, bool] = _Flags(otherwise=otherwise)
-
-    def process_bind_param(self, value: bool | None, dialect: Dialect) -> int | None:
-        """Return 1 or 0."""
-        return None if value is None else int(value)
-
-    def process_result_value(self, value: object, dialect: Dialect) -> bool | None:
-        """Return True for 1, False for 0, and the argument `otherwise` for any other stored value."""
-        return None if value is None else self.loaded_values[value]
-
-    convert_bound = int
+        self.convert_loaded = self.loaded_values.__getitem__

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, JsonValue
 from pydantic_core import from_json, to_json
 from sqlalchemy import Dialect, Text
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import TypeEngine
 
 from homeagent.errors import InvalidArgumentError
-from homeagent.models.types.stored_values import loaded
+from homeagent.models.types.stored_values import StoredColumn
 
 MAX_JSON_BYTES = 256 * 1024
 """Maximum length of the JSON text of a configuration and of metadata."""
@@ -89,7 +88,7 @@ ResultJson = Annotated[JsonValue, _within(MAX_RESULT_BYTES)]
 """A JSON value with at most 1 MiB of text."""
 
 
-class JsonColumn(TypeDecorator[Any]):
+class JsonColumn(StoredColumn[Any]):
     """Column type for JSON, stored as text on both engines.
 
     A database's own JSON type would change the order of keys, -0.0, large integers or NUL characters.
@@ -101,6 +100,7 @@ class JsonColumn(TypeDecorator[Any]):
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
     cache_ok: bool | None = True
+    convert_loaded = staticmethod(decode_json)
 
     def __init__(self, *, none_as_null: bool = True, limit: int = MAX_JSON_BYTES) -> None:
         super().__init__()
@@ -110,9 +110,3 @@ class JsonColumn(TypeDecorator[Any]):
     def process_bind_param(self, value: Any, dialect: Dialect) -> str | None:
         """Return the text to store."""
         return None if value is None and self.none_as_null else encode_json(value, limit=self.limit)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> Any:
-        """Return the value of the stored text."""
-        return None if value is None else loaded(self.convert_loaded, value)
-
-    convert_loaded: Callable[[str], Any] = staticmethod(decode_json)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from sqlalchemy import Column, Table
+from sqlalchemy import Column, Dialect, Table
+from sqlalchemy.types import TypeDecorator
 
 from homeagent.errors import CorruptDatabaseError
 
@@ -64,3 +65,24 @@ def loaded(convert: Callable[[Any], T], value: Any) -> T:
     except UNREADABLE:
         # Do not chain the original error, because an error of the module json shows the text, which can be a secret.
         raise unreadable() from None
+
+
+class StoredColumn(TypeDecorator[T]):
+    """Base class of homeagent's column types, which convert values. NULL and None need no conversion.
+
+    The code that homeagent generates for each statement bypasses SQLAlchemy's layers. The code calls the functions
+    `convert_bound()` and `convert_loaded()` of the column type. For a statement with many rows, the generated code
+    looks values up in the dictionary `loaded_values`. SQLAlchemy reads `cache_ok` only from the class itself, so each
+    column type sets `cache_ok`.
+    """
+
+    convert_bound: Callable[[Any], Any]
+    convert_loaded: Callable[[Any], Any]
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        """Return the value to store."""
+        return None if value is None else self.convert_bound(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> T | None:
+        """Return the Python value of a stored value."""
+        return None if value is None else loaded(self.convert_loaded, value)

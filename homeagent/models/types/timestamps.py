@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
 from sqlalchemy import BigInteger, Dialect, Integer
-from sqlalchemy.types import TypeDecorator, TypeEngine
+from sqlalchemy.types import TypeEngine
 
 from homeagent.errors import InvalidArgumentError
-from homeagent.models.types.stored_values import loaded
+from homeagent.models.types.stored_values import StoredColumn
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
@@ -142,29 +142,19 @@ class _TimestampCache(dict[int, datetime]):
         return timestamp
 
 
-class TimestampColumn(TypeDecorator[datetime]):
+class TimestampColumn(StoredColumn[datetime]):
     """Column type for a timestamp in milliseconds since 1970. The column is INTEGER on SQLite and BIGINT on
     PostgreSQL.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = BigInteger
     cache_ok: bool | None = True
+    loaded_values: dict[int, datetime] = _TimestampCache()
+    convert_loaded = staticmethod(_timestamp_of)
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the type of 64-bit integers of the engine."""
         return dialect.type_descriptor(Integer() if dialect.name == "sqlite" else BigInteger())
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
-        """Return the milliseconds of an aware datetime."""
-        return None if value is None else self.convert_bound(value)
-
-    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        """Return the timestamp of a number of milliseconds, in UTC."""
-        return None if value is None else loaded(self.convert_loaded, value)
-
-    # The code that homeagent generates for each statement bypasses SQLAlchemy's layers. The code calls the functions
-    # `convert_bound()` and `convert_loaded()` of the column type. For a statement with many rows, the generated code
-    # calls `loaded_values()`. The generated code does not convert None.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
@@ -174,10 +164,3 @@ class TimestampColumn(TypeDecorator[datetime]):
         except TypeError:
             raise InvalidArgumentError("a timestamp must be an aware datetime") from None
         return since.days * 86_400_000 + since.seconds * 1000 + since.microseconds // 1000
-
-    @staticmethod
-    def convert_loaded(value: int) -> datetime:
-        """Return the timestamp of a number of milliseconds, in UTC."""
-        return _timestamp_of(value)
-
-    loaded_values: dict[int, datetime] = _TimestampCache()
