@@ -57,8 +57,9 @@ class GroupCommit:
     def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
         self._settings = settings
         self._executor = executor
-        # The mutex protects the states of the calls. The mutex is reentrant, because a signal handler can use the
-        # database.
+        # The mutex protects the states of the calls. Do not call a function while a caller's thread holds the mutex. A
+        # signal handler runs after a call, and can wait for the writer thread, which waits for the mutex
+        # (`test_a_handler_that_writes_during_a_call`). The mutex is reentrant, because `close()` calls functions.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, set[QueuedCall]] = WeakKeyDictionary()
@@ -172,10 +173,11 @@ class GroupCommit:
         in seconds.
         """
         remaining = timeout = self._settings.timeout
+        now = monotonic()
         with self._mutex:
             # While no batch runs, a queued call does not time out, because the writer thread soon takes the call.
             if call.state is ENDED or (call.state is QUEUED and self._batch):
-                remaining = call.since + timeout - monotonic()
+                remaining = call.since + timeout - now
                 if remaining <= 0:
                     call.state, call.callbacks = LEFT, None
         if call.state is LEFT:
@@ -195,25 +197,29 @@ class GroupCommit:
 
     def _submit(self, call: QueuedCall) -> None:
         """Queue a call for the writer thread, and start the thread if necessary."""
+        if self._is_closed:
+            raise DatabaseClosedError(_CLOSED)
+        self._queue.put(call)
+        # Read the attribute `_thread` after `put()`. The writer thread ends only if the queue is empty.
         with self._mutex:
-            if self._is_closed:
-                raise DatabaseClosedError(_CLOSED)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._write, name="homeagent-writer", daemon=True)
-                try:
-                    self._thread.start()
-                except BaseException as error:
-                    # The thread can have started in spite of the error. The method `_write()` of the thread ends at
-                    # once if the attribute `_thread` is None.
-                    self._thread = None
-                    if not isinstance(error, Exception):
-                        raise
-                    call.error = DatabaseError(
-                        f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
-                    )
+            thread = self._thread
+        if thread is not None:
+            return
+        try:
+            threading.Thread(target=self._write, name="homeagent-writer", daemon=True).start()
+        except Exception as error:  # noqa: BLE001  the caller gets the error, or runs the unit
+            failure = DatabaseError(
+                f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
+            )
+            with self._mutex:
+                # If another caller has started the thread, the thread also takes this call.
+                if call.state is QUEUED and self._thread is None:
+                    call.error = failure
                     call.state = ALONE if call.future is None else DONE
-                    return
-            self._queue.put(call)
+            # Remove the ended calls, because no thread empties the queue.
+            for queued in [self._next() for _ in range(self._queue.qsize())]:
+                if queued is not None and not queued.state.is_over:
+                    self._queue.put(queued)
 
     def close(self) -> None:
         """End the queued calls with DatabaseClosedError. Wait for the end of the writer thread, for at most
@@ -224,11 +230,11 @@ class GroupCommit:
         """
         with self._mutex:
             self._is_closed = True
-            while (call := self._next()) is not None:
-                call.error = DatabaseClosedError(_CLOSED)
-                self._deliver(self._move([call], DONE))
-            self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # an empty call wakes the writer thread
             thread, timeout = self._thread, self._settings.timeout
+        while (call := self._next()) is not None:
+            call.error = DatabaseClosedError(_CLOSED)
+            self._deliver(self._move([call], DONE))
+        self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # an empty call wakes the writer thread
         if thread is None or thread is threading.current_thread():
             return
         thread.join(timeout)
@@ -243,7 +249,12 @@ class GroupCommit:
 
     def _write(self) -> None:
         """Run batches until the database is closed, or until no call was queued for `_IDLE` seconds."""
-        while self._thread is threading.current_thread():
+        thread = threading.current_thread()
+        with self._mutex:
+            # Two callers can start a thread at the same time. The second thread ends at once.
+            if self._thread is None:
+                self._thread = thread
+        while self._thread is thread:
             try:
                 first = self._queue.get(timeout=0 if self._is_closed else _IDLE)
             except Empty:

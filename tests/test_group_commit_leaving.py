@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -18,7 +19,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from homeagent import Database, UnitOfWork
+from homeagent import Database, UnitOfWork, group_commit
 from tests import fork_server
 from tests.batches import agents_of, create, creating, group_commit_of
 from tests.conftest import Children
@@ -228,6 +229,23 @@ database.close()
 """
     result = fork_server.run(code, sqlite_path, timeout=60)
     assert (result.stdout, result.stderr) == ("interrupted\n0 []\n", "")
+
+
+def test_a_handler_that_writes_during_a_call(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If a signal handler writes at any point of a call that waits for the writer thread, both units are committed."""
+    monkeypatch.setattr(group_commit, "_IDLE", 0.0)  # each call starts the writer thread
+    names = map(str, itertools.count())
+
+    def write() -> None:
+        group_commit_of(database)._is_contended = True
+        database.run(lambda unit: create(unit, next(names)))
+
+    turn = 0
+    with Database.open(sqlite_path, busy_timeout=timedelta(seconds=2), durability="normal") as database:
+        while interrupt_at(turn, {"homeagent.group_commit"}, write, write):
+            turn += 1
+        assert len(database.agents.list(limit=1000)) == 2 * turn + 1
+    assert turn > 5
 
 
 @pytest.mark.parametrize("crowded", [False, True], ids=["in its own thread", "in the writer's"])
