@@ -98,6 +98,10 @@ def make_app(house: House) -> FastAPI:
     async def stream(once: Key) -> Any:
         return await once(lambda attempt: StreamingResponse(iter([str(house.close(attempt))])))
 
+    @app.post("/bytes")
+    async def not_json(once: Key) -> Any:
+        return await once(lambda attempt: house.close(attempt) and b"\xff")
+
     @app.post("/fail/{kind}")
     async def fail(kind: str, once: Key) -> Any:
         failures: dict[str, Exception] = {
@@ -297,11 +301,13 @@ def test_two_effects_of_a_request(client: Client, house: House) -> None:
 
 
 def test_an_answer_that_cannot_be_stored(client: Client, house: House) -> None:
-    """The first request gets a streamed answer, and a retry learns that the effect took place."""
+    """After a streamed answer, or an answer that has no JSON, a retry learns that the effect took place."""
     assert post(client, "/stream").text == "{'count': 1}"
-    retry = post(client, "/stream")
-    assert (retry.status_code, retry.json()["error"]) == (409, "IdempotencyError")
-    assert house.count == 1
+    assert post(client, "/bytes").status_code == 500
+    for path in ("/stream", "/bytes"):
+        retry = post(client, path)
+        assert (retry.status_code, retry.json()["error"]) == (409, "IdempotencyError")
+    assert house.count == 2
 
 
 # Webhooks

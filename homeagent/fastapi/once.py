@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import timedelta
 from inspect import isawaitable, iscoroutinefunction
 from secrets import token_urlsafe
@@ -136,7 +136,10 @@ class Once:
             value = problem_response(error)
         self._first = value
         if not isinstance(value, Response):
-            self._first = jsonable_encoder(value)
+            # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value. FastAPI raises the
+            # error again for the reply.
+            with suppress(Exception):
+                self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
         # A streamed body can't be stored, so `arun_once()` records the outcome without a value.
         body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
