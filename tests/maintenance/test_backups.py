@@ -56,7 +56,7 @@ def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, t
     manifest = json.loads(manifest_path(backup).read_text())
     assert manifest.pop("package_version")
     with closing(connect(f"file:{sqlite_path}?mode=ro", uri=True)) as raw:
-        assert manifest.pop("schema_version") == raw.execute("PRAGMA schema_version").fetchone()[0]
+        assert manifest.pop("schema_version") == raw.pragma("schema_version")
     assert manifest == {
         "format": 1,
         "kind": "backup",

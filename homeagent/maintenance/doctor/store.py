@@ -135,7 +135,7 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
     elif collector.watch():
         collector.skip(TOO_LONG, "rows")
     else:
-        collector.ok("rows", f"Rows that can't be read: 0 of {rows:,}.", rows=rows, unreadable=0)
+        collector.ok("rows", f"Rows that can be read: {rows:,} of {rows:,}.", rows=rows, unreadable=0)
 
 
 def _read(
