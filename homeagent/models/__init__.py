@@ -1,7 +1,7 @@
 """The package has six table models, which are also Pydantic models. The table `store` has no model. The only row of the
 table `store` describes the database.
 
-The module `schemas` has the models of requests and replies.
+`homeagent/models/schemas.py` has the models of requests and replies.
 """
 
 from typing import Any
@@ -27,7 +27,8 @@ from homeagent.models.schemas import (
 from homeagent.models.session import AgentSession
 from homeagent.models.store_record import store_table
 
-# Do not read homeagent's tables from `metadata.tables`, because `metadata` also has the tables of the application.
+# `homeagent.models.metadata` also contains the application's tables, so do not read homeagent's tables from
+# `metadata.tables`.
 SCHEMA: tuple[Any, ...] = (
     Agent.__table__,
     Device.__table__,

@@ -1,9 +1,8 @@
-"""Base classes of the models. The classes validate each construction and assignment. The errors of a validation hide
-the input.
+"""Base classes of the models. Each class validates an instance when the instance is constructed, and at each
+assignment. Validation errors do not show the input.
 
-Do not add `from __future__ import annotations` to a module of models. The import of `annotations` makes Pydantic and
-SQLAlchemy evaluate each annotation again for each subclass. Importing the models then takes a twelfth more time than
-without the import of `annotations`.
+Do not add `from __future__ import annotations` to a module of models, because Pydantic and SQLAlchemy would evaluate
+each annotation again for each subclass. With this future import, the import of the models would be slower by a twelfth.
 """
 
 import copy
@@ -20,9 +19,9 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
 from sqlmodel import Field, SQLModel
 
-# The imported names are private to SQLModel, which has no public counterpart. `SQLModelConfig` is the type of the
-# configuration. The context variable `finish_init` is False while SQLModel itself builds and validates an instance. The
-# function `is_table_model_class()` returns True for a class with `table=True`.
+# The next two imports are private names of SQLModel, which has no public counterparts. `SQLModelConfig` is the type of
+# `model_config`. `finish_init` is a context variable, which is False while SQLModel itself builds and validates an
+# instance. The function `is_table_model_class()` returns True for a class with `table=True`.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 from sqlmodel.main import FieldInfo, SQLModelMetaclass
 
@@ -32,7 +31,7 @@ from homeagent.models.types import choose_column_type
 T = TypeVar("T")
 
 metadata: MetaData = MetaData(
-    # Alembic can change only a constraint with a name.
+    # Every constraint needs a name, because Alembic cannot change a constraint without a name.
     naming_convention={
         "ix": "idx_%(table_name)s_%(column_0_N_name)s",
         "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -46,16 +45,16 @@ metadata: MetaData = MetaData(
 _registry = registry(metadata=metadata)
 
 
-# Pydantic can build an error again only if the error has one of Pydantic's types. A validator can also raise errors of
-# other types.
+# `ValidationError.from_exception_data` accepts only the error types of Pydantic itself. A validator can also raise
+# errors with other types.
 _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
 def _without_input(error: ValidationError) -> ValidationError:
-    """Return the error without the input, because the input can be a secret.
+    """Return a copy of the error that does not contain the input, because the input can be a secret.
 
-    Pydantic's setting `hide_input_in_errors` removes the input only from the message. But FastAPI sends the result of
-    the method `errors()` in the reply with status 422.
+    Pydantic's setting `hide_input_in_errors` removes the input only from the message. FastAPI sends the input in a
+    reply with status 422, because FastAPI calls `error.errors()`.
     """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
@@ -72,21 +71,23 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Validate the data by the function `handler()`. For invalid data, raise a ValidationError without the data."""
+    """Call `handler(data)`, which validates the data. If the data is invalid, raise a ValidationError that does not
+    contain the data.
+    """
     try:
         return handler(data)
     except ValidationError as error:
         without_input = _without_input(error)
-    # Do not raise the new error inside the `except` block. The original error, which shows the input, would be the
-    # context of the new error.
+    # Do not raise the new error inside the `except` block, because the original error would be its context and shows
+    # the input.
     raise without_input
 
 
 class Model(SQLModel, registry=_registry):
-    """Base of all models. A model refuses unknown fields, and validates assignments as well as constructions."""
+    """Base of all models. A model refuses unknown fields, and validates each assignment."""
 
     # Describe the fields of a model by `description=`. If docstrings described the fields, Pydantic would parse the
-    # source of each class. The parsing takes a tenth of the start time.
+    # source of each class, which takes a tenth of the start time.
     model_config: ClassVar[SQLModelConfig] = SQLModelConfig(
         extra="forbid",
         validate_assignment=True,
@@ -104,13 +105,13 @@ class Model(SQLModel, registry=_registry):
 
     @classmethod
     def model_validate_json(cls, *args: Any, **kwargs: Any) -> Self:
-        """Validate JSON text as Pydantic does. The errors do not show the text."""
-        # Pydantic parses the text before the call of `_hide_input`.
+        """Validate JSON text like Pydantic's method, but with errors that do not show the text."""
+        # Pydantic parses the text before it calls `_hide_input`.
         return hide_input(None, lambda _: super(Model, cls).model_validate_json(*args, **kwargs))
 
 
 class PartialIndex(Index):
-    """An index of the rows that match a condition, on both engines.
+    """An index of only the rows that match a condition, on SQLite and PostgreSQL.
 
     Do not use `Index(…, postgresql_where=…)`, because SQLAlchemy would import its PostgreSQL package in every process.
     """
@@ -121,7 +122,7 @@ class PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """Return the index options of both engines, including the condition."""
+        """Return the index options of SQLite and PostgreSQL, including the condition."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -131,8 +132,8 @@ class PartialIndex(Index):
 RESERVED_PREFIX = "homeagent_"
 """Prefix of the names of tables that homeagent reserves."""
 
-# Names of homeagent's tables and of the version tables, which are reserved even without the prefix. SQLite ignores the
-# case of a name.
+# Names of homeagent's tables and of the tables with schema revisions. An application cannot use these names. SQLite
+# ignores the case of a name.
 _RESERVED_NAMES = frozenset(
     {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     | {"device_changes", "application_schema_version", "alembic_version"}
@@ -178,21 +179,22 @@ class Table(Model, metaclass=_TableType):
     """Base class of table models. An application derives its own tables from this class with the argument `table=True`.
 
     SQLModel does not validate a model with `table=True`. This class validates an instance on construction and on
-    assignment. An invalid assignment leaves the old value of the field. A loaded instance is not validated, because the
-    stored values were validated before.
+    assignment. If a value is invalid, the assignment raises an error, and the field keeps its old value. An instance
+    that a store loads is not validated again.
 
-    Both engines store the same values in the same order. A field of type `str` is a TEXT column that is compared by
-    bytes, and `int` has 64 bits. A `Timestamp` is stored in milliseconds, and a `StrEnum` as its value. A `dict`, a
-    `list` or Pydantic's `JsonValue` is stored as JSON text of at most 256 KiB. For a field of another type, SQLModel
-    chooses the column type. The arguments `sa_type` and `sa_column` of a field have precedence.
+    SQLite and PostgreSQL store the same values and sort them equally. A field of type `str` is a TEXT column that is
+    compared by bytes, and `int` has 64 bits. A `Timestamp` is stored in milliseconds, and a `StrEnum` as its value. A
+    `dict`, a `list` or Pydantic's `JsonValue` is stored as JSON text of at most 256 KiB. For a field of another type,
+    SQLModel chooses the column type. If a field has the argument `sa_type` or `sa_column`, SQLModel uses the type in
+    this argument.
 
     A constraint or an index without a name gets a name such as `fk_messages_session_id_sessions`. A foreign key can
     refer to homeagent's tables by name, for example with `Field(foreign_key="sessions.session_id",
     ondelete="CASCADE")`.
 
     Raises (when the class is defined):
-        InvalidArgumentError: if the name of the table is reserved, or another class has the same table name. The error
-            is also raised if a datetime field lacks the checks of the type `Timestamp`. The names of homeagent's tables
+        InvalidArgumentError: if the name of the table is reserved, or another class has the same table name. The
+            error is also raised if a datetime field does not have the type `Timestamp`. The names of homeagent's tables
             and names that begin with `homeagent_` are reserved.
         TypeError: if the class derives from a table of homeagent.
     """
@@ -200,7 +202,7 @@ class Table(Model, metaclass=_TableType):
     __table__: ClassVar[Any]
 
     if TYPE_CHECKING:
-        # If the declarations were executed, SQLAlchemy would look up the values of the attributes.
+        # At runtime these declarations would look up the attributes, so only a type checker reads them.
         __tablename__: ClassVar[str]
         __table_args__: ClassVar[Any]
 
@@ -213,9 +215,9 @@ class Table(Model, metaclass=_TableType):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Raise TypeError for a subclass of a table of homeagent.
 
-        A subclass of a table would contain private fields, such as hashes.
+        A subclass would contain private fields of the table, such as hashes.
 
-        SQLModel would add the fields of a subclass to the parent's table.
+        SQLModel would add the fields of the subclass to the parent's table.
         """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
@@ -230,8 +232,8 @@ class Table(Model, metaclass=_TableType):
             super().__init__(**data)
             return
         related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
-        # The validator writes the fields directly into `__dict__`, without SQLAlchemy's instrumentation. After the
-        # validation, restore the old `__dict__`, and set each field through SQLAlchemy's instrumentation.
+        # The validator writes the fields directly into `__dict__`, so SQLAlchemy does not notice the values. After the
+        # validation, restore the old `__dict__`, and set each field by SQLAlchemy's `set_attribute()`.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -246,12 +248,11 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state while the instance still counts as loaded. The attribute
-        # `__pydantic_fields_set__` marks an instance as constructed.
+        # Create SQLAlchemy's state now, while `_is_loaded(self)` is still true. The next line sets
+        # `__pydantic_fields_set__`, which marks an instance as constructed.
         getattr(self, "_sa_instance_state", None)
-        # Do not replace the dictionary `__dict__` by a copy. A flush that calls a listener of `before_update` writes
-        # the values of the old dictionary, although Pydantic replaces the dictionary
-        # (test_a_listener_of_a_flush_assigns).
+        # Do not replace the dictionary `__dict__` by a copy, although Pydantic does. A flush that calls a listener of
+        # `before_update` would write the values of the old dictionary (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -266,11 +267,11 @@ class Table(Model, metaclass=_TableType):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # A store sets only the fields of a loaded instance. Setting Pydantic's attributes took a third of the time
-            # of creating an instance. The values of Pydantic's attributes are equal in all loaded instances.
+            # When a store loads an instance, the store sets only the fields, and this method returns Pydantic's
+            # attributes. Setting Pydantic's attributes took a third of the time of loading an instance.
             if name == "__pydantic_fields_set__":
-                # Create SQLAlchemy's state first. Later, the attribute `__pydantic_fields_set__` marks the instance as
-                # constructed.
+                # Create SQLAlchemy's state now, while `_is_loaded(self)` is still true. The next lines set
+                # `__pydantic_fields_set__`, which marks the instance as constructed.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
@@ -281,23 +282,22 @@ class Table(Model, metaclass=_TableType):
 
     @classmethod
     def model_values(cls, **data: Any) -> dict[str, Any]:
-        """Return the validated values and defaults of a new row as parameters of a `Statement`. The keys of the
-        dictionary are names of attributes.
+        """Validate the values of a new row, add the defaults, and return the values as parameters of a `Statement`. The
+        keys of the dictionary are names of attributes.
 
-        Creating an instance of a table takes ten times as long as this method, because SQLAlchemy observes each of its
-        attributes.
+        The method takes a tenth of the time of creating an instance, because SQLAlchemy does not observe the values.
         """
         instance = object.__new__(cls)
         cls.__pydantic_validator__.validate_python(data, self_instance=instance)
         return instance.__dict__
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a new, transient, validated instance. The argument `update` contains values that replace values of
-        this instance.
+        """Return a new, validated instance that does not belong to an ORM session. The values in `update` replace the
+        values of this instance.
 
-        With `deep=True`, copy the values of JSON columns too.
+        With `deep=True`, the method also copies the values of JSON columns.
         """
-        # Pydantic's method would copy `__dict__` as a whole, including the state that binds the instance to an ORM
+        # Pydantic's method would copy the whole `__dict__`, and with it the state that binds the instance to an ORM
         # session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
         if deep:
@@ -305,7 +305,8 @@ class Table(Model, metaclass=_TableType):
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create SQLAlchemy's state now. An unpickled instance has all attributes, and does not count as loaded.
+        # Create SQLAlchemy's state before the instance is pickled. The copy that pickle restores counts as constructed
+        # and not as loaded.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 
@@ -317,9 +318,7 @@ class Table(Model, metaclass=_TableType):
 
 
 def _is_loaded(instance: Table) -> bool:
-    """Return True if a store loaded the instance, and the attribute `model_fields_set` was neither read nor set
-    afterwards.
-    """
+    """Return True if a store loaded the instance, and no code has used `model_fields_set` since then."""
     try:
         _get_fields_set(instance)
     except AttributeError:
@@ -327,16 +326,16 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# The function `_get_fields_set()` reads Pydantic's attribute `__pydantic_fields_set__`. A constructed instance has the
-# attribute `__pydantic_fields_set__`. An instance that a store loaded lacks the attribute.
+# `_get_fields_set(instance)` returns Pydantic's attribute `__pydantic_fields_set__`, which a loaded instance lacks and
+# a constructed instance has.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
     """A descriptor that creates SQLAlchemy's state when the ORM uses a loaded instance for the first time.
 
-    Creating the state takes longer than all other steps of loading an instance. The ORM uses only few instances. A
-    constructed instance has its state in `__dict__`, which has precedence over the descriptor.
+    Creating the state takes longer than all other steps of loading an instance, and the ORM uses only few instances.
+    A constructed instance has its state in `__dict__`, which has precedence over the descriptor.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:
@@ -347,12 +346,11 @@ class _StateOnDemand:
         values = instance.__dict__
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
-        # If two threads create the state at the same time, both threads get the state that the method `setdefault()`
-        # stored first.
+        # If two threads create the state at the same time, `setdefault()` returns the first state to both threads.
         stored: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
         return stored
 
 
-# Do not set `_sa_instance_state` in the body of the class, because Pydantic would make `_sa_instance_state` a private
+# Do not set `_sa_instance_state` in the body of the class, because Pydantic would turn the attribute into a private
 # attribute.
 Table._sa_instance_state = _StateOnDemand()

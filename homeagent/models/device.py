@@ -10,7 +10,7 @@
 | revoked | `devices.approve()` with `expected_status=DeviceStatus.REVOKED` | approved |
 | any | `devices.delete` | no row |
 
-The property `Device.status` computes the state from the columns `approved`, `approved_at` and `revoked_at`.
+`Device.status` is computed from the columns `approved`, `approved_at` and `revoked_at`.
 """
 
 from datetime import datetime
@@ -35,14 +35,14 @@ class Role(StrEnum):
 
 
 class DeviceStatus(StrEnum):
-    """State of a device. The docstring of this module has a table of the states."""
+    """State of a device. The docstring of `homeagent/models/device.py` has a table of the states."""
 
     PENDING = "pending"
     APPROVED = "approved"
     REVOKED = "revoked"
 
 
-# Do not reword the condition of the partial index. SQLite uses the index for a query only if the query contains the
+# Do not reword the condition of this partial index. SQLite uses the index for a query only if the query contains the
 # terms of the condition (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
 PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 """SQL condition for the pending devices."""
@@ -51,15 +51,16 @@ PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 class Device(Table, table=True):
     """A row of the table `devices`.
 
-    Use the schemas for requests. With this model as a request, a client could set the field `approved`.
+    For a request body, use a class of `homeagent.models.schemas` instead. If this class were the request body, a client
+    could set `approved`.
     """
 
     __tablename__ = "devices"
     __table_args__: ClassVar[Any] = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
-        # The index contains the columns of the condition. Therefore SQLite counts the pending devices without reading
-        # whole rows with their metadata.
+        # The index contains every column of its condition, so SQLite counts the pending devices without reading whole
+        # rows.
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
@@ -127,15 +128,13 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If the ORM changes the column `approved`, also set the columns that `devices.approve()` and `devices.revoke()`
-    set.
-    """
+    """If the ORM changes `Device.approved`, set the same columns as `devices.approve()` and `devices.revoke()`."""
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # SQLAlchemy does not load an expired attribute before a new value is set. The history of an expired attribute can
-    # therefore lack the old value.
+    # If an attribute has expired, SQLAlchemy does not load its old value before an assignment. The history of the
+    # attribute can therefore lack the old value.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

@@ -1,8 +1,7 @@
 """The feed of device changes. Triggers of the schema write the feed in the order of the commits.
 
-A reader of the feed keeps the number of the last change that it has read. Later, the reader asks for the changes with
-numbers above the kept number. If the feed no longer contains the reader's number, the reader must read all devices
-again.
+A reader keeps the number of the last change that the reader has seen, and later asks for the changes with greater
+numbers. If the feed no longer contains the number that a reader has kept, the reader must read all devices again.
 """
 
 from enum import StrEnum
@@ -18,8 +17,8 @@ from homeagent.models.types import Identifier, Timestamp
 class DeviceChangeKind(StrEnum):
     """Kind of a device change.
 
-    One UPDATE can cause several changes. A change has the kind `updated` only if the UPDATE causes no change of another
-    kind.
+    One UPDATE of a device can cause several changes in the feed. The feed contains a change of the kind `updated` only
+    if the UPDATE causes no other change.
     """
 
     PAIRED = "paired"
@@ -34,7 +33,7 @@ class DeviceChangeKind(StrEnum):
 
 
 class DeviceChange(Table, table=True):
-    """A row of the table `device_changes`. Changes of later commits have greater numbers."""
+    """A row of the table `device_changes`. A change that was committed later has a greater number."""
 
     __tablename__ = "device_changes"
     __table_args__: ClassVar[Any] = (
@@ -50,7 +49,7 @@ class DeviceChange(Table, table=True):
             autoincrement=False,
             nullable=False,
         ),
-        description="Number of the change. Changes of later commits have greater numbers.",
+        description="Number of the change. A change that was committed later has a greater number.",
     )
     device_id: Identifier | None = Field(default=None, description="Null for the kind `reset`.")
     kind: DeviceChangeKind = Field(description="Kind of the change.")

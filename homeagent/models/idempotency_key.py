@@ -67,7 +67,7 @@ class IdempotencyKey(Table, table=True):
         PrimaryKeyConstraint("device_id", "method", "key", name="pk_idempotency_keys"),
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
-        # An index for the list of abandoned keys. Few keys are in progress, so the index is small.
+        # A partial index of the keys in progress, for the list of abandoned keys.
         PartialIndex("idx_idempotency_lease", "lease_expires_at", where=text("state = 'in_progress'")),
     )
 
@@ -125,7 +125,7 @@ class IdempotencyKey(Table, table=True):
 
 @dataclass(frozen=True, slots=True, init=False)
 class IdempotencyScope:
-    """The identity of a call: device, method, and the key that the device chose.
+    """The identity of a call, which consists of a device, a method, and the key that the device chose.
 
     An invalid device, method or key raises InvalidArgumentError. Do not join the three values into one text, because
     values that contain the separator would collide.
@@ -133,14 +133,14 @@ class IdempotencyScope:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    # If the scope is a field of a model or a request body, Pydantic validates the annotations and does not call
-    # `__init__`.
+    # Pydantic does not call `__init__`, so the annotations validate a scope that is a field of a model or a request
+    # body.
     device_id: Identifier
     method: Name
     key: Label = field(repr=False)
 
-    # Every unit with an idempotency key calls this method. The `__init__` that a frozen dataclass generates would take
-    # three times as long.
+    # Every unit with an idempotency key constructs a scope. The `__init__` that `dataclass(frozen=True)` generates
+    # would take three times as long.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
@@ -153,9 +153,10 @@ class IdempotencyScope:
 
     @classmethod
     def of_record(cls, device_id: str, method: str, key: str) -> Self:
-        """Return the scope of a stored record. The texts of the record can break the rules for new texts.
+        """Return the scope of a stored record. The texts of a stored record can break the rules for new texts.
 
-        The returned scope can find and settle the record. The methods `insert()` and `claim()` refuse the scope.
+        The methods that find and settle a record accept the returned scope. The methods `insert()` and `claim()` refuse
+        a scope whose texts break the rules.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
@@ -167,13 +168,13 @@ class IdempotencyScope:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return Pydantic's default schema. The errors of the schema do not show the input."""
+        """Return Pydantic's schema of the class, with errors that do not show the input."""
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
 class _RecordedScope(IdempotencyScope):
-    """A scope whose text is invalid, read from a stored record. The constructor of `IdempotencyScope` refuses an
-    invalid text.
+    """The scope of a stored record whose texts break the rules for new texts. The constructor of `IdempotencyScope`
+    would refuse a text that breaks the rules.
     """
 
     __slots__ = ()
@@ -187,18 +188,21 @@ _set_key = _SLOTS["key"].__set__
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to run the effect of an idempotency key once. The right ends together with the lease.
+    """The right to run the effect (the action that `run_once` protects) of an idempotency key. The right ends when the
+    lease ends.
 
     Attributes:
-        number: number of the attempt; the first attempt has number 1. An attempt that takes over an abandoned attempt
+        number: number of the attempt, beginning with 1. If an attempt is abandoned, the attempt that takes over the key
             has the next number.
-        downstream_key: idempotency key to pass to another service. All attempts of a key have the same downstream key.
+        downstream_key: idempotency key that the effect can pass to another service. All attempts with the same
+            idempotency key pass the same value.
         scope: device, method and key of the call.
-        lease_expires_at: end of the lease. After the lease, the attempt counts as abandoned.
-        expires_at: end of the time in which a repeated call gets the stored outcome.
-        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded after `expires_at`,
-            repeated calls get the outcome for the time `ttl` after the recording.
-        owner: random token of this attempt.
+        lease_expires_at: time at which the lease ends. If the lease ends before an outcome is recorded, the attempt
+            counts as abandoned.
+        expires_at: time until which a repeated call gets the stored outcome.
+        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded after `expires_at`, a
+            repeated call gets the outcome until `ttl` after the recording.
+        owner: random text that identifies this attempt.
     """
 
     number: int
@@ -212,14 +216,14 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of the effect of a key.
+    """The outcome of the effect (the action that `run_once` protects).
 
     Attributes:
-        value: return value of the effect, after a round trip through JSON.
+        value: return value of the effect, as JSON encodes and decodes it.
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
         omitted: True if homeagent could not store the return value, because the value is not JSON or is larger than 1
-            MiB. Only the first caller gets a return value that could not be stored. A replay returns None as `value`.
+            MiB. Only the first caller gets a return value that could not be stored. Later callers get None.
     """
 
     value: JsonValue = field(repr=False)

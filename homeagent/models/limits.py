@@ -1,4 +1,4 @@
-"""Limits on the rows that devices can create, and on the work that strangers can cause."""
+"""Limits on the rows that devices can create, and on the work that other callers can cause."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from homeagent.models.types import check_duration, check_limit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on the rows that devices can create, and on the work that strangers can cause.
+    """Limits on the rows that devices can create, and on the work that other callers can cause.
 
-    The limit on pending devices is exact. The limits on nonces and keys are exact if one process uses a SQLite file. Up
-    to 49 processes together store less than twice the limit of nonces and keys (see `homeagent.stores.room`). If a
+    The limit on pending devices is exact. The limits on nonces and idempotency keys are exact if only one process uses
+    a SQLite file. Up to 49 processes together store fewer rows than twice the limit (see `homeagent.stores.room`). If a
     database already has more rows than a limit allows, the rows stay.
 
     Args:
@@ -25,9 +25,11 @@ class Limits:
         keys_per_device: maximum number of idempotency keys of a device, 1 or more. The number does not include expired
             keys.
         longest_ttl: longest time for which a method keeps a nonce or an idempotency key.
-        waiting_hashes: maximum number of slow hashes that wait in one process, 1 or more.
-        failed_checks_per_minute: maximum number of failed checks of one device id per minute in one process, 1 or more.
-        changes_kept: time after which a sweep deletes a device change. A sweep keeps the newest device change.
+        waiting_hashes: maximum number of calls that wait for a slow hash in one process, 1 or more.
+        failed_checks_per_minute: maximum number of failed checks of a secret per device id and minute in one process, 1
+            or more.
+        changes_kept: time after which a sweep deletes a device change from the feed. A sweep keeps the newest device
+            change.
 
     Raises:
         InvalidArgumentError: if a value is out of range.

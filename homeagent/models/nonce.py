@@ -12,7 +12,7 @@ from homeagent.models.types import Identifier, Label, Timestamp
 class Nonce(Table, table=True):
     """A row of the table `nonces`.
 
-    The column `device_id` is not a foreign key, so the row stays when the device is deleted.
+    `nonces.device_id` is not a foreign key, so the row stays when the device is deleted.
     """
 
     __tablename__ = "nonces"
@@ -21,8 +21,8 @@ class Nonce(Table, table=True):
         # of another device.
         PrimaryKeyConstraint("device_id", "nonce", name="pk_nonces"),
         Index("idx_nonces_expires", "expires_at"),
-        # The table has no rowid (https://sqlite.org/withoutrowid.html), because the primary key is most of a row. A
-        # rowid would make an insert slower by a quarter.
+        # The table has no rowid (https://sqlite.org/withoutrowid.html), because nearly all of a row's data is in the
+        # primary key. With a rowid, an insert would be slower by a quarter.
         {"sqlite_with_rowid": False},
     )
 

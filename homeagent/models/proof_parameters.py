@@ -1,4 +1,4 @@
-"""Parameters that a gateway sends to a device for a proof. The module `homeagent.scram` computes the proofs."""
+"""Parameters that a gateway sends to a device for a proof. `homeagent/scram.py` computes the proofs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MIN_ITERATIONS = 4_096
 """Minimum number of iterations in RFC 7677 section 4, which is enough for a generated secret."""
 
 # A proof with the maximum number of iterations takes a few seconds. A gateway that asks for more iterations than this
-# maximum could keep the device busy.
+# maximum could keep a device busy.
 _MAX_ITERATIONS = 10_000_000
 _MIN_SALT_BYTES = 8
 _MAX_SALT_BYTES = 64
@@ -18,7 +18,8 @@ _MAX_SALT_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class ProofParameters:
-    """Parameters of a device's proofs. The parameters are public, because the gateway sends them to any caller.
+    """Parameters with which a device computes its proofs. The parameters are public, because the gateway sends them to
+    any caller.
 
     Args:
         salt: random value of 8 to 64 bytes.

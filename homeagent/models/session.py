@@ -1,5 +1,5 @@
-"""A session is a conversation of an agent. The transcripts are JSONL files, and the table is an index of the
-transcripts.
+"""A session is a conversation of an agent. The application writes the transcripts of a session to JSONL files, and the
+table `sessions` is an index of the files.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ ROUTE_INDEX = "idx_sessions_route"
 def new_session_id() -> str:
     """Return a new UUIDv7 (RFC 9562, section 5.7), with the milliseconds since 1970 and 74 random bits.
 
-    A later id sorts after an earlier id, so new rows are inserted at the end of the index.
+    A later id sorts after an earlier id, so SQLite adds a new row at the end of the index.
     """
     stamp = (time.time_ns() // 1_000_000) & ((1 << 48) - 1)
     noise = int.from_bytes(os.urandom(10), "big")
@@ -34,10 +34,10 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return the SHA-256 of a JSON array with the route of a session: the agent, the sender and the channel.
+    """Return the SHA-256 hash that identifies the route of a session (the agent, the sender and the channel).
 
-    A unique index on the three columns would not work, because two NULL values count as different. The JSON array keeps
-    the three values apart, even if a value contains the separator.
+    A unique index on the three columns would not work, because two NULLs count as different. The hash is computed from
+    a JSON array, so that a separator in a value does no harm.
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
@@ -53,12 +53,12 @@ class AgentSession(Table, table=True):
     __table_args__: ClassVar[Any] = (
         Index("idx_sessions_agent", "agent_id"),
         Index("idx_sessions_sender", "sender_id"),
-        # The next four indexes serve the pages of lists, in the order of last activity and id.
+        # The next four indexes sort the sessions by last activity and id, for the pages of lists.
         Index("idx_sessions_active", "last_active_at", "session_id"),
         Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
         Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
         Index("idx_sessions_channel_active", "channel_id", "last_active_at", "session_id"),
-        # An index for the search for the last active session of a route.
+        # An index for finding the last active session of a route (agent, sender and channel).
         Index("idx_sessions_agent_sender_channel", "agent_id", "sender_id", "channel_id"),
         Index(ROUTE_INDEX, "route_key", unique=True),
     )
@@ -88,14 +88,14 @@ class AgentSession(Table, table=True):
     )
 
 
-# The mapper events set the route of sessions that `uow.session` writes. The statements of the stores set the route
-# themselves, and do not raise mapper events.
+# SQLAlchemy's mapper events set `route_key` in sessions that `uow.session` writes. The statements of the stores set
+# `route_key` themselves, and cause no mapper event.
 
 _ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
 
 
 def _changes_route(session: AgentSession) -> bool:
-    """Return True if the flush changes the route of the session."""
+    """Return True if the flush changes the agent, the sender or the channel of the session."""
     attributes = inspect(session).attrs
     return any(attributes[name].history.has_changes() for name in _ROUTE)
 
@@ -103,8 +103,8 @@ def _changes_route(session: AgentSession) -> bool:
 @event.listens_for(AgentSession, "before_insert")
 @event.listens_for(AgentSession, "before_update")
 def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Clear the route of a session that the ORM adds or moves. Another session can still have the new route in the
-    database.
+    """Clear `route_key` of a session that the ORM adds or moves. Another session in the database can still have the new
+    `route_key`.
     """
     if _changes_route(session):
         session.route_key = None
@@ -113,8 +113,8 @@ def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Set the session's new route unless another session has the route. If another session has the route,
-    `sessions.create()` does not set the route either.
+    """Set `route_key` of the session unless another session has this value. `sessions.create()` also leaves `route_key`
+    empty if another session has the value.
     """
     if not _changes_route(session):
         return
@@ -126,6 +126,6 @@ def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSessi
         with connection.begin_nested():
             taken = connection.execute(take.values(route_key=route)).rowcount > 0
     except ConflictError:
-        taken = False  # on PostgreSQL, another transaction took the route while the statement waited
+        taken = False  # on PostgreSQL, another transaction inserted the same route while the statement waited
     if taken:
         set_committed_value(session, "route_key", route)

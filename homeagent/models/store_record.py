@@ -5,8 +5,8 @@ from sqlalchemy import CheckConstraint, Column, Integer, Table, text
 from homeagent.models.base import metadata
 from homeagent.models.types import TimestampColumn, text_column
 
-# The table has no model, because only homeagent reads the row. Creating a model class would take longer than all uses
-# of the row.
+# The table has no model class, because only homeagent reads the row. Creating a model class would take longer than all
+# reads of the row.
 store_table: Table = Table(
     "store",
     metadata,

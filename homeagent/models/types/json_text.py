@@ -23,8 +23,7 @@ MAX_PAIRING_JSON_BYTES = 16 * 1024
 MAX_RESULT_BYTES = 1024 * 1024
 """Maximum length of the JSON text of a result."""
 
-# If an integer has more digits than this number, Python can refuse to read the integer (function
-# `sys.set_int_max_str_digits()`).
+# Python can refuse to read an integer that has more digits (see `sys.set_int_max_str_digits()`).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 
@@ -33,21 +32,22 @@ def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_B
 
     Raises:
         InvalidArgumentError: if the value is not a JSON value, or if its text has more bytes than the limit. For
-            example, a set, a key that is not text, NaN, a lone surrogate and a cycle are not JSON.
+            example, JSON has no set, no key that is not text, no NaN, no lone surrogate and no cycle.
     """
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     try:
         encoded = to_json(value, inf_nan_mode="null")
-        # Refuse a value that differs after it is encoded as JSON and decoded again. For example, the function
-        # `to_json()` writes the key 1 as "1", and a tuple as a list. Pydantic's validator would take three times as
-        # long as this check, because the validator calls a function of Python for each value.
+        # Refuse a value that would differ after it is encoded as JSON and decoded again. For example, `to_json()` turns
+        # the key 1 into "1", and a tuple into a list. Pydantic's validator would take three times as long, because it
+        # calls a Python function for each value.
         decoded = json.loads(encoded) if len(encoded) > _READABLE_DIGITS else decode_json(encoded)
         is_json = bool(value == decoded)
     except (ValueError, RecursionError):
         is_json = False
     if not is_json:
-        # Do not raise in the `except` block, because the chained error shows the value, which can be a secret.
+        # Do not raise the error in the `except` block, because the original error would be its context and shows the
+        # value.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
         )
@@ -63,7 +63,7 @@ def decode_json(text: str | bytes) -> Any:
     try:
         return from_json(text, cache_strings="keys")
     except ValueError:
-        # The function `from_json()` reads at most 200 nested levels, but `encode_json()` accepts 254 levels.
+        # `from_json()` reads at most 200 nested levels, but `encode_json()` writes up to 254 levels.
         return json.loads(text)
 
 
@@ -91,7 +91,7 @@ ResultJson = Annotated[JsonValue, _within(MAX_RESULT_BYTES)]
 class JsonColumn(StoredColumn[Any]):
     """Column type for JSON, stored as text on both engines.
 
-    A database's own JSON type would change the order of keys, -0.0, large integers or NUL characters.
+    The JSON type of a database would change the order of keys, -0.0, large integers or NUL characters.
 
     Args:
         none_as_null: True (default) to store None as SQL NULL; False to store None as the JSON text `null`.

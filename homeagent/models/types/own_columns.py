@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined
 from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
-# SQLModel has no public counterparts of the two imported names. The class `FieldInfoMetadata` holds the arguments of
-# SQLModel's function `Field()`. The function `get_sa_type_from_field` returns the type of a field without None and
+# The next two imports are private names of SQLModel, which has no public counterparts. `FieldInfoMetadata` holds the
+# arguments of SQLModel's function `Field()`. `get_sa_type_from_field()` returns the type of a field without None and
 # annotations.
 from sqlmodel._compat import get_sa_type_from_field
 from sqlmodel.main import FieldInfoMetadata
@@ -27,13 +27,13 @@ from homeagent.models.types.timestamps import TIMESTAMP_CHECK, TimestampColumn
 
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
-    """Set the column type of a field if its definition has neither `sa_type` nor `sa_column`.
+    """Choose the column type of a field that has neither `sa_type` nor `sa_column`.
 
-    With the chosen column types, the two engines store and sort all values equally. If `_column_type()` does not know
-    the type of the field, SQLModel chooses the column type.
+    With the chosen column types, SQLite and PostgreSQL store and sort all values equally. For a type that
+    `_column_type()` does not support, SQLModel chooses the column type.
 
     Raises:
-        InvalidArgumentError: if the field is a datetime without the checks of the type `Timestamp`.
+        InvalidArgumentError: if the type of the field is a datetime other than `Timestamp`.
     """
     given = next((each for each in field.metadata if isinstance(each, FieldInfoMetadata)), None)
     if given is not None and not (given.sa_type is given.sa_column is PydanticUndefined):
@@ -47,7 +47,7 @@ def choose_column_type(field: FieldInfo, what: str) -> None:
         field.metadata.append(given)
     given.sa_type = chosen
     if kind is JsonValue and given.nullable is PydanticUndefined:
-        given.nullable = True  # None is a JSON value, and is stored as NULL
+        given.nullable = True  # a JSON column stores None as NULL
 
 
 def _column_type(kind: Any, field: FieldInfo, what: str) -> TypeEngine[Any] | None:
@@ -62,7 +62,8 @@ def _column_type(kind: Any, field: FieldInfo, what: str) -> TypeEngine[Any] | No
     if issubclass(kind, str):
         return text_column()
     if issubclass(kind, int):
-        # PostgreSQL's INTEGER has 32 bits. SQLite assigns a primary key only if its type is INTEGER.
+        # PostgreSQL's INTEGER has 32 bits. SQLite assigns the numbers of a primary key only if the column has the type
+        # INTEGER.
         return BigInteger().with_variant(Integer(), "sqlite")
     if issubclass(kind, datetime):
         if TIMESTAMP_CHECK not in _parts(field.rebuild_annotation()):

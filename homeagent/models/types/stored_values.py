@@ -1,4 +1,6 @@
-"""Errors for unreadable values. An unreadable value is a stored value that homeagent did not write."""
+"""Errors for unreadable values. An unreadable value is a stored value that the column type cannot convert, because
+another program wrote it.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +26,25 @@ _REMEDY = (
 
 
 def naming_column(table: Table) -> str:
-    """Return the name of the column that identifies a row in an error message.
+    """Return the name of the column that identifies a row in error messages.
 
     The column is `device_id` if the table has a column `device_id`, and otherwise the primary key.
 
-    The keys of nonces and idempotency keys are secret, so an error must not show the keys.
+    A nonce or an idempotency key is secret, so an error must not show it.
     """
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
 
 def stored_type(column: Column[Any]) -> type:
-    """Return the type of the column's stored values. The column types of homeagent are decorators around the stored
-    type.
+    """Return the SQLAlchemy type of the values in the database. homeagent's column types are SQLAlchemy TypeDecorators
+    around the stored type.
     """
     kind: type = getattr(column.type, "impl_instance", column.type).python_type
     return kind
 
 
 def unreadable() -> CorruptDatabaseError:
-    """Return the error for an unreadable value in an unknown row."""
+    """Return the error for an unreadable value in a row whose key is not known."""
     return CorruptDatabaseError(f"a stored value can't be read; 'homeagent doctor' names its row; {_REMEDY}")
 
 
@@ -51,8 +53,7 @@ def unreadable_in(
 ) -> CorruptDatabaseError:
     """Return the error for an unreadable value. The error message does not show the value.
 
-    The argument `key` is the row's value in the column that `naming_column()` returns. If the column or the key is
-    unknown, the arguments `column` and `key` are None.
+    `key` is the value that identifies the row (see `naming_column()`). `column` or `key` is None if it is not known.
     """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
@@ -63,7 +64,8 @@ def loaded(convert: Callable[[Any], T], value: Any) -> T:
     try:
         return convert(value)
     except UNREADABLE:
-        # Do not chain the original error, because an error of the module json shows the text, which can be a secret.
+        # Do not chain the original error, because an error of Python's JSON decoder shows the text, which can be a
+        # secret.
         raise unreadable() from None
 
 

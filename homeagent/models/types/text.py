@@ -44,8 +44,8 @@ def _check_text(value: str, what: str, octets: int) -> str:
     """Return the value if it has 1 to `octets` bytes of UTF-8, no control character and no lone surrogate."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
-    # Check the characters before the length in bytes, because a lone surrogate can't be encoded as UTF-8. Do not check
-    # the characters of a text that is too long.
+    # Check the characters before the length in bytes, because a lone surrogate can't be encoded as UTF-8. Check the
+    # length first, so that the check of the characters never reads a long text.
     if 1 <= len(value) <= octets:
         if not value.isprintable() and any(unicodedata.category(each) in _REFUSED_CATEGORIES for each in value):
             raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
@@ -56,14 +56,14 @@ def _check_text(value: str, what: str, octets: int) -> str:
     )
 
 
-# Caches of ids that were valid in recent checks. A gateway uses the same few ids again and again.
+# Caches of ids that recent checks accepted. A gateway uses the same few ids again and again.
 _valid: dict[int, set[str]] = {MAX_ID_BYTES: set(), MAX_LABEL_BYTES: set()}
 _VALID_KEPT = 8192
 
 
 def _check_id(value: str, what: str, octets: int) -> str:
     valid = _valid[octets]
-    # Search the cache only for a str, because an object of another type can be unhashable, or equal to a str.
+    # Search the cache only for a str, because another object can be unhashable or equal to a str.
     if value.__class__ is str and value in valid:
         return value
     _check_text(value, what, octets)
@@ -90,7 +90,8 @@ def _is_visible(text: str, place: int) -> bool:
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
         return True
     if character in _JOINERS:
-        # A letter can have marks, such as the virama. An emoji can have a variation selector and a colour of the skin.
+        # A letter can be followed by marks, such as the virama. An emoji can be followed by a variation selector and a
+        # skin tone.
         before = next((each for each in reversed(text[:place]) if not _is_modifier(each)), "")
         return _is_letter_or_emoji(before) and _is_letter_or_emoji(text[place + 1 : place + 2])
     return character in _EMOJI_STYLES and place > 0 and _is_emoji(text[place - 1])
@@ -146,9 +147,10 @@ def check_optional_label(value: str | None, what: str) -> str | None:
 
 
 def check_name(value: str, what: str = "a name") -> str:
-    """Return the value if it is valid as a new method, name, reason or hash. Otherwise raise InvalidArgumentError.
+    """Return the value if it is valid as the name of a method or agent, as a reason or as a hash. Otherwise raise
+    InvalidArgumentError.
 
-    A name has 1 to 512 bytes of UTF-8, no control character, and no bidirectional control.
+    A name has 1 to 512 bytes of UTF-8, no control characters and no bidirectional controls.
     """
     if value.__class__ is str and 0 < len(value) <= MAX_ID_BYTES and value.isascii() and value.isprintable():
         return value
@@ -161,7 +163,8 @@ def check_name(value: str, what: str = "a name") -> str:
 def check_searched(value: str, what: str) -> str:
     """Return the value if it is a str. Otherwise raise InvalidArgumentError.
 
-    A search accepts every str, because rows of an old version or of another program can break the rules for new texts.
+    A search accepts every str, because rows that an old version or another program wrote can break the rules for new
+    texts.
     """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
@@ -216,7 +219,7 @@ WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
 
 
 def text_column() -> TypeEngine[str]:
-    """Return the column type TEXT. Both engines compare TEXT by bytes, so both engines sort a list equally.
+    """Return the column type TEXT. SQLite and PostgreSQL compare TEXT by bytes, so they sort a list equally.
 
     SQLite's default collation BINARY compares UTF-8 by `memcmp`. PostgreSQL compares bytes only with the collation "C".
     """

@@ -23,8 +23,8 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 _ZERO = timedelta(0)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-# Each unit of work rounds the time of the clock down to whole milliseconds. Subtracting a prepared duration takes a
-# quarter of the time of `replace(microsecond=…)`.
+# Each unit of work rounds the time of the clock down to whole milliseconds. Subtracting the remainder takes a quarter
+# of the time of `replace(microsecond=…)`.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
@@ -48,11 +48,11 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Return the value in UTC, floored to whole milliseconds. If the value is None or later than now, return the
-    current time.
+    """Return the value in UTC, floored to whole milliseconds. Return `value`, but return the current time if `value` is
+    None or in the future.
 
-    Use the function for the time of a past event. A later value means that the clock of the caller is ahead. The
-    function `check_timestamp()` documents the errors.
+    Use this function for the time of a past event. A future time means that the caller's clock is ahead. The errors are
+    those of `check_timestamp()`.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
@@ -72,7 +72,9 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Check the value by the function `check_duration()`. Return the value, but at most `LONGEST_WAIT`."""
+    """Check the value by the function `check_duration()`. Return the value, or `LONGEST_WAIT` if the value is
+    greater.
+    """
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
@@ -102,7 +104,7 @@ def to_milliseconds(value: datetime) -> int:
 
 
 def _refuse_number(value: object) -> object:
-    # Refuse numbers, because Pydantic reads a large number as milliseconds and a small number as seconds.
+    # Refuse a number, because Pydantic reads a large number as milliseconds and a small number as seconds.
     if isinstance(value, (int, float)):
         raise ValueError("must be an aware datetime or its ISO 8601 text, not a number")
     return value
@@ -121,7 +123,7 @@ In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQL
 def _timestamp_of(milliseconds: float) -> datetime:
     """Return the timestamp of a stored value.
 
-    For a text or a BLOB, which another program can store, raise ValueError.
+    Another program can store a text or a BLOB, which raises ValueError.
     """
     if not isinstance(milliseconds, (int, float)):
         raise ValueError("a timestamp is stored as a number")
@@ -129,10 +131,10 @@ def _timestamp_of(milliseconds: float) -> datetime:
 
 
 class _TimestampCache(dict[int, datetime]):
-    """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly.
+    """A cache from milliseconds to timestamps, for rows that are read repeatedly.
 
-    A cache hit takes a fifth of the time that creating a timestamp takes. A cache miss takes twice the time of creating
-    a timestamp.
+    A cache hit takes a fifth of the time of creating a timestamp. A cache miss takes twice the time of creating a
+    timestamp.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
@@ -153,8 +155,20 @@ class TimestampColumn(StoredColumn[datetime]):
     convert_loaded = staticmethod(_timestamp_of)
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Return the type of 64-bit integers of the engine."""
+        """Return the 64-bit integer type of SQLite or PostgreSQL."""
         return dialect.type_descriptor(Integer() if dialect.name == "sqlite" else BigInteger())
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
+        """Return the milliseconds of an aware datetime."""
+        return None if value is None else self.convert_bound(value)
+
+    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
+        """Return the timestamp of a number of milliseconds, in UTC."""
+        return None if value is None else loaded(self.convert_loaded, value)
+
+    # homeagent generates code for each statement, which bypasses SQLAlchemy's layers. The generated code calls
+    # `convert_bound()` and `convert_loaded()` of the column type. For a statement with many rows, the generated code
+    # calls `loaded_values()`. For None, the generated code calls no method of the column type.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
