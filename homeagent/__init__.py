@@ -94,8 +94,8 @@ __all__ = [
     "safe_filename",
 ]
 
-# Import each public name only when a program first uses the name. Every test run of an environment imports the pytest
-# plugin `homeagent.testing`, which must not import the rest of the package.
+# Import each public name only when a program first uses the name. Every run of pytest imports the plugin
+# `homeagent.testing`, which must not import the rest of the package.
 _LAZY = {
     **dict.fromkeys(("Agent", "AgentSession", "Attempt", "Device", "DeviceStatus", "IdempotencyKey"), "models"),
     **dict.fromkeys(("IdempotencyScope", "IdempotencyState", "Nonce", "Outcome", "Role"), "models"),
@@ -127,6 +127,7 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 if not TYPE_CHECKING:
 
     def __getattr__(name):
+        # Do not import `homeagent.lazy_import` at the top, because the import would slow down each run of pytest.
         from importlib import import_module
 
         if name in _MODULES:

@@ -1,4 +1,5 @@
-"""Run Alembic's commands on an application's tables. The application calls these functions in its file `env.py`.
+"""Run Alembic's commands on an application's tables. An application calls the functions of this module in its file
+`env.py`.
 
 A complete `env.py` has these lines:
 
@@ -7,8 +8,7 @@ A complete `env.py` has these lines:
 
     run_environment(context, package="hub")
 
-homeagent has only absolute imports, so that `import alembic` imports the package Alembic and not the module
-`homeagent.alembic`.
+homeagent uses only absolute imports, so `import alembic` in this file imports Alembic and not this file.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ TABLES: frozenset[str] = frozenset({table.name for table in SCHEMA} | {VERSION_T
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
-    """Return False for homeagent's tables and their parts. Pass the function to Alembic's `context.configure`.
+    """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass the function to
+    Alembic's `context.configure`.
 
     Args:
         name: name of the object in the database.
@@ -52,7 +53,8 @@ def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | 
 
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
-    """Return False for homeagent's tables and their parts. Pass the function to Alembic's `context.configure`.
+    """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass the function to
+    Alembic's `context.configure`.
 
     The metadata of `homeagent.Table` also contains homeagent's tables, so that foreign keys can refer to the tables by
     name.
@@ -62,18 +64,18 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
         name: name of the object.
         type_: kind of the object, such as `table` or `index`.
         reflected: True if Alembic read the object from the database.
-        compare_to: object that Alembic compares with the argument `object`, or None.
+        compare_to: object that Alembic compares with this object, or None.
     """
     table = object if type_ == "table" else getattr(object, "table", None)
     return table is None or table.name not in TABLES or table.schema is not None
 
 
 def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
-    """Run the current command of Alembic on the application's tables. A file `env.py` needs only a call of this
-    function.
+    """Run the current command of Alembic on the application's tables. A file `env.py` needs only a call of
+    `run_environment()`.
 
     The option `-x database=TARGET` names the database. Without the option, the function uses the line `database =
-    TARGET` in Alembic's configuration, or else the environment variable `$HOMEAGENT_DATABASE`. Before the command, the
+    TARGET` in Alembic's configuration, or the environment variable `$HOMEAGENT_DATABASE`. Before the command, the
     function upgrades homeagent's tables. If no database is named, Alembic's commands `revision` and `check` use a
     scratch database. A program that calls Alembic's commands can pass a connection in
     `config.attributes["connection"]`.
@@ -128,7 +130,9 @@ def _target(context: Any) -> str | None:
 def _connection(
     context: Any, given: Connection | None, target: str | None, metadata: Sequence[MetaData]
 ) -> Iterator[Connection]:
-    """Yield a connection to a database with homeagent's tables. On SQLite, foreign keys are off."""
+    """Yield a connection to a database with homeagent's tables. On SQLite, the connection does not enforce foreign
+    keys.
+    """
     if given is not None:
         with _without_foreign_keys(given):
             yield given
@@ -159,7 +163,7 @@ def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:
 
 @contextmanager
 def _without_foreign_keys(connection: Connection) -> Iterator[None]:
-    """Switch foreign keys off. With foreign keys, a rebuild of a table would delete rows that refer to the table."""
+    """Switch foreign keys off, because a rebuild of a table would otherwise delete the rows that refer to the table."""
     if connection.dialect.name != "sqlite":
         yield
         return

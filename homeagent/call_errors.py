@@ -19,8 +19,7 @@ class HomeAgentError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # By default, pickle passes the message of an error to `__init__()`. Unpickle an error by `__new__()`, because
-        # the errors of this package take ids instead of a message.
+        # Restore a pickled error by `__new__()`, because `__init__()` takes ids instead of a message.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
@@ -38,7 +37,8 @@ class UnitStateError(HomeAgentError):
 
 class TooManyAttemptsError(HomeAgentError):
     """Too many checks of a device's secret failed, or too many slow hashes are waiting. The refused check did not
-    compute a hash (HTTP status 429). Remedy: wait for the time `retry_after`, or give the device a generated secret.
+    compute a hash (HTTP status 429). Remedy: wait for the time in `error.retry_after`, or give the device a generated
+    secret.
 
     The attribute `retry_after` is the time to wait. The attribute `device_id` is None if too many slow hashes are
     waiting.
@@ -72,7 +72,7 @@ class HandshakeError(HomeAgentError):
 
 
 class RefusingRecord(TypedDict, total=False):
-    """State and expiry of the stored record that refuses a claim."""
+    """State and expiry time of a stored record that prevents a claim."""
 
     state: IdempotencyState
     expires_at: datetime
@@ -81,8 +81,8 @@ class RefusingRecord(TypedDict, total=False):
 class IdempotencyError(HomeAgentError):
     """homeagent can't claim an idempotency key, renew the key's lease or record the key's outcome.
 
-    If a stored record refuses a claim, the attributes `state` and `expires_at` have the values of the record. If no
-    record refuses the claim, the attributes `state` and `expires_at` are None.
+    If a stored record prevents the claim, `error.state` and `error.expires_at` are the values of the record. If no
+    record prevents the claim, `error.state` and `error.expires_at` are None.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class LeaseLostError(IdempotencyError):
 
 
 class EffectFailedError(HomeAgentError):
-    """An effect raises this error to fail permanently. Each retry of the key raises the stored error again. Remedy:
-    read the attribute `detail`, and make a new call with a new key.
+    """The function that `run_once` calls raises this error to record a permanent failure. Each later call with the key
+    raises the stored error again. Remedy: read `error.detail`, and make a new call with a new key.
 
     Args:
         detail: JSON value that homeagent stores.
@@ -164,6 +164,6 @@ class EffectFailedError(HomeAgentError):
 
 
 class EffectNotStartedError(HomeAgentError):
-    """An effect raises this error if the effect did not begin. The idempotency key is free again, so the next call can
-    run the effect. Remedy: repeat the call.
+    """The function that `run_once` calls raises this error if its action did not begin. The idempotency key is free
+    again, so the next call can run the effect. Remedy: repeat the call.
     """

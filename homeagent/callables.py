@@ -20,12 +20,12 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
     Args:
         function: function that the application passed as an argument.
         what: name of the argument.
-        coroutine: remedy in the error message for a coroutine function. With None, the check accepts coroutine
-            functions.
+        coroutine: remedy in the error message for a coroutine function. With `coroutine=None`, the check accepts
+            coroutine functions.
 
     Raises:
-        InvalidArgumentError: if the argument can't be called or is a generator function. If the argument `coroutine` is
-            not None, a coroutine function is also refused.
+        InvalidArgumentError: if the argument can't be called or is a generator function. Unless `coroutine=None`, a
+            coroutine function also raises the error.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED
@@ -45,7 +45,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
 def refuse_coroutine(value: T, what: str, remedy: str) -> T:
     """Return the value that a function returned. If the value is a coroutine, raise InvalidArgumentError."""
     if iscoroutine(value):
-        value.close()  # The method close() prevents Python's warning "never awaited".
+        value.close()  # The call of `close()` prevents Python's warning "never awaited".
         raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
     return value
 

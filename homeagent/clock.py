@@ -37,7 +37,7 @@ _latest = (0, _EPOCH)
 def system_clock() -> datetime:
     """Return the current time in whole milliseconds. The timestamp is never earlier than the last returned timestamp.
 
-    If the wall clock was set back, the function repeats the last timestamp until the wall clock reaches it again. If
+    If the wall clock was set back, the function repeats the last timestamp until the wall clock has caught up. If
     timestamps went back, events would be in the wrong order, and expired nonces would count as unexpired.
     """
     global _latest

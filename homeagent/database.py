@@ -72,8 +72,8 @@ V = TypeVar("V", bound=UnitOfWork, default=UnitOfWork)
 class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     """An open operational store. All threads of a process can share one `Database`.
 
-    The type parameter is the class of the units. A function with a parameter of the type `Database` also accepts a
-    `Database[HubUnit]`.
+    The units of a `Database[HubUnit]` are instances of `HubUnit`. A function with a parameter of the type `Database`
+    also accepts a `Database[HubUnit]`.
 
     A forked child process must open the database again. Open a database with `Database.open`. Close the database with
     `close()`, or use a `with` block.
@@ -118,11 +118,11 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 `HOMEAGENT_DATABASE`, or without the variable `~/.homeagent/homeagent.db`.
             clock: function that returns the current time. Each store method calls the clock once.
             busy_timeout: longest wait of a unit for the write lock or a connection, capped at 24 days.
-            durability: with "full", every commit is synced to the disk. With "normal", a power cut can lose the last
-                commits. An attacker can replay a message whose nonce was lost.
+            durability: `durability="full"` syncs every commit to the disk. With `durability="normal"`, a power cut can
+                lose the last commits. An attacker can replay a message whose nonce was lost.
             migrate: True to create or upgrade the schema. Before an upgrade, homeagent backs up a file with data.
-            pool_size: maximum number of connections for write units, and also for read-only units, from 1 to 1,000. The
-                argument has an effect only on PostgreSQL.
+            pool_size: maximum number of connections for write units, and also for read-only units, from 1 to 1,000.
+                SQLite ignores `pool_size`.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. The application's
                 revisions run after homeagent's revisions.
@@ -229,7 +229,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             kind: class of the store, such as `DeviceStore` or a store of the application.
 
         Raises:
-            InvalidArgumentError: if the argument `kind` is not the class of a store.
+            InvalidArgumentError: if the argument is not a subclass of `Store`.
         """
         if not isinstance(kind, type) or not issubclass(kind, Store):
             raise InvalidArgumentError("kind must be the class of a store, such as homeagent.stores.DeviceStore")
@@ -239,16 +239,15 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Return an asynchronous iterator of the device changes of all processes, in the order of their commits.
 
         The iterator gets a change within 0.3 s of the commit, under asyncio or trio. Only one task at a time can use
-        the iterator. After a restore, or after the deletion of unread changes, the iterator gets a change of the kind
-        `reset`. After a change of the kind `reset`, read all devices again. The method `aclose()` of the iterator ends
-        the iteration.
+        the iterator. After a restore, or after the deletion of unread changes, the iterator returns a `reset` change.
+        After a `reset` change, read all devices again. The method `aclose()` of the iterator ends the iteration.
 
         Args:
             after: number of the last change that the caller has read. By default, `watch_devices()` reads the number of
                 the newest change from the database.
 
         Raises:
-            InvalidArgumentError: if the argument `after` is not the number of a change.
+            InvalidArgumentError: if the argument is not the number of a change.
             DatabaseError: if the database cannot be read. The iterator raises DatabaseError if the feed could not be
                 read for 5 s.
             DatabaseClosedError: if the database was closed, or was opened before a fork. An iterator that waits for a
@@ -303,17 +302,18 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             work: function that gets the unit. The database can call this function several times, so the function must
                 have no side effect outside the unit.
             read_only: see `unit_of_work()`.
-            idempotent: True if a second run of the function changes nothing. With True, the function also runs
-                again after the connection was lost during COMMIT.
+            idempotent: True if a second run of the function changes nothing. With `idempotent=True`, the function also
+                runs again if the connection was lost during COMMIT.
 
         Returns:
             Return value of the function, after the commit.
 
         Raises:
-            InvalidArgumentError: if the argument `work` is a coroutine function.
+            InvalidArgumentError: if the function is a coroutine function.
             DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed the
-                shared commit for the whole `busy_timeout`. The call changed no row.
-            ConnectionLostError: if the server was not reachable within the `busy_timeout`. The call changed no row.
+                shared commit for the whole `busy_timeout`. The failed call changed no row.
+            ConnectionLostError: if the server was not reachable within the `busy_timeout`. The failed call changed no
+                row.
             CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place before you
                 repeat the call.
         """
@@ -351,18 +351,18 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         ttl: timedelta = timedelta(hours=24),
         on_abandoned: OnAbandoned = "refuse",
     ) -> Outcome:
-        """Run a side effect once for all calls of one scope. Later calls return the stored outcome.
+        """Run a side effect only once, even if several calls have the same device, method and key. Later calls return
+        the stored outcome.
 
-        The claim of the key is committed before the effect begins. The outcome is committed after the effect has ended.
-        While the effect runs, a background thread renews the lease.
+        Before the effect begins, homeagent commits a record that claims the key. After the effect has ended, homeagent
+        commits the outcome. While the effect runs, a background thread renews the lease of the key.
 
         Args:
             scope: identity of the call, which consists of the device, the method and the key that the device chose.
             effect: function that gets the attempt and returns any JSON value. The function can pass the text
                 `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
                 stored, and later calls raise the stored error. If the function raises `EffectNotStartedError`, the key
-                is free again. Any exception except `EffectFailedError` and `EffectNotStartedError` makes the outcome
-                unknown.
+                is free again. After any other exception, the outcome of the effect is unknown.
             params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
                 FingerprintMismatchError.
             lease: time without a renewal after which an attempt counts as abandoned.
@@ -373,11 +373,13 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Raises:
             InvalidArgumentError: if an argument is invalid. For a coroutine function, use the method `arun_once()`.
             FingerprintMismatchError: if the key was used with other parameters.
-            IdempotencyInProgressError: if another caller is running the effect. Try again after the time in the
-                attribute `retry_after`.
-            OutcomeUnknownError: if an earlier attempt was abandoned, and the argument `on_abandoned` is "refuse".
-            LeaseLostError: if the effect ran, but another caller took over or deleted the key in the meantime.
-            EffectFailedError, EffectNotStartedError: if the effect of this key raised the error.
+            IdempotencyInProgressError: if another caller is running the effect. Try again after the time in
+                `error.retry_after`.
+            OutcomeUnknownError: if an earlier attempt was abandoned, and `on_abandoned="refuse"`.
+            LeaseLostError: if the effect ran, but another caller took over or deleted the key before the outcome was
+                recorded.
+            EffectFailedError, EffectNotStartedError: if the effect raised the error in this call. homeagent also raises
+                an EffectFailedError of an earlier call with the key.
         """
         call = OnceCall.of(
             scope,

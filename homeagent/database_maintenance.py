@@ -59,7 +59,7 @@ class DatabaseMaintenance:
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
-            time_budget: maximum duration. With None, the sweep continues until no expired row is left.
+            time_budget: maximum duration. With `time_budget=None`, the sweep continues until no expired row is left.
             dry_run: True to count the rows without deleting the rows.
         """
         return self._sweep(batch_size=batch_size, time_budget=time_budget, dry_run=dry_run)
@@ -102,14 +102,14 @@ class DatabaseMaintenance:
 
         Args:
             every: time between two sweeps, at most 24 days. The first sweep begins when the thread starts.
-            backups: schedule of the backups that the thread makes after a sweep. With None, the thread makes no
-                backups. A failed backup is logged and tried again after the next sweep.
+            backups: schedule of the backups that the thread makes after a sweep. With `backups=None`, the thread makes
+                no backups. A failed backup is logged and tried again after the next sweep.
             check_every: time between two checks of the content of a SQLite file. The thread makes a check after a
-                sweep. With None, the thread makes no checks. If a check finds damage, every later unit of this database
-                raises CorruptDatabaseError.
+                sweep. With `check_every=None`, the thread makes no checks. If a check finds damage, every later unit of
+                this database raises CorruptDatabaseError.
 
         Raises:
-            DatabaseError: if the argument `backups` is given, and the database is on PostgreSQL.
+            DatabaseError: if a schedule of backups is given, and the database is on PostgreSQL.
             DatabaseClosedError: if the database was closed.
         """
         from homeagent.maintenance.sweep import Sweeper
@@ -192,8 +192,8 @@ class DatabaseMaintenance:
     ) -> maintenance.CopyReport:
         """Copy the whole store into an empty store, for example from SQLite to PostgreSQL. The source does not change.
 
-        The copy is one transaction on the target database. Every row is compared with the source before the commit.
-        After an error the target is still empty, and the caller can repeat the copy. The copy contains the
+        The copy is one transaction on the target database. Before the commit, homeagent compares every row with the
+        source. After an error the target is still empty, and the caller can repeat the copy. The copy contains the
         application's tables if the target was opened with the application's `migrations`.
 
         Args:
@@ -287,12 +287,12 @@ class DatabaseMaintenance:
             backup: file that `Database.backup()` made, or a copy of a closed database. If the backup has a manifest
                 file, the size, SHA-256 and row counts in the manifest are compared with the backup.
             target: path of the database to replace, as for `Database.open`. The database can be damaged or absent.
-            clock: clock for the start of the new epoch. The clock must be right, because the replay guard compares
-                the time of each message with the start of the epoch.
+            clock: clock that gives the time at which the new epoch starts. The clock must be right, because the replay
+                guard compares the time of each message with the start of the epoch.
             busy_timeout: longest wait for other processes to close the target.
             acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
-            expected_epoch: epoch that the target must have. With 0, the target must be absent, or too damaged to read
-                the epoch. Default: any epoch.
+            expected_epoch: epoch that the target must have. With `expected_epoch=0`, the target must be absent, or too
+                damaged to read the epoch. Default: any epoch.
 
         Returns:
             Report of the restore, with the path of the old database.
@@ -300,7 +300,7 @@ class DatabaseMaintenance:
         Raises:
             InvalidArgumentError: if the backup is absent, if backup and target are the same file, or if the target is
                 not a file.
-            ConflictError: if the epoch of the target differs from the argument `expected_epoch`.
+            ConflictError: if the epoch of the target is not `expected_epoch`.
             DatabaseBusyError: if a process has the target or the backup open. On Linux the error message names the
                 process.
             CorruptDatabaseError: if the backup is damaged.
@@ -341,12 +341,12 @@ class DatabaseMaintenance:
 
         Args:
             target: path or URL of the database, as for `Database.open`.
-            clock: clock for the start of the epoch.
+            clock: clock that gives the time at which the epoch starts.
             busy_timeout: longest wait for other processes to close the database.
             expected_epoch: epoch that the database must have. Default: any epoch.
 
         Raises:
-            ConflictError: if the epoch of the database differs from the argument `expected_epoch`.
+            ConflictError: if the epoch of the database is not `expected_epoch`.
             DatabaseBusyError: if a process has the database open. A process with an open database would continue in the
                 old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.

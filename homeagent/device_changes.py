@@ -4,8 +4,8 @@ Each `Database` has one thread, which reads the feed for all iterators. The thre
 ends with the last iterator. For each iterator, the thread stores only the number of the last delivered change, because
 the feed itself is in the database.
 
-Each iterator checks the time since the last successful read of the feed, and raises an error after `PATIENCE` seconds.
-Do not move this check to the thread, because a lost connection can block the thread for more than `PATIENCE` seconds
+Each iterator checks how long ago the thread read the feed, and raises an error after `PATIENCE` seconds. Do not move
+this check to the thread, because a lost connection can block the thread for longer
 (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
@@ -40,8 +40,8 @@ logger: logging.Logger = logging.getLogger("homeagent")
 PATIENCE = 5.0
 """Time in seconds. If no read of the feed succeeds for this time, an iterator raises an error."""
 
-# Maximum number of changes that a statement reads (`_PAGE`). An iterator with `_WAITING` waiting changes gets no
-# further page.
+# `_PAGE` is the maximum number of changes that a statement reads. If `_WAITING` changes already wait for an iterator,
+# the thread reads no further page for the iterator.
 _PAGE = 100
 _WAITING = 1000
 
@@ -53,7 +53,10 @@ _CLOSED = "the database was closed, or was opened before the process was forked:
 
 
 class _Subscription:
-    """Changes that wait for an iterator. The attribute `position` is the number of the last change."""
+    """Device changes that the thread has read for an iterator, and that the iterator has not returned yet.
+
+    `subscription.position` is the number of the last change that the thread has read for the iterator.
+    """
 
     def __init__(self, after: int) -> None:
         self._mutex = threading.Lock()
@@ -70,7 +73,9 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If no change waits, store the function `wake()`, and return None."""
+        """Return the next change. If no change waits, return None, and keep `wake()` for a call after the next
+        change.
+        """
         with self._mutex:
             if self._changes:
                 return self._changes.popleft()
@@ -127,19 +132,18 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """End the iteration. A task that waits for the next change gets StopAsyncIteration."""
+        """End the iteration. In a task that waits for the next change, the iterator raises StopAsyncIteration."""
         self._subscription.is_closed = True
         self._subscription.wake()
         self._watcher.notify()
 
     def __del__(self) -> None:
-        # Do not call a function that takes a mutex, because the garbage collector can call this method inside any
-        # function.
+        # Do not take a mutex here, because the garbage collector can call this method while its thread holds the mutex.
         self._subscription.is_closed = True
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
-    """Return a function by which another thread can run a function in the event loop of this task."""
+    """Return a function that runs another function in the event loop of this task, and that any thread can call."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
@@ -179,7 +183,7 @@ class DeviceWatcher:
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         # Check for a fork before taking the mutex. In a forked child, the mutex can stay locked, because a thread of
-        # the parent held the mutex.
+        # the parent held the mutex during the fork.
         if self._engine.is_forked_copy or self._is_closed:
             raise DatabaseClosedError(_CLOSED)
         if subscription not in self._subscriptions:
@@ -224,7 +228,7 @@ class DeviceWatcher:
         ) from self._error
 
     def notify(self) -> None:
-        """Wake the thread, which then reads the feed. Each commit of this process calls the method."""
+        """Wake the thread, which then reads the feed. Each commit of this process wakes the thread."""
         if self._pipe is not None and not self._is_notified:
             self._is_notified = True
             os.write(self._pipe[1], b"\0")
@@ -307,7 +311,7 @@ class DeviceWatcher:
                     subscription.put(changes)
 
     def _wait(self, handle: int | None) -> None:
-        """Wait for a notification. Wait at most for the interval of the engine."""
+        """Wait for a notification. The longest wait is the polling interval of the engine."""
         if self._pipe is None:
             return
         began, poll = monotonic(), select.poll()

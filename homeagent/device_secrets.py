@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class DeviceSecrets:
-    """Base class of `Database` with the methods for the secrets of devices. The class `Database` sets the fields."""
+    """Base class of `Database` with the methods for the secrets of devices. `Database.__init__` sets the attributes."""
 
     _runner: Runner
     _clock: Clock
@@ -57,7 +57,7 @@ class DeviceSecrets:
             Device and secret. A program can't read the secret again later.
 
         Raises:
-            DeviceExistsError: if a device with this id exists. The error shows the caller that the id exists.
+            DeviceExistsError: if a device with this id exists. The error tells the caller that the id exists.
             PendingLimitError: if the number of pending devices has reached `Limits.pending_devices`.
             InvalidArgumentError: if the secret is too long or has a control character.
             TooManyAttemptsError: if the caller chose the secret, and the number of waiting slow hashes has reached
@@ -91,8 +91,8 @@ class DeviceSecrets:
         """Return whether the secret is right, and whether the device is approved, pending or revoked.
 
         An attacker with a wrong secret can't learn whether the device exists, is approved, or has a generated secret.
-        For a wrong secret, the duration of the check depends only on the presented id and secret. The refusal of a
-        wrong secret by a limit also depends only on the presented id and secret.
+        For a wrong secret, the duration of the check depends only on the presented id and secret. Whether a limit
+        refuses a wrong secret also depends only on the presented id and secret.
 
         Args:
             device_id: presented id.
@@ -100,8 +100,7 @@ class DeviceSecrets:
 
         Returns:
             Result of the check. In an `if` statement, the result is true only if the secret is right and the device is
-            approved. For a wrong secret or an absent device, the attribute `status` is "denied", and the attribute
-            `device` is None.
+            approved. For a wrong secret or an absent device, the result has `status="denied"` and `device=None`.
 
         Raises:
             TooManyAttemptsError: if the failed checks of this id in this process have reached
@@ -156,8 +155,8 @@ class DeviceSecrets:
 
         Returns:
             Result of the check. In an `if` statement, the result is true only if the proof is right and the device is
-            approved. For a wrong proof, an absent device or a device without a verifier, the attribute `status` is
-            "denied", and the attribute `device` is None.
+            approved. For a wrong proof, an absent device or a device without a verifier, the result has
+            `status="denied"` and `device=None`.
 
         Raises:
             InvalidArgumentError: see `verify_proof()`.
@@ -178,7 +177,8 @@ class DeviceSecrets:
 
         For an absent device or a device without a verifier, the method derives an answer from the id and a key of the
         store. A derived answer takes as long as a stored answer. All processes derive the same answer, even after a
-        restore. A pairing, a deletion or a rotation changes the answer for an id, and a caller can see the change.
+        restore. The answer for an id changes when a device is paired, deleted or rotated, and a caller can see the
+        change.
 
         Args:
             device_id: presented id.

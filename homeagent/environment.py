@@ -26,19 +26,19 @@ MAX_POOL_SIZE = 1000
 
 
 class _Text(str):
-    """Text of a default. An equal text of a caller is a different object."""
+    """A default value that is a text. If a caller passes an equal text, `is` still tells the two texts apart."""
 
     __slots__ = ()
 
 
 class _Number(int):
-    """Number of a default. An equal number of a caller is a different object."""
+    """A default value that is a number. If a caller passes an equal number, `is` still tells the two numbers apart."""
 
     __slots__ = ()
 
 
-# The signature of `Database.open` has these defaults. Compare a default by identity (`is`), because a caller can pass
-# an equal value.
+# The three constants are the defaults in the signature of `Database.open`. Compare a default by `is`, because a caller
+# can pass an equal value.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

@@ -115,12 +115,12 @@ class ConflictError(HomeAgentError):
     """The present state of the store does not permit the change. The method that raised the error did not change a row.
     Remedy: read the row again, and correct the values that violate the constraint.
 
-    If no constraint was violated, the attributes `constraint` and `kind` are None.
+    If no constraint was violated, the error has `constraint=None` and `kind=None`.
 
     Attributes:
-        table: name of the table. None if the table is unknown.
-        constraint: name of the violated constraint. For a constraint without a name, the value names the columns. None
-            if the database does not report the name, for example for a foreign key on SQLite.
+        table: name of the table. The value is None if the table is not known.
+        constraint: name of the violated constraint. For a constraint without a name, the value names the columns. The
+            value is None if the database does not report the name, for example for a foreign key on SQLite.
         kind: kind of the constraint: `unique` (also for a primary key), `foreign_key`, `check`, `not_null`, `exclusion`
             (only on PostgreSQL) or `datatype` (only for a STRICT table of SQLite).
     """
@@ -140,8 +140,8 @@ class AgentInUseError(ConflictError):
 
 
 class RouteTakenError(ConflictError):
-    """Another session holds the new route of a moved session. The attribute `session_id` is the id of the holder.
-    Remedy: move or delete the holder of the route, and then try again.
+    """Another session holds the new route of a moved session. `error.session_id` is the id of the session that holds
+    the route. Remedy: move or delete the session that holds the route, and then try again.
     """
 
     def __init__(self, session_id: str) -> None:
@@ -158,8 +158,8 @@ class LastAdminError(ConflictError):
 
 
 class ApprovalChangedError(ConflictError):
-    """The device has changed since the administrator read the device. The attribute `changed` names the changed field.
-    Remedy: show the device again, and then decide.
+    """The device has changed since the administrator read the device. `error.changed` names the changed field. Remedy:
+    show the device again, and then decide.
     """
 
     def __init__(self, device_id: str, changed: str) -> None:
@@ -178,7 +178,7 @@ class DeviceNotApprovedError(ConflictError):
 
 
 class LimitError(ConflictError):
-    """The store already contains the maximum number of rows of a kind. The attribute `limit` is the maximum number."""
+    """The store already contains the maximum number of rows of a kind. `error.limit` is the maximum number."""
 
     def __init__(self, message: str, *, limit: int) -> None:
         self.limit = limit
@@ -369,7 +369,9 @@ class MigrationError(DatabaseError):
 
     @property
     def cause(self) -> BaseException | None:
-        """Exception of the failed revision. None if no revision failed, or if the database raised the exception."""
+        """Exception of the failed revision. The value is None if no revision failed, or if the database raised the
+        exception.
+        """
         return self.__cause__
 
 

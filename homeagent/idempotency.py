@@ -1,8 +1,9 @@
-"""Run a side effect once. First commit a claim, then run the effect without a transaction, and then commit the outcome.
+"""Run a side effect once. homeagent first commits a claim of the key, then runs the effect without a transaction, and
+then commits the outcome.
 
 If the process ends between the commit of the claim and the commit of the outcome, the outcome is unknown. By default,
-the next call with the key does not run the effect, and raises `OutcomeUnknownError`. By the argument `on_abandoned`, a
-caller can choose another action after an abandoned attempt.
+the next call with the key does not run the effect, and raises `OutcomeUnknownError`. The caller can choose another
+action by `on_abandoned=…`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# Types of `Database.run` and `Database.arun`. With `idempotent=True`, the two methods can run a unit twice.
+# `Run` and `ARun` are the types of `Database.run` and `Database.arun`. With `idempotent=True`, `Database.run` and
+# `Database.arun` can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -82,8 +84,8 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        If the argument `instead` is None, the effect can be a coroutine function. If `instead` is a text, a coroutine
-        function raises an error, and the text is the remedy in the error message.
+        With `instead=None`, the effect can be a coroutine function. Any other value of `instead=…` is the remedy in the
+        error for a coroutine function.
         """
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):
@@ -109,14 +111,14 @@ class OnceCall:
 
 
 class _Once:
-    """Function for a unit of work that ends an attempt. A second run of the function is safe, for example after a
+    """The function of a unit of work that ends an attempt. A second run of the function is safe, for example after a
     commit with an unknown outcome.
 
     Args:
         attempt: attempt that the unit ends.
         write: function that records the outcome or releases the key.
         leaves_record: True if the unit leaves a record of the attempt in the store. False if the function releases the
-            key. With False, a lost lease in a second run counts as success.
+            key. With `leaves_record=False`, a lost lease in a second run counts as success.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class LeaseTimer:
         self._wakes = math.inf
 
     def renew(self, call: OnceCall, attempt: Attempt) -> Callable[[], None]:
-        """Renew a lease until the caller calls the returned function.
+        """Renew a lease until the caller calls the function that `renew()` returns.
 
         Raises:
             RuntimeError: if the system can't start a thread.
@@ -178,8 +180,7 @@ class LeaseTimer:
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # If the effect ends before the thread starts, the thread finds no lease, and ends at the time
-                # `lease.due`.
+                # If the effect ends before the thread starts, the thread finds no lease, and ends at `lease.due`.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:
@@ -190,8 +191,8 @@ class LeaseTimer:
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Do not take the lock in the returned function. If the effect forks, the lock can stay locked in the child
-        # process.
+        # The returned function must not take the lock, because the lock can stay locked in a child that the effect has
+        # forked.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -287,8 +288,8 @@ class _AsyncUnits:
     """Units of work of an `arun_once()` call. The units claim the key, record the outcome, or release the key.
 
     Attributes:
-        substitute: function that runs instead of the effect, or None. After an abandoned attempt, the function is
-            the argument `on_abandoned` of the caller.
+        substitute: function that runs instead of the effect, or None. After an abandoned attempt, the value is the
+            function that the caller passed as `on_abandoned`.
     """
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
@@ -353,8 +354,7 @@ class _AsyncUnits:
     async def _claim(self, *, rerun: bool) -> Attempt | Outcome:
         def claim(unit: UnitOfWork) -> Attempt | Outcome:
             claimed = self._call.claim(unit, rerun=rerun)
-            # Set the attribute `_claimed` inside the unit, because a cancelled caller does not get the result of the
-            # unit.
+            # Set `_claimed` inside the unit, because a cancelled caller does not get the result of the unit.
             self._claimed = claimed if isinstance(claimed, Attempt) else None
             return claimed
 

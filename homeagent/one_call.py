@@ -37,8 +37,8 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
 
 
 class AutocommitReads:
-    """An object of this class replaces the unit of work in a store of a database. The object runs each statement that
-    reads in autocommit mode, without a lock.
+    """An object that takes the place of the unit of work in a store such as `database.devices`. The object runs each
+    statement that reads in autocommit mode, without a lock.
     """
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
@@ -47,7 +47,9 @@ class AutocommitReads:
         self.now: Callable[[], datetime] = settings.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement, and return the object of the first row. If the statement returns no row, return None."""
+        """Run a statement, and return the object of the first row. If the statement returns no row, the result is
+        None.
+        """
         settings = self.settings
         try:
             return settings.engine.read_alone("one", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
@@ -91,7 +93,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         database: AutocommitReads = self._unit
         if access.kind is Access.Kind.STREAM:
-            # Do not run the unit again after an error, because the method's iterable argument can be read only once.
+            # Do not retry after an error, because the method can read its iterable argument only once.
             with database.settings.unit(database.settings, read_only=False) as unit:
                 return method(kind(unit), *arguments, **named)
         if access.unless is not None:
@@ -107,7 +109,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """A method of a store must be called again in a unit of work.
+    """The method of a store must be called again in a unit of work.
 
     Attributes:
         writes: True if the unit of work must be able to write.
@@ -118,7 +120,7 @@ class _NeedsUnitError(BaseException):
 
 
 class _Reads:
-    """An object of this class replaces the unit of work while a store's method only reads.
+    """An object that takes the place of the unit of work while a store's method only reads.
 
     Args:
         unit: object that runs the statements.
@@ -133,7 +135,9 @@ class _Reads:
         self.now = unit.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement, and return the object of the first row. If the statement returns no row, return None."""
+        """Run a statement, and return the object of the first row. If the statement returns no row, the result is
+        None.
+        """
         self._check(statement)
         return self._unit.one(statement, **parameters)
 
@@ -153,12 +157,12 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Keep the error, because a bare `except` in the store's method can suppress the error.
+        # Keep the error in `self.needed`, because a bare `except` in the store's method can suppress the error.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # Any other attribute of a unit of work can write to the database.
+        # A method that uses another attribute of the unit of work can write to the database.
         raise self._need(writes=True)
 
 

@@ -44,7 +44,7 @@ class UnitSession(Session):
         return super().get_bind(*args, **kwargs)
 
     def commit(self) -> None:
-        """Flush the pending changes. The unit of work commits at its end."""
+        """Flush the pending changes. The changes are committed when the unit of work ends."""
         self._unit._require_connection()
         self.flush()
 
@@ -116,8 +116,8 @@ def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
     Args:
         table: table whose rows the statement can change.
         target: name of the table that the statement inserts into, updates or deletes from.
-        cascade: attribute that holds a foreign key's action. The attribute is `ondelete` for a DELETE, `onupdate` for
-            an UPDATE, and None for an INSERT.
+        cascade: attribute of a foreign key that holds the action for the statement. The value is `ondelete` for a
+            DELETE, `onupdate` for an UPDATE, and None for an INSERT.
     """
     if table.fullname == target:
         return True

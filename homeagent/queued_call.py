@@ -1,7 +1,7 @@
 """A call in the queue of the group commit has a function, a state and an outcome.
 
-The following table shows how the state of a call changes. A caller that stops waiting moves its call to the state LEFT.
-The writer thread makes most other changes of a call's state.
+The following table shows how the state of a call changes. If a caller stops waiting, the caller sets the state
+`CallState.LEFT`. The writer thread makes most other changes of a call's state.
 
 | from | to | when |
 |---|---|---|

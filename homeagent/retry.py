@@ -95,18 +95,18 @@ class Runner:
             await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
-        """Call the function `work()` in a worker thread. A cancelled caller also waits for the end of the call.
+        """Call `work()` in a worker thread. A cancelled caller also waits for the end of the call.
 
         Args:
             work: function that can block.
-            slow: True if the function computes a slow hash, or False if the function makes a short check. Slow hashes
-                and checks have separate worker threads, so that a check does not wait for a slow hash.
+            slow: True if the function computes a slow hash; False if the function makes a short check. Slow hashes and
+                checks have separate worker threads, so that a check does not wait for a slow hash.
         """
         await checkpoint_if_cancelled()
         return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
 
     async def _in_thread(self, work: Callable[[], T], kind: str) -> T:
-        """Call the function `work()` in a worker thread of the given kind (see `in_thread()`)."""
+        """Call `work()` in a worker thread that is only for one kind of work (see `in_thread()`)."""
         if not _under_asyncio():
             import anyio.to_thread
 

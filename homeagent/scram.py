@@ -226,9 +226,9 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
     existing device.
 
     The same arguments always give the same result. By default, a made-up answer has the iterations of a generated
-    secret, because `Database` stores only verifiers of generated secrets. A made-up answer changes only with the key.
-    The answer for an existing device changes with each rotation of its secret. From a changed answer, a caller can
-    learn that a device exists.
+    secret, because `Database` stores only verifiers of generated secrets. A made-up answer depends only on the id and
+    the key. The answer for an existing device changes with each rotation of its secret. From a changed answer, a caller
+    can learn that a device exists.
 
     Args:
         device_id: id in the request.
@@ -286,7 +286,7 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
 def make_proof(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> bytes:
-    """Make a proof of a secret. Devices call the function.
+    """Make a proof of a secret. Use this function in a device.
 
     The argument `message` is the result of `proof_message()`. For the other arguments and the errors, see
     `derive_proof_keys()`. For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
@@ -297,8 +297,8 @@ def make_proof(
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# Substitute for an absent or damaged verifier. With the substitute, a check without a verifier takes as long as a check
-# with a verifier.
+# A verifier that takes the place of an absent or damaged verifier. Therefore a check takes the same time with and
+# without a stored verifier.
 _DECOY_VERIFIER = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),
@@ -310,7 +310,7 @@ _DECOY_VERIFIER_TEXT = _format_verifier(
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
-    """Return True if the proof of the message was made with the secret of the verifier. Gateways call the function.
+    """Return True if the proof of the message was made with the secret of the verifier. Use this function in a gateway.
 
     The duration is the same for a right proof, a wrong proof and an absent device. The function always parses a
     verifier and computes two hashes. The caller must also check the timestamp and consume the nonce, because an
@@ -344,7 +344,7 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 
 @clears_locals
 def server_signature(verifier: str, message: bytes) -> bytes:
-    """Sign the message of a proof, so that the device can check the gateway. Gateways call the function.
+    """Sign the message of a proof, so that the device can check the gateway. Use this function in a gateway.
 
     Send the signature only after `check_proof()` has returned True, because an attacker can use the signature to check
     guesses at a human's secret.
@@ -362,7 +362,7 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Return True if the signature was made with the verifier of the secret. Devices call the function.
+    """Return True if the signature was made with the verifier of the secret. Use this function in a device.
 
     Pass the parameters and the message of the proof. A signature of any other length than 32 bytes is wrong.
 

@@ -1,7 +1,7 @@
 """pytest plugin with fixtures for fresh databases, and for a clock that a test can move.
 
-pytest loads the plugin if homeagent is installed. The plugin imports the rest of homeagent only when a test uses a
-fixture, so that the plugin does not slow down other test runs.
+If homeagent is installed, pytest loads the plugin automatically. The plugin imports the rest of homeagent only when a
+test uses a fixture, so that the plugin does not slow down other test runs.
 
 | fixture | value | override the fixture to |
 |---|---|---|
@@ -122,8 +122,8 @@ class DatabaseFactory:
 
         Args:
             server: URL of a PostgreSQL server. The default is the value of the fixture `homeagent_server`.
-            options: arguments of `Database.open()`, such as `unit=` and `migrations=`. The arguments of the call
-                replace the arguments of the fixture `homeagent_options`. By default, the clock is the fixture
+            options: arguments of `Database.open()`, such as `unit=` and `migrations=`. An argument of the call
+                overrides the argument of the same name from `homeagent_options`. By default, the clock is the fixture
                 `homeagent_clock`. The default durability is `normal`, because a test does not need its rows after a
                 power cut.
         """
@@ -158,14 +158,13 @@ def check_revisions(
 
     During an upgrade of several hosts, old code uses the new schema. Therefore a revision must only expand the schema.
     The function runs the revisions one by one on an empty database, and compares the schemas before and after each
-    revision. By the line `oldest_revision = "…"` in its module, a revision declares the oldest revision whose code
-    still runs. A revision with this line is allowed to drop tables and columns that no code since the oldest revision
-    uses.
+    revision. A revision's module can declare the oldest revision whose code still runs, by a line `oldest_revision =
+    "…"`. A revision with such a line is allowed to drop tables and columns that no code since the oldest revision uses.
 
     Args:
         migrations: revisions of the application (see `Database.open`).
-        server: URL of a PostgreSQL server, on which the function creates a database. With None, the function creates a
-            SQLite file.
+        server: URL of a PostgreSQL server, on which the function creates a database. Without a URL, the function
+            creates a SQLite file.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
         accepted: names of new CHECK constraints and triggers that do not break old code.
 
@@ -244,7 +243,7 @@ def homeagent_clock() -> FakeClock:
 
 @pytest.fixture
 def homeagent_options() -> dict[str, Any]:
-    """Arguments for each call of `Database.open()`. By default, the dictionary is empty."""
+    """Arguments for each call of `Database.open()`. By default, the fixture returns an empty dictionary."""
     return {}
 
 

@@ -78,7 +78,7 @@ class Transaction:
     Args:
         settings: settings of the database's units.
         read_only: True if the unit only reads. All reads of a read-only unit see one snapshot.
-        timeout: longest wait for a connection, in seconds. None means the timeout of the settings.
+        timeout: longest wait for a connection, in seconds. With `timeout=None`, the longest wait is `settings.timeout`.
 
     Attributes:
         settings: settings of the database's units, and values that the stores keep from unit to unit.
@@ -116,7 +116,7 @@ class Transaction:
         if not self.read_only:
             self._owner = get_ident()
             if self._owner in settings.writing:
-                # In a forked child, the method `pool()` raises DatabaseClosedError.
+                # In a forked child, `pool()` raises DatabaseClosedError.
                 settings.engine.pool(read_only=False)
                 refuse_nesting()
         try:
@@ -167,7 +167,7 @@ class Transaction:
                 notify()
 
     def _roll_back(self, connection: StoreConnection, error: BaseException | None) -> None:
-        # Release the connection even after a call of the method `rollback()`. A second ROLLBACK has no effect.
+        # Release the connection even after a call of `rollback()`. A second ROLLBACK has no effect.
         counters = self.settings.engine.counters
         if error is not None:
             counters.faulted(error)
@@ -232,7 +232,7 @@ class Transaction:
                     settings.writing.discard(self._owner)
 
     def _require_connection(self) -> StoreConnection:
-        """Return the connection of the unit. If the unit is not in the state OPEN, raise UnitStateError."""
+        """Return the connection of the unit. If the unit is not open, raise UnitStateError."""
         connection = self._connection
         if connection is None or self._state is not OPEN:
             if self._state is ROLLED_BACK and connection is not None:
@@ -245,7 +245,7 @@ class Transaction:
         return self.settings.now()
 
     def rollback(self) -> None:
-        """Roll back now, and do not commit at the end of the `with` block. A second call of the method has no effect.
+        """Roll back now, and do not commit at the end of the `with` block. A second call of `rollback()` has no effect.
 
         Raises:
             UnitStateError: if the unit has ended.
@@ -258,7 +258,7 @@ class Transaction:
         self._undo_changes(connection)
 
     def _undo_changes(self, connection: StoreConnection) -> None:
-        """Roll back the changes of this unit, and move the unit to the state ROLLED_BACK."""
+        """Roll back the changes of this unit, and set the state `UnitState.ROLLED_BACK`."""
         if not self._has_joined:
             connection.rollback()
         elif connection.in_transaction:
@@ -267,9 +267,9 @@ class Transaction:
         self._state = ROLLED_BACK
 
     def _end_after_rollback(self) -> None:
-        """Move the unit to the state ROLLED_BACK if the ORM session has rolled back the whole transaction.
+        """Set the state `UnitState.ROLLED_BACK` if the ORM session has rolled back the whole transaction.
 
-        If the session has rolled back only to a savepoint, the unit stays in the state OPEN.
+        If the session has rolled back only to a savepoint, the unit stays open.
         """
         connection = self._connection
         if self._state is not OPEN or connection is None:
@@ -285,7 +285,7 @@ class Transaction:
     def _join(self, connection: StoreConnection) -> Self:
         """Begin the unit as a savepoint in the transaction of a batch, and return the unit.
 
-        The methods `_join()` and `_leave()` replace the `with` block of the unit.
+        `_join()` and `_leave()` replace the `with` block of the unit.
         """
         connection.execute(_BEGIN_SAVEPOINT)
         self._connection, self._has_joined, self._state = connection, True, OPEN

@@ -60,8 +60,8 @@ class UnitOfWork(Transaction):
         nested = None
         if self._session is not None:
             nested = self._session.begin_nested()
-            # Send SAVEPOINT now, before a store can write. SQLAlchemy would wait for the first statement of the
-            # session.
+            # Send SAVEPOINT now, before a store can write. SQLAlchemy itself would send SAVEPOINT only before the first
+            # statement of the session.
             self._session.connection()
         else:
             connection.savepoint(name)
@@ -78,8 +78,8 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # The session was opened inside the block, so the rollback can undo the rows of the session's
-                        # objects.
+                        # The session was opened inside the savepoint's block, so the rollback can undo rows that belong
+                        # to the session's objects.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -89,8 +89,7 @@ class UnitOfWork(Transaction):
             connection.release_savepoint(name)
 
     def after_commit(self, callback: Callable[[], object]) -> None:
-        """Call the function `callback()` once after the commit, in the order of registration. A rollback discards the
-        callback.
+        """Call `callback()` once after the commit, in the order of registration. A rollback discards the callback.
 
         An exception of a callback is logged, and affects neither the commit nor the caller.
 

@@ -44,8 +44,8 @@ def _age(begun: _Moment, now: _Moment) -> timedelta:
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. The caller sets the attribute `failed` to True if the secret is wrong. A check with a
-    right secret does not count.
+    """One check of a secret. The caller sets `check.failed = True` if the secret is wrong. A check with a right secret
+    does not count.
     """
 
     failed: bool = False

@@ -19,7 +19,7 @@ _RETRY_AFTER = timedelta(seconds=1)
 class FairSemaphore:
     """A semaphore that a limited number of callers can hold at the same time.
 
-    The argument `places` is the maximum number of holders, 1 or more. In a forked child all places are free.
+    The argument sets the number of callers, 1 or more. In a forked child all places are free.
     """
 
     def __init__(self, places: int) -> None:

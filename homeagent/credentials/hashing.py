@@ -126,7 +126,7 @@ class SecretMatch:
     """
 
     def __bool__(self) -> bool:
-        # Compare `matched` with None, because a match at index 0 would count as false.
+        # Write `matched is not None`, because an index of 0 counts as false.
         return self.matched is not None
 
 
@@ -201,7 +201,7 @@ class SecretHasher:
             InvalidArgumentError: if the secret is unusable. The error message does not show the secret.
             TooManyAttemptsError: if too many callers already wait. A check of a generated secret does not raise this
                 error.
-            DatabaseBusyError: if no Argon2 run could start within the argument `timeout`. Try again later.
+            DatabaseBusyError: if no Argon2 run could start in time. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
         """
         text = secret_text(secret)
@@ -230,10 +230,10 @@ class SecretHasher:
             waiting: maximum number of callers that wait for this hasher, including the caller of the method.
 
         Raises:
-            InvalidArgumentError: if the argument `stored` has more than 2 hashes, or is a string.
+            InvalidArgumentError: if more than 2 hashes are given, or if the hashes are a single string.
             TooManyAttemptsError: if too many callers already wait. A check of a generated secret does not raise this
                 error.
-            DatabaseBusyError: if no Argon2 run could start within the argument `timeout`. Try again later.
+            DatabaseBusyError: if no Argon2 run could start in time. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
         """
         if isinstance(stored, str) or len(stored) > _MAX_STORED:
@@ -310,7 +310,7 @@ class SecretHasher:
                 ) from error
 
 
-# The whole process uses one hasher, so that the argument `concurrency` limits all callers.
+# The whole process uses one hasher, so that its limit of concurrent runs applies to all callers.
 _default = SecretHasher()
 
 

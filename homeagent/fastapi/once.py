@@ -53,8 +53,8 @@ Effect = Callable[[Attempt], Any]
 class Once:
     """Run the effect of a request once. A retry of the request gets the status and the body of the first answer.
 
-    The dependency `idempotent()` creates the object. For a request without a key, the argument `stored` is False, and
-    the effect runs without a record.
+    The dependency `idempotent()` creates the object. For a request without a key, the effect runs without a record
+    (`stored=False`).
     """
 
     def __init__(
@@ -188,11 +188,11 @@ def idempotent(
     the first request.
 
     Args:
-        required: With True, a request without a key gets status 400. With False, the effect of a request without a key
-            runs without a record.
+        required: With `required=True`, a request without a key gets status 400. With `required=False`, the effect of a
+            request without a key runs without a record.
         lease: see `Database.run_once()`.
         ttl: time for which a retry gets the answer of the first request.
-        on_abandoned: see `Database.run_once()`. The argument `on_abandoned` can also be a coroutine function.
+        on_abandoned: see `Database.run_once()`. `on_abandoned=` also accepts a coroutine function.
         device: dependency that returns the device of the request.
         max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. If the route
             declares a form or a model, FastAPI reads the whole body before the dependency runs. For a route with a form
@@ -204,7 +204,7 @@ def idempotent(
         response: Response,
         database: DatabaseDep,
         idempotency_key: Annotated[str | None, Header(description="Key of the call, the same in each retry.")] = None,
-        caller: Device = Depends(device),  # not in an annotation, which can't refer to the argument `device`
+        caller: Device = Depends(device),  # an annotation can't refer to an argument of the enclosing function
     ) -> Once:
         keys = request.headers.getlist("idempotency-key")
         if not keys and required:
@@ -244,11 +244,11 @@ def _key_of(header: str) -> str:
 
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
-    # The prefix that a proxy removed is not a part of the result. The path of a mounted application is a part of the
-    # result.
+    # The result contains the path of a mounted application, but not a prefix that a proxy removed.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context contains
-    # the whole path, but is not a public interface. Even without the context, `params_of()` distinguishes the paths.
+    # the whole path, but is not a public interface. Even without FastAPI's route context, `params_of()` distinguishes
+    # the paths.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route

@@ -26,8 +26,8 @@ from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
 _PREFIX = "whsec_"
-_MIN_KEY_BYTES = 24  # The specification requires 24 bytes.
-_OWNER_CHARACTERS = 22  # 22 characters of base64 contain 132 random bits.
+_MIN_KEY_BYTES = 24  # Standard Webhooks requires a secret of 24 bytes.
+_OWNER_CHARACTERS = 22  # A text of 22 base64 characters has 132 random bits.
 
 
 class Webhook(Once):
@@ -126,8 +126,7 @@ async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tup
     )
     body = await read_body(request, max_body)
     signed = f"{message_id}.{timestamp}.".encode() + body
-    # Compute only one signature for each key. Do not compute a signature for each signature in the header, because a
-    # header can contain thousands of signatures.
+    # A header can contain thousands of signatures, so compute only one signature for each key.
     expected = [_signature(key, signed) for key in keys]
     # Compare all signatures, so that the duration does not show the position of the right signature.
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]

@@ -110,7 +110,7 @@ async def _end_of_access(database: Database, admission: Admission, changes: Asyn
     """Wait until the device loses its access, or until the device changes can't be read. Return the reason."""
     try:
         async for change in changes:
-            # A change without an id is a reset. After a reset, check the device again.
+            # A change without a device id is a `reset` change. After a `reset` change, check the device again.
             if change.device_id not in {admission.device.id, None}:
                 continue
             # After a revocation, do not read the device before the WebSocket is closed. The read would wait while all

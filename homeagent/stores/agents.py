@@ -121,7 +121,7 @@ class AgentStore(Store):
         given = changes.model_fields_set
         if not given:
             return self.get(agent_id)
-        # Do not read the row first. A read would fail on an unreadable value, which an update must be able to replace.
+        # Do not read the row first, because an update must also replace a value that cannot be read.
         values = {f"new_{name}": getattr(changes, name) for name in given}
         changed = self._unit.write_one(
             _update(frozenset(given)), agent_id=self._searched(agent_id, "agent_id"), **values

@@ -24,8 +24,8 @@ _after = bindparam("after", type_=_columns.number.type)
 _is_kept = select(constant(1, _columns.number.type)).where(_columns.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_columns.number)))
-# If the feed contains the number `after`, the statement selects the rows from the number `after` on. If the feed does
-# not contain the number, the statement selects only the newest row.
+# If the feed contains the change with the given number, the statement selects this change and all later changes. If the
+# feed does not contain the change, the statement selects only the newest row.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_columns.number >= case((_is_kept, _after), else_=_newest))
@@ -43,9 +43,9 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Select the changes that follow the argument `after` from the rows that the statement `CHANGES` returned.
+    """From the rows that the statement `CHANGES` returned, return the changes after a number.
 
-    If the feed does not contain the number, return a single change of the kind `reset` with the newest number.
+    If the feed does not contain the number, return one `reset` change with the newest number.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]
@@ -53,7 +53,7 @@ def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
 
 
 def check_number(after: int) -> int:
-    """Return the argument if a device change can have the number `after`. Otherwise raise InvalidArgumentError."""
+    """Return the argument if it can be the number of a device change. Otherwise raise InvalidArgumentError."""
     if type(after) is not int or not 0 <= after < 2**63:
         raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
     return after
@@ -68,12 +68,12 @@ class DeviceFeed(Store):
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
         """Return the device changes after a number, oldest first.
 
-        If the feed no longer contains the number `after`, the method returns one change of the kind `reset`. After a
-        restore of the database, the method also returns a reset. After a reset, read all devices again, and continue
-        with the number of the reset.
+        If the feed no longer contains the given number, the method returns one `reset` change. After a restore of the
+        database, the method also returns a `reset` change. After a `reset` change, read all devices again, and continue
+        with the number of the `reset` change.
 
         Args:
-            after: number of the last change that the caller has read. A new reader passes the number 0.
+            after: number of the last change that the caller has read. A new reader passes 0.
             limit: maximum number of changes, 1 or more.
         """
         rows = self._unit.all(CHANGES, after=check_number(after), limit=check_limit(limit) + 1)
@@ -88,7 +88,7 @@ class DeviceFeed(Store):
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
         """Delete the oldest changes, and stop at the first change that is later than the given time.
 
-        The argument `limit` is the maximum number of deleted changes. The method does not delete the newest change.
+        One call deletes at most the given number of changes. The method does not delete the newest change.
 
         Returns:
             The number of deleted changes.

@@ -18,8 +18,8 @@ class SecretHashes(NamedTuple):
     """Hashes of the current and the previous secret of a device. The fields have the same names as in the class
     `Device`.
 
-    If the device does not exist, the field `shared_secret_hash` is an empty text, which matches no secret. The other
-    fields of an absent device are None.
+    If the device does not exist, `shared_secret_hash` is an empty text, which matches no secret. The other fields of an
+    absent device are None.
     """
 
     shared_secret_hash: str
@@ -28,10 +28,10 @@ class SecretHashes(NamedTuple):
 
 
 class DeviceState(NamedTuple):
-    """State of a device, and the result of a comparison of the device with expected values.
+    """State of a device, and whether the device still has the expected values.
 
-    The field `was_decided` is True if the device was approved or revoked at least once. If a program withdraws an
-    approval by `uow.session`, the device counts as revoked even without a time of revocation.
+    `was_decided` is True if the device was approved or revoked at least once. If a program withdraws an approval by
+    `uow.session`, the device counts as revoked even without a time of revocation.
     """
 
     approved: bool

@@ -1,4 +1,4 @@
-"""The store of devices. The module `homeagent.models.device` lists the states of a device."""
+"""The store of devices. `homeagent/models/device.py` has a table of the states of a device."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Return the number of pending devices. The count stops at the argument `limit`, which must be 1 or more.
+        """Return the number of pending devices. The count stops at the given maximum, which must be 1 or more.
 
         A device that has been pending for longer than `Limits.pending_ttl` does not count, even if no sweep has deleted
         the device yet.
@@ -121,7 +121,7 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
-        """If more devices are pending than the argument `limit` allows, raise `PendingLimitError`.
+        """If more devices are pending than the limit allows, raise `PendingLimitError`.
 
         Pairings in other units wait until the end of the unit that called the method.
         """
@@ -131,8 +131,8 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. The argument `limit` is
-        the maximum number of deleted devices.
+        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. One call deletes at most
+        the given number of devices.
 
         Returns:
             The number of deleted devices.
@@ -167,7 +167,7 @@ class DeviceStore(DeviceFeed):
                 page.
 
         Raises:
-            DeviceNotFoundError: if the order is "paired_at", and the argument `after` is the id of an absent device. To
+            DeviceNotFoundError: if `order="paired_at"`, and no device has the id that was passed as `after=…`. To
                 continue after a deleted device, pass the `Device` object instead of the id.
         """
         if approved is not None and not isinstance(approved, bool):
@@ -234,7 +234,7 @@ class DeviceStore(DeviceFeed):
             expected_secret_hash: hash that the device's secret must have. Default: any hash.
             expected_paired_at: time at which the device must have been paired. Default: any time. A second pairing with
                 the same id changes the time of pairing.
-            expected_status: status that a device without approval must have. Default: pending. To approve a revoked
+            expected_status: expected status of a device that is not approved. Default: pending. To approve a revoked
                 device, pass `DeviceStatus.REVOKED`.
 
         Returns:
@@ -275,14 +275,14 @@ class DeviceStore(DeviceFeed):
 
         The nonces and idempotency keys of the device stay.
 
-        The argument `reason` is a text for administrators.
+        The reason is a text for administrators.
 
         Returns:
             False if the device was already revoked.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
-            LastAdminError: if the device is the last approved admin, and `force` is False.
+            LastAdminError: if the device is the last approved admin, and `force=False`.
         """
         if reason is not None:
             check_name(reason, "reason")
@@ -301,7 +301,7 @@ class DeviceStore(DeviceFeed):
         secret_hash: str | None = None,
         paired_at: datetime | None = None,
     ) -> DeviceState:
-        """Return the state of a device, and compare the device with the arguments that are not None.
+        """Return the state of a device, and compare the device with each argument that is not None.
 
         If the unit writes, the row is locked until the unit ends.
 
@@ -319,8 +319,8 @@ class DeviceStore(DeviceFeed):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return a pair. The first value is True if `update_last_seen()` would change no row. The second value is the
-        method's result for an unchanged row.
+        """Return a pair. The first value of the result is True if `update_last_seen()` would change no row. The second
+        value of the result is the result of `update_last_seen()` for an unchanged row.
         """
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
@@ -332,9 +332,9 @@ class DeviceStore(DeviceFeed):
     ) -> bool:
         """Store the time at which a device was last seen.
 
-        The argument `at` is the time of the last contact. If `at` is None or later than the current time, the method
-        stores the current time. The method changes the row only if the stored time is at least `granularity` before the
-        new time. If the method changed no row, the result is False.
+        The caller can pass the time of the last contact as `at=…`. Without a time, or for a time in the future, the
+        method stores the current time. The method changes the row only if the new time is later than the stored time by
+        at least the `granularity`. If the method changed no row, the result is False.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -356,7 +356,7 @@ class DeviceStore(DeviceFeed):
             False if the device did not exist.
 
         Raises:
-            LastAdminError: if the device is the last approved admin, and `force` is False.
+            LastAdminError: if the device is the last approved admin, and `force=False`.
         """
         device = self._searched(device_id, "device_id")
         self._require_another_admin(device_id, force=force)
@@ -390,9 +390,9 @@ class DeviceStore(DeviceFeed):
             False if the device does not exist, or has a different hash.
 
         Raises:
-            DeviceNotApprovedError: if the device is pending or revoked, and `previous_until` is not None.
-            InvalidArgumentError: if a hash or the verifier is not a valid text, or if `previous_until` has no time
-                zone.
+            DeviceNotApprovedError: if the device is pending or revoked, and the caller asks for an overlap.
+            InvalidArgumentError: if a hash or the verifier is not a valid text, or if the end of the overlap has no
+                time zone.
         """
         values = {
             "device_id": self._searched(device_id, "device_id"),

@@ -46,7 +46,7 @@ INSERT = Statement[IdempotencyKey](
             device_id=bindparam("device_id"),
             method=bindparam("method"),
             key=bindparam("key"),
-            # The parameter `json` is text, because the store has already encoded the result to check its size.
+            # The parameter is text, because the store has already encoded the result as JSON to check its size.
             result=bindparam("json", type_=Text),
             created_at=bindparam("now"),
             expires_at=bindparam("expires_at"),
@@ -98,7 +98,7 @@ CLAIM = Statement[IdempotencyKey](
     )
 )
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# The fence is an SQL condition: an attempt can change a key only while the attempt owns the key.
+# The fence is an SQL condition, by which a statement changes the record of a key only if the attempt owns the key.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)
@@ -113,7 +113,7 @@ RECORD = Statement[IdempotencyKey](
     .where(_OWNED)
     .values(
         state=bindparam("state"),
-        # The parameter `json` is text, because the store has already encoded the result to check its size.
+        # The parameter is text, because the store has already encoded the result as JSON to check its size.
         result=bindparam("json", type_=Text),
         omitted=bindparam("omitted"),
         expires_at=bindparam("expires_at"),

@@ -1,4 +1,4 @@
-"""The store of idempotency keys. The module `homeagent.models.idempotency_key` lists the states of a key."""
+"""The store of idempotency keys. `homeagent/models/idempotency_key.py` has a table of the states of a key."""
 
 from __future__ import annotations
 
@@ -143,7 +143,8 @@ class IdempotencyKeyStore(Store):
         rerun: bool = False,
         owner: str | None = None,
     ) -> Attempt | Outcome:
-        """Claim the right to run an effect, or return the stored outcome. Commit the claim before the effect begins.
+        """Claim the right to run an effect (the action that `run_once` protects), or return the stored outcome. Commit
+        the claim before the effect begins.
 
         Args:
             scope: device, method and key of the call.
@@ -159,7 +160,7 @@ class IdempotencyKeyStore(Store):
         Raises:
             FingerprintMismatchError: if the key was used with other parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
-            OutcomeUnknownError: if an attempt was abandoned, and `rerun` is False.
+            OutcomeUnknownError: if an attempt was abandoned, and `rerun=False`.
             EffectFailedError: if the effect has failed for good. The error contains the stored detail of the failure.
             KeyLimitError: if the key is new, and the device has `Limits.keys_per_device` keys that have not expired.
         """
@@ -206,7 +207,7 @@ class IdempotencyKeyStore(Store):
     ) -> Attempt:
         """Return the next attempt of a key in progress.
 
-        Raise an error if the present attempt is not abandoned, or if the argument `rerun` is False.
+        Raise an error if the present attempt is not abandoned, or if `rerun=False`.
         """
         if row.owner == owner:
             # The caller has already committed the same claim, but did not get the result of the commit.
@@ -229,7 +230,7 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Set the end of the lease to the current time plus the argument `lease`. Return the attempt with the new
+        """Extend the lease, so that the lease ends after the given duration from now. Return the attempt with the new
         lease.
 
         Raises:
@@ -313,7 +314,7 @@ class IdempotencyKeyStore(Store):
             self._write_fenced(statements.RENEW, attempt, lease_expires_at=self._unit.now())
 
     def _write_fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
-        """Run a statement that changes the key of an attempt. If the attempt does not own the key, raise
+        """Run a statement that changes the record of an attempt's key. If the attempt does not own the key, raise
         `LeaseLostError`.
         """
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
@@ -325,8 +326,8 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return records of abandoned attempts. The record whose lease expired first comes first. The argument `limit`
-        is the maximum number of records.
+        """Return records of abandoned attempts. The record whose lease expired first comes first. The list contains at
+        most the given number of records.
         """
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
@@ -383,8 +384,8 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete expired records, oldest first, and return the number of deleted records. The argument `limit` is the
-        maximum number of records.
+        """Delete expired records, oldest first, and return the number of deleted records. One call deletes at most the
+        given number of records.
         """
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 
@@ -436,7 +437,9 @@ def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
 
 
 def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
-    """Return the scope of a new record. Check a scope from `IdempotencyScope.of_record()` first."""
+    """Return the scope of a new record. A scope from `IdempotencyScope.of_record()` can contain invalid texts, so check
+    the scope first.
+    """
     if type(scope) is IdempotencyScope:
         return scope
     _check_scope(scope)

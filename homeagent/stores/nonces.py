@@ -86,7 +86,7 @@ FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch,
 
 
 class Freshness(StrEnum):
-    """Result of the check of a signed message. Accept a message only if the result of the check is FRESH."""
+    """Result of the check of a signed message. Accept a message only if the result is `Freshness.FRESH`."""
 
     FRESH = "fresh"
     STALE = "stale"
@@ -167,7 +167,7 @@ class NonceStore(Store):
 
         Raises:
             NonceLimitError: see `consume()`.
-            InvalidArgumentError: if the argument `skew` is longer than `Limits.longest_ttl`.
+            InvalidArgumentError: if the skew is longer than `Limits.longest_ttl`.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
@@ -231,10 +231,10 @@ class NonceStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete nonces that expired at least `NONCE_GRACE` ago, oldest first. The argument `limit` is the maximum
-        number of deleted nonces.
+        """Delete nonces that expired at least `NONCE_GRACE` ago, oldest first. One call deletes at most the given
+        number of nonces.
 
-        Returns the number of deleted nonces.
+        The number of deleted nonces.
         """
         return self._unit.write(
             _DELETE_EXPIRED, before=earlier(self._unit.now(), NONCE_GRACE), limit=check_limit(limit)
@@ -251,7 +251,7 @@ class ReplayGuard:
         limit: maximum number of a device's unexpired nonces. A limit above `Limits.nonces_per_device` has no effect.
 
     Raises:
-        InvalidArgumentError: if `skew` is not more than zero, or if `limit` is less than 1.
+        InvalidArgumentError: if the skew is not more than zero, or if the limit is less than 1.
     """
 
     def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int | None = None) -> None:
@@ -260,7 +260,7 @@ class ReplayGuard:
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
-        """Call `nonces.consume_signed()` with the `skew` and the `limit` of the guard, and return the result.
+        """Call `nonces.consume_signed()` with the skew and the limit of this guard, and return the result.
 
         Call the method in a separate unit, after the check of the signature.
         """

@@ -1,7 +1,7 @@
 """SQL statements of the store of sessions.
 
 A route is the combination of agent, sender and channel. In each statement, the parameters `agent_id`, `sender_id` and
-`channel_id` name a route. The parameter `route` is the key of the route.
+`channel_id` name a route. The parameter `:route` holds the value of `route_key`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _VALUES: dict[str, Any] = {
     "last_active_at": bindparam("last_active_at"),
     "metadata": bindparam("metadata_"),
 }
-# Do not add `index_elements`. Without `index_elements`, the statement adds no row if the id exists, or if the route is
-# taken.
+# Do not add `index_elements=…`, because the statement must tolerate every conflict. The statement adds no row if the id
+# exists, or if another session has the route.
 CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values({**_VALUES, "route_key": bindparam("route")}).on_conflict_do_nothing(),
     returning=AgentSession,
@@ -148,7 +148,7 @@ def last_active(*, has_sender: bool, has_channel: bool) -> Statement[str]:
 
 @cache
 def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement that gives a free route to the last active session of the route.
+    """Return the statement that makes the last active session of a route its holder, if the route has no holder.
 
     On PostgreSQL the statement violates the unique index if another transaction takes the route at the same time.
     """

@@ -65,7 +65,9 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
-    """Return True if the session is on the route. Do not compare the route keys, because a key can be stale."""
+    """Return True if the session has the agent, the sender and the channel of the route. Do not compare the route keys,
+    because a key can be stale.
+    """
     # A store has loaded the instance, so the instance's `__dict__` contains all values. Reading the values as
     # attributes would take five times as long.
     values = session.__dict__
@@ -139,7 +141,9 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return True and the session that holds the route. If `resolve()` must write, return False."""
+        """Return True and the session that holds the route. If no session holds the route, return False, because
+        `resolve()` must write.
+        """
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
         return session is not None and _is_on(session, route), session
@@ -240,8 +244,8 @@ class SessionStore(Store):
         Raises:
             SessionNotFoundError: if the session does not exist.
             AgentNotFoundError: if the new agent does not exist.
-            RouteTakenError: if another session holds the new route. The attribute `session_id` of the error is the id
-                of the holder.
+            RouteTakenError: if another session holds the new route. `error.session_id` is the id of the session that
+                holds the new route.
         """
         # Lock the agent before the session, in the same order as the method `agents.delete()`. A deadlock would be
         # possible if the two methods took the locks in different orders.
@@ -313,8 +317,8 @@ class SessionStore(Store):
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
         """Store the time of a session's last activity.
 
-        The argument `at` is the time of the activity. If `at` is None or later than the current time, the method stores
-        the current time. Return True if the method changed the stored time.
+        The caller can pass the time of the activity as `at=…`. Without a time, or for a time in the future, the method
+        stores the current time. Return True if the method changed the stored time.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
@@ -350,7 +354,7 @@ class SessionStore(Store):
         """Rebuild the index of transcripts: add many sessions, or move the last activity of existing sessions forward.
 
         An existing session keeps the agent, sender, channel, time of creation and metadata. The last active session of
-        each route takes the route. The order of the argument `sessions` has no effect.
+        each route takes the route. The order of the given sessions has no effect.
 
         Args:
             sessions: transient instances. The method reads the instances in batches, to limit the use of memory. The
@@ -407,8 +411,7 @@ class SessionStore(Store):
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         """Check the sessions of a batch and yield the parameters of each session.
 
-        The argument `known` contains ids of existing agents. The method adds the ids of further existing agents to
-        `known`.
+        The caller passes a set with ids of existing agents, and the method adds further ids to the set.
         """
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def check_kind(value: T, kind: type[T], what: str) -> T:
-    """Return the value if it is an instance of the class `kind`.
+    """Return the value if it is an instance of the class.
 
     For any other value, such as a dict, raise InvalidArgumentError.
     """
@@ -115,8 +115,8 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
     """Declare that a store's method writes.
 
     Args:
-        unless: function that finds out if a write is needed (see `Access`). Without the argument `unless`, the method
-            always writes.
+        unless: function that finds out if a write is needed (see `Access`). Without `unless=…`, the method always
+            writes.
         stream: True if the method consumes an iterator. A second run would find the iterator empty.
     """
 
