@@ -13,7 +13,7 @@ import sys
 def main() -> None:
     """Run the command in `sys.argv`, and exit with the status of the command."""
     # Ctrl-C raises KeyboardInterrupt only while the command runs. During the imports and the exit of the interpreter,
-    # Ctrl-C ends the process at once. Otherwise Python would print a traceback.
+    # Ctrl-C ends the process at once, because Python would otherwise print a traceback.
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

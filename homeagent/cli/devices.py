@@ -175,7 +175,7 @@ def revoke(
     reason: Annotated[str | None, arguments.option(metavar="TEXT", help="Reason, stored with the device.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Revoke even the last approved admin.")] = False,
 ) -> None:
-    """Revoke a device. Afterwards the device has no access until an administrator approves the device again."""
+    """Revoke a device. After the command, the device has no access until an administrator approves the device again."""
     with open_named(context) as opened:
         changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
         now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)

@@ -28,7 +28,7 @@ def doctor(
     ] = False,
     acknowledge: AcknowledgeOption = None,
 ) -> None:
-    """Check the database. For each problem, show what it means and what to do.
+    """Check the database. For each problem, show its meaning and its remedy.
 
     Without --fix the command changes nothing. The command also works if the database is damaged, missing, too old or
     too new.

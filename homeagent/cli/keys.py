@@ -113,8 +113,8 @@ def _settle(
 ) -> None:
     """Show the abandoned attempt, ask the question, change the key, and report the change.
 
-    Ask only if the key has an abandoned attempt. If the key has no abandoned attempt, the function `change` returns
-    False or raises an error.
+    Ask only if the key has an abandoned attempt. If the key has no abandoned attempt, `change()` returns False or
+    raises an error.
     """
     require_expected(yes=yes, option="--attempt", value=attempt, source="as 'keys abandoned --json' prints it")
     with open_named(context) as opened:

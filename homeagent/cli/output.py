@@ -23,8 +23,8 @@ _LEAST = 24  # least width of the column for a long text
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print `value` as JSON if the operator passed --json, and otherwise print `text`. The argument `text` can also be
-    a function that prints the output for people.
+    """Print `value` as JSON if the operator passed --json, and otherwise print `text`. Instead of a text, the caller
+    can pass a function that prints the output for people.
     """
     if context.obj.as_json:
         # Escape characters outside ASCII. The output is then valid in any encoding, and an id can't control the
@@ -55,7 +55,7 @@ def print_list(
 def print_table(
     headings: Sequence[str], rows: Iterable[Sequence[object]], *, form: Format = Format.TABLE, error: bool = False
 ) -> None:
-    """Print a table of texts, numbers and timestamps on standard output, or on standard error if `error` is true."""
+    """Print a table of texts, numbers and timestamps on standard output, or on standard error with `error=True`."""
     if form is Format.TSV:
         names = [heading.lower().replace(" ", "_") for heading in headings]
         for row in (names, *rows):
@@ -116,7 +116,7 @@ def print_facts(
 
 
 def _parts(text: str, width: int) -> list[str]:
-    """Split a text into words. A word wider than the argument `width` is split after hyphens, slashes, dots, colons,
+    """Split a text into words. A word wider than the given width is split after hyphens, slashes, dots, colons,
     underscores.
     """
     if text.startswith(" "):

@@ -42,7 +42,7 @@ def require_expected(
     """End the command as wrong usage if --yes stands without the value that identifies the row.
 
     With --yes, the command shows no row. The operator names a value of the row, and the command refuses a row with
-    another value. The argument `source` says where the operator finds the value.
+    another value. The source tells the operator where to find the value.
     """
     if yes and value is None:
         raise typer.BadParameter(f"--yes needs {option}, {source}.")

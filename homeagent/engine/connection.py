@@ -300,8 +300,8 @@ class StoreConnection:
         raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one statement outside a unit. The statement must only read. The argument `act` is the name of the method
-        that runs the statement: `one()` or `all()`.
+        """Run one statement outside a unit. The statement must only read. The first argument names the method that runs
+        the statement: `one()` or `all()`.
         """
         check = self._identity_check
         if check is not None and check.monotonic() >= check.due:
@@ -371,7 +371,7 @@ class StoreConnection:
         raise failure
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows. The argument `into` has the form "table (columns)", and the argument `width` is the number of
+        """Insert rows. The first argument has the form "table (columns)", and the second argument is the number of
         columns.
         """
         places = ", ".join("?" * width)

@@ -39,19 +39,20 @@ class DatabaseCounters(BaseModel, frozen=True):
     Attributes:
         units: number of ended units, which is the sum of `reads`, `commits` and `rollbacks`.
         reads: number of ended read-only units.
-        commits: number of committed write units. The number includes each unit of a batch.
+        commits: number of committed write units. In a batch, each unit counts.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
         pool_waits: number of waits for a connection of the pool. On SQLite, the number includes the waits of writers
             for the write lock.
-        pool_wait_p50: median of the last 1,024 waits, in seconds. None if no caller waited.
-        pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds. None if no caller waited.
+        pool_wait_p50: median of the last 1,024 waits, in seconds. The value is None if no caller waited.
+        pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds. The value is None if no caller waited.
         groups: number of batches. A batch is a commit of two or more units together.
-        group_size_p50: median size of the last 1,024 batches, in units. None before the first batch.
-        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units. None before the first batch.
+        group_size_p50: median size of the last 1,024 batches, in units. The value is None before the first batch.
+        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units. The value is None before the
+            first batch.
         sweeps: number of ended sweeps.
         swept: number of rows that sweeps deleted.
-        last_error: last error of the engine. None before the first error.
+        last_error: last error of the engine. The value is None before the first error.
     """
 
     units: int = 0
@@ -121,7 +122,7 @@ class Counters:
         self._waits.append(seconds)
 
     def grouped(self, size: int) -> None:
-        """Count a commit that two or more units shared. The argument `size` is the number of units."""
+        """Count a commit that two or more units shared. The argument is the number of units."""
         self.groups += 1
         self._group_sizes.append(size)
 

@@ -199,7 +199,8 @@ class Engine(ABC):
 
     @abstractmethod
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Copy the content of the WAL into the database file (checkpoint). A server makes its own checkpoints.
+        """Copy the content of the WAL into the database file (checkpoint). A PostgreSQL server makes its own
+        checkpoints.
 
         Args:
             timeout: maximum wait for the write lock and for readers, in seconds.

@@ -83,7 +83,7 @@ def resolve_target(target: Given) -> Target:
 
     Args:
         target: a path, `":memory:"`, or a URL such as `sqlite:///relative.db`, `sqlite:////absolute.db` or
-            `postgresql+psycopg://…`. None means `$HOMEAGENT_DATABASE` or, if that variable is not set,
+            `postgresql+psycopg://…`. The default is `$HOMEAGENT_DATABASE` or, if the variable is not set,
             `~/.homeagent/homeagent.db`. A PathLike is always a path. A str that begins with `/`, `./`, `../` or `~/` is
             also a path. A Pydantic SecretStr is treated as a str.
 

@@ -78,8 +78,9 @@ class AdoptionReport(BaseModel, frozen=True):
         moved: number of rows without a key that move to a new table, by the name of the new table.
         application_id: application id of the SQLite file, which the adoption replaces. None on PostgreSQL.
         application_revision: revision in Alembic's table `alembic_version`, which becomes the version table of the
-            application's own revisions. None if the adoption does not rename the table.
-        backup: path of the copy that the adoption made first. None before the adoption, and for a PostgreSQL database.
+            application's own revisions. The value is None if the adoption does not rename the table.
+        backup: path of the copy that the adoption made first. The value is None before the adoption, and for a
+            PostgreSQL database.
     """
 
     location: str
@@ -268,7 +269,7 @@ def _adopt_file(
     inspect_file(path, repair=False)
     with sidecar_lock(path, timeout=timeout):
         with kept_from_sqlite(path):
-            pass  # SQLite drops these locks at the close of the file, so this block only checks for other programs.
+            pass  # The close of the file ends the locks, so the block only checks for other programs.
         engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
         try:
             with engine.translated(), closing(engine.open_source()) as raw:

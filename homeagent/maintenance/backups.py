@@ -56,9 +56,24 @@ def back_up(
 ) -> Path:
     """Make a verified backup while other units write, and return its path (see `Database.backup`).
 
-    A backup whose owner `restore()` would refuse does not count towards the argument `keep`, and stays in the
-    directory. The argument `timeout` is the longest wait for another backup into the same directory. The function
-    `stop()` is called repeatedly during the backup. If `stop()` returns True, the backup is cancelled.
+    Args:
+        engine: engine of the source database.
+        destination: an existing directory, a path with a final slash for a directory to create, or the path of a new
+            file. In a directory, the name of the new backup contains the schema revision and the time.
+        clock: clock for the time of the backup.
+        keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
+            not include a backup without a manifest, a backup from an upgrade, or a backup whose owner `restore()` would
+            refuse. Backups that do not count stay in the directory.
+        replace: True to replace an existing file.
+        timeout: longest wait for another backup into the same directory.
+        stop: function that is called repeatedly during the backup. If the function returns True, the backup is
+            cancelled.
+
+    Raises:
+        InvalidArgumentError: if the destination exists, and `replace=False`. The error is also raised if the
+            destination can't be the path of a backup.
+        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part of the backup
+            remains.
     """
     engine = require_file(engine)
     if keep is not None:

@@ -25,9 +25,9 @@ logger: logging.Logger = logging.getLogger("homeagent")
 class ContentCheck:
     """Object that checks the content of an open SQLite database periodically.
 
-    Each table is checked with its indexes in one read-only unit. The first check of a database is due at once. The
-    argument `every` is the pause between two checks. If a check exceeds the time budget, the next check continues with
-    the remaining tables. On PostgreSQL the method `run_if_due()` does nothing.
+    Each table is checked with its indexes in one read-only unit. The first check of a database is due at once. `every=`
+    sets the pause between two checks. If a check exceeds the time budget, the next check continues with the remaining
+    tables. On PostgreSQL the method `run_if_due()` does nothing.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ContentCheck:
     def run_if_due(self, stop: Callable[[], bool]) -> None:
         """If a check is due, check the remaining tables until the function `stop()` returns True.
 
-        If the database is damaged, raise CorruptDatabaseError. Later units of the database also raise
+        If the database is damaged, raise CorruptDatabaseError. After the error, later units of the database also raise
         CorruptDatabaseError.
         """
         engine = self._engine

@@ -64,8 +64,8 @@ class CopyProgress:
     Attributes:
         step: the text "copying" in the first step, or "comparing" in the second step.
         table: name of the current table.
-        rows: number of rows of all tables that this step has processed.
-        total: total number of rows of this step.
+        rows: number of rows that the current step has processed, in all tables.
+        total: total number of rows of the current step.
     """
 
     step: Literal["copying", "comparing"]
@@ -176,9 +176,19 @@ def copy_store(
 ) -> CopyReport:
     """Copy all rows of a store into an empty store, and compare both stores before the commit.
 
-    The argument `engines` contains the engine of the source and the engine of the target. The docstring of
-    `Database.copy_to()` describes the other arguments and the errors. If the rows read back from the target differ from
-    the copied rows, the function raises DatabaseError.
+    The argument `engines` contains the engine of the source and the engine of the target. With `live=True`, other units
+    can change the source during the copy. The copy contains the state of the source at the time when the copy began.
+    `leave=[…]` names the application's tables that are not copied. After each page of rows, the copy calls the function
+    `progress()`.
+
+    Raises:
+        InvalidArgumentError: source and target are the same database, or the target lacks a table of the application.
+        SchemaOutdatedError, SchemaTooNewError: the source or the target is not at this version's revision.
+        SchemaChangedError: the schema of the source or the target was changed by hand.
+        TargetNotEmptyError: the target has rows.
+        SourceChangedError: the source changed during the copy. With `live=True` the copy accepts changes of the source.
+        CorruptDatabaseError: the source has a value that homeagent's stores do not write.
+        DatabaseError: the rows read back from the target differ from the copied rows.
     """
     with open_target() as target, open_source() as source:
         for unit, location in ((source, "the source"), (target, "the target")):

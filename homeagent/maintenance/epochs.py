@@ -60,7 +60,14 @@ class EpochReport(BaseModel, frozen=True):
 def begin_epoch(
     target: Given, *, clock: Clock, busy_timeout: timedelta, expected_epoch: int | None = None
 ) -> EpochReport:
-    """Begin a new epoch of a store that no process has open (see `Database.begin_epoch`)."""
+    """Begin a new epoch of a store that no process has open.
+
+    Raises:
+        ConflictError: if the epoch of the store is not `expected_epoch`.
+        DatabaseBusyError: if another process still has the database open after the `busy_timeout`. The other process
+            would continue in the old epoch.
+        SchemaOutdatedError: if the database is absent, or the schema is out of date.
+    """
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)
     now = check_timestamp(clock(), "the clock's time")
@@ -81,7 +88,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # SQLite drops these locks at the close of the file, so this block only checks for other programs.
+                pass  # The close of the file ends the locks, so the block only checks for other programs.
             # Pass temporary=True, because the caller already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:

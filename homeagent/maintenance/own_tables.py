@@ -6,8 +6,7 @@ Therefore homeagent converts the values by the column types of the application's
 homeagent converts the values by the types that SQLAlchemy finds in the database.
 
 The engines can order text keys differently. Therefore the comparison does not follow the order of the keys. The
-comparison reads a page of rows from the source. From the target, the comparison reads the rows with the keys of that
-page.
+comparison reads a page of rows from the source, and the rows with equal keys from the target.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ class _JsonText(TypeDecorator[str]):
     lose digits.
 
     Args:
-        stored: type of the column on PostgreSQL. None on SQLite, which stores JSON as text.
+        stored: type of the column on PostgreSQL. The value is None on SQLite, which stores JSON as text.
     """
 
     impl = Text
@@ -197,7 +196,7 @@ class OwnTable:
                 yield {"table": table, "name": name}
 
     def advance_sequence(self, target: Connection, last: int) -> None:
-        """Ensure that new rows in the target get numbers above the copied rows and above the argument `last`."""
+        """Ensure that new rows in the target get numbers above the copied rows and above the given number."""
         if target.dialect.name == "sqlite":
             # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
             if last and target.execute(_AUTOINCREMENT, {"table": self.name}).first():
@@ -227,8 +226,8 @@ def plan_own_tables(
     """Return the application's tables to copy, in the order of their foreign keys.
 
     Raises:
-        InvalidArgumentError: the target lacks a table, or a table of the target has other columns. The argument `leave`
-            names tables to skip.
+        InvalidArgumentError: the target lacks a table, or a table of the target has other columns. `leave=[…]` names
+            tables to skip.
         TargetNotEmptyError: a table of the target has rows.
     """
     found = set(own_tables(source))

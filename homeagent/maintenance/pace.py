@@ -16,7 +16,7 @@ _LONGEST_PAUSE = 0.25
 
 
 class Pace:
-    """Object that chooses the sizes of a sweep's batches and the pauses between the batches. The argument `most` is the
+    """Object that chooses the sizes of a sweep's batches and the pauses between the batches. The argument is the
     maximum number of rows of a batch.
     """
 
@@ -41,7 +41,5 @@ class Pace:
         return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Return the pause after a batch, in seconds. The argument `held` is the time for which the batch held the
-        write lock.
-        """
+        """Return the pause in seconds after a batch that held the write lock for the given time, in seconds."""
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)

@@ -71,17 +71,19 @@ class RestoreReport(BaseModel, frozen=True):
     Attributes:
         database: path of the restored database.
         backup: path of the backup. The restore did not change the backup.
-        kept_aside: path of the old database in quarantine, next to its -wal and -shm. None if no old database existed.
-        taken_at: time of the backup. None if the backup has no manifest.
+        kept_aside: path of the old database in quarantine, next to its -wal and -shm. The value is None if no old
+            database existed.
+        taken_at: time of the backup. The value is None if the backup has no manifest.
         epoch: new epoch of the store.
         restored_at: start of the new epoch.
-        upgraded_from: schema revision of the backup. None if no upgrade was necessary.
+        upgraded_from: schema revision of the backup. The value is None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
         rows: number of rows of each table, including the application's tables.
         readmitted_devices: ids of approved devices that had no approval or another role before the restore. A device in
-            this list was revoked, deleted or paired again after the backup. None if the old database could not be read.
+            this list was revoked, deleted or paired again after the backup. The value is None if the old database could
+            not be read.
         old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back an
-            older secret. None if the old database could not be read.
+            older secret. The value is None if the old database could not be read.
     """
 
     database: Path

@@ -42,8 +42,8 @@ class BackupSchedule:
             `keep=None`, no backup is removed.
 
     Raises:
-        InvalidArgumentError: if `every` is not above zero, if `keep` is below 1, or if the directory is a server's
-            address.
+        InvalidArgumentError: if the interval is not above zero, if the number of backups to keep is below 1, or if the
+            directory is a server's address.
     """
 
     directory: str | os.PathLike[str]

@@ -73,7 +73,7 @@ class Application:
     Attributes:
         name: name of the package or path of the folder, for error messages.
         scripts: scripts of the revisions, by their identifiers.
-        head: newest revision. None if the application has no revisions.
+        head: newest revision. The value is None if the application has no revisions.
         acknowledged: names of the application's triggers on homeagent's tables.
         adopts: True if the method `upgrade()` renames `alembic_version` to the version table of the application.
     """

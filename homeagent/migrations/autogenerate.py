@@ -132,8 +132,8 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
     """Compare tables with the application's revisions, and return the texts of a new revision.
 
     Returns:
-        Three texts: the texts of the imports, and of the bodies of the functions `upgrade()` and `downgrade()`. None if
-            the existing revisions already create the tables.
+        Three texts: the texts of the imports, and of the bodies of the functions `upgrade()` and `downgrade()`. The
+            result is None if the existing revisions already create the tables.
     """
     with scratch_database(application) as connection:
         chosen = options("sqlite", tables, version_table=APPLICATION_VERSION_TABLE)

@@ -75,9 +75,8 @@ def open_postgresql(
 ) -> None:
     """With `migrate=True`, bring the schema to the revision of this version of homeagent, one host at a time.
 
-    With `migrate=False`, the schema must be up to date. The argument `timeout` is the longest wait for another host
-    that upgrades the schema, and for transactions that lock the tables. The application's revisions run after
-    homeagent's revisions.
+    With `migrate=False`, the schema must be up to date. The timeout is the longest wait for another host that upgrades
+    the schema, and for transactions that lock the tables. The application's revisions run after homeagent's revisions.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema

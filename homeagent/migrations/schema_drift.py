@@ -33,14 +33,13 @@ if TYPE_CHECKING:
 class Difference:
     """A difference between a database's schema and the schema that homeagent's revisions create.
 
-    A difference is grave if homeagent can fail, or can accept values that homeagent must refuse. The attribute
-    `command` is the SQL statement that undoes the change. If one statement is not enough, the attribute `command` is
-    None.
+    A difference is grave if homeagent can fail, or can accept values that homeagent must refuse. `difference.command`
+    is the SQL statement that undoes the change. If one statement is not enough, `difference.command` is None.
 
-    A trigger, a view or an index that only uses homeagent's tables can belong to the application. The attribute `kind`
-    is the kind of an object that can belong to the application: trigger, view or index. The attribute `trigger` is the
-    name of a trigger that is not homeagent's. Copies, restores and upgrades accept a trigger that is not homeagent's
-    only if the application acknowledged the name of the trigger.
+    A trigger, a view or an index that only uses homeagent's tables can belong to the application. For an object that
+    can belong to the application, `difference.kind` is "trigger", "view" or "index". `difference.trigger` is the name
+    of a trigger that is not homeagent's. Copies, restores and upgrades accept a trigger that is not homeagent's only if
+    the application acknowledged the name of the trigger.
     """
 
     text: str
@@ -53,8 +52,8 @@ class Difference:
 class _Part(NamedTuple):
     """A column, constraint, index or storage option of a table, with its normalised SQL text.
 
-    The attribute `strict` is True if the definition can make the database refuse a row that homeagent inserts. For
-    example, a unique index or a column without a default can refuse a row.
+    `strict=True` means that the definition can make the database refuse a row that homeagent inserts. For example, a
+    unique index or a column without a default can refuse a row.
     """
 
     definition: str
@@ -73,8 +72,8 @@ def refuse_changed_schema(
     """Refuse a schema with a grave difference, because the rows of the database can't be trusted.
 
     Only the doctor reports differences that are not grave, such as a view or a plain index. On PostgreSQL, the function
-    searches only for triggers and rules on homeagent's tables. The argument `connection` must be in a transaction. If
-    the argument `acknowledged` contains the name of a trigger, the function accepts the trigger.
+    searches only for triggers and rules on homeagent's tables. The connection must be in a transaction. The function
+    accepts a trigger whose name is in `acknowledged=…`.
 
     Raises:
         SchemaChangedError: the schema has a grave difference.
@@ -252,7 +251,7 @@ _QUOTED_OR_BLANK = re.compile(
 def _plain(sql: str) -> str:
     """Remove comments, extra spaces and the quotes around names from a statement, and return the statement.
 
-    A statement can have comments, because a tracing listener of the application can add them.
+    A tracing listener of the application can add comments to a statement.
     """
     return _QUOTED_OR_BLANK.sub(lambda match: match[1] or match[2] or " ", sql).strip()
 

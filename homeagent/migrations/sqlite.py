@@ -67,9 +67,9 @@ def open_sqlite(
 ) -> None:
     """Check the file, switch the file to WAL mode, and bring the schema to the revision of this version of homeagent.
 
-    The argument `timeout` is the longest wait for another process that creates or upgrades the file. With
-    `migrate=False`, the schema must be up to date. A temporary file is private to the caller, so the file needs no
-    in-use lock and no backup. The application's revisions run after homeagent's revisions.
+    The timeout is the longest wait for another process that creates or upgrades the file. With `migrate=False`, the
+    schema must be up to date. A temporary file is private to the caller, so the file needs no in-use lock and no
+    backup. The application's revisions run after homeagent's revisions.
 
     Raises:
         SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: the schema can't be used.
@@ -147,7 +147,7 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     look damaged. If the function returns False, the caller takes the in-use lock and calls `identify()` again.
     """
     if database_file.size_of(in_use_path(engine.path)):
-        return False  # the function `identify()` would refuse a second hard link that the restore added
+        return False  # `identify()` would refuse a second hard link that the restore added
     try:
         identify(engine)
     except CorruptDatabaseError:
@@ -190,8 +190,8 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 def _look_up(connection: Connection, application: Application) -> tuple[str | None, bool, bool]:
     """Return the revision of the schema.
 
-    The second value is True if this version of homeagent works with the schema without an upgrade. The third value is
-    True if a revision of the application is missing.
+    The second value of the result is True if this version of homeagent works with the schema without an upgrade. The
+    third value of the result is True if a revision of the application is missing.
     """
     with read_transaction(connection):
         revision = revision_of(connection)

@@ -34,7 +34,8 @@ from homeagent.errors import (
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
-# treats a file of fewer than 512 bytes as an empty database. All revocations and nonces would be silently lost.
+# treats a file of fewer than 512 bytes as an empty database. With an empty database, all revocations and nonces would
+# silently be lost.
 SMALLEST_DATABASE = 512
 
 CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f-\x9f]")
@@ -217,12 +218,13 @@ def inspect_file(
     can want a read-only file. The function does not change a file that it refuses.
 
     Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). Root gets
-    `InsecureFileError` if the file's mode is wider than 0600. The owner could make root change another file's mode.
+    `InsecureFileError` if the file's mode is wider than 0600. If root changed the mode, the owner of the directory
+    could make root change the mode of another file.
 
     Args:
         path: path of the file.
-        is_database: if True, refuse a file that is too short for a database. With True, also set an empty file's mode
-            to 0600, because a umask can have removed bits.
+        is_database: if True, refuse a file that is too short for a database. With `is_database=True`, also set an empty
+            file's mode to 0600, because a umask can have removed bits.
         complete_empty: True to set the mode of an empty file to 0600.
         repair: if False, do not change the mode, because the file can belong to another application.
 

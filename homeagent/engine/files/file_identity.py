@@ -82,8 +82,11 @@ class FileIdentityCheck:
         """Check the files of a new connection after its first read. The first call records the file's identity.
 
         Args:
-            beside: True to record the identities of the WAL and the WAL index too. With True, the caller must later
-                call `disconnected()`.
+            beside: True to record the identities of the WAL and the WAL index too. With `beside=True`, the caller must
+                later call `disconnected()`.
+
+        Raises:
+            DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
         """
         if self.identity is None:
             status = self._status(self._name)
@@ -122,9 +125,7 @@ class FileIdentityCheck:
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:
-        """Compare each file's identity with its recorded identity. Call the function `on_moved()` before raising an
-        error.
-        """
+        """Compare each file's identity with its recorded identity. Call `on_moved()` before raising an error."""
         try:
             self._compare(beside=beside, remember=remember)
         except DatabaseMovedError:

@@ -35,8 +35,8 @@ class FileLock:
         timeout: longest wait for the lock. If the timeout is zero, `acquire()` makes one attempt.
         shared: True for a shared lock, False for an exclusive lock. A shared lock allows other shared holders, and
             excludes exclusive holders.
-        writable: False for a file that can be read-only or belong to another application. With False, the mode of the
-            file stays unchanged, and the holder can't write a marker.
+        writable: False for a file that can be read-only or belong to another application. With `writable=False`, the
+            mode of the file stays unchanged, and the holder can't write a marker.
         monotonic, pause: clock and sleep function for waiting, both in seconds.
     """
 
@@ -74,7 +74,7 @@ class FileLock:
 
         Raises:
             DatabaseBusyError: if another thread or process still holds the lock after the timeout.
-            InsecureFileError, ForeignDatabaseError: if the function `inspect_file()` refuses the lock file.
+            InsecureFileError, ForeignDatabaseError: if `inspect_file()` refuses the lock file.
             DatabaseError: if this object already holds the lock, or if the system can't create, open or lock the file.
         """
         if self._descriptor is not None:

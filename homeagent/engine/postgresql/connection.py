@@ -60,7 +60,7 @@ class PostgreSQLConnection(StoreConnection):
         self._begin_message = "; ".join(begin)
         # Send commands such as BEGIN by libpq's function for a message without parameters. A signal can't interrupt
         # libpq's function, but BEGIN and COMMIT take only a short time. A signal can interrupt psycopg's cursor. The
-        # cursor also takes 12 µs more than libpq's function. For a read, 12 µs are a third of the client's time.
+        # cursor also takes 12 µs more than libpq's function. 12 µs are a third of the client's time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
         # If listeners are registered, send commands by the instrumented cursor, which calls the listeners.
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)

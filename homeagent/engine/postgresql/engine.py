@@ -123,9 +123,9 @@ class PostgreSQLEngine(Engine):
             self._fix_search_path(connection)
         if pooled:
             # A pooler reports its own process id, and not the process id of the server's session. Behind a pooler, the
-            # next transaction can get another session. Do not prepare statements, because another session does not have
-            # them. Do not change session settings by SET, because other clients of the pooler would get the changed
-            # settings.
+            # next transaction can get another session. Do not prepare statements, because a pooler can run the next
+            # statement in another session. Do not change session settings by SET, because other clients of the pooler
+            # would get the changed settings.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))

@@ -88,10 +88,10 @@ def write_backup(
     the same existing directory. The backup calls the function `stop()` repeatedly, and ends if a call returns True.
 
     Raises:
-        InvalidArgumentError: if the target exists, and `replace` is False.
+        InvalidArgumentError: if the target exists, and `replace=False`.
         CorruptDatabaseError: if the database is damaged. The function removes the damaged copy.
         DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
-        BackupStoppedError: if the function `stop()` returned True.
+        BackupStoppedError: if `stop()` returned True.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")
@@ -145,7 +145,7 @@ def discard(partial: Path) -> None:
 def read_contents(raw: Any) -> Contents:
     """Read the row counts, revision and epoch of a database. The rows of the version table are not counted.
 
-    If another connection can write to the file, the argument `raw` must be a connection in a transaction.
+    If another connection can write to the file, the caller must pass a connection in a transaction.
     """
     tables = [
         str(row[0])

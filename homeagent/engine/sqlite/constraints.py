@@ -40,8 +40,7 @@ class _ForeignKey(NamedTuple):
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
     """Return the error for a change that a constraint refused. If the exception has another cause, return None.
 
-    The argument `statement` is the failed SQL text. For a deferred foreign key, the argument `statement` is None or
-    COMMIT.
+    The caller passes the failed SQL text. For a deferred foreign key, the SQL text is COMMIT or None.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:

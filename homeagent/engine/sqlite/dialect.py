@@ -136,7 +136,7 @@ class Cursor(StatementCursor):
         return self.connection.last_insert_rowid()
 
     def fetchmany(self, size: int | None = None) -> list[Any]:
-        """Return at most `size` rows. Without the argument `size`, return at most `arraysize` rows."""
+        """Return at most the given number of rows. Without a number, return at most `arraysize` rows."""
         rows = []
         for _ in range(self.arraysize if size is None else size):
             row = self.fetchone()
@@ -248,7 +248,7 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     # SQLite puts the journal of a large savepoint into a temporary file (https://sqlite.org/tempfiles.html). A
     # container can lack a directory for temporary files.
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Without this option, SQLite plans a statement with `LIMIT ?` again for each execution
+    # Without this setting, SQLite plans a statement with `LIMIT ?` again for each execution
     # (https://sqlite.org/queryplanner-ng.html#qpstab). The repeated planning took a tenth of the time to read a page of
     # rows.
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
@@ -269,7 +269,7 @@ def undecoded_columns(names: Iterable[str]) -> str:
     the expressions.
 
     The driver decodes each value of the storage class TEXT, and raises an error for a text that is not UTF-8. The
-    argument `names` contains names that are quoted for SQL.
+    caller passes names that are quoted for SQL.
     """
     return ", ".join(
         f"typeof({name}), CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END" for name in names
@@ -349,7 +349,7 @@ class Dialect(SQLiteDialect):
 
     def on_connect(self) -> Callable[[Any], None]:
         """Return a function that adds the SQL function `regexp()` to a new connection. SQLAlchemy's `regexp_match()`
-        uses this function.
+        uses the SQL function `regexp()`.
         """
 
         def prepare(connection: Connection) -> None:

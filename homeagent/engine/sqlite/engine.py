@@ -121,7 +121,8 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # The listener returns the error. A raised error would prevent other listeners, such as instrumentation.
+        # The listener returns the error instead of raising it, because a raised error would prevent other listeners,
+        # such as instrumentation.
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
@@ -280,8 +281,8 @@ class SQLiteEngine(Engine):
             if truncate:  # see https://sqlite.org/pragma.html#pragma_wal_checkpoint
                 self._wait_for_locks(connection.driver_connection, timeout)
                 ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-                # Make an empty commit, which writes a new header to the truncated WAL. A power cut could leave an empty
-                # WAL and an outdated WAL index. The two files would look like lost commits.
+                # Make an empty commit, which writes a new header to the truncated WAL. After a power cut, an empty WAL
+                # and an outdated WAL index would look like lost commits.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
             else:

@@ -69,9 +69,9 @@ def inspect_sqlite(
         path: path of the file.
         watch: statement timeout.
         assume_closed: False to take locks even without a WAL, because another process can be opening the file.
-        is_closed: True if the caller has just checked that no process of homeagent has the file open. If `is_closed` is
-            False, SQLite reads a WAL without frames through the WAL index. A process with an open database can add a
-            frame at any time.
+        is_closed: True if the caller has just checked that no process of homeagent has the file open. With
+            `is_closed=False`, SQLite reads a WAL without frames through the WAL index. A process with an open database
+            can add a frame at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -145,8 +145,8 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
     table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
     the statements, return True. For example, a function of the application can be missing.
 
-    The argument `tables` has names in lower case. For a trigger, pass `kind="trigger"`, and pass the trigger's table as
-    the argument `on`. For a view, pass `kind="view"`, and pass the view's name as the argument `on`.
+    The names of the tables must be in lower case. For a trigger, pass `kind="trigger"`, and pass the trigger's table as
+    `on=…`. For a view, pass `kind="view"`, and pass the view's name as `on=…`.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []

@@ -94,7 +94,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
 
 def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
     """Check a file's content with SQLite. A file of at most `FULL_CHECK_BYTES` gets the full check, and a larger file
-    gets the quick check. If the file is larger than `QUICK_CHECK_BYTES`, and `always` is False, do nothing.
+    gets the quick check. If the file is larger than `QUICK_CHECK_BYTES`, and `always=False`, do nothing.
 
     Raises:
         CorruptDatabaseError: if the check found damage.

@@ -31,9 +31,7 @@ class LockWait:
         self._since = 0.0
 
     def __call__(self, attempts: int) -> bool:
-        """Pause before the next try to get the lock. Return False if the wait has reached the duration `timeout`, in
-        seconds.
-        """
+        """Pause before the next try to get the lock. Return False if the wait has reached the timeout, in seconds."""
         now = monotonic()
         if attempts == 0:
             self._since = now

@@ -123,8 +123,7 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Return the path of the newest backup of a database, or None. The argument `database` is a path from
-    `locate_file()`.
+    """Return the path of the newest backup of a database, or None. Pass a path from `locate_file()`.
 
     Search the directory of the database and the directory of the last backup. The database itself does not need to
     exist.
@@ -136,7 +135,7 @@ def newest_backup(database: Path) -> Path | None:
     if last is not None and last.parent != database.parent:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # If a backup has a time in the future, the clock was wrong. The backup can be older than all other backups.
+    # A backup with a time in the future can be older than all other backups, because the clock was wrong.
     newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 

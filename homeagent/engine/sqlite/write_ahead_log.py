@@ -93,9 +93,9 @@ def find_lost_commits(path: Path) -> LostCommits | None:
     """Find commits that SQLite would silently discard when it opens the database. If no lost commit is found, return
     None.
 
-    Without a WAL index, the function does not find damage in the last commit. A power cut in the middle of COMMIT
-    leaves the content that damage in the last commit leaves too. The caller must ensure that no process has the
-    database open.
+    Without a WAL index, the function does not find damage in the last commit. After a power cut in the middle of
+    COMMIT, the WAL looks as if the last commit were damaged. The caller must ensure that no process has the database
+    open.
 
     Raises:
         DatabaseError: if a file can't be read, or if the WAL can't be copied.

@@ -54,7 +54,7 @@ def diagnose(
         clock: clock of the store.
         thorough: True to run SQLite's full integrity check without a time limit. The full check also compares the
             indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
-            listed in the attribute `not_checked`.
+            listed in `Diagnosis.not_checked`.
         fix: True to repair problems that can be repaired without loss. The doctor corrects modes of files, route keys
             of sessions and the journal mode. The doctor also deletes partial copies older than a day, expired rows and
             hashes of expired secrets, and empties the WAL. The returned findings describe the database after the
@@ -62,7 +62,7 @@ def diagnose(
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:
-        InvalidArgumentError: `target` is invalid, or names a temporary database.
+        InvalidArgumentError: the target is invalid, or names a temporary database.
     """
     given = conceal(target)
     del target
@@ -73,8 +73,8 @@ def diagnose(
 
 
 def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
-    """Check a database that the calling process has open (see `Database.doctor()`). The argument `read` is a function
-    that begins a read-only unit.
+    """Check a database that the calling process has open (see `Database.doctor()`). The caller passes a function that
+    begins a read-only unit.
     """
     target = Target(url=engine.sa_engine.url)
     meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -55,7 +55,7 @@ def database_files(path: Path) -> Files:
             try:
                 found[entry] = entry.lstat()
             except OSError:
-                continue  # The check named `database` reports a file that cannot be read.
+                continue  # The check `"database"` reports a file that cannot be read.
     return found
 
 

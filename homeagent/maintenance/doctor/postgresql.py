@@ -29,7 +29,7 @@ _SHOWN_AS = ("datestyle = ISO", "quote_all_identifiers = off")
 
 
 def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None) -> None:
-    """Run all checks on a server's database. The argument `limit` is the longest time for one statement."""
+    """Run all checks on a server's database. The limit is the longest time for one statement."""
     if "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": _CONNECT_SECONDS})
     try:

@@ -84,8 +84,8 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
         severity: severity of the reported finding.
         summary: description of the state.
         meaning: consequence of a problem.
-        remedy: action for the administrator. None if the administrator need not act.
-        command: command for the remedy or for its first step. None if the remedy needs no command.
+        remedy: action for the administrator. The value is None if the administrator need not act.
+        command: command for the remedy or for its first step. The value is None if the remedy needs no command.
         facts: figures by name, such as counts, bytes and seconds. The figures contain no value of a row.
     """
 
@@ -148,8 +148,7 @@ class Collector:
     """Findings collector for one database.
 
     Several findings of a check are combined into one finding with the worst severity. In the combined finding, the
-    summary of the worst finding comes first. The argument `watch` is a stopwatch, which interrupts a statement at the
-    time limit.
+    summary of the worst finding comes first. The stopwatch interrupts a statement at the time limit.
     """
 
     def __init__(self, now: datetime, *, thorough: bool, watch: Stopwatch) -> None:
@@ -195,7 +194,7 @@ class Collector:
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    # The methods ok(), warn() and critical() call the method `add()` with their severity.
+    # `ok()`, `warn()` and `critical()` call `add()` with their severity.
     ok: partialmethod[None] = partialmethod(add, Severity.OK)
     warn: partialmethod[None] = partialmethod(add, Severity.WARNING)
     critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)

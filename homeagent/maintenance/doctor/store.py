@@ -1,7 +1,7 @@
 """Check the revision, the schema and the rows of a readable store, on SQLite and PostgreSQL.
 
-The findings count rows. Only the check named `rows` reports single rows. Findings do not contain secrets, hashes,
-nonces, keys or results.
+The findings count rows. Only the check `"rows"` reports single rows. Findings do not contain secrets, hashes, nonces,
+keys or results.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _read(
 ) -> tuple[int, list[str]]:
     """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
 
-    After the time limit, the function `watch()` returns True. With `undecoded=True`, texts are read as bytes. Without
+    After the time limit, `watch()` returns True. With `undecoded=True`, texts are read as bytes. Without
     `undecoded=True`, the driver raises an error for a page of rows that contains invalid UTF-8.
     """
     columns = list(described.columns)
@@ -265,7 +265,7 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):
-            continue  # The check named `rows` reports a row with a value that is not a text.
+            continue  # The check `"rows"` reports a row with a value that is not a text.
         right = route_key(*route)
         if stored != right:
             yield session_id, right
