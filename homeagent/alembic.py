@@ -76,8 +76,8 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
 
     The option `-x database=TARGET` names the database. Without the option, the function uses the line `database =
     TARGET` in Alembic's configuration, or the environment variable `$HOMEAGENT_DATABASE`. Before the command, the
-    function upgrades homeagent's tables. If no database is named, Alembic's commands `revision` and `check` use a
-    scratch database. A program that calls Alembic's commands can pass a connection in
+    function upgrades homeagent's tables. If no database is named, the commands `alembic revision` and `alembic check`
+    use a scratch database. A program that calls Alembic's commands can pass a connection in
     `config.attributes["connection"]`.
 
     Autogenerate compares only tables whose classes are in the application's package. The function imports all modules

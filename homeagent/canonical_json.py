@@ -26,8 +26,8 @@ def canonical_json(value: JsonValue) -> str:
     """Return the canonical text of a JSON value.
 
     Raises:
-        InvalidArgumentError: if `value` is not a JSON value or is nested too deeply. NaN, infinities, lone surrogates
-            and ints with too many digits (`sys.get_int_max_str_digits`) are also invalid.
+        InvalidArgumentError: if the value is not JSON or is nested too deeply. NaN, infinities, lone surrogates and
+            ints with too many digits (`sys.get_int_max_str_digits`) are also invalid.
     """
     text = None
     try:

@@ -76,7 +76,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     also accepts a `Database[HubUnit]`.
 
     A forked child process must open the database again. Open a database with `Database.open`. Close the database with
-    `close()`, or use a `with` block.
+    `close()`, or use the database as a context manager.
     """
 
     def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits, unit: type[U]) -> None:
@@ -132,7 +132,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             limits: limits on the rows that devices can create, and on the work that unknown devices can cause.
 
         Raises:
-            InvalidArgumentError: if `target` or another argument is invalid.
+            InvalidArgumentError: if the target or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
             ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused and stays unchanged.
             DatabaseError: if the database cannot be opened for another reason.
@@ -257,7 +257,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return DeviceChanges(self._device_watcher, number)
 
     def read_connection(self) -> AbstractContextManager[Connection]:
-        """Return a read-only connection for reports, pandas or ad-hoc SQL. Use the connection in a `with` block.
+        """Return a read-only connection for reports, pandas or ad-hoc SQL. Use the connection as a context manager.
 
         The connection reads one snapshot until a commit or rollback. On SQLite, the connection refuses ATTACH. At most
         two connections for reports can be in use at the same time.
@@ -271,7 +271,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     # Units of work
 
     def unit_of_work(self, *, read_only: bool = False) -> AbstractContextManager[U, None]:
-        """Return a unit of work, which is one transaction. Use the unit in a `with` block.
+        """Return a unit of work, which is one transaction. Use the unit as a context manager.
 
         At the end of the block the unit commits. If an exception leaves the block, the unit rolls back.
 

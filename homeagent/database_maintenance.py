@@ -96,7 +96,8 @@ class DatabaseMaintenance:
         backups: maintenance.BackupSchedule | None = None,
         check_every: timedelta | None = timedelta(hours=24),
     ) -> maintenance.Sweeper:
-        """Return a thread that sweeps periodically. Call `start()` and `stop()`, or use a `with` block.
+        """Return a thread that sweeps periodically. Call `start()` and `stop()`, or use the thread as a context
+        manager.
 
         `Database.close` stops the thread.
 
@@ -194,7 +195,7 @@ class DatabaseMaintenance:
 
         The copy is one transaction on the target database. Before the commit, homeagent compares every row with the
         source. After an error the target is still empty, and the caller can repeat the copy. The copy contains the
-        application's tables if the target was opened with the application's `migrations`.
+        application's tables if the target was opened with `migrations=…`.
 
         Args:
             target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.

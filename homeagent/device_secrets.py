@@ -206,7 +206,7 @@ class DeviceSecrets:
 
         Args:
             device_id: id of the device. The rotation does not change the device's role and approval.
-            shared_secret: chosen secret. If `secret` is None, homeagent generates a secret.
+            shared_secret: chosen secret. Without a new secret, homeagent generates a secret.
             overlap: time for which the old secret stays right, by default 0. The rotation ends the overlap of an
                 earlier rotation at once.
             expected_secret_hash: hash that the old secret must have. Default: any hash.
@@ -215,7 +215,7 @@ class DeviceSecrets:
         Raises:
             ConflictError: if the old secret or the time of pairing differs from the expected value.
             DeviceNotFoundError: if the device does not exist.
-            DeviceNotApprovedError: if the device is pending or revoked, and `overlap` is above 0.
+            DeviceNotApprovedError: if the device is pending or revoked, and the caller asks for an overlap.
             InvalidArgumentError: if the secret has fewer than 8 characters, is too long or has a control character.
             TooManyAttemptsError: if the caller chose the secret, and the number of waiting slow hashes has reached
                 `Limits.waiting_hashes`.

@@ -293,9 +293,9 @@ class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both the creation and the upgrade.
     Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
 
-    If the database does not exist, the attribute `location` is the path, or the URL without the password. If only
-    revisions of the application are missing, the attribute `application` is the name of the application. In all other
-    cases, the attributes `location` and `application` are None.
+    If the database does not exist, `error.location` is the path, or the URL without the password. If only revisions of
+    the application are missing, `error.application` is the name of the application. In all other cases,
+    `error.location` and `error.application` are None.
     """
 
     def __init__(
@@ -323,8 +323,8 @@ class SchemaChangedError(DatabaseError):
     """Statements that are not a part of a revision changed the schema. The rows can be inconsistent. Remedy: undo the
     changes, or acknowledge the application's triggers.
 
-    A restore, a copy and an upgrade raise this error, and do not change the database. The attribute `changes` is a list
-    with a sentence for each change. Each sentence names the changed object, such as a table and its index.
+    A restore, a copy and an upgrade raise this error, and do not change the database. `error.changes` is a list with a
+    sentence for each change. Each sentence names the changed object, such as a table and its index.
     """
 
     def __init__(self, changes: list[str], *, location: str, command: str | None, triggers: Sequence[str] = ()) -> None:
@@ -344,8 +344,8 @@ class IncompatibleRevisionError(DatabaseError):
     """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`). Remedy:
     change the revision as each text says.
 
-    The attribute `revision` is the id of the revision. The attribute `problems` is a list with a text for each change
-    that breaks old code. Each text names the table or column, and the remedy.
+    `error.revision` is the id of the revision. `error.problems` is a list with a text for each change that breaks old
+    code. Each text names the table or column, and the remedy.
     """
 
     def __init__(self, revision: str, *, application: str, problems: list[str]) -> None:
@@ -360,7 +360,7 @@ class IncompatibleRevisionError(DatabaseError):
 class MigrationError(DatabaseError):
     """An upgrade failed and was rolled back. Remedy: correct the cause in the message, and open the database again.
 
-    The attribute `backup` is the path of the backup made before the upgrade, or None for a new database.
+    `error.backup` is the path of the backup made before the upgrade, or None for a new database.
     """
 
     def __init__(self, message: str, *, backup: Path | None = None) -> None:

@@ -29,7 +29,7 @@ def safe_filename(identifier: str) -> str:
         File name of 1 to 165 bytes of ASCII, without `/` and without a leading or trailing dot.
 
     Raises:
-        InvalidArgumentError: if `identifier` is empty or is not a str.
+        InvalidArgumentError: if the id is empty or is not a str.
     """
     if not isinstance(identifier, str) or not identifier:
         raise InvalidArgumentError("an id must be a str with at least one character")

@@ -29,7 +29,7 @@ from homeagent.unit_settings import UnitSettings
 
 T = TypeVar("T")
 
-# A batch has limits, because units in `with` blocks wait for the write lock until the batch ends.
+# A batch has limits, because blocks of `unit_of_work()` wait for the write lock until the batch ends.
 _MAX_BATCH_UNITS = 256
 _MAX_BATCH_SECONDS = 0.01
 _MIN_CHECK_INTERVAL = 0.005
@@ -311,8 +311,8 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Append each call that has run to
-        `shared`.
+        """Run units in savepoints until the queue is empty or the batch is full. Append each call that has run to the
+        given list.
         """
         connection = transaction._require_connection()
         # A batch starts no unit after a quarter of the timeout, because the first caller waits until the whole batch is

@@ -157,7 +157,7 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Keep the error in `self.needed`, because a bare `except` in the store's method can suppress the error.
+        # Keep the error in `self.needed`, because a bare `except:` in the store's method can suppress the error.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 

@@ -152,7 +152,7 @@ def _format_verifier(parameters: ProofParameters, stored_key: bytes, server_key:
 
 
 def _parse_verifier(verifier: str) -> _Verifier | None:
-    """Return the parts of a verifier, or None if the argument `verifier` is damaged."""
+    """Return the parts of a verifier, or None if the verifier is damaged."""
     found = _VERIFIER.fullmatch(verifier)
     if found is None:
         return None
@@ -212,8 +212,7 @@ def verifier_parameters(verifier: str) -> ProofParameters:
     """Return the salt and the iterations of a verifier, for the gateway to send to the device.
 
     Raises:
-        InvalidArgumentError: if the argument `verifier` is damaged or None. The error message does not show the
-            verifier.
+        InvalidArgumentError: if the verifier is damaged or None. The error message does not show the verifier.
     """
     return _require_verifier(verifier).parameters
 
@@ -288,8 +287,8 @@ def make_proof(
 ) -> bytes:
     """Make a proof of a secret. Use this function in a device.
 
-    The argument `message` is the result of `proof_message()`. For the other arguments and the errors, see
-    `derive_proof_keys()`. For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
+    The message is the result of `proof_message()`. For the other arguments and the errors, see `derive_proof_keys()`.
+    For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
 
     Returns:
         Proof of 32 bytes.
@@ -353,7 +352,7 @@ def server_signature(verifier: str, message: bytes) -> bytes:
         Signature of 32 bytes (ServerSignature in RFC 5802 section 3).
 
     Raises:
-        InvalidArgumentError: if the argument `verifier` is damaged. The error message does not show the verifier.
+        InvalidArgumentError: if the verifier is damaged. The error message does not show the verifier.
     """
     return _hmac_sha256(_require_verifier(verifier).server_key, message)
 

@@ -60,7 +60,7 @@ class FakeClock:
 
         Args:
             duration: time to add.
-            units: arguments of timedelta, such as `minutes=5`, instead of the argument `duration`.
+            units: arguments of timedelta, such as `minutes=5`, instead of a duration.
         """
         self.now += timedelta(**units) if duration is None else duration
         return self.now
@@ -124,7 +124,7 @@ class DatabaseFactory:
             server: URL of a PostgreSQL server. The default is the value of the fixture `homeagent_server`.
             options: arguments of `Database.open()`, such as `unit=` and `migrations=`. An argument of the call
                 overrides the argument of the same name from `homeagent_options`. By default, the clock is the fixture
-                `homeagent_clock`. The default durability is `normal`, because a test does not need its rows after a
+                `homeagent_clock`. The default is `durability="normal"`, because a test does not need its rows after a
                 power cut.
         """
         from homeagent.database import Database

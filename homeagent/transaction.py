@@ -73,7 +73,7 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`. A `with` block begins and ends the transaction.
+    """Base class of `UnitOfWork`. As a context manager, the unit begins and ends the transaction.
 
     Args:
         settings: settings of the database's units.
@@ -245,7 +245,7 @@ class Transaction:
         return self.settings.now()
 
     def rollback(self) -> None:
-        """Roll back now, and do not commit at the end of the `with` block. A second call of `rollback()` has no effect.
+        """Roll back now, and do not commit at the end of the block. A second call of `rollback()` has no effect.
 
         Raises:
             UnitStateError: if the unit has ended.
@@ -285,7 +285,7 @@ class Transaction:
     def _join(self, connection: StoreConnection) -> Self:
         """Begin the unit as a savepoint in the transaction of a batch, and return the unit.
 
-        `_join()` and `_leave()` replace the `with` block of the unit.
+        `_join()` and `_leave()` replace the context manager of the unit.
         """
         connection.execute(_BEGIN_SAVEPOINT)
         self._connection, self._has_joined, self._state = connection, True, OPEN

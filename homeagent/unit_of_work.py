@@ -34,9 +34,10 @@ _NO_COROUTINE = "use an ordinary function for the work in this database, and awa
 
 
 class UnitOfWork(Transaction):
-    """One transaction. The unit commits at the end of the `with` block, or rolls back if an exception leaves the block.
+    """One transaction. The unit is a context manager, which commits at the end of the block, or rolls back if an
+    exception leaves the block.
 
-    Get a unit from `Database.unit_of_work()`, and use the unit only inside a `with` block.
+    Get a unit from `Database.unit_of_work()`, and use the unit only inside its block.
 
     An application can derive a class with its own stores, and pass the class to `Database.open`. The derived class
     annotates each store, for example `messages: MessageStore`. Each use of a store's attribute creates a new store
@@ -50,8 +51,8 @@ class UnitOfWork(Transaction):
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
-        """Return a context manager for a part of the unit. An exception that leaves the `with` block undoes only the
-        changes of the block.
+        """Return a context manager for a part of the unit. An exception that leaves the block undoes only the changes
+        of the block.
         """
         connection = self._require_connection()
         self._savepoints += 1

@@ -269,7 +269,7 @@ def _before_command(
 
 
 def group(name: str, *, help: str) -> typer.Typer:
-    """Add a group of commands, such as `devices`.
+    """Add a group of commands, such as `homeagent devices`.
 
     The options --database and --json can also stand before the commands of the group.
     """

@@ -23,8 +23,8 @@ _LEAST = 24  # least width of the column for a long text
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print `value` as JSON if the operator passed --json, and otherwise print `text`. Instead of a text, the caller
-    can pass a function that prints the output for people.
+    """Print a value as JSON if the operator passed --json, and otherwise print a text for people. Instead of a text,
+    the caller can pass a function that prints the output for people.
     """
     if context.obj.as_json:
         # Escape characters outside ASCII. The output is then valid in any encoding, and an id can't control the
@@ -128,8 +128,8 @@ def _parts(text: str, width: int) -> list[str]:
 
 
 def _joined(parts: Iterable[str], width: int) -> list[str]:
-    """Join the parts of a text to lines that are at most `width` terminal cells wide. A part that is wider than `width`
-    cells gets a separate line.
+    """Join the parts of a text to lines that are not wider than the given number of terminal cells. A part that is
+    wider than a line gets a separate line.
     """
     lines = [""]
     for part in parts:

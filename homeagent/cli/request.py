@@ -55,7 +55,7 @@ def refuse_change(row: str, seen: Any, now: Any, *columns: str, expected: str | 
         row: kind and id of the row, for the message.
         seen: row that was shown, or None if no row was shown.
         now: row that the command read in the unit of the change.
-        columns: names of the columns that must be equal in `seen` and `now`.
+        columns: names of the columns that must not have changed between the two rows.
         expected: value that the operator expects in the first column, or None. A str value is parsed as a timestamp.
     """
     wanted = parsed_timestamp(expected) if isinstance(expected, str) else expected

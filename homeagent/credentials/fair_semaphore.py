@@ -55,7 +55,7 @@ class FairSemaphore:
             return True
 
     def _acquire(self, timeout: float, most_waiting: int) -> bool:
-        """Take a place. Return False if no place became free within `timeout` seconds."""
+        """Take a place. Return False if no place became free before the timeout."""
         handed_over = threading.Event()
         with self._lock:
             if self._free:

@@ -255,7 +255,7 @@ class SecretHasher:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
             _parse_argon2(self._decoy_text)  # For an unknown device, spend the 30 µs of parsing too.
-        # The dictionary `recipes` is used as an ordered set. If the device has no Argon2 hash, run Argon2 with the
+        # The dictionary of recipes is used as an ordered set. If the device has no Argon2 hash, run Argon2 with the
         # costs of the decoy hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}
         digests = {recipe: self._run(text, recipe, waiting) for recipe in recipes}

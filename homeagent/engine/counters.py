@@ -37,7 +37,7 @@ class DatabaseCounters(BaseModel, frozen=True):
     """Counters of one open database in this process since it was opened.
 
     Attributes:
-        units: number of ended units, which is the sum of `reads`, `commits` and `rollbacks`.
+        units: number of ended units, which is the sum of the reads, commits and rollbacks.
         reads: number of ended read-only units.
         commits: number of committed write units. In a batch, each unit counts.
         rollbacks: number of write units that were rolled back.

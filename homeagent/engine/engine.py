@@ -125,7 +125,7 @@ class Engine(ABC):
             timeout: maximum wait for a connection, in seconds.
 
         Raises:
-            DatabaseBusyError: if no connection was released within `timeout`, or the database was busy.
+            DatabaseBusyError: if no connection was released before the timeout, or the database was busy.
             DatabaseClosedError: if the database was closed, or was opened before the process was forked.
             ConnectionLostError: if the server can't be reached.
         """
@@ -165,7 +165,7 @@ class Engine(ABC):
             timeout: maximum wait for a connection, in seconds.
 
         Raises:
-            DatabaseBusyError: if no connection was released within `timeout`.
+            DatabaseBusyError: if no connection was released before the timeout.
             DatabaseClosedError: if the database was closed, or was opened before the process was forked.
             ConnectionLostError: if the server can't be reached.
         """

@@ -57,8 +57,8 @@ class ConnectionPool(Generic[T]):
         # Use a reentrant lock, because a signal handler can use the database while the interrupted thread holds the
         # mutex.
         self.mutex: threading.RLock = threading.RLock()
-        # During the creation of a resource, a thread holds the lock `making`. A fork therefore waits until the resource
-        # is complete.
+        # During the creation of a resource, a thread holds `self.making`. A fork therefore waits until the resource is
+        # complete.
         self.making: threading.RLock = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -79,8 +79,8 @@ class ConnectionPool(Generic[T]):
             timeout: maximum wait, in seconds.
 
         Raises:
-            DatabaseBusyError: if no resource was released within `timeout`. The message names each holder and says for
-                how long the thread has held the resource.
+            DatabaseBusyError: if no resource was released before the timeout. The message names each holder and says
+                for how long the thread has held the resource.
             DatabaseClosedError: if the pool is closed.
         """
         holder = get_ident(), monotonic()

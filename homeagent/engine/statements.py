@@ -137,8 +137,8 @@ class Statement(Generic[R]):
 
     Create a `Statement` once, for example as a constant of a module. Each engine compiles the statement at its first
     use. A SELECT of one model gives instances of the model. The model must derive from `homeagent.Table`. A SELECT of
-    one column gives values, and a SELECT of several columns gives tuples. An INSERT without `values` has a parameter
-    for each column, except for the key that the database assigns.
+    one column gives values, and a SELECT of several columns gives tuples. An INSERT without values has a parameter for
+    each column, except for the key that the database assigns.
 
     Args:
         make: expression of the statement or, for an upsert, a function that gets the dialect's `insert()` and returns
@@ -289,7 +289,7 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
             values.append(f"convert{index}({value})")
         else:
             values.append(f"None if {value} is None else convert{index}({value})")
-    # Do not convert inside `try`, because a conversion can also raise KeyError.
+    # Do not convert a value inside the `try` block, because a conversion can also raise KeyError.
     source = f"""
 def bind(given):
     try:
@@ -379,7 +379,7 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 
 @cache
 def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
-    """Generate a function that converts rows to detached instances of the class `model`.
+    """Generate a function that converts rows to detached instances of the model class.
 
     SQLAlchemy adds the identity key when the instance is first used. Because the instance has no pending change,
     `session.add` attaches the instance, and `session.merge` finds the row. Loading one session took 0.45 µs. With

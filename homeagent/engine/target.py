@@ -43,7 +43,7 @@ _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_sessi
 
 
 class Target(NamedTuple):
-    """The path of a SQLite file or the URL of a server. For `:memory:` the attributes `path` and `url` are None."""
+    """The path of a SQLite file or the URL of a server. For `:memory:` the target has neither a path nor a URL."""
 
     path: Path | None = None
     url: URL | None = None
@@ -131,8 +131,8 @@ def refuse_address(path: object) -> None:
     """Check that a path is not the address of a server.
 
     Raises:
-        InvalidArgumentError: if `path` looks like an address or is a SQLite URI. The error message does not show the
-            argument `path`, which can contain a password.
+        InvalidArgumentError: if the path looks like an address or is a SQLite URI. The error message does not show the
+            path, which can contain a password.
     """
     if _is_address(path):
         raise InvalidArgumentError(_IS_ADDRESS)

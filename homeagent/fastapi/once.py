@@ -276,7 +276,7 @@ async def read_body(request: Request, max_body: int) -> bytes:
                 raise HTTPProblem(InvalidArgumentError(detail), 413, detail)
             chunks.append(chunk)
     # Store the body in the same attribute as the method `Request.body()`. Starlette has no public way to keep a body
-    # that was read by `stream`.
+    # that was read by `request.stream()`.
     request._body = b"".join(chunks)
     return request._body
 

@@ -84,7 +84,7 @@ def signed_webhook(
         max_body: largest message in bytes, 1 MiB by default. A larger message gets a reply with status 413.
 
     Raises:
-        InvalidArgumentError: if a secret is malformed or shorter than 24 bytes, or `ttl` is too short.
+        InvalidArgumentError: if a secret is malformed or shorter than 24 bytes, or the `ttl` is too short.
     """
     secrets = [secret] if isinstance(secret, (SecretStr, str)) else list(secret)
     keys = [_key_of(each) for each in secrets]

@@ -176,10 +176,9 @@ def copy_store(
 ) -> CopyReport:
     """Copy all rows of a store into an empty store, and compare both stores before the commit.
 
-    The argument `engines` contains the engine of the source and the engine of the target. With `live=True`, other units
-    can change the source during the copy. The copy contains the state of the source at the time when the copy began.
-    `leave=[…]` names the application's tables that are not copied. After each page of rows, the copy calls the function
-    `progress()`.
+    `engines=(source, target)` contains the two engines. With `live=True`, other units can change the source during the
+    copy. The copy contains the state of the source at the time when the copy began. `leave=[…]` names the application's
+    tables that are not copied. After each page of rows, the copy calls the function `progress()`.
 
     Raises:
         InvalidArgumentError: source and target are the same database, or the target lacks a table of the application.

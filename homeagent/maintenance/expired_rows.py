@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 
 class ExpiredRows:
-    """The expired rows of one table. The attribute `skipped` counts the skipped rows of each constraint."""
+    """The expired rows of one table. `rows.skipped` counts the skipped rows of each constraint."""
 
     def __init__(self, settings: UnitSettings, kind: Kind, grace: timedelta, monotonic: Callable[[], float]) -> None:
         self._settings = settings

@@ -94,8 +94,13 @@ def sweep(
     """Delete expired rows in batches (see `Database.sweep`). Each batch is a unit of work.
 
     While other writers wait, a batch takes a few milliseconds, and all batches together take at most a fifth of the
-    time. The sweep ends early if the event `stop` is set. With `pending_ttl=None` the sweep deletes no device, and with
-    `changes_kept=None` no device change.
+    time.
+
+    The argument `batch_size` is the maximum number of rows of a batch. The sweep ends early if the time budget is used
+    up, or if the stop event is set. The argument `pending_ttl` is the longest time for which a device can wait for its
+    approval. With `pending_ttl=None`, the sweep deletes no device. The argument `changes_kept` is the time for which
+    the sweep keeps device changes. With `changes_kept=None`, the sweep keeps all changes. With `dry_run=True`, the
+    sweep counts the rows without deleting a row.
     """
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
@@ -111,7 +116,7 @@ def sweep(
     skipped: Counter[str] = Counter()
 
     def paused(seconds: float) -> bool:
-        """Pause between two batches, and return True. If the pause would exceed the time budget, or if the event `stop`
+        """Pause between two batches, and return True. If the pause would exceed the time budget, or if the stop event
         is set, return False.
         """
         return (deadline is None or monotonic() + seconds < deadline) and not stopped.wait(seconds)

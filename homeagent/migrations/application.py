@@ -133,7 +133,7 @@ class Application:
         return stored
 
     def adopted_revisions(self, connection: Connection) -> set[str]:
-        """If `upgrade` will rename Alembic's own version table, return the revisions in the table.
+        """If the upgrade will rename Alembic's own version table, return the revisions in the table.
 
         Raises:
             SchemaTooNewError: the table has a revision that the application does not have.

@@ -206,7 +206,7 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
     """Prevent upgrades by other hosts and by other commands of Alembic during the block.
 
     Raises:
-        DatabaseBusyError: an upgrade has held the lock for longer than `timeout`.
+        DatabaseBusyError: an upgrade has held the lock until the timeout.
     """
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:

@@ -292,8 +292,8 @@ class Table(Model, metaclass=_TableType):
         return instance.__dict__
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a new, validated instance that does not belong to an ORM session. The values in `update` replace the
-        values of this instance.
+        """Return a new, validated instance that does not belong to an ORM session. The values in `update={…}` replace
+        the values of this instance.
 
         With `deep=True`, the method also copies the values of JSON columns.
         """

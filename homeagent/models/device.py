@@ -52,7 +52,7 @@ class Device(Table, table=True):
     """A row of the table `devices`.
 
     For a request body, use a class of `homeagent.models.schemas` instead. If this class were the request body, a client
-    could set `approved`.
+    could set `approved=True`.
     """
 
     __tablename__ = "devices"

@@ -200,8 +200,8 @@ class Attempt:
         lease_expires_at: time at which the lease ends. If the lease ends before an outcome is recorded, the attempt
             counts as abandoned.
         expires_at: time until which a repeated call gets the stored outcome.
-        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded after `expires_at`, a
-            repeated call gets the outcome until `ttl` after the recording.
+        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded late, a repeated call
+            gets the outcome for the whole `ttl` after the recording.
         owner: random text that identifies this attempt.
     """
 

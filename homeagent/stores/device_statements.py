@@ -60,7 +60,7 @@ def _for_every_id(*columns: Any) -> Any:
 
 
 # Do not select the column `proof_verifier` in this statement. SQLite takes longer to read a column that comes after a
-# long value. In each row, the value of `metadata` comes before the value of `proof_verifier`.
+# long value. In each row, the value of `devices.metadata` comes before the value of `proof_verifier`.
 SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
     _for_every_id(
         func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),

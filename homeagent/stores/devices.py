@@ -334,7 +334,7 @@ class DeviceStore(DeviceFeed):
 
         The caller can pass the time of the last contact as `at=…`. Without a time, or for a time in the future, the
         method stores the current time. The method changes the row only if the new time is later than the stored time by
-        at least the `granularity`. If the method changed no row, the result is False.
+        at least the granularity. If the method changed no row, the result is False.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)

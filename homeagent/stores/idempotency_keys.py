@@ -56,7 +56,7 @@ class IdempotencyKeyStore(Store):
         Raises:
             IdempotencyKeyExistsError: if the key has a record that has not expired. The existing record stays.
             KeyLimitError: if the device has `Limits.keys_per_device` records that have not expired.
-            InvalidArgumentError: if the result is too large or not JSON, or `ttl` is out of range.
+            InvalidArgumentError: if the result is too large or not JSON, or the `ttl` is out of range.
         """
         scope = _check_new(scope)
         json = encode_json(result, "result", limit=MAX_RESULT_BYTES)
@@ -282,7 +282,7 @@ class IdempotencyKeyStore(Store):
         except InvalidArgumentError:
             json, omitted = encode_json(None), True
         now = self._unit.now()
-        # If the effect took longer than `ttl`, a record with the old `expires_at` would expire at once.
+        # If the effect took longer than the `ttl`, a record with the old `expires_at` would expire at once.
         expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
         self._write_fenced(
             statements.RECORD,

@@ -61,7 +61,7 @@ class Unit(Protocol):
         """Run a statement once for each set of parameters. Return the number of changed rows."""
 
     def savepoint(self) -> AbstractContextManager[None]:
-        """Return a savepoint for a `with` block. An exception that leaves the block undoes only the changes of the
+        """Return a context manager for a savepoint. An exception that leaves the block undoes only the changes of the
         block.
         """
 

@@ -4,9 +4,9 @@ A user with write access to the database can approve any device, and a user with
 Therefore homeagent creates each file of a database with mode 0600. This module refuses a symbolic link, a file with
 several hard links, and a file of an untrusted user. The module `homeagent.engine.files.owners` lists the trusted users.
 
-This module inspects an existing database by `lstat` only. In this module, do not open a database file or a sidecar file
-(`-wal`, `-shm` or `-journal`). A process that closes any descriptor of a file loses all POSIX locks of SQLite on the
-file (https://sqlite.org/howtocorrupt.html, section 2.2).
+This module inspects an existing database only by the system call `lstat()`. In this module, do not open a database file
+or a sidecar file (`-wal`, `-shm` or `-journal`). A process that closes any descriptor of a file loses all POSIX locks
+of SQLite on the file (https://sqlite.org/howtocorrupt.html, section 2.2).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     The path can name a file that does not exist.
 
     Raises:
-        InvalidArgumentError: if `path` is not a path, is empty, contains a control character, is not UTF-8, or names
-            the home directory of an unknown user.
+        InvalidArgumentError: if the argument is not a path, is empty, contains a control character, is not UTF-8, or
+            names the home directory of an unknown user.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"a path must be a str or a PathLike, not {type(path).__name__}")
@@ -134,8 +134,17 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
     The directory must exist. The caller must hold `sidecar_lock`. Without `sidecar_lock`, another thread could open the
     file before this function closes the descriptor. SQLite would lose its locks at the close of the descriptor.
 
-    Return False if the path already exists. For the argument `database`, see `create_descriptor()`. If the file can't
-    be created, the function raises an error and leaves no file behind.
+    Args:
+        path: path of the new file.
+        database: source database, if the new file will be a copy in another directory (see `give_to_owner`).
+
+    Returns:
+        False if the file already exists. The existing file is not changed.
+
+    Raises:
+        InsecureFileError: if the file system does not store the modes of files.
+        DatabaseError: if the file can't be created. If the system reports a full disk or a read-only file system, the
+            error is `DiskFullError` or `ReadOnlyError`. The function leaves no file behind.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -194,8 +203,8 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
         owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: if the file has a second hard link, or belongs to a user that `owners` does not contain.
-        ForeignDatabaseError: if `path` is not a regular file.
+        InsecureFileError: if the file has a second hard link, or belongs to a user that is not trusted.
+        ForeignDatabaseError: if the path does not name a regular file.
         OSError: if the file can't be opened, or is a link.
     """
     # Check the open file and not the path, because another process could replace the file between a check and the open.
@@ -234,7 +243,7 @@ def inspect_file(
     Raises:
         InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
             private. Root also gets the error for a directory in which other users can replace files.
-        ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
+        ForeignDatabaseError: if the path names a directory, a pipe, a socket or a device.
         CorruptDatabaseError: if a database has 1 to 511 bytes, which SQLite would treat as an empty database.
         DatabaseError: if `lstat` failed.
     """
@@ -277,13 +286,12 @@ def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) 
 
     Args:
         path: path of the file.
-        status: result of `lstat` or `fstat` for the file.
+        status: result of `os.lstat()` or `os.fstat()` for the file.
         owners: trusted user ids, from `trusted_owners` or `backup_owners`.
 
     Raises:
-        InsecureFileError: if the file is a link, has a second hard link, or belongs to a user that `owners` does not
-            contain.
-        ForeignDatabaseError: if `path` is a directory, a pipe, a socket or a device.
+        InsecureFileError: if the file is a link, has a second hard link, or belongs to a user that is not trusted.
+        ForeignDatabaseError: if the path names a directory, a pipe, a socket or a device.
     """
     if stat.S_ISLNK(status.st_mode):
         raise InsecureFileError(f"{quoted(path)} is a symbolic link: name the file itself, or remove the link")
@@ -325,7 +333,7 @@ def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
 
 
 def look_at(path: Path) -> os.stat_result | None:
-    """Return the result of the system call `lstat`. If the path does not exist, return None."""
+    """Return the result of `os.lstat()`. If the path does not exist, return None."""
     with explained("inspect", path):
         try:
             return os.lstat(path)

@@ -24,11 +24,11 @@ class FileLock:
 
     The method `acquire()` creates a missing file with mode 0600. The file is not deleted. A process that waits on a
     deleted file and a process that creates a new file would both hold the lock. The system releases the lock when the
-    process ends. A child made by `fork` does not hold the lock. The holder of the lock can write a short text, the
+    process ends. A child made by `os.fork()` does not hold the lock. The holder of the lock can write a short text, the
     marker, to the file for the next holder.
 
-    The lock is a `flock` lock. Unlike SQLite's POSIX locks, a `flock` lock works between threads of one process. The
-    close of another descriptor of the file does not drop the lock.
+    The lock is taken by the system call `flock()`. Unlike SQLite's POSIX locks, a lock by `flock()` works between
+    threads of one process. The close of another descriptor of the file does not drop the lock.
 
     Args:
         path: path of the lock file. The directory must exist.
@@ -70,7 +70,7 @@ class FileLock:
         return self._descriptor is not None
 
     def acquire(self) -> None:
-        """Acquire the lock. If another thread or process holds the lock, wait at most for the duration `timeout`.
+        """Acquire the lock. If another thread or process holds the lock, wait at most until the timeout.
 
         Raises:
             DatabaseBusyError: if another thread or process still holds the lock after the timeout.
@@ -157,7 +157,7 @@ class FileLock:
             text: 1 to 200 bytes of UTF-8 without control characters.
 
         Raises:
-            InvalidArgumentError: if `text` is too long, is empty or contains a control character.
+            InvalidArgumentError: if the marker is too long, is empty or contains a control character.
             DatabaseError: if the caller does not hold an exclusive lock, or if the file can't be written.
         """
         if not text.isprintable() or not 1 <= len(content := text.encode()) <= 200:

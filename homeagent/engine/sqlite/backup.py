@@ -84,8 +84,8 @@ def write_backup(
 
     The copy is in rollback mode and needs no WAL, so the copy can be opened on a read-only medium.
 
-    Until the end of the verification, the copy is at the path `partial`. The paths `partial` and `target` must be in
-    the same existing directory. The backup calls the function `stop()` repeatedly, and ends if a call returns True.
+    Until the end of the verification, the copy has the temporary path. The temporary path and the target must be in the
+    same existing directory. The backup calls the function `stop()` repeatedly, and ends if a call returns True.
 
     Raises:
         InvalidArgumentError: if the target exists, and `replace=False`.

@@ -181,7 +181,7 @@ class Connection(_Connection):
     def after_failed_commit(self, error: BaseException) -> HomeAgentError | None:
         """Overwrite a failed commit in the WAL. If the overwrite fails, return a CommitUnknownError.
 
-        The argument `error` is the exception that COMMIT raised.
+        The argument is the exception that COMMIT raised.
         """
         # If COMMIT failed before a write, the transaction is still open. If a write failed, the WAL contains only a
         # part of the transaction.
@@ -238,7 +238,7 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
 
     Args:
         database: path, URI (https://sqlite.org/uri.html) or `":memory:"`.
-        uri: True if the argument `database` is a URI.
+        uri: True if the first argument is a URI.
         create: True to create an absent file.
         timeout: longest wait of a statement for a lock, in seconds.
     """

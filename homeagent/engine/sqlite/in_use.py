@@ -36,7 +36,7 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
     directory, a restore can't replace a file, and SQLite can't write.
 
     Raises:
-        DatabaseBusyError: if another process still restores the database at the end of the `timeout`.
+        DatabaseBusyError: if another process still restores the database after the timeout.
         DatabaseError: if `inspect_file()` refuses the lock file, or if an interrupted restore can't be finished.
     """
     path = in_use_path(database)
@@ -66,8 +66,8 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
     Finish an interrupted restore first. The directory must exist. The database can be absent or damaged.
 
     Raises:
-        DatabaseBusyError: if a process still has the database open at the end of the `timeout`. On Linux the error
-            message names the process.
+        DatabaseBusyError: if a process still has the database open after the timeout. On Linux the error message names
+            the process.
     """
     lock = FileLock(in_use_path(database), timeout=timeout)
     try:

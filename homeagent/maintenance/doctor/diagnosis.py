@@ -49,8 +49,8 @@ def diagnose(
     finding, not an error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
 
     Args:
-        target: database to check (see the argument `target` of `Database.open()`). If the calling process has the
-            database open, call `Database.doctor()` instead.
+        target: path or URL of the database to check, as for `Database.open()`. If the calling process has the database
+            open, call `Database.doctor()` instead.
         clock: clock of the store.
         thorough: True to run SQLite's full integrity check without a time limit. The full check also compares the
             indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and

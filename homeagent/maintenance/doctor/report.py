@@ -209,8 +209,8 @@ class Collector:
 
     @contextmanager
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
-        """Run a check in the `with` block. If the check raises an error, report a finding, so that later checks still
-        run.
+        """Run a check inside a context manager. If the check raises an error, report a finding, so that later checks
+        still run.
 
         After a failed statement, PostgreSQL refuses all other statements of the transaction. Therefore each check runs
         in its own savepoint.

@@ -81,7 +81,7 @@ class FlagColumn(TypeDecorator[bool]):
         return None if value is None else int(value)
 
     def process_result_value(self, value: object, dialect: Dialect) -> bool | None:
-        """Return True for 1, False for 0, and `otherwise` for any other stored value."""
+        """Return True for 1, False for 0, and the fallback for any other stored value."""
         return None if value is None else self.loaded_values[value]
 
     convert_bound = int

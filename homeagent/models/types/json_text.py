@@ -68,7 +68,7 @@ def decode_json(text: str | bytes) -> Any:
 
 
 def _within(limit: int) -> AfterValidator:
-    """Return a validator of JSON values. The argument `limit` is the maximum number of bytes of the text."""
+    """Return a validator of JSON values. The limit is the maximum number of bytes of the text."""
 
     def check(value: JsonValue) -> JsonValue:
         if value is not None:

@@ -53,7 +53,7 @@ def unreadable_in(
 ) -> CorruptDatabaseError:
     """Return the error for an unreadable value. The error message does not show the value.
 
-    `key` is the value that identifies the row (see `naming_column()`). `column` or `key` is None if it is not known.
+    The key is the value that identifies the row (see `naming_column()`). Pass None for an unknown column or key.
     """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")

@@ -41,7 +41,9 @@ _EMOJI_STYLES = frozenset("\ufe0e\ufe0f")
 
 
 def _check_text(value: str, what: str, octets: int) -> str:
-    """Return the value if it has 1 to `octets` bytes of UTF-8, no control character and no lone surrogate."""
+    """Return the value if it has at least 1 byte and at most the given number of bytes of UTF-8, no control character
+    and no lone surrogate.
+    """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
     # Check the characters before the length in bytes, because a lone surrogate can't be encoded as UTF-8. Check the

@@ -32,7 +32,7 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
     """Return the value in UTC, floored to whole milliseconds.
 
     Raises:
-        InvalidArgumentError: if `value` has no time zone, or is outside the years 1 to 9999 in UTC.
+        InvalidArgumentError: if the timestamp has no time zone, or is outside the years 1 to 9999 in UTC.
     """
     if not isinstance(value, datetime):
         raise InvalidArgumentError(f"{what} must be a datetime, not {type(value).__name__}")
@@ -48,8 +48,8 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Return the value in UTC, floored to whole milliseconds. Return `value`, but return the current time if `value` is
-    None or in the future.
+    """Return the value in UTC, floored to whole milliseconds. Return the time, but return the current time if the time
+    is None or in the future.
 
     Use this function for the time of a past event. A future time means that the caller's clock is ahead. The errors are
     those of `check_timestamp()`.
@@ -99,7 +99,7 @@ def earlier(timestamp: datetime, duration: timedelta) -> datetime:
 
 
 def to_milliseconds(value: datetime) -> int:
-    """Return the number of milliseconds from 1970 to `value`, rounded down. The number is negative before 1970."""
+    """Return the number of milliseconds from 1970 to a timestamp, rounded down. The number is negative before 1970."""
     return (value - EPOCH) // MILLISECOND
 
 
