@@ -1,5 +1,5 @@
-"""Errors about a call or its caller, for example an invalid argument. The module `homeagent.errors` exports these
-errors.
+"""Errors about a call or its caller, for example an invalid argument. `homeagent.errors` exports the errors of this
+module.
 """
 
 from __future__ import annotations

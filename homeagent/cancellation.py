@@ -27,7 +27,7 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
             cancellation prevents a call that has not begun.
 
     Raises:
-        asyncio.CancelledError: if the caller was cancelled during the wait. After this error, `act()` neither runs nor
+        asyncio.CancelledError: if the caller was cancelled during the wait. After the error, `act()` neither runs nor
             starts.
         RuntimeError: if no thread can be started, so that `act()` does not run.
     """

@@ -4,8 +4,8 @@ Each `Database` has one thread, which reads the feed for all iterators. The thre
 ends with the last iterator. For each iterator, the thread stores only the number of the last delivered change, because
 the feed itself is in the database.
 
-Each iterator checks how long ago the thread read the feed, and raises an error after `PATIENCE` seconds. Do not move
-this check to the thread, because a lost connection can block the thread for longer
+Each iterator checks how long ago the thread read the feed, and raises an error after `PATIENCE` seconds. Do not make
+the check in the thread, because a lost connection can block the thread for longer than `PATIENCE` seconds
 (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 

@@ -35,8 +35,8 @@ class DeviceSecrets:
             # Import `homeagent.pairing` lazily, to shorten the start of a process that checks no secrets.
             from homeagent.pairing import Pairing
 
-            # Create only one `Pairing` object, even if several threads need the object. Two objects would count failed
-            # checks separately.
+            # Create only one `Pairing` object, even if several threads need the object. With two objects, two counters
+            # would count the failed checks of one device.
             with self._mutex:
                 if self._made_pairing is None:
                     self._made_pairing = Pairing(self._runner, self._clock, self._limits)

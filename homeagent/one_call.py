@@ -1,5 +1,5 @@
-"""Create the stores of a database, such as `database.devices`. Each method call of these stores is a separate unit of
-work.
+"""Create the stores of a database, such as `database.devices`. Each method call of a store such as `database.devices`
+is a separate unit of work.
 
 A method with the decorator `@reading` runs its statement in autocommit mode, without BEGIN and COMMIT. A method with
 the decorator `@writing` runs as a unit in `Runner.run()`, which retries after errors.

@@ -88,8 +88,9 @@ class Pairing:
                 return device
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
-                # If the store has the new hash and the new verifier, an earlier run of the unit stored the device. No
-                # other call has stored an equal hash and verifier, because one of the two values has a random salt.
+                # If the store has the new hash and the new verifier, an earlier run of this unit has already stored the
+                # device. No other call has stored an equal hash and verifier, because one of the two values has a
+                # random salt.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return stored

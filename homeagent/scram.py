@@ -233,8 +233,8 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
         device_id: id in the request.
         key: at least 16 random bytes, by default a key of this process. Keep the key private, and do not change the
             key. A new key would change all made-up answers, but no answer for an existing device.
-        human_share: share of the ids that get the iterations of a human's secret, from 0 to 1. Keep the default 0 if
-            all verifiers belong to generated secrets.
+        human_share: share of absent ids that get the number of iterations of a human's secret, from 0 to 1.
+            Keep the default 0 if all verifiers belong to generated secrets.
 
     Raises:
         InvalidArgumentError: if the key is too short, the share is out of range, or the id has a lone surrogate.
@@ -255,7 +255,7 @@ def _canonical(values: list[str | int]) -> bytes:
     """Convert a list of texts and integers to canonical JSON (RFC 8785)."""
     text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
     if any("\ud800" <= character <= "\udfff" for character in text):
-        # Raise this error before `encode()` raises UnicodeEncodeError, which would contain the nonce.
+        # Raise InvalidArgumentError before `encode()` raises UnicodeEncodeError, which would contain the nonce.
         raise InvalidArgumentError("a lone surrogate has no UTF-8: remove the surrogate from the id or the nonce")
     return text.encode()
 

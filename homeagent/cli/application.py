@@ -101,7 +101,7 @@ class _Commands(TyperGroup):
         super().__init__(commands=commands, params=[*params, _DATABASE, _JSON], **settings)
         for command in commands.values():
             command.context_class = _Context
-            command.short_help = " ".join(command.help.partition("\n\n")[0].split())  # not shortened in a list
+            command.short_help = " ".join(command.help.partition("\n\n")[0].split())  # a list shows the whole text
             if not isinstance(command, TyperGroup):
                 command.params += [_JSON] if isinstance(command, WithoutDatabase) else [_DATABASE, _JSON]
 

@@ -75,7 +75,7 @@ def _status(context: typer.Context) -> DatabaseStatus | DatabaseError:
         with open_named(context) as opened:
             return opened.status()
     except DatabaseBusyError:
-        raise  # the database can be sound
+        raise  # a busy database need not be damaged
     except DatabaseError as error:
         return error
 

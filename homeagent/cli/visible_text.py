@@ -44,8 +44,8 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
-    """Return Latin if the text has Latin letters. Otherwise return the most frequent script of the text. If no
-    character has a script, return None.
+    """Return Latin if the text has Latin letters, or else the most frequent script of the text. If no character has a
+    script, return None.
     """
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None

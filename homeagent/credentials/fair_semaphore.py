@@ -28,7 +28,7 @@ class FairSemaphore:
         _all.add(self)
 
     def _reset(self) -> None:
-        # The lock is reentrant, because a signal handler can take a place while the interrupted thread holds this lock.
+        # The lock is reentrant, because a signal handler can take a place while the interrupted thread holds the lock.
         self._lock = threading.RLock()
         self._free = self._places
         self._queue: deque[threading.Event] = deque()

@@ -107,7 +107,7 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# Compare a generated secret of an unknown device with this hash, so that the check takes as long as for a known device.
+# A check of a generated secret of an unknown device uses this hash, and so takes as long as for a known device.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 _MAX_STORED = 2
 
@@ -199,8 +199,8 @@ class SecretHasher:
 
         Raises:
             InvalidArgumentError: if the secret is unusable. The error message does not show the secret.
-            TooManyAttemptsError: if too many callers already wait. A check of a generated secret does not raise this
-                error.
+            TooManyAttemptsError: if too many callers already wait. The limit does not apply to a check of a generated
+                secret.
             DatabaseBusyError: if no Argon2 run could start in time. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
         """
@@ -231,8 +231,8 @@ class SecretHasher:
 
         Raises:
             InvalidArgumentError: if more than 2 hashes are given, or if the hashes are a single string.
-            TooManyAttemptsError: if too many callers already wait. A check of a generated secret does not raise this
-                error.
+            TooManyAttemptsError: if too many callers already wait. The limit does not apply to a check of a generated
+                secret.
             DatabaseBusyError: if no Argon2 run could start in time. Try again later.
             MemoryError: if the system did not give Argon2 enough memory or threads.
         """

@@ -41,7 +41,7 @@ class _Forkable(Protocol):
 _known: weakref.WeakSet[_Forkable] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# A thread holds this lock while it forks. Without the lock, two threads that fork at the same time would wait for each
+# A thread holds `_forking` while it forks. Without the lock, two threads that fork at the same time would wait for each
 # other's mutexes. The list `_held` has an element for each running fork, because a signal handler can fork during a
 # fork of the interrupted thread.
 _forking = threading.RLock()

@@ -238,7 +238,7 @@ def install_error_handlers(app: FastAPI) -> None:
     input, which can be a secret. The function adds the replies to the OpenAPI document.
 
     Args:
-        app: the application. The handlers replace the application's existing handlers for these errors.
+        app: the application. The function replaces the handlers that the application has installed for the errors.
     """
     # Starlette's types for handlers do not allow a handler for both requests and WebSockets.
     answer: Any = _answer
@@ -269,7 +269,7 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
 
 
 async def _ignore(connection: Request | WebSocket, error: Exception) -> None:
-    """Ignore the end of a WebSocket. Without this handler, the server would log a traceback."""
+    """Ignore the end of a WebSocket. Without a handler, the server would log a traceback."""
 
 
 def _document_problems(document: dict[str, Any]) -> dict[str, Any]:

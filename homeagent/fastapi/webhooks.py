@@ -165,10 +165,10 @@ def _time_of(timestamp: str) -> datetime | None:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the `device_id` of a sender's idempotency keys. A stranger must not know this id.
+    """Return the `device_id` of a sender's idempotency keys. A stranger must not know the returned id.
 
-    A stranger could pair a device with this id, and then send a recorded message again, because `Database.pair()`
-    deletes the idempotency keys of the id.
+    A stranger who knows the id could pair a device with the id, and then send a recorded message again, because
+    `Database.pair()` deletes the idempotency keys of the id.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")

@@ -58,7 +58,7 @@ async def authenticate(
         AuthenticationError: if the gateway does not accept the proof.
         AccessDeniedError: if the device is pending or revoked. The error message names the reason.
         HandshakeError: if the handshake takes too long, the clocks differ too much, or a message is invalid. The
-            function also raises this error if the gateway does not have the verifier of the secret. Close the
+            function also raises HandshakeError if the gateway does not have the verifier of the secret. Close the
             connection after the error.
     """
     try:

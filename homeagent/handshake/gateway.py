@@ -36,7 +36,8 @@ class Admission:
 
     Attributes:
         device: the device.
-        verifier: verifier of the proved secret. A rotation of the device's secret changes the verifier.
+        verifier: verifier of the secret that the device has proved. A rotation of the device's secret changes the
+            verifier.
     """
 
     device: Device

@@ -269,7 +269,7 @@ def _adopt_file(
     inspect_file(path, repair=False)
     with sidecar_lock(path, timeout=timeout):
         with kept_from_sqlite(path):
-            pass  # The close of the file ends the locks, so the block only checks for other programs.
+            pass  # SQLite loses the locks when it closes the file, so the block only checks for other programs.
         engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
         try:
             with engine.translated(), closing(engine.open_source()) as raw:

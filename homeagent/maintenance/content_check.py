@@ -1,5 +1,5 @@
-"""Check the content of a SQLite file while the database is open. The opening of a database does not check the content
-of a large file.
+"""Check the content of a SQLite file while the database is open. `Database.open` does not check the content of a large
+file.
 """
 
 from __future__ import annotations

@@ -181,13 +181,15 @@ def copy_store(
     tables that are not copied. After each page of rows, the copy calls the function `progress()`.
 
     Raises:
-        InvalidArgumentError: source and target are the same database, or the target lacks a table of the application.
-        SchemaOutdatedError, SchemaTooNewError: the source or the target is not at this version's revision.
-        SchemaChangedError: the schema of the source or the target was changed by hand.
-        TargetNotEmptyError: the target has rows.
-        SourceChangedError: the source changed during the copy. With `live=True` the copy accepts changes of the source.
-        CorruptDatabaseError: the source has a value that homeagent's stores do not write.
-        DatabaseError: the rows read back from the target differ from the copied rows.
+        InvalidArgumentError: if source and target are the same database, or the target lacks a table of the
+            application.
+        SchemaOutdatedError, SchemaTooNewError: if the source or the target is not at this version's revision.
+        SchemaChangedError: if the schema of the source or the target was changed by hand.
+        TargetNotEmptyError: if the target has rows.
+        SourceChangedError: if the source changed during the copy. With `live=True` the copy accepts changes of the
+            source.
+        CorruptDatabaseError: if the source has a value that homeagent's stores do not write.
+        DatabaseError: if the rows read back from the target differ from the copied rows.
     """
     with open_target() as target, open_source() as source:
         for unit, location in ((source, "the source"), (target, "the target")):

@@ -88,7 +88,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # The close of the file ends the locks, so the block only checks for other programs.
+                pass  # SQLite loses the locks when it closes the file, so the block only checks for other programs.
             # Pass temporary=True, because the caller already holds the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:

@@ -66,8 +66,8 @@ class Batch(NamedTuple):
 
     Attributes:
         deleted: number of deleted rows.
-        found: number of deleted and skipped rows. If the number is below the maximum number of rows of a batch, no
-            other expired row is left.
+        found: number of deleted and skipped rows. If the number is lower than the size of a full batch, no other
+            expired row is left.
         worked: duration of the statements, in seconds.
         held: time for which the batch held the write lock, including the commit, in seconds.
     """

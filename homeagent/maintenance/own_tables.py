@@ -226,9 +226,9 @@ def plan_own_tables(
     """Return the application's tables to copy, in the order of their foreign keys.
 
     Raises:
-        InvalidArgumentError: the target lacks a table, or a table of the target has other columns. `leave=[…]` names
+        InvalidArgumentError: if the target lacks a table, or a table of the target has other columns. `leave=[…]` names
             tables to skip.
-        TargetNotEmptyError: a table of the target has rows.
+        TargetNotEmptyError: if a table of the target has rows.
     """
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)

@@ -25,7 +25,7 @@ from homeagent.unit_settings import UnitSettings
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# If other writers wait, the sweep empties the WAL after this number of deleted rows. Most deleted rows are in separate
+# Number of deleted rows after which a sweep empties the WAL, if other writers wait. Most deleted rows are in separate
 # database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
 _ROWS_IN_LOG = 250
 

@@ -89,7 +89,7 @@ class Application:
         """Find the revisions that the argument `migrations=` of `Database.open()` names.
 
         Raises:
-            InvalidArgumentError: the package or the folder is missing, or the revisions do not form one sequence.
+            InvalidArgumentError: if the package or the folder is missing, or the revisions do not form one sequence.
         """
         if isinstance(given, Application):
             return given
@@ -119,7 +119,7 @@ class Application:
         """Return True if a revision is missing in the database.
 
         Raises:
-            SchemaTooNewError: the version table has a revision that the application does not have.
+            SchemaTooNewError: if the version table has a revision that the application does not have.
         """
         if not self.name:
             return False
@@ -136,7 +136,7 @@ class Application:
         """If the upgrade will rename Alembic's own version table, return the revisions in the table.
 
         Raises:
-            SchemaTooNewError: the table has a revision that the application does not have.
+            SchemaTooNewError: if the table has a revision that the application does not have.
         """
         if not self.adopts or not self.scripts or APPLICATION_VERSION_TABLE in tables(connection):
             return set()
@@ -157,7 +157,7 @@ class Application:
             outside: context manager for statements that can't run in a transaction (only PostgreSQL).
 
         Raises:
-            RevisionFailedError: a revision failed, or changed homeagent's tables.
+            RevisionFailedError: if a revision failed, or changed homeagent's tables.
         """
         if self.adopted_revisions(connection):
             connection.exec_driver_sql(f"ALTER TABLE {ALEMBIC_TABLE} RENAME TO {APPLICATION_VERSION_TABLE}")
@@ -333,8 +333,8 @@ class _Guard:
                 self._left_transaction = False
 
     def autocommit(self) -> AbstractContextManager[None]:
-        """Return the context manager that replaces Alembic's method `autocommit_block()`. On SQLite this context
-        manager does nothing.
+        """Return the context manager that replaces Alembic's method `autocommit_block()`. On SQLite the context manager
+        does nothing.
         """
         return nullcontext() if self._outside is None else self._autocommit(self._outside)
 

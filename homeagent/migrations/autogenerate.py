@@ -116,7 +116,7 @@ def scratch_database(application: Application | None = None) -> Iterator[Connect
     """Open a SQLite database in memory with the tables of homeagent and of the application, without foreign keys.
 
     Raises:
-        MigrationError: a revision of the application failed.
+        MigrationError: if a revision of the application failed.
     """
     with scratch_sqlite() as connection:
         try:

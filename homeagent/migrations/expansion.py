@@ -66,8 +66,8 @@ def check_expansion(
         accepted: names of new CHECK constraints and triggers that old code satisfies.
 
     Raises:
-        IncompatibleRevisionError: a revision breaks code of the previous version.
-        MigrationError: a revision failed, or changed homeagent's tables.
+        IncompatibleRevisionError: if a revision breaks code of the previous version.
+        MigrationError: if a revision failed, or changed homeagent's tables.
     """
     homeagents = {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE}
     old: Structure = {}

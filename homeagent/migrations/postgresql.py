@@ -79,7 +79,7 @@ def open_postgresql(
     the schema, and for transactions that lock the tables. The application's revisions run after homeagent's revisions.
 
     Raises:
-        SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: the schema
+        SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: if the schema
             can't be used or upgraded. If the upgrade fails, the database undoes the upgrade.
     """
     deadline = monotonic() + timeout.total_seconds()
@@ -132,7 +132,7 @@ def refuse_second_store(connection: Connection) -> None:
     schema can contain an approved device. At its next start, homeagent would use the tables of the other role.
 
     Raises:
-        InvalidArgumentError: the search_path contains `"$user"`, and two of its schemas have a store.
+        InvalidArgumentError: if the search_path contains `"$user"`, and two of its schemas have a store.
     """
     others = connection.execute(_OTHER_STORES, {"name": VERSION_TABLE}).scalars().all()
     if others:
@@ -206,7 +206,7 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
     """Prevent upgrades by other hosts and by other commands of Alembic during the block.
 
     Raises:
-        DatabaseBusyError: an upgrade has held the lock until the timeout.
+        DatabaseBusyError: if an upgrade has held the lock until the timeout.
     """
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
@@ -236,7 +236,7 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
     waits for all snapshots.
 
     Raises:
-        MigrationError: a connection pooler can run each statement in another session.
+        MigrationError: if a connection pooler can run each statement in another session.
     """
     if connection.info[POOLED]:
         raise MigrationError(

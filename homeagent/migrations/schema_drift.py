@@ -76,8 +76,8 @@ def refuse_changed_schema(
     accepts a trigger whose name is in `acknowledged=…`.
 
     Raises:
-        SchemaChangedError: the schema has a grave difference.
-        SchemaTooNewError: this version of homeagent does not know the revision.
+        SchemaChangedError: if the schema has a grave difference.
+        SchemaTooNewError: if this version of homeagent does not know the revision.
     """
     if revision not in known_revisions():
         raise SchemaTooNewError(revision, known=REVISION)

@@ -72,8 +72,8 @@ def open_sqlite(
     backup. The application's revisions run after homeagent's revisions.
 
     Raises:
-        SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: the schema can't be used.
-        ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseBusyError: the file can't be used. The
+        SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema can't be used.
+        ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseBusyError: if the file can't be used. The
             content of a refused file is unchanged.
     """
     try:
@@ -396,7 +396,7 @@ def back_up(
                     extra={"event": "failed_upgrade_backup_removed", "backup": str(backup)},
                 )
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
-        raise  # the messages of these errors already name the remedy
+        raise  # the caught errors already name the remedy
     except HomeAgentError as error:
         raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target

@@ -2,7 +2,8 @@
 assignment. Validation errors do not show the input.
 
 Do not add `from __future__ import annotations` to a module of models, because Pydantic and SQLAlchemy would evaluate
-each annotation again for each subclass. With this future import, the import of the models would be slower by a twelfth.
+each annotation again for each subclass. With `from __future__ import annotations`, the import of the models would take
+a twelfth more time.
 """
 
 import copy
@@ -185,8 +186,8 @@ class Table(Model, metaclass=_TableType):
     SQLite and PostgreSQL store the same values and sort them equally. A field of type `str` is a TEXT column that is
     compared by bytes, and `int` has 64 bits. A `Timestamp` is stored in milliseconds, and a `StrEnum` as its value. A
     `dict`, a `list` or Pydantic's `JsonValue` is stored as JSON text of at most 256 KiB. For a field of another type,
-    SQLModel chooses the column type. If a field has the argument `sa_type` or `sa_column`, SQLModel uses the type in
-    this argument.
+    SQLModel chooses the column type. If a field has the argument `sa_type` or `sa_column`, SQLModel uses the given
+    type.
 
     A constraint or an index without a name gets a name such as `fk_messages_session_id_sessions`. A foreign key can
     refer to homeagent's tables by name, for example with `Field(foreign_key="sessions.session_id",
@@ -202,7 +203,8 @@ class Table(Model, metaclass=_TableType):
     __table__: ClassVar[Any]
 
     if TYPE_CHECKING:
-        # At runtime these declarations would look up the attributes, so only a type checker reads them.
+        # The declarations are only for type checkers, because at runtime SQLAlchemy would look up the values of the
+        # attributes.
         __tablename__: ClassVar[str]
         __table_args__: ClassVar[Any]
 

@@ -55,7 +55,7 @@ _FIND = Statement[Nonce](
         _columns.expires_at > bindparam("now"),
     )
 )
-# An operator can release a nonce from the limit. The column `created_at` of a released nonce is 0.
+# An operator can exclude stored nonces from the limit. The column `created_at` of a released nonce is 0.
 _RELEASED = constant(0, Integer())
 _COUNTED = (
     _columns.device_id == bindparam("device_id"),

@@ -120,7 +120,7 @@ def refuse_orphaned_log(path: Path) -> None:
     """
     log = sidecars(path)[0]
     # Do not exchange the two calls of `size_of()`. If another process creates the database during the check, the
-    # database gets content before the WAL.
+    # database file gets content first, and the WAL later.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -238,7 +238,8 @@ def inspect_file(
         repair: if False, do not change the mode, because the file can belong to another application.
 
     Returns:
-        Result of `lstat`. After a change of the mode, the result has the new mode. None if the file does not exist.
+        Result of `lstat`. If the function changed the mode, the result has the new mode. None if the file does not
+        exist.
 
     Raises:
         InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made

@@ -39,8 +39,8 @@ class FileIdentityCheck:
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        due: time on the monotonic clock after which the last check counts as too old. Before this time, a unit leaves
-            out the call of `after_begin()` to save time.
+        due: time on the monotonic clock after which the last check counts as too old. Until the time `due`, a unit does
+            not call `after_begin()`.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ _FAILED = 3
 # Error codes (SQLSTATE) with which a standby refuses BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
 
-# `connection.memory` has this key if the connection listens for the notifications of the triggers.
+# This key in `connection.memory` shows that the connection listens for the notifications of the triggers.
 _LISTENS = "listens"
 
 # Value of libpq's ExecStatusType for an error.

@@ -164,7 +164,7 @@ class PostgreSQLEngine(Engine):
             # The function `resolve_target()` has checked the URL, but psycopg also reads a host and a port from the
             # environment.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
-        # Remove the cause of the error, because the cause and the frames of SQLAlchemy and psycopg contain the
+        # Remove the cause of the error, because the cause, and the frames of SQLAlchemy and psycopg, contain the
         # password.
         failure.__cause__ = failure.__context__ = None
         raise failure.with_traceback(None)

@@ -216,7 +216,7 @@ class SQLiteEngine(Engine):
         return connection
 
     def open_read_connection(self) -> Connection:
-        """Return a new read-only connection with a snapshot. On this connection SQLite refuses ATTACH."""
+        """Return a new read-only connection with a snapshot. SQLite refuses ATTACH on the returned connection."""
 
         def open_file() -> DriverConnection:
             raw = self._open_existing("mode=ro")
@@ -397,7 +397,7 @@ class SQLiteEngine(Engine):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # The class `_ClosedAfterFork` raises this error in a forked child.
+            raise context.original_exception  # In a forked child, `_ClosedAfterFork` has raised the error.
         clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
         # Before a statement runs, a column type of the application can raise an exception of Python.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS

@@ -166,7 +166,8 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
     """
     global _uncounted
     with _opening:
-        # If a signal handler opens a connection during this call, do not refuse the descriptor of the outer connection.
+        # A signal handler can open a connection during a call of this function, and must not refuse the descriptor of
+        # the interrupted call.
         if refuse and not _uncounted:
             _refuse_foreign_descriptors(path)
         _uncounted += 1

@@ -118,8 +118,8 @@ def _link_or_rename(path: Path, second: Path) -> None:
     try:
         second.hardlink_to(path)
     except OSError as error:
-        # After a rename, no file has the database's path for a moment. If another process opens the database in that
-        # moment, the process finds the marker and finishes the replacement.
+        # After a rename, no file has the database's path for a moment. If another process opens the database before the
+        # next step, the process finds the marker and finishes the replacement.
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
             raise
         path.replace(second)

@@ -62,7 +62,7 @@ def diagnose(
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:
-        InvalidArgumentError: the target is invalid, or names a temporary database.
+        InvalidArgumentError: if the target is invalid, or names a temporary database.
     """
     given = conceal(target)
     del target

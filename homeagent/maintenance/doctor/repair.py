@@ -53,8 +53,8 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# If a finding of one of these checks is critical, the doctor does not change rows, because the rows can be damaged or
-# the clock can be wrong.
+# If a finding of a check in `_HANDS_OFF` is critical, the doctor does not change rows, because the rows can be damaged
+# or the clock can be wrong.
 _HANDS_OFF = (
     "database",
     "integrity",
