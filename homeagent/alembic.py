@@ -3,10 +3,11 @@
 
 A complete `env.py` has these lines:
 
-    from alembic import context
-    from homeagent.alembic import run_environment
-
-    run_environment(context, package="hub")
+```python
+from alembic import context
+from homeagent.alembic import run_environment
+run_environment(context, package="hub")
+```
 
 homeagent uses only absolute imports, so `import alembic` in this file imports Alembic and not this file.
 """

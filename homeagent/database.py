@@ -263,7 +263,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         two connections for reports can be in use at the same time.
 
         Raises (when the block is entered):
-            DatabaseBusyError: if both read-only connections are in use for the whole `busy_timeout`.
+            DatabaseBusyError: if two other callers use the read-only connections for the whole `busy_timeout`.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         return self._engine.read_connection(self._timeout)

@@ -142,7 +142,7 @@ class DeviceSecrets:
 
         Raises:
             InvalidArgumentError: if the nonce has an invalid form, the timestamp has no time zone, or the proof is not
-                bytes. The error does not depend on the device.
+                bytes. The error is the same for every device.
         """
         checked = self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
         return checked.device if checked else None

@@ -109,7 +109,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """The method of a store must be called again in a unit of work.
+    """A store's method must run again in a unit of work.
 
     Attributes:
         writes: True if the unit of work must be able to write.

@@ -94,7 +94,9 @@ def _application_tables(package: str, folder: Path) -> Collection[str]:
 
 
 def _named_folder(migrations: str) -> tuple[str, Path]:
-    """Return the package and the folder in the value of --migrations. The name of the package can be empty."""
+    """Return the package and the folder in the value of --migrations. The name of the package
+    can be empty.
+    """
     named, _, inner = migrations.rpartition(":")
     return named, _directory_of(named) / inner if named else Path(inner)
 
@@ -127,8 +129,8 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # Remove the comments by which Alembic asks the developer to read the revision. The command itself asks the
-        # developer.
+        # Remove the comments by which Alembic asks the developer to read the revision. The command already asks the
+        # developer to read the revision.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

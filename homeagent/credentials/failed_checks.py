@@ -27,9 +27,8 @@ _MOST_IDS = 10_000
 # keep the id itself.
 _LONGEST_ID = 512
 
-# All instances share one lock, so that a forked child replaces only one lock. A call holds the lock only for
-# microseconds. The lock is reentrant, because a signal handler can check a secret while the interrupted thread holds
-# the lock.
+# All instances share one lock, so that a forked child replaces only one lock. The lock is held only for microseconds.
+# The lock is reentrant, because a signal handler can check a secret while the interrupted thread holds the lock.
 _lock = threading.RLock()
 
 
@@ -94,8 +93,8 @@ class FailedChecks:
         """Count a check of the id while the block runs. If the check did not fail, remove the count after the block.
 
         Raises:
-            TooManyAttemptsError: if the id has reached the limit of `per_minute` checks. Failed checks of the last
-                minute and unfinished checks count towards the limit.
+            TooManyAttemptsError: if the id has reached the limit of checks per minute. Failed checks of the last minute
+                and unfinished checks count towards the limit.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

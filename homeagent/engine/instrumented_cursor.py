@@ -48,7 +48,7 @@ class _Execution(ExecutionContext):
 
 
 class FailureContext(ExceptionContext):
-    """Context of a failed statement. The context contains homeagent's error, which shows no values."""
+    """Context of a failed statement, with homeagent's error. homeagent's error contains no stored values."""
 
     def __init__(self, execution: _Execution, error: BaseException) -> None:
         self.connection: Connection = execution.root_connection

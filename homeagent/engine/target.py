@@ -50,7 +50,9 @@ class Target(NamedTuple):
 
     @property
     def is_temporary(self) -> bool:
-        """True if the target is `:memory:`, a temporary file. The file is deleted when the database is closed."""
+        """True if the target is `:memory:`, which stands for a temporary file. The file is deleted when the database is
+        closed.
+        """
         return self.path is None and self.url is None
 
     @property

@@ -2,9 +2,11 @@
 
 This code uses the library `websockets`:
 
-    async with websockets.connect("wss://gateway.example/ws") as socket:
-        await authenticate("phone", secret, send=socket.send, receive=socket.recv)
-        await socket.send("…")
+```python
+async with websockets.connect("wss://gateway.example/ws") as socket:
+    await authenticate("phone", secret, send=socket.send, receive=socket.recv)
+    await socket.send("…")
+```
 """
 
 from __future__ import annotations

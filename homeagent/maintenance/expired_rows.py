@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 
     Attributes:
         deleted: number of deleted rows.
-        found: number of deleted and skipped rows. If the number is lower than the size of a full batch, no other
+        found: number of deleted and skipped rows. If a batch has fewer rows than it is allowed to have, no other
             expired row is left.
         worked: duration of the statements, in seconds.
         held: time for which the batch held the write lock, including the commit, in seconds.

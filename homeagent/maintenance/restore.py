@@ -206,7 +206,7 @@ def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
 
 
 def check_paths(backup: str | os.PathLike[str], target: Given) -> tuple[Path, Path, Manifest | None]:
-    """Check the backup's path and the target's path. Return both paths and the manifest of the backup."""
+    """Check the backup's path and the target's path. Return the two paths and the manifest of the backup."""
     database = _target(target)
     source = _source(backup, database)
     return source, database, read_manifest(source, database)

@@ -307,7 +307,7 @@ class Table(Model, metaclass=_TableType):
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create SQLAlchemy's state before the instance is pickled. The copy that pickle restores counts as constructed
+        # Create SQLAlchemy's state before the instance is pickled. After unpickling, an instance counts as constructed
         # and not as loaded.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()

@@ -156,7 +156,7 @@ class DeviceStore(DeviceFeed):
 
         Args:
             approved: True to select approved devices, False to select unapproved devices. By default, the method
-                selects both.
+                selects approved and unapproved devices.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
             seen_before: time before which the selected devices were last seen. By default, the method also returns

@@ -119,7 +119,9 @@ INDEX = Statement[AgentSession](
 
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
-    """Return the values that order the sessions of a route. The session with the greatest values was active last."""
+    """Return the values that order the sessions of a route. The session with the greatest values is the session that
+    was active last.
+    """
     # Do not remove `+ 0`. Without `+ 0`, SQLite would read the index of `last_active_at`, which contains the sessions
     # of all routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id

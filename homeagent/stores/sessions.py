@@ -232,8 +232,8 @@ class SessionStore(Store):
         """Give a session another agent, sender or channel, and return the session. The moved session takes the new
         route.
 
-        If the session held its old route, the last active of the remaining sessions takes the old route. If no part of
-        the route changes, and no session holds the route, the session takes the route.
+        If the session held its old route, the last active of the remaining sessions takes the old route. If the route
+        does not change, and no session holds the route, the session takes the route.
 
         Args:
             session_id: id of the session.

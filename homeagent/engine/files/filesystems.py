@@ -55,9 +55,9 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         point = _unescaped(fields.split()[4])
         # Compare texts, because Path.is_relative_to would take a tenth of the time in which a database opens.
         if f"{place}/".startswith(f"{point.rstrip('/')}/"):
-            # Prefer a mount with the path's device, because a later mount can hide the mount with the longest path. On
-            # Btrfs the device of the path differs from the device of its mount. If no mount has the path's device,
-            # prefer the mount with the longest path. Of two mounts on one path, prefer the later mount.
+            # Prefer a mount with the path's device, because another mount can be mounted over the mount with the
+            # longest path. On Btrfs the device of the path differs from the device of its mount. If no mount has the
+            # path's device, prefer the mount with the longest path. Of two mounts on one path, prefer the later mount.
             rank = (fields.split()[2].decode() == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0].decode("ascii", "replace"))

@@ -1,4 +1,4 @@
-"""Read a SQLite file without changing the file, its WAL or the modes of both files.
+"""Read a SQLite file without changing the file, its WAL or their modes.
 
 An ordinary connection could destroy data of a damaged file. When the last connection closes, SQLite copies the WAL into
 the file and removes the WAL.
