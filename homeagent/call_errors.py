@@ -72,7 +72,7 @@ class HandshakeError(HomeAgentError):
 
 
 class RefusingRecord(TypedDict, total=False):
-    """State and expiry time of a stored record that prevents a claim."""
+    """State and expiry time of the stored record because of which a key can't be claimed."""
 
     state: IdempotencyState
     expires_at: datetime
@@ -103,7 +103,7 @@ class IdempotencyError(HomeAgentError):
 
 class IdempotencyInProgressError(IdempotencyError):
     """Another caller is running the effect of the key (HTTP status 409). The lease of the other caller ends after the
-    time `retry_after`. Remedy: repeat the call after `retry_after`.
+    time in `error.retry_after`. Remedy: repeat the call after `retry_after`.
     """
 
     def __init__(

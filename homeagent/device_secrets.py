@@ -78,7 +78,7 @@ class DeviceSecrets:
 
         Args:
             device_id: presented id.
-            shared_secret: presented secret. During the overlap of a rotation, the old secret is also right.
+            shared_secret: presented secret. During the overlap of a rotation, the old secret still works.
 
         Raises:
             TooManyAttemptsError, DatabaseBusyError: see `check_secret()`.
@@ -96,7 +96,7 @@ class DeviceSecrets:
 
         Args:
             device_id: presented id.
-            shared_secret: presented secret. During the overlap of a rotation, the old secret is also right.
+            shared_secret: presented secret. During the overlap of a rotation, the old secret still works.
 
         Returns:
             Result of the check. In an `if` statement, the result is true only if the secret is right and the device is
@@ -207,15 +207,15 @@ class DeviceSecrets:
         Args:
             device_id: id of the device. The rotation does not change the device's role and approval.
             shared_secret: chosen secret. Without a new secret, homeagent generates a secret.
-            overlap: time for which the old secret stays right, by default 0. The rotation ends the overlap of an
-                earlier rotation at once.
+            overlap: time for which the old secret stays right, by default 0. The rotation immediately ends the overlap
+                of an earlier rotation.
             expected_secret_hash: hash that the old secret must have. Default: any hash.
             expected_paired_at: time at which the device must have been paired. Default: any time.
 
         Raises:
             ConflictError: if the old secret or the time of pairing differs from the expected value.
             DeviceNotFoundError: if the device does not exist.
-            DeviceNotApprovedError: if the device is pending or revoked, and the caller asks for an overlap.
+            DeviceNotApprovedError: if the device is pending or revoked, and `overlap=…` is above 0.
             InvalidArgumentError: if the secret has fewer than 8 characters, is too long or has a control character.
             TooManyAttemptsError: if the caller chose the secret, and the number of waiting slow hashes has reached
                 `Limits.waiting_hashes`.

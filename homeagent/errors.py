@@ -103,7 +103,9 @@ class SessionExistsError(AlreadyExistsError):
 
 
 class IdempotencyKeyExistsError(AlreadyExistsError):
-    """The scope already has a record that has not expired. Remedy: call `find()`, and answer with the stored result."""
+    """The key of the call already has a record that has not expired. Remedy: call `find()`, and answer with the stored
+    result.
+    """
 
     def __init__(self, device_id: str, method: str) -> None:
         self.device_id = device_id
@@ -170,7 +172,9 @@ class ApprovalChangedError(ConflictError):
 
 
 class DeviceNotApprovedError(ConflictError):
-    """The secret of a device that is not approved can't be rotated with an overlap. Remedy: leave out the overlap."""
+    """The secret of a device that is not approved can't be rotated with an overlap, in which the old secret still
+    works. Remedy: leave out the overlap.
+    """
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -341,8 +345,7 @@ class SchemaChangedError(DatabaseError):
 
 
 class IncompatibleRevisionError(DatabaseError):
-    """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`). Remedy:
-    change the revision as each text says.
+    """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`). Remedy: change the revision as the error says.
 
     `error.revision` is the id of the revision. `error.problems` is a list with a text for each change that breaks old
     code. Each text names the table or column, and the remedy.

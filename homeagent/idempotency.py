@@ -172,7 +172,7 @@ class LeaseTimer:
         self._wakes = math.inf
 
     def renew(self, call: OnceCall, attempt: Attempt) -> Callable[[], None]:
-        """Renew a lease until the caller calls the function that `renew()` returns.
+        """Renew the lease of a running effect until the caller calls the function that `renew()` returns.
 
         Raises:
             RuntimeError: if the system can't start a thread.
@@ -180,7 +180,8 @@ class LeaseTimer:
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # If the effect ends before the thread starts, the thread finds no lease, and ends at `lease.due`.
+                # If the effect ends before the thread starts, the thread has no lease to renew, and ends at
+                # `lease.due`.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:

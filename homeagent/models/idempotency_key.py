@@ -139,8 +139,8 @@ class IdempotencyScope:
     method: Name
     key: Label = field(repr=False)
 
-    # Every unit with an idempotency key constructs a scope. The `__init__` that `dataclass(frozen=True)` generates
-    # would take three times as long.
+    # Every call with an idempotency key constructs an instance of this class. The `__init__` that
+    # `dataclass(frozen=True)` generates would take three times as long.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
@@ -189,7 +189,7 @@ _set_key = _SLOTS["key"].__set__
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """The right to run the effect (the action that `run_once` protects) of an idempotency key. The right ends when the
-    lease ends.
+    lease (the time for which the claim is valid) ends.
 
     Attributes:
         number: number of the attempt, beginning with 1. If an attempt is abandoned, the attempt that takes over the key

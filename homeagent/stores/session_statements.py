@@ -35,8 +35,8 @@ _agents: Any = Agent.__table__.c
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# The method `move()` does not lock the holder of the new route. With a lock of the holder, two units that move sessions
-# to each other's route would deadlock.
+# The method `move()` does not lock the session that holds the new route. If `move()` locked the session, two units that
+# move sessions to each other's route would deadlock.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
 # The statement locks the row of the agent until the end of the unit. No other unit can delete the agent before this
 # unit adds a session.
@@ -150,7 +150,7 @@ def last_active(*, has_sender: bool, has_channel: bool) -> Statement[str]:
 
 @cache
 def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement that makes the last active session of a route its holder, if the route has no holder.
+    """Return the statement by which the last active session of a route takes the route, if no session holds the route.
 
     On PostgreSQL the statement violates the unique index if another transaction takes the route at the same time.
     """
@@ -166,7 +166,9 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
 
 @cache
 def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement that frees a route if another session was active later than the holder of the route."""
+    """Return the statement that takes a route away from its session, if another session was active later on the
+    route.
+    """
     is_later = exists().where(
         _others.c.agent_id == _columns.agent_id,
         _others.c.sender_id == _columns.sender_id if has_sender else _others.c.sender_id.is_(None),

@@ -1,7 +1,7 @@
 """The store of sessions.
 
 A route is the combination of agent, sender and channel. At most one session holds a route, and `resolve()` returns the
-holder. A route without a holder is free.
+holder. A route is free if no session holds the route.
 
 | event | holder of the route afterwards |
 |---|---|
@@ -203,8 +203,8 @@ class SessionStore(Store):
     def start(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Begin a new conversation. Add a session that takes the route, even if another session holds the route.
 
-        The previous holder of the route stays in the store. The methods `list()` and `get()` still return the previous
-        holder.
+        The session that held the route before stays in the store. The methods `list()` and `get()` still return the
+        earlier session.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
