@@ -36,12 +36,11 @@ class UnitStateError(HomeAgentError):
 
 
 class TooManyAttemptsError(HomeAgentError):
-    """Too many checks of a device's secret failed, or too many slow hashes are waiting. The refused check did not
-    compute a hash (HTTP status 429). Remedy: wait for the time in `error.retry_after`, or give the device a generated
-    secret.
+    """Too many checks of a device's secret failed, or too many slow hashes are waiting. homeagent refuses the check
+    before the computation of a hash (HTTP status 429). Remedy: wait for the time in `error.retry_after`, or give the
+    device a generated secret.
 
-    The attribute `retry_after` is the time to wait. The attribute `device_id` is None if too many slow hashes are
-    waiting.
+    `error.retry_after` is the time to wait. `error.device_id` is None if too many slow hashes are waiting.
     """
 
     def __init__(self, reason: str, *, retry_after: timedelta, device_id: str | None = None) -> None:
@@ -137,8 +136,8 @@ class OutcomeUnknownError(IdempotencyError):
 
 
 class LeaseLostError(IdempotencyError):
-    """An attempt no longer owns its idempotency key. The refused call did not change the store. Remedy: do not act on
-    the outcome of this attempt.
+    """An attempt no longer owns its idempotency key. The call that raised the error did not change the store. Remedy:
+    do not act on the outcome of this attempt.
     """
 
     def __init__(self, *, device_id: str, method: str, attempt: int) -> None:

@@ -76,7 +76,7 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
 
 
 async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until a task is done. If the caller was cancelled during the wait, return the last cancellation. Otherwise
+    """Wait until a task is done. If the caller was cancelled during the wait, return the last CancelledError. Otherwise
     return None.
     """
     cancellation: asyncio.CancelledError | None = None

@@ -359,7 +359,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         Args:
             scope: identity of the call, which consists of the device, the method and the key that the device chose.
-            effect: function that gets the attempt and returns any JSON value. The function can pass the text
+            effect: function to call, which gets the attempt and returns any JSON value. The function can pass the text
                 `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
                 stored, and later calls raise the stored error. If the function raises `EffectNotStartedError`, the key
                 is free again. After any other exception, the outcome of the effect is unknown.

@@ -292,8 +292,8 @@ class DatabaseMaintenance:
                 guard compares the time of each message with the start of the epoch.
             busy_timeout: longest wait for other processes to close the target.
             acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
-            expected_epoch: epoch that the target must have. With `expected_epoch=0`, the target must be absent, or too
-                damaged to read the epoch. Default: any epoch.
+            expected_epoch: epoch that the target must have, by default any epoch. With `expected_epoch=0`, the target
+                must be absent, or its epoch must be unreadable.
 
         Returns:
             Report of the restore, with the path of the old database.

@@ -73,9 +73,7 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If no change waits, return None, and keep `wake()` for a call after the next
-        change.
-        """
+        """Return the next change. If no change waits, return None, and call `wake()` after the next change."""
         with self._mutex:
             if self._changes:
                 return self._changes.popleft()
@@ -143,7 +141,7 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
-    """Return a function that runs another function in the event loop of this task, and that any thread can call."""
+    """Return a function by which any thread can run another function in the event loop of this task."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
@@ -200,8 +198,8 @@ class DeviceWatcher:
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             # Do not close the pipe before this object is freed. After an early close, a thread that commits could write
-            # to another file, because the system gives a free descriptor to the next file. Do not close the pipe at
-            # exit, because the thread runs until the process ends.
+            # to another file, because the system reuses the number of the descriptor. Do not close the pipe at exit,
+            # because the thread runs until the process ends.
             weakref.finalize(self, _close, self._pipe).atexit = False
         self._read_at, self._error = self._monotonic(), None
         self._thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)

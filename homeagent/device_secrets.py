@@ -206,7 +206,7 @@ class DeviceSecrets:
 
         Args:
             device_id: id of the device. The rotation does not change the device's role and approval.
-            shared_secret: chosen secret. Without a new secret, homeagent generates a secret.
+            shared_secret: chosen secret. If the caller passes no secret, homeagent generates a secret.
             overlap: time for which the old secret stays right, by default 0. The rotation immediately ends the overlap
                 of an earlier rotation.
             expected_secret_hash: hash that the old secret must have. Default: any hash.

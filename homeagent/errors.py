@@ -173,7 +173,7 @@ class ApprovalChangedError(ConflictError):
 
 class DeviceNotApprovedError(ConflictError):
     """The secret of a device that is not approved can't be rotated with an overlap, in which the old secret still
-    works. Remedy: leave out the overlap.
+    works. Remedy: leave out `overlap=…`.
     """
 
     def __init__(self, device_id: str) -> None:
@@ -190,7 +190,7 @@ class LimitError(ConflictError):
 
 
 class PendingLimitError(LimitError):
-    """The maximum number of devices waits for approval. Remedy: approve or delete some devices, or raise the limit."""
+    """Too many devices wait for approval. Remedy: approve or delete some devices, or raise the limit."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(
@@ -345,7 +345,8 @@ class SchemaChangedError(DatabaseError):
 
 
 class IncompatibleRevisionError(DatabaseError):
-    """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`). Remedy: change the revision as the error says.
+    """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`). Remedy:
+    change the revision as the error says.
 
     `error.revision` is the id of the revision. `error.problems` is a list with a text for each change that breaks old
     code. Each text names the table or column, and the remedy.

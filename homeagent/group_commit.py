@@ -229,8 +229,8 @@ class GroupCommit:
         """End the queued calls with DatabaseClosedError. Wait for the end of the writer thread, for at most
         `busy_timeout`.
 
-        The caller must have closed the connection pools. A function that is running continues, and its unit is still
-        committed.
+        The caller must have closed the connection pools. A function that is running continues, and the writer thread
+        still commits its unit.
         """
         with self._mutex:
             self._is_closed = True
@@ -289,7 +289,7 @@ class GroupCommit:
         try:
             with transaction:
                 self._run_units(first, transaction, shared)
-                # Do not commit the unit of a caller that has left, because the caller's error says that no row was
+                # Do not commit the unit of a caller that has given up, because the caller's error says that no row was
                 # changed.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError

@@ -59,8 +59,8 @@ _SHORTEST_PERIOD = 0.05
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """Arguments of a call of `run_once()`. The object contains the fingerprint of the parameters, because the effect
-    can change the parameters.
+    """Arguments of a call of `run_once()`. The object contains the fingerprint and not the parameters, because the
+    effect can change the parameters.
     """
 
     scope: IdempotencyScope

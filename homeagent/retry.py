@@ -35,8 +35,8 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# The upper bound of the pause before a retry doubles with each retry, from the first to the longest pause, in seconds.
-# Each pause is a random time up to the bound.
+# First and longest upper bound of the pause before a retry, in seconds. The bound doubles with each retry. Each pause
+# is a random time up to the bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
@@ -177,7 +177,7 @@ def _under_asyncio() -> bool:
 
 def _worker_limiter(kind: str) -> CapacityLimiter:
     """Return the limiter of trio's worker threads for one kind of work. Create the limiter at its first use. Do not use
-    AnyIO's default limiter, because the application uses the default limiter.
+    AnyIO's default limiter, because the application uses that limiter too.
     """
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar

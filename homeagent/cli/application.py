@@ -141,7 +141,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
     except KeyboardInterrupt:
         text = "the command was interrupted, and may have done its work already"
         _print_message(common, text, error="Interrupted")
-        raise typer.Exit(130) from None  # a shell reports a process that Ctrl-C ended as 128 plus the signal's number
+        raise typer.Exit(130) from None  # after Ctrl-C, the exit status in a shell is 128 plus the number of the signal
     except OSError as error:
         # The library raises HomeAgentError instead of OSError. An OSError without a file's name comes from the standard
         # output.
@@ -230,7 +230,9 @@ def confirm(
     # The function `typer.confirm()` would print a space on standard output, which is for results only.
     typer.echo(f"{question} [y/N]: ", nl=False, err=True)
     answer = sys.stdin.readline()
-    if not (answer.endswith("\n") and sys.stdin.isatty()):  # only a terminal shows the line break of the answer
+    if not (
+        answer.endswith("\n") and sys.stdin.isatty()
+    ):  # a terminal shows the line break that ends the answer, but a pipe does not
         typer.echo(err=True)
     if not answer:
         raise InvalidArgumentError("the question got no answer, because the input has ended: answer y, or pass --yes")

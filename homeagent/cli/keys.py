@@ -128,7 +128,7 @@ def _settle(
         def work(unit: UnitOfWork) -> bool:
             now = _abandoned(unit, scope)
             if now is not None:
-                # A later attempt can repeat the number of an attempt, but has another owner.
+                # A new attempt can have the number of an earlier attempt, but has another owner.
                 row = f"the key of {scope.method!r} by {scope.device_id!r}"
                 refuse_change(row, seen, now, "attempt", "owner", expected=attempt)
             return change(unit.idempotency_keys)

@@ -27,7 +27,7 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
     the caller can pass a function that prints the output for people.
     """
     if context.obj.as_json:
-        # Escape characters outside ASCII. The output is then valid in any encoding, and an id can't control the
+        # Escape characters outside ASCII, so that the output is valid in any encoding, and an id can't control the
         # terminal.
         typer.echo(json.dumps(value, indent=2))
     elif isinstance(text, str):
@@ -88,7 +88,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool
 def print_facts(
     facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
 ) -> None:
-    """Print names and values. The function does not wrap a line that begins with a space.
+    """Print lines that consist of a name and a value. The function does not wrap a line that begins with a space.
 
     Args:
         facts: pairs of a name and a value. A value can have several lines.

@@ -17,7 +17,9 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def request(model: type[M], **values: Any) -> M:
-    """Return a model of the values. If a value is invalid, end the command as wrong usage."""
+    """Construct a model from the values, and return the model. If a value is invalid, end the command as wrong
+    usage.
+    """
     try:
         return model(**values)
     except ValidationError as error:

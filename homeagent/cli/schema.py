@@ -45,7 +45,7 @@ def init(
     changes no data.
 
     With --adopt, the database can already have tables of an application. First stop the application. The command shows
-    a report and asks. The command copies a SQLite file before the first change.
+    a report and asks for a confirmation. The command copies a SQLite file before the first change.
     """
     if not adopt or not _adopt(context, target_of(context), migrations, acknowledge or (), yes=yes):
         _report_upgrade(context, migrations, acknowledge or ())

@@ -37,7 +37,7 @@ _Moment = tuple[datetime, float]
 
 
 def _age(begun: _Moment, now: _Moment) -> timedelta:
-    # Use the clock that moved further (see the class `FailedChecks`).
+    # Measure the time by the clock that has moved further, the wall clock or the monotonic clock.
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
 
 

@@ -47,7 +47,7 @@ class FairSemaphore:
                 self._free += 1
 
     def _leave_queue(self, handed_over: threading.Event) -> bool:
-        """Leave the queue. Return False if another caller has already handed a place to the waiting caller."""
+        """Leave the queue. Return False if the waiting caller has already got a place."""
         with self._lock:
             if handed_over.is_set():
                 return False

@@ -144,8 +144,8 @@ class SecretHasher:
         parallelism: lanes (threads) of one run, 1 to 64.
         concurrency: maximum number of concurrent Argon2 runs, which together use at most `concurrency * memory_cost`.
             The default is the number of processors, at most 4.
-        timeout: maximum time for which a caller waits for a run. Waiting callers get a run in the order of their
-            arrival.
+        timeout: maximum time for which a caller waits for the start of an Argon2 run. Waiting callers start their
+            Argon2 runs in the order of their arrival.
 
     Raises:
         InvalidArgumentError: if an argument is out of its bounds.
@@ -214,9 +214,9 @@ class SecretHasher:
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
         """Check a presented secret against the stored hashes of one device.
 
-        The duration of a check depends only on the presented secret. A generated secret takes one SHA-256, an unusable
-        secret takes no hash, and any other secret takes one Argon2 run. A check for an unknown device takes as long as
-        a check for a known device.
+        The duration of a check depends only on the presented secret. The check computes one SHA-256 for a generated
+        secret, no hash for an unusable secret, and one Argon2 run for any other secret. A check for an unknown device
+        takes as long as a check for a known device.
 
         A check has a different duration if a stored hash has other costs than a new hash. If the device has two hashes
         with different salts, the check takes two Argon2 runs. After the caller has stored the replacement hash, a check
@@ -254,7 +254,7 @@ class SecretHasher:
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # For an unknown device, spend the 30 µs of parsing too.
+            _parse_argon2(self._decoy_text)  # Parse a hash even for an unknown device, because the parsing takes 30 µs.
         # The dictionary of recipes is used as an ordered set. If the device has no Argon2 hash, run Argon2 with the
         # costs of the decoy hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}

@@ -39,7 +39,7 @@ class DatabaseCounters(BaseModel, frozen=True):
     Attributes:
         units: number of ended units, which is the sum of the reads, commits and rollbacks.
         reads: number of ended read-only units.
-        commits: number of committed write units. In a batch, each unit counts.
+        commits: number of committed write units. Each unit of a batch counts as one unit.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
         pool_waits: number of waits for a connection of the pool. On SQLite, the number includes the waits of writers

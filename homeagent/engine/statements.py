@@ -2,8 +2,8 @@
 
 For each call, SQLAlchemy would build a cache key, a context and a result object. Building the three objects takes
 several times as long as a lookup by the primary key. A store's statements are constant, so each statement is compiled
-only once for each dialect. The result is SQL text, a function that converts the parameters, and a function that
-converts the rows.
+only once for each dialect. A compiled statement is SQL text, a function that converts the parameters, and a function
+that converts the rows.
 """
 
 from __future__ import annotations
@@ -220,9 +220,9 @@ def _render_constant(constant: _Constant, compiler: SQLCompiler, **options: Any)
 def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Return an expression that puts a constant into the text of a statement.
 
-    If the constant were a plain value, SQLAlchemy would turn it into a parameter. In an INSERT, the constants as
-    parameters took as long as the write of the row. Do not pass a user's value, because the value would become part of
-    the SQL text. The argument `type_` is the SQLAlchemy type of the stored value.
+    If the constant were a plain value, SQLAlchemy would turn it into a parameter. Passing the constants of an INSERT as
+    parameters took as long as writing the row. Do not pass a user's value, because the value would become part of the
+    SQL text. The argument `type_` is the SQLAlchemy type of the stored value.
     """
     return _Constant(value, type_)
 

@@ -85,8 +85,8 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     LastAdminError: (409, "The device is the last approved administrator."),
     ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     DeviceNotApprovedError: (409, "The device is not approved."),
-    # If an effect raises a LimitError, a retry with the same key gets the same reply. The text of a LimitError asks for
-    # a new request.
+    # If an effect raises a LimitError, a retry with the same key gets the same reply. The reply for a LimitError asks
+    # the client for a new request.
     LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
     PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     TooManyAttemptsError: (429, "Too many attempts: try again later."),

@@ -165,7 +165,8 @@ def _time_of(timestamp: str) -> datetime | None:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the `device_id` of a sender's idempotency keys. A stranger must not know the returned id.
+    """Return the value of `device_id` under which the idempotency keys of a sender are stored. A stranger must not know
+    the returned id.
 
     A stranger who knows the id could pair a device with the id, and then send a recorded message again, because
     `Database.pair()` deletes the idempotency keys of the id.

@@ -53,7 +53,7 @@ async def authenticate_device(
     time_limit: timedelta = timedelta(seconds=10),
     skew: timedelta = timedelta(minutes=5),
 ) -> Admission:
-    """Run the gateway's side of a handshake. If the function refuses the device, the function sends a message with the
+    """Run the gateway's side of a handshake. If the gateway refuses the device, the function sends a message with the
     reason.
 
     Args:

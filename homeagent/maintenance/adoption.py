@@ -163,7 +163,8 @@ def adopt(
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
         report: report of `preview_adoption`, which the administrator has confirmed.
-        migrations: the application's revisions (see `Database.open`). The missing revisions run last.
+        migrations: the application's revisions (see `Database.open`). The missing revisions of the application run at
+            the end.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
         clock: function that returns the time of the backup.
         busy_timeout: longest wait for another process or for a lock.

@@ -157,8 +157,8 @@ class _Table:
 
 @cache
 def _tables() -> tuple[_Table, ...]:
-    # Do not copy the feed of device changes, because the target's triggers add a change for each copied device. The
-    # copy of the row of the table `store` later restarts the feed of device changes.
+    # Do not copy the feed of device changes, because the target's triggers add a change for each copied device. When
+    # the row of the table `store` is copied, the feed of device changes starts again.
     return tuple(_Table(table) for table in SCHEMA if table is not DeviceChange.__table__)
 
 

@@ -79,9 +79,9 @@ class RestoreReport(BaseModel, frozen=True):
         upgraded_from: schema revision of the backup. The value is None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
         rows: number of rows of each table, including the application's tables.
-        readmitted_devices: ids of approved devices that had no approval or another role before the restore. A device in
-            this list was revoked, deleted or paired again after the backup. The value is None if the old database could
-            not be read.
+        readmitted_devices: ids of devices that are approved now, but had no approval or another role before the
+            restore. A device in this list was revoked, deleted or paired again after the backup. The value is None if
+            the old database could not be read.
         old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back an
             older secret. The value is None if the old database could not be read.
     """

@@ -91,7 +91,7 @@ def check_expansion(
 
 
 def _steps(application: Application) -> Iterator[Application]:
-    """Yield the application once for each revision, oldest first, with all revisions up to that revision."""
+    """For each revision, oldest first, yield the application with the revisions up to this revision."""
     scripts = application.scripts
     graph = {revision: {*script.parents, *script.dependencies} for revision, script in scripts.items()}
     try:

@@ -307,7 +307,7 @@ def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
     If Ctrl-C comes while Alembic rebuilds a table, Alembic runs another statement that fails. After Ctrl-C, raise the
     KeyboardInterrupt and not the error of a failed statement.
 
-    The block sets `backup` in the yielded object to the path of the backup.
+    The block assigns the path of the backup to the attribute `backup` of the yielded object.
     """
     attempt = _Attempt(act)
     try:

@@ -79,7 +79,7 @@ def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
         return handler(data)
     except ValidationError as error:
         without_input = _without_input(error)
-    # Do not raise the new error inside the `except` block, because the original error would be its context and shows
+    # Do not raise the new error inside the `except` block, because its context would be the original error, which shows
     # the input.
     raise without_input
 
@@ -133,8 +133,8 @@ class PartialIndex(Index):
 RESERVED_PREFIX = "homeagent_"
 """Prefix of the names of tables that homeagent reserves."""
 
-# Names of homeagent's tables and of the tables with schema revisions. An application cannot use these names. SQLite
-# ignores the case of a name.
+# Names that an application cannot use: homeagent's tables, and the tables that store schema revisions. SQLite ignores
+# the case of a name.
 _RESERVED_NAMES = frozenset(
     {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     | {"device_changes", "application_schema_version", "alembic_version"}
@@ -250,7 +250,7 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state now, while `_is_loaded(self)` is still true. The next line sets
+        # Create SQLAlchemy's state now, while `_is_loaded(self)` still returns True. The next line sets
         # `__pydantic_fields_set__`, which marks an instance as constructed.
         getattr(self, "_sa_instance_state", None)
         # Do not replace the dictionary `__dict__` by a copy, although Pydantic does. A flush that calls a listener of
@@ -272,7 +272,7 @@ class Table(Model, metaclass=_TableType):
             # When a store loads an instance, the store sets only the fields, and this method returns Pydantic's
             # attributes. Setting Pydantic's attributes took a third of the time of loading an instance.
             if name == "__pydantic_fields_set__":
-                # Create SQLAlchemy's state now, while `_is_loaded(self)` is still true. The next lines set
+                # Create SQLAlchemy's state now, while `_is_loaded(self)` still returns True. The next lines set
                 # `__pydantic_fields_set__`, which marks the instance as constructed.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)

@@ -219,7 +219,7 @@ class Outcome:
     """The outcome of the effect (the action that `run_once` protects).
 
     Attributes:
-        value: return value of the effect, as JSON encodes and decodes it.
+        value: return value of the effect, after it was encoded as JSON and decoded.
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
         omitted: True if homeagent could not store the return value, because the value is not JSON or is larger than 1

@@ -24,7 +24,7 @@ class Limits:
         nonces_per_device: maximum number of nonces of a device, 1 or more. The number does not include expired nonces.
         keys_per_device: maximum number of idempotency keys of a device, 1 or more. The number does not include expired
             keys.
-        longest_ttl: longest time for which a method keeps a nonce or an idempotency key.
+        longest_ttl: longest time for which the store keeps a nonce or an idempotency key.
         waiting_hashes: maximum number of calls that wait for a slow hash in one process, 1 or more.
         failed_checks_per_minute: maximum number of failed checks of a secret per device id and minute in one process, 1
             or more.

@@ -83,8 +83,9 @@ COUNT_PENDING = Statement[int](
         .subquery()
     )
 )
-# On PostgreSQL, two pairings at the same time do not see each other's device. The lock of the store's row makes the
-# second pairing wait until the first unit has ended. After the wait, the second pairing also counts the first device.
+# On PostgreSQL, two pairings at the same time do not see each other's device. The lock of the row in the table `store`
+# makes the second pairing wait until the first unit has ended. After the wait, the second pairing also counts the first
+# device.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """SQL condition for the pending devices that a sweep deletes.

@@ -143,8 +143,7 @@ class IdempotencyKeyStore(Store):
         rerun: bool = False,
         owner: str | None = None,
     ) -> Attempt | Outcome:
-        """Claim the right to run an effect (the action that `run_once` protects), or return the stored outcome. Commit
-        the claim before the effect begins.
+        """Claim the right to run an effect, or return its stored outcome. Commit the claim before the effect begins.
 
         Args:
             scope: device, method and key of the call.
@@ -230,8 +229,7 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Extend the lease, so that the lease ends after the given duration from now. Return the attempt with the new
-        lease.
+        """Let the lease end after the given duration from now. Return the attempt with the new lease.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key. The record stays.

@@ -217,7 +217,7 @@ class NonceStore(Store):
 
     @writing()
     def forget(self, device_id: str) -> int:
-        """Release the nonces of a device from its limit, and return the number of released nonces.
+        """Exclude the stored nonces of a device from its limit, and return the number of these nonces.
 
         Call the method if a device is at its limit and its nonces expire too late. Before the call, shorten the time
         for which new nonces are kept, so that the device does not reach the limit again.

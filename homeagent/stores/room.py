@@ -4,13 +4,13 @@ Counting 10,000 rows takes as long as 40 inserts. Therefore a process that has c
 number of rows to add without another count. The grant is an eighth of the free rows below the limit, but at most a
 fiftieth of the limit.
 
-A process gets such a grant only if the device has fewer rows than the limit. When the limit is reached, a process can
-add only the rest of its grant, which is less than a fiftieth of the limit. Therefore 49 processes together store less
-than twice the limit, even with the largest possible grants. On SQLite, a process counts the rows and adds a row in one
-transaction, so no other writer can add a row after the count. On PostgreSQL, a count does not include the rows of
-uncommitted transactions. If few rows are free below the limit, a grant can be only one row. Before a grant of one row,
-the transaction takes a lock for the device, and counts again. Without the lock, each transaction that is open at the
-same time could exceed the limit by one row.
+A process is allowed to add rows without a count only if the device has fewer rows than the limit. When the limit is
+reached, a process can add only the rest of its grant, which is less than a fiftieth of the limit. Therefore 49
+processes together store less than twice the limit, even with the largest possible grants. On SQLite, a process counts
+the rows and adds a row in one transaction, so no other writer can add a row after the count. On PostgreSQL, a count
+does not include the rows of uncommitted transactions. If few rows are free below the limit, a grant can be only one
+row. Before a grant of one row, the transaction takes a lock for the device, and counts again. Without the lock, each
+transaction that is open at the same time could exceed the limit by one row.
 """
 
 from __future__ import annotations

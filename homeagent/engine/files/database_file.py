@@ -34,8 +34,7 @@ from homeagent.errors import (
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
-# treats a file of fewer than 512 bytes as an empty database. With an empty database, all revocations and nonces would
-# silently be lost.
+# treats a file of fewer than 512 bytes as an empty database, without any revocation or nonce.
 SMALLEST_DATABASE = 512
 
 CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f-\x9f]")
@@ -100,7 +99,7 @@ def sidecars(path: Path) -> list[Path]:
 def secure_sidecars(path: Path) -> list[Path]:
     """Inspect each sidecar file of a database by `inspect_file()`. Return the paths of the existing sidecar files.
 
-    SQLite sets the mode only of a new sidecar file. A sidecar file can be older than the database.
+    Inspect existing sidecar files too, because SQLite sets the mode only of a new sidecar file.
 
     Raises:
         InsecureFileError, ForeignDatabaseError, DatabaseError: if `inspect_file()` refuses a sidecar file.
@@ -232,14 +231,12 @@ def inspect_file(
 
     Args:
         path: path of the file.
-        is_database: if True, refuse a file that is too short for a database. With `is_database=True`, also set an empty
-            file's mode to 0600, because a umask can have removed bits.
+        is_database: if True, refuse a file that is too short for a database, and set an empty file's mode to 0600.
         complete_empty: True to set the mode of an empty file to 0600.
         repair: if False, do not change the mode, because the file can belong to another application.
 
     Returns:
-        Result of `lstat`. If the function changed the mode, the result has the new mode. None if the file does not
-        exist.
+        Result of `lstat`, with the new mode if the function changed the mode. None if the file does not exist.
 
     Raises:
         InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made

@@ -40,7 +40,7 @@ def prepare_directory(directory: Path) -> None:
             try:
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
-                continue  # A broken link passes the loop, and the check after the loop refuses the link.
+                continue  # The loop accepts a broken link, and the check after the loop refuses the link.
             if not _is_private_directory(step):
                 change_mode(step, DIRECTORY_MODE)  # a umask can also remove the owner's permissions
                 if not _is_private_directory(step):

@@ -1,8 +1,8 @@
 """Check that the name of a database still refers to the file that was opened.
 
 Another program can delete or replace the file of an open database. After a replacement, SQLite continues to use the old
-file, which no longer has a name. All changes are lost when the process ends (https://sqlite.org/howtocorrupt.html,
-section 4). In WAL mode SQLite does not check the name of the database file.
+file, which no longer has a name. All changes to the old file are lost when the process ends
+(https://sqlite.org/howtocorrupt.html, section 4). In WAL mode SQLite does not check the name of the database file.
 """
 
 from __future__ import annotations

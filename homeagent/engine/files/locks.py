@@ -22,10 +22,10 @@ from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, In
 class FileLock:
     """A lock between threads and between processes. The lock is on a separate file next to the database.
 
-    The method `acquire()` creates a missing file with mode 0600. The file is not deleted. Otherwise two processes could
-    hold the lock: a process that waits on the deleted file, and a process that creates a new file. The system releases
-    the lock when the process ends. A child made by `os.fork()` does not hold the lock. The holder of the lock can write
-    a short text, the marker, to the file for the next holder.
+    The method `acquire()` creates a missing file with mode 0600. The file is not deleted. If the file were deleted, two
+    processes could hold the lock: a process that waits on the deleted file, and a process that creates a new file. The
+    system releases the lock when the process ends. A child made by `os.fork()` does not hold the lock. The holder of
+    the lock can write a short text, the marker, to the file for the next holder.
 
     The lock is taken by the system call `flock()`. Unlike SQLite's POSIX locks, a lock by `flock()` works between
     threads of one process. The close of another descriptor of the file does not drop the lock.

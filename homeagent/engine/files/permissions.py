@@ -14,7 +14,7 @@ DIRECTORY_MODE = 0o700
 
 
 def change_mode(path: Path, mode: int) -> None:
-    """Change the mode of a file or directory of the caller. The function does not follow a symbolic link.
+    """Change the mode of a file or directory that belongs to the caller. The function does not follow a symbolic link.
 
     Raises:
         InsecureFileError: if a link has replaced the file, or if the mode can't be changed.

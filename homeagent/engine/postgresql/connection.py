@@ -105,8 +105,8 @@ class PostgreSQLConnection(StoreConnection):
         return found
 
     def look_for_commits(self) -> tuple[bool, int | None]:
-        """Listen for the notifications of the triggers. Return True, because homeagent must read the feed to find out
-        whether a commit took place.
+        """Listen for the notifications of the triggers. Return True, because only a read of the feed shows whether a
+        commit took place.
 
         Behind a pooler the connection can't listen, because the server's session belongs to several clients in turn.
         """

@@ -257,7 +257,7 @@ def _private_errors() -> Iterator[None]:
 
 
 def _remove_private(error: BaseException) -> None:
-    """Remove the password and the server's message from an exception of psycopg. The message can show a row."""
+    """Remove the password and the server's message from an exception of psycopg. psycopg's message can show a row."""
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (message_with_name(error) or "the server's message is withheld",)

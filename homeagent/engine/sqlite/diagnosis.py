@@ -42,8 +42,7 @@ def diagnosed_error(
     """Return homeagent's error for an exception of the SQLite driver. SQLite's code and the probes decide the class of
     the returned error.
 
-    The argument `find_moved` is a function that returns the error for a replaced or deleted file, and None for an
-    unchanged file.
+    The caller passes a function that returns the error for a replaced or deleted file, and None for an unchanged file.
     """
     translation = sqlite_error(error)
     if isinstance(translation, CorruptDatabaseError):

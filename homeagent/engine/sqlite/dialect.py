@@ -212,8 +212,8 @@ class Connection(_Connection):
         except apsw.Error:
             return False
         with suppress(apsw.Error):
-            # After a complete checkpoint the next commit restarts the WAL. The function `find_lost_commits()` then
-            # finds no old frame.
+            # After a complete checkpoint the next commit restarts the WAL, so that `find_lost_commits()` finds no old
+            # frame.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 

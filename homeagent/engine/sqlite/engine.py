@@ -64,7 +64,7 @@ _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
 
 
 def lock_path(database: Path) -> Path:
-    """Return the path of a database's lock file. The marker in the file proves that the database was created."""
+    """Return the path of a database's lock file. The marker in the lock file proves that the database was created."""
     return database.with_name(database.name + ".lock")
 
 
@@ -91,8 +91,8 @@ def read_transaction(connection: Connection) -> Iterator[None]:
 class SQLiteEngine(Engine):
     """Engine of one SQLite file with one writer. Each read-only connection sees a snapshot.
 
-    With the durability "full", each commit is synced. With the durability "normal", a power cut can lose the last
-    commits. With `temporary=True`, the engine removes the file's directory when the engine is closed.
+    With `durability="full"`, each commit is synced. With `durability="normal"`, a power cut can lose the last commits.
+    With `temporary=True`, the engine removes the file's directory when the engine is closed.
     """
 
     # SQLite allows one writer. Small units share a commit, because a sync takes many times as long as a small unit.

@@ -109,9 +109,7 @@ class FileGuard:
             self._holds = True
 
     def _release(self) -> OSError | None:
-        """Release the locks. Return the last error. After the caller has closed the connection, the caller must raise
-        the error.
-        """
+        """Release the locks. Return the last error, which the caller must raise after closing the connection."""
         failure = None
         for descriptor in self._descriptors:
             try:

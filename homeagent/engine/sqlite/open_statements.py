@@ -1,8 +1,8 @@
 """Close the unfinished statements of an ORM session at the end of its transaction.
 
 In SQLite a statement with unfetched rows stays open after COMMIT and ROLLBACK, and keeps the read snapshot. An open
-statement would make the next unit of work read old rows. With the open statement, a write would fail after a commit of
-another process.
+statement would make the next unit of work read old rows. While a statement is open, a write would fail after a commit
+of another process.
 """
 
 from __future__ import annotations

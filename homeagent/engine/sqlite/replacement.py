@@ -1,8 +1,8 @@
 """Replace a database atomically. After a crash at any moment either the old or the new database is complete.
 
-A replacement changes the database file and its WAL, but no file system can change two files in one step. After the
-change of only the file, SQLite would apply the old WAL to the new file. After the change of only the WAL, SQLite would
-miss the last commits of the old file. Before any change, homeagent writes a marker to the in-use lock file, which every
+A replacement changes the database file and its WAL, but no file system can change two files in one step. If only the
+file were changed, SQLite would apply the old WAL to the new file. If only the WAL were changed, SQLite would miss the
+last commits of the old file. Before any change, homeagent writes a marker to the in-use lock file, which every
 `Database.open()` locks. If the lock file has a marker of a replacement, the next `Database.open()` first finishes the
 replacement.
 """

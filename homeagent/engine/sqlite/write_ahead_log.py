@@ -2,9 +2,9 @@
 
 SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. SQLite thus discards a commit that a
 crash interrupted. If the WAL was damaged or truncated later, SQLite silently discards complete commits
-(https://sqlite.org/fileformat2.html#walformat, section 4.2). One trace of a lost commit is the last frame of a commit
-after the damaged place. Another trace of a lost commit is the number of committed frames in the WAL index (-shm), which
-a killed process leaves behind (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
+(https://sqlite.org/fileformat2.html#walformat, section 4.2). A frame after the damaged place that ends a commit shows
+that a commit is lost. The number of committed frames in the WAL index (-shm), which a killed process leaves behind, can
+also show a lost commit (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
 Before a call, the caller must ensure that no process has the database open. In a process with an open database, SQLite
 would lose its locks when this module closes the WAL index.
@@ -49,7 +49,7 @@ class LostCommits(NamedTuple):
     Attributes:
         problem: description of the damage, without a remedy.
         frames: number of frames that SQLite would still read.
-        by_power_cut: True if a power cut with the durability "normal" can be the cause.
+        by_power_cut: True if a power cut with `durability="normal"` can be the cause.
     """
 
     problem: str

@@ -86,8 +86,8 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
-    """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without the unit. The
-    checks of the doctor find the cause.
+    """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without the unit, because
+    a check of the doctor finds the cause.
     """
     with ExitStack() as stack:
         try:

@@ -73,8 +73,8 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         return False
     in_use = look_at(in_use_path(path))
     if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
-        # Do not take the in-use lock. To take the lock, the doctor would create the lock file or change its mode. The
-        # doctor must not modify files.
+        # Do not take the in-use lock, because the doctor would create the lock file or change its mode. The doctor must
+        # not modify files.
         collector.skip("the 'database in use' lock file is missing or not private", "wal")
         return in_use is None  # while a process has the database open, the lock file exists
     try:

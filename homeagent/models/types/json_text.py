@@ -46,7 +46,7 @@ def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_B
     except (ValueError, RecursionError):
         is_json = False
     if not is_json:
-        # Do not raise the error in the `except` block, because the original error would be its context and shows the
+        # Do not raise the error in the `except` block, because its context would be the original error, which shows the
         # value.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"

@@ -30,7 +30,7 @@ def naming_column(table: Table) -> str:
 
     The column is `device_id` if the table has a column `device_id`, and otherwise the primary key.
 
-    A nonce or an idempotency key is secret, so an error must not show it.
+    Nonces and idempotency keys are secret, so an error must not show them.
     """
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
