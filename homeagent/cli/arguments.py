@@ -96,6 +96,6 @@ AcknowledgeOption = Annotated[
     list[str] | None,
     option(
         metavar="TRIGGER",
-        help="Name of an application's trigger on homeagent's tables that is accepted. Can be repeated.",
+        help="Trigger of an application on homeagent's tables that the command accepts. Can be repeated.",
     ),
 ]

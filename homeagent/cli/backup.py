@@ -30,7 +30,10 @@ def backup(
             min=1,
             max=MAX_LIMIT,
             metavar="N",
-            help="Afterwards, remove the oldest backups of this database in the directory until N backups are left.",
+            help=(
+                "After the backup, remove the oldest backups of this database in the directory until N"
+                " backups are left."
+            ),
             show_default="all",
         ),
     ] = None,

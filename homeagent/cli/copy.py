@@ -24,7 +24,11 @@ def copy(
         str, argument(metavar="TARGET", help="Empty PostgreSQL database, or SQLite file that is empty or absent.")
     ],
     live: Annotated[
-        bool, typer.Option("--live", help="For a trial: SOURCE may be in use. Changes after the start are not copied.")
+        bool,
+        typer.Option(
+            "--live",
+            help="For a trial: allow programs to use SOURCE during the copy. Changes after the start are not copied.",
+        ),
     ] = False,
     migrations: MigrationsOption = None,
     leave: Annotated[

@@ -96,7 +96,10 @@ def list_devices(
     ] = None,
     order: Annotated[
         _Order,
-        typer.Option(metavar="|".join(_Order), help="Order of the list. The order paired_at lists the newest first."),
+        typer.Option(
+            metavar="|".join(_Order),
+            help="Order of the list. With paired_at, the device that was paired last comes first.",
+        ),
     ] = _Order.ID,
     limit: arguments.LimitOption = 100,
     after: arguments.AfterOption = None,

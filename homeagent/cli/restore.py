@@ -33,8 +33,8 @@ def restore(
         int | None,
         option(
             metavar="NUMBER",
-            help="Refuse the restore if the database has another epoch. The number is 0 for a database that is absent "
-            "or cannot be opened.",
+            help="Refuse the restore if the database has another epoch. For a database that is absent or cannot be "
+            "opened, pass 0.",
         ),
     ] = None,
     yes: YesOption = False,

@@ -37,7 +37,8 @@ def init(
     migrations: MigrationsOption = None,
     acknowledge: AcknowledgeOption = None,
     adopt: Annotated[
-        bool, typer.Option("--adopt", help="Add homeagent's tables to a database of an application, after a question.")
+        bool,
+        typer.Option("--adopt", help="Add homeagent's tables to a database of an application, after a confirmation."),
     ] = False,
     yes: YesOption = False,
 ) -> None:

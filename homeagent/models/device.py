@@ -74,7 +74,7 @@ class Device(Table, table=True):
     approved: bool = Field(
         default=False,
         sa_column=Column("approved", FlagColumn, nullable=False, server_default=text("0")),
-        description="Whether the device has access.",
+        description="True if the device has access.",
     )
     paired_at: Timestamp = Field(description="Time of the pairing.")
     last_seen_at: Timestamp | None = Field(
@@ -112,7 +112,7 @@ class Device(Table, table=True):
         default=None,
         repr=False,
         exclude=True,
-        description="Verifier of the device's proofs. Null if the device can only present the secret.",
+        description="Verifier of the device's proofs. Null if the device must send its secret.",
     )
 
     @property

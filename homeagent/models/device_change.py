@@ -51,6 +51,6 @@ class DeviceChange(Table, table=True):
         ),
         description="Number of the change. A change that was committed later has a greater number.",
     )
-    device_id: Identifier | None = Field(default=None, description="Null for the kind `reset`.")
+    device_id: Identifier | None = Field(default=None, description="Null in a `reset` change.")
     kind: DeviceChangeKind = Field(description="Kind of the change.")
     at: Timestamp = Field(description="Time of the change, from the device's row or from the database's clock.")

@@ -78,13 +78,13 @@ class IdempotencyKey(Table, table=True):
         repr=False,
         sa_column=Column("result", JsonColumn(none_as_null=False, limit=MAX_RESULT_BYTES), nullable=False),
         description=(
-            "Return value of the effect, or detail of its failure. JSON null while the effect runs, and if `omitted`"
-            " is true."
+            "Return value of the effect, or detail of its failure. JSON null while the effect runs, or if the"
+            " return value could not be stored."
         ),
     )
     created_at: Timestamp = Field(description="Time of the claim, or of the insertion.")
     expires_at: Timestamp = Field(
-        description=("The record has expired from this timestamp on. A record in progress does not expire.")
+        description=("Time at which the record expires. A record in progress does not expire.")
     )
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,
@@ -100,7 +100,10 @@ class IdempotencyKey(Table, table=True):
         default=None,
         repr=False,
         exclude=True,
-        description="Random token of the attempt that may record or has recorded the outcome. Null without an attempt.",
+        description=(
+            "Random token of the attempt that can record, or has recorded, the outcome. Null if no attempt"
+            " has claimed the key."
+        ),
     )
     attempt: int = Field(
         default=1,
@@ -109,7 +112,10 @@ class IdempotencyKey(Table, table=True):
     )
     lease_expires_at: Timestamp | None = Field(
         default=None,
-        description="End of the lease, after which the attempt is abandoned unless renewed. Null after the outcome.",
+        description=(
+            "End of the lease. If the lease ends before the outcome is recorded, the attempt is abandoned."
+            " Null after the outcome was recorded."
+        ),
     )
     downstream_key: Name | None = Field(
         default=None,
@@ -119,7 +125,7 @@ class IdempotencyKey(Table, table=True):
     omitted: bool = Field(
         default=False,
         sa_column=Column("omitted", FlagColumn(otherwise=True), nullable=False, server_default=text("0")),
-        description="Whether the effect ended but its return value could not be stored.",
+        description="True if the return value of the effect could not be stored.",
     )
 
 

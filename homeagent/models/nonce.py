@@ -29,10 +29,14 @@ class Nonce(Table, table=True):
     nonce: Label = Field(repr=False, description="Value that the device signed.")
     device_id: Identifier = Field(description="Device that signed the value.")
     created_at: Timestamp = Field(
-        description="Time of the use. 1970-01-01 if an operator released the nonce from the limit by `forget`."
+        description=(
+            "Time at which the nonce was consumed. 1970-01-01 if an operator excluded the nonce from the"
+            " limit by `nonces.forget()`."
+        )
     )
     expires_at: Timestamp = Field(
         description=(
-            "The nonce has expired from this timestamp on. Its row stays for one hour, in case the clock steps back."
+            "Time at which the nonce expires. The row of an expired nonce stays for one hour, in case the"
+            " clock is set back."
         )
     )

@@ -27,12 +27,17 @@ store_table: Table = Table(
         "oldest_revision",
         text_column(),
         nullable=False,
-        info={"description": "Oldest revision whose code can use the schema. An addition does not change the value."},
+        info={
+            "description": "Oldest revision whose code can use the schema. A revision that only adds to"
+            " the schema does not change the value."
+        },
     ),
     Column(
         "proof_key",
         text_column(),
-        info={"description": "Random key of the answers of `Database.proof_parameters` for absent devices."},
+        info={
+            "description": "Random key from which `Database.proof_parameters` derives the answers for absent devices."
+        },
     ),
     CheckConstraint("id = 1", name="single"),
     CheckConstraint("epoch >= 1", name="epoch"),
