@@ -84,8 +84,8 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        With `instead=None`, the effect can be a coroutine function. Any other value of `instead=…` is the remedy in the
-        error for a coroutine function.
+        With `instead=None`, the effect can be a coroutine function. Any other value of `instead=…` is a remedy, which
+        the error for a coroutine function shows.
         """
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):

@@ -24,7 +24,7 @@ _LONGEST_HEADER = 8_192
 
 
 class _Scheme(SecurityBase):
-    """Entry of `securitySchemes` in the OpenAPI document. The function `current_device` reads the header."""
+    """Entry of `securitySchemes` in the OpenAPI document. The function `current_device()` reads the header."""
 
     def __init__(self, scheme: str, description: str) -> None:
         self.scheme_name = f"device-{scheme}"

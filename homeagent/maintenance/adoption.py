@@ -6,8 +6,8 @@ version, constraints can lack names, and primary keys can contain NULL. The adop
 version to homeagent's tables. A row without a key moves to a separate table, because no homeagent table accepts the
 row.
 
-The function `preview_adoption` only reads. The function `adopt` takes the report that the administrator confirmed, and
-refuses a database that has changed since the report. On SQLite the changes are one transaction after a backup. The
+The function `preview_adoption()` only reads. The function `adopt()` takes the report that the administrator confirmed,
+and refuses a database that has changed since the report. On SQLite the changes are one transaction after a backup. The
 transaction also writes the application id. Even if the process is killed, the file belongs either to the application or
 to homeagent.
 """

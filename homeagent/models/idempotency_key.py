@@ -194,8 +194,8 @@ _set_key = _SLOTS["key"].__set__
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to run the effect (the action that `run_once` protects) of an idempotency key. The right ends when the
-    lease (the time for which the claim is valid) ends.
+    """The right to run an effect (the action that `run_once` protects). The right ends when the lease (the time for
+    which the claim is valid) ends.
 
     Attributes:
         number: number of the attempt, beginning with 1. If an attempt is abandoned, the attempt that takes over the key

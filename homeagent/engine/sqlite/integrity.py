@@ -120,8 +120,8 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
         few milliseconds.
 
     Raises:
-        CorruptDatabaseError: if the table is damaged. Later units raise CorruptDatabaseError too until the database is
-            reopened.
+        CorruptDatabaseError: if the table is damaged. Later units also raise CorruptDatabaseError, until the
+            database is opened again.
         DatabaseBusyError, DatabaseClosedError: if a read-only unit of work could not begin.
     """
     connection = engine.begin(read_only=True, timeout=engine.busy_seconds)
