@@ -234,7 +234,7 @@ class DatabaseMaintenance:
         )
 
     def doctor(self, *, thorough: bool = False, fix: bool = False) -> maintenance.Diagnosis:
-        """Make the checks of the function `homeagent.diagnose()` on the open database, with the clock of the database.
+        """Check the open database like `homeagent.diagnose()`, with the clock of the database.
 
         Args:
             thorough: True to include the slow checks.

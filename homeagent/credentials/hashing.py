@@ -99,7 +99,7 @@ def _parse_argon2(stored: str) -> _Argon2Hash | None:
     except binascii.Error:
         return None
     recipe = _Recipe(costs, salt, len(digest))
-    # Refuse a second spelling of a stored hash, such as base64 with unused bits set (RFC 4648 section 3.5).
+    # Refuse a different base64 text for the same hash, such as a text with unused bits set (RFC 4648 section 3.5).
     return _Argon2Hash(recipe, digest) if _format_argon2(recipe, digest) == stored else None
 
 

@@ -36,8 +36,8 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A bounded set of resources. The pool creates a resource on demand and keeps the resource. The thread with the
-    longest wait gets the next resource.
+    """A set with a limited number of resources. The pool creates a resource on demand and keeps the resource. The
+    thread with the longest wait gets the next resource.
 
     Args:
         size: maximum number of resources. A pool of size 1 is a lock.

@@ -159,7 +159,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith(("/", os.sep)):
-        # The function `locate_file()` would drop the last slash, and the path would name a file.
+        # The function `locate_file()` would drop a final slash, and then the path of a directory would name a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 

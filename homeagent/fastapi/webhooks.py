@@ -78,7 +78,7 @@ def signed_webhook(
             not under a device id.
         tolerance: longest difference between the time of the message and the gateway's clock.
         lease: see `Database.run_once()`.
-        ttl: time for which a repetition gets the answer of the first message. The time must be more than twice the
+        ttl: time for which a repetition gets the answer of the first message. The `ttl` must be longer than twice the
             tolerance.
         on_abandoned: see `Database.run_once()`.
         max_body: largest message in bytes, 1 MiB by default. A larger message gets a reply with status 413.

@@ -54,9 +54,9 @@ async def accept_device(
 ) -> AsyncIterator[Device]:
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
-    A revocation, a deletion or a new secret of the device cancels the block, and closes the WebSocket. An error of the
-    feed of device changes also cancels the block, and closes the WebSocket. The docstring of the module lists the close
-    codes.
+    If the device is revoked, is deleted or gets a new secret, homeagent cancels the code in the block, and closes the
+    WebSocket. After an error of the feed of device changes, homeagent also cancels the code in the block, and closes
+    the WebSocket. The docstring of the module lists the close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.

@@ -285,7 +285,7 @@ class _Guard:
         return self._connection.dialect.name == "sqlite"
 
     def count(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:
-        """Count a statement of the current revision. Refuse a statement that would end the transaction."""
+        """Count a statement that the current revision runs. Refuse a statement that would end the transaction."""
         self._statements += 1
         if _ENDS_TRANSACTION.match(statement):
             self.refused = (

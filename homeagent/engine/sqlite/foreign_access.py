@@ -65,9 +65,9 @@ class FileGuard:
         """Run a block that closes a connection. After the block, count the connection as closed. Raise DatabaseError if
         a file can't be unlocked or closed.
 
-        Release the locks before the last connection is closed. At the close, SQLite locks the file to checkpoint the
-        WAL. Do not close the descriptors before the connection, because SQLite would lose the locks of the open
-        connection.
+        Release the locks before the last connection is closed. SQLite locks the file when the last connection is
+        closed, to checkpoint the WAL. Do not close the descriptors before the connection, because SQLite would lose the
+        locks of the open connection.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1

@@ -121,8 +121,7 @@ class Diagnosis(BaseModel, frozen=True, extra="forbid"):
         severity: worst severity of all findings.
         findings: one finding for each completed check, in the order of `CHECKS`.
         not_checked: reason why a check did not run or complete, by the check's name.
-        repairs: repairs that the doctor made before the final checks. With `fix=False` the doctor makes no repairs, and
-            the tuple is empty.
+        repairs: repairs that the doctor made before the final checks. With `fix=False` the doctor makes no repairs.
     """
 
     location: str

@@ -99,7 +99,9 @@ def earlier(timestamp: datetime, duration: timedelta) -> datetime:
 
 
 def to_milliseconds(value: datetime) -> int:
-    """Return the number of milliseconds from 1970 to a timestamp, rounded down. The number is negative before 1970."""
+    """Return the number of milliseconds from 1970 to a timestamp, rounded down. For a timestamp before 1970, the number
+    is negative.
+    """
     return (value - EPOCH) // MILLISECOND
 
 
