@@ -14,8 +14,8 @@ import anyio
 T = TypeVar("T")
 
 
-async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
-    """Call `act()` in a thread of an executor, and wait until the call has ended. Return the function's value, or raise
+async def call_in_thread(act: Callable[[], T], executor: Executor, *, must_run: bool = False) -> T:
+    """Call the function `act()` in a thread of an executor, and wait for its end. Return the function's value, or raise
     its error.
 
     Do not replace the executor by `anyio.to_thread.run_sync()`, which takes several times as long as a read of one row.
@@ -27,9 +27,9 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
             cancellation prevents a call that has not begun.
 
     Raises:
-        asyncio.CancelledError: if the caller was cancelled during the wait. After the error, `act()` neither runs nor
-            starts.
-        RuntimeError: if no thread can be started, so that `act()` does not run.
+        asyncio.CancelledError: if the caller was cancelled during the wait. After the error, the function `act()`
+            neither runs nor starts.
+        RuntimeError: if no thread can be started, so that the function `act()` does not run.
     """
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[None] = loop.create_future()
@@ -48,7 +48,7 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
 
     def whole() -> None:
         if decision.acquire(blocking=False):
-            # Call `attempt()` and not `act()`, because `clear_locals()` can clear only a frame that has ended.
+            # Do not call `act()` here. The function `clear_locals()` can clear only a frame that has ended.
             attempt()
             loop.call_soon_threadsafe(ended.set_result, None)
 
@@ -76,7 +76,7 @@ async def call_in_thread(act: Callable[[], T], executor: Executor) -> T:
 
 
 async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until a task is done. If the caller was cancelled during the wait, return the last CancelledError. Otherwise
+    """Wait until a task is done. If the caller was cancelled during the wait, return the last cancellation. Otherwise
     return None.
     """
     cancellation: asyncio.CancelledError | None = None

@@ -29,7 +29,7 @@ from homeagent.unit_settings import UnitSettings
 
 T = TypeVar("T")
 
-# A batch has limits, because blocks of `unit_of_work()` wait for the write lock until the batch ends.
+# A batch has limits, because units in `with` blocks wait for the write lock until the batch ends.
 _MAX_BATCH_UNITS = 256
 _MAX_BATCH_SECONDS = 0.01
 _MIN_CHECK_INTERVAL = 0.005
@@ -42,17 +42,16 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class _NotSharedError(BaseException):
-    """A batch can't be committed, because a caller has given up or SQLite has rolled back the transaction."""
+    """A batch can't be committed, because a caller has left or SQLite has rolled back the transaction."""
 
 
 class GroupCommit:
     """Runs functions as write units of one database. The units of waiting callers share a commit.
 
     Args:
-        settings: settings that all units of the database share.
-        executor: function that returns an executor. A thread of the executor calls the callbacks that a coroutine's
-            unit has registered. If the shared commit of a coroutine's unit fails, a thread of the executor runs the
-            unit.
+        settings: settings of the units.
+        executor: function that returns an executor. A thread of the executor calls the callbacks of a coroutine's unit.
+            If the shared commit of a coroutine's unit fails, a thread of the executor runs the unit.
     """
 
     def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
@@ -81,7 +80,7 @@ class GroupCommit:
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         settings = self._settings
-        settings.engine.pool(read_only=False)  # in a forked child, `pool()` raises DatabaseClosedError
+        settings.engine.pool(read_only=False)  # in a forked child, the method pool() raises DatabaseClosedError
         if get_ident() in settings.writing:
             refuse_nesting()
         # Queue the call if another thread writes, or if the last batch had several units. Queued calls can share a
@@ -108,8 +107,7 @@ class GroupCommit:
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit in this thread, in its own transaction."""
         with self._settings.unit(self._settings, read_only=False) as unit:
-            # Do not return inside the `with` block, because `test_an_interrupt_anywhere_in_a_call_holds_nobody_up`
-            # would fail.
+            # Do not return inside the block, because `test_an_interrupt_anywhere_in_a_call_holds_nobody_up` would fail.
             value = work(unit)
         return value
 
@@ -142,8 +140,8 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.state.is_over:
-                # The cancellation ended the call's future, so give the call a new future. `_resolve()` runs in the same
-                # thread, and ends the new future.
+                # The cancellation ended the call's future, so give the call a new future. The function `_resolve()`
+                # runs in the same thread, and ends the new future.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -161,7 +159,7 @@ class GroupCommit:
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
         """Check the timeouts of the calls of an event loop. Repeat the check until no call of the event loop waits."""
         wait = min(map(self._check, calls), default=0)
-        # Wake the callers of ended calls, because `_deliver()` can have failed to notify the event loop.
+        # Wake the callers of ended calls, because the method `_deliver()` can have failed to notify the event loop.
         _resolve([call for call in calls if call.state.is_over])
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
@@ -169,7 +167,7 @@ class GroupCommit:
             self._loops.pop(loop, None)
 
     def _check(self, call: QueuedCall) -> float:
-        """If a call has waited for the whole timeout, set the state `CallState.LEFT`.
+        """If a call has waited for the whole timeout, move the call to the state LEFT.
 
         The run time of the call's function does not count as waiting. Return the time until the next check of the call,
         in seconds.
@@ -189,8 +187,8 @@ class GroupCommit:
         return max(remaining, _MIN_CHECK_INTERVAL)
 
     def _leave(self, call: QueuedCall) -> bool:
-        """Set the state of a call to `CallState.LEFT`, and return True. If the call's function has begun, change
-        nothing and return False.
+        """Move a call to the state LEFT, and return True. If the call's function has begun, change nothing and return
+        False.
         """
         with self._mutex:
             if call.state is QUEUED or call.state is STARTING:
@@ -204,21 +202,19 @@ class GroupCommit:
         self._queue.put(call)
         # Read the attribute `_thread` after `put()`. The writer thread ends only if the queue is empty.
         with self._mutex:
-            if self._is_closed:
-                raise DatabaseClosedError(_CLOSED)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._write, name="homeagent-writer", daemon=True)
-                try:
-                    self._thread.start()
-                except BaseException as error:
-                    # The thread can have started in spite of the error. `_write()` ends at once in a thread that is not
-                    # `self._thread`.
-                    self._thread = None
-                    if not isinstance(error, Exception):
-                        raise
-                    call.error = DatabaseError(
-                        f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
-                    )
+            thread = self._thread
+        if thread is not None:
+            return
+        try:
+            threading.Thread(target=self._write, name="homeagent-writer", daemon=True).start()
+        except Exception as error:  # noqa: BLE001  the caller gets the error, or runs the unit
+            failure = DatabaseError(
+                f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
+            )
+            with self._mutex:
+                # If another caller has started the thread, the thread also takes this call.
+                if call.state is QUEUED and self._thread is None:
+                    call.error = failure
                     call.state = ALONE if call.future is None else DONE
             # Remove the ended calls, because no thread empties the queue.
             for queued in [self._next() for _ in range(self._queue.qsize())]:
@@ -229,8 +225,8 @@ class GroupCommit:
         """End the queued calls with DatabaseClosedError. Wait for the end of the writer thread, for at most
         `busy_timeout`.
 
-        The caller must have closed the connection pools. A function that is running continues, and the writer thread
-        still commits its unit.
+        The caller must have closed the connection pools. The method `close()` does not interrupt a running function,
+        and the function's unit is still committed.
         """
         with self._mutex:
             self._is_closed = True
@@ -289,7 +285,7 @@ class GroupCommit:
         try:
             with transaction:
                 self._run_units(first, transaction, shared)
-                # Do not commit the unit of a caller that has given up, because the caller's error says that no row was
+                # Do not commit the unit of a caller that has left, because the caller's error says that no row was
                 # changed.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
@@ -311,8 +307,8 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Append each call that has run to the
-        given list.
+        """Run units in savepoints until the queue is empty or the batch is full. Append each executed call to the list
+        `shared`.
         """
         connection = transaction._require_connection()
         # A batch starts no unit after a quarter of the timeout, because the first caller waits until the whole batch is

@@ -60,8 +60,8 @@ class Pairing:
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a pending device (see `Database.pair`)."""
         check_kind(request, DevicePair, "request")
-        # Check the id and the limit before the slow hash, so that a refusal costs no hash. The unit of work checks the
-        # id and the limit again.
+        # Check the id and the limit before the slow hash, so that a refusal costs no hash. The unit of work repeats
+        # both checks.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._max_pending
@@ -88,9 +88,9 @@ class Pairing:
                 return device
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
-                # If the store has the new hash and the new verifier, an earlier run of this unit has already stored the
-                # device. No other call has stored an equal hash and verifier, because one of the two values has a
-                # random salt.
+                # If the store has the new hash and the new verifier, an earlier run of the unit stored the device. No
+                # other call has an equal hash and an equal verifier, because the hash or the verifier has a random
+                # salt.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return stored
@@ -99,15 +99,6 @@ class Pairing:
 
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
         """Check a secret, and return the state of the device (see `Database.check_secret`)."""
-        return self._check_secret(device_id, shared_secret, slow=needs_slow_hash(shared_secret))
-
-    async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Run `check_secret()` without blocking the event loop."""
-        slow = needs_slow_hash(shared_secret)
-        return await self._runner.in_thread(partial(self._check_secret, device_id, shared_secret, slow=slow), slow=slow)
-
-    def _check_secret(self, device_id: str, shared_secret: SecretStr | str, *, slow: bool) -> SecretCheck:
-        """Check a secret. Pass the result of `needs_slow_hash()` as `slow=…`."""
         check_searched(device_id, "device_id")
         if not needs_slow_hash(shared_secret):
             return self._runner.run(lambda unit: self._check_fast(unit, device_id, shared_secret), read_only=True)
@@ -147,7 +138,7 @@ class Pairing:
                     self._rehash(device_id, stored[0], match.replacement)
                 return SecretCheck(device.status.value, device)
             if device.shared_secret_hash == stored[0]:
-                return _DENIED  # The overlap of the old secret ended during the check.
+                return _DENIED  # The overlap ended during the check.
             # Another caller has replaced the hash. Check the secret again, because the new hash can be a hash of the
             # same secret.
 
@@ -208,7 +199,7 @@ class Pairing:
             if current is None:
                 raise DeviceNotFoundError(device_id)
             if overlap and not current.approved:
-                raise DeviceNotApprovedError(device_id)  # `set_secret()` checks the approval again
+                raise DeviceNotApprovedError(device_id)  # set_secret() checks the approval again
             old = current.shared_secret_hash
             # During an overlap, a check needs only one slow hash if the two stored hashes have the same salt. Without
             # an overlap, use a new salt.
@@ -234,8 +225,7 @@ class Pairing:
                     previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
                 )
 
-            # If another caller has rotated the secret, `replace()` returns False. Begin again with the newly stored
-            # hash.
+            # If another caller has rotated the secret, replace() returns False. Begin again with the newly stored hash.
             if self._runner.run(replace, idempotent=True):
                 return secret
 

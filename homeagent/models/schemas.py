@@ -23,8 +23,7 @@ from homeagent.models.types import (
     check_new_secret,
 )
 
-# Keep the alias `metadata_` first, because a validation from a row would otherwise read SQLAlchemy's attribute
-# `metadata`.
+# If the alias `metadata_` did not come first, validation from a row would read SQLAlchemy's attribute `metadata`.
 PublicMetadata = Annotated[
     Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
 ]
@@ -38,17 +37,17 @@ ChosenSecret = Annotated[
 
 
 class MetadataSchema(Model):
-    """A schema with the JSON metadata of the application.
+    """A schema with a field for the application's metadata.
 
-    The field is called `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. In JSON, the field is
-    called `metadata`.
+    The name of the field is `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. The alias of the
+    field is `metadata`.
     """
 
-    # This property hides SQLModel's class variable `metadata`. SQLAlchemy needs the class variable only in table
-    # classes.
+    # The property `metadata` hides a class variable of SQLModel. SQLAlchemy reads the class variable only for a class
+    # with a table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
-        """The value of `metadata_`, which is the application's JSON."""
+        """The value of the field `metadata_`."""
         return self.metadata_  # type: ignore[attr-defined]  # every subclass declares the field
 
 
@@ -64,18 +63,17 @@ class AgentCreate(Model):
 class AgentUpdate(Model):
     """Request to change an agent. An application can use this model as a request body.
 
-    A field that the request leaves out keeps its value. With `config=None`, the request clears the configuration.
+    Fields that the request leaves out keep their values. The value None of the field `config` clears the configuration.
     """
 
-    # The default None means that the request leaves the field out. Pydantic does not validate a default, but refuses
-    # null in a request.
+    # The default None means that the request leaves out the field. Pydantic does not validate a default. A request that
+    # contains null is refused.
     name: Name = Field(default=None)
     workspace_path: WorkspacePath = Field(default=None)
     config: Json = None
 
 
-# The schemas of replies do not check texts, because a row that an earlier version wrote can break the rules for new
-# texts.
+# The texts of a reply come from a row. A row that an earlier version wrote can break the rules for new texts.
 
 
 class AgentPublic(Model):
@@ -89,7 +87,7 @@ class AgentPublic(Model):
 
 
 class DevicePair(MetadataSchema):
-    """Request of a device to pair. The class is safe as a request body, because no field can approve the device."""
+    """Request of a device to pair. A request body can have this model, because no field approves the device."""
 
     id: Identifier
     role: Role
@@ -113,15 +111,13 @@ class DeviceCreate(MetadataSchema):
 
 
 class DeviceUpdate(MetadataSchema):
-    """Request to change the metadata of a device. A field that the request leaves out keeps its value. The role can't
-    be changed.
-    """
+    """Request to change a device. Fields that the request leaves out keep their values. The role can't be changed."""
 
     metadata_: Json = Field(default=None, alias="metadata")
 
 
 class DevicePublic(MetadataSchema):
-    """The fields of a device that a reply can show, without the values derived from the secret."""
+    """A device in a reply, without values derived from its secret."""
 
     id: str
     role: Role
@@ -135,12 +131,12 @@ class DevicePublic(MetadataSchema):
     metadata_: PublicMetadata = None
 
 
-class PairedDevice(BaseModel):
-    """A device that has just been paired, and its secret. The secret can't be read again later.
+class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
+    """A device that has just paired, and its secret. The secret can't be read again later.
 
     Attributes:
         device: the stored device, which is not approved yet.
-        shared_secret: secret that the request contained, or the secret that homeagent generated.
+        shared_secret: secret of the request, or the generated secret if the request had no secret.
     """
 
     device: Device
@@ -151,11 +147,11 @@ class PairedDevice(BaseModel):
 class SecretCheck:
     """The result of a check of a secret.
 
-    In an `if` statement, the object counts as true only if the device is approved and the secret is right.
+    In an if statement, the result counts as true only if the device is approved and the secret is right.
 
     Attributes:
-        status: state of the device if the secret is right. `status="denied"` means that the secret is wrong or the
-            device does not exist.
+        status: status of the device if the secret is right. The status is "denied" if the secret is wrong or the device
+            is absent.
         device: device with the presented id; None if the secret is wrong.
     """
 
@@ -177,7 +173,7 @@ class AgentSessionCreate(MetadataSchema):
 
 
 class AgentSessionUpdate(MetadataSchema):
-    """Request to change a session. A field that the request leaves out keeps its value.
+    """Request to change a session. Fields that the request leaves out keep their values.
 
     To change the agent, sender or channel, call `sessions.move()`.
     """

@@ -15,11 +15,11 @@ from homeagent.models.types.stored_values import StoredColumn
 class EnumColumn(StoredColumn[StrEnum]):
     """Column type for a StrEnum, which stores a member as the text of its value.
 
-    SQLAlchemy's `Enum` would store the name of a member instead of its value.
+    SQLAlchemy's column type Enum would store the name of a member instead of its value.
 
     Args:
-        kind: the StrEnum. If a stored text is not the value of a member, the column type raises an error. A CHECK
-            constraint of the table allows only the values of the StrEnum's members.
+        kind: the StrEnum. If a stored text is not the value of a member, loading raises an error. A CHECK constraint of
+            the table allows only the values of the StrEnum's members.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
@@ -33,21 +33,11 @@ class EnumColumn(StoredColumn[StrEnum]):
         self._stored: dict[Any, str] = {member.value: member.value for member in kind}
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the text to store for a member. A lookup in the dictionary also finds a member, because a StrEnum
-        member equals its text.
-        """
+        """Return the value of a member. The keys of the dictionary are texts, and a StrEnum member equals its text."""
         try:
             return self._stored[value]
         except (KeyError, TypeError):
             raise InvalidArgumentError(f"a value is not a member of {self.kind.__name__}") from None
-
-    def process_bind_param(self, value: StrEnum | None, dialect: Dialect) -> str | None:
-        """Return the text to store for a member."""
-        return None if value is None else self.convert_bound(value)
-
-    def process_result_value(self, value: str | None, dialect: Dialect) -> StrEnum | None:
-        """Return the enum member whose value is this text."""
-        return None if value is None else loaded(self.loaded_values.__getitem__, value)
 
 
 class _Flags(dict[Any, bool]):
@@ -59,12 +49,13 @@ class _Flags(dict[Any, bool]):
         return self._otherwise
 
 
-class FlagColumn(TypeDecorator[bool]):
-    """Column type for a bool, stored as INTEGER 0 or 1. SQLAlchemy's `Boolean` would declare the column as BOOLEAN.
+class FlagColumn(StoredColumn[bool]):
+    """Column type for a bool, stored as INTEGER 0 or 1. SQLAlchemy's column type Boolean would declare the column as
+    BOOLEAN.
 
     Args:
-        otherwise: value to return for a stored value other than 0 and 1, which only another program can write. Choose
-            False if True would grant access.
+        otherwise: result of loading a stored value other than 0 and 1. Another program can store a value other than 0
+            and 1, for example a text. Choose a value that grants no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
@@ -75,13 +66,4 @@ class FlagColumn(TypeDecorator[bool]):
         super().__init__()
         self.otherwise = otherwise
         self.loaded_values: dict[object, bool] = _Flags(otherwise=otherwise)
-
-    def process_bind_param(self, value: bool | None, dialect: Dialect) -> int | None:
-        """Return 1 or 0."""
-        return None if value is None else int(value)
-
-    def process_result_value(self, value: object, dialect: Dialect) -> bool | None:
-        """Return True for 1, False for 0, and the fallback for any other stored value."""
-        return None if value is None else self.loaded_values[value]
-
-    convert_bound = int
+        self.convert_loaded = self.loaded_values.__getitem__

@@ -23,8 +23,8 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 _ZERO = timedelta(0)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-# Each unit of work rounds the time of the clock down to whole milliseconds. Subtracting the remainder takes a quarter
-# of the time of `replace(microsecond=…)`.
+# Each unit of work rounds the time of the clock down to whole milliseconds. Subtracting a prepared duration takes a
+# quarter of the time of `replace(microsecond=…)`.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
@@ -32,7 +32,7 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
     """Return the value in UTC, floored to whole milliseconds.
 
     Raises:
-        InvalidArgumentError: if the timestamp has no time zone, or is outside the years 1 to 9999 in UTC.
+        InvalidArgumentError: if `value` has no time zone, or is outside the years 1 to 9999 in UTC.
     """
     if not isinstance(value, datetime):
         raise InvalidArgumentError(f"{what} must be a datetime, not {type(value).__name__}")
@@ -48,11 +48,11 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Return the value in UTC, floored to whole milliseconds. Return the time, but return the current time if the time
-    is None or in the future.
+    """Return the value in UTC, floored to whole milliseconds. If the value is None or later than now, return the
+    current time.
 
-    Use this function for the time of a past event. A future time means that the caller's clock is ahead. The errors are
-    those of `check_timestamp()`.
+    Use the function for the time of a past event. A later value means that the clock of the caller is ahead. The
+    function `check_timestamp()` documents the errors.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
@@ -72,9 +72,7 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Check the value by the function `check_duration()`. Return the value, or `LONGEST_WAIT` if the value is
-    greater.
-    """
+    """Check the value by the function `check_duration()`. Return the value, but at most `LONGEST_WAIT`."""
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
@@ -99,14 +97,12 @@ def earlier(timestamp: datetime, duration: timedelta) -> datetime:
 
 
 def to_milliseconds(value: datetime) -> int:
-    """Return the number of milliseconds from 1970 to a timestamp, rounded down. For a timestamp before 1970, the number
-    is negative.
-    """
+    """Return the number of milliseconds from 1970 to `value`, rounded down. The number is negative before 1970."""
     return (value - EPOCH) // MILLISECOND
 
 
 def _refuse_number(value: object) -> object:
-    # Refuse a number, because Pydantic reads a large number as milliseconds and a small number as seconds.
+    # Refuse numbers, because Pydantic reads a large number as milliseconds and a small number as seconds.
     if isinstance(value, (int, float)):
         raise ValueError("must be an aware datetime or its ISO 8601 text, not a number")
     return value
@@ -125,7 +121,7 @@ In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQL
 def _timestamp_of(milliseconds: float) -> datetime:
     """Return the timestamp of a stored value.
 
-    Another program can store a text or a BLOB, which raises ValueError.
+    For a text or a BLOB, which another program can store, raise ValueError.
     """
     if not isinstance(milliseconds, (int, float)):
         raise ValueError("a timestamp is stored as a number")
@@ -133,10 +129,10 @@ def _timestamp_of(milliseconds: float) -> datetime:
 
 
 class _TimestampCache(dict[int, datetime]):
-    """A cache from milliseconds to timestamps, for rows that are read repeatedly.
+    """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly.
 
-    A cache hit takes a fifth of the time of creating a timestamp. A cache miss takes twice the time of creating a
-    timestamp.
+    A cache hit takes a fifth of the time that creating a timestamp takes. A cache miss takes twice the time of creating
+    a timestamp.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
@@ -157,20 +153,8 @@ class TimestampColumn(StoredColumn[datetime]):
     convert_loaded = staticmethod(_timestamp_of)
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Return the 64-bit integer type of SQLite or PostgreSQL."""
+        """Return the type of 64-bit integers of the engine."""
         return dialect.type_descriptor(Integer() if dialect.name == "sqlite" else BigInteger())
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> int | None:
-        """Return the milliseconds of an aware datetime."""
-        return None if value is None else self.convert_bound(value)
-
-    def process_result_value(self, value: int | None, dialect: Dialect) -> datetime | None:
-        """Return the timestamp of a number of milliseconds, in UTC."""
-        return None if value is None else loaded(self.convert_loaded, value)
-
-    # homeagent generates code for each statement, which bypasses SQLAlchemy's layers. The generated code calls
-    # `convert_bound()` and `convert_loaded()` of the column type. For a statement with many rows, the generated code
-    # calls `loaded_values()`. For None, the generated code calls no method of the column type.
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
