@@ -74,11 +74,13 @@ class _Subscription:
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
         """Return the next change. If no change waits, return None, and call `wake()` after the next change."""
+        # Do not call a function while the task's thread holds the mutex. A signal handler that closes the database runs
+        # after a call, and would wait for the mutex (`test_a_handler_that_wakes_an_iterator`).
         with self._mutex:
-            if self._changes:
-                return self._changes.popleft()
-            self._wake = wake
-            return None
+            is_empty = not self._changes
+            if is_empty:
+                self._wake = wake
+        return None if is_empty else self._changes.popleft()
 
     def put(self, changes: list[DeviceChange]) -> None:
         """Add the changes of a page, and wake the iterator."""
