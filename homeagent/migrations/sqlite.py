@@ -18,6 +18,7 @@ from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.diagnosis import corrupt_after_all
 from homeagent.engine.sqlite.engine import lock_path, read_transaction, sidecar_lock
+from homeagent.engine.sqlite.foreign_access import protect
 from homeagent.engine.sqlite.in_use import hold_in_use_lock, in_use_path
 from homeagent.engine.sqlite.integrity import check_content, refuse_unclean_damage
 from homeagent.errors import (
@@ -82,6 +83,7 @@ def open_sqlite(
         if engine.in_use_lock is not None and engine.in_use_lock.held:
             engine.in_use_lock.withdraw()  # remove the new lock file, because the database file was refused
         raise
+    protect(engine.identity_check)
 
 
 def _open_sqlite(

@@ -33,7 +33,7 @@ from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.diagnosis import diagnosed_error
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, deny_attach
 from homeagent.engine.sqlite.dialect import Connection as DriverConnection
-from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded
+from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded, unprotect
 from homeagent.engine.sqlite.lock_wait import LockWait
 from homeagent.engine.sqlite.open_statements import end_with_transactions
 from homeagent.engine.sqlite.write_ahead_log import has_frames, read_start
@@ -428,6 +428,7 @@ class SQLiteEngine(Engine):
 
     def after_close(self) -> None:
         """Release the in-use lock, and remove the private directory of a temporary database."""
+        unprotect(self.identity_check)
         try:
             if self.in_use_lock is not None:
                 self.in_use_lock.release()

@@ -18,12 +18,14 @@ import os
 import struct
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from homeagent.engine.files.database_file import OPEN_FLAGS, identity_of, look_at, sidecars
+from homeagent.engine.files.file_identity import FileIdentityCheck
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.dialect import Connection, connect
 from homeagent.errors import ForeignAccessError
@@ -94,7 +96,6 @@ class FileGuard:
         with self._mutex:
             if self._holds or not self._connections:
                 return
-            _install_hook()
             if _HAS_OFD_LOCKS:
                 spans = ((self._path, _SHARED_RANGE), (sidecars(self._path)[1], _WAL_INDEX_BYTE))
                 for number, (path, span) in enumerate(spans):
@@ -140,6 +141,8 @@ _uncounted = 0
 """Number of connections that the thread with the lock `_opening` is opening, and has not counted yet."""
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
+_protected: weakref.WeakSet[FileIdentityCheck] = weakref.WeakSet()
+"""Open databases. A database without a connection has no guard, for example before the first unit."""
 
 
 def guard_of(path: Path, identity: Identity) -> FileGuard:
@@ -203,8 +206,25 @@ def _refuse_foreign_descriptors(path: Path) -> None:
                     )
 
 
+def protect(database: FileIdentityCheck) -> None:
+    """Make `sqlite3.connect` raise an error for the file of an opened database, until a call of `unprotect()`."""
+    _install_hook()
+    with _registry:
+        _protected.add(database)
+
+
+def unprotect(database: FileIdentityCheck) -> None:
+    """Stop the protection of a database that is being closed. The guards of other databases on the file stay."""
+    with _registry:
+        _protected.discard(database)
+
+
 def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
-    if event != "sqlite3.connect" or not _guards:
+    if event != "sqlite3.connect":
+        return
+    with _registry:
+        refused = {*_guards, *(database.identity for database in _protected)}
+    if not refused:
         return
     target = arguments[0]
     if not isinstance(target, (str, bytes, os.PathLike)):
@@ -213,7 +233,7 @@ def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
     names = [name, unquote(urlsplit(name).path)] if name.startswith("file:") else [name]
     for candidate in names:
         with suppress(OSError, ValueError):
-            if identity_of(Path(candidate).stat()) in _guards:
+            if identity_of(Path(candidate).stat()) in refused:
                 raise ForeignAccessError(
                     f"{quoted(Path(candidate))} is open as a homeagent database in this process, and closing it in a "
                     "second SQLite library would drop its locks: use Database.read_connection or a store"
@@ -238,6 +258,7 @@ def _after_fork_in_child() -> None:
     for guard in _guards.values():
         guard.forget()
     _guards.clear()
+    _protected.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)

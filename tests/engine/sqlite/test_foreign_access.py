@@ -138,14 +138,15 @@ targets = [
     (f"file:{str(path).replace('.', '%2e')}?immutable=1", {"uri": True}),
 ]
 database = Database.open(path)
-database.agents.list()
-for target, options in targets:
-    try:
-        sqlite3.connect(target, **options)
-    except errors.ForeignAccessError as error:
-        assert "read_connection" in str(error)
-    else:
-        print("let in:", target)
+for use in ("before the first unit", "with a connection"):
+    for target, options in targets:
+        try:
+            sqlite3.connect(target, **options)
+        except errors.ForeignAccessError as error:
+            assert "read_connection" in str(error)
+        else:
+            print("let in:", use, target)
+    database.agents.list()
 for target in ("other.db", ":memory:", "", Path("other.db"), b"other.db"):
     connection = sqlite3.connect(target)
     connection.execute("CREATE TABLE IF NOT EXISTS t (id)")
