@@ -160,7 +160,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def close(self) -> None:
         """Stop the sweepers, end the iterators of device changes, and close every connection.
 
-        After a call of `close()`, all other methods raise DatabaseClosedError.
+        After a call of `close()`, all other methods except `counters()` raise DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
             return  # Do not take the mutex, because a thread of the parent can have held the mutex during the fork.

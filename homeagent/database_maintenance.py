@@ -135,11 +135,17 @@ class DatabaseMaintenance:
             return report
 
         sweeper = Sweeper(run, every)
+        self._require_open()
         with self._mutex:
-            if self._closed:
-                raise DatabaseClosedError("the database was closed: open it again")
+            self._require_open()
             self._sweepers.append(sweeper)
         return sweeper
+
+    def _require_open(self) -> None:
+        """Raise DatabaseClosedError if the database was closed, or was opened before a fork."""
+        self._engine.pool(read_only=True)
+        if self._closed:
+            raise DatabaseClosedError("the database was closed: open it again")
 
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
         """Make a verified backup of one snapshot while other units write. The file gets its final name only after the
@@ -170,9 +176,7 @@ class DatabaseMaintenance:
         """
         from homeagent.maintenance.backups import back_up
 
-        with self._mutex:
-            if self._closed:
-                raise DatabaseClosedError("the database was closed: open it again")
+        self._require_open()
         return back_up(
             self._engine,
             destination,
@@ -245,6 +249,7 @@ class DatabaseMaintenance:
         """
         from homeagent.maintenance.doctor.diagnosis import diagnose_open
 
+        self._require_open()
         return diagnose_open(
             self._engine,
             lambda: UnitOfWork(self._settings, read_only=True),

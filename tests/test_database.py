@@ -491,6 +491,13 @@ def test_sweeper_survives_errors_and_stops_at_once(
     sweeper.stop()
 
 
+def test_a_closed_database_has_no_doctor(database: Database) -> None:
+    """If the database was closed, the doctor raises an error on both engines."""
+    database.close()
+    with pytest.raises(DatabaseClosedError):
+        database.doctor()
+
+
 def test_closing_stops_the_sweepers(database: Database) -> None:
     """If the database closes, a waiting sweeper ends, and a closed database starts no sweeper."""
     sweeper = database.sweeper(timedelta(hours=1))

@@ -469,13 +469,16 @@ if not child:
         try:
             with database.unit_of_work(read_only=read_only): pass
         except DatabaseClosedError: refused += 1
+    for call in (database.doctor, database.sweeper, lambda: database.backup(sys.argv[1] + ".backup")):
+        try: call()
+        except DatabaseClosedError: refused += 1
     database.close()
     os._exit(refused)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 with database.unit_of_work(read_only=True) as unit: print(unit.agents.get("ada").id)
 database.close()
 """
-    assert children.run(script, target).split() == ["2", "ada"]
+    assert children.run(script, target).split() == ["5", "ada"]
 
 
 # Busy databases
