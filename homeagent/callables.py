@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import CO_COROUTINE, CO_GENERATOR, iscoroutine, iscoroutinefunction, isgeneratorfunction
-from types import CoroutineType, FunctionType
+from types import FunctionType
 from typing import TypeVar
 
 from homeagent.errors import InvalidArgumentError
@@ -47,16 +47,4 @@ def refuse_coroutine(value: T, what: str, remedy: str) -> T:
     if iscoroutine(value):
         value.close()  # The call of `close()` prevents Python's warning "never awaited".
         raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
-    return value
-
-
-def refuse_coroutine_function(function: object, value: T, what: str, remedy: str) -> T:
-    """Return the value that a function returned. If the function is a coroutine function, raise InvalidArgumentError.
-
-    An ordinary function can return a coroutine, which the caller awaits.
-    """
-    # Check the type of the value first, because a check of the function takes more time than a check of the type.
-    if isinstance(value, CoroutineType) and iscoroutinefunction(function):
-        value.close()
-        raise InvalidArgumentError(f"{what} is a coroutine function, which is not awaited here: {remedy}")
     return value

@@ -309,7 +309,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             Return value of the function, after the commit.
 
         Raises:
-            InvalidArgumentError: if the function is a coroutine function.
+            InvalidArgumentError: if the argument `work` can't be called, or is a coroutine function or a generator
+                function.
             DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed the
                 shared commit for the whole `busy_timeout`. The failed call changed no row.
             ConnectionLostError: if the server was not reachable within the `busy_timeout`. The failed call changed no

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from homeagent.callables import refuse_coroutine_function
+from homeagent.callables import check_function
 from homeagent.cancellation import call_in_thread
 from homeagent.clock import monotonic
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError, StandbyError, TransientError
@@ -40,6 +40,8 @@ RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
+
+_NO_COROUTINE = "make it an ordinary function, and await outside the unit"
 
 # Each kind of work has separate worker threads.
 _UNITS, _CHECKS, _SLOW_HASHES = "units", "checks", "slow_hashes"
@@ -68,13 +70,14 @@ class Runner:
         """Run a function as a unit of work. Run the unit again after an error if a second run is safe (see
         `Database.run`).
         """
+        check_function(work, "work", coroutine=_NO_COROUTINE)
         begun, retries = monotonic(), None
         while True:
             try:
                 if self._group_commit is not None and not read_only:
-                    return _done(work, self._group_commit.run(work))
+                    return self._group_commit.run(work)
                 with self._settings.unit(self._settings, read_only=read_only) as unit:
-                    return _done(work, work(unit))
+                    return work(unit)
             except RETRIED as error:
                 retries = retries or _Retries(self._settings, begun, idempotent=idempotent)
                 pause = retries.pause_after(error)
@@ -85,10 +88,11 @@ class Runner:
         await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
+        check_function(work, "work", coroutine=_NO_COROUTINE)
         begun, retries = monotonic(), None
         while True:
             try:
-                return _done(work, await self._group_commit.arun(work))
+                return await self._group_commit.arun(work)
             except RETRIED as error:
                 retries = retries or _Retries(self._settings, begun, idempotent=idempotent)
                 pause = retries.pause_after(error)
@@ -132,10 +136,6 @@ class Runner:
         # The threads of an executor end when the last reference to the executor is gone. Do not call `shutdown()`,
         # because later method calls would raise RuntimeError instead of DatabaseClosedError.
         self._executors.clear()
-
-
-def _done(work: Callable[[UnitOfWork], T], value: T) -> T:
-    return refuse_coroutine_function(work, value, "work", "make it an ordinary function, and await outside the unit")
 
 
 class _Retries:

@@ -35,6 +35,23 @@ def test_a_generator_function_as_effect_claims_no_key(database: Database) -> Non
     assert (outcome.value, outcome.replayed, outcome.attempt) == ("open", False, 1)
 
 
+@pytest.mark.parametrize(("work", "message"), [(None, "a function"), (effect_that_yields, "a generator function")])
+def test_work_that_is_no_function_begins_no_unit(database: Database, work: Any, message: str) -> None:
+    """If `run` or `arun` gets a value that is not a function, or a generator function, no unit begins."""
+    with pytest.raises(InvalidArgumentError, match=message):
+        database.run(work)
+    with pytest.raises(InvalidArgumentError, match=message):
+        asyncio.run(database.arun(work))
+    assert database.counters().units == 0
+
+
+def test_sessions_that_are_no_iterable_are_not_indexed(database: Database) -> None:
+    """If `index` gets no iterable, InvalidArgumentError names the type."""
+    nothing: Any = None
+    with pytest.raises(InvalidArgumentError, match="not NoneType"):
+        database.sessions.index(nothing)
+
+
 @pytest.mark.parametrize("form", ["{}/", "sqlite:///{}/"])
 def test_a_target_that_ends_in_a_slash_is_a_directory(tmp_path: Path, form: str) -> None:
     """If a target ends in a slash, opening refuses the target and creates no file of the directory's name."""

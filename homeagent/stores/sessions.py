@@ -365,10 +365,12 @@ class SessionStore(Store):
             The number of sessions.
 
         Raises:
-            InvalidArgumentError: if an item is not a session. Roll back the unit after the error, because the unit has
-                already written earlier batches.
+            InvalidArgumentError: if `sessions` is not an iterable, or an item is not a session. Roll back the unit
+                after the error, because the unit has already written earlier batches.
             AgentNotFoundError: if a session's agent does not exist.
         """
+        if not isinstance(sessions, Iterable):
+            raise InvalidArgumentError(f"sessions must be an iterable of AgentSession, not {type(sessions).__name__}")
         known: set[str] = set()
         now = self._unit.now()
         iterator = iter(sessions)
