@@ -118,7 +118,8 @@ class AgentStore(Store):
             AgentNotFoundError: if the agent does not exist.
         """
         check_kind(changes, models.AgentUpdate, "changes")
-        given = changes.model_fields_set
+        # A subclass of the application can have further fields, which are not columns.
+        given = changes.model_fields_set & models.AgentUpdate.model_fields.keys()
         if not given:
             return self.get(agent_id)
         # Do not read the row first, because an update must also replace a value that cannot be read.

@@ -66,6 +66,19 @@ def test_bad_limits_are_refused(database: Database, limit: int) -> None:
         unit.agents.list(limit=limit)
 
 
+class Renaming(AgentUpdate):
+    """An application's request with a field of its own."""
+
+    reason: str
+
+
+def test_update_ignores_fields_of_a_subclass(database: Database) -> None:
+    """If the request is a subclass with further fields, `update` sets only the columns."""
+    add_agent(database)
+    assert database.agents.update("ada", Renaming(name="Countess", reason="title")).name == "Countess"
+    assert database.agents.update("ada", Renaming(reason="none")).name == "Countess"
+
+
 def test_update_changes_only_what_was_given(database: Database) -> None:
     """`update` keeps fields that are not given; a config of None becomes empty."""
     with database.unit_of_work() as unit:
