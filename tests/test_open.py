@@ -177,6 +177,19 @@ def test_invalid_targets(target: Any) -> None:
             open_or_look(target)
 
 
+def test_invalid_target_names_its_remedy(tmp_path: Path) -> None:
+    """If a target ends in a slash or has another name of an engine, the error names the remedy and no password."""
+    for target, remedy in (
+        (f"{tmp_path}/data/", "names a directory: name a file in it"),
+        (f"sqlite:///{tmp_path}/data/", "names a directory: name a file in it"),
+        ("postgres://u:hidden@127.0.0.1/x", "use a path, sqlite:/// or postgresql://"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=remedy) as caught:
+            Database.open(target)
+        assert "hidden" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "target",
     [Path("home.db\n"), Path("a\tb.db"), Path("home\x85.db"), URL.create("sqlite", database="home.db\r")],
@@ -393,7 +406,11 @@ REFUSED: dict[str, tuple[Callable[[Path], object], type[DatabaseError], str]] = 
     "foreign, with a log": (lambda path: foreign(path, wal=True), ForeignDatabaseError, "another application"),
     "newer": (from_the_future, SchemaTooNewError, "upgrade homeagent"),
     "two versions": (two_versions, CorruptDatabaseError, "restore"),
-    "text": (lambda path: path.write_text("dear diary, " * 100), CorruptDatabaseError, "backup"),
+    "text": (
+        lambda path: path.write_text("dear diary, " * 100),
+        CorruptDatabaseError,
+        r"is not a SQLite database: check the path.*homeagent\.db",
+    ),
     "1 byte": (lambda path: path.write_bytes(b"S"), CorruptDatabaseError, "1 bytes"),
     "a blank": (lambda path: path.write_bytes(b"\n"), CorruptDatabaseError, "backup"),
     "100 bytes": (lambda path: cut(path, 100), CorruptDatabaseError, "100 bytes"),
@@ -425,14 +442,6 @@ def test_refused_files_stay_unchanged(directory: Path, path: Path, kind: str, mi
     assert listing(directory) == before
 
 
-def test_newer_schema_is_named(path: Path) -> None:
-    """If the schema is newer, the error names its revision and the newest revision that this version supports."""
-    from_the_future(path)
-    with pytest.raises(SchemaTooNewError) as caught:
-        Database.open(path)
-    assert (caught.value.revision, caught.value.known) == ("9999", REVISION)
-
-
 @pytest.mark.parametrize("revision", ["0001", "0003"])
 def test_migrate_false_keeps_an_outdated_schema(directory: Path, path: Path, revision: str) -> None:
     """With migrate=False an older schema is refused by name and stays unchanged."""
@@ -444,12 +453,17 @@ def test_migrate_false_keeps_an_outdated_schema(directory: Path, path: Path, rev
     assert listing(directory) == before
 
 
-def test_migrate_false_creates_nothing(tmp_path: Path) -> None:
-    """With migrate=False opening creates neither a database nor a directory."""
-    with pytest.raises(SchemaOutdatedError) as caught:
-        Database.open(tmp_path / "absent" / "homeagent.db", migrate=False)
-    assert caught.value.revision is None
+def test_absent_database_is_named(tmp_path: Path) -> None:
+    """Without a database, migrate=False and `begin_epoch` name the path, and create neither a file nor a directory."""
+    path = tmp_path / "absent" / "homeagent.db"
+    for open_or_begin in (lambda: Database.open(path, migrate=False), lambda: Database.begin_epoch(path)):
+        with pytest.raises(SchemaOutdatedError, match=r"there is no database yet at .*check the name") as caught:
+            open_or_begin()
+        assert (caught.value.revision, caught.value.location) == (None, str(path))
+        assert str(path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InvalidArgumentError):
+        Database.begin_epoch(":memory:")
 
 
 DENIED = """
@@ -556,14 +570,17 @@ def test_restored_file_is_remembered(path: Path, revision: str) -> None:
         Database.open(path)
 
 
-def test_orphaned_wal_is_kept(directory: Path, path: Path) -> None:
-    """If the WAL of a missing database remains, opening raises; SQLite itself would delete the WAL and start empty."""
-    path.with_name("homeagent.db-wal").write_bytes(b"x" * 4096)
-    path.with_name("homeagent.db-wal").chmod(0o600)
-    with pytest.raises(CorruptDatabaseError, match="its log"):
+@pytest.mark.parametrize("database", ["absent", "empty"])
+def test_orphaned_wal_is_kept(path: Path, database: str) -> None:
+    """If the WAL has no database, opening raises; SQLite itself would delete the WAL and start empty."""
+    files = [path.with_name("homeagent.db-wal"), *([path] if database == "empty" else [])]
+    for file in files:
+        file.write_bytes(b"x" * 4096 if file != path else b"")
+        file.chmod(0o600)
+    with pytest.raises(CorruptDatabaseError, match="restore a backup"):
         Database.open(path)
-    assert path.with_name("homeagent.db-wal").read_bytes() == b"x" * 4096
-    assert not path.exists()
+    assert files[0].read_bytes() == b"x" * 4096
+    assert path.exists() == (database == "empty")
 
 
 JOURNAL = bytes.fromhex("d9d505f920a163d7 00000000 74c490bb 00000000 00000200 00001000").ljust(512, b"\0")

@@ -126,13 +126,13 @@ def test_bad_arguments_write_nothing(database: Database) -> None:
         for limit in (0, -1, True):
             with pytest.raises(InvalidArgumentError):
                 devices.list(limit=limit)
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(InvalidArgumentError, match=r"^role must be one of client, node, admin$"):
             devices.list(role="root")  # type: ignore[arg-type]
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(InvalidArgumentError, match=r"^status must be one of pending, approved, revoked$"):
             devices.list(status="root")  # type: ignore[arg-type]
         with pytest.raises(InvalidArgumentError):
             devices.list(approved=1)  # type: ignore[arg-type]
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(InvalidArgumentError, match=r"^expected_role must be one of"):
             devices.approve("lamp", expected_role="root")  # type: ignore[arg-type]
         for reason in ("", "x" * 513, "line\n"):
             with pytest.raises(InvalidArgumentError):
@@ -236,7 +236,7 @@ def test_approve_refuses_a_device_revoked_meanwhile(database: Database, shown: D
     with database.unit_of_work() as unit:
         assert unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED) is True
         assert unit.devices.approve("lamp", expected_status=DeviceStatus.PENDING) is False
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(InvalidArgumentError, match=r"^expected_status must be one of"):
             unit.devices.approve("lamp", expected_status="gone")  # type: ignore[arg-type]  # on purpose
 
 
@@ -336,19 +336,6 @@ def test_last_seen_at_the_ends_of_time(database: Database, clock: FakeClock) -> 
         assert not unit.devices.update_last_seen("lamp", datetime.min.replace(tzinfo=UTC))
 
 
-def test_last_seen_never_approves(database: Database, clock: FakeClock) -> None:
-    """If a revoked device is seen, it stays revoked; a deleted device is not created again."""
-    add_device(database, approved=True)
-    with database.unit_of_work() as unit:
-        unit.devices.revoke("lamp")
-        clock.advance(MINUTE)
-        assert unit.devices.update_last_seen("lamp") is True
-        assert unit.devices.get("lamp").status is DeviceStatus.REVOKED
-        unit.devices.delete("lamp")
-        assert unit.devices.update_last_seen("lamp") is False
-        assert unit.devices.find_by_id("lamp") is None
-
-
 def test_delete_removes_results_and_keeps_nonces(database: Database) -> None:
     """`delete` removes a device's results, so that a new device with the id never gets them, and keeps its nonces."""
     for device_id in ("lamp", "other"):
@@ -385,12 +372,6 @@ def test_list_filters_and_pages(database: Database) -> None:
         assert ids(limit=2) == "ab"
         assert ids(limit=2, after="b") == "cd"
         assert ids(role=Role.NODE, approved=False, after="c") == "d"
-
-
-def test_hashes_are_not_in_dump_or_repr(database: Database) -> None:
-    """A device's hashes are neither in its repr nor in its dump."""
-    device = add_device(database)
-    assert "sha256$" not in repr(device) + str(device) + device.model_dump_json() + str(device.model_dump())
 
 
 # An approval that another program stored.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -138,16 +140,38 @@ def test_a_search_takes_every_text(database: Database, absent: str) -> None:
         database.rotate_secret(absent)
 
 
-@pytest.mark.parametrize("wrong", [7, None, b"lamp"], ids=repr)
-def test_an_id_is_a_str(database: Database, wrong: str) -> None:
-    """If an id is not a str, every method raises an error."""
+def test_an_id_is_a_str(database: Database) -> None:
+    """If a client's JSON has a list, an object or another value as an id, every method raises an error."""
+    stores: list[Any] = [database.devices, database.agents, database.sessions]
+    wrongs: list[Any] = [7, None, b"lamp", [], {}, {"id": "lamp"}]
+    for wrong in wrongs:
+        calls: list[Callable[[Any], object]] = [
+            *(call for store in stores for call in (store.find_by_id, store.get, store.delete)),
+            lambda wrong: database.nonces.consume(wrong, "n", expires_at=START + MINUTE),
+            lambda wrong: IdempotencyScope(wrong, "m", "k"),
+            lambda wrong: database.check_secret(wrong, "a guess of a secret"),
+        ]
+        for call in calls:
+            with pytest.raises(InvalidArgumentError, match=f"must be text, not {type(wrong).__name__}"):
+                call(wrong)
+
+
+def test_a_text_subclass_that_equals_an_id_is_checked(database: Database) -> None:
+    """If an object of a text class equals every id, the store checks the object instead of a cached id."""
+
+    class Alike(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+        def __hash__(self) -> int:
+            return hash("lamp")
+
     with database.unit_of_work() as unit:
-        for store in (unit.devices, unit.agents, unit.sessions):
-            for call in (store.find_by_id, store.get, store.delete):
-                with pytest.raises(InvalidArgumentError):
-                    call(wrong)
-    with pytest.raises(InvalidArgumentError):
-        database.check_secret(wrong, "a guess of a secret")
+        assert unit.nonces.consume("lamp", "n-1", expires_at=START + MINUTE)
+        with pytest.raises(InvalidArgumentError, match="backslash"):
+            unit.nonces.consume(Alike("../lamp"), "n-2", expires_at=START + MINUTE)
 
 
 @pytest.mark.parametrize("odd", ["tab\there", "a/../b", "pho\u202ene", "x" * 600, "nul\0"], ids=ascii)

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import sqlite3
-import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -26,7 +25,6 @@ from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.files.sync import fsync_directory
 from homeagent.errors import (
-    CorruptDatabaseError,
     DatabaseError,
     DiskFullError,
     InsecureFileError,
@@ -52,22 +50,10 @@ from tests.engine.files.conftest import (
 
 
 class TestPaths:
-    def test_home_is_expanded(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`~` means the caller's home directory."""
-        monkeypatch.setenv("HOME", str(tmp_path))
-        assert locate_file("~/.homeagent/homeagent.db") == tmp_path.resolve() / ".homeagent" / "homeagent.db"
-
     def test_relative_path_becomes_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """If the working directory changes later, a relative path still names the same file."""
         monkeypatch.chdir(tmp_path)
         assert locate_file(Path("data/../homeagent.db")) == tmp_path.resolve() / "homeagent.db"
-
-    def test_linked_directory_is_followed_and_a_linked_file_is_not(self, tmp_path: Path) -> None:
-        """If a directory is a link, the path is resolved; a link in the place of the file itself is kept visible."""
-        (tmp_path / "real").mkdir()
-        (tmp_path / "linked").symlink_to(tmp_path / "real")
-        (tmp_path / "real" / "a.db").symlink_to(tmp_path / "elsewhere.db")
-        assert locate_file(tmp_path / "linked" / "a.db") == tmp_path.resolve() / "real" / "a.db"
 
     @pytest.mark.parametrize(
         "path",
@@ -106,49 +92,6 @@ class TestPaths:
 
 
 class TestInspecting:
-    def test_absent_file(self, database_file: Path) -> None:
-        """If the file does not exist, the result is None, and no file is created."""
-        assert inspect_file(database_file) is None
-        assert list(database_file.parent.iterdir()) == []
-
-    def test_empty_file(self, database_file: Path) -> None:
-        """A file of zero bytes counts as a database that was created and never initialised."""
-        state = inspect_file(make(database_file, b""))
-        assert state is not None
-        assert state.st_size == 0
-
-    def test_present_file(self, database_file: Path) -> None:
-        """A private file of at least one page is described by its size, owner and identity, and does not change."""
-        status = make(database_file).lstat()
-        before = snapshot(database_file.parent)
-        state = inspect_file(database_file)
-        assert state is not None
-        assert (state.st_size, state.st_mode, state.st_uid) == (512, status.st_mode, os.geteuid())
-        assert (state.st_dev, state.st_ino) == (status.st_dev, status.st_ino)
-        assert snapshot(database_file.parent) == before
-
-    @pytest.mark.parametrize(("put", "error", "words"), NOT_A_FILE_OF_OURS)
-    def test_untrusted_file_is_refused(
-        self, database_file: Path, put: Callable[[Path], None], error: type[DatabaseError], words: str
-    ) -> None:
-        """If the path is a link, a second name or not a regular file, the error names it and no file changes."""
-        put(database_file)
-        before = snapshot(database_file.parent)
-        with pytest.raises(error, match=words) as refusal:
-            inspect_file(database_file)
-        assert str(database_file) in str(refusal.value)
-        assert snapshot(database_file.parent) == before
-
-    @pytest.mark.parametrize("size", [1, 100, 511])
-    def test_too_short_file_is_corrupt(self, database_file: Path, size: int, caplog: pytest.LogCaptureFixture) -> None:
-        """If a file is so short that SQLite would treat it as empty, inspection raises an error and keeps its mode."""
-        make(database_file, b"x" * size, mode=0o644)
-        before = snapshot(database_file.parent)
-        with pytest.raises(CorruptDatabaseError, match=f"{size} bytes.*restore a backup"):
-            inspect_file(database_file)
-        assert snapshot(database_file.parent) == before
-        assert caplog.records == []
-
     @pytest.mark.parametrize(
         ("content", "mode", "repaired"),
         [
@@ -179,56 +122,6 @@ class TestInspecting:
             assert words in record.getMessage()
         inspect_file(database_file)
         assert len(caplog.records) == 1
-
-    @pytest.mark.parametrize("mode", [0o600, 0o400])
-    def test_tight_mode_is_kept(self, database_file: Path, mode: int, caplog: pytest.LogCaptureFixture) -> None:
-        """A read-only mode of a database is kept."""
-        make(database_file, mode=mode)
-        state = inspect_file(database_file)
-        assert state is not None
-        assert state.st_mode & 0o7777 == mode
-        assert mode_of(database_file) == mode
-        assert caplog.records == []
-
-    def test_file_of_another_user_is_refused(self) -> None:
-        """An unprivileged program refuses a file of another user, even if the program could read it."""
-        output = run(
-            """
-            from pathlib import Path
-            from homeagent.engine.files.database_file import inspect_file
-            from homeagent.errors import InsecureFileError
-            """,
-            UNPRIVILEGED,
-            """
-            try:
-                inspect_file(Path("/etc/passwd"))
-            except InsecureFileError as error:
-                print(error)
-            """,
-        )
-        assert "'/etc/passwd' belongs to user 0" in output
-        assert "chown" in output
-
-    @needs_root
-    @pytest.mark.parametrize("mode", [0o600, 0o400])
-    def test_superuser_may_open_a_private_file_of_another(self, database_file: Path, mode: int) -> None:
-        """The superuser can inspect a private database in a user's own directory, and the file keeps its owner."""
-        os.chown(make(database_file, mode=mode), NOBODY, NOBODY)
-        os.chown(database_file.parent, NOBODY, NOBODY)
-        before = snapshot(database_file.parent)
-        state = inspect_file(database_file)
-        assert state is not None
-        assert (state.st_uid, state.st_mode & 0o7777) == (NOBODY, mode)
-        assert snapshot(database_file.parent) == before
-
-    @needs_root
-    def test_superuser_refuses_a_file_of_another_user_than_the_directory(self, database_file: Path) -> None:
-        """If a private file's owner does not own the directory, the superuser gets an error with the remedy."""
-        os.chown(make(database_file), NOBODY, NOBODY)
-        before = snapshot(database_file.parent)
-        with pytest.raises(InsecureFileError, match=f"belongs to user {NOBODY}, .* chown it to 0"):
-            inspect_file(database_file)
-        assert snapshot(database_file.parent) == before
 
     @needs_root
     def test_superuser_does_not_repair_files_of_others(self, database_file: Path) -> None:
@@ -306,17 +199,6 @@ class TestInspecting:
 
 
 class TestSidecars:
-    def test_no_sidecars(self, database_file: Path) -> None:
-        """A database that is closed has no sidecar files."""
-        make(database_file)
-        assert secure_sidecars(database_file) == []
-
-    def test_loose_modes_are_repaired(self, database_file: Path) -> None:
-        """Each sidecar file becomes private, whatever its size."""
-        made = [make(path, b"x", mode=0o644) for path in sidecars(database_file)]
-        assert secure_sidecars(database_file) == made
-        assert [mode_of(path) for path in made] == [0o600] * 3
-
     @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
     @pytest.mark.parametrize(("put", "error", "words"), NOT_A_FILE_OF_OURS)
     def test_untrusted_file_is_refused(
@@ -378,68 +260,7 @@ class TestSidecars:
             connection.execute("COMMIT")
 
 
-class TestOrphanedLog:
-    def make_log(self, database_file: Path) -> None:
-        """Leave a WAL with committed content and no database."""
-        with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("CREATE TABLE t (a)")
-            log = sidecars(database_file)[0].read_bytes()
-        database_file.unlink()
-        make(sidecars(database_file)[0], log)
-
-    @pytest.mark.parametrize("leave", ["nothing", "an empty file"])
-    def test_wal_without_database_is_refused(self, database_file: Path, leave: str) -> None:
-        """If the WAL has no database, SQLite would delete it; opening raises an error with the remedy and keeps it."""
-        self.make_log(database_file)
-        if leave == "an empty file":
-            make(database_file, b"")
-        before = snapshot(database_file.parent)
-        with pytest.raises(CorruptDatabaseError, match="restore a backup"):
-            refuse_orphaned_log(database_file)
-        assert snapshot(database_file.parent) == before
-
-    def test_new_and_open_databases_pass(self, database_file: Path) -> None:
-        """A first start, an interrupted first start and a database in use raise no error."""
-        refuse_orphaned_log(database_file)
-        create_file(database_file)
-        refuse_orphaned_log(database_file)
-        make(sidecars(database_file)[0], b"")
-        refuse_orphaned_log(database_file)
-        with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
-            refuse_orphaned_log(database_file)
-            connection.execute("CREATE TABLE t (a)")
-            assert sidecars(database_file)[0].stat().st_size > 0
-            refuse_orphaned_log(database_file)
-
-
 class TestCreating:
-    def test_file_is_created_once(self, database_file: Path) -> None:
-        """The first call creates an empty private file; the second call changes no file and returns False."""
-        assert create_file(database_file) is True
-        assert (mode_of(database_file), database_file.stat().st_size) == (0o600, 0)
-        database_file.write_bytes(DATABASE)
-        before = snapshot(database_file.parent)
-        assert create_file(database_file) is False
-        assert snapshot(database_file.parent) == before
-
-    def test_one_of_many_threads_creates_the_file(self, database_file: Path) -> None:
-        """If threads create the file at the same time, exactly one of the calls returns True."""
-        barrier = threading.Barrier(8)
-        answers: list[bool] = []
-
-        def create() -> None:
-            barrier.wait()
-            answers.append(create_file(database_file))
-
-        threads = [threading.Thread(target=create) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert sorted(answers) == [False] * 7 + [True]
-
     @pytest.mark.parametrize("put", [symlink, dangling_symlink, directory, fifo])
     def test_name_that_is_taken_is_left_alone(self, database_file: Path, put: Callable[[Path], None]) -> None:
         """If the name is taken, the existing entry stays, and no file is created at the target of a link."""
@@ -448,21 +269,10 @@ class TestCreating:
         assert create_file(database_file) is False
         assert snapshot(database_file.parent) == before
 
-    def test_missing_directory_is_named(self, database_file: Path) -> None:
-        """If the directory does not exist, the error names it and the remedy."""
-        with pytest.raises(DatabaseError, match="its directory is missing"):
-            create_file(database_file.parent / "absent" / "homeagent.db")
-
     def test_too_long_name_is_refused(self, database_file: Path) -> None:
         """If the file system cannot hold the name, the error reports a wrong argument."""
         with pytest.raises(InvalidArgumentError, match="too long"):
             create_file(database_file.with_name("x" * 300))
-
-    def test_path_through_a_file_is_refused(self, database_file: Path) -> None:
-        """If a component of the path is a file, the error reports a wrong argument here too."""
-        make(database_file)
-        with pytest.raises(InvalidArgumentError, match="leads through a file"):
-            create_file(database_file / "homeagent.db")
 
     @pytest.mark.parametrize(
         ("number", "kind", "words"),
