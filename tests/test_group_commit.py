@@ -291,18 +291,6 @@ def test_a_commit_inside_a_batch_runs_the_units_alone(sqlite_database: Database)
     assert agents_of(sqlite_database) == ["ada", "bob", "committed"]
 
 
-def test_units_read_the_writes_of_earlier_units(sqlite_database: Database) -> None:
-    """In a batch, a unit reads the writes of the units before it, but not the writes of units that were undone."""
-
-    def look(unit: UnitOfWork) -> list[str]:
-        return [agent.id for agent in unit.agents.list()]
-
-    works = [creating("ada"), functools.partial(raising, error=LookupError()), look, creating("ada")]
-    results = run_together(sqlite_database, works)
-    assert results[2] == ["ada"]
-    assert isinstance(results[3], AgentExistsError)
-
-
 def test_a_unit_cannot_be_used_after_its_end(sqlite_database: Database) -> None:
     """If a unit is used after its end, UnitStateError prevents a write into the next unit of the batch."""
     kept: list[UnitOfWork] = []

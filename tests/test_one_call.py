@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 from sqlalchemy import event, text
 
-from homeagent import AgentSession, Database, DeviceCreate, IdempotencyScope, Role, errors, stores
+from homeagent import AgentSession, Database, DeviceCreate, Role, errors, stores
 from homeagent.stores.store import access_of
 from tests.conftest import FakeClock, add_agent
 
@@ -36,28 +36,6 @@ def test_each_method_is_declared(kind: type) -> None:
     methods = {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
     assert methods
     assert {name for name in methods if access_of(getattr(kind, name)) is None} == set()
-
-
-def test_calls_behave_like_units(database: Database, clock: FakeClock) -> None:
-    """A call through the database reads and writes the same rows as the call in a unit."""
-    database.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
-    assert database.devices.approve("lamp")
-    assert database.devices.get("lamp").approved
-    assert [device.id for device in database.devices.list()] == ["lamp"]
-    assert database.devices.find_by_id("absent") is None
-    with pytest.raises(errors.DeviceNotFoundError):
-        database.devices.get("absent")
-    with pytest.raises(errors.DeviceExistsError):
-        database.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash=HASH))
-    until = clock() + timedelta(minutes=5)
-    assert database.nonces.consume("lamp", "n", expires_at=until)
-    assert not database.nonces.consume("lamp", "n", expires_at=until)
-    scope = IdempotencyScope(device_id="lamp", method="m", key="k")
-    database.idempotency_keys.insert(scope, {"on": True}, ttl=timedelta(hours=1))
-    found = database.idempotency_keys.find(scope)
-    assert found is not None
-    assert found.result == {"on": True}
-    assert database.devices is database.devices
 
 
 def test_a_read_is_one_statement(sqlite_database: Database) -> None:

@@ -78,8 +78,8 @@ def test_only_the_right_secret_gets_status_and_device(database: Database, secret
         assert check.device.id == "lamp"
         assert bool(check) == (status == "approved")
         assert (database.verify_secret("lamp", right) is not None) == (status == "approved")
-        for device_id, wrong in ("lamp", "wrong"), ("lamp", generate_secret()), ("lamp", ""), ("nobody", right):
-            denied = database.check_secret(device_id, wrong)
+        for wrong in ("wrong", generate_secret(), "", check.device.shared_secret_hash, None):
+            denied = database.check_secret("nobody" if wrong is None else "lamp", right if wrong is None else wrong)
             assert denied == SecretCheck("denied", None)
             assert not denied
 
@@ -96,9 +96,12 @@ def test_a_right_proof_tells_pending_and_revoked(database: Database) -> None:
         assert (check.status, check.device and check.device.id, bool(check)) == (status, "lamp", status == "approved")
         later = partial(database.acheck_proof, "lamp", nonce="n", timestamp=START, proof=proof)
         assert anyio.run(later) == check
-        for device_id, wrong in ("lamp", bytes(32)), ("nobody", proof):
-            denied = database.check_proof(device_id, nonce="n", timestamp=START, proof=wrong)
-            assert denied == SecretCheck("denied", None)
+        verified = database.verify_proof("lamp", nonce="n", timestamp=START, proof=proof)
+        assert (verified is not None) == (status == "approved")
+        forged = bytes([proof[0] ^ 1]) + proof[1:]
+        for wrong in ({"proof": forged}, {"nonce": "m"}, {"timestamp": START + MINUTE}, {"device_id": "nobody"}):
+            given: Any = {"device_id": "lamp", "nonce": "n", "timestamp": START, "proof": proof, **wrong}
+            assert database.check_proof(**given) == SecretCheck("denied", None)
 
 
 def test_proof_parameters_do_not_tell_which_devices_exist(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ import pytest
 from homeagent import Attempt, Database, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.errors import (
     CorruptDatabaseError,
-    EffectFailedError,
     FingerprintMismatchError,
     IdempotencyError,
     IdempotencyInProgressError,
@@ -22,8 +19,7 @@ from homeagent.errors import (
     OutcomeUnknownError,
 )
 from homeagent.stores import IdempotencyKeyStore
-from tests.conftest import ROOT, START, FakeClock, dump, write_past_checks
-from tests.migrations.old_databases import REVISIONS
+from tests.conftest import START, FakeClock, dump, write_past_checks
 
 SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
 MINUTE = timedelta(minutes=1)
@@ -138,14 +134,6 @@ def test_lost_key(
     assert dump(database) == before
 
 
-def test_late_completion(database: Database, clock: FakeClock) -> None:
-    """If a lease expired and no other attempt claimed the key, the attempt can still record its outcome."""
-    attempt = begin(database)
-    clock.advance(MINUTE * 2)
-    complete(database, attempt)
-    assert claim(database) == Outcome("done", True, 1)
-
-
 def test_renew(database: Database, clock: FakeClock) -> None:
     """A renewed lease lasts from the time of the renewal."""
     attempt = begin(database)
@@ -225,15 +213,6 @@ def test_cleanup_keeps_unknown_outcomes(database: Database, clock: FakeClock) ->
     begin(database, scopes["running"])
 
 
-def test_replayed_failure(database: Database) -> None:
-    """A stored failure is raised again, and the error is marked as a replay."""
-    attempt = begin(database)
-    assert database.run(lambda unit: unit.idempotency_keys.fail(attempt, {"code": 0}))
-    with pytest.raises(EffectFailedError) as replay:
-        claim(database)
-    assert (replay.value.detail, replay.value.replayed) == ({"code": 0}, True)
-
-
 def test_operator_settles_abandoned_keys(database: Database, clock: FakeClock) -> None:
     """An operator lists abandoned keys, oldest first, records the outcome of one and allows another to run again."""
     scopes = [IdempotencyScope("lamp", "m", str(number)) for number in range(3)]
@@ -304,24 +283,6 @@ def test_errors_omit_the_key(database: Database) -> None:
         assert "sesame" not in str(error)
         assert "treasure" not in str(error)
         assert (error.device_id, error.method) == ("lamp", "m")
-
-
-@pytest.mark.parametrize("revision", REVISIONS)
-def test_earlier_schema(tmp_path: Path, revision: str) -> None:
-    """After an upgrade from any released schema, a row counts as completed until it expires, also with a null result.
-
-    SQLite only: the kept databases of each release are files.
-    """
-    directory = tmp_path / "private"
-    directory.mkdir(mode=0o700)
-    path = directory / "homeagent.db"
-    shutil.copyfile(ROOT / "tests" / "fixtures" / "revisions" / f"{revision}.db", path)
-    path.chmod(0o600)
-    clock = FakeClock(datetime(2023, 11, 14, 22, 14, tzinfo=UTC))
-    with Database.open(path, clock=clock) as database:
-        for key, value in (("key-1", {"opened": True, "who": "Zo\u00eb \U0001f408"}), ("key-2", None)):
-            assert claim(database, IdempotencyScope("phone", "door.open", key)) == Outcome(value, True, 1)
-        begin(database, IdempotencyScope("phone", "door.open", "key-old"))
 
 
 # A state that another program stored.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any
 
 import pytest
 from sqlalchemy import insert
@@ -134,13 +133,3 @@ def test_a_device_has_at_most_ten_thousand_nonces(database: Database, clock: Fak
     clock.advance(timedelta(hours=1))
     with database.unit_of_work() as unit:
         assert unit.nonces.consume("lamp", "room again", expires_at=clock.now + timedelta(hours=1))
-
-
-def test_nonces_survive_a_restart(database: Database, reopen: Any, clock: FakeClock) -> None:
-    """A nonce that was consumed before a restart is a replay for the next process."""
-    expires_at = clock.now + timedelta(hours=1)
-    with database.unit_of_work() as unit:
-        assert unit.nonces.consume("lamp", "one", expires_at=expires_at)
-    database.close()
-    with reopen() as again, again.unit_of_work() as unit:
-        assert not unit.nonces.consume("lamp", "one", expires_at=expires_at)

@@ -124,26 +124,6 @@ def test_resolve_is_one_session_per_route(database: Database) -> None:
     assert len(set(first)) == len(first)
 
 
-def test_created_sessions_take_a_free_route(database: Database, clock: FakeClock) -> None:
-    """`resolve` returns the first session of a route, and the last active session after the first one is deleted."""
-    add_agent(database)
-    with database.unit_of_work() as unit:
-        for session_id in ("s1", "s4", "s3", "s2"):
-            unit.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada", sender_id="s"))
-        assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id == "s1"
-        clock.advance(SECOND)
-        assert unit.sessions.touch("s3")
-        assert unit.sessions.delete("s1") is True
-    assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id == "s3"
-    clock.advance(SECOND)
-    assert database.sessions.touch("s2")
-    # The session that took the route keeps the route.
-    assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id == "s3"
-    for session_id in ("s3", "s2", "s4"):
-        assert database.sessions.delete(session_id)
-    assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id not in {"s1", "s2", "s3", "s4"}
-
-
 def test_resolve_reads_without_the_write_lock(database: Database) -> None:
     """If a session holds the route, `database.sessions.resolve` begins no write unit."""
     add_agent(database)
@@ -191,21 +171,6 @@ def test_move_takes_the_new_route(database: Database, clock: FakeClock) -> None:
     assert only_sound(database)
 
 
-def test_move_to_the_own_route(database: Database) -> None:
-    """A move to the session's own route takes a free route, and raises an error if another session holds the route."""
-    add_agent(database)
-    with database.unit_of_work() as unit:
-        for session_id in ("s1", "s2", "s3"):
-            unit.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada"))
-        assert unit.sessions.move("s1").session_id == "s1"
-        with pytest.raises(RouteTakenError) as caught:
-            unit.sessions.move("s2", agent_id="ada", sender_id=None)
-        assert caught.value.session_id == "s1"
-        unit.sessions.delete("s1")
-        unit.sessions.move("s2")
-        assert unit.sessions.resolve(agent_id="ada").session_id == "s2"
-
-
 def test_refused_moves_write_nothing(database: Database) -> None:
     """`move` raises an error for an absent session, an absent agent and an invalid label, and changes no row."""
     add_agent(database)
@@ -221,19 +186,6 @@ def test_refused_moves_write_nothing(database: Database) -> None:
             with pytest.raises(InvalidArgumentError):
                 unit.sessions.move("s1", sender_id=wrong)  # type: ignore[arg-type]  # on purpose
     assert dump(database) == before
-
-
-def test_move_frees_a_stale_route(database: Database) -> None:
-    """If an UPDATE statement left an old route key, `move` gives that route to the moved session."""
-    add_agent(database)
-    stale = database.sessions.resolve(agent_id="ada", sender_id="ann").session_id
-    with database.unit_of_work() as unit:
-        unit.session.execute(update(AgentSession).values(sender_id="bob"))
-        unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
-        unit.sessions.move("s1", sender_id="ann")
-    assert database.sessions.resolve(agent_id="ada", sender_id="ann").session_id == "s1"
-    assert database.sessions.resolve(agent_id="ada", sender_id="bob").session_id == stale
-    assert only_sound(database)
 
 
 def test_metadata(database: Database, clock: FakeClock) -> None:
@@ -315,19 +267,6 @@ def test_resolve_after_an_update_statement(database: Database) -> None:
     again = database.sessions.resolve(agent_id="ada", sender_id="ann")
     assert (again.channel_id, again.session_id in (moved, created.session_id)) == (None, False)
     assert only_sound(database)
-
-
-def test_touch_moves_forward_only(database: Database, clock: FakeClock) -> None:
-    """`touch` records an activity if it is later than the stored one by a millisecond or more."""
-    add_agent(database)
-    with database.unit_of_work() as unit:
-        unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
-        assert unit.sessions.touch("s1") is False
-        now = clock.advance(milliseconds=1)
-        assert unit.sessions.touch("s1") is True
-        assert unit.sessions.touch("s1", now - SECOND) is False
-        assert unit.sessions.get("s1").last_active_at == now
-        assert unit.sessions.get("s1").created_at == START
 
 
 def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
@@ -425,34 +364,6 @@ def test_index_adds_and_updates(database: Database, clock: FakeClock) -> None:
         assert unit.sessions.get("i00001").last_active_at == START + 2 * SECOND
         assert unit.sessions.index([]) == 0
     assert len(dump(database)["sessions"]) == 1500
-
-
-def test_future_time_counts_as_now(database: Database, clock: FakeClock) -> None:
-    """If a sender's clock is ahead, the session's time is now, so that later activity is still later."""
-    add_agent(database)
-    ahead = START + timedelta(days=18_000)
-    with database.unit_of_work() as unit:
-        known = unit.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
-        clock.advance(SECOND)
-        assert unit.sessions.touch("s1", ahead) is True
-        assert unit.sessions.get("s1").last_active_at == clock.now
-        clock.advance(SECOND)
-        times = {"created_at": ahead, "last_active_at": ahead}
-        unit.sessions.index([AgentSession(session_id=name, agent_id="ada", **times) for name in ("s1", "s2")])
-        moved, added = unit.sessions.get("s1"), unit.sessions.get("s2")
-        assert (moved.created_at, moved.last_active_at) == (known.created_at, clock.now)
-        assert added.created_at == added.last_active_at == clock.now
-    findings = {finding.check: finding for finding in database.doctor().findings}
-    assert findings["clock"].severity == "ok"
-
-
-def test_resolve_finds_indexed_sessions(database: Database) -> None:
-    """After a rebuild of the index, `resolve` returns the session with the greatest id of equally active sessions."""
-    add_agent(database)
-    with database.unit_of_work() as unit:
-        unit.sessions.index(rows(3))
-        assert unit.sessions.resolve(agent_id="ada", sender_id="s").session_id == "i00002"
-    assert len(dump(database)["sessions"]) == 3
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
