@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import shutil
 import subprocess
@@ -61,84 +62,6 @@ def test_no_revision_breaks_the_previous_version(
 
 NEXT = f"{int(REVISION) + 1:04}"
 
-FINE = {
-    "table": 'op.create_table("rooms", sa.Column("id", sa.Text(), primary_key=True))',
-    "nullable column": 'op.add_column("devices", sa.Column("sample", sa.Text()))',
-    "column with a default": (
-        'op.add_column("devices", sa.Column("n", sa.Integer(), server_default="0", nullable=False))'
-    ),
-    "index": 'op.create_index("idx_devices_role", "devices", ["role"])',
-    "index dropped": 'op.drop_index("idx_sessions_sender", "sessions")',
-    "check on a new column": (
-        'with op.batch_alter_table("devices") as batch:\n'
-        '    batch.add_column(sa.Column("n", sa.Integer()))\n'
-        '    batch.create_check_constraint("ck_devices_n", "n > 0")'
-    ),
-    "unique on a new column": (
-        'op.add_column("devices", sa.Column("n", sa.Integer()))\n'
-        'op.create_index("idx_devices_n", "devices", ["n"], unique=True)'
-    ),
-    "rows": "op.execute(\"UPDATE devices SET metadata = '{}' WHERE metadata IS NULL\")",
-}
-BREAKING = {
-    "drops a table": ('op.drop_table("nonces")', "nonces is dropped"),
-    "renames a table": ('op.rename_table("nonces", "numbers")', "nonces is dropped or renamed"),
-    "drops a column": (
-        'with op.batch_alter_table("devices") as batch:\n    batch.drop_column("last_seen_at")',
-        "last_seen_at is dropped",
-    ),
-    "renames a column": (
-        'with op.batch_alter_table("devices") as batch:\n    batch.alter_column("metadata", new_column_name="data")',
-        "devices.metadata is dropped or renamed",
-    ),
-    "drops a column in SQL": ('op.execute("ALTER TABLE agents DROP COLUMN config")', "agents.config is dropped"),
-    "new NOT NULL": (
-        'with op.batch_alter_table("devices") as batch:\n'
-        '    batch.add_column(sa.Column("n", sa.Integer(), nullable=False))',
-        "without a server default",
-    ),
-    "becomes NOT NULL": (
-        'with op.batch_alter_table("devices") as batch:\n    batch.alter_column("metadata", nullable=False)',
-        "becomes NOT NULL",
-    ),
-    "becomes nullable": (
-        'with op.batch_alter_table("devices") as batch:\n    batch.alter_column("paired_at", nullable=True)',
-        "becomes nullable",
-    ),
-    "loses a default": (
-        'with op.batch_alter_table("devices") as batch:\n    batch.alter_column("approved", server_default=None)',
-        "loses its server default",
-    ),
-    "narrows a type": (
-        'with op.batch_alter_table("agents") as batch:\n    batch.alter_column("name", type_=sa.String(10))',
-        "agents.name changes its type",
-    ),
-    "check on an old column": (
-        'with op.batch_alter_table("agents") as batch:\n'
-        '    batch.create_check_constraint("ck_agents_name", "name <> \'x\'")',
-        "ck_agents_name",
-    ),
-    "check dropped": (
-        'with op.batch_alter_table("devices") as batch:\n'
-        '    batch.drop_constraint(op.f("ck_devices_role"), type_="check")',
-        "ck_devices_role of devices is dropped",
-    ),
-    "unique on old columns": ('op.create_index("idx_agents_name", "agents", ["name"], unique=True)', "gets unique"),
-    "unique dropped": ('op.drop_index("idx_sessions_route", "sessions")', "loses unique"),
-    "another primary key": (
-        'with op.batch_alter_table("nonces", table_kwargs={"sqlite_with_rowid": False}) as batch:\n'
-        '    batch.drop_constraint("pk_nonces", type_="primary")\n'
-        '    batch.create_primary_key("pk_nonces", ["nonce", "device_id"])',
-        "the primary key of nonces",
-    ),
-    "a reference": (
-        'with op.batch_alter_table("nonces") as batch:\n'
-        '    batch.create_foreign_key("fk_nonces_device", "devices", ["device_id"], ["id"])',
-        "foreign key",
-    ),
-    "raises the oldest in silence": ("op.execute(\"UPDATE store SET oldest_revision = '0005'\")", "declare itself"),
-}
-
 
 def sample(directory: Path, body: str, *, declares: str | None = None) -> Path:
     """Return the revisions with a further revision that runs these operations."""
@@ -155,24 +78,6 @@ def sample(directory: Path, body: str, *, declares: str | None = None) -> Path:
 
 
 EITHER = pytest.mark.parametrize("engine_name", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
-
-
-@EITHER
-@pytest.mark.parametrize("kind", FINE)
-def test_an_expansion_passes(target: str, tmp_path: Path, kind: str) -> None:
-    """If old code can't notice a change, the check reports no problem, on either engine."""
-    with connected(target) as connection:
-        assert problems_of(NEXT, connection, scripts=sample(tmp_path, FINE[kind])) == []
-
-
-@EITHER
-@pytest.mark.parametrize("kind", BREAKING)
-def test_breaking_changes_are_reported(target: str, tmp_path: Path, kind: str) -> None:
-    """If a change breaks old code, the check reports the change, on either engine."""
-    body, problem = BREAKING[kind]
-    with connected(target) as connection:
-        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
-    assert any(problem in line for line in problems), problems
 
 
 NEW_CHECK, CHANGED_CHECK = (
@@ -233,10 +138,11 @@ def test_a_trigger_is_refused_unless_declared_and_shown(
         (REVISION, REVISION, None),
         (NEXT, NEXT, f"code of {REVISION} can't work with it"),
         (REVISION, None, "store.oldest_revision is"),
+        (None, REVISION, "declare itself"),
     ],
 )
 def test_a_contraction_declares_itself(
-    sqlite_path: Path, tmp_path: Path, declares: str, stores: str | None, problem: str | None
+    sqlite_path: Path, tmp_path: Path, declares: str | None, stores: str | None, problem: str | None
 ) -> None:
     """A contraction may drop unused columns, and must declare the oldest code that still works.
 
@@ -300,8 +206,9 @@ def test_an_older_version_refuses_an_incompatible_newer_schema(target: str, migr
 # The previous version writes values that a new CHECK accepts
 
 
-def code_of(revision: str, directory: Path) -> Path:
-    """Unpack the newest code for a revision from the history of this checkout."""
+@functools.cache
+def archive_of(revision: str) -> bytes:
+    """Return the newest code for a revision from the history of this checkout, as a ZIP file."""
     module, line = "homeagent/migrations/revisions.py", f'REVISION = "{revision}"'
 
     def git(*arguments: str) -> bytes:
@@ -311,10 +218,14 @@ def code_of(revision: str, directory: Path) -> Path:
         # The newest commit that added or removed this line.
         commit = git("log", "-1", "--format=%H", f"-S{line}", "--", module).decode().strip()
         is_there = line.encode() in git("show", f"{commit}:{module}")
-        archive = git("archive", "--format=zip", "HEAD" if is_there else f"{commit}^", "homeagent", "alembic")
+        return git("archive", "--format=zip", "HEAD" if is_there else f"{commit}^", "homeagent", "alembic")
     except (OSError, subprocess.CalledProcessError):
         pytest.skip(f"needs the history of the checkout back to the last commit at revision {revision}")
-    ZipFile(io.BytesIO(archive)).extractall(directory)
+
+
+def code_of(revision: str, directory: Path) -> Path:
+    """Unpack the newest code for a revision into a directory."""
+    ZipFile(io.BytesIO(archive_of(revision))).extractall(directory)
     return directory
 
 

@@ -27,15 +27,13 @@ from homeagent import AgentSession, Database, diagnose
 from homeagent.errors import (
     DatabaseError,
     InvalidArgumentError,
-    MigrationError,
     SchemaChangedError,
     TargetNotEmptyError,
 )
 from homeagent.maintenance import CopyProgress
 from homeagent.maintenance.own_tables import PAGE
 from tests.conftest import add_agent, postgres_execute
-from tests.migrations.old_databases import clock as then
-from tests.migrations.old_databases import old_database, sqlite
+from tests.migrations.old_databases import sqlite
 from tests.migrations.own_revisions import write_revision
 
 # A foreign key between two MetaData objects needs the column itself, because a name is searched in one MetaData.
@@ -306,21 +304,3 @@ def test_trigger_that_can_change_rows(target: str) -> None:
 
 
 KINDS = {"trigger": "audit", "index": "own_index", "view": "own_view"}
-
-
-def test_view_that_an_upgrade_would_break(tmp_path: Path) -> None:
-    """A view that an upgrade would break is named before a backup is made or a byte changes, and the remedy works."""
-    path = old_database(tmp_path, "0001")
-    view = 'CREATE VIEW "own counts" AS SELECT device_id, count(*) FROM idempotency_keys GROUP BY device_id'
-    with closing(sqlite(path)) as raw:
-        raw.execute(view)
-    before = path.read_bytes()[100:]
-    with pytest.raises(MigrationError, match=r"would break the application's view own counts.*drop the view"):
-        Database.open(path, clock=then)
-    assert path.read_bytes()[100:] == before
-    assert not list(tmp_path.glob("*.backup"))
-    with closing(sqlite(path)) as raw:
-        raw.execute('DROP VIEW "own counts"')
-    Database.open(path, clock=then).close()
-    with closing(sqlite(path)) as raw:
-        raw.execute(view)

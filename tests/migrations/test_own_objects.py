@@ -60,6 +60,8 @@ def test_own_objects_are_kept(tmp_path: Path, revision: str) -> None:
     with closing(sqlite(path)) as raw:
         for statement in KEPT:
             raw.execute(statement)
+        if revision == "0005":  # 0006 rebuilds the table with its generated columns
+            raw.execute("ALTER TABLE devices ADD COLUMN own_loud TEXT GENERATED ALWAYS AS (upper(id)) VIRTUAL")
     before, objects = rows_of(path), own_objects(path)
     Database.open(path, clock=clock, acknowledged=TRIGGERS).close()
     after = rows_of(path)
@@ -109,7 +111,9 @@ def test_objects_that_prevent_an_upgrade(tmp_path: Path, named: str) -> None:
     assert not list(tmp_path.glob("*.backup"))
 
 
-@pytest.mark.parametrize("revision", OLD)
+@pytest.mark.parametrize(
+    "revision", [OLD[0], OLD[-1], *(pytest.param(revision, marks=pytest.mark.slow) for revision in OLD[1:-1])]
+)
 def test_own_objects_are_kept_on_postgresql(empty_postgres_url: str, revision: str) -> None:
     """Each upgrade on PostgreSQL keeps the application's rows, indexes, views, triggers and references."""
     queries = (
