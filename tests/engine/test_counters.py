@@ -10,39 +10,9 @@ import pytest
 
 from homeagent import Database
 from homeagent.engine.counters import Counters
-from homeagent.errors import ConflictError, DatabaseBusyError, DiskFullError, TransientError
+from homeagent.errors import ConflictError, DatabaseBusyError, DiskFullError
 from tests.batches import held
-from tests.conftest import START, FakeClock, add_agent
-
-
-def test_units_are_counted_by_how_they_ended(database: Database, clock: FakeClock) -> None:
-    """Commits, read units, rollbacks, retries and sweeps each have a counter."""
-    counters = database._engine.counters
-    before = counters.snapshot()
-    add_agent(database)
-    with database.unit_of_work(read_only=True):
-        pass
-    with suppress(LookupError), database.unit_of_work():
-        raise LookupError
-    with database.unit_of_work() as unit:
-        unit.rollback()
-    faults = iter([TransientError("again")])
-
-    def work(unit: object) -> None:
-        if fault := next(faults, None):
-            raise fault
-
-    database.run(work)
-    with database.unit_of_work() as unit:
-        unit.nonces.consume("lamp", "n", expires_at=START + timedelta(minutes=1))
-    clock.advance(hours=2)
-    assert database.sweep().nonces == 1
-    after = counters.snapshot()
-    assert after.reads - before.reads == 1
-    assert after.commits - before.commits == 7  # a sweep has four batches here
-    assert after.rollbacks - before.rollbacks == 3
-    assert after.units - before.units == 11
-    assert (after.retries, after.sweeps, after.swept) == (1, 1, 1)
+from tests.conftest import FakeClock, add_agent
 
 
 def test_lock_wait_is_measured(sqlite_database: Database) -> None:

@@ -495,19 +495,13 @@ def test_postgresql_names_its_own_tools(postgres_url: str, postgres_template: st
                 call()
 
 
-def test_closed_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
-    """If the database is closed, the backup raises an error."""
-    database = Database.open(sqlite_path)
-    database.close()
-    with pytest.raises(errors.DatabaseClosedError):
-        database.backup(tmp_path / "copy.db")
-
-
 def test_temporary_database(tmp_path: Path) -> None:
-    """A temporary database can be backed up."""
+    """A temporary database can be backed up until it is closed."""
     with Database.open(":memory:") as database:
         add_agent(database)
         backup = database.backup(tmp_path / "kept.db")
+    with pytest.raises(errors.DatabaseClosedError):
+        database.backup(tmp_path / "late.db")
     with Database.open(backup) as kept, kept.unit_of_work(read_only=True) as unit:
         assert unit.agents.get("ada").name == "Ada"
 

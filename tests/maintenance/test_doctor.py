@@ -664,12 +664,6 @@ def test_a_missing_index_is_made_by_its_remedy(path: Path, clock: FakeClock) -> 
         assert look(path, clock).severity is Severity.OK
 
 
-def test_tables_of_the_application_are_ignored(path: Path, clock: FakeClock) -> None:
-    """A host application's table in the same file is not drift."""
-    change(path, "CREATE TABLE theirs (id TEXT)")
-    assert look(path, clock).severity is Severity.OK
-
-
 # The rows
 
 

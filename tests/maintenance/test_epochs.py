@@ -63,15 +63,6 @@ def test_restore_continues_the_count(sqlite_path: Path, tmp_path: Path, clock: F
     assert Database.restore(backup, sqlite_path, clock=clock).epoch == 3
 
 
-def test_absent_and_temporary_databases_are_refused(tmp_path: Path) -> None:
-    """If the database does not exist or is temporary, an error is raised and no file is created."""
-    with pytest.raises(errors.SchemaOutdatedError, match="no database yet"):
-        Database.begin_epoch(tmp_path / "nothing.db")
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(errors.InvalidArgumentError):
-        Database.begin_epoch(":memory:")
-
-
 def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:
     """After a second epoch, `homeagent status` shows the epoch. SQLite only: the output is the same for PostgreSQL."""
     from tests.command_line import invoke

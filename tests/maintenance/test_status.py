@@ -6,16 +6,26 @@ from datetime import timedelta
 
 import pytest
 
-from homeagent import Database, errors
+from homeagent import AgentCreate, Database, UnitOfWork, errors
 from homeagent.maintenance import DatabaseCounters, DatabaseStatus
-from tests.conftest import FakeClock, add_agent
+from tests.conftest import FakeClock
 
 
 def test_status_has_the_counters(database: Database, clock: FakeClock) -> None:
-    """The status has this process's commits, rollbacks, reads and sweeps, and survives a round trip through JSON."""
-    add_agent(database)
-    with pytest.raises(errors.AgentExistsError):
-        add_agent(database)
+    """The status has this process's commits, rollbacks, retries, reads and sweeps, and survives a round trip."""
+    faults = iter([errors.TransientError("again")])
+
+    def work(unit: UnitOfWork) -> None:
+        unit.agents.list()
+        if fault := next(faults, None):
+            raise fault
+
+    database.run(work)
+    with pytest.raises(errors.AgentExistsError), database.unit_of_work() as unit:
+        for _ in range(2):
+            unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
+    with database.unit_of_work() as unit:
+        unit.rollback()
     with database.unit_of_work() as unit:
         unit.nonces.consume("lamp", "n", expires_at=clock.now + timedelta(minutes=1))
     clock.advance(hours=2)
@@ -26,20 +36,12 @@ def test_status_has_the_counters(database: Database, clock: FakeClock) -> None:
     assert counters.reads == before.reads
     assert counters.units == counters.reads + counters.commits + counters.rollbacks
     # A sweep is four units here: one for each kind of row.
-    assert (counters.commits, counters.rollbacks, counters.sweeps, counters.swept) == (6, 1, 1, 1)
-    assert counters.last_error is None
+    assert (counters.commits, counters.rollbacks, counters.retries) == (6, 3, 1)
+    assert (counters.sweeps, counters.swept) == (1, 1)
+    assert counters.last_error is not None
+    assert counters.last_error.kind == "TransientError"
     assert database.counters().reads == before.reads + 1
     assert DatabaseStatus.model_validate_json(status.model_dump_json()) == status
-
-
-def test_last_error_is_in_the_status(database: Database) -> None:
-    """The last engine error is in the counters, with its class and its message."""
-    with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
-        unit.nonces.delete_expired()
-    fault = database.counters().last_error
-    assert fault is not None
-    assert fault.kind == "ReadOnlyError"
-    assert "read" in fault.message
 
 
 def test_earlier_status_is_read(database: Database) -> None:
