@@ -278,6 +278,8 @@ def test_a_database_that_cannot_be_opened(name: str, store: Path, unusable: Path
             assert _error_of_refusal(done)
             if state == "absent":
                 assert invoke(*arguments).stderr == f"homeagent: {json.loads(done.stderr)['message']}\n"
+                assert "homeagent init" in done.stderr or name in {"copy", "restore"}
+                assert not path.parent.exists()
 
 
 @pytest.mark.parametrize("lines", [0, 1], ids=["closed", "full"])
@@ -353,8 +355,25 @@ print(json.dumps([attempt(number, 2 + calls * number // instants) for number in 
 """
 
 
-@pytest.mark.parametrize("instants", [3, pytest.param(8, marks=pytest.mark.slow)])
-@every_command
+# Commands of each kind for a run of all tests; the campaign interrupts every command.
+SAMPLE = (
+    "init",
+    "migrate",
+    "sweep",
+    "backup",
+    "restore",
+    "copy",
+    "doctor",
+    "devices pair",
+    "devices list",
+    "keys resolve",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "instants"),
+    [*((name, 3) for name in SAMPLE), *(pytest.param(name, 8, marks=pytest.mark.slow) for name in COMMANDS)],
+)
 def test_ctrl_c(name: str, instants: int, prepared: Path, tmp_path: Path) -> None:
     """If Ctrl-C comes at any time, the command ends with a line and status 130, or its work was done."""
     done = fork_server.run(INTERRUPTED, prepared, tmp_path, instants, *_arguments(name, prepared / "h.db"))
