@@ -439,7 +439,7 @@ def expected(samples: dict[str, Sample], tmp_path_factory: pytest.TempPathFactor
     return judged(directory / "homeagent.db", {**samples["closed"].files, ".open": b""})
 
 
-@pytest.mark.parametrize("index", INDEXES)
+@pytest.mark.parametrize("index", ["none", pytest.param("zeros", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scrap", SCRAPS)
 def test_a_wal_without_frames_counts_as_absent(
     tmp_path: Path, samples: dict[str, Sample], expected: dict[str, Severity], scrap: str, index: str

@@ -12,6 +12,7 @@ import pytest
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, UnitOfWork, errors
 from homeagent.engine.connection import StoreConnection
+from homeagent.engine.driver_errors import sqlite_error
 from homeagent.engine.engine import Engine
 from tests.conftest import START, add_agent, dump
 
@@ -59,7 +60,18 @@ POSTGRESQL_FAULTS: dict[str, type[errors.HomeAgentError]] = {
     "XX000": errors.DatabaseError,
 }
 
-FAULTS = [("sqlite", name, kind) for name, kind in SQLITE_FAULTS.items()] + [
+# A unit meets one SQLite error of each kind; another test compares all codes with their classes.
+KINDS = (
+    "BUSY",
+    "FULL",
+    "READONLY_DBMOVED",
+    "IOERR_WRITE",
+    "CORRUPT",
+    "CANTOPEN_SYMLINK",
+    "CONSTRAINT_UNIQUE",
+    "TOOBIG",
+)
+FAULTS = [("sqlite", f"SQLITE_{name}", SQLITE_FAULTS[f"SQLITE_{name}"]) for name in KINDS] + [
     ("postgresql", name, kind) for name, kind in POSTGRESQL_FAULTS.items()
 ]
 
@@ -195,6 +207,14 @@ def test_each_statement_fails_once(
     assert any("COMMIT" in sql for sql in plan.seen)
     with database.unit_of_work(read_only=True) as unit:
         assert unit.agents.get("new")
+
+
+def test_each_code_of_sqlite_has_its_error(sqlite_database: Database) -> None:
+    """Each code of an error of SQLite becomes the error in the contract, without the message of the driver."""
+    for name, kind in SQLITE_FAULTS.items():
+        error = sqlite_error(driver_error(sqlite_database._engine, name))
+        assert type(error) is kind, name
+        assert SECRET not in f"{error!r}"
 
 
 @pytest.mark.parametrize(("engine_name", "fault", "kind"), FAULTS)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
 import logging
 import re
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,10 @@ VALUES = {
 }  # fmt: skip
 
 
-def calls() -> Iterator[tuple[str, ast.Call]]:
+@functools.cache
+def calls() -> list[tuple[str, ast.Call]]:
     """Return each call in the package or a revision that logs a record, with its place."""
+    found = []
     for path in sorted([*PACKAGE.rglob("*.py"), *REVISIONS.glob("*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
@@ -41,7 +43,8 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
                 and isinstance(node.func.value, ast.Name)
                 and node.func.value.id in {"logger", "logging", "log", "_logger"}
             ):
-                yield f"{path.relative_to(PACKAGE.parent)}:{node.lineno}", node
+                found.append((f"{path.relative_to(PACKAGE.parent)}:{node.lineno}", node))
+    return found
 
 
 def fields_of(place: str, call: ast.Call) -> dict[str, ast.expr]:

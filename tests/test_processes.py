@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from homeagent import AgentCreate, Database
-from homeagent.errors import DatabaseBusyError
 
 if TYPE_CHECKING:
-    from tests.conftest import Children, FakeClock
+    from tests.conftest import Children
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -456,7 +455,10 @@ with database.unit_of_work() as unit:
 }
 
 
-@pytest.mark.parametrize("end", list(ENDS))
+@pytest.mark.parametrize(
+    ("engine_name", "end"),
+    [*(("sqlite", end) for end in ENDS), ("postgresql", "a sweeper"), ("postgresql", "an open unit")],
+)
 def test_interpreter_ends(target: str, children: Children, end: str) -> None:
     """If a process ends without closing its database, it ends soon and quietly, with whole units (either engine)."""
     process = children.start(BEGIN + 'database = Database.open(target)\nadd(database, "first")\n' + ENDS[end], target)
@@ -484,20 +486,6 @@ def test_dropped_generator_releases_the_write_lock(database: Database) -> None:
     del generator
     with database.unit_of_work() as unit:
         assert unit.agents.find_by_id("unfinished") is None
-
-
-def test_thread_that_died_in_an_entered_unit_is_named(sqlite_path: Path, clock: FakeClock) -> None:
-    """If a thread dies in an entered unit, the unit holds the write lock; other writers get an error with its name."""
-    import threading
-    from datetime import timedelta
-
-    with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(milliseconds=50)) as database:
-        left: list[object] = []
-        thread = threading.Thread(target=lambda: left.append(database.unit_of_work().__enter__()), name="forgetful")
-        thread.start()
-        thread.join()
-        with pytest.raises(DatabaseBusyError, match="has held it for"), database.unit_of_work():
-            pass
 
 
 # Signals

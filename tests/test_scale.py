@@ -1,4 +1,4 @@
-"""Behaviour with many rows: a million sessions, pages, routes and query plans.
+"""Behaviour with many rows: a million sessions, their pages and routes.
 
 SQLite only: PostgreSQL chooses its plans by statistics, which favour an index more as the rows grow, and
 stores/test_sessions.py shows that an index exists for each query.
@@ -15,7 +15,7 @@ import pytest
 
 from homeagent import AgentCreate, AgentSession, Database, UnitOfWork
 from homeagent.engine.statements import Statement
-from homeagent.stores import sessions as sessions_store
+from homeagent.stores import session_statements
 
 BEGINNING = datetime(2026, 1, 1, tzinfo=UTC)
 SESSIONS = 1_000_000
@@ -61,21 +61,6 @@ def plan_of(unit: UnitOfWork, statement: Statement[Any], **parameters: Any) -> s
     return "; ".join(row[3] for row in rows)
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("field", [None, "agent", "sender", "channel"])
-def test_a_page_of_sessions_is_read_off_an_index(filled: Database, field: str | None, after: bool) -> None:
-    """No page of a list sorts rows or reads the whole table."""
-    chosen = {name: name == field for name in ("agent", "sender", "channel")}
-    statement = sessions_store._list(**chosen, after=after)
-    values = {"agent_id": "agent-1", "sender_id": "sender-5", "channel_id": "main"}
-    with filled.unit_of_work(read_only=True) as unit:
-        plan = plan_of(unit, statement, **values, limit=50, after_active=BEGINNING, after_id="s")
-    assert "TEMP B-TREE" not in plan
-    assert "USING INDEX" in plan
-    # Without a filter and a start, SQLite reads the index from its end, and stops at the limit.
-    assert "SCAN" not in plan or (field is None and not after)
-
-
 def test_pages_are_whole_and_in_order(filled: Database) -> None:
     """Twenty pages of an agent's sessions hold each of the latest sessions once, last active first."""
     seen: list[AgentSession] = []
@@ -94,5 +79,5 @@ def test_resolve_among_a_million_sessions(filled: Database) -> None:
         assert found.session_id == "s0500003"
         made = unit.sessions.resolve(agent_id="agent-3", sender_id="nobody-yet")
         assert unit.sessions.resolve(agent_id="agent-3", sender_id="nobody-yet") == made
-        plan = plan_of(unit, sessions_store._BY_ROUTE, route="x")
+        plan = plan_of(unit, session_statements.BY_ROUTE_UNLOCKED, route="x")
     assert "idx_sessions_route" in plan

@@ -234,12 +234,6 @@ def test_other_secrets_or_parameters_give_false_proofs() -> None:
         assert not check_server_signature(secret, parameters, MESSAGE, server_signature(VERIFIER, MESSAGE))
 
 
-def test_a_proof_without_a_verifier_is_false() -> None:
-    """If the verifier is missing, every proof is false."""
-    for proof in (PROOF, bytes(32), b""):
-        assert not check_proof(None, MESSAGE, proof)
-
-
 @pytest.mark.parametrize("verifier", [None, "damaged"])
 def test_proof_for_the_stand_in_is_false(verifier: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the verifier is missing, even a proof for its stand-in is false."""

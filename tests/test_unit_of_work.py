@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -19,7 +17,6 @@ from sqlmodel import select
 from homeagent import Agent, AgentCreate, AgentSession, AgentUpdate, Database, Device, Store, UnitOfWork
 from homeagent.errors import (
     ConflictError,
-    DatabaseBusyError,
     DatabaseClosedError,
     HomeAgentError,
     InvalidArgumentError,
@@ -27,7 +24,7 @@ from homeagent.errors import (
     UnitStateError,
 )
 from tests.batches import agents_of
-from tests.conftest import START, Children, FakeClock, MakeDatabase, add_agent, add_device, dump
+from tests.conftest import START, FakeClock, MakeDatabase, add_agent, add_device, dump
 from tests.interrupts import interrupt_at
 
 
@@ -484,72 +481,6 @@ database.close()
 # Busy databases
 
 
-def test_busy_names_the_thread_that_holds_the_write_lock(target: str) -> None:
-    """If a writer waits too long, the error names the threads that hold the connections, and their start times."""
-    done = threading.Event()
-    with Database.open(target, busy_timeout=timedelta(milliseconds=50)) as database:
-        # SQLite has a single write connection, PostgreSQL has several.
-        lanes = database._engine.writers._size
-        entered = threading.Barrier(lanes + 1)
-
-        def hold() -> None:
-            with database.unit_of_work():
-                entered.wait(30)
-                done.wait(30)
-
-        holders = [threading.Thread(target=hold, name=f"the slow one {number}") for number in range(lanes)]
-        for holder in holders:
-            holder.start()
-        try:
-            entered.wait(30)
-            with pytest.raises(DatabaseBusyError, match=r"'the slow one 0' has held it for \d+\.\d+ s"):
-                add_agent(database)
-        finally:
-            done.set()
-            for holder in holders:
-                holder.join()
-        add_agent(database)
-
-
-def test_busy_because_of_another_process(sqlite_path: Path, children: Children) -> None:
-    """If another process holds the write lock, a writer gets DatabaseBusyError, and readers continue.
-
-    SQLite only: on PostgreSQL another process locks rows instead, see below.
-    """
-    script = """
-import sys
-from homeagent import Database
-with Database.open(sys.argv[1]) as database, database.unit_of_work():
-    print("holding", flush=True)
-    sys.stdin.readline()
-"""
-    with Database.open(sqlite_path, busy_timeout=timedelta(milliseconds=50)) as database:
-        holder = children.start(script, sqlite_path)
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "holding\n"
-        with pytest.raises(DatabaseBusyError, match="another process"):
-            add_agent(database)
-        assert agents_of(database) == []
-        holder.communicate("go\n", timeout=30)
-        add_agent(database)
-
-
-def test_busy_row_on_postgresql(empty_postgres_url: str) -> None:
-    """If another unit holds a row, a writer waits for the row no longer than busy_timeout.
-
-    PostgreSQL only: SQLite locks no rows.
-    """
-    with (
-        Database.open(empty_postgres_url, busy_timeout=timedelta(milliseconds=50)) as database,
-        Database.open(empty_postgres_url) as other,
-    ):
-        add_agent(database)
-        with other.unit_of_work() as holder:
-            holder.agents.get("ada")
-            with pytest.raises(DatabaseBusyError), database.unit_of_work() as unit:
-                unit.agents.get("ada")
-
-
 # Errors
 
 
@@ -614,13 +545,6 @@ def test_driver_errors_are_translated_without_values(
     assert isinstance(caught.value, HomeAgentError)
     assert "do-not-tell" not in caplog.text
     assert dump(database) == before
-    add_agent(database)
-
-
-def test_errors_of_invalid_sql_are_translated(database: Database) -> None:
-    """If the engine can't parse a statement, the caller gets an error of homeagent, not of the driver or SQLAlchemy."""
-    with pytest.raises(HomeAgentError), database.unit_of_work() as unit:
-        unit.session.connection().execute(text("SELECT nothing FROM nowhere"))
     add_agent(database)
 
 
