@@ -240,6 +240,17 @@ def test_effect_that_is_not_a_function(database: Database) -> None:
     assert row_of(database) is None
 
 
+def test_work_that_is_not_a_function(database: Database) -> None:
+    """If `run` or `arun` gets a value that is not a function, or a generator function, no unit begins."""
+    wrong: Any
+    for wrong, words in ((None, "a function"), (generator, "a generator function")):
+        with pytest.raises(InvalidArgumentError, match=words):
+            database.run(wrong)
+        with pytest.raises(InvalidArgumentError, match=words):
+            anyio.run(database.arun, wrong)
+    assert database.counters().units == 0
+
+
 def test_effect_that_returns_a_coroutine(database: Database, clock: FakeClock) -> None:
     """If an effect returns an unawaited coroutine, the coroutine is never recorded as the result."""
     effects: dict[str, Any] = {"object": Awaited(), "lambda": lambda attempt: anever(attempt)}

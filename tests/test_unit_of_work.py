@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -24,7 +25,7 @@ from homeagent.errors import (
     UnitStateError,
 )
 from tests.batches import agents_of
-from tests.conftest import START, FakeClock, MakeDatabase, add_agent, add_device, dump
+from tests.conftest import START, Children, FakeClock, MakeDatabase, add_agent, add_device, dump
 from tests.interrupts import interrupt_at
 
 

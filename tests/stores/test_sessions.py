@@ -306,6 +306,13 @@ def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
         assert len(found) == len(set(found))
 
 
+def test_sessions_that_are_no_iterable_are_not_indexed(database: Database) -> None:
+    """If `index` gets no iterable, InvalidArgumentError names the type."""
+    nothing: Any = None
+    with pytest.raises(InvalidArgumentError, match="not NoneType"):
+        database.sessions.index(nothing)
+
+
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("filters", [{}, {"agent": True}, {"sender": True}, {"channel": True}], ids=str)
 def test_pages_come_from_an_index(database: Database, filters: dict[str, bool], after: bool) -> None:
