@@ -143,7 +143,7 @@ def test_lock_of_postgresql(empty_postgres_url: str, make_hub: Any, monkeypatch:
     """On PostgreSQL a command of Alembic waits for an upgrade by another host, and makes another host wait."""
     hub = make_hub(empty_postgres_url)
     Database.open(empty_postgres_url).close()
-    monkeypatch.setattr(homeagent.alembic, "_WAIT", timedelta(milliseconds=100))
+    monkeypatch.setattr(homeagent.alembic, "BUSY_TIMEOUT", timedelta(milliseconds=100))
     take = f"SELECT pg_try_advisory_lock({postgresql._OUTSIDE_LOCK})"
     write_revision(
         hub.package / "migrations", "b1", None, f'assert not op.get_bind().exec_driver_sql("{take}").scalar()'
