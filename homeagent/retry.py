@@ -59,8 +59,8 @@ class Runner:
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
-        # On PostgreSQL each unit uses a separate connection, because PostgreSQL itself groups commits and admits many
-        # writers.
+        # PostgreSQL itself groups the commits of several connections, so each unit on PostgreSQL has its own
+        # connection.
         self._group_commit = (
             GroupCommit(settings, partial(self._executor, _UNITS)) if settings.engine.shares_commits else None
         )

@@ -254,7 +254,7 @@ class SecretHasher:
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         hashes = [_parse_argon2(one) for one in stored]
         if not any(hashes):
-            _parse_argon2(self._decoy_text)  # Parse a hash even for an unknown device, because the parsing takes 30 µs.
+            _parse_argon2(self._decoy_text)  # so that an unknown device takes the same time
         # The dictionary of recipes is used as an ordered set. If the device has no Argon2 hash, run Argon2 with the
         # costs of the decoy hash.
         recipes = dict.fromkeys(one.recipe for one in hashes if one is not None) or {self._decoy: None}

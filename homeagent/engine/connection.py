@@ -29,7 +29,8 @@ class StoreConnection:
         connection: SQLAlchemy's connection, to which an ORM session can be bound.
         begin: SQL statements to run in this order to begin a transaction.
         read_only: True if the units of work on the connection can read but not write.
-        compiled: cache of compiled statements. All connections of an engine with an equal `read_only` share the cache.
+        compiled: cache of compiled statements. All read-only connections of an engine share one
+            cache, and all other connections share another cache.
         driver_errors: classes of the exceptions that the driver raises.
         translate: function that returns homeagent's error for an exception of the driver.
         watch: file-identity check; None if the database is on a server and has no file to check.

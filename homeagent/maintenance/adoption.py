@@ -1,8 +1,8 @@
 """Adopt a database that an application created before homeagent: add homeagent's tables next to the application's
 tables.
 
-A SQLite file can also contain tables of homeagent's first version that another program created. In tables of the first
-version, constraints can lack names, and primary keys can contain NULL. The adoption converts tables of the first
+Another program can have created the tables of a SQLite file in the form of homeagent's first version. In tables of the
+first version, constraints can lack names, and primary keys can contain NULL. The adoption converts tables of the first
 version to homeagent's tables. A row without a key moves to a separate table, because no homeagent table accepts the
 row.
 

@@ -1,4 +1,4 @@
-"""Delete the expired rows of one table in batches, and skip rows that a constraint of an application's table keeps.
+"""Delete the expired rows of one table in batches, and skip rows to which an application's table refers.
 
 A foreign key of an application's table can refer to a nonce or an idempotency key. At first, one statement deletes a
 batch. After a constraint has refused a batch, the following batches delete each row in a separate savepoint. A later
@@ -91,7 +91,7 @@ class ExpiredRows:
         self.skipped: Counter[str] = Counter()
 
     def count(self) -> int:
-        """Return the number of expired rows, including the rows that a constraint of an application's table keeps."""
+        """Return the number of expired rows, including the rows to which an application's table refers."""
         with UnitOfWork(self._settings, read_only=True) as unit:
             statement = COUNT_OLD if self._statements is None else self._statements.count
             return unit.one(statement, **self._times()) or 0

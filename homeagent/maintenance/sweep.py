@@ -66,8 +66,8 @@ class SweepReport(BaseModel, frozen=True):
         pending_devices: number of deleted devices that had waited too long for their approval.
         device_changes: number of deleted rows of the feed of device changes.
         more: True if the sweep ended early. Expired rows can remain after an early end.
-        skipped: number of expired rows that a constraint of an application's table keeps. The skipped rows count as
-            absent, and the next sweep tries to delete them again.
+        skipped: number of expired rows to which an application's table refers by a foreign key. The skipped rows count
+            as absent, and the next sweep tries to delete them again.
         constraints: names of the constraints that keep expired rows, each with the name of its table.
     """
 

@@ -19,8 +19,8 @@ def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError |
     """Return the error for a value that is too long for an index. If the exception has another cause, return None.
 
     If a value has 2,705 to 8,191 bytes, PostgreSQL's error names the index. If a value has more than 8,191 bytes,
-    PostgreSQL's error does not name the index. For a value of more than 8,191 bytes, the returned error names the table
-    in the SQL text, and the table's indexes that can contain long values.
+    PostgreSQL's error does not name the index. Then the returned error names the table of the statement, and names each
+    index of the table that can contain long values.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

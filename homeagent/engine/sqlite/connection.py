@@ -16,7 +16,9 @@ _NOT_UTF8 = "holds text that is not UTF-8"
 
 
 class SQLiteConnection(StoreConnection):
-    """An apsw connection. Statements run on a fast cursor, which lacks the parts of DB-API for SQLAlchemy."""
+    """An apsw connection. Statements run on a fast cursor, which lacks the methods that only SQLAlchemy
+    needs.
+    """
 
     __slots__ = ()
 

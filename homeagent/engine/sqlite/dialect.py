@@ -224,7 +224,7 @@ class Connection(_Connection):
 
     def confine(self, savepoint: str | None) -> None:
         """Confine later commits and rollbacks of the caller to a savepoint of the transaction. With `savepoint=None`,
-        end the confinement to the savepoint.
+        commits and rollbacks apply to the whole transaction again.
 
         During the confinement, the method `rollback()` rolls back only to the savepoint. During the confinement every
         COMMIT fails, and SQLite rolls back the whole transaction (https://sqlite.org/c3ref/commit_hook.html).
