@@ -23,19 +23,20 @@ from homeagent.models.device import Device, Role
 _LONGEST_HEADER = 8_192
 
 
-class _Scheme(SecurityBase):
-    """Entry of `securitySchemes` in the OpenAPI document. The function `current_device()` reads the header."""
+class _BasicScheme(SecurityBase):
+    """Entry of `securitySchemes` in the OpenAPI document. The object `current_device` reads the header."""
 
-    def __init__(self, scheme: str, description: str) -> None:
-        self.scheme_name = f"device-{scheme}"
-        self.model = HTTPBase(scheme=scheme, description=description)
+    scheme_name = "device-basic"
+    model = HTTPBase(
+        scheme="basic",
+        description="The user name is the percent-encoded id of the device, and the password is the secret.",
+    )
 
     async def __call__(self) -> None:
         """Do nothing."""
 
 
-_BEARER = _Scheme("bearer", "base64url(id of the device) + '.' + base64url(secret), without padding")
-_BASIC = _Scheme("basic", "The user name is the percent-encoded id of the device, and the password is the secret.")
+_BASIC = _BasicScheme()
 
 
 def bearer_token(device_id: str, secret: SecretStr | str) -> str:
@@ -45,35 +46,49 @@ def bearer_token(device_id: str, secret: SecretStr | str) -> str:
     return f"{id_part.rstrip('=')}.{secret_part.rstrip('=')}"
 
 
-async def current_device(
-    connection: HTTPConnection,
-    database: DatabaseDep,
-    _bearer: Annotated[None, Security(_BEARER)],
-    _basic: Annotated[None, Security(_BASIC)],
-) -> Device:
-    """Return the approved device that sent the request. The check of the secret does not block the event loop.
+class _CurrentDevice(SecurityBase):
+    """Dependency on the device of the request, and entry of `securitySchemes` in the OpenAPI document.
 
-    Raises:
-        HTTPProblem: with status 401 if the credentials are absent or wrong. The text of the reply does not show the
-            cause. With status 403 if the secret is right, but the device is pending or revoked. With status 429 after
-            too many failed checks.
+    FastAPI solves the dependencies of a dependency again at each use, even if the result is cached. Therefore the class
+    is the scheme Bearer itself, and does not depend on a separate object.
     """
-    presented = _credentials(connection.headers.getlist("authorization"))
-    if presented is None:
-        raise HTTPProblem(AuthenticationError("the request has no credentials that can be read"))
-    try:
-        checked = await database.acheck_secret(*presented)
-    except InvalidArgumentError:
-        # No device can have an invalid id or secret, so the credentials are wrong.
-        raise HTTPProblem(AuthenticationError("the id or the secret is invalid")) from None
-    except HomeAgentError as error:
-        raise as_http(error) from error
-    if checked.device is None:
-        raise HTTPProblem(AuthenticationError("the secret is wrong, or the device does not exist"))
-    if not checked:
-        raise HTTPProblem(AccessDeniedError(f"the device is {checked.status}"), detail=REFUSALS[checked.status])
-    return checked.device
 
+    scheme_name = "device-bearer"
+    model = HTTPBase(
+        scheme="bearer", description="base64url(id of the device) + '.' + base64url(secret), without padding"
+    )
+
+    async def __call__(
+        self, connection: HTTPConnection, database: DatabaseDep, _basic: Annotated[None, Security(_BASIC)]
+    ) -> Device:
+        """Return the approved device that sent the request. The check of the secret does not block the event loop.
+
+        Raises:
+            HTTPProblem: with status 401 if the credentials are absent or wrong. The text of the reply does not show the
+                cause. With status 403 if the secret is right, but the device is pending or revoked. With status 429
+                after too many failed checks.
+        """
+        presented = _credentials(connection.headers.getlist("authorization"))
+        if presented is None:
+            raise HTTPProblem(AuthenticationError("the request has no credentials that can be read"))
+        try:
+            checked = await database.acheck_secret(*presented)
+        except InvalidArgumentError:
+            # No device can have an invalid id or secret, so the credentials are wrong.
+            raise HTTPProblem(AuthenticationError("the id or the secret is invalid")) from None
+        except HomeAgentError as error:
+            raise as_http(error) from error
+        if checked.device is None:
+            raise HTTPProblem(AuthenticationError("the secret is wrong, or the device does not exist"))
+        if not checked:
+            raise HTTPProblem(AccessDeniedError(f"the device is {checked.status}"), detail=REFUSALS[checked.status])
+        return checked.device
+
+
+current_device = _CurrentDevice()
+"""Dependency: the approved device that sent the request. The reply to a request without such a device has status 401,
+403 or 429.
+"""
 
 CurrentDevice = Annotated[Device, Security(current_device)]
 """Dependency: the approved device that sent the request."""

@@ -9,7 +9,7 @@ from contextlib import aclosing, suppress
 from datetime import timedelta
 from inspect import isawaitable, iscoroutinefunction
 from secrets import token_urlsafe
-from typing import Annotated, Any
+from typing import Any
 
 from anyio.to_thread import run_sync
 from fastapi import Depends, Header, HTTPException, Request, Response
@@ -203,7 +203,8 @@ def idempotent(
         request: Request,
         response: Response,
         database: DatabaseDep,
-        idempotency_key: Annotated[str | None, Header(description="Key of the call, the same in each retry.")] = None,
+        # Do not annotate `str | None`, because FastAPI inspects each part of a union in each request.
+        idempotency_key: str = Header(None, description="Key of the call, the same in each retry."),
         caller: Device = Depends(device),  # an annotation can't refer to an argument of the enclosing function
     ) -> Once:
         keys = request.headers.getlist("idempotency-key")
