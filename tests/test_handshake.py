@@ -12,7 +12,7 @@ import anyio
 import pytest
 from pydantic import SecretStr
 
-from homeagent import Database, DevicePair, Role
+from homeagent import Database, Device, DevicePair, Role
 from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError
 from homeagent.handshake import MAX_MESSAGE, Admission, authenticate_device, gateway, recheck
 from homeagent.handshake.client import authenticate
@@ -251,10 +251,17 @@ def test_the_time_limit(homeagent_database: Database) -> None:
 
 
 def test_recheck(handshake: Any, homeagent_database: Database) -> None:
-    """After a rotation, a revocation, a deletion or another pairing under the id, an admitted device has no access."""
+    """After a deletion, or a change of the secret, the role or the approval, an admitted device has no access."""
     admission = handshake("phone", pair(homeagent_database))[0][1]
     anyio.run(recheck, homeagent_database, admission)
     secret = homeagent_database.rotate_secret("phone", overlap=timedelta(minutes=1))
+    with pytest.raises(AuthenticationError):
+        anyio.run(recheck, homeagent_database, admission)
+    admission = handshake("phone", secret)[0][1]
+    with homeagent_database.unit_of_work() as unit:
+        device = unit.session.get(Device, "phone")
+        assert device is not None
+        device.role = Role.NODE
     with pytest.raises(AuthenticationError):
         anyio.run(recheck, homeagent_database, admission)
     admission = handshake("phone", secret)[0][1]

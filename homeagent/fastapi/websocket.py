@@ -3,7 +3,7 @@
 | close code | reason |
 |---|---|
 | 4400 | a message of the handshake was invalid |
-| 4401 | the proof or the time was wrong, the device does not exist, or the device's secret was replaced |
+| 4401 | the proof or the time was wrong, the device does not exist, or its secret or role was replaced |
 | 4403 | the device is pending or revoked |
 | 4408 | the handshake took too long |
 | 1013 | the database is busy, or a limit is reached: try again later |
@@ -54,9 +54,9 @@ async def accept_device(
 ) -> AsyncIterator[Device]:
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
-    If the device is revoked, is deleted or gets a new secret, homeagent cancels the code in the block, and closes the
-    WebSocket. After an error of the feed of device changes, homeagent also cancels the code in the block, and closes
-    the WebSocket. The docstring of the module lists the close codes.
+    If the device is revoked, is deleted, or gets a new secret or another role, homeagent cancels the code in the block,
+    and closes the WebSocket. After an error of the feed of device changes, homeagent also cancels the code in the
+    block, and closes the WebSocket. The docstring of the module lists the close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.

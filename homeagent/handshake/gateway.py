@@ -121,13 +121,13 @@ async def recheck(database: Database, admission: Admission) -> None:
     """Check that an admitted device still has access. Call the method after each change of the device.
 
     Raises:
-        AuthenticationError: if the device was deleted, or its secret was replaced.
+        AuthenticationError: if the device was deleted, or its secret or its role was replaced.
         AccessDeniedError: if the device is no longer approved.
     """
-    device_id = admission.device.id
-    device = await database.arun(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
-    if device is None or device.proof_verifier != admission.verifier:
-        raise AuthenticationError("the device was deleted, or its secret was replaced")
+    admitted = admission.device
+    device = await database.arun(lambda unit: unit.devices.find_by_id(admitted.id), read_only=True)
+    if device is None or device.proof_verifier != admission.verifier or device.role is not admitted.role:
+        raise AuthenticationError("the device was deleted, or its secret or its role was replaced")
     _require_approval(device)
 
 
