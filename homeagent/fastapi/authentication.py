@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 from fastapi import Security
 from fastapi.openapi.models import HTTPBase
+from fastapi.openapi.models import SecurityBase as OpenAPIScheme
 from fastapi.security.base import SecurityBase
 from pydantic import SecretStr
 from starlette.requests import HTTPConnection
@@ -53,8 +54,8 @@ class _CurrentDevice(SecurityBase):
     is the scheme Bearer itself, and does not depend on a separate object.
     """
 
-    scheme_name = "device-bearer"
-    model = HTTPBase(
+    scheme_name: str = "device-bearer"
+    model: OpenAPIScheme = HTTPBase(
         scheme="bearer", description="base64url(id of the device) + '.' + base64url(secret), without padding"
     )
 
@@ -85,7 +86,7 @@ class _CurrentDevice(SecurityBase):
         return checked.device
 
 
-current_device = _CurrentDevice()
+current_device: _CurrentDevice = _CurrentDevice()
 """Dependency: the approved device that sent the request. The reply to a request without such a device has status 401,
 403 or 429.
 """
