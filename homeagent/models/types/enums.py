@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
@@ -29,7 +30,7 @@ class EnumColumn(StoredColumn[StrEnum]):
         super().__init__()
         self.kind = kind
         self.loaded_values: dict[str, StrEnum] = {member.value: member for member in kind}
-        self.convert_loaded = self.loaded_values.__getitem__
+        self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
         self._stored: dict[Any, str] = {member.value: member.value for member in kind}
 
     def convert_bound(self, value: StrEnum | str) -> str:
@@ -60,10 +61,10 @@ class FlagColumn(StoredColumn[bool]):
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
     cache_ok: bool | None = True
-    convert_bound = int
+    convert_bound: Callable[[Any], Any] = int
 
     def __init__(self, *, otherwise: bool = False) -> None:
         super().__init__()
         self.otherwise = otherwise
         self.loaded_values: dict[object, bool] = _Flags(otherwise=otherwise)
-        self.convert_loaded = self.loaded_values.__getitem__
+        self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, JsonValue
@@ -100,7 +101,7 @@ class JsonColumn(StoredColumn[Any]):
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
     cache_ok: bool | None = True
-    convert_loaded = staticmethod(decode_json)
+    convert_loaded: Callable[[Any], Any] = staticmethod(decode_json)
 
     def __init__(self, *, none_as_null: bool = True, limit: int = MAX_JSON_BYTES) -> None:
         super().__init__()

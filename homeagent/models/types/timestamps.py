@@ -4,6 +4,7 @@ because floats round.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
@@ -150,7 +151,7 @@ class TimestampColumn(StoredColumn[datetime]):
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = BigInteger
     cache_ok: bool | None = True
     loaded_values: dict[int, datetime] = _TimestampCache()
-    convert_loaded = staticmethod(_timestamp_of)
+    convert_loaded: Callable[[Any], Any] = staticmethod(_timestamp_of)
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the type of 64-bit integers of the engine."""
