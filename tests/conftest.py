@@ -7,6 +7,7 @@ import itertools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,9 @@ def pytest_configure(config: pytest.Config) -> None:
     programs: Path | None = config.getoption("--postgresql-bin")
     if programs is not None and not (programs / "pg_ctl").is_file():
         raise pytest.UsageError(f"--postgresql-bin: there is no pg_ctl in {programs}")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell script that runs pytest in the background ignores Ctrl-C, and each command of a test would inherit this.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     workerinput: dict[str, str] | None = getattr(config, "workerinput", None)
     if workerinput is not None:
         config.stash[_server_directory] = Path(workerinput["server_directory"])
