@@ -106,7 +106,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if programs is not None and not (programs / "pg_ctl").is_file():
         raise pytest.UsageError(f"--postgresql-bin: there is no pg_ctl in {programs}")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A shell script that runs pytest in the background ignores Ctrl-C, and each command of a test would inherit this.
+        # A shell that runs pytest in the background lets pytest and its children ignore Ctrl-C.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     workerinput: dict[str, str] | None = getattr(config, "workerinput", None)
     if workerinput is not None:
