@@ -280,7 +280,7 @@ def test_replay(database: Database) -> None:
         assert second.value == value
         assert type(second.value) is type(value)
         if isinstance(value, float):
-            assert math.copysign(1, second.value) == -1  # type: ignore[arg-type]
+            assert math.copysign(1, second.value) == -1  # type: ignore[arg-type]  # a JSON value, here a float
 
 
 def test_result_that_cannot_be_stored(database: Database) -> None:
