@@ -16,29 +16,17 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from homeagent.engine.files.database_file import identity_of, look_at
 from homeagent.engine.files.system_errors import quoted
 from homeagent.errors import DatabaseError
 
+if TYPE_CHECKING:
+    from homeagent.engine.engine import Engine
 
-class _Forkable(Protocol):
-    is_forked_copy: bool
-
-    def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the locks that a thread needs to take or return a connection."""
-
-    def before_fork(self) -> None:
-        """Close idle connections. A connection that is still open after the call counts as in use."""
-
-    def after_fork_in_child(self) -> None:
-        """In a forked child, make inherited connections unusable, and call `inherit()` for a file that was in use."""
-
-
-_known: weakref.WeakSet[_Forkable] = weakref.WeakSet()
+_known: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
 # A thread holds `_forking` while it forks. Without the lock, two threads that fork at the same time would wait for each
@@ -48,7 +36,7 @@ _forking = threading.RLock()
 _held: list[list[threading.RLock]] = []
 
 
-def register(engine: _Forkable) -> None:
+def register(engine: Engine) -> None:
     """Register an engine. Each fork calls the engine's methods until the engine is garbage-collected."""
     _known.add(engine)
 

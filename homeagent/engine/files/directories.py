@@ -6,7 +6,7 @@ import logging
 import os
 import stat
 import tempfile
-import threading
+from functools import cache
 from pathlib import Path
 
 from homeagent.engine.files.owners import give_to_owner, is_replaceable, refuse_replaceable
@@ -16,10 +16,6 @@ from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseError, InvalidArgumentError
 
 logger: logging.Logger = logging.getLogger("homeagent")
-
-
-_reported: set[Path] = set()
-_reported_lock = threading.Lock()
 
 
 def prepare_directory(directory: Path) -> None:
@@ -58,11 +54,12 @@ def prepare_directory(directory: Path) -> None:
         raise InvalidArgumentError(f"{quoted(directory)} is a file: name a directory")
     problem = _directory_problem(directory, status)
     if problem is not None:
-        with _reported_lock:
-            is_news = directory not in _reported
-            _reported.add(directory)
-        if is_news:
-            logger.warning("%s", problem, extra={"event": "directory_unsafe", "path": str(directory)})
+        _warn_once(directory, problem)
+
+
+@cache
+def _warn_once(directory: Path, problem: str) -> None:
+    logger.warning("%s", problem, extra={"event": "directory_unsafe", "path": str(directory)})
 
 
 def find_temporary_directory() -> Path | None:
@@ -76,11 +73,7 @@ def find_temporary_directory() -> Path | None:
 
 
 def make_temporary_directory() -> Path:
-    """Make a private directory in the directory for temporary files.
-
-    Raises:
-        DatabaseError: if no directory for temporary files can be written.
-    """
+    """Make a private directory in the directory for temporary files, or raise DatabaseError."""
     parent = find_temporary_directory()
     if parent is None:
         raise DatabaseError(
@@ -111,7 +104,6 @@ def _missing_directories(directory: Path) -> list[Path]:
 
 
 def _give_to_parents_owner(made: Path) -> None:
-    """If root created a directory, give the directory to the owner of the parent directory."""
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -139,14 +131,9 @@ def _directory_problem(directory: Path, status: os.stat_result) -> str | None:
             f"the directory {quoted(directory)} belongs to user {status.st_uid}, who can replace the database: "
             "keep it in a directory of your own"
         )
+    mode = f"the directory {quoted(directory)} has mode {stat.S_IMODE(status.st_mode):04o}"
     if is_replaceable(status):
-        return (
-            f"the directory {quoted(directory)} has mode {stat.S_IMODE(status.st_mode):04o}, so others can replace "
-            f"the database: chmod go-w {quoted(directory)}"
-        )
+        return f"{mode}, so others can replace the database: chmod go-w {quoted(directory)}"
     if status.st_mode & 0o022:
-        return (
-            f"the directory {quoted(directory)} has mode {stat.S_IMODE(status.st_mode):04o}, so other users can put "
-            "files next to the database: keep it in a directory of your own"
-        )
+        return f"{mode}, so other users can put files next to the database: keep it in a directory of your own"
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from homeagent.clock import monotonic
 from homeagent.engine.files.database_file import identity_of, sidecars
-from homeagent.engine.files.system_errors import explained, quoted
+from homeagent.engine.files.system_errors import explained
 from homeagent.errors import CorruptDatabaseError, DatabaseMovedError
 
 Identity = tuple[int, int]
@@ -21,9 +21,6 @@ Identity = tuple[int, int]
 # Interval between two checks of the files, in seconds, for read-only units and for commits without a sync. A check
 # takes a few microseconds, almost as long as a small unit of work.
 _INTERVAL = 0.01
-
-# Size in bytes of a file that was emptied.
-_NO_CONTENT = 0
 
 
 class FileIdentityCheck:
@@ -35,35 +32,26 @@ class FileIdentityCheck:
     Args:
         path: path of the file. The file does not need to exist yet.
         strict: True if every commit checks the file; False if only the first commit in 10 ms checks the file.
-        monotonic: clock, in seconds.
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
         due: time on the monotonic clock after which the last check counts as too old. Until the time `due`, a unit does
             not call `after_begin()`.
+        identity: identity of the opened file; None before the first connection.
+        marked_corrupt: message of the `CorruptDatabaseError` that every check raises; None if no damage was found.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        strict: bool,
-        monotonic: Callable[[], float] = monotonic,
-        on_moved: Callable[[], object] = lambda: None,
-    ) -> None:
+    def __init__(self, path: Path, *, strict: bool, on_moved: Callable[[], object] = lambda: None) -> None:
         self._on_moved = on_moved
-        self._path = path
         self._strict = strict
-        self.monotonic = monotonic
+        self.monotonic: Callable[[], float] = monotonic
         # Convert the paths to text only once, because a conversion takes as long as a check.
         self._name = str(path)
         self._wal_files = [str(each) for each in sidecars(path)[:2]]
         self.identity: Identity | None = None
-        """Identity of the opened file; None before the first connection."""
         self._known: dict[str, Identity] = {}
         self.due: float = 0.0
         self.marked_corrupt: str | None = None
-        """Message of the `CorruptDatabaseError` that every check raises; None if no damage was found."""
 
     @property
     def remembers_log(self) -> bool:
@@ -81,15 +69,11 @@ class FileIdentityCheck:
     def connected(self, *, beside: bool = True) -> None:
         """Check the files of a new connection after its first read. The first call records the file's identity.
 
-        Args:
-            beside: True to record the identities of the WAL and the WAL index too. With `beside=True`, the caller must
-                later call `disconnected()`.
-
-        Raises:
-            DatabaseMovedError: if the file, the WAL or the WAL index was deleted or replaced.
+        With `beside=True`, the method also records the identities of the WAL and the WAL index, and the caller must
+        later call `disconnected()`.
         """
         if self.identity is None:
-            status = self._status(self._name)
+            status = _status(self._name)
             self.identity = None if status is None else identity_of(status)
         else:  # do not check at the first connection, because SQLite can empty a new, incomplete file
             self._check(beside=beside)
@@ -125,53 +109,48 @@ class FileIdentityCheck:
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:
-        """Compare each file's identity with its recorded identity. Call `on_moved()` before raising an error."""
-        try:
-            self._compare(beside=beside, remember=remember)
-        except DatabaseMovedError:
-            self._on_moved()
-            raise
-
-    def _compare(self, *, beside: bool, remember: bool) -> None:
-        # If the comparison raises an error, the next unit must check the files again.
-        due, self.due = self.due, 0.0
+        due, self.due = self.due, 0.0  # after an error, the next unit must check the files again
         if self.marked_corrupt is not None:
             raise CorruptDatabaseError(self.marked_corrupt)
-        if self.identity is None:
-            return
-        status = self._status(self._name)
+        problem = None if self.identity is None else self._problem(beside=beside, remember=remember)
+        if problem is not None:
+            self._on_moved()
+            raise DatabaseMovedError(problem)
+        self.due = due
+
+    def _problem(self, *, beside: bool, remember: bool) -> str | None:
+        status = _status(self._name)
         if status is None:
-            raise DatabaseMovedError(
-                f"{quoted(self._path)} was deleted or moved away while it was open: put the same file back, or stop "
+            return (
+                f"{self._name!r} was deleted or moved away while it was open: put the same file back, or stop "
                 "and restore a backup. While this process runs, its content is still readable in /proc/PID/fd"
             )
         if identity_of(status) != self.identity:
-            raise DatabaseMovedError(
-                f"{quoted(self._path)} was replaced by another file while it was open: put the old file back, or open "
+            return (
+                f"{self._name!r} was replaced by another file while it was open: put the old file back, or open "
                 "the database again to use the new file"
             )
-        if status.st_size == _NO_CONTENT:
-            raise DatabaseMovedError(f"{quoted(self._path)} was emptied while it was open: stop, and restore a backup")
+        if status.st_size == 0:
+            return f"{self._name!r} was emptied while it was open: stop, and restore a backup"
         for name in self._wal_files if beside else ():
-            status = self._status(name)
-            known = self._known.get(name)
+            status = _status(name)
             found = None if status is None else identity_of(status)
-            if known is None:
-                if found is not None and remember:
-                    self._known[name] = found
-            elif found != known:
-                raise DatabaseMovedError(
-                    f"{quoted(Path(name))} was deleted or replaced while the database was open: stop, and restore a "
-                    "backup. While this process runs, the old file's content is still readable in /proc/PID/fd"
-                )
-        self.due = due
+            if name in self._known:
+                if found != self._known[name]:
+                    return (
+                        f"{name!r} was deleted or replaced while the database was open: stop, and restore a "
+                        "backup. While this process runs, the old file's content is still readable in /proc/PID/fd"
+                    )
+            elif found is not None and remember:
+                self._known[name] = found
+        return None
 
-    @staticmethod
-    def _status(name: str) -> os.stat_result | None:
-        try:
-            return os.lstat(name)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError:
-            with explained("inspect", Path(name)):
-                raise
+
+def _status(name: str) -> os.stat_result | None:
+    try:
+        return os.lstat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError:
+        with explained("inspect", Path(name)):
+            raise

@@ -9,11 +9,9 @@ from pathlib import Path
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseError
 
-# File systems that several kernels use at the same time, such as the kernels of a server and a client. The WAL index
-# needs memory that all connections share. Network file systems do not provide shared memory
+# The WAL index needs memory that all connections share, which network file systems do not provide
 # (https://sqlite.org/wal.html, section 1). WAL databases were corrupted on WSL 2 (9p), on gVisor (9p), and in shared
-# folders of Docker Desktop and Podman (virtiofs). Therefore homeagent refuses the kinds 9p and virtiofs even if only
-# one machine uses the file.
+# folders of Docker Desktop and Podman (virtiofs), even if only one machine uses the file.
 _NETWORK_KINDS = frozenset(
     {
         "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",
@@ -70,10 +68,7 @@ def is_network_filesystem(kind: str) -> bool:
 
 
 def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> None:
-    """Raise DatabaseError for a path on a network file system or a shared folder, where WAL does not work.
-
-    Accept a path whose kind of file system is unknown. On macOS the kind of every file system is unknown.
-    """
+    """Raise DatabaseError for a path on a network file system or a shared folder. Accept an unknown file system."""
     kind = filesystem_kind(path, mount_table=mount_table)
     if kind is not None and is_network_filesystem(kind):
         raise DatabaseError(

@@ -9,14 +9,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from homeagent.clock import monotonic
 from homeagent.engine.files.database_file import OPEN_FLAGS, create_descriptor, identity_of, inspect_file, look_at
 from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
-from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError, InvalidArgumentError
+from homeagent.errors import DatabaseBusyError, DiskFullError
+
+_FIRST_PAUSE = 0.001
+_LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notices that the lock is free
 
 
 class FileLock:
@@ -33,15 +35,11 @@ class FileLock:
     Args:
         path: path of the lock file. The directory must exist.
         timeout: longest wait for the lock. If the timeout is zero, `acquire()` makes one attempt.
-        shared: True for a shared lock, False for an exclusive lock. A shared lock allows other shared holders, and
-            excludes exclusive holders.
+        shared: True for a shared lock, which excludes only exclusive holders.
         writable: False for a file that can be read-only or belong to another application. With `writable=False`, the
             mode of the file stays unchanged, and the holder can't write a marker.
         monotonic, pause: clock and sleep function for waiting, with times in seconds.
     """
-
-    _FIRST_PAUSE = 0.001
-    _LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notices that the lock is free
 
     def __init__(
         self,
@@ -53,21 +51,19 @@ class FileLock:
         monotonic: Callable[[], float] = monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
-        if timeout < timedelta(0):
-            raise InvalidArgumentError("the timeout of a lock is negative: pass zero to try once")
         self.path = path
-        self.shared = shared
+        self._operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
         self._access = os.O_RDWR if writable else os.O_RDONLY
-        self._timeout = timeout
+        self._seconds = timeout.total_seconds()
         self._monotonic = monotonic
         self._pause = pause
-        self._descriptor: int | None = None
+        self._descriptor = -1
         self._made = False
 
     @property
     def held(self) -> bool:
         """True if this object holds the lock."""
-        return self._descriptor is not None
+        return self._descriptor >= 0
 
     def acquire(self) -> None:
         """Acquire the lock. If another thread or process holds the lock, wait at most until the timeout.
@@ -75,33 +71,27 @@ class FileLock:
         Raises:
             DatabaseBusyError: if another thread or process still holds the lock after the timeout.
             InsecureFileError, ForeignDatabaseError: if `inspect_file()` refuses the lock file.
-            DatabaseError: if this object already holds the lock, or if the system can't create, open or lock the file.
+            DatabaseError: if the system can't create, open or lock the file.
         """
-        if self._descriptor is not None:
-            raise DatabaseError(f"this object holds the lock on {quoted(self.path)} already: use one object per holder")
-        seconds = self._timeout.total_seconds()
-        deadline = self._monotonic() + seconds
-        delay = self._FIRST_PAUSE
+        deadline = self._monotonic() + self._seconds
+        delay = _FIRST_PAUSE
         while not self._try():
             left = deadline - self._monotonic()
             if left <= 0:
                 raise DatabaseBusyError(
-                    f"another process or thread holds {quoted(self.path)}, waited {seconds:g} s for the lock: "
+                    f"another process or thread holds {quoted(self.path)}, waited {self._seconds:g} s for the lock: "
                     "try again later, or allow a longer timeout"
                 )
             self._pause(min(delay, left))
-            delay = min(delay * 2, self._LONGEST_PAUSE)
+            delay = min(delay * 2, _LONGEST_PAUSE)
 
     def release(self) -> None:
-        """Release the lock, if this object holds the lock.
-
-        Raises:
-            DatabaseError: if the system could not unlock the file. After this error the object no longer holds the
-                lock.
+        """Release the lock, if this object holds the lock. After a DatabaseError too, the object does not hold the
+        lock.
         """
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is None:
+        if not self.held:
             return
+        descriptor, self._descriptor = self._descriptor, -1
         _held.discard(self)
         with explained("unlock", self.path):
             try:
@@ -118,11 +108,10 @@ class FileLock:
         When a waiting process gets the lock, the process checks that the path still names the locked file. If another
         process has removed the lock file, the waiting process opens the path again.
         """
-        descriptor = self._while_held()
         if self._made:
             with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(descriptor).st_size == 0 and self._is_in_place(descriptor):
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._descriptor).st_size == 0 and self._is_in_place(self._descriptor):
                     self.path.unlink()
         self.release()
 
@@ -130,66 +119,41 @@ class FileLock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
     def read_marker(self) -> str | None:
         """Return the marker that an earlier holder of the lock left. If there is no marker, return None. The caller
-        must hold the lock.
-
-        Raises:
-            DatabaseError: if the caller does not hold the lock, or if the file can't be read.
+        must hold the lock. If the file can't be read, raise DatabaseError.
         """
-        descriptor = self._while_held()
         with explained("read", self.path):
-            content = _read(descriptor, 4096)
-        if not content:
-            return None
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+            content = os.read(self._descriptor, 4096)
         # If a power cut interrupted `write_marker()`, the rest of an older marker can follow the new marker.
-        return content.split(b"\n", 1)[0].decode("utf-8", "replace")
+        return content.split(b"\n", 1)[0].decode("utf-8", "replace") if content else None
 
     def write_marker(self, text: str) -> None:
-        """Replace the marker and sync the file to the disk. The caller must hold an exclusive lock.
-
-        Args:
-            text: 1 to 200 bytes of UTF-8 without control characters.
-
-        Raises:
-            InvalidArgumentError: if the marker is too long, is empty or contains a control character.
-            DatabaseError: if the caller does not hold an exclusive lock, or if the file can't be written.
+        """Replace the marker by a line of text, and sync the file to the disk. The caller must hold an exclusive lock.
+        If the file can't be written, raise DatabaseError.
         """
-        if not text.isprintable() or not 1 <= len(content := text.encode()) <= 200:
-            raise InvalidArgumentError("a marker is 1 to 200 bytes of printable text: shorten it")
-        self._replace(content + b"\n")
+        self._replace(text.encode() + b"\n")
         fsync_directory(self.path.parent)
 
     def clear_marker(self) -> None:
-        """Remove the marker and sync the file to the disk. The caller must hold an exclusive lock.
-
-        Raises:
-            DatabaseError: if the caller does not hold an exclusive lock, or if the file can't be written.
+        """Remove the marker and sync the file to the disk. The caller must hold an exclusive lock. If the file can't be
+        written, raise DatabaseError.
         """
         self._replace(b"")
 
     def _replace(self, content: bytes) -> None:
-        descriptor = self._while_held()
-        if self.shared:
-            raise DatabaseError(f"the lock on {quoted(self.path)} is shared: use an exclusive lock to write a marker")
         with explained("write", self.path):
-            os.lseek(descriptor, 0, os.SEEK_SET)
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
             # Write the marker first and truncate the file afterwards, so that the file always contains a marker.
-            written = os.write(descriptor, content)
-            os.ftruncate(descriptor, written)
-            sync(descriptor)
+            written = os.write(self._descriptor, content)
+            os.ftruncate(self._descriptor, written)
+            sync(self._descriptor)
         if written != len(content):
             raise DiskFullError(f"the disk has no room to write {quoted(self.path)}: free some space")
-
-    def _while_held(self) -> int:
-        if self._descriptor is None:
-            raise DatabaseError(f"the lock on {quoted(self.path)} is not held: acquire it first")
-        return self._descriptor
 
     def _try(self) -> bool:
         """Open the file and try to lock the file. Each try opens the path again, because another process can have
@@ -201,7 +165,9 @@ class FileLock:
         locked = False
         with explained("lock", self.path):
             try:
-                locked = self._lock(descriptor) and self._is_in_place(descriptor)
+                with suppress(BlockingIOError):
+                    fcntl.flock(descriptor, self._operation)
+                    locked = self._is_in_place(descriptor)
             finally:
                 if not locked:
                     os.close(descriptor)
@@ -227,13 +193,6 @@ class FileLock:
             except FileNotFoundError:
                 return None
 
-    def _lock(self, descriptor: int) -> bool:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if self.shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
     def _is_in_place(self, descriptor: int) -> bool:
         """Return True if the path still names the locked file. A lock on a removed file excludes no other process."""
         status = look_at(self.path)
@@ -247,15 +206,9 @@ def _drop_inherited_locks() -> None:
     # A flock lock belongs to the open file and not to a process. A forked child that kept the inherited file open would
     # also keep the lock.
     for lock in list(_held):
-        descriptor, lock._descriptor = lock._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        descriptor, lock._descriptor = lock._descriptor, -1
+        os.close(descriptor)
     _held.clear()
 
 
 os.register_at_fork(after_in_child=_drop_inherited_locks)
-
-
-def _read(descriptor: int, size: int) -> bytes:
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return os.read(descriptor, size)

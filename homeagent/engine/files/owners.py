@@ -61,10 +61,7 @@ def is_replaceable(status: os.stat_result) -> bool:
 
 
 def refuse_replaceable(directory: Path) -> None:
-    """If the process runs as root, raise InsecureFileError for a directory in which other users can replace files.
-
-    The function `prepare_directory()` logs a warning for an ordinary user.
-    """
+    """If the process runs as root, raise InsecureFileError for a directory in which other users can replace files."""
     if os.geteuid() != 0:
         return
     status = _nearest(directory)

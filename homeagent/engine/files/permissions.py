@@ -14,11 +14,8 @@ DIRECTORY_MODE = 0o700
 
 
 def change_mode(path: Path, mode: int) -> None:
-    """Change the mode of a file or directory that belongs to the caller. The function does not follow a symbolic link.
-
-    Raises:
-        InsecureFileError: if a link has replaced the file, or if the mode can't be changed.
-        OSError: if the path no longer exists, or if the file system failed.
+    """Change the mode of a file or directory that belongs to the caller. If a link has replaced the file, or if the
+    mode can't be changed, raise InsecureFileError.
     """
     try:
         path.chmod(mode, follow_symlinks=False)

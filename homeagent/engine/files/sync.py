@@ -12,10 +12,8 @@ from homeagent.engine.files.system_errors import explained
 
 
 def fsync_directory(directory: Path) -> None:
-    """Sync a directory, so that a power cut does not undo the creation, renaming or removal of files in the directory.
-
-    Raises:
-        DatabaseError: if the directory can't be opened or synced.
+    """Sync a directory, so that a power cut does not undo the creation, renaming or removal of files in it, or raise
+    DatabaseError.
     """
     with explained("sync the directory", directory):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -31,11 +29,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Wait until all data of an open file is on the disk, and not only in the drive's cache.
-
-    Raises:
-        OSError: if the data could not be written.
-    """
+    """Wait until all data of an open file is on the disk, and not only in the drive's cache, or raise OSError."""
     if sys.platform == "darwin":
         # On macOS fsync leaves the data in the drive's cache (fsync(2) of macOS).
         try:
