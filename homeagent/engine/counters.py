@@ -1,7 +1,7 @@
 """Counters of one open database. An update of a counter is cheap enough for every unit of work.
 
 The counters are plain integers without a lock. CPython switches threads only at calls and backward jumps, and `x += 1`
-on an attribute in `__slots__` contains neither. Bounded queues hold the last waits and group sizes.
+on an attribute contains neither. Bounded queues hold the last waits and group sizes.
 """
 
 from __future__ import annotations
@@ -87,21 +87,7 @@ class DatabaseCounters(BaseModel, frozen=True):
 
 
 class Counters:
-    """Counts events of one open database."""
-
-    __slots__ = (
-        "_group_sizes",
-        "_last_error",
-        "_waits",
-        "commits",
-        "groups",
-        "pool_waits",
-        "reads",
-        "retries",
-        "rollbacks",
-        "sweeps",
-        "swept",
-    )
+    """Counts events of one open database. Each public attribute is a field of `DatabaseCounters`."""
 
     def __init__(self) -> None:
         self.reads: int = 0
@@ -112,9 +98,9 @@ class Counters:
         self.groups: int = 0
         self.sweeps: int = 0
         self.swept: int = 0
+        self.last_error: LastFault | None = None
         self._waits: deque[float] = deque(maxlen=_RECENT)
         self._group_sizes: deque[int] = deque(maxlen=_RECENT)
-        self._last_error: LastFault | None = None
 
     def waited(self, seconds: float) -> None:
         """Count a successful or failed wait for a connection."""
@@ -136,26 +122,17 @@ class Counters:
         argument.
         """
         if isinstance(error, DatabaseError):
-            self._last_error = LastFault(kind=type(error).__name__, message=str(error), at=datetime.now(UTC))
+            self.last_error = LastFault(kind=type(error).__name__, message=str(error), at=datetime.now(UTC))
 
     def snapshot(self) -> DatabaseCounters:
         """Return the current counters."""
-        waits, sizes = self._waits, self._group_sizes
         return DatabaseCounters(
             units=self.reads + self.commits + self.rollbacks,
-            reads=self.reads,
-            commits=self.commits,
-            rollbacks=self.rollbacks,
-            retries=self.retries,
-            pool_waits=self.pool_waits,
-            pool_wait_p50=_percentile(waits, 50),
-            pool_wait_p99=_percentile(waits, 99),
-            groups=self.groups,
-            group_size_p50=_percentile(sizes, 50),
-            group_size_p99=_percentile(sizes, 99),
-            sweeps=self.sweeps,
-            swept=self.swept,
-            last_error=self._last_error,
+            pool_wait_p50=_percentile(self._waits, 50),
+            pool_wait_p99=_percentile(self._waits, 99),
+            group_size_p50=_percentile(self._group_sizes, 50),
+            group_size_p99=_percentile(self._group_sizes, 99),
+            **{name: value for name, value in vars(self).items() if not name.startswith("_")},
         )
 
 

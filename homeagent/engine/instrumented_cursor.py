@@ -9,7 +9,7 @@ driver's error.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +67,7 @@ class FailureContext(ExceptionContext):
 
 
 class InstrumentedCursor:
-    """A driver's cursor that calls the connection's listeners.
-
-    The function `translate()` converts an exception of the driver to homeagent's error. The argument `driver_errors`
-    lists the classes of the driver's exceptions.
-    """
+    """A driver's cursor that calls the connection's listeners."""
 
     def __init__(
         self,
@@ -91,46 +87,35 @@ class InstrumentedCursor:
 
     def execute(self, statement: str, *parameters: Any) -> Any:
         """Run a statement, and return the driver's cursor."""
-        return self._run(statement, lambda statement: self._cursor.execute(statement, *parameters))
+        with self._announced(statement, many=False) as statement:
+            return self._cursor.execute(statement, *parameters)
 
     def executemany(self, statement: str, parameters: Any) -> Any:
         """Run a statement once for each set of parameters."""
-        return self._run(statement, lambda statement: self._cursor.executemany(statement, parameters), many=True)
+        with self._announced(statement, many=True) as statement:
+            return self._cursor.executemany(statement, parameters)
 
     @contextmanager
     def copy(self, statement: str) -> Iterator[Any]:
         """Copy rows into a PostgreSQL table. The listeners see COPY as one statement."""
-        execution, statement = self._before(statement, many=True)
-        try:
-            with self._cursor.copy(statement) as copy:
-                yield copy
-        except BaseException as error:
-            self._failed(execution, error)
-            raise
-        self._after(execution, statement)
+        with self._announced(statement, many=True) as statement, self._cursor.copy(statement) as copy:
+            yield copy
 
-    def _run(self, statement: str, run: Callable[[str], Any], *, many: bool = False) -> Any:
-        execution, statement = self._before(statement, many=many)
-        try:
-            result = run(statement)
-        except BaseException as error:
-            self._failed(execution, error)
-            raise
-        self._after(execution, statement)
-        return result
-
-    def _before(self, statement: str, *, many: bool) -> tuple[_Execution, str]:
+    @contextmanager
+    def _announced(self, statement: str, *, many: bool) -> Iterator[str]:
+        """Call the listeners before and after the block, or after an error of the block. Yield the statement to run."""
         execution = _Execution(self._connection, self._cursor, statement, many=many)
         dispatch: Any = self._connection.dispatch
         for listener in dispatch.before_cursor_execute:
             # A listener can change the statement, for example to add a comment. A listener can't change the parameters.
             statement, _ = listener(self._connection, self._cursor, statement, (), execution, many)
-        return execution, statement
-
-    def _after(self, execution: _Execution, statement: str) -> None:
-        dispatch: Any = self._connection.dispatch
+        try:
+            yield statement
+        except BaseException as error:
+            self._failed(execution, error)
+            raise
         for listener in dispatch.after_cursor_execute:
-            listener(self._connection, self._cursor, statement, (), execution, execution.executemany)
+            listener(self._connection, self._cursor, statement, (), execution, many)
 
     def _failed(self, execution: _Execution, error: BaseException) -> None:
         if isinstance(error, self._driver_errors):

@@ -17,10 +17,9 @@ from homeagent.errors import InvalidArgumentError
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address that does not have the form of a URL. If homeagent used a server's address as a path, homeagent
-# would create an empty store. The messages of homeagent would also show the server's password. Examples of a server's
-# address are libpq's "host=… password=…", "postgresql:/…", "user:password@host/…", "host:5432", "sqlite:x.db",
-# "//host:5432", "user@host/…" and "postgres//…".
+# A server's address that does not have the form of a URL, such as "host=… password=…", "postgresql:/…",
+# "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…". Used as a path, an
+# address would create an empty store, and its messages would show the server's password.
 _ADDRESS = re.compile(
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"
@@ -31,10 +30,6 @@ _PLAIN_PATH = re.compile(r"/(?!/)|\.\.?/|~/")
 _SQLITE_URI = re.compile(r"\s*file:", re.IGNORECASE)  # https://sqlite.org/uri.html
 
 _NOT_TEXT = re.compile("[\0\ud800-\udfff]")
-_IS_ADDRESS = (
-    "the path looks like the address of a server: a database's URL has the form postgresql://USER@HOST/NAME; "
-    "if it is a path, begin it with ./ or pass a Path"
-)
 
 Given = str | os.PathLike[str] | URL | SecretStr | None
 """The argument of `Database.open`, or the result of `conceal` for the argument."""
@@ -50,9 +45,7 @@ class Target(NamedTuple):
 
     @property
     def is_temporary(self) -> bool:
-        """True if the target is `:memory:`, which stands for a temporary file. The file is deleted when the database is
-        closed.
-        """
+        """True if the target is `:memory:`, which stands for a temporary file."""
         return self.path is None and self.url is None
 
     @property
@@ -96,24 +89,22 @@ def resolve_target(target: Given) -> Target:
             show the URL or the address, which can contain a password.
     """
     try:
-        found = _read(target)
+        return _read(target)
     except InvalidArgumentError as error:
-        found = error
-    if isinstance(found, InvalidArgumentError) and target is None and os.environ.get(ENVIRONMENT_VARIABLE):
-        raise InvalidArgumentError(f"the value of {ENVIRONMENT_VARIABLE} is invalid: {found}")
-    # Do not raise the error in the function `_read()`, because a local variable of the function holds the password.
-    if isinstance(found, InvalidArgumentError):
-        raise found
-    return found
+        problem = str(error)
+    if target is None and os.environ.get(ENVIRONMENT_VARIABLE):
+        problem = f"the value of {ENVIRONMENT_VARIABLE} is invalid: {problem}"
+    # Raise a new error, because local variables in the frames of the first error hold the password.
+    raise InvalidArgumentError(problem)
 
 
-def _read(target: Given) -> Target | InvalidArgumentError:
+def _read(target: Given) -> Target:
     if isinstance(target, SecretStr):
         target = target.get_secret_value()
     if target is None:
         target = os.environ.get(ENVIRONMENT_VARIABLE) or DEFAULT_PATH
     if isinstance(target, str) and CONTROL_CHARACTER.search(target):
-        return InvalidArgumentError(
+        raise InvalidArgumentError(
             "the database's name holds a control character, such as a line break: remove the character"
         )
     if isinstance(target, str) and "://" in target:
@@ -121,30 +112,27 @@ def _read(target: Given) -> Target | InvalidArgumentError:
         try:
             target = make_url(target)
         except (ArgumentError, ValueError):
-            return InvalidArgumentError("the database URL can't be read: see docs/postgresql.md for its form")
+            raise InvalidArgumentError("the database URL can't be read: see docs/postgresql.md for its form") from None
     if isinstance(target, URL):
         return _read_url(target)
     if target == ":memory:":
         return Target()
-    return InvalidArgumentError(_IS_ADDRESS) if _is_address(target) else _named_file(target)
+    refuse_address(target)
+    return _named_file(target)
 
 
 def refuse_address(path: object) -> None:
-    """Check that a path is not the address of a server.
-
-    Raises:
-        InvalidArgumentError: if the path looks like an address or is a SQLite URI. The error message does not show the
-            path, which can contain a password.
+    """Raise InvalidArgumentError for a path that looks like the address of a server or is a SQLite URI. The error
+    message does not show the path, which can contain a password.
     """
-    if _is_address(path):
-        raise InvalidArgumentError(_IS_ADDRESS)
-
-
-def _is_address(path: object) -> bool:
     if not isinstance(path, str) or _PLAIN_PATH.match(path):
-        return False
+        return
     _refuse_sqlite_uri(path)
-    return _ADDRESS.search(os.path.splitdrive(path)[1]) is not None
+    if _ADDRESS.search(path):
+        raise InvalidArgumentError(
+            "the path looks like the address of a server: a database's URL has the form postgresql://USER@HOST/NAME; "
+            "if it is a path, begin it with ./ or pass a Path"
+        )
 
 
 def _refuse_sqlite_uri(path: str) -> None:
@@ -158,19 +146,19 @@ def _refuse_sqlite_uri(path: str) -> None:
 def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
-    if text.endswith(("/", os.sep)):
+    if text.endswith("/"):
         # The function `locate_file()` would drop a final slash, and then the path of a directory would name a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 
 
-def _read_url(url: URL) -> Target | InvalidArgumentError:
+def _read_url(url: URL) -> Target:
     backend = url.get_backend_name()
     if backend == "sqlite":
         if url.query:
-            return InvalidArgumentError("a sqlite URL can't have a query: the store sets the options; remove the query")
+            raise InvalidArgumentError("a sqlite URL can't have a query: the store sets the options; remove the query")
         if url.host or url.username or url.password or url.port:
-            return InvalidArgumentError(
+            raise InvalidArgumentError(
                 "a sqlite URL has no host: write sqlite:///relative.db or sqlite:////absolute.db"
             )
         if url.database in {None, "", ":memory:"}:
@@ -179,14 +167,14 @@ def _read_url(url: URL) -> Target | InvalidArgumentError:
         return _named_file(str(url.database))
     if backend == "postgresql":
         return _read_server_url(url.set(drivername="postgresql+psycopg"))
-    return InvalidArgumentError(f"no engine for {backend!r}: use a path, sqlite:/// or postgresql://")
+    raise InvalidArgumentError(f"no engine for {backend!r}: use a path, sqlite:/// or postgresql://")
 
 
-def _read_server_url(url: URL) -> Target | InvalidArgumentError:
+def _read_server_url(url: URL) -> Target:
     values = [value for given in url.query.values() for value in ((given,) if isinstance(given, str) else given)]
     parts = (url.username, str(url.password or ""), url.host, url.database, *url.query, *values)
     if any(_NOT_TEXT.search(part) for part in parts if part):
-        return InvalidArgumentError(
+        raise InvalidArgumentError(
             "the database URL holds a NUL or a byte that is not UTF-8: write the URL in UTF-8, and percent-encode "
             "the characters of the user's name and the password"
         )
@@ -197,10 +185,10 @@ def _read_server_url(url: URL) -> Target | InvalidArgumentError:
             if not host.startswith(("/", "@")):
                 host.encode("idna")
     except (ArgumentError, ValueError):
-        return InvalidArgumentError(
+        raise InvalidArgumentError(
             "the database URL has a host name that can't exist, a port that is not a number, or not as many ports as "
             "hosts: write ?host=a.example:5432&host=b.example:5432, see docs/postgresql.md"
-        )
+        ) from None
     if isinstance(password := url.query.get("password"), str):
         # SQLAlchemy hides the attribute `URL.password`, but does not hide a password in the query of the URL.
         url = url.difference_update_query(["password"]).set(password=password)

@@ -103,7 +103,7 @@ def stage(
             with translated(engine.driver_errors, lambda error: _restore_error(error, source)):
                 found = _verify(engine, source, manifest)
                 with engine.reading() as connection:
-                    refuse_changed_schema(connection, str(found.revision), quoted(source), acknowledged)
+                    refuse_changed_schema(connection, str(found.schema_revision), quoted(source), acknowledged)
                 engine.prepare_header()
                 open_sqlite(engine, clock=lambda: restored_at, timeout=timedelta(0), migrate=True, temporary=True)
                 epoch = max(known_epoch, found.epoch or 1) + 1
@@ -121,7 +121,7 @@ def stage(
     return Staged(
         epoch=epoch,
         revision=str(revision),
-        upgraded_from=None if revision == found.revision else found.revision,
+        upgraded_from=None if revision == found.schema_revision else found.schema_revision,
         rows={name: count for name, count in found.rows.items() if name not in _BOOKKEEPING},
         devices=devices,
     )
@@ -176,9 +176,9 @@ def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Co
         if has_broken_reference(raw):
             raise damaged(source, "a row refers to a row that does not exist")
         found = read_contents(raw)
-    if found.revision is None:
+    if found.schema_revision is None:
         raise damaged(source, "it contains no homeagent tables")
-    if manifest is not None and (found.rows, found.revision) != (manifest.rows, manifest.schema_revision):
+    if manifest is not None and (found.rows, found.schema_revision) != (manifest.rows, manifest.schema_revision):
         raise damaged(source, "its row counts or schema revision differ from its manifest")
     return found
 

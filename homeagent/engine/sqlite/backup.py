@@ -14,7 +14,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,24 +49,24 @@ _STEP = 2000
 # Number of instructions of SQLite's virtual machine between two calls of the function `stop()`.
 _INSTRUCTIONS = 100_000
 
+_STOPPED = "the backup was stopped before it was complete: the partial copy was removed"
+
 Stop = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Contents of a database for the manifest. The attributes have the meaning of the manifest's attributes."""
+    """Those attributes of a manifest that a connection reads from the database."""
 
     rows: dict[str, int]
-    revision: str | None
+    schema_revision: str | None
     application_revision: str | None
     epoch: int | None
     schema_version: int = field(compare=False)
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
-    """Return the file name of a backup. For one revision, the order of the file names is the order of the backups'
-    times.
-    """
+    """Return the file name of a backup. For one revision, the names sort by the times of the backups."""
     return f"{database.name}.{revision}-{taken_at.strftime('%Y%m%dT%H%M%S%fZ')}.backup"
 
 
@@ -82,10 +82,9 @@ def write_backup(
 ) -> Manifest:
     """Copy an open database to a new file, and write the manifest next to the copy.
 
-    The copy is in rollback mode and needs no WAL, so the copy can be opened on a read-only medium.
-
-    Until the end of the verification, the copy has the temporary path. The temporary path and the target must be in the
-    same existing directory. The backup calls the function `stop()` repeatedly, and ends if a call returns True.
+    The copy is in rollback mode and needs no WAL, so the copy can be opened on a read-only medium. Until the end of the
+    verification, the copy has the path `partial`, which must be in the directory of the target. The backup ends if a
+    call of the function `stop()` returns True.
 
     Raises:
         InvalidArgumentError: if the target exists, and `replace=False`.
@@ -167,7 +166,7 @@ def read_contents(raw: Any) -> Contents:
     epochs = raw.execute("SELECT epoch FROM store").fetchall() if "store" in tables else []
     return Contents(
         rows=rows,
-        revision=versions[0] if len(versions) == 1 else None,
+        schema_revision=versions[0] if len(versions) == 1 else None,
         application_revision=", ".join(own) or None,
         epoch=int(epochs[0][0]) if len(epochs) == 1 else None,
         schema_version=int(raw.execute("PRAGMA schema_version").get),
@@ -175,10 +174,8 @@ def read_contents(raw: Any) -> Contents:
 
 
 def has_broken_reference(raw: Any) -> bool:
-    """Return True if a row of homeagent's tables refers to a missing row.
-
-    An orphan in a table of the application must not prevent a backup or a restore. The function only logs an orphan in
-    a table of the application.
+    """Return True if a row of homeagent's tables refers to a missing row. For a table of the application, only log a
+    warning, because an orphan of the application must not prevent a backup or a restore.
     """
     children = {str(row[0]) for row in raw.execute("PRAGMA foreign_key_check").fetchall()}
     own = sorted(children.difference(TABLES))
@@ -219,11 +216,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
 
 def _raise_if_stopped(stop: Stop) -> None:
     if stop():
-        raise _stopped()
-
-
-def _stopped() -> BackupStoppedError:
-    return BackupStoppedError("the backup was stopped before it was complete: the partial copy was removed")
+        raise BackupStoppedError(_STOPPED)
 
 
 def _verify(source: Path, copy: Any, expected: Contents, *, needs_schema: bool) -> None:
@@ -234,7 +227,7 @@ def _verify(source: Path, copy: Any, expected: Contents, *, needs_schema: bool) 
         problem = "a row refers to a row that does not exist"
     elif read_contents(copy) != expected:
         problem = "the row counts of the copy and of the snapshot differ"
-    elif needs_schema and expected.revision is None:
+    elif needs_schema and expected.schema_revision is None:
         problem = "the schema is missing"
     else:
         return
@@ -245,13 +238,7 @@ def _verify(source: Path, copy: Any, expected: Contents, *, needs_schema: bool) 
 
 
 def _describe(
-    partial: Path,
-    database: Path,
-    contents: Contents,
-    *,
-    taken_at: datetime,
-    kind: Kind,
-    stop: Stop,
+    partial: Path, database: Path, contents: Contents, *, taken_at: datetime, kind: Kind, stop: Stop
 ) -> Manifest:
     """Sync the copy to the disk, read back every byte, and return the manifest."""
     digest = hashlib.sha256()
@@ -270,14 +257,10 @@ def _describe(
         kind=kind,
         database=str(database),
         taken_at=taken_at,
-        schema_revision=contents.revision,
-        application_revision=contents.application_revision,
-        schema_version=contents.schema_version,
-        epoch=contents.epoch,
-        rows=contents.rows,
         size=size,
         sha256=digest.hexdigest(),
         package_version=__version__,
+        **asdict(contents),
     )
 
 
@@ -302,8 +285,8 @@ def _size(source: Any) -> int:
 def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator[None]:
     def translate(error: BaseException) -> HomeAgentError:
         code = sqlite_code(error)
-        if stop() and code == apsw.SQLITE_INTERRUPT:
-            return _stopped()
+        if code == apsw.SQLITE_INTERRUPT:
+            return BackupStoppedError(_STOPPED)  # only the function `stop()` interrupts a statement
         translation = sqlite_error(error)
         if code == apsw.SQLITE_IOERR:
             translation = diagnosed_error(error, partial, find_moved=lambda: None)

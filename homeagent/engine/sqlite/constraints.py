@@ -117,7 +117,7 @@ def _constraint_name(raw: Any, table: str, kind: str, columns: tuple[str, ...]) 
 
 
 def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
-    """Return the table and the name of the failed foreign key, or (None, None) if several keys can have failed."""
+    """Return the table and the name of the failed foreign key. A name is None if several keys can have failed."""
     verb, target = _target(statement)
     if target:
         candidates = [

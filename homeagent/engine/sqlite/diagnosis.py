@@ -1,8 +1,8 @@
 """Find out why SQLite could not read or write. SQLite does not return the system's error number, so a probe repeats the
 system call.
 
-The probes run only after an error, so the cost of the probes does not matter. If a probe does not find the cause any
-more, the error message contains only SQLite's code.
+The probes run only after an error. If a probe does not find the cause any more, the error message contains only
+SQLite's code.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import resource
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import apsw
 
@@ -33,16 +34,12 @@ from homeagent.errors import (
 # disk that is full for SQLite.
 _PIECE = 64 * 1024
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-
 
 def diagnosed_error(
     error: BaseException, path: Path, *, find_moved: Callable[[], DatabaseMovedError | None]
 ) -> HomeAgentError:
-    """Return homeagent's error for an exception of the SQLite driver. SQLite's code and the probes decide the class of
-    the returned error.
-
-    The caller passes a function that returns the error for a replaced or deleted file, and None for an unchanged file.
+    """Return homeagent's error for an exception of the SQLite driver. The function `find_moved()` returns the error for
+    a replaced or deleted file, and None for an unchanged file.
     """
     translation = sqlite_error(error)
     if isinstance(translation, CorruptDatabaseError):
@@ -70,7 +67,7 @@ def diagnosed_error(
             f"raise the limit, then run the unit again [{name}]"
         )
     match _write_error(path.parent):
-        case number if number in _NO_ROOM:
+        case errno.ENOSPC | errno.EDQUOT:
             return DiskFullError(f"the disk of {quoted(path)} is full: free some space, then try again [{name}]")
         case errno.EROFS:
             return ReadOnlyError(
@@ -114,27 +111,10 @@ def _at_size_limit(path: Path) -> bool:
 
 
 def _write_error(directory: Path) -> int | None:
-    """Write to an unnamed temporary file, and return the error number. If the write succeeds, return None."""
-    flag = getattr(os, "O_TMPFILE", None)
-    if flag is None:
-        return _space_error(directory)
+    """Write to a temporary file, and return the error number. If the write succeeds, return None."""
     try:
-        descriptor = os.open(directory, flag | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            written = os.write(descriptor, bytes(_PIECE))
-        finally:
-            os.close(descriptor)
+        with TemporaryFile(dir=directory, buffering=0) as file:
+            written = file.write(bytes(_PIECE))
     except OSError as error:
-        # Some file systems do not support unnamed files.
-        return _space_error(directory) if error.errno in (errno.EOPNOTSUPP, errno.EISDIR) else error.errno
+        return error.errno
     return None if written == _PIECE else errno.ENOSPC
-
-
-def _space_error(directory: Path) -> int | None:
-    with suppress(OSError):
-        state = os.statvfs(directory)
-        if state.f_flag & os.ST_RDONLY:
-            return errno.EROFS
-        if state.f_bavail * state.f_frsize < _PIECE:
-            return errno.ENOSPC
-    return None

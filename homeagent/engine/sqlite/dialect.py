@@ -84,9 +84,7 @@ class StatementCursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed. After a statement that only reads, the number of changed rows
-        is undefined.
-        """
+        """Number of rows that the last statement changed; undefined after a statement that only reads."""
         if self._changed is None:
             return self.connection.changes()
         changed, self._changed = self._changed, None
@@ -94,9 +92,7 @@ class StatementCursor(_Cursor):
 
 
 class Cursor(StatementCursor):
-    """DB-API cursor for SQLAlchemy. A store's statements use `StatementCursor`, which takes less time than this
-    cursor.
-    """
+    """DB-API cursor for SQLAlchemy. A store's statements use the faster `StatementCursor`."""
 
     arraysize = 1
     description: Description | None = None  # type: ignore[assignment]  # apsw's own raises after the last row
@@ -119,9 +115,7 @@ class Cursor(StatementCursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed. For a statement that only reads, the number of changed rows
-        is -1.
-        """
+        """Number of rows that the last statement changed; -1 after a statement that only reads."""
         if self._changed is not None:
             return self._changed
         if not self.is_write:
@@ -179,10 +173,7 @@ class Connection(_Connection):
         raise unknown
 
     def after_failed_commit(self, error: BaseException) -> HomeAgentError | None:
-        """Overwrite a failed commit in the WAL. If the overwrite fails, return a CommitUnknownError.
-
-        The argument is the exception that COMMIT raised.
-        """
+        """Overwrite a failed commit in the WAL. If the overwrite fails, return a CommitUnknownError."""
         # If COMMIT failed before a write, the transaction is still open. If a write failed, the WAL contains only a
         # part of the transaction.
         is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _NOT_IN_WAL
@@ -193,10 +184,10 @@ class Connection(_Connection):
     def _erase_failed_commit(self) -> bool:
         """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded.
 
-        If only the sync failed, the WAL contains all frames of the failed commit, but the WAL index does not. If no
-        checkpoint follows, a later connection could rebuild the index and recover the commit. The empty commit
-        overwrites the first frame, which makes the checksums of the other frames invalid. The empty commit is not
-        synced, because the sync could fail again.
+        If only the sync failed, the WAL contains all frames of the failed commit, but the WAL index does not. A later
+        connection could rebuild the index and recover the commit. The empty commit overwrites the first frame, which
+        makes the checksums of the other frames invalid. The empty commit is not synced, because the sync could fail
+        again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
@@ -223,24 +214,16 @@ class Connection(_Connection):
             self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
 
     def confine(self, savepoint: str | None) -> None:
-        """Confine later commits and rollbacks of the caller to a savepoint of the transaction. With `savepoint=None`,
-        commits and rollbacks apply to the whole transaction again.
-
-        During the confinement, the method `rollback()` rolls back only to the savepoint. During the confinement every
-        COMMIT fails, and SQLite rolls back the whole transaction (https://sqlite.org/c3ref/commit_hook.html).
+        """Let `rollback()` roll back only to a savepoint, until a call with `savepoint=None`. Until then every COMMIT
+        fails, and SQLite rolls back the whole transaction (https://sqlite.org/c3ref/commit_hook.html).
         """
         self._savepoint = savepoint
         self.set_commit_hook(None if savepoint is None else lambda: True)
 
 
 def connect(database: str, *, uri: bool = False, create: bool = True, timeout: float = 5.0) -> Connection:
-    """Open a SQLite file, or raise apsw.Error.
-
-    Args:
-        database: path, URI (https://sqlite.org/uri.html) or `":memory:"`.
-        uri: True if the first argument is a URI.
-        create: True to create an absent file.
-        timeout: longest wait of a statement for a lock, in seconds.
+    """Open a SQLite file, a URI (https://sqlite.org/uri.html) or `":memory:"`, or raise apsw.Error. A statement waits
+    at most `timeout` seconds for a lock.
     """
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
@@ -265,11 +248,8 @@ class Undecodable(bytes):
 
 
 def undecoded_columns(names: Iterable[str]) -> str:
-    """Return the expressions that read columns without decoding texts. The function `decoded_row()` takes the values of
-    the expressions.
-
-    The driver decodes each value of the storage class TEXT, and raises an error for a text that is not UTF-8. The
-    caller passes names that are quoted for SQL.
+    """Return the expressions that read columns without decoding texts, for `decoded_row()`. The driver would raise an
+    error for a text that is not UTF-8. The caller passes names that are quoted for SQL.
     """
     return ", ".join(
         f"typeof({name}), CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END" for name in names
@@ -335,9 +315,7 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return SQLAlchemy's pool class. The pool of an in-memory database has one connection for each thread. The
-        pool of a file is a queue of connections.
-        """
+        """Return the pool class: one connection for each thread for `:memory:`, and a queue for a file."""
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 
     def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:
@@ -348,9 +326,7 @@ class Dialect(SQLiteDialect):
         return [url.database or ":memory:"], options
 
     def on_connect(self) -> Callable[[Any], None]:
-        """Return a function that adds the SQL function `regexp()` to a new connection. SQLAlchemy's `regexp_match()`
-        uses the SQL function `regexp()`.
-        """
+        """Return a function that adds the SQL function `regexp()`, which SQLAlchemy's `regexp_match()` uses."""
 
         def prepare(connection: Connection) -> None:
             connection.create_scalar_function("regexp", _regexp, 2, deterministic=True)

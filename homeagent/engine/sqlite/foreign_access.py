@@ -20,7 +20,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -80,12 +80,10 @@ class FileGuard:
             finally:
                 if is_last:
                     self._is_closed = True
-                    try:
-                        self.forget()
-                    finally:
-                        with _registry:
-                            if _guards.get(self._identity) is self:
-                                del _guards[self._identity]
+                    with _registry:
+                        if _guards.get(self._identity) is self:
+                            del _guards[self._identity]
+                    self.forget()
             if failure is not None:
                 raise failure
 
@@ -122,11 +120,8 @@ class FileGuard:
 
     def forget(self) -> None:
         """Close the descriptors. While a connection is open, call the method only in a forked child."""
-        descriptors, self._descriptors = self._descriptors, []
-        # If one descriptor can't be closed, the ExitStack still closes the other descriptors.
-        with ExitStack() as closing:
-            for descriptor in descriptors:
-                closing.callback(os.close, descriptor)
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
 
 def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
@@ -137,6 +132,7 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
 # Hold the lock while a connection is opened and counted. Another thread would mistake the descriptor of an uncounted
 # connection for a descriptor of another library.
 _opening = threading.RLock()
+_is_hook_installed = False
 _uncounted = 0
 """Number of connections that the thread with the lock `_opening` is opening, and has not counted yet."""
 _registry = threading.RLock()
@@ -146,9 +142,7 @@ _protected: weakref.WeakSet[FileIdentityCheck] = weakref.WeakSet()
 
 
 def guard_of(path: Path, identity: Identity) -> FileGuard:
-    """Return the guard, which holds the locks of a file. All `Database` objects of this process for one file share one
-    guard.
-    """
+    """Return the guard that all `Database` objects of this process for one file share."""
     with _registry:
         guard = _guards.get(identity)
         if guard is None:
@@ -191,9 +185,7 @@ def _refuse_foreign_descriptors(path: Path) -> None:
     The function can't detect foreign code on a system without /proc, or if homeagent already has the file open.
     """
     status = look_at(path)
-    if status is None or identity_of(status) in _guards:
-        return
-    if not _DESCRIPTORS.is_dir():
+    if status is None or identity_of(status) in _guards or not _DESCRIPTORS.is_dir():
         return
     with explained("look into", _DESCRIPTORS):
         for link in _DESCRIPTORS.iterdir():
@@ -208,9 +200,13 @@ def _refuse_foreign_descriptors(path: Path) -> None:
 
 def protect(database: FileIdentityCheck) -> None:
     """Make `sqlite3.connect` raise an error for the file of an opened database, until a call of `unprotect()`."""
-    _install_hook()
+    global _is_hook_installed
     with _registry:
         _protected.add(database)
+        # Install the hook when the first file is opened. The hook slows each audited call and can't be removed.
+        if not _is_hook_installed:
+            _is_hook_installed = True
+            sys.addaudithook(_refuse_connect)
 
 
 def unprotect(database: FileIdentityCheck) -> None:
@@ -238,17 +234,6 @@ def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
                     f"{quoted(Path(candidate))} is open as a homeagent database in this process, and closing it in a "
                     "second SQLite library would drop its locks: use Database.read_connection or a store"
                 )
-
-
-_is_hook_installed = False
-
-
-def _install_hook() -> None:
-    # Install the hook when the first file is opened. The hook slows each audited call and can't be removed.
-    global _is_hook_installed
-    if not _is_hook_installed:
-        _is_hook_installed = True
-        sys.addaudithook(_refuse_connect)
 
 
 def _after_fork_in_child() -> None:

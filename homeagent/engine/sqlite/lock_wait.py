@@ -1,11 +1,9 @@
 """Wait for the write lock of another process. Frequent tries get the lock even if a process writes without pause.
 
-SQLite's busy handler tries again after 1, 2, 5, 10, ... and at last every 100 ms. A process that commits and begins
-again at once leaves the lock free only for short moments. SQLite's busy handler seldom tries at a moment at which the
-lock is free. In a test with eight writing processes, some processes waited for seconds. A process that tries every few
-milliseconds gets the lock. Too frequent tries make the lock move between processes too often, which slows all writes.
-On a busy machine with eight writing processes, pauses of 0.5 to 2 ms raised the 99th percentile of the write times by a
-factor of two to five. On a quiet machine, pauses of 0.5 to 2 ms made no difference.
+A process that commits and begins again at once leaves the lock free only for short moments. SQLite's busy handler tries
+only every 100 ms after some tries, and let processes wait for seconds in a test with eight writing processes. Pauses of
+less than 2 ms raised the 99th percentile of the write times by a factor of two to five, because the lock moved between
+processes too often.
 """
 
 from __future__ import annotations

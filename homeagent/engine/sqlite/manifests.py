@@ -1,8 +1,5 @@
-"""Manifests are small files that describe backups. With manifests, homeagent finds the newest backup without opening a
-database.
-
-The error about a damaged database names the newest good backup. A note file next to the database contains the path of
-the last backup. The path can't be read from a damaged database.
+"""Manifests are small files that describe backups. The error about a damaged database names the newest good backup,
+which homeagent finds by the manifests and by a note file with the path of the last backup.
 """
 
 from __future__ import annotations
@@ -32,7 +29,7 @@ Kind = Literal["backup", "upgrade", "adoption"]
 
 
 class Manifest(BaseModel, frozen=True):
-    """The content of a manifest. The manifest describes a backup at the time of the backup's verification.
+    """The content of a manifest, which describes a backup at the time of the backup's verification.
 
     Attributes:
         format: version of the manifest's format.
@@ -71,16 +68,11 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest of a backup. If the manifest does not exist, return None.
-
-    Args:
-        backup: path of the backup.
-        database: path of the source database, or of the target of a restore. The directory of the database decides
-            which owners are trusted. By default, the argument is the path of the backup.
+    """Return the manifest of a backup. If the manifest does not exist, return None. The directory of the database
+    decides which owners are trusted, by default the directory of the backup.
 
     Raises:
-        InsecureFileError: if the manifest has a second hard link, or belongs to a user whose backups are not trusted
-            (see `backup_owners()`).
+        InsecureFileError: if the manifest has a second hard link, or belongs to a user whose backups are not trusted.
         CorruptDatabaseError: if the manifest can't be read, or is invalid.
     """
     path = manifest_path(backup)
@@ -101,11 +93,11 @@ def write_manifest(backup: Path, manifest: Manifest) -> None:
 
 
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
-    """Return the backups in a directory, oldest first. Leave out a backup whose size differs from the manifest.
+    """Return the backups in a directory, oldest first, without opening the backups. If the directory can't be read,
+    return an empty list.
 
-    Do not open the backups, because the function `restore()` checks their content. Leave out the copy of an adopted
-    file. Leave out a backup that `restore()` would refuse because of the backup's owner or a second hard link. A
-    directory that cannot be read counts as empty.
+    Leave out the copy of an adopted file, and a backup whose size differs from the manifest. Also leave out a backup
+    that `restore()` would refuse because of the backup's owner or a second hard link.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -123,10 +115,8 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Return the path of the newest backup of a database, or None. Pass a path from `locate_file()`.
-
-    Search the directory of the database and the directory of the last backup. The database itself does not need to
-    exist.
+    """Return the path of the newest backup in the directory of the database and the directory of the last backup. If
+    there is no backup, return None. Pass a path from `locate_file()`.
     """
     # In the database's directory, compare only the file name of the source database, because the whole directory can
     # have been moved.

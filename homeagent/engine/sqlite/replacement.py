@@ -9,7 +9,6 @@ replacement.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from datetime import timedelta
@@ -56,6 +55,8 @@ def epoch_of_marker(marker: str | None) -> int:
 def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, timeout: timedelta) -> None:
     """Move the file at `new_path` to the database's path, and move the old files to `quarantine_path`.
 
+    If a step fails, the next process that opens the database finishes the replacement.
+
     Args:
         lock: the in-use lock, which the caller holds exclusively.
         database: path of the database file. The file does not need to exist.
@@ -63,10 +64,6 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
         epoch: epoch of the new database.
         timeout: longest wait for the lock `sidecar_lock`. A process that creates the database also takes
             `sidecar_lock`.
-
-    Raises:
-        DatabaseError: if a step of the replacement failed. The next process that opens the database finishes the
-            replacement.
     """
     lock.write_marker(f"swap {stamp} {epoch} end")
     finish_replacement(lock, database, timeout=timeout)
@@ -74,8 +71,6 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
 
 def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
     """Finish the replacement that the lock file's marker describes. If the lock file has no marker, do nothing.
-
-    The function `replace_database()` documents the arguments.
 
     Raises:
         InsecureFileError, ForeignDatabaseError: if another user put a file at the path of the new database.
@@ -99,9 +94,10 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
     # Check the file at `new_path`. After a finished replacement, another user can have created a file at `new_path`.
     if inspect_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
-            # The new file takes over the name of the old file in one step, so the path exists at every moment.
+            # After the rename, no file has the database's path for a moment. If another process opens the database in
+            # this moment, the process finds the marker and finishes the replacement.
             if os.path.lexists(database) and not os.path.lexists(kept):
-                _link_or_rename(database, kept)
+                database.replace(kept)
             for old_sidecar, kept_sidecar in zip(sidecars(database), sidecars(kept), strict=True):
                 if os.path.lexists(old_sidecar):
                     old_sidecar.replace(kept_sidecar)
@@ -111,15 +107,3 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
     with sidecar_lock(database, timeout=timeout) as initialisation:
         initialisation.write_marker(marker_of_epoch(epoch))
     lock.clear_marker()
-
-
-def _link_or_rename(path: Path, second: Path) -> None:
-    """Give a file a second name by a hard link. On a file system without hard links, rename the file."""
-    try:
-        second.hardlink_to(path)
-    except OSError as error:
-        # After a rename, no file has the database's path for a moment. If another process opens the database before the
-        # next step, the process finds the marker and finishes the replacement.
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
-            raise
-        path.replace(second)

@@ -26,17 +26,12 @@ def refuse_changes(
     raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
 ) -> Iterator[None]:
     """While the block runs, refuse each statement that changes the rows, columns, indexes or triggers of the given
-    tables.
+    tables, and each change of `PRAGMA writable_schema`.
 
     SQLite asks the authorizer while it compiles a statement (https://sqlite.org/c3ref/set_authorizer.html), so a
-    refused statement has no effect. A change of the schema through `PRAGMA writable_schema` is also refused.
-
-    Args:
-        raw: driver's connection.
-        tables: names of the tables, in lower case.
-        triggers: names of the allowed triggers. A statement can create or drop an allowed trigger, and an allowed
-            trigger can write to the tables.
-        refused: function that is called with the name of the table before SQLite raises the error.
+    refused statement has no effect. A statement can create or drop an allowed trigger, and an allowed trigger can write
+    to the tables. The names of the tables are in lower case. Before SQLite raises the error, the function `refused()`
+    gets the name of the table.
     """
 
     def judge(action: int, first: str | None, second: str | None, _schema: object, by: str | None) -> int:
@@ -46,11 +41,11 @@ def refuse_changes(
             table = None if first in triggers else second
         elif action in _OF_TABLE:
             table = second
+        elif action == apsw.SQLITE_PRAGMA and first == "writable_schema" and second is not None:
+            refused("sqlite_master")
+            return apsw.SQLITE_DENY
         else:
-            is_unsafe = action == apsw.SQLITE_PRAGMA and first == "writable_schema" and second is not None
-            if is_unsafe:
-                refused("sqlite_master")
-            return apsw.SQLITE_DENY if is_unsafe else apsw.SQLITE_OK
+            table = None
         if table is None or table.lower() not in tables:
             return apsw.SQLITE_OK
         refused(table.lower())
