@@ -29,7 +29,7 @@ MINUTE = timedelta(minutes=1)
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """A list of every Argon2 run of the test."""
     counted = Runs()
-    monkeypatch.setattr("argon2.low_level.hash_secret_raw", counted)
+    monkeypatch.setattr("argon2.low_level.hash_secret", counted)
     return counted
 
 

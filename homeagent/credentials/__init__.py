@@ -1,16 +1,8 @@
 """Format, hashing and checks of the secrets of devices. This package does not use the database.
 
-The text of a secret decides whether the secret counts as generated.
-
 A *generated* secret comes from `generate_secret`, has 256 random bits and can't be guessed. The database stores the
-SHA-256 of a generated secret.
-
-Any other secret could be guessed, because a person can have chosen the text. The database stores an Argon2id hash (RFC
-9106) of a secret that is not generated. The default costs are the second recommended option of RFC 9106, with 64 MiB.
-
-The duration of a check depends only on the presented secret, with one exception (see `SecretHasher.check`). The
-duration of a check does not reveal whether the device exists, which kind of secret the device has, or whether an older
-secret is valid.
+SHA-256 of a generated secret. Any other secret could be guessed, because a person can have chosen the text. The
+database stores an Argon2id hash (RFC 9106) of a secret that is not generated.
 
 `homeagent.scram` lets a device prove a secret without sending the secret.
 """

@@ -1,10 +1,7 @@
 """A counter of failed checks of guessable secrets, for each presented device id.
 
-Failed checks of unknown ids count like other failed checks, so a refusal does not reveal whether a device exists.
-Checks of generated secrets are always allowed and do not count, because an attacker can't guess a generated secret.
-
-A successful check does not reset the count of failures. If a successful check reset the count, an attacker would get 30
-new guesses after each success of the device.
+Failed checks of unknown ids count too, so a refusal does not reveal whether a device exists. A successful check does
+not reset the count, because an attacker would get 30 new guesses after each success of the device.
 """
 
 from __future__ import annotations
@@ -23,14 +20,12 @@ from homeagent.errors import TooManyAttemptsError
 FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
-# No new device has an id of more than 512 characters. A caller can present an id of any length, so the counter must not
-# keep the id itself.
+# A caller can present an id of any length, so the counter keeps only a hash of a longer id.
 _LONGEST_ID = 512
 
-# All instances share one lock, so that a forked child replaces only one lock. The lock is held only for microseconds.
-# The lock is reentrant, because a signal handler can check a secret while the interrupted thread holds the lock.
+# All instances share one lock, so that a forked child replaces only one lock. The lock is reentrant, because a signal
+# handler can check a secret while the interrupted thread holds the lock.
 _lock = threading.RLock()
-
 
 _Moment = tuple[datetime, float]
 """Readings of the database's clock and of the monotonic clock at the same time."""
@@ -57,21 +52,14 @@ class FailedChecks:
     The counts are in the memory of one process. A check counts from its start, so concurrent checks can't exceed the
     limit. A check that does not fail is removed from the count.
 
-    The object counts the failures of a limited number of ids (`most_ids`). At the limit of `most_ids` ids, a new id
-    replaces the id with the fewest failures. To remove the count of an id with 30 failures, an attacker needs 30
-    failures of every other counted id within a minute. For 10,000 ids, an attacker needs 300,000 slow hashes, far more
-    than one process computes in a minute. If a new id replaced the oldest id, 10,000 slow hashes would be enough to
-    remove a count.
+    The object counts the failures of at most `most_ids` ids. At the limit, a new id replaces the id with the fewest
+    failures. To remove the count of an id with 30 failures, an attacker needs 30 failures of every other counted id
+    within a minute: 300,000 slow hashes for 10,000 ids, far more than one process computes in a minute. If a new id
+    replaced the oldest id, 10,000 slow hashes would be enough.
 
     A minute ends when the wall clock or the monotonic clock has moved by a minute. A wall clock that stands still or is
     set back does not prolong the refusal of a device. If the wall clock is set forward, an attacker gets the guesses of
     an additional minute.
-
-    Args:
-        clock: the database's clock.
-        per_minute: maximum number of failed checks of one id within a minute, 1 or more.
-        most_ids: maximum number of remembered ids, 1 or more.
-        monotonic: the monotonic clock, in seconds.
     """
 
     def __init__(

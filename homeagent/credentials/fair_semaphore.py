@@ -17,10 +17,7 @@ _RETRY_AFTER = timedelta(seconds=1)
 
 
 class FairSemaphore:
-    """A semaphore that a limited number of callers can hold at the same time.
-
-    The argument sets the number of callers, 1 or more. In a forked child all places are free.
-    """
+    """A semaphore with a number of places. In a forked child all places are free."""
 
     def __init__(self, places: int) -> None:
         self._places = places
@@ -39,7 +36,6 @@ class FairSemaphore:
         return len(self._queue)
 
     def _release(self) -> None:
-        """Give the caller's place to the first waiting caller, or free the place if no caller waits."""
         with self._lock:
             if self._queue:
                 self._queue.popleft().set()
@@ -55,7 +51,6 @@ class FairSemaphore:
             return True
 
     def _acquire(self, timeout: float, most_waiting: int) -> bool:
-        """Take a place. Return False if no place became free before the timeout."""
         handed_over = threading.Event()
         with self._lock:
             if self._free:
@@ -77,17 +72,8 @@ class FairSemaphore:
 
     @contextmanager
     def turn(self, timeout: float, *, most_waiting: int) -> Iterator[bool]:
-        """Hold a place of the semaphore while the block runs.
-
-        Args:
-            timeout: maximum wait for a place, in seconds.
-            most_waiting: maximum number of waiting callers, including this caller, 0 or more.
-
-        Returns:
-            False if no place became free in time.
-
-        Raises:
-            TooManyAttemptsError: if no place is free, and `most_waiting` callers already wait.
+        """Hold a place while the block runs. Yield False if no place became free within the timeout, in seconds. If no
+        place is free, and `most_waiting` callers already wait, raise TooManyAttemptsError.
         """
         taken = self._acquire(timeout, most_waiting)
         try:

@@ -26,9 +26,7 @@ _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def reveal(secret: SecretStr | str) -> str:
-    """Return the text of a secret without checking whether the secret is usable. Raise InvalidArgumentError for a value
-    of another type.
-    """
+    """Return the text of a secret. Raise InvalidArgumentError for a value of another type."""
     if isinstance(secret, str):
         return secret
     from pydantic import SecretStr
@@ -50,9 +48,7 @@ def what_is_wrong(text: str) -> str | None:
 
 
 def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a usable secret. For any other text, raise InvalidArgumentError. The error message does not
-    show the secret.
-    """
+    """Return the text of a secret. If the text is not usable, raise InvalidArgumentError without the text."""
     text = reveal(secret)
     problem = what_is_wrong(text)
     if problem is not None:
@@ -72,10 +68,8 @@ def _checksum(random: bytes) -> bytes:
 def generate_secret() -> SecretStr:
     """Return a new secret of 256 random bits, for a device that can store a secret.
 
-    Returns:
-        A text of 52 characters. After the prefix `ha1_`, the text has 32 random bytes and a CRC-32 in base64url (RFC
-        4648 section 5). The CRC-32 covers the prefix and the random bytes. The function `is_generated()` recognises a
-        generated secret by the CRC-32.
+    The secret has 52 characters. After the prefix `ha1_`, the text has 32 random bytes and the CRC-32 of the prefix and
+    the random bytes, in base64url (RFC 4648 section 5).
     """
     from pydantic import SecretStr
 
@@ -99,7 +93,5 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return True if a check of the secret runs Argon2. A check runs Argon2 for each usable secret that is not
-    generated.
-    """
+    """Return True if a check of the secret runs Argon2: the secret is usable and not generated."""
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from argon2.low_level import hash_secret_raw
+from argon2.low_level import hash_secret
 from hypothesis import strategies as st
 
 from homeagent.credentials import MAX_SECRET_BYTES, SecretHasher, generate_secret
@@ -39,7 +39,7 @@ class Runs:
         self.count += 1
         self.inside.release()
         assert self.go_on.wait(60)
-        return hash_secret_raw(*args, **kwargs)
+        return hash_secret(*args, **kwargs)
 
     def of(self, work: Callable[[], object]) -> int:
         before = self.count
@@ -51,5 +51,5 @@ class Runs:
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     """Every Argon2 run of this test."""
     counted = Runs()
-    monkeypatch.setattr("argon2.low_level.hash_secret_raw", counted)
+    monkeypatch.setattr("argon2.low_level.hash_secret", counted)
     return counted

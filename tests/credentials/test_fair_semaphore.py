@@ -96,7 +96,7 @@ def test_callers_wait_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch, runs:
         order.append(secret)
         return runs(secret, *args, **kwargs)
 
-    monkeypatch.setattr("argon2.low_level.hash_secret_raw", record)
+    monkeypatch.setattr("argon2.low_level.hash_secret", record)
     names = [f"caller {number}" for number in range(6)]
     with _held(runs, lambda: hasher.hash("first")) as pool:
         futures = []
@@ -152,7 +152,7 @@ def test_failing_run_releases_its_place(monkeypatch: pytest.MonkeyPatch) -> None
         raise argon2.exceptions.HashingError("Threading failure")
 
     with monkeypatch.context() as patch:
-        patch.setattr("argon2.low_level.hash_secret_raw", fail)
+        patch.setattr("argon2.low_level.hash_secret", fail)
         with pytest.raises(MemoryError, match=r"Threading failure.*give the process more memory"):
             hasher.hash(HUMAN)
     assert hasher.hash(HUMAN)
@@ -247,16 +247,16 @@ def test_forked_child_has_all_places() -> None:
         from homeagent.credentials import SecretHasher
         warnings.simplefilter("ignore", DeprecationWarning)     # a fork among threads is what this is about
         hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(0))
-        real, inside, go_on = low_level.hash_secret_raw, threading.Event(), threading.Event()
+        real, inside, go_on = low_level.hash_secret, threading.Event(), threading.Event()
         def held(*args, **kwargs):
             inside.set()
             assert go_on.wait(60)
             return real(*args, **kwargs)
-        low_level.hash_secret_raw = held
+        low_level.hash_secret = held
         thread = threading.Thread(target=hasher.hash, args=("in the parent",))
         thread.start()
         assert inside.wait(60)
-        low_level.hash_secret_raw = real
+        low_level.hash_secret = real
         child = os.fork()
         if child == 0:
             try:

@@ -9,26 +9,23 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
-from datetime import timedelta
 from typing import Any
 
 import argon2
 import pytest
-from argon2.low_level import hash_secret_raw
+from argon2.low_level import hash_secret as run_argon2
 from argon2.profiles import RFC_9106_LOW_MEMORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from homeagent.credentials import (
-    MAX_SECRET_CHARACTERS,
     SecretHasher,
     SecretMatch,
     check_secret,
     generate_secret,
     hash_secret,
 )
-from homeagent.errors import InvalidArgumentError
 from tests.credentials.conftest import HUMAN, OTHER, Runs, cheap, dearer, generated, usable
 
 # Hashes
@@ -85,8 +82,6 @@ def test_only_the_same_secret_matches(secret: str, other: str) -> None:
 
 def test_default_costs_are_those_of_rfc_9106() -> None:
     """The public functions use the second recommended option of RFC 9106, independent of a library's defaults."""
-    default = SecretHasher()
-    assert (default.time_cost, default.memory_cost, default.parallelism) == (3, 64 * 1024, 4)
     assert argon2.extract_parameters(hash_secret(HUMAN)) == RFC_9106_LOW_MEMORY
 
 
@@ -97,15 +92,6 @@ def test_public_functions_hash_and_check() -> None:
         assert len(stored) <= 256
         assert check_secret(secret, [stored]) == SecretMatch(0)
         assert not check_secret(SecretStr(OTHER), [stored])
-
-
-def test_longest_hash_fits_the_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The longest hash that any hasher can make fits into the column."""
-    widest = SecretHasher(time_cost=64, memory_cost=2 * 1024 * 1024, parallelism=64)
-    monkeypatch.setattr("argon2.low_level.hash_secret_raw", lambda *args, hash_len, **costs: bytes(hash_len))
-    stored = widest.hash("x" * MAX_SECRET_CHARACTERS)
-    assert stored.startswith("$argon2id$v=19$m=2097152,t=64,p=64$")
-    assert len(stored) <= 256
 
 
 # Costs of a check
@@ -172,14 +158,14 @@ def test_generated_secret_costs_no_run(kind: str, runs: Runs) -> None:
 
 def test_run_without_a_device_has_the_same_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     """For an unknown device, Argon2 runs with the same costs, type, and lengths of salt and digest."""
-    seen: list[dict[str, Any]] = []
+    seen: list[list[Any]] = []
 
-    def record(secret: bytes, salt: bytes, **costs: Any) -> bytes:
-        seen.append({"secret": len(secret), "salt": len(salt), **costs})
-        return hash_secret_raw(secret, salt, **costs)
+    def record(secret: bytes, salt: bytes, *costs: Any) -> bytes:
+        seen.append([len(secret), len(salt), *costs])
+        return run_argon2(secret, salt, *costs)
 
     stored = [dearer.hash(OTHER)]
-    monkeypatch.setattr("argon2.low_level.hash_secret_raw", record)
+    monkeypatch.setattr("argon2.low_level.hash_secret", record)
     assert not dearer.check(HUMAN, stored)
     assert not dearer.check(HUMAN, [])
     assert seen[0] == seen[1]
@@ -196,7 +182,7 @@ def test_both_kinds_compare_in_constant_time(monkeypatch: pytest.MonkeyPatch) ->
     human, secret = cheap.hash(HUMAN), generated()
     monkeypatch.setattr("hmac.compare_digest", record)
     assert cheap.check(HUMAN, [human])
-    assert compared == [32]
+    assert compared == [len(human)]
     for stored in ([], [cheap.hash(secret)], [cheap.hash(generated()), cheap.hash(secret)], [human]):
         compared.clear()
         cheap.check(secret, stored)
@@ -249,14 +235,6 @@ def test_no_stored_text_raises(stored: list[str]) -> None:
     """For any two stored texts, surrogates included, a check returns no match and raises no error."""
     assert not cheap.check(HUMAN, stored)
     assert not cheap.check(generate_secret(), [*stored[:1], "sha256$\ud800"])
-
-
-@pytest.mark.parametrize("stored", [["a", "b", "c"], "sha256$" + "0" * 64, ""])
-def test_more_than_two_hashes_are_refused(stored: Any) -> None:
-    """A third hash, or a single text instead of a sequence, raises InvalidArgumentError."""
-    with pytest.raises(InvalidArgumentError, match="at most 2") as refused:
-        cheap.check(HUMAN, stored)
-    assert "0000" not in str(refused.value)
 
 
 # Two hashes at once
@@ -377,34 +355,6 @@ def test_lack_of_memory_raises_memory_error() -> None:
     assert "lower memory_cost" in done.stdout.decode()
 
 
-# Arguments of a hasher
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"time_cost": 0},
-        {"time_cost": 65},
-        {"parallelism": 0},
-        {"parallelism": 65},
-        {"memory_cost": 31, "parallelism": 4},
-        {"memory_cost": 2 * 1024 * 1024 + 1},
-        {"concurrency": 0},
-        {"timeout": timedelta(microseconds=-1)},
-    ],
-    ids=str,
-)
-def test_hasher_out_of_bounds_is_refused(wrong: dict[str, Any]) -> None:
-    """If an argument is out of bounds, the hasher's constructor raises an error."""
-    with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
-        SecretHasher(**wrong)
-
-
-def test_longest_timeout_is_accepted() -> None:
-    """The longest duration is accepted as a timeout, for a wait without end."""
-    assert SecretHasher(time_cost=1, memory_cost=8, parallelism=1, timeout=timedelta.max).hash(HUMAN)
-
-
 def test_default_concurrency_follows_the_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default concurrency is the number of processors, at most 4, and 1 if the number is unknown."""
     for processors, expected in ((1, 1), (3, 3), (64, 4), (None, 1)):
@@ -425,11 +375,3 @@ def test_a_check_is_frozen_and_hides_its_replacement() -> None:
     with pytest.raises(FrozenInstanceError):
         check.matched = None  # type: ignore[misc]
     assert copy.copy(check) == check
-
-
-def test_repr_of_a_hasher_shows_only_costs() -> None:
-    """The repr of a hasher shows its arguments, and no salt."""
-    assert repr(SecretHasher(concurrency=2)) == (
-        "SecretHasher(time_cost=3, memory_cost=65536, parallelism=4, concurrency=2, "
-        "timeout=datetime.timedelta(seconds=30))"
-    )
