@@ -15,17 +15,11 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Check that an argument is a function that can be called, and return the argument.
+    """Return an argument of the application if the argument is a function. For a generator function, or another value
+    that can't be called, raise InvalidArgumentError.
 
-    Args:
-        function: function that the application passed as an argument.
-        what: name of the argument.
-        coroutine: remedy in the error message for a coroutine function. With `coroutine=None`, the check accepts
-            coroutine functions.
-
-    Raises:
-        InvalidArgumentError: if the argument can't be called or is a generator function. Unless `coroutine=None`, a
-            coroutine function also raises the error.
+    The argument `what` names the function in the message. A coroutine function also raises the error, with the remedy
+    `coroutine`. With `coroutine=None`, the check accepts coroutine functions.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED

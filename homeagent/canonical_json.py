@@ -22,33 +22,26 @@ if TYPE_CHECKING:
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
-def canonical_json(value: JsonValue) -> str:
-    """Return the canonical text of a JSON value.
+def canonical_json(value: JsonValue, what: str = "params") -> bytes:
+    """Return the canonical text of a JSON value, in UTF-8.
 
     Raises:
         InvalidArgumentError: if the value is not JSON or is nested too deeply. NaN, infinities, lone surrogates and
-            ints with too many digits (`sys.get_int_max_str_digits`) are also invalid.
+            ints with too many digits (`sys.get_int_max_str_digits`) are also invalid. The argument `what` names the
+            value in the message.
     """
-    text = None
     try:
-        text = _write(value)
-        text.encode()
+        return _write(value).encode()
     except InvalidArgumentError:
         raise
     except (ValueError, RecursionError):
-        # Do not raise InvalidArgumentError in this block, because Python would chain the caught error, which can
-        # contain the value.
-        text = None
-    if text is None:
-        raise InvalidArgumentError("params contain a lone surrogate or an int with too many digits, or nest too deeply")
-    return text
+        pass  # do not raise the error here, because Python would chain the caught error, which can contain the value
+    raise InvalidArgumentError(f"{what} contain a lone surrogate or an int with too many digits, or nest too deeply")
 
 
 def fingerprint_of(params: JsonValue) -> str:
-    """Return the SHA-256 of `canonical_json(params)`, in hexadecimal. The function raises the same errors as
-    `canonical_json()`.
-    """
-    return hashlib.sha256(canonical_json(params).encode()).hexdigest()
+    """Return the SHA-256 of `canonical_json(params)`, in hexadecimal."""
+    return hashlib.sha256(canonical_json(params)).hexdigest()
 
 
 def _write(value: object) -> str:

@@ -16,13 +16,11 @@ Clock = Callable[[], datetime]
 The time of an injected clock is used unchanged.
 """
 
-monotonic: Callable[[], float] = (
-    partial(time.clock_gettime, time.CLOCK_MONOTONIC) if hasattr(time, "clock_gettime") else time.monotonic
-)
+monotonic: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 """A function that returns the seconds of a monotonic clock.
 
-Do not use `time.monotonic`, because an application's tests can freeze `time.monotonic` with freezegun. With a frozen
-clock, a timeout would not end. Neither freezegun nor time-machine freezes `time.clock_gettime`.
+Do not use `time.monotonic`, because tests of an application can freeze `time.monotonic` with freezegun, and then a
+timeout would not end. Neither freezegun nor time-machine freezes `time.clock_gettime`.
 """
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

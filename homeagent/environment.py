@@ -26,21 +26,16 @@ MAX_POOL_SIZE = 1000
 
 
 class _Text(str):
-    """A default value that is a text. The operator `is` distinguishes the default from an equal text of a caller."""
-
     __slots__ = ()
 
 
 class _Number(int):
-    """A default value that is a number. The operator `is` distinguishes the default from an equal number of a
-    caller.
-    """
-
     __slots__ = ()
 
 
 # The three constants are the defaults in the signature of `Database.open`. Compare an argument with its default by the
-# operator `is`, because a caller can pass an equal value.
+# operator `is`, because a caller can pass an equal value. Python shares equal texts and small numbers, so the constants
+# have classes of their own.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

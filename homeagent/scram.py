@@ -28,17 +28,18 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import json
 import re
 import secrets
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import TYPE_CHECKING
 
+from homeagent.canonical_json import canonical_json
 from homeagent.credentials import is_generated, secret_text
 from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.proof_parameters import MIN_ITERATIONS, ProofParameters
+from homeagent.models.types import check_timestamp, to_milliseconds
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -66,9 +67,6 @@ _SALT_BYTES = 16
 
 _KEY_BYTES = hashlib.sha256().digest_size
 _MIN_FAKE_KEY_BYTES = 16
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)
 
 
 def _hmac_sha256(key: bytes, message: bytes) -> bytes:
@@ -146,7 +144,6 @@ class _Verifier:
 
 
 def _format_verifier(parameters: ProofParameters, stored_key: bytes, server_key: bytes) -> str:
-    """Return the text of a verifier (see `make_verifier`)."""
     salt, stored, server = (base64.b64encode(part).decode() for part in (parameters.salt, stored_key, server_key))
     return f"SCRAM-SHA-256${parameters.iterations}:{salt}${stored}:{server}"
 
@@ -168,10 +165,7 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
 
 
 def _require_verifier(verifier: str) -> _Verifier:
-    """Return the parts of a verifier. Raise InvalidArgumentError if the verifier is damaged or None.
-
-    A device with a human's secret has no verifier.
-    """
+    """Return the parts of a verifier. Raise InvalidArgumentError if the verifier is damaged or None."""
     parsed = _parse_verifier(verifier) if isinstance(verifier, str) else None
     if parsed is None:
         raise InvalidArgumentError(
@@ -245,19 +239,10 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
         raise InvalidArgumentError(f"key must be at least {_MIN_FAKE_KEY_BYTES} random bytes")
     if not 0 <= human_share <= 1:
         raise InvalidArgumentError("human_share must be 0 to 1")
-    derived = _hmac_sha256(key, b"homeagent-fake-parameters-1" + _canonical([device_id]))
+    derived = _hmac_sha256(key, b"homeagent-fake-parameters-1" + canonical_json([device_id], "device ids"))
     salt, rest = derived[:_SALT_BYTES], derived[_SALT_BYTES:]
     as_human = int.from_bytes(rest, "big") < human_share * 256 ** len(rest)
     return ProofParameters(salt, _HUMAN_ITERATIONS if as_human else _GENERATED_ITERATIONS)
-
-
-def _canonical(values: list[str | int]) -> bytes:
-    """Convert a list of texts and integers to canonical JSON (RFC 8785)."""
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        # Raise InvalidArgumentError before `encode()` raises UnicodeEncodeError, which would contain the nonce.
-        raise InvalidArgumentError("a lone surrogate has no UTF-8: remove the surrogate from the id or the nonce")
-    return text.encode()
 
 
 @clears_locals
@@ -276,9 +261,8 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
     Raises:
         InvalidArgumentError: if the timestamp is not an aware datetime, or if the id or the nonce has a lone surrogate.
     """
-    if not isinstance(timestamp, datetime) or timestamp.utcoffset() is None:
-        raise InvalidArgumentError("timestamp must be an aware datetime: give it a time zone, as in datetime.now(UTC)")
-    return _canonical(["homeagent-proof-1", device_id, nonce, (timestamp - _EPOCH) // _MILLISECOND])
+    milliseconds = to_milliseconds(check_timestamp(timestamp, "timestamp"))
+    return canonical_json(["homeagent-proof-1", device_id, nonce, milliseconds], "the id and the nonce")
 
 
 @clears_locals
@@ -298,14 +282,12 @@ def make_proof(
 
 # A verifier that takes the place of an absent or damaged verifier. Therefore a check takes the same time with and
 # without a stored verifier.
-_DECOY_VERIFIER = _Verifier(
+_DECOY = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),
     secrets.token_bytes(_KEY_BYTES),
 )
-_DECOY_VERIFIER_TEXT = _format_verifier(
-    _DECOY_VERIFIER.parameters, _DECOY_VERIFIER.stored_key, _DECOY_VERIFIER.server_key
-)
+_DECOY_TEXT = _format_verifier(_DECOY.parameters, _DECOY.stored_key, _DECOY.server_key)
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
@@ -321,9 +303,9 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
             the device.
         proof: 32 bytes. A proof of another length is wrong.
     """
-    parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
+    parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
     known = verifier is not None and parsed is not None
-    stored_key = (parsed or _DECOY_VERIFIER).stored_key
+    stored_key = (parsed or _DECOY).stored_key
     well_formed = len(proof) == _KEY_BYTES
     client_key = _xor(_hmac_sha256(stored_key, message), proof if well_formed else bytes(_KEY_BYTES))
     same = hmac.compare_digest(hashlib.sha256(client_key).digest(), stored_key)
@@ -337,7 +319,7 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
     function makes up an answer and parses a verifier, so that the duration does not show whether a device exists.
     """
     made_up = fake_parameters(device_id, key)
-    parsed = _parse_verifier(_DECOY_VERIFIER_TEXT if verifier is None else verifier)
+    parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
     return made_up if verifier is None or parsed is None else parsed.parameters
 
 

@@ -178,14 +178,14 @@ def test_file_check_is_not_older_than_ten_milliseconds(
     """At `normal`, and for readers, a check covers the units of ten milliseconds; at `full` each commit checks."""
     monkeypatch.setattr(file_identity, "_INTERVAL", 0.01)
     looks = 0
-    look = file_identity.FileIdentityCheck._status
+    look = file_identity._status
 
     def counted(name: str) -> Any:
         nonlocal looks
         looks += name == str(sqlite_path)
         return look(name)
 
-    monkeypatch.setattr(file_identity.FileIdentityCheck, "_status", staticmethod(counted))
+    monkeypatch.setattr(file_identity, "_status", counted)
     for durability, each in (("full", 1), ("normal", 0)):
         with Database.open(sqlite_path, clock=clock, durability=durability) as database:  # type: ignore[arg-type]
             now = 1000.0

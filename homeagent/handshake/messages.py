@@ -6,10 +6,11 @@ import base64
 import binascii
 import json
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from homeagent.errors import HandshakeError
+from homeagent.models.types import from_milliseconds, to_milliseconds
 
 MAX_MESSAGE = 8_192
 """Maximum size of a message in bytes. The web server needs a separate limit for the bytes that the server buffers."""
@@ -22,9 +23,7 @@ Receive = Callable[[], Awaitable[Any]]
 
 T = TypeVar("T")
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MILLISECOND = timedelta(milliseconds=1)
-_LATEST = (datetime(9999, 1, 1, tzinfo=UTC) - _EPOCH) // _MILLISECOND
+_LATEST = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 def write(**fields: str | int | bytes | datetime) -> str:
@@ -34,20 +33,13 @@ def write(**fields: str | int | bytes | datetime) -> str:
 
 def _plain(value: str | int | bytes | datetime) -> str | int:
     if isinstance(value, datetime):
-        return (value - _EPOCH) // _MILLISECOND
-    return text_of(value) if isinstance(value, bytes) else value
-
-
-def text_of(value: bytes) -> str:
-    """Return the bytes as base64."""
-    return base64.b64encode(value).decode()
+        return to_milliseconds(value)
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else value
 
 
 def read(message: object, *kinds: str) -> dict[str, Any]:
-    """Return the fields of a message. The type of the message must be one of the given kinds.
-
-    Raises:
-        HandshakeError: if the message is not a text with a JSON object, is too large, or has another type.
+    """Return the fields of a message. If the message is not a text with a JSON object, is too large, or has another
+    type than the given kinds, raise HandshakeError.
     """
     if not isinstance(message, str) or len(message.encode("utf-8", "replace")) > MAX_MESSAGE:
         raise HandshakeError(f"a message of a handshake is text of at most {MAX_MESSAGE:,} bytes")
@@ -61,11 +53,7 @@ def read(message: object, *kinds: str) -> dict[str, Any]:
 
 
 def field(fields: dict[str, Any], name: str, kind: type[T]) -> T:
-    """Return a field of a message.
-
-    Raises:
-        HandshakeError: if the field is absent or has a wrong type.
-    """
+    """Return a field of a message. If the field is absent or has a wrong type, raise HandshakeError."""
     value = fields.get(name)
     if type(value) is not kind:
         raise HandshakeError(f"the field {name!r} of the handshake must be {kind.__name__}")
@@ -83,6 +71,6 @@ def bytes_of(fields: dict[str, Any], name: str) -> bytes:
 def time_of(fields: dict[str, Any]) -> datetime:
     """Return the field `"time"` as a timestamp. The errors are those of `field()`."""
     milliseconds = field(fields, "time", int)
-    if not 0 <= milliseconds <= _LATEST:
+    if not 0 <= milliseconds <= to_milliseconds(_LATEST):
         raise HandshakeError("the field 'time' of the handshake must be milliseconds since 1970")
-    return _EPOCH + milliseconds * _MILLISECOND
+    return from_milliseconds(milliseconds)

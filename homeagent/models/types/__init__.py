@@ -42,6 +42,7 @@ from homeagent.models.types.timestamps import (
     check_timestamp,
     check_wait,
     earlier,
+    from_milliseconds,
     later,
     not_after,
     to_milliseconds,

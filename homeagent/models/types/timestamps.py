@@ -119,7 +119,7 @@ In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQL
 """
 
 
-def _timestamp_of(milliseconds: float) -> datetime:
+def from_milliseconds(milliseconds: float) -> datetime:
     """Return the timestamp of a stored value.
 
     For a text or a BLOB, which another program can store, raise ValueError.
@@ -139,7 +139,7 @@ class _TimestampCache(dict[int, datetime]):
     def __missing__(self, milliseconds: int) -> datetime:
         if len(self) >= _CACHED_TIMESTAMPS:
             self.clear()
-        timestamp = self[milliseconds] = _timestamp_of(milliseconds)
+        timestamp = self[milliseconds] = from_milliseconds(milliseconds)
         return timestamp
 
 
@@ -151,7 +151,7 @@ class TimestampColumn(StoredColumn[datetime]):
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = BigInteger
     cache_ok: bool | None = True
     loaded_values: dict[int, datetime] = _TimestampCache()
-    convert_loaded: Callable[[Any], Any] = staticmethod(_timestamp_of)
+    convert_loaded: Callable[[Any], Any] = staticmethod(from_milliseconds)
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the type of 64-bit integers of the engine."""
