@@ -1,8 +1,8 @@
 """Deliver device changes to asynchronous iterators (see `Database.watch_devices`).
 
-Each `Database` has one thread, which reads the feed for all iterators. The thread starts with the first iterator, and
-ends with the last iterator. For each iterator, the thread stores only the number of the last delivered change, because
-the feed itself is in the database.
+Each `Database` has one thread, which reads the feed for all iterators every 0.15 s. The thread starts with the first
+iterator, and ends with the last iterator. For each iterator, the thread stores only the number of the last delivered
+change, because the feed itself is in the database.
 
 Each iterator checks how long ago the thread read the feed, and raises an error after `PATIENCE` seconds. Do not make
 the check in the thread, because a lost connection can block the thread for longer than `PATIENCE` seconds
@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import select
 import threading
-import time
-import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 from functools import partial
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import anyio
@@ -45,9 +43,7 @@ PATIENCE = 5.0
 _PAGE = 100
 _WAITING = 1000
 
-# Shortest time between two reads, in seconds. Without a pause, each commit of the process would start a read of the
-# feed.
-_PAUSE = 0.005
+_INTERVAL = 0.15  # seconds between two reads of the feed
 
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
 
@@ -119,7 +115,6 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
     async def __anext__(self) -> DeviceChange:
         subscription = self._subscription
         if not subscription.is_closed:
-            self._watcher.serve(subscription)
             await checkpoint()
         while not subscription.is_closed:
             self._watcher.serve(subscription)
@@ -135,7 +130,7 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
         """End the iteration. In a task that waits for the next change, the iterator raises StopAsyncIteration."""
         self._subscription.is_closed = True
         self._subscription.wake()
-        self._watcher.notify()
+        self._watcher.wake()
 
     def __del__(self) -> None:
         # Do not take a mutex here, because the garbage collector can call this method while its thread holds the mutex.
@@ -171,8 +166,8 @@ class DeviceWatcher:
         self._is_closed = False
         self._read_at = 0.0
         self._error: Exception | None = None
-        self._pipe: tuple[int, int] | None = None
-        self._is_notified = False
+        # A signal handler or the garbage collector can call `put()` during another call of `put()`.
+        self._wakes: SimpleQueue[None] = SimpleQueue()
 
     # The iterators
 
@@ -191,18 +186,11 @@ class DeviceWatcher:
                 self._subscriptions.add(subscription)
                 if self._thread is None:
                     self._start()
-            self.notify()
+            self.wake()
         elif subscription.is_behind and subscription.has_room and self._error is None:
-            self.notify()
+            self.wake()
 
     def _start(self) -> None:
-        if self._pipe is None:
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
-            # Do not close the pipe before this object is freed. After an early close, a thread that commits could write
-            # to another file, because the system reuses the number of the descriptor. Do not close the pipe at exit,
-            # because the thread runs until the process ends.
-            weakref.finalize(self, _close, self._pipe).atexit = False
         self._read_at, self._error = self._monotonic(), None
         self._thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
         try:
@@ -210,7 +198,6 @@ class DeviceWatcher:
         except RuntimeError as error:
             self._thread = None
             raise DatabaseError(f"could not start the thread that reads device changes: {error}") from None
-        self._engine.on_commit = self.notify
 
     def seconds_left(self, subscription: _Subscription) -> float:
         """Return the time after which the iterator must call the method again, in seconds.
@@ -227,11 +214,9 @@ class DeviceWatcher:
             f"{self._error or 'the database does not answer'}. Check the rights of each connected device again"
         ) from self._error
 
-    def notify(self) -> None:
-        """Wake the thread, which then reads the feed. Each commit of this process wakes the thread."""
-        if self._pipe is not None and not self._is_notified:
-            self._is_notified = True
-            os.write(self._pipe[1], b"\0")
+    def wake(self) -> None:
+        """Let the thread read the feed now, before the end of the interval."""
+        self._wakes.put(None)
 
     def close(self) -> None:
         """End the thread. After the end of the thread, every iterator raises DatabaseClosedError."""
@@ -241,7 +226,7 @@ class DeviceWatcher:
         for subscription in subscriptions:
             subscription.wake()
         if thread is not None and thread is not threading.current_thread():
-            self.notify()
+            self.wake()
             thread.join(self._timeout)
 
     # The thread
@@ -251,23 +236,23 @@ class DeviceWatcher:
             with self._mutex:
                 self._subscriptions = {each for each in self._subscriptions if not each.is_closed}
                 if self._is_closed or not self._subscriptions:
-                    self._thread = self._engine.on_commit = None
+                    self._thread = None
                     self._engine.feed_connections.discard_free()
                     return
                 subscriptions = list(self._subscriptions)
-            handle = self._read(subscriptions)
-            self._wait(handle)
+            self._read(subscriptions)
+            with suppress(Empty):
+                self._wakes.get(timeout=_INTERVAL)
+                while True:
+                    self._wakes.get_nowait()
 
-    def _read(self, subscriptions: Iterable[_Subscription]) -> int | None:
-        """Read the feed for all iterators. Return a descriptor that becomes readable after a commit, or None if the
-        connection has no such descriptor.
-        """
+    def _read(self, subscriptions: Iterable[_Subscription]) -> None:
         engine = self._engine
         try:
             with engine.feed_mutex:
                 connection = engine.feed_connections.acquire(0)
                 try:
-                    is_changed, handle = connection.look_for_commits()
+                    is_changed = connection.look_for_commits()
                     self._deliver(connection, [each for each in subscriptions if is_changed or each.is_behind])
                 except BaseException:
                     engine.feed_connections.discard(connection)
@@ -288,9 +273,8 @@ class DeviceWatcher:
             self._error = error
             for subscription in subscriptions:
                 subscription.wake()
-            return None
+            return
         self._read_at, self._error = self._monotonic(), None
-        return handle
 
     @staticmethod
     def _deliver(connection: StoreConnection, subscriptions: list[_Subscription]) -> None:
@@ -309,25 +293,3 @@ class DeviceWatcher:
                 changes = changes_of(rows, position)
                 for subscription in group:
                     subscription.put(changes)
-
-    def _wait(self, handle: int | None) -> None:
-        """Wait for a notification. The longest wait is the polling interval of the engine."""
-        if self._pipe is None:
-            return
-        began, poll = monotonic(), select.poll()
-        poll.register(self._pipe[0], select.POLLIN)
-        if handle is not None:
-            poll.register(handle, select.POLLIN)
-        ready = poll.poll(self._engine.feed_interval * 1000)
-        if any(descriptor == self._pipe[0] for descriptor, _ in ready):
-            os.read(self._pipe[0], 1)
-            if not self._is_closed:
-                time.sleep(max(began + _PAUSE - monotonic(), 0))
-            # Do not move this line behind the next read of the feed, because the thread would miss a commit during the
-            # read.
-            self._is_notified = False
-
-
-def _close(pipe: tuple[int, int]) -> None:
-    for descriptor in pipe:
-        os.close(descriptor)

@@ -162,9 +162,6 @@ class Transaction:
             counters.reads += 1
         else:
             counters.commits += 1
-            notify = self.settings.engine.on_commit
-            if notify is not None:
-                notify()
 
     def _roll_back(self, connection: StoreConnection, error: BaseException | None) -> None:
         # Release the connection even after a call of `rollback()`. A second ROLLBACK has no effect.

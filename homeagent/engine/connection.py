@@ -309,12 +309,9 @@ class StoreConnection:
             check.after_begin()
         return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
 
-    def look_for_commits(self) -> tuple[bool, int | None]:
-        """Return True if another connection can have committed since the last call of this method.
-
-        The method also returns the descriptor of a file that becomes readable after a commit, or None.
-        """
-        return True, None
+    def look_for_commits(self) -> bool:
+        """Return True if another connection can have committed since the last call of this method."""
+        return True
 
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters

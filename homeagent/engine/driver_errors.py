@@ -1,8 +1,8 @@
 """Translate a driver's exceptions to homeagent's errors.
 
-A driver's message can contain stored values. For example, a message of psycopg can show the rejected row. The message
-of a translated error contains only the kind of error, the remedy, names from the schema and the SQL text of homeagent's
-statement. The translated error has no cause or context, so that no reference to the driver's exception remains.
+A driver's message can contain stored values, for example the rejected row. The message of a translated error contains
+only the kind of error, the remedy, names from the schema and the SQL text of homeagent's statement. The translated
+error has no cause or context, so that no reference to the driver's exception remains.
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def message_with_name(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return a colon, the text of `message_with_name()` and a remedy. If `message_with_name()` returns an empty text,
-    return an empty text.
-    """
+    """Return a colon, the text of `message_with_name()` and a remedy, or an empty text."""
     message = message_with_name(error)
     if not message:
         return ""
@@ -74,12 +72,8 @@ def named(error: BaseException) -> str:
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Add the SQL text of the statement to an error of the class DatabaseError. Return an error of any other class
-    unchanged. Do not change an error of a subclass of DatabaseError.
-
-    Args:
-        error: error that a statement of homeagent caused.
-        sql: SQL text with placeholders instead of stored values.
+    """Add the SQL text of the statement to an error of the class DatabaseError itself. Return an error of another class
+    unchanged. The SQL text has placeholders instead of stored values.
     """
     if type(error) is not DatabaseError:
         return error
@@ -94,11 +88,7 @@ def connection_lost() -> ConnectionLostError:
 
 
 def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT") -> CommitUnknownError:
-    """Return the error for a COMMIT whose result is unknown.
-
-    Args:
-        cause: clause of the message that says why the result of the COMMIT is unknown.
-    """
+    """Return the error for a COMMIT whose result is unknown. The message begins with the cause."""
     return CommitUnknownError(
         f"{cause}, so it is unknown whether the unit was committed: check whether its rows exist before you repeat it, "
         "or use run(…, idempotent=True) for a unit that may be committed twice"
@@ -116,13 +106,8 @@ _REASONS = {
 
 
 def constraint_conflict(kind: str, table: str | None, constraint: str | None, label: str) -> ConflictError:
-    """Return the error for a change that violates a constraint.
-
-    Args:
-        kind: kind of the constraint (see `ConflictError.kind`).
-        table: name of the table with the constraint; None if unknown.
-        constraint: name or columns of the constraint; None if unknown.
-        label: name or number under which the database's documentation lists the error.
+    """Return the error for a change that violates a constraint (see the attributes of `ConflictError`). The label is
+    the name or number under which the database's documentation lists the error.
     """
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
     owner = "the database" if table is None else f"table {table!r}"
@@ -241,10 +226,7 @@ _POSTGRESQL_CONSTRAINTS = {
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return the name of the table, and the name of the constraint or column, that an exception of psycopg contains.
-
-    A name that PostgreSQL did not report is None.
-    """
+    """Return the names of the table, and of the constraint or column, in an exception of psycopg, or None."""
     kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
     if kept is not None:
         return kept
@@ -255,9 +237,7 @@ def refused_by(error: BaseException) -> tuple[str | None, str | None]:
 
 def postgresql_error(error: BaseException) -> HomeAgentError:
     """Return homeagent's error for an exception of psycopg. The server's error code (SQLSTATE) decides the error's
-    class.
-
-    Source: https://www.postgresql.org/docs/current/errcodes-appendix.html
+    class (https://www.postgresql.org/docs/current/errcodes-appendix.html).
     """
     state = getattr(error, "sqlstate", None)
     if state is None:
@@ -312,9 +292,7 @@ def _psycopg_error(error: BaseException) -> HomeAgentError:
 
 @contextmanager
 def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
-    """If the block raises an exception of the driver, raise homeagent's error instead. The error has no cause or
-    context.
-    """
+    """If the block raises an exception of the driver, raise homeagent's error without a cause or context."""
     translation: HomeAgentError | None = None
     try:
         yield

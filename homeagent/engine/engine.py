@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,8 +44,6 @@ class Engine(ABC):
 
     write_connection_type: type[StoreConnection] = StoreConnection
     read_connection_type: type[StoreConnection] = StoreConnection
-    feed_interval: float
-    """Number of seconds between two reads of the feed of device changes if no notification arrives."""
     shares_commits = False
     """True if concurrent units share a commit (see `homeagent.group_commit`)."""
 
@@ -93,8 +91,6 @@ class Engine(ABC):
         """Mutex of the connection for the feed of device changes. A thread holds the mutex while the thread uses the
         connection.
         """
-        self.on_commit: Callable[[], object] | None = None
-        """Function that each unit calls after its commit; None if no thread reads the feed of device changes."""
         self._closed = False
         self.is_forked_copy = False
         """True if a fork copied this object into a child process. The child can't use the copy."""

@@ -2,8 +2,7 @@
 assignment. Validation errors do not show the input.
 
 Do not add `from __future__ import annotations` to a module of models, because Pydantic and SQLAlchemy would evaluate
-each annotation again for each subclass. With `from __future__ import annotations`, the import of the models would take
-a twelfth more time.
+each annotation again for each subclass, which takes a twelfth of the import time.
 """
 
 import copy
@@ -20,9 +19,8 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
 from sqlmodel import Field, SQLModel
 
-# The next two imports are private names of SQLModel, which has no public counterparts. `SQLModelConfig` is the type of
-# `model_config`. `finish_init` is a context variable, which is False while SQLModel itself builds and validates an
-# instance. The function `is_table_model_class()` returns True for a class with `table=True`.
+# SQLModel has no public counterparts of the names in the next two imports. `finish_init` is a context variable, which
+# is False while SQLModel itself builds and validates an instance.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 from sqlmodel.main import FieldInfo, SQLModelMetaclass
 
@@ -72,9 +70,7 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Call `handler(data)`, which validates the data. If the data is invalid, raise a ValidationError that does not
-    contain the data.
-    """
+    """Call `handler(data)`, which validates the data. Remove the data from a ValidationError of the handler."""
     try:
         return handler(data)
     except ValidationError as error:
@@ -142,12 +138,10 @@ _RESERVED_NAMES = frozenset(
 
 
 def _is_own(model: type) -> bool:
-    """Return True if the class is a class of the application."""
     return not model.__module__.startswith("homeagent.")
 
 
 def _check_table_name(model: type, name: str) -> None:
-    """Raise InvalidArgumentError if homeagent reserves the name of a table, or if the table exists already."""
     lower = name.lower()
     if lower in _RESERVED_NAMES or lower.startswith((RESERVED_PREFIX, "sqlite_", "_alembic_tmp_")):
         raise InvalidArgumentError(
@@ -166,9 +160,7 @@ def _check_table_name(model: type, name: str) -> None:
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(Field, FieldInfo))
 class _TableType(SQLModelMetaclass):
-    """Metaclass of `Table`. The metaclass checks the name of an application's table before SQLAlchemy adds the table to
-    the metadata.
-    """
+    """Checks the name of an application's table before SQLAlchemy adds the table to the metadata."""
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> None:
         if is_table_model_class(cls) and _is_own(cls) and not any(map(is_table_model_class, bases)):
@@ -215,11 +207,8 @@ class Table(Model, metaclass=_TableType):
             choose_column_type(field, f"{cls.__qualname__}.{name}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise TypeError for a subclass of a table of homeagent.
-
-        A subclass would contain private fields of the table, such as hashes.
-
-        SQLModel would add the fields of the subclass to the parent's table.
+        """Raise TypeError for a subclass of a table of homeagent, which would contain private fields such as hashes.
+        SQLModel would also add the fields of the subclass to the parent's table.
         """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
@@ -295,9 +284,7 @@ class Table(Model, metaclass=_TableType):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a new, validated instance that does not belong to an ORM session. The values in `update={…}` replace
-        the values of this instance.
-
-        With `deep=True`, the method also copies the values of JSON columns.
+        the values of this instance. With `deep=True`, the method also copies the values of JSON columns.
         """
         # Pydantic's method would copy the whole `__dict__`, and with it the state that binds the instance to an ORM
         # session.

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar
 
 from pydantic import ConfigDict, GetCoreSchemaHandler, JsonValue
 from pydantic_core import CoreSchema
@@ -30,7 +30,7 @@ from sqlalchemy import CheckConstraint, Column, Index, Integer, PrimaryKeyConstr
 from sqlmodel import Field
 
 from homeagent.errors import InvalidArgumentError
-from homeagent.frame_locals import clear_locals
+from homeagent.frame_locals import clears_locals
 from homeagent.models.base import PartialIndex, Table, hide_input
 from homeagent.models.types import (
     MAX_RESULT_BYTES,
@@ -129,7 +129,7 @@ class IdempotencyKey(Table, table=True):
     )
 
 
-@dataclass(frozen=True, slots=True, init=False)
+@dataclass(frozen=True, slots=True)
 class IdempotencyScope:
     """The identity of a call, which consists of a device, a method, and the key that the device chose.
 
@@ -139,26 +139,17 @@ class IdempotencyScope:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    # Pydantic does not call `__init__`, so the annotations validate a scope that is a field of a model or a request
-    # body.
     device_id: Identifier
     method: Name
     key: Label = field(repr=False)
 
-    # Every call with an idempotency key constructs an instance of this class. The `__init__` that
-    # `dataclass(frozen=True)` generates would take three times as long.
-    def __init__(self, device_id: str, method: str, key: str) -> None:
-        try:
-            _set_device_id(self, check_identifier(device_id, "device_id"))
-            _set_method(self, check_name(method, "method"))
-            _set_key(self, check_label(key, "key"))
-        except InvalidArgumentError as error:
-            del key
-            clear_locals(error)
-            raise
+    def __post_init__(self) -> None:
+        check_identifier(self.device_id, "device_id")
+        check_name(self.method, "method")
+        check_label(self.key, "key")
 
     @classmethod
-    def of_record(cls, device_id: str, method: str, key: str) -> Self:
+    def of_record(cls, device_id: str, method: str, key: str) -> "IdempotencyScope":
         """Return the scope of a stored record. The texts of a stored record can break the rules for new texts.
 
         The methods that find and settle a record accept the returned scope. The methods `insert()` and `claim()` refuse
@@ -166,11 +157,7 @@ class IdempotencyScope:
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
-        scope: Any = object.__new__(_RecordedScope)
-        _set_device_id(scope, check_searched(device_id, "device_id"))
-        _set_method(scope, check_searched(method, "method"))
-        _set_key(scope, check_searched(key, "key"))
-        return cast("Self", scope)
+        return _RecordedScope(device_id, method, key)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -178,36 +165,32 @@ class IdempotencyScope:
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
+IdempotencyScope.__init__ = clears_locals(IdempotencyScope.__init__)  # type: ignore[method-assign]  # hides the key
+
+
 class _RecordedScope(IdempotencyScope):
-    """The scope of a stored record whose texts break the rules for new texts. The constructor of `IdempotencyScope`
-    would refuse a text that breaks the rules.
-    """
+    """The scope of a stored record whose texts break the rules for new texts."""
 
     __slots__ = ()
 
-
-_SLOTS: dict[str, Any] = dict(vars(IdempotencyScope))
-_set_device_id = _SLOTS["device_id"].__set__
-_set_method = _SLOTS["method"].__set__
-_set_key = _SLOTS["key"].__set__
+    def __post_init__(self) -> None:
+        for name in ("device_id", "method", "key"):
+            check_searched(getattr(self, name), name)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to run an effect (the action that `run_once` protects). The right ends when the lease (the time for
-    which the claim is valid) ends.
+    """The right to run an effect (the action that `run_once` protects), until the lease of the claim ends.
 
     Attributes:
-        number: number of the attempt, beginning with 1. If an attempt is abandoned, the attempt that takes over the key
-            has the next number.
+        number: number of the attempt for the key, beginning with 1.
         downstream_key: idempotency key that the effect can pass to another service. All attempts with the same
             idempotency key pass the same value.
         scope: device, method and key of the call.
         lease_expires_at: time at which the lease ends. If the lease ends before an outcome is recorded, the attempt
             counts as abandoned.
         expires_at: time until which a repeated call gets the stored outcome.
-        ttl: time for which a repeated call gets the stored outcome. If the outcome is recorded late, a repeated call
-            gets the outcome for the whole `ttl` after the recording.
+        ttl: time after the recording for which a repeated call gets the stored outcome.
         owner: random text that identifies this attempt.
     """
 

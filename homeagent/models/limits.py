@@ -47,10 +47,7 @@ class Limits:
     def __post_init__(self) -> None:
         if type(self.pending_devices) is not int or self.pending_devices < 0:
             raise InvalidArgumentError("pending_devices must be an int, 0 or more")
-        check_duration(self.pending_ttl, "pending_ttl")
-        check_limit(self.nonces_per_device, "nonces_per_device")
-        check_limit(self.keys_per_device, "keys_per_device")
-        check_duration(self.longest_ttl, "longest_ttl")
-        check_limit(self.waiting_hashes, "waiting_hashes")
-        check_limit(self.failed_checks_per_minute, "failed_checks_per_minute")
-        check_duration(self.changes_kept, "changes_kept")
+        for name in ("pending_ttl", "longest_ttl", "changes_kept"):
+            check_duration(getattr(self, name), name)
+        for name in ("nonces_per_device", "keys_per_device", "waiting_hashes", "failed_checks_per_minute"):
+            check_limit(getattr(self, name), name)

@@ -37,14 +37,11 @@ ChosenSecret = Annotated[
 
 
 class MetadataSchema(Model):
-    """A schema with a field for the application's metadata.
-
-    The name of the field is `metadata_`, because SQLAlchemy uses the attribute `metadata` of a class. The alias of the
-    field is `metadata`.
+    """A schema with the field `metadata_`, whose alias is `metadata`. SQLAlchemy uses the attribute `metadata` of a
+    class.
     """
 
-    # The property `metadata` hides a class variable of SQLModel. SQLAlchemy reads the class variable only for a class
-    # with a table.
+    # The property hides a class variable of SQLModel, which SQLAlchemy reads only for a class with a table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""
@@ -145,9 +142,8 @@ class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
 @dataclass(frozen=True, slots=True)
 class SecretCheck:
-    """The result of a check of a secret.
-
-    In an if statement, the result counts as true only if the device is approved and the secret is right.
+    """The result of a check of a secret. In an if statement, the result counts as true only if the device is approved
+    and the secret is right.
 
     Attributes:
         status: status of the device if the secret is right. The status is "denied" if the secret is wrong or the device

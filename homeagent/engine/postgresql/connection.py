@@ -23,22 +23,14 @@ POOLED = "homeagent_pooled"
 # libpq's PGTransactionStatusType: https://www.postgresql.org/docs/current/libpq-status.html
 _IDLE = 0
 _FAILED = 3
+_FATAL_ERROR = 7  # libpq's ExecStatusType for an error
 
 # Error codes (SQLSTATE) with which a standby refuses BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
 
-# This key in `connection.memory` shows that the connection listens for the notifications of the triggers.
-_LISTENS = "listens"
-
-# Value of libpq's ExecStatusType for an error.
-_FATAL_ERROR = 7
-
 
 class PostgreSQLConnection(StoreConnection):
-    """A connection to a server. The server can end the connection at any time, and can become a standby.
-
-    The class `StoreConnection` documents the arguments. The method `begin()` sends all its statements in one message.
-    """
+    """A connection to a server. The server can end the connection at any time, and can become a standby."""
 
     __slots__ = ("_begin_message", "_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")
 
@@ -58,9 +50,8 @@ class PostgreSQLConnection(StoreConnection):
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
         self._begin_message = "; ".join(begin)
-        # Send commands such as BEGIN by libpq's function for a message without parameters. A signal can't interrupt
-        # libpq's function, but BEGIN and COMMIT take only a short time. A signal can interrupt psycopg's cursor. The
-        # cursor also takes 12 µs more than libpq's function. 12 µs are a third of the client's time for a read.
+        # Send commands such as BEGIN by libpq's function for a message without parameters. psycopg's cursor takes 12 µs
+        # more, a third of the client's time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
         # If listeners are registered, send commands by the instrumented cursor, which calls the listeners.
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
@@ -73,12 +64,7 @@ class PostgreSQLConnection(StoreConnection):
             self._warnings.append(notice.sqlstate or "")
 
     def begin(self) -> None:
-        """Begin a transaction.
-
-        Raises:
-            ConnectionLostError: if the connection has ended. No statement of the unit was sent.
-            StandbyError: if the unit writes, and the server accepts no writes.
-        """
+        """Begin a transaction. If the server accepts no writes, and the unit writes, raise StandbyError."""
         failure: BaseException
         if self._pooled:
             # The pooler can give this transaction another session, so forget the state of the last session.
@@ -94,9 +80,7 @@ class PostgreSQLConnection(StoreConnection):
         raise failure
 
     def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one statement that only reads, outside a unit. Behind a pooler, begin a transaction to apply the
-        settings.
-        """
+        """Run one statement that only reads. Behind a pooler, begin a transaction, which applies the settings."""
         if not self._pooled:
             return super().read_alone(act, statement, parameters)
         self.begin()
@@ -104,24 +88,8 @@ class PostgreSQLConnection(StoreConnection):
         self.commit()
         return found
 
-    def look_for_commits(self) -> tuple[bool, int | None]:
-        """Listen for the notifications of the triggers. Return True, because only a read of the feed shows whether a
-        commit took place.
-
-        Behind a pooler the connection can't listen, because the server's session belongs to several clients in turn.
-        """
-        if self._pooled:
-            return True, None
-        if _LISTENS not in self.memory:
-            self._raw.add_notify_handler(_ignore)  # without a handler, psycopg would keep all notifications
-            self.execute("LISTEN homeagent_device_changes")
-            self.memory[_LISTENS] = True
-        return True, self._raw.fileno()
-
     def _command(self, sql: str) -> None:
-        """Run an SQL command that has no parameters and no result. If the server returns an error, raise psycopg's
-        error.
-        """
+        """Run an SQL command that has no parameters and no result, or raise psycopg's error."""
         if self._has_listeners:
             self._execute(sql)
             return
@@ -169,10 +137,7 @@ class PostgreSQLConnection(StoreConnection):
             raise commit_unknown()
 
     def _refuse_lost_connection(self) -> None:
-        """Raise `ConnectionLostError` if the server has ended the session. Call the method before sending COMMIT.
-
-        The method takes 1 µs, and reads only data that has already arrived.
-        """
+        """Raise `ConnectionLostError` if the server has ended the session. Read only data that has already arrived."""
         pgconn = self._raw.pgconn
         pgconn.consume_input()
         pgconn.is_busy()  # the call parses the received data, and calls `_notice()` for each notice
@@ -190,9 +155,7 @@ class PostgreSQLConnection(StoreConnection):
 
     @property
     def in_transaction(self) -> bool:
-        """True if the session is inside a transaction. The value is also True if the state of the transaction is
-        unknown.
-        """
+        """True if the session is inside a transaction, or the state of the transaction is unknown."""
         return bool(self._raw.pgconn.transaction_status != _IDLE)
 
     @property
@@ -203,7 +166,3 @@ class PostgreSQLConnection(StoreConnection):
     def is_stale(self, failure: BaseException) -> bool:
         """Return whether BEGIN failed because the server ended, or became a standby, while the connection was idle."""
         return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))
-
-
-def _ignore(notification: object) -> None:
-    """Do nothing. After each notification, the thread that uses the connection reads the feed of device changes."""

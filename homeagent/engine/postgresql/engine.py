@@ -59,20 +59,13 @@ _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.curre
 
 
 class PostgreSQLEngine(Engine):
-    """One PostgreSQL database. Several write units run at the same time and use row locks.
+    """One PostgreSQL database. Several write units run at the same time and use row locks. Every transaction searches
+    exactly the schemas of the `search_path` at the first connection, and not a schema that another role creates later.
 
-    The first connection reads the schemas of the `search_path`. Every transaction of the engine uses exactly the
-    schemas that the first connection read. PostgreSQL therefore does not search a schema that another role creates
-    later, for example under this role's name.
-
-    Args:
-        url: URL of the form `postgresql+psycopg://…`. The query of the URL can contain libpq's options.
-        busy_timeout: maximum wait of a statement for a lock (`lock_timeout`).
-        pool_size: maximum number of write units at the same time, and maximum number of read-only units at the same
-            time.
+    The URL has the form `postgresql+psycopg://…`. The maximum wait of a statement for a lock is `busy_timeout`. The
+    maximum number of write units at the same time is `pool_size`, and so is the maximum number of read-only units.
     """
 
-    feed_interval: float = 0.2
     write_connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
     read_connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
 
@@ -99,9 +92,9 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Other code, such as instrumentation, can have registered an earlier listener for errors. The listeners for
-        # execution remove stored values before SQLAlchemy calls any listener for errors. Do not raise the translated
-        # error in the function `_on_error()`, because SQLAlchemy would not call later listeners.
+        # Instrumentation can have registered an earlier listener for errors, so the listeners for execution remove
+        # stored values before. Do not raise the translated error in `_on_error()`, because SQLAlchemy would not call
+        # later listeners.
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
@@ -122,18 +115,15 @@ class PostgreSQLEngine(Engine):
         if self.search_schema is None:
             self._fix_search_path(connection)
         if pooled:
-            # A pooler reports its own process id, and not the process id of the server's session. Behind a pooler, the
-            # next transaction can get another session. Do not prepare statements, because a pooler can run the next
-            # statement in another session. Do not change session settings by SET, because other clients of the pooler
-            # would get the changed settings.
+            # A pooler reports its own process id, and not the process id of the server's session. Do not prepare
+            # statements, because the next transaction can get another session. Do not change session settings by SET,
+            # because other clients of the pooler would get the changed settings.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
 
     def _fix_search_path(self, connection: Any) -> None:
-        """Make every transaction search only the schemas of the present `search_path`, and search temporary tables
-        last.
-        """
+        """Limit later searches to the schemas of the present `search_path`. Search temporary tables last."""
         cursor = connection.execute(_SEARCH_PATH)
         while cursor.description is None:
             cursor.nextset()
@@ -182,9 +172,7 @@ class PostgreSQLEngine(Engine):
         return connection
 
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
-        """Return the SQL that begins a unit. Behind a pooler, the SQL also applies the engine's settings to the
-        transaction.
-        """
+        """Return the SQL that begins a unit, and behind a pooler applies the engine's settings to the transaction."""
         begin = super().begin_of(connection, read_only=read_only)
         return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
 
@@ -199,10 +187,8 @@ class PostgreSQLEngine(Engine):
         return True
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return only the mutexes of the connection pools, because a fork must not wait for the thread that reads
-        device changes.
-
-        A lost connection can block the thread that reads device changes.
+        """Return only the mutexes of the connection pools. A fork must not wait for the thread that reads device
+        changes, which a lost connection can block.
         """
         return super().fork_locks()[1:]
 
@@ -289,9 +275,8 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
-    """Return the error for a failed connection. The message has the reason for each host, such as a wrong password.
-
-    In libpq's message, the text before the host can show options. The text after the host is the reason of the failure.
+    """Return the error for a failed connection, with the reason for each host, such as a wrong password. In libpq's
+    message, the text before the host can show options.
     """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""

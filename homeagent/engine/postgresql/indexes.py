@@ -18,9 +18,8 @@ _WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
     """Return the error for a value that is too long for an index. If the exception has another cause, return None.
 
-    If a value has 2,705 to 8,191 bytes, PostgreSQL's error names the index. If a value has more than 8,191 bytes,
-    PostgreSQL's error does not name the index. Then the returned error names the table of the statement, and names each
-    index of the table that can contain long values.
+    PostgreSQL names the index only for a value of at most 8,191 bytes. For a longer value, the returned error names
+    each index of the statement's table that can contain long values.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

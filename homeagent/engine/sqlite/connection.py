@@ -34,12 +34,12 @@ class SQLiteConnection(StoreConnection):
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
 
-    def look_for_commits(self) -> tuple[bool, int | None]:
+    def look_for_commits(self) -> bool:
         """Compare `PRAGMA data_version`, which changes after a commit of any other connection."""
         self.check_file()  # if the file was replaced, the data_version of the old file would not change
         version = self.execute("PRAGMA data_version").fetchall()
         known, self.memory["data_version"] = self.memory.get("data_version"), version
-        return version != known, None
+        return bool(version != known)
 
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters

@@ -97,7 +97,6 @@ class SQLiteEngine(Engine):
 
     # SQLite allows one writer. Small units share a commit, because a sync takes many times as long as a small unit.
     shares_commits = True
-    feed_interval: float = 0.15
     write_connection_type: type[SQLiteConnection] = SQLiteConnection
     read_connection_type: type[SQLiteConnection] = SQLiteConnection
     identity_check: FileIdentityCheck

@@ -69,8 +69,6 @@ def decode_json(text: str | bytes) -> Any:
 
 
 def _within(limit: int) -> AfterValidator:
-    """Return a validator of JSON values. The limit is the maximum number of bytes of the text."""
-
     def check(value: JsonValue) -> JsonValue:
         if value is not None:
             encode_json(value, limit=limit)

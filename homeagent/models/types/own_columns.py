@@ -13,9 +13,8 @@ from pydantic_core import PydanticUndefined
 from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
-# The next two imports are private names of SQLModel, which has no public counterparts. `FieldInfoMetadata` holds the
-# arguments of SQLModel's function `Field()`. `get_sa_type_from_field()` returns the type of a field without None and
-# annotations.
+# SQLModel has no public counterparts of the names in the next two imports. `FieldInfoMetadata` holds the arguments of
+# `Field()`. `get_sa_type_from_field()` returns the type of a field without None and annotations.
 from sqlmodel._compat import get_sa_type_from_field
 from sqlmodel.main import FieldInfoMetadata
 
@@ -27,13 +26,8 @@ from homeagent.models.types.timestamps import TIMESTAMP_CHECK, TimestampColumn
 
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
-    """Choose the column type of a field that has neither `sa_type` nor `sa_column`.
-
-    With the chosen column types, SQLite and PostgreSQL store and sort all values equally. For a type that
-    `_column_type()` does not support, SQLModel chooses the column type.
-
-    Raises:
-        InvalidArgumentError: if the type of the field is a datetime other than `Timestamp`.
+    """Choose the column type of a field that has neither `sa_type` nor `sa_column`, so that SQLite and PostgreSQL store
+    and sort all values equally. For a datetime other than `Timestamp`, raise InvalidArgumentError.
     """
     given = next((each for each in field.metadata if isinstance(each, FieldInfoMetadata)), None)
     if given is not None and not (given.sa_type is given.sa_column is PydanticUndefined):

@@ -26,9 +26,7 @@ _REMEDY = (
 
 
 def naming_column(table: Table) -> str:
-    """Return the name of the column that identifies a row in error messages.
-
-    The column is `device_id` if the table has a column `device_id`, and otherwise the primary key.
+    """Return the name of the column that identifies a row in error messages: `device_id`, or else the primary key.
 
     Nonces and idempotency keys are secret, so an error must not show them.
     """
@@ -36,9 +34,7 @@ def naming_column(table: Table) -> str:
 
 
 def stored_type(column: Column[Any]) -> type:
-    """Return the SQLAlchemy type of the values in the database. homeagent's column types are SQLAlchemy TypeDecorators
-    around the stored type.
-    """
+    """Return the Python type of the values in the database, around which homeagent's column types are decorators."""
     kind: type = getattr(column.type, "impl_instance", column.type).python_type
     return kind
 
@@ -51,31 +47,19 @@ def unreadable() -> CorruptDatabaseError:
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. The error message does not show the value.
-
-    The key is the value that identifies the row (see `naming_column()`). Pass None for an unknown column or key.
+    """Return the error for an unreadable value. The key is the value in the column `naming_column()`. Pass None for an
+    unknown column or key.
     """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
 
 
-def loaded(convert: Callable[[Any], T], value: Any) -> T:
-    """Convert a stored value to a Python value. Raise CorruptDatabaseError if the value is unreadable."""
-    try:
-        return convert(value)
-    except UNREADABLE:
-        # Do not chain the original error, because an error of Python's JSON decoder shows the text, which can be a
-        # secret.
-        raise unreadable() from None
-
-
 class StoredColumn(TypeDecorator[T]):
     """Base class of homeagent's column types, which convert values. NULL and None need no conversion.
 
-    The code that homeagent generates for each statement bypasses SQLAlchemy's layers. The code calls the functions
-    `convert_bound()` and `convert_loaded()` of the column type. For a statement with many rows, the generated code
-    looks values up in the dictionary `loaded_values`. SQLAlchemy reads `cache_ok` only from the class itself, so each
-    column type sets `cache_ok`.
+    The code that homeagent generates for each statement bypasses SQLAlchemy's layers, and calls `convert_bound()` and
+    `convert_loaded()`. If a column type has a dictionary `loaded_values`, the generated code looks values up in the
+    dictionary. SQLAlchemy reads `cache_ok` only from the class itself, so each column type sets `cache_ok`.
     """
 
     convert_bound: Callable[[Any], Any]
@@ -86,5 +70,10 @@ class StoredColumn(TypeDecorator[T]):
         return None if value is None else self.convert_bound(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> T | None:
-        """Return the Python value of a stored value."""
-        return None if value is None else loaded(self.convert_loaded, value)
+        """Return the Python value of a stored value. Raise CorruptDatabaseError if the value is unreadable."""
+        try:
+            return None if value is None else self.convert_loaded(value)
+        except UNREADABLE:
+            # Do not chain the original error, because an error of Python's JSON decoder shows the text, which can be a
+            # secret.
+            raise unreadable() from None

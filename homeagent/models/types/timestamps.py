@@ -21,7 +21,6 @@ MILLISECOND = timedelta(milliseconds=1)
 LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 """Maximum time of a wait, nearly 25 days, because both engines store the milliseconds in 32 bits."""
 
-_ZERO = timedelta(0)
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
 # Each unit of work rounds the time of the clock down to whole milliseconds. Subtracting a prepared duration takes a
@@ -30,10 +29,8 @@ _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
 def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
-    """Return the value in UTC, floored to whole milliseconds.
-
-    Raises:
-        InvalidArgumentError: if `value` has no time zone, or is outside the years 1 to 9999 in UTC.
+    """Return the value in UTC, floored to whole milliseconds. If the value has no time zone, or is outside the years 1
+    to 9999, raise InvalidArgumentError.
     """
     if not isinstance(value, datetime):
         raise InvalidArgumentError(f"{what} must be a datetime, not {type(value).__name__}")
@@ -49,25 +46,19 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Return the value in UTC, floored to whole milliseconds. If the value is None or later than now, return the
-    current time.
-
-    Use the function for the time of a past event. A later value means that the clock of the caller is ahead. The
-    function `check_timestamp()` documents the errors.
+    """Check the time of a past event, and return the value. If the value is None or later than now, which means that
+    the clock of the caller is ahead, return the current time.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return the value if it is a duration that is long enough. The shortest valid duration is a millisecond, or zero
-    with `zero=True`.
-
-    Raises:
-        InvalidArgumentError: if the duration is too short, or the value is not a timedelta.
+    """Return the value if it is a duration of at least a millisecond, or with `zero=True` of at least zero. Otherwise
+    raise InvalidArgumentError.
     """
     if not isinstance(value, timedelta):
         raise InvalidArgumentError(f"{what} must be a timedelta, not {type(value).__name__}")
-    if value < _ZERO or (not zero and value < MILLISECOND):
+    if value < timedelta(0) or (not zero and value < MILLISECOND):
         raise InvalidArgumentError(f"{what} must be {'zero or more' if zero else 'a millisecond or more'}")
     return value
 
@@ -78,10 +69,8 @@ def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
 
 
 def later(timestamp: datetime, duration: timedelta, what: str) -> datetime:
-    """Return `timestamp + duration`, floored to whole milliseconds.
-
-    Raises:
-        InvalidArgumentError: if the sum is after the year 9999.
+    """Return `timestamp + duration`, floored to whole milliseconds. If the sum is after the year 9999, raise
+    InvalidArgumentError.
     """
     try:
         return check_timestamp(timestamp + duration)
@@ -120,20 +109,15 @@ In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQL
 
 
 def from_milliseconds(milliseconds: float) -> datetime:
-    """Return the timestamp of a stored value.
-
-    For a text or a BLOB, which another program can store, raise ValueError.
-    """
+    """Return the timestamp of a stored number. For another type, which another program can store, raise ValueError."""
     if not isinstance(milliseconds, (int, float)):
         raise ValueError("a timestamp is stored as a number")
     return EPOCH + milliseconds * MILLISECOND
 
 
 class _TimestampCache(dict[int, datetime]):
-    """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly.
-
-    A cache hit takes a fifth of the time that creating a timestamp takes. A cache miss takes twice the time of creating
-    a timestamp.
+    """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly. A cache hit takes a fifth of the
+    time that creating a timestamp takes.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
