@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -27,8 +25,6 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MILLISECOND = timedelta(milliseconds=1)
 _MILLION = 1_000_000
 
-# The lock is reentrant because a signal handler can read the clock while its thread holds the lock.
-_lock = threading.RLock()
 _latest = (0, _EPOCH)
 
 
@@ -41,20 +37,8 @@ def system_clock() -> datetime:
     global _latest
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest
-    if milliseconds == latest:
-        return timestamp
-    with _lock:
-        latest, timestamp = _latest
-        if milliseconds > latest:
-            timestamp = _EPOCH + milliseconds * _MILLISECOND
-            _latest = (milliseconds, timestamp)
-        return timestamp
-
-
-def _renew_lock() -> None:
-    # A forked child gets a new lock, because a thread of the parent process can have held the lock during the fork.
-    global _lock
-    _lock = threading.RLock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
+    if milliseconds > latest:
+        # If two threads are here at the same time, each returns its own time, as if the calls came one after the other.
+        timestamp = _EPOCH + milliseconds * _MILLISECOND
+        _latest = (milliseconds, timestamp)
+    return timestamp

@@ -38,11 +38,8 @@ logger: logging.Logger = logging.getLogger("homeagent")
 PATIENCE = 5.0
 """Time in seconds. If no read of the feed succeeds for this time, an iterator raises an error."""
 
-# `_PAGE` is the maximum number of changes that a statement reads. If `_WAITING` changes already wait for an iterator,
-# the thread reads no further page for the iterator.
-_PAGE = 100
-_WAITING = 1000
-
+_PAGE = 100  # maximum number of changes that a statement reads
+_WAITING = 1000  # number of waiting changes at which the thread reads no further page for an iterator
 _INTERVAL = 0.15  # seconds between two reads of the feed
 
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
@@ -51,7 +48,7 @@ _CLOSED = "the database was closed, or was opened before the process was forked:
 class _Subscription:
     """Device changes that the thread has read for an iterator, and that the iterator has not returned yet.
 
-    `subscription.position` is the number of the last change that the thread has read for the iterator.
+    The attribute `position` is the number of the last change that the thread has read.
     """
 
     def __init__(self, after: int) -> None:
@@ -99,10 +96,8 @@ class _Subscription:
 
 
 class DeviceChanges(AsyncIterator["DeviceChange"]):
-    """Asynchronous iterator of device changes, for one task at a time, under asyncio or trio.
-
-    A cancellation of a waiting task loses no change. The method `aclose()` ends the iteration. The garbage collector
-    also ends the iteration of an iterator that it frees.
+    """Asynchronous iterator of device changes, for one task at a time, under asyncio or trio. A cancellation of a
+    waiting task loses no change. The garbage collector also ends the iteration.
     """
 
     def __init__(self, watcher: DeviceWatcher, after: int) -> None:
@@ -115,6 +110,7 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
     async def __anext__(self) -> DeviceChange:
         subscription = self._subscription
         if not subscription.is_closed:
+            self._watcher.serve(subscription)
             await checkpoint()
         while not subscription.is_closed:
             self._watcher.serve(subscription)
@@ -148,12 +144,8 @@ def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
 
 
 class DeviceWatcher:
-    """Thread that reads the feed of device changes for a `Database`.
-
-    Args:
-        engine: engine that opens the connection of the thread.
-        timeout: longest time in seconds for which `close()` waits for the thread.
-        monotonic: clock, in seconds.
+    """Thread that reads the feed of device changes for a `Database`. The method `close()` waits for the thread for at
+    most the timeout, in seconds.
     """
 
     def __init__(self, engine: Engine, *, timeout: float, monotonic: Callable[[], float] = monotonic) -> None:
@@ -172,10 +164,8 @@ class DeviceWatcher:
     # The iterators
 
     def serve(self, subscription: _Subscription) -> None:
-        """Add a subscription, and start the thread if necessary.
-
-        Raises:
-            DatabaseClosedError: if the database was closed, or was opened before a fork.
+        """Add a subscription, and start the thread if necessary. If the database was closed, or was opened before a
+        fork, raise DatabaseClosedError.
         """
         # Check for a fork before taking the mutex. In a forked child, the mutex can stay locked, because a thread of
         # the parent held the mutex during the fork.
@@ -200,10 +190,8 @@ class DeviceWatcher:
             raise DatabaseError(f"could not start the thread that reads device changes: {error}") from None
 
     def seconds_left(self, subscription: _Subscription) -> float:
-        """Return the time after which the iterator must call the method again, in seconds.
-
-        Raises:
-            DatabaseError: if the thread could not read the feed for `PATIENCE` seconds.
+        """Return the time after which the iterator must call the method again, in seconds. If the thread could not read
+        the feed for `PATIENCE` seconds, raise DatabaseError.
         """
         waited = self._monotonic() - self._read_at
         if waited < PATIENCE:

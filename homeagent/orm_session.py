@@ -36,10 +36,7 @@ class UnitSession(Session):
         self._dialect = connection.dialect
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the connection. SQLAlchemy calls this method before every statement.
-
-        After the end of the unit, the method raises UnitStateError, because another unit can use the connection.
-        """
+        """Return the connection for a statement. After the end of the unit, raise UnitStateError."""
         self._unit._require_connection()
         return super().get_bind(*args, **kwargs)
 
@@ -49,9 +46,7 @@ class UnitSession(Session):
         self.flush()
 
     def rollback(self) -> None:
-        """Roll back the unit of work. The method `rollback()` of SQLAlchemy would also expire the objects of the
-        session.
-        """
+        """Roll back the unit of work."""
         self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
@@ -79,12 +74,8 @@ class UnitSession(Session):
                 self.expire(row, stale)
 
     def complete(self) -> None:
-        """Flush the pending changes, and load expired objects, so that the application can use the objects after the
-        unit.
-
-        Raises:
-            UnitStateError: if the application ended the transaction through SQLAlchemy's connection, which can lose
-                changes.
+        """Flush the pending changes, and load expired objects for the application's use after the unit. If the
+        application ended the transaction through SQLAlchemy's connection, raise UnitStateError.
         """
         if not self._unit._require_connection().has_orm_transaction:
             raise UnitStateError(
@@ -111,13 +102,8 @@ def _after_rollback(session: UnitSession) -> None:
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
-    """Return True if a statement can change rows of a table, either directly or by the cascade of a foreign key.
-
-    Args:
-        table: table whose rows the statement can change.
-        target: name of the table that the statement inserts into, updates or deletes from.
-        cascade: attribute of a foreign key that holds the action for the statement. The value is `ondelete` for a
-            DELETE, `onupdate` for an UPDATE, and None for an INSERT.
+    """Return True if a statement can change rows of a table, either directly or by the cascade of a foreign key (see
+    `Compiled.target` and `Compiled.cascade`).
     """
     if table.fullname == target:
         return True

@@ -108,17 +108,13 @@ class Pairing:
         return checked
 
     def _check_fast(self, unit: UnitOfWork, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret without a slow hash, in a single snapshot. For a wrong secret, the method runs one statement
-        and at most one hash, even if the device is absent.
-        """
+        # For a wrong secret, run one statement and at most one hash, even if the device is absent.
         stored = _valid_hashes(unit.devices.find_secret_hashes(device_id), self._clock())
         device = unit.devices.find_by_id(device_id) if check_secret(shared_secret, stored) else None
         return _DENIED if device is None else SecretCheck(device.status.value, device)
 
     def _check_slowly(self, device_id: str, shared_secret: SecretStr | str) -> SecretCheck:
-        """Check a secret with a slow hash. The method computes the hash outside of a unit of work. For a wrong secret,
-        the method runs one statement and one hash, even if the device is absent.
-        """
+        # For a wrong secret, run one statement and one hash, even if the device is absent.
         while True:
             now = self._clock()
             stored = _valid_hashes(
@@ -231,10 +227,7 @@ class Pairing:
 
 
 def _make_verifier(secret: SecretStr) -> str | None:
-    """Return the verifier of a generated secret, or None for a secret that a human chose.
-
-    An attacker could guess a human's secret faster with a verifier (PBKDF2) than with the hash (Argon2id).
-    """
+    # An attacker could guess a human's secret faster with a verifier (PBKDF2) than with the hash (Argon2id).
     return make_verifier(secret) if is_generated(secret) else None
 
 

@@ -38,19 +38,15 @@ def _age(begun: _Moment, now: _Moment) -> timedelta:
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. The caller sets `check.failed = True` if the secret is wrong. A check with a right secret
-    does not count.
-    """
+    """One check of a secret. The caller sets `failed` if the secret is wrong."""
 
     failed: bool = False
 
 
 class FailedChecks:
-    """Counts the failed checks of each device id. After too many failed checks of an id within a minute, the class
-    refuses further checks of the id.
+    """Counts the failed checks of each device id in this process, and refuses further checks of an id at a limit.
 
-    The counts are in the memory of one process. A check counts from its start, so concurrent checks can't exceed the
-    limit. A check that does not fail is removed from the count.
+    A check counts from its start, so concurrent checks can't exceed the limit.
 
     The object counts the failures of at most `most_ids` ids. At the limit, a new id replaces the id with the fewest
     failures. To remove the count of an id with 30 failures, an attacker needs 30 failures of every other counted id
@@ -78,11 +74,8 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id while the block runs. If the check did not fail, remove the count after the block.
-
-        Raises:
-            TooManyAttemptsError: if the id has reached the limit of checks per minute. Failed checks of the last minute
-                and unfinished checks count towards the limit.
+        """Count a check of the id while the block runs. If the check did not fail, remove the count after the block. If
+        failed and unfinished checks have reached the limit, raise TooManyAttemptsError.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

@@ -103,12 +103,9 @@ class SecretHasher:
     matches even if its costs differ from the hasher's costs.
 
     Args:
-        time_cost: number of passes over the memory.
-        memory_cost: memory of one run in kibibytes.
-        parallelism: lanes (threads) of one run.
+        time_cost, memory_cost, parallelism: passes over the memory, kibibytes and threads of one run.
         concurrency: maximum number of concurrent Argon2 runs. The default is the number of processors, at most 4.
-        timeout: maximum time for which a caller waits for the start of an Argon2 run. Waiting callers start their
-            Argon2 runs in the order of their arrival.
+        timeout: maximum time for which a caller waits for the start of an Argon2 run.
     """
 
     def __init__(
@@ -144,23 +141,16 @@ class SecretHasher:
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
         """Check a presented secret against the stored hashes of one device.
 
-        The duration of a check depends only on the presented secret. The check computes one SHA-256 for a generated
-        secret, no hash for an unusable secret, and one Argon2 run for any other secret. A check for an unknown device
-        takes as long as a check for a known device.
-
-        A check has a different duration if a stored hash has other costs than a new hash. If the device has two hashes
-        with different salts, the check takes two Argon2 runs. After the caller has stored the replacement hash, a check
-        takes one Argon2 run.
+        The duration of a check depends only on the presented secret, also for an unknown device: one SHA-256 for a
+        generated secret, no hash for an unusable secret, and one Argon2 run for any other secret. There are two
+        exceptions, until the caller has stored the replacement hash: stored hashes with other costs, and two stored
+        hashes with different salts, which take two Argon2 runs.
 
         Args:
             secret: presented secret, of any length.
-            stored: at most 2 hashes: the present hash, and the previous hash while the previous secret is valid. For an
-                unknown device, pass an empty sequence. A damaged hash or a hash of an unknown kind does not match. A
-                generated secret does not match an Argon2 hash.
+            stored: at most 2 hashes: the present hash, and the previous hash while the previous secret is valid. A
+                damaged hash or a hash of an unknown kind does not match.
             waiting: maximum number of callers that wait for this hasher, including the caller of the method.
-
-        Raises:
-            TooManyAttemptsError, DatabaseBusyError, MemoryError: see `hash()`.
         """
         text = reveal(secret)
         if what_is_wrong(text) is not None:

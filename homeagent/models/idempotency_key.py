@@ -150,10 +150,8 @@ class IdempotencyScope:
 
     @classmethod
     def of_record(cls, device_id: str, method: str, key: str) -> "IdempotencyScope":
-        """Return the scope of a stored record. The texts of a stored record can break the rules for new texts.
-
-        The methods that find and settle a record accept the returned scope. The methods `insert()` and `claim()` refuse
-        a scope whose texts break the rules.
+        """Return the scope of a stored record, whose texts can break the rules for new texts. The methods `insert()`
+        and `claim()` refuse a scope whose texts break the rules.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)

@@ -14,13 +14,8 @@ from homeagent.models.types.stored_values import StoredColumn
 
 
 class EnumColumn(StoredColumn[StrEnum]):
-    """Column type for a StrEnum, which stores a member as the text of its value.
-
-    SQLAlchemy's column type Enum would store the name of a member instead of its value.
-
-    Args:
-        kind: the StrEnum. If a stored text is not the value of a member, loading raises an error. A CHECK constraint of
-            the table allows only the values of the StrEnum's members.
+    """Column type for a StrEnum, which stores a member as the text of its value. SQLAlchemy's column type Enum would
+    store the name of a member.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
@@ -31,32 +26,18 @@ class EnumColumn(StoredColumn[StrEnum]):
         self.kind = kind
         self.loaded_values: dict[str, StrEnum] = {member.value: member for member in kind}
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
-        self._stored: dict[Any, str] = {member.value: member.value for member in kind}
 
     def convert_bound(self, value: StrEnum | str) -> str:
         """Return the value of a member. The keys of the dictionary are texts, and a StrEnum member equals its text."""
         try:
-            return self._stored[value]
+            return self.loaded_values[value].value
         except (KeyError, TypeError):
             raise InvalidArgumentError(f"a value is not a member of {self.kind.__name__}") from None
 
 
-class _Flags(dict[Any, bool]):
-    def __init__(self, *, otherwise: bool) -> None:
-        super().__init__({0: False, 1: True})
-        self._otherwise = otherwise
-
-    def __missing__(self, stored: object) -> bool:
-        return self._otherwise
-
-
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as INTEGER 0 or 1. SQLAlchemy's column type Boolean would declare the column as
-    BOOLEAN.
-
-    Args:
-        otherwise: result of loading a stored value other than 0 and 1. Another program can store a value other than 0
-            and 1, for example a text. Choose a value that grants no access.
+    """Column type for a bool, stored as INTEGER 0 or 1. Another program can store another value, which loads as the
+    value of the argument `otherwise`. Choose a value that grants no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
@@ -66,5 +47,4 @@ class FlagColumn(StoredColumn[bool]):
     def __init__(self, *, otherwise: bool = False) -> None:
         super().__init__()
         self.otherwise = otherwise
-        self.loaded_values: dict[object, bool] = _Flags(otherwise=otherwise)
-        self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
+        self.convert_loaded: Callable[[Any], Any] = lambda stored: {0: False, 1: True}.get(stored, otherwise)

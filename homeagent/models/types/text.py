@@ -56,16 +56,7 @@ def _check_text(value: str, what: str, octets: int) -> str:
     )
 
 
-# Caches of ids that recent checks accepted. A gateway uses the same few ids again and again.
-_valid: dict[int, set[str]] = {MAX_ID_BYTES: set(), MAX_LABEL_BYTES: set()}
-_VALID_KEPT = 8192
-
-
 def _check_id(value: str, what: str, octets: int) -> str:
-    valid = _valid[octets]
-    # Search the cache only for a str, because another object can be unhashable or equal to a str.
-    if value.__class__ is str and value in valid:
-        return value
     _check_text(value, what, octets)
     if "\\" in value or not {".", ".."}.isdisjoint(value.split("/")):
         raise InvalidArgumentError(f"{what} must not have a backslash, or a segment '.' or '..' between slashes")
@@ -73,10 +64,6 @@ def _check_id(value: str, what: str, octets: int) -> str:
         raise InvalidArgumentError(
             f"{what} has an invisible character, so it can look like another id: remove the character"
         )
-    if value.__class__ is str:
-        if len(valid) >= _VALID_KEPT:
-            valid.clear()
-        valid.add(value)
     return value
 
 
@@ -121,10 +108,7 @@ def check_identifier(value: str, what: str = "an id") -> str:
 
 
 def check_session_id(value: str, what: str = "an id") -> str:
-    """Return the value if it is a valid id of a new session. Otherwise raise InvalidArgumentError.
-
-    The rules of `check_identifier()` apply, but the id can have up to 1,024 bytes.
-    """
+    """Check the id of a new session by the rules of `check_identifier()`, with at most 1,024 bytes."""
     return _check_id(value, what, MAX_LABEL_BYTES)
 
 
@@ -143,10 +127,8 @@ def check_optional_label(value: str | None, what: str) -> str | None:
 
 
 def check_name(value: str, what: str = "a name") -> str:
-    """Return the value if it is valid as the name of a method or agent, as a reason or as a hash. Otherwise raise
-    InvalidArgumentError.
-
-    A name has 1 to 512 bytes of UTF-8, no control characters and no bidirectional controls.
+    """Return the value if it is valid as the name of a method or agent, as a reason or as a hash: 1 to 512 bytes of
+    UTF-8 without control characters and bidirectional controls. Otherwise raise InvalidArgumentError.
     """
     _check_text(value, what, MAX_ID_BYTES)
     if not _BIDIRECTIONAL.isdisjoint(value):
@@ -155,10 +137,8 @@ def check_name(value: str, what: str = "a name") -> str:
 
 
 def check_searched(value: str, what: str) -> str:
-    """Return the value if it is a str. Otherwise raise InvalidArgumentError.
-
-    A search accepts every str, because rows that an old version or another program wrote can break the rules for new
-    texts.
+    """Return the value if it is a str. Otherwise raise InvalidArgumentError. A search accepts every str, because the
+    texts of stored rows can break the rules for new texts.
     """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")

@@ -23,9 +23,6 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-# Each unit of work rounds the time of the clock down to whole milliseconds. Subtracting a prepared duration takes a
-# quarter of the time of `replace(microsecond=…)`.
-_MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
 def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
@@ -42,7 +39,7 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
         except OverflowError:
             raise InvalidArgumentError(f"{what} lies outside the years 1 to 9999") from None
     excess = value.microsecond % 1000
-    return value - _MICROSECONDS[excess] if excess else value
+    return value - timedelta(microseconds=excess) if excess else value
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
