@@ -30,10 +30,9 @@ _known: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
 # A thread holds `_forking` while it forks. Without the lock, two threads that fork at the same time would wait for each
-# other's mutexes. The list `_held` has an element for each running fork, because a signal handler can fork during a
-# fork of the interrupted thread.
+# other's mutexes.
 _forking = threading.RLock()
-_held: list[list[threading.RLock]] = []
+_held: list[threading.RLock] = []
 
 
 def register(engine: Engine) -> None:
@@ -60,18 +59,16 @@ def refuse_inherited(path: Path) -> None:
 
 def _before() -> None:
     _forking.acquire()
-    locks: list[threading.RLock] = []
-    _held.append(locks)
     for engine in list(_known):
         for lock in engine.fork_locks():
             lock.acquire()
-            locks.append(lock)
+            _held.append(lock)
         engine.before_fork()
 
 
 def _after() -> None:
-    for lock in reversed(_held.pop()):
-        lock.release()
+    while _held:
+        _held.pop().release()
     _forking.release()
 
 

@@ -30,9 +30,7 @@ def has_listeners(connection: Connection) -> bool:
 
 
 class _Execution(ExecutionContext):
-    """The context of one statement in the form that SQLAlchemy's listeners expect. Listeners can add attributes to the
-    context of a statement, such as a span.
-    """
+    """The context of one statement for SQLAlchemy's listeners, which can add attributes, such as a span."""
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
         self.engine: Engine = connection.engine

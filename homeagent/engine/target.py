@@ -83,10 +83,8 @@ def resolve_target(target: Given) -> Target:
             also a path. A Pydantic SecretStr is treated as a str.
 
     Raises:
-        InvalidArgumentError: if the target is empty, contains a control character, or names a directory. A SQLite URI,
-            or a str that looks like a server's address, also raises the error. A URL must have a valid form and name a
-            supported engine. A server's URL must be UTF-8 and have a possible host and port. The error message does not
-            show the URL or the address, which can contain a password.
+        InvalidArgumentError: if the target is not a usable path or URL, or a str looks like a server's address. The
+            error message does not show the URL or the address, which can contain a password.
     """
     try:
         return _read(target)

@@ -239,8 +239,7 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state now, while `_is_loaded(self)` still returns True. The next line sets
-        # `__pydantic_fields_set__`, which marks an instance as constructed.
+        # Create SQLAlchemy's state before `__pydantic_fields_set__` marks the instance as constructed.
         getattr(self, "_sa_instance_state", None)
         # Do not replace the dictionary `__dict__` by a copy, although Pydantic does. A flush that calls a listener of
         # `before_update` would write the values of the old dictionary (test_a_listener_of_a_flush_assigns).
@@ -261,8 +260,7 @@ class Table(Model, metaclass=_TableType):
             # When a store loads an instance, the store sets only the fields, and this method returns Pydantic's
             # attributes. Setting Pydantic's attributes took a third of the time of loading an instance.
             if name == "__pydantic_fields_set__":
-                # Create SQLAlchemy's state now, while `_is_loaded(self)` still returns True. The next lines set
-                # `__pydantic_fields_set__`, which marks the instance as constructed.
+                # Create SQLAlchemy's state before `__pydantic_fields_set__` marks the instance as constructed.
                 getattr(self, "_sa_instance_state", None)
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
@@ -294,8 +292,7 @@ class Table(Model, metaclass=_TableType):
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create SQLAlchemy's state before the instance is pickled. After unpickling, an instance counts as constructed
-        # and not as loaded.
+        # Create SQLAlchemy's state, because an unpickled instance counts as constructed.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 

@@ -22,8 +22,8 @@ def prepare_directory(directory: Path) -> None:
     """Create a missing directory of a database, or check the existing directory.
 
     New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
-    owner of the parent directory becomes the owner. The function does not change an existing directory, because other
-    programs can rely on the directory's mode. For each unsafe directory, the function logs one warning.
+    owner of the parent directory becomes the owner. An existing directory is not changed. For each unsafe directory,
+    the function logs one warning.
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.
@@ -31,9 +31,12 @@ def prepare_directory(directory: Path) -> None:
             directory in which other users can replace files.
         ReadOnlyError, DiskFullError, DatabaseError: if the directory can't be created or inspected.
     """
-    for step in _missing_directories(directory):
+    refuse_replaceable(directory)
+    for step in (*reversed(directory.parents), directory):
         with explained("make the directory", step):
             try:
+                if step.exists():
+                    continue
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
                 continue  # The loop accepts a broken link, and the check after the loop refuses the link.
@@ -82,25 +85,6 @@ def make_temporary_directory() -> Path:
         )
     with explained("make a temporary directory in", parent):
         return Path(tempfile.mkdtemp(prefix="homeagent-", dir=parent))
-
-
-def _missing_directories(directory: Path) -> list[Path]:
-    """Return the missing directories of a path, outermost first."""
-    missing: list[Path] = []
-    for candidate in (directory, *directory.parents):
-        with explained("look into the directory", candidate):
-            try:
-                status = candidate.stat()
-            except FileNotFoundError:
-                missing.append(candidate)
-                continue
-            except NotADirectoryError:
-                continue  # a parent is a file, and the loop raises an error at that parent
-        if not stat.S_ISDIR(status.st_mode):
-            raise InvalidArgumentError(f"{quoted(candidate)} is a file, not a directory: name another path")
-        refuse_replaceable(candidate)
-        break
-    return missing[::-1]
 
 
 def _give_to_parents_owner(made: Path) -> None:

@@ -59,18 +59,14 @@ class FileIdentityCheck:
         return bool(self._known)
 
     def before_connect(self) -> None:
-        """Check the files before a connection is opened.
-
-        Compare the WAL and the WAL index with the recorded identities. Do not record new identities, because another
-        process can delete both files while no connection is open.
+        """Check the files before a connection is opened. Do not record new identities, because another process can
+        delete the WAL and the WAL index while no connection is open.
         """
         self._check(beside=self.remembers_log, remember=False)
 
     def connected(self, *, beside: bool = True) -> None:
-        """Check the files of a new connection after its first read. The first call records the file's identity.
-
-        With `beside=True`, the method also records the identities of the WAL and the WAL index, and the caller must
-        later call `disconnected()`.
+        """Check the files of a new connection after its first read, and record their identities. With `beside=True`,
+        include the WAL and the WAL index. The caller must then later call `disconnected()`.
         """
         if self.identity is None:
             status = _status(self._name)

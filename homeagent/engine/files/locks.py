@@ -24,13 +24,10 @@ _LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notice
 class FileLock:
     """A lock between threads and between processes. The lock is on a separate file next to the database.
 
-    The method `acquire()` creates a missing file with mode 0600. The file is not deleted. If the file were deleted, two
-    processes could hold the lock: a process that waits on the deleted file, and a process that creates a new file. The
-    system releases the lock when the process ends. A child made by `os.fork()` does not hold the lock. The holder of
-    the lock can write a short text, the marker, to the file for the next holder.
-
-    The lock is taken by the system call `flock()`. Unlike SQLite's POSIX locks, a lock by `flock()` works between
-    threads of one process. The close of another descriptor of the file does not drop the lock.
+    The method `acquire()` creates a missing file with mode 0600. The holder of the lock can write a short text, the
+    marker, to the file for the next holder. The system releases the lock when the process ends. A child made by
+    `os.fork()` does not hold the lock. Unlike SQLite's POSIX locks, a lock by `flock()` works between threads of one
+    process, and the close of another descriptor of the file does not drop the lock.
 
     Args:
         path: path of the lock file. The directory must exist.
@@ -66,12 +63,8 @@ class FileLock:
         return self._descriptor >= 0
 
     def acquire(self) -> None:
-        """Acquire the lock. If another thread or process holds the lock, wait at most until the timeout.
-
-        Raises:
-            DatabaseBusyError: if another thread or process still holds the lock after the timeout.
-            InsecureFileError, ForeignDatabaseError: if `inspect_file()` refuses the lock file.
-            DatabaseError: if the system can't create, open or lock the file.
+        """Acquire the lock. If another thread or process still holds the lock after the timeout, raise
+        DatabaseBusyError. If `inspect_file()` refuses the lock file, or the system can't lock it, raise DatabaseError.
         """
         deadline = self._monotonic() + self._seconds
         delay = _FIRST_PAUSE
@@ -140,9 +133,7 @@ class FileLock:
         fsync_directory(self.path.parent)
 
     def clear_marker(self) -> None:
-        """Remove the marker and sync the file to the disk. The caller must hold an exclusive lock. If the file can't be
-        written, raise DatabaseError.
-        """
+        """Remove the marker, under the conditions of `write_marker()`."""
         self._replace(b"")
 
     def _replace(self, content: bytes) -> None:

@@ -21,10 +21,8 @@ from homeagent.errors import InsecureFileError
 
 
 def trusted_owners(directory: Path) -> frozenset[int]:
-    """Return the users whose files in a database's directory are trusted.
-
-    If the directory is missing, use the owner of the nearest existing parent directory. The owner of the parent
-    directory will also own the new directory.
+    """Return the users whose files in a database's directory are trusted. The owner of the nearest existing parent
+    directory will also own a missing directory.
     """
     caller = os.geteuid()
     return frozenset({0, _nearest(directory).st_uid} if caller == 0 else {caller})
@@ -39,14 +37,10 @@ def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | No
     """If the process runs as root, give a new file or directory to the owner of its directory.
 
     If root kept the file, the command `sudo homeagent init` would lock out the directory's owner. SQLite also gives the
-    sidecar files to the owner of the database file.
+    sidecar files to the owner of the database file. Pass descriptors, because a path can name another file by now.
 
-    Args:
-        descriptor: descriptor of the new file. Do not pass the path, because the path can name another file by now.
-        directory: path or descriptor of the file's directory.
-        database: source database, if the file is a copy in another directory. If root does not trust backups of the
-            directory's owner, root remains the owner of the copy. The owner of a copy can change the copy and read all
-            devices.
+    If the file is a copy in another directory, pass the source database. If root does not trust backups of the
+    directory's owner, root remains the owner of the copy, because the owner of a copy can read all devices.
     """
     if os.geteuid() != 0:
         return

@@ -57,7 +57,8 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
             table, _, constraint = str(error).rpartition(" ")[2].partition(".")
         elif message.startswith("index '"):
             constraint = message.removeprefix("index '").removesuffix("'")
-            table = _value(raw, "SELECT tbl_name FROM sqlite_master WHERE type = 'index' AND name = ?", constraint)
+            found = _rows(raw, "SELECT tbl_name FROM sqlite_master WHERE type = 'index' AND name = ?", constraint)
+            table = str(found[0][0]) if found else None
         else:
             table = message.partition(".")[0]
             columns = tuple(part.removeprefix(f"{table}.") for part in message.split(", "))
@@ -67,14 +68,13 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
     return constraint_conflict(kind, table, constraint, sqlite_code_name(error))
 
 
-def _value(raw: Any, query: str, *parameters: object) -> str | None:
-    rows = raw.execute(query, parameters).fetchall()
-    return str(rows[0][0]) if len(rows) == 1 else None
+def _rows(raw: Any, query: str, *parameters: object) -> list[Any]:
+    rows: list[Any] = raw.execute(query, parameters).fetchall()
+    return rows
 
 
 def _tables(raw: Any) -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = raw.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall()
-    return rows
+    return _rows(raw, "SELECT name, sql FROM sqlite_master WHERE type = 'table'")
 
 
 def _target(statement: str | None) -> tuple[str, str]:
@@ -96,14 +96,9 @@ def _table_of_check(raw: Any, check: str, statement: str | None) -> str | None:
 
 
 def _unique_name(raw: Any, table: str, columns: tuple[str, ...]) -> str | None:
-    """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on the given columns. If the name is
-    unknown, return None.
-    """
-    indexes = raw.execute(
-        "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", (table,)
-    ).fetchall()
-    for (index,) in indexes:
-        if tuple(row[2] for row in raw.execute("SELECT * FROM pragma_index_info(?)", (index,)).fetchall()) == columns:
+    """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on the given columns, or None."""
+    for (index,) in _rows(raw, "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", table):
+        if tuple(row[2] for row in _rows(raw, "SELECT * FROM pragma_index_info(?)", index)) == columns:
             return str(index)
     return _constraint_name(raw, table, r"(?:UNIQUE|PRIMARY\s+KEY)", columns)
 
@@ -119,15 +114,13 @@ def _constraint_name(raw: Any, table: str, kind: str, columns: tuple[str, ...]) 
 def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
     """Return the table and the name of the failed foreign key. A name is None if several keys can have failed."""
     verb, target = _target(statement)
-    if target:
-        candidates = [
-            key
-            for key in _foreign_keys(raw)
-            if (verb != "DELETE" and key.table.lower() == target.lower())
-            or (verb in ("DELETE", "UPDATE", "REPLACE") and key.parent.lower() == target.lower())
-        ]
-    else:
-        candidates = list(_violated_keys(raw))
+    candidates = [
+        key
+        for key in _foreign_keys(raw, violated=not target)
+        if not target
+        or (verb != "DELETE" and key.table.lower() == target.lower())
+        or (verb in ("DELETE", "UPDATE", "REPLACE") and key.parent.lower() == target.lower())
+    ]
     tables = {key.table for key in candidates}
     table = tables.pop() if len(tables) == 1 else None
     if len(candidates) != 1:
@@ -136,24 +129,17 @@ def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | Non
     return table, _constraint_name(raw, key.table, r"FOREIGN\s+KEY", key.columns) or ", ".join(key.columns)
 
 
-def _foreign_keys(raw: Any) -> Iterator[_ForeignKey]:
-    for table, _ in _tables(raw):
-        keys: dict[int, tuple[str, list[str]]] = {}
-        for number, _, parent, column, *_ in raw.execute(
-            "SELECT * FROM pragma_foreign_key_list(?)", (table,)
-        ).fetchall():
-            keys.setdefault(number, (parent, []))[1].append(column)
-        yield from (_ForeignKey(table, tuple(columns), parent) for parent, columns in keys.values())
-
-
-def _violated_keys(raw: Any) -> Iterator[_ForeignKey]:
-    """Yield the violated deferred foreign keys. The transaction must still be open after the failed COMMIT."""
+def _foreign_keys(raw: Any, *, violated: bool) -> Iterator[_ForeignKey]:
+    """Yield the foreign keys of all tables. With `violated=True`, yield only the deferred foreign keys that a row
+    violates. The transaction must still be open after the failed COMMIT.
+    """
     for table, sql in _tables(raw):
-        if "DEFERR" not in sql.upper():
+        if violated and "DEFERR" not in sql.upper():
             continue
-        quoted = table.replace('"', '""')
-        broken = {row[3] for row in raw.execute(f'PRAGMA foreign_key_check("{quoted}")').fetchall()}
-        rows = raw.execute("SELECT * FROM pragma_foreign_key_list(?)", (table,)).fetchall()
-        for number in broken:
-            columns = tuple(row[3] for row in rows if row[0] == number)
-            yield _ForeignKey(table, columns, next(row[2] for row in rows if row[0] == number))
+        keys: dict[int, tuple[str, list[str]]] = {}
+        for number, _, parent, column, *_ in _rows(raw, "SELECT * FROM pragma_foreign_key_list(?)", table):
+            keys.setdefault(number, (parent, []))[1].append(column)
+        if violated:
+            broken = {number for (number,) in _rows(raw, "SELECT fkid FROM pragma_foreign_key_check(?)", table)}
+            keys = {number: key for number, key in keys.items() if number in broken}
+        yield from (_ForeignKey(table, tuple(columns), parent) for parent, columns in keys.values())

@@ -120,8 +120,7 @@ class Cursor(StatementCursor):
             return self._changed
         if not self.is_write:
             return -1
-        # After a change of the schema, the method `changes()` still returns the number of rows that the previous
-        # statement changed.
+        # After a change of the schema, `changes()` still returns the number of the previous statement.
         return self.connection.changes() if self.connection.total_changes() != self.changes_before else 0
 
     @property

@@ -64,12 +64,11 @@ class FileGuard:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Run a block that closes a connection. After the block, count the connection as closed. Raise DatabaseError if
-        a file can't be unlocked or closed.
+        """Run a block that closes a connection. After the block, count the connection as closed. If a file can't be
+        unlocked or closed, raise DatabaseError.
 
-        Release the locks before the last connection is closed. SQLite locks the file when the last connection is
-        closed, to checkpoint the WAL. Do not close the descriptors before the connection, because SQLite would lose the
-        locks of the open connection.
+        Release the locks before the last connection is closed, because SQLite then locks the file for a checkpoint. Do
+        not close the descriptors before the connection, which would lose its locks.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -151,13 +150,8 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
 
 
 def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) -> Connection:
-    """Open an existing database. The guard of the file counts the connection until the connection is closed.
-
-    Args:
-        path: path of the file.
-        uri: SQLite URI of the file.
-        timeout: longest wait of a statement for a lock, in seconds.
-        refuse: True to raise ForeignAccessError if code other than homeagent has the file open in this process.
+    """Open an existing database by its SQLite URI. The guard of the file counts the connection until the connection is
+    closed. With `refuse=True`, raise ForeignAccessError if other code has the file open in this process.
     """
     global _uncounted
     with _opening:

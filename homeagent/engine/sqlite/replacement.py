@@ -33,9 +33,7 @@ def new_path(database: Path, stamp: str) -> Path:
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return the path of the old database after the replacement. The names of the old sidecar files begin with the new
-    name of the old database.
-    """
+    """Return the path of the old database after the replacement. The old sidecar files are next to the path."""
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 
 
@@ -70,12 +68,8 @@ def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, 
 
 
 def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
-    """Finish the replacement that the lock file's marker describes. If the lock file has no marker, do nothing.
-
-    Raises:
-        InsecureFileError, ForeignDatabaseError: if another user put a file at the path of the new database.
-        CorruptDatabaseError: if this version of homeagent does not understand the marker.
-        DatabaseError: if a step of the replacement failed. A second call of the function tries again.
+    """Finish the replacement that the lock file's marker describes. If the lock file has no marker, do nothing. If a
+    step fails, raise DatabaseError. A second call tries again.
     """
     intent = lock.read_marker()
     if intent is None:
