@@ -103,9 +103,7 @@ class SessionExistsError(AlreadyExistsError):
 
 
 class IdempotencyKeyExistsError(AlreadyExistsError):
-    """The key of the call already has a record that has not expired. Remedy: call `find()`, and answer with the stored
-    result.
-    """
+    """The key already has a record that has not expired. Remedy: call `find()`, and answer with the stored result."""
 
     def __init__(self, device_id: str, method: str) -> None:
         self.device_id = device_id
@@ -142,8 +140,8 @@ class AgentInUseError(ConflictError):
 
 
 class RouteTakenError(ConflictError):
-    """Another session holds the new route of a moved session. `error.session_id` is the id of the session that holds
-    the route. Remedy: move or delete the session that holds the route, and then try again.
+    """Another session, `error.session_id`, holds the new route of a moved session. Remedy: move or delete the other
+    session, and then try again.
     """
 
     def __init__(self, session_id: str) -> None:
@@ -160,8 +158,8 @@ class LastAdminError(ConflictError):
 
 
 class ApprovalChangedError(ConflictError):
-    """The device has changed since the administrator read the device. `error.changed` names the changed field. Remedy:
-    show the device again, and then decide.
+    """The field `error.changed` of the device has changed since the administrator read the device. Remedy: show the
+    device again, and then decide.
     """
 
     def __init__(self, device_id: str, changed: str) -> None:
@@ -211,8 +209,8 @@ class NonceLimitError(LimitError):
 
 
 class KeyLimitError(LimitError):
-    """The device already has the maximum number of idempotency keys that have not expired. The effect of the call did
-    not begin. Remedy: let the device make fewer calls, or raise `Limits.keys_per_device`.
+    """The device has the maximum number of unexpired idempotency keys. The effect of the call did not begin. Remedy:
+    let the device make fewer calls, or raise `Limits.keys_per_device`.
     """
 
     def __init__(self, device_id: str, limit: int) -> None:
@@ -230,9 +228,7 @@ class TargetNotEmptyError(ConflictError):
 
 
 class SourceChangedError(ConflictError):
-    """Another process or thread wrote to the source of a copy. homeagent did not make the copy. Remedy: stop every
-    gateway of the source, and copy again.
-    """
+    """Another unit wrote to the source of a copy, so there is no copy. Remedy: stop every gateway, and copy again."""
 
     def __init__(self, table: str) -> None:
         self.table: str = table
@@ -262,8 +258,8 @@ class TransientError(DatabaseBusyError):
 
 
 class ConnectionLostError(DatabaseError):
-    """The server can't be reached, or the connection ended. The database did not commit the unit. Remedy: check the
-    server, and run the unit again.
+    """The server can't be reached, or the connection ended before COMMIT. Remedy: check the server, and run the unit
+    again.
     """
 
 
@@ -298,8 +294,7 @@ class SchemaOutdatedError(DatabaseError):
     Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
 
     If the database does not exist, `error.location` is the path, or the URL without the password. If only revisions of
-    the application are missing, `error.application` is the name of the application. In all other cases,
-    `error.location` and `error.application` are None.
+    the application are missing, `error.application` is the name of the application. Otherwise both are None.
     """
 
     def __init__(
@@ -406,9 +401,7 @@ class DatabaseMovedError(CorruptDatabaseError):
 
 
 class InsecureFileError(DatabaseError):
-    """A file or directory is a link, or another user could read or replace the file. Remedy: correct the mode, owner or
-    link that the message names.
-    """
+    """Another user could read or replace a file, or the file is a link. Remedy: correct what the message names."""
 
 
 class DiskFullError(DatabaseError):

@@ -79,9 +79,8 @@ def _xor(left: bytes, right: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ProofKeys:
-    """Two keys that homeagent derives from a secret and its proof parameters. Both keys must stay secret.
-
-    A device can keep the keys in memory (RFC 5802 section 5.1), and make many proofs with the same keys.
+    """Two keys that homeagent derives from a secret and its proof parameters. Both keys must stay secret. A device can
+    keep the keys in memory, and make many proofs with the same keys (RFC 5802 section 5.1).
     """
 
     client_key: bytes = field(repr=False)
@@ -89,7 +88,7 @@ class ProofKeys:
 
     @property
     def stored_key(self) -> bytes:
-        """SHA-256 hash of the client key. The gateway stores the hash, and not the client key."""
+        """SHA-256 hash of the client key, which the gateway stores instead of the client key."""
         return hashlib.sha256(self.client_key).digest()
 
     def prove(self, message: bytes) -> bytes:
@@ -111,10 +110,9 @@ def derive_proof_keys(
     Args:
         secret: the secret. The function does not normalize the characters (RFC 5802 does so by SASLprep, which changes
             only non-ASCII characters).
-        parameters: parameters of the verifier. The device gets the parameters from the gateway.
-        minimum_iterations: minimum number of iterations that the device accepts. Pass the iterations of the verifier if
-            the device knows this number. With fewer iterations, a false gateway could guess a human's secret at low
-            cost.
+        parameters: parameters of the verifier, which the device gets from the gateway.
+        minimum_iterations: minimum number of iterations that the device accepts. With fewer iterations than those of
+            the verifier, a false gateway could guess a human's secret at low cost.
 
     Raises:
         InvalidArgumentError: if the secret is invalid, or if the parameters have fewer iterations than
@@ -177,8 +175,7 @@ def _require_verifier(verifier: str) -> _Verifier:
 
 @clears_locals
 def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, salt: bytes | None = None) -> str:
-    """Make a verifier from a secret. With the verifier, a gateway checks proofs of the secret. A verifier does not
-    contain the secret.
+    """Make a verifier, with which a gateway checks proofs of a secret. A verifier does not contain the secret.
 
     Args:
         secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
@@ -215,20 +212,17 @@ _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
 def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
-    """Make up a salt and a number of iterations for an absent device. The made-up answer looks like the answer for an
-    existing device.
+    """Make up a salt and a number of iterations for an absent device, like the answer for an existing device.
 
-    The same arguments always give the same result. By default, a made-up answer has the iterations of a generated
-    secret, because `Database` stores only verifiers of generated secrets. A made-up answer depends only on the id and
-    the key. The answer for an existing device changes with each rotation of its secret. From a changed answer, a caller
-    can learn that a device exists.
+    The same arguments always give the same result. The answer for an existing device changes with each rotation of its
+    secret. From a changed answer, a caller can learn that a device exists.
 
     Args:
         device_id: id in the request.
         key: at least 16 random bytes, by default a key of this process. Keep the key private, and do not change the
             key. A new key would change all made-up answers, but no answer for an existing device.
         human_share: share of absent ids that get the number of iterations of a human's secret, from 0 to 1.
-            Keep the default 0 if all verifiers belong to generated secrets.
+            Keep the default 0 if all verifiers belong to generated secrets, as in `Database`.
 
     Raises:
         InvalidArgumentError: if the key is too short, the share is out of range, or the id has a lone surrogate.
@@ -249,9 +243,8 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
 def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
     """Return the message for a proof. The device and the gateway compute the message from the same values.
 
-    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8. The array has no
-    spaces and no unnecessary escapes. JavaScript's `JSON.stringify()` and RFC 8785 (JSON Canonicalization Scheme) give
-    an equal text.
+    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, without spaces and
+    unnecessary escapes. JavaScript's `JSON.stringify()` and RFC 8785 give an equal text.
 
     Args:
         device_id: id of the device.
@@ -269,13 +262,10 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
 def make_proof(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> bytes:
-    """Make a proof of a secret. Use this function in a device.
+    """Return a proof of a secret, of 32 bytes. Use this function in a device.
 
     The message is the result of `proof_message()`. For the other arguments and the errors, see `derive_proof_keys()`.
     For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
-
-    Returns:
-        Proof of 32 bytes.
     """
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
@@ -315,8 +305,8 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
     """Return the salt and the iterations that a gateway sends to a device with this id.
 
-    If the verifier is None or damaged, the function returns an answer of `fake_parameters()`. In each call, the
-    function makes up an answer and parses a verifier, so that the duration does not show whether a device exists.
+    If the verifier is None or damaged, the function returns an answer of `fake_parameters()`. The duration does not
+    show whether a device exists.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
@@ -327,11 +317,8 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 def server_signature(verifier: str, message: bytes) -> bytes:
     """Sign the message of a proof, so that the device can check the gateway. Use this function in a gateway.
 
-    Send the signature only after `check_proof()` has returned True, because an attacker can use the signature to check
-    guesses at a human's secret.
-
-    Returns:
-        Signature of 32 bytes (ServerSignature in RFC 5802 section 3).
+    The signature has 32 bytes (ServerSignature in RFC 5802 section 3). Send the signature only after `check_proof()`
+    has returned True, because an attacker can use the signature to check guesses at a human's secret.
 
     Raises:
         InvalidArgumentError: if the verifier is damaged. The error message does not show the verifier.

@@ -42,14 +42,6 @@ class FairSemaphore:
             else:
                 self._free += 1
 
-    def _leave_queue(self, handed_over: threading.Event) -> bool:
-        """Leave the queue. Return False if the waiting caller has already got a place."""
-        with self._lock:
-            if handed_over.is_set():
-                return False
-            self._queue.remove(handed_over)
-            return True
-
     def _acquire(self, timeout: float, most_waiting: int) -> bool:
         handed_over = threading.Event()
         with self._lock:
@@ -61,14 +53,18 @@ class FairSemaphore:
                     f"{len(self._queue)} slow hashes of secrets wait already", retry_after=_RETRY_AFTER
                 )
             self._queue.append(handed_over)
+        interrupted = True
         try:
-            return handed_over.wait(timeout) or not self._leave_queue(handed_over)
-        except BaseException:
-            # If Ctrl-C interrupts the wait, release a place that another thread has handed over. Without the release,
-            # no caller could use the place.
-            if not self._leave_queue(handed_over):
-                self._release()
-            raise
+            handed_over.wait(timeout)
+            interrupted = False
+        finally:
+            with self._lock:
+                taken = handed_over.is_set()
+                if not taken:
+                    self._queue.remove(handed_over)
+            if interrupted and taken:
+                self._release()  # Ctrl-C interrupted the wait, and no other caller could use the place
+        return taken
 
     @contextmanager
     def turn(self, timeout: float, *, most_waiting: int) -> Iterator[bool]:

@@ -24,8 +24,7 @@ REFUSALS = {
     "pending": "The device waits for an administrator's approval: try again after the approval.",
     "revoked": "An administrator withdrew the approval of the device.",
 }
-"""Texts for a device that has the right secret but no approval. The keys of the dictionary are values of DeviceStatus.
-"""
+"""Texts for a device that has the right secret but no approval, by the values of DeviceStatus."""
 
 _DENIED = "the proof is wrong, the time differs too much, or the device does not exist"
 
@@ -36,8 +35,7 @@ class Admission:
 
     Attributes:
         device: the device.
-        verifier: verifier of the secret that the device has proved. A rotation of the device's secret changes the
-            verifier.
+        verifier: verifier of the proved secret. A rotation of the device's secret changes the verifier.
     """
 
     device: Device
@@ -53,8 +51,7 @@ async def authenticate_device(
     time_limit: timedelta = timedelta(seconds=10),
     skew: timedelta = timedelta(minutes=5),
 ) -> Admission:
-    """Run the gateway's side of a handshake. If the gateway refuses the device, the function sends a message with the
-    reason.
+    """Run the gateway's side of a handshake. If the gateway refuses the device, send a message with the reason.
 
     Args:
         database: the open database.
@@ -64,8 +61,7 @@ async def authenticate_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        AuthenticationError: if the proof or the time is wrong, or if the device does not exist. The text of the error
-            does not show the cause.
+        AuthenticationError: if the proof or the time is wrong, or if the device does not exist.
         AccessDeniedError: if the proof is right, but the device is pending or revoked.
         HandshakeError: if a message is invalid, or if the handshake takes too long.
         HomeAgentError: if the function can't read the database.

@@ -54,13 +54,13 @@ class FileGuard:
         self._connections = 0
         self._descriptors: list[int] = []
         self._holds = False
-        self._is_closed = False
+        self.is_closed = False
 
     def opened(self) -> bool:
         """Count a new connection. Return False if the guard's last connection was closed."""
         with self._mutex:
-            self._connections += not self._is_closed
-            return not self._is_closed
+            self._connections += not self.is_closed
+            return not self.is_closed
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -78,11 +78,13 @@ class FileGuard:
                 yield
             finally:
                 if is_last:
-                    self._is_closed = True
-                    with _registry:
-                        if _guards.get(self._identity) is self:
-                            del _guards[self._identity]
-                    self.forget()
+                    self.is_closed = True
+                    try:
+                        self.forget()
+                    finally:  # a signal handler that opens the file must find the guard while its descriptors are open
+                        with _registry:
+                            if _guards.get(self._identity) is self:
+                                del _guards[self._identity]
             if failure is not None:
                 raise failure
 
@@ -144,7 +146,7 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
     """Return the guard that all `Database` objects of this process for one file share."""
     with _registry:
         guard = _guards.get(identity)
-        if guard is None:
+        if guard is None or guard.is_closed:
             guard = _guards[identity] = FileGuard(path, identity)
         return guard
 
