@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
+from homeagent.engine.driver_errors import translated
 from homeagent.engine.fork import register
 from homeagent.engine.pool import ConnectionPool
 from homeagent.errors import ConnectionLostError, DatabaseBusyError, DatabaseClosedError, DatabaseMovedError
@@ -26,7 +26,7 @@ READ_CONNECTIONS = 2
 """Maximum number of connections that `Database.read_connection` lends at once."""
 
 
-class Engine(ABC):
+class Engine:
     """One open database.
 
     Args:
@@ -42,8 +42,7 @@ class Engine(ABC):
         counters: counters of commits, rollbacks, waits and retries since the database was opened.
     """
 
-    write_connection_type: type[StoreConnection] = StoreConnection
-    read_connection_type: type[StoreConnection] = StoreConnection
+    connection_type: type[StoreConnection] = StoreConnection
     shares_commits = False
     """True if concurrent units share a commit (see `homeagent.group_commit`)."""
 
@@ -193,7 +192,6 @@ class Engine(ABC):
         """Number of times that a write unit has waited for another unit."""
         return self.writers.waits
 
-    @abstractmethod
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
         """Copy the content of the WAL into the database file (checkpoint). A PostgreSQL server makes its own
         checkpoints.
@@ -205,13 +203,19 @@ class Engine(ABC):
         Returns:
             False if the WAL was not truncated, because another unit or process used the WAL until the timeout.
         """
+        return True
+
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Raise homeagent's error instead of an exception of the driver."""
+        with translated(self.driver_errors, self.translate):
+            yield
 
     def _connection(self, *, read_only: bool) -> StoreConnection:
         raw = self.connect()
         try:
             self.prepare_connection(raw, read_only=read_only)
-            make = self.read_connection_type if read_only else self.write_connection_type
-            connection = make(
+            connection = self.connection_type(
                 raw,
                 begin=self.begin_of(raw, read_only=read_only),
                 read_only=read_only,
@@ -240,13 +244,13 @@ class Engine(ABC):
         self.writers.discard_free()
         self.readers.discard_free()
 
-    @abstractmethod
     def connect(self) -> sqlalchemy.Connection:
         """Return a new connection that belongs to no pool. The caller must close the connection."""
+        raise NotImplementedError
 
-    @abstractmethod
     def open_read_connection(self) -> sqlalchemy.Connection:
         """Return a new read-only connection. All statements of the connection's transaction read one snapshot."""
+        raise NotImplementedError
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
@@ -259,7 +263,6 @@ class Engine(ABC):
         finally:
             self.read_connections.discard(connection)
 
-    @abstractmethod
     def prepare_connection(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
         """Change the settings that differ between connections for reading and connections for writing."""
 
@@ -278,7 +281,6 @@ class Engine(ABC):
         self.sa_engine.dispose()
         self.after_close()
 
-    @abstractmethod
     def after_close(self) -> None:
         """Release resources such as lock files. Call the method after the last connection was closed."""
 
@@ -290,7 +292,6 @@ class Engine(ABC):
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
 
-    @abstractmethod
     def before_fork(self) -> None:
         """Close the connections that a forked child must not inherit."""
 

@@ -18,7 +18,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.driver_errors import message_with_name, postgresql_error, refused_by, translated
+from homeagent.engine.driver_errors import message_with_name, postgresql_error, refused_by
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
@@ -66,8 +66,7 @@ class PostgreSQLEngine(Engine):
     maximum number of write units at the same time is `pool_size`, and so is the maximum number of read-only units.
     """
 
-    write_connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
-    read_connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
+    connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
 
     def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = 10) -> None:
         try:
@@ -179,30 +178,11 @@ class PostgreSQLEngine(Engine):
     def _local_settings(self) -> list[str]:
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
-    def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
-        """Do nothing, because each BEGIN sets the access mode of its transaction."""
-
-    def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Return True and do nothing, because the server makes checkpoints itself."""
-        return True
-
     def fork_locks(self) -> Sequence[threading.RLock]:
         """Return only the mutexes of the connection pools. A fork must not wait for the thread that reads device
         changes, which a lost connection can block.
         """
         return super().fork_locks()[1:]
-
-    def before_fork(self) -> None:
-        """Do nothing, because a forked child does not use the connections of the parent process."""
-
-    def after_close(self) -> None:
-        """Do nothing, because the connections need no other resources of this process."""
-
-    @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Raise homeagent's error instead of a driver's exception."""
-        with translated(self.driver_errors, postgresql_error):
-            yield
 
 
 def _connect_args(url: URL) -> dict[str, str]:

@@ -20,7 +20,6 @@ from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
 from homeagent.clock import monotonic
-from homeagent.engine.driver_errors import translated
 from homeagent.engine.engine import Engine
 from homeagent.engine.files import database_file
 from homeagent.engine.files.directories import make_temporary_directory
@@ -97,8 +96,7 @@ class SQLiteEngine(Engine):
 
     # SQLite allows one writer. Small units share a commit, because a sync takes many times as long as a small unit.
     shares_commits = True
-    write_connection_type: type[SQLiteConnection] = SQLiteConnection
-    read_connection_type: type[SQLiteConnection] = SQLiteConnection
+    connection_type: type[SQLiteConnection] = SQLiteConnection
     identity_check: FileIdentityCheck
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
@@ -291,12 +289,6 @@ class SQLiteEngine(Engine):
             raise
         pool.release(connection)
         return not blocked
-
-    @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Translate the driver's exceptions to homeagent's errors."""
-        with translated(self.driver_errors, self.translate_error):
-            yield
 
     def prepare_header(self) -> None:
         """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`.
