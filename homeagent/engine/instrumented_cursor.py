@@ -110,17 +110,13 @@ class InstrumentedCursor:
         try:
             yield statement
         except BaseException as error:
-            self._failed(execution, error)
+            if isinstance(error, self._driver_errors):
+                reported: BaseException = self._translate(error)
+            else:
+                reported = RuntimeError(f"the statement was interrupted ({type(error).__name__})")
+            failure = FailureContext(execution, reported)
+            for listener in self._connection.dialect.dispatch.handle_error:
+                listener(failure)
             raise
         for listener in dispatch.after_cursor_execute:
             listener(self._connection, self._cursor, statement, (), execution, many)
-
-    def _failed(self, execution: _Execution, error: BaseException) -> None:
-        if isinstance(error, self._driver_errors):
-            reported: BaseException = self._translate(error)
-        else:
-            reported = RuntimeError(f"the statement was interrupted ({type(error).__name__})")
-        failure = FailureContext(execution, reported)
-        dispatch: Any = self._connection.dialect.dispatch
-        for listener in dispatch.handle_error:
-            listener(failure)
