@@ -1,6 +1,6 @@
 """Deliver device changes to asynchronous iterators (see `Database.watch_devices`).
 
-Each `Database` has one thread, which reads the feed for all iterators every 0.15 s. The thread starts with the first
+Each `Database` has one thread, which reads the feed for all iterators every 0.2 s. The thread starts with the first
 iterator, and ends with the last iterator. For each iterator, the thread stores only the number of the last delivered
 change, because the feed itself is in the database.
 
@@ -40,7 +40,7 @@ PATIENCE = 5.0
 
 _PAGE = 100  # maximum number of changes that a statement reads
 _WAITING = 1000  # number of waiting changes at which the thread reads no further page for an iterator
-_INTERVAL = 0.15  # seconds between two reads of the feed
+_INTERVAL = 0.2  # seconds between two reads of the feed
 
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
 
