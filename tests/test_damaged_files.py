@@ -25,8 +25,9 @@ import pytest
 from sqlmodel import SQLModel, select
 
 from homeagent import Agent, AgentSession, Database, Device, IdempotencyKey, Nonce, diagnose
-from homeagent.engine.sqlite.dialect import connect
-from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
+from homeagent.engine.sqlite import integrity
+from homeagent.engine.sqlite.dialect import Connection, connect
+from homeagent.errors import CorruptDatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import VERSION_TABLE
 from tests.conftest import Children, FakeClock, RecordProperty
@@ -284,10 +285,19 @@ def told(found: Counter[str]) -> str:
     return "\n".join(f"{count:4} {end}" for end, count in sorted(found.items()))
 
 
-def test_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
-    """Of thirty damaged files, opening reads no wrong row beyond a flipped value and changes no refused file."""
+def test_damaged_files(tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of thirty damaged files, opening reads no wrong row beyond a flipped value and changes no refused file.
+
+    The outcomes do not depend on whether the WAL can be written.
+    """
     found = attempts(range(30), tmp_path, samples)
     assert {end.partition(": ")[2].partition(" ")[0] for end in found} >= {"right", "refused:"}, told(found)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise apsw.ReadOnlyError
+
+    monkeypatch.setattr(Connection, "wal_checkpoint", refuse)
+    assert attempts(range(30), tmp_path, samples) == found
 
 
 @pytest.mark.slow
@@ -381,31 +391,41 @@ def test_a_large_wal_is_checked_once(tmp_path: Path, children: Children, monkeyp
     assert checks == ["quick_check"]
 
 
-def test_no_room_for_the_copy_of_the_wal(
+def test_check_of_a_wal_writes_no_file(
     tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the directory for the copy of the WAL can't hold it, the error names the directory, and no byte changes."""
+    """The check after a kill writes no file, neither next to the database nor in a directory for temporary files."""
     path = tmp_path / "private" / "homeagent.db"
     path.parent.mkdir(mode=0o700)
     put(samples["killed"].files, path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
-    with pytest.raises(DatabaseError, match=r"make a copy in .*absent of .*homeagent\.db-wal"):
-        Database.open(path)
-    assert content(path) == samples["killed"].files
+
+    def check(path: Path, raw: Connection, *, always: bool = False) -> None:
+        assert raw.execute("SELECT count(*) FROM agents").get == len(samples["killed"].rows["Agent"])
+        assert content(path) == samples["killed"].files
+
+    monkeypatch.setattr(integrity, "check_content", check)
+    with Database.open(path, clock=FakeClock()):
+        pass
 
 
-def test_wal_copy_without_a_directory_for_temporary_files(
+def test_damage_without_locks_is_confirmed_with_locks(
     tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If no usual directory can be written, the copy of the WAL is made next to the database, and removed."""
+    """If another program writes during the check without locks, the file looks damaged, and a second check opens it."""
     path = tmp_path / "private" / "homeagent.db"
     path.parent.mkdir(mode=0o700)
     put(samples["killed"].files, path)
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
-    with Database.open(path, clock=FakeClock()):
-        pass
-    assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.lock", f"{path.name}.open"]
+    locks: list[str] = []
+
+    def check(path: Path, raw: Connection, *, always: bool = False) -> None:
+        locks.append(raw.pragma("locking_mode"))
+        if locks == ["exclusive"]:
+            raise CorruptDatabaseError("another program has written")
+
+    monkeypatch.setattr(integrity, "check_content", check)
+    assert read(path) == samples["killed"].rows
+    assert locks == ["exclusive", "normal"]
 
 
 # WALs that SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the remaining bytes.
@@ -455,6 +475,20 @@ def test_a_wal_without_frames_counts_as_absent(
     Database.restore(path, restored)
     assert read(restored) == sample.rows
     assert read(path) == sample.rows
+
+
+@pytest.mark.parametrize("database", [b"", None], ids=["empty", "missing"])
+def test_the_doctor_keeps_the_wal_of_a_lost_database(
+    tmp_path: Path, samples: dict[str, Sample], database: bytes | None
+) -> None:
+    """If a database was emptied or deleted, the doctor reports the loss, and keeps the WAL with the last commits."""
+    files = {**samples["killed"].files, "": database, ".open": b""}
+    found = {suffix: content for suffix, content in files.items() if content is not None}
+    path = tmp_path / "private" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    put(found, path)
+    assert diagnose(path).severity is Severity.CRITICAL
+    assert content(path) == {suffix: found[suffix] for suffix in found if suffix != ".open"}
 
 
 @pytest.mark.parametrize("index", ["live", *INDEXES])

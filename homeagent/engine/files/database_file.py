@@ -86,9 +86,8 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
 
 
 def sidecars(path: Path) -> list[Path]:
-    """Return the paths of the WAL, the WAL index and the rollback journal (https://sqlite.org/tempfiles.html).
-
-    The function also returns the paths of absent files.
+    """Return the paths of the WAL, the WAL index and the rollback journal, which can be absent
+    (https://sqlite.org/tempfiles.html).
     """
     return [path.with_name(path.name + suffix) for suffix in _SIDECAR_SUFFIXES]
 
@@ -100,22 +99,17 @@ def secure_sidecars(path: Path) -> list[Path]:
     """Inspect each sidecar file of a database by `inspect_file()`. Return the paths of the existing sidecar files.
 
     Inspect existing sidecar files too, because SQLite sets the mode only of a new sidecar file.
-
-    Raises:
-        InsecureFileError, ForeignDatabaseError, DatabaseError: if `inspect_file()` refuses a sidecar file.
     """
     return [sidecar for sidecar in sidecars(path) if inspect_file(sidecar, is_database=False) is not None]
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """Refuse to create a database next to a WAL that has content.
+    """Raise CorruptDatabaseError if a WAL has content, and its database is missing or empty.
 
     SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
     database means that the database was lost. SQLite would delete the WAL of the lost database and start with an empty
-    database that lacks all revocations and nonces. The caller must hold `sidecar_lock`.
-
-    Raises:
-        CorruptDatabaseError: if the WAL has content, and the database is missing or empty.
+    database that lacks all revocations and nonces. Before the creation of a database, the caller must hold
+    `sidecar_lock`.
     """
     log = sidecars(path)[0]
     # Do not exchange the two calls of `size_of()`. If another process creates the database during the check, the
@@ -128,22 +122,17 @@ def refuse_orphaned_log(path: Path) -> None:
 
 
 def create_file(path: Path, *, database: Path | None = None) -> bool:
-    """Create an empty database file with mode 0600, under any umask.
+    """Create an empty database file with mode 0600, under any umask (see `create_descriptor`).
 
     The directory must exist. The caller must hold `sidecar_lock`. Without `sidecar_lock`, another thread could open the
     file before this function closes the descriptor. SQLite would lose its locks at the close of the descriptor.
-
-    Args:
-        path: path of the new file.
-        database: source database, if the new file will be a copy in another directory (see `give_to_owner`).
 
     Returns:
         False if the file already exists. The existing file is not changed.
 
     Raises:
         InsecureFileError: if the file system does not store the modes of files.
-        DatabaseError: if the file can't be created. If the system reports a full disk or a read-only file system, the
-            error is `DiskFullError` or `ReadOnlyError`. The function leaves no file behind.
+        DatabaseError: if the file can't be created. The function leaves no file behind.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -170,7 +159,6 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
 
     Raises:
         InsecureFileError: if the file system does not store the modes of files.
-        OSError: if the file can't be created.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, FILE_MODE)
@@ -197,14 +185,7 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
 
     Do not call this function for a file that SQLite has open in this process, because the close drops SQLite's locks.
 
-    Args:
-        path: path of the file.
-        owners: trusted user ids, from `trusted_owners` or `backup_owners`.
-
-    Raises:
-        InsecureFileError: if the file has a second hard link, or belongs to a user that is not trusted.
-        ForeignDatabaseError: if the path does not name a regular file.
-        OSError: if the file can't be opened, or is a link.
+    Raise the errors of `refuse_insecure()`. If the file can't be opened, or is a link, raise OSError.
     """
     # Check the open file and not the path, because another process could replace the file between a check and the open.
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
@@ -283,9 +264,9 @@ def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) 
     """Refuse a file that is not regular, has several hard links, or belongs to an untrusted user.
 
     Args:
-        path: path of the file.
+        path: path for the error messages.
         status: result of `os.lstat()` or `os.fstat()` for the file.
-        owners: trusted user ids, from `trusted_owners` or `backup_owners`.
+        owners: trusted user ids, from `trusted_owners()` or `backup_owners()`.
 
     Raises:
         InsecureFileError: if the file is a link, has a second hard link, or belongs to a user that is not trusted.

@@ -65,24 +65,15 @@ def _warn_once(directory: Path, problem: str) -> None:
     logger.warning("%s", problem, extra={"event": "directory_unsafe", "path": str(directory)})
 
 
-def find_temporary_directory() -> Path | None:
-    """Return the directory that the variable TMPDIR names, or a usual directory for temporary files. If no directory is
-    writable, return None.
-    """
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:
-        return None
-
-
 def make_temporary_directory() -> Path:
     """Make a private directory in the directory for temporary files, or raise DatabaseError."""
-    parent = find_temporary_directory()
-    if parent is None:
+    try:
+        parent = Path(tempfile.gettempdir())
+    except FileNotFoundError:
         raise DatabaseError(
             "':memory:' needs a directory for temporary files, and no usual directory can be written: set TMPDIR to a "
             "writable directory, or name a file"
-        )
+        ) from None
     with explained("make a temporary directory in", parent):
         return Path(tempfile.mkdtemp(prefix="homeagent-", dir=parent))
 

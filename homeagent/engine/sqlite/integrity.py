@@ -20,7 +20,7 @@ from homeagent.engine.files.database_file import look_at, sidecars, size_of
 from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.diagnosis import newest_backup_hint
 from homeagent.engine.sqlite.inspection import Stopwatch, inspect_sqlite
-from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
+from homeagent.engine.sqlite.write_ahead_log import find_lost_commits, open_without_locks
 from homeagent.errors import CorruptDatabaseError
 
 if TYPE_CHECKING:
@@ -40,10 +40,7 @@ _INSTRUCTIONS = 100_000
 
 
 def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
-    """Check a file that was not closed cleanly and that no process has open. Do not change any file.
-
-    Do not use an ordinary connection, because the close of the connection would move the WAL's content into the
-    database.
+    """Check a file that was not closed cleanly and that no process of homeagent has open. Do not change any file.
 
     Returns:
         True if the function `check_content()` accepted the file. False if the database has no WAL to check.
@@ -55,33 +52,33 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     log, index = sidecars(path)[:2]
     if look_at(log) is None and look_at(index) is None:
         return False
-    lost = find_lost_commits(path)
-    if lost is not None:
-        if engine.durability == "full" or not lost.by_power_cut:
-            raise _damaged(
-                path,
-                f"{lost.problem} [it was not closed cleanly]",
-                "; after a power cut, durability='normal' opens it without the lost commits" * lost.by_power_cut,
-            )
-        logger.warning(
-            "%s was not closed cleanly and %s: the last commits may be lost, which durability 'normal' accepts",
-            path,
-            lost.problem,
-            extra={"event": "commits_lost", "path": str(path), "by_power_cut": lost.by_power_cut},
-        )
-    if not size_of(log):
-        return False
     began = monotonic()
-    had_index = look_at(index) is not None
-    try:
-        with inspect_sqlite(path, watch=Stopwatch(None), is_closed=True) as connection, engine.translated():
-            check_content(path, connection.connection.driver_connection, always=True)
-    except CorruptDatabaseError as error:
-        if not had_index:
-            with suppress(OSError):
-                index.unlink()
-        hint = newest_backup_hint(path)
-        raise error if hint in str(error) else CorruptDatabaseError(f"{error}; {hint}") from None
+    damage: CorruptDatabaseError | None = None
+    with open_without_locks(path) as raw:
+        lost = find_lost_commits(path, raw)
+        if lost is not None:
+            if engine.durability == "full" or not lost.by_power_cut:
+                raise _damaged(
+                    path,
+                    f"{lost.problem} [it was not closed cleanly]",
+                    "; after a power cut, durability='normal' opens it without the lost commits" * lost.by_power_cut,
+                )
+            logger.warning(
+                "%s was not closed cleanly and %s: the last commits may be lost, which durability 'normal' accepts",
+                path,
+                lost.problem,
+                extra={"event": "commits_lost", "path": str(path), "by_power_cut": lost.by_power_cut},
+            )
+        if not size_of(log):
+            return False
+        try:
+            with engine.translated():
+                check_content(path, raw, always=True)
+        except CorruptDatabaseError as error:
+            damage = error
+    # While another program has the file open, the WAL index exists.
+    if damage is not None and (look_at(index) is None or not _is_sound(engine)):
+        raise damage
     seconds = monotonic() - began
     logger.info(
         "%s was not closed cleanly: its check took %.3f s and found no damage",
@@ -90,6 +87,15 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
         extra={"event": "unclean_end_checked", "path": str(path), "seconds": seconds},
     )
     return True
+
+
+def _is_sound(engine: SQLiteEngine) -> bool:
+    """Check with locks a file that looked damaged without locks. Another program can have written to the file."""
+    with suppress(CorruptDatabaseError):
+        with inspect_sqlite(engine.path, watch=Stopwatch(None), is_closed=True) as connection, engine.translated():
+            check_content(engine.path, connection.connection.driver_connection, always=True)
+        return True
+    return False
 
 
 def check_content(path: Path, raw: Any, *, always: bool = False) -> None:

@@ -6,28 +6,27 @@ crash interrupted. If the WAL was damaged or truncated later, SQLite silently di
 that a commit is lost. The number of committed frames in the WAL index (-shm), which a killed process leaves behind, can
 also show a lost commit (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
-Before a call, the caller must ensure that no process has the database open. In a process with an open database, SQLite
-would lose its locks when this module closes the WAL index.
+Before a call, the caller must ensure that no process of homeagent has the database open. In a process with an open
+database, SQLite would lose its locks when this module closes the database or the WAL index.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 import sys
-import tempfile
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+from urllib.parse import quote
 
 import apsw
 
 from homeagent.engine.driver_errors import sqlite_error, translated
-from homeagent.engine.files.database_file import OPEN_FLAGS, SMALLEST_DATABASE, sidecars, size_of
-from homeagent.engine.files.directories import find_temporary_directory
+from homeagent.engine.files.database_file import OPEN_FLAGS, SMALLEST_DATABASE, refuse_orphaned_log, sidecars, size_of
 from homeagent.engine.files.system_errors import explained
-from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, Connection, connect
 
 _HEADER = 32
 _FRAME_HEADER = 24
@@ -89,23 +88,37 @@ def _opened(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
 
 
-def find_lost_commits(path: Path) -> LostCommits | None:
-    """Find commits that SQLite would silently discard when it opens the database. If no lost commit is found, return
-    None.
+@contextmanager
+def open_without_locks(path: Path) -> Iterator[Connection]:
+    """Open a database for reading. Take no lock (virtual file system `unix-none`), and change no file.
+
+    In exclusive locking mode, SQLite recovers the WAL into an index in memory, and ignores the WAL index of a killed
+    process (https://sqlite.org/wal.html#noshm). Do not read without a WAL, because SQLite would create a WAL. SQLite
+    would also delete the WAL of an empty database, so the function raises the error of `refuse_orphaned_log()`.
+    """
+    refuse_orphaned_log(path)
+    uri = f"file:{quote(os.fsencode(path))}?mode=ro&vfs=unix-none"
+    with translated(DRIVER_ERRORS, sqlite_error), closing(connect(uri, uri=True, create=False)) as raw:
+        raw.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        raw.execute("PRAGMA locking_mode=EXCLUSIVE; PRAGMA trusted_schema=OFF")
+        yield raw
+
+
+def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
+    """Find commits that SQLite would silently discard when it opens the database, or return None.
 
     Without a WAL index, the function does not find damage in the last commit. After a power cut in the middle of
-    COMMIT, the WAL looks as if the last commit were damaged. The caller must ensure that no process has the database
-    open.
+    COMMIT, the WAL looks as if the last commit were damaged. The caller must ensure that no process of homeagent has
+    the database open.
 
-    Raises:
-        DatabaseError: if a file can't be read, or if the WAL can't be copied.
-        CorruptDatabaseError: if the WAL is intact, but contains an invalid first page of the database.
+    Pass a connection from `open_without_locks()`, which raises CorruptDatabaseError if the database has no valid first
+    page. If a file can't be read, the function raises DatabaseError.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
     found = _Log(0, 0, None, exists=False)
     with explained("read", log), suppress(FileNotFoundError), _opened(log) as file:
-        found = _Log.read(file, log)
+        found = _Log.read(file, raw)
     return _judged(known, found)
 
 
@@ -117,7 +130,7 @@ class _Log(NamedTuple):
     is_blank: bool = False  # True if the WAL is too short for a frame, or has only zeros, for example after a power cut
 
     @classmethod
-    def read(cls, file: BinaryIO, path: Path) -> _Log:
+    def read(cls, file: BinaryIO, raw: Connection) -> _Log:
         length = os.fstat(file.fileno()).st_size
         header = file.read(_HEADER)
         size = _page_size(header)
@@ -127,7 +140,11 @@ class _Log(NamedTuple):
                 blank = not any(rest)
             return cls(0, 0, None, is_blank=blank or length < _SMALLEST_LOG)
         salt = header[16:24]
-        committed = _recovered(path, page_size=size)
+        raw.execute("PRAGMA schema_version")  # SQLite recovers the frames of the WAL at the first read
+        try:
+            committed = raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
+        except apsw.ReadOnlyError:
+            committed = _count_frames(file, header, size)
         frame = _FRAME_HEADER + size
         later = 0
         for place in range(_HEADER + committed * frame, length - frame + 1, frame):
@@ -137,27 +154,20 @@ class _Log(NamedTuple):
         return cls(committed, later, salt)
 
 
-def _recovered(log: Path, *, page_size: int) -> int:
-    """Return the number of frames that SQLite recovers from a copy of the WAL, next to an empty database.
-
-    Do not use a copy of the database. The database's header can be damaged, and SQLite would replay a rollback journal.
-    If no directory for temporary files is writable, the copy is in the directory of the WAL. A container can lack a
-    writable directory for temporary files.
+def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
+    """Return the number of frames up to the last intact commit. SQLite does not return the number for a WAL that the
+    process can't write. To compute the checksums in Python takes a hundred times as long as in SQLite.
     """
-    parent = find_temporary_directory() or log.parent
-    with (
-        explained(f"make a copy in {parent} of", log),
-        tempfile.TemporaryDirectory(prefix="homeagent-", dir=parent) as folder,
-        translated(DRIVER_ERRORS, sqlite_error),
-    ):
-        copy = Path(folder) / "copy"
-        with closing(connect(str(copy))) as raw:
-            raw.execute(f"PRAGMA page_size={page_size}; PRAGMA synchronous=OFF; PRAGMA journal_mode=WAL")
-        shutil.copyfile(log, sidecars(copy)[0])
-        with closing(connect(str(copy))) as raw:
-            raw.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-            raw.execute("PRAGMA schema_version")  # SQLite recovers the frames of the WAL at the first read
-            return int(raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0])
+    order = _MAGIC[int.from_bytes(header[:4], "big")]
+    sums: tuple[int, ...] = struct.unpack(">2I", header[24:])
+    committed = number = 0
+    while len(frame := file.read(_FRAME_HEADER + size)) == _FRAME_HEADER + size:
+        sums = _checksum(frame[:8] + frame[_FRAME_HEADER:], order, *sums)
+        if frame[8:16] != header[16:24] or frame[16:_FRAME_HEADER] != struct.pack(">2I", *sums):
+            break
+        number += 1
+        committed = number if frame[4:8] != bytes(4) else committed
+    return committed
 
 
 def _page_size(header: bytes) -> int | None:
@@ -226,9 +236,8 @@ def _read_index(index: Path) -> _Index | None:
     return _Index(committed=frames, moved=moved, salt=header[32:40])
 
 
-def _checksum(content: bytes, order: str) -> tuple[int, int]:
+def _checksum(content: bytes, order: str, first: int = 0, second: int = 0) -> tuple[int, int]:
     """Return SQLite's checksum of a WAL or WAL index. The length must be a multiple of eight bytes."""
-    first = second = 0
     words = iter(struct.unpack(f"{'<' if order == 'little' else '>'}{len(content) // 4}I", content))
     for one, other in zip(words, words, strict=True):
         first = (first + one + second) & 0xFFFFFFFF

@@ -18,7 +18,7 @@ from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
-from homeagent.engine.sqlite.write_ahead_log import find_lost_commits
+from homeagent.engine.sqlite.write_ahead_log import find_lost_commits, open_without_locks
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentError
 from homeagent.maintenance.doctor.application import report_orphans
 from homeagent.maintenance.doctor.files import check_files, megabytes
@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 WAL_LIMIT = 64 * 1024 * 1024
 """SQLite truncates the WAL to this size after a checkpoint (`journal_size_limit`)."""
 
-_INSIDE = (*STORE_CHECKS, "integrity")
+_INSIDE = ("wal", *STORE_CHECKS, "integrity")
 
 
 def check_sqlite(collector: Collector, path: Path) -> None:
     """Run all checks on a database file in any state."""
     may_open = check_files(collector, path)
-    is_closed = False
-    with collector.attempt("wal"):
-        is_closed = _check_wal(collector, path)
     if not may_open:
         summary = f"homeagent does not open {str(path)!r}: one of its files is a link or not a regular file."
         meaning = "the gateway can't start"
         collector.critical("database", summary, meaning, "see the check 'files'")
     elif _may_hold_database(collector, path):
+        is_closed = False
+        with collector.attempt("wal"):
+            is_closed = _check_wal(collector, path)
         before, skipped = dict(collector.findings), dict(collector.not_checked)
         _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
@@ -78,8 +78,8 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         collector.skip("the 'database in use' lock file is missing or not private", "wal")
         return in_use is None  # while a process has the database open, the lock file exists
     try:
-        with FileLock(in_use_path(path), timeout=timedelta(0)):
-            lost = find_lost_commits(path)
+        with FileLock(in_use_path(path), timeout=timedelta(0)), open_without_locks(path) as raw:
+            lost = find_lost_commits(path, raw)
     except DatabaseBusyError:
         collector.ok("wal", "A process has the database open and uses the WAL.", wal_bytes=size)
         return False
