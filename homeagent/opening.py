@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import timedelta
+from functools import partial
 from os import PathLike
 
 from sqlalchemy import MetaData
@@ -12,7 +13,6 @@ from homeagent.clock import Clock, system_clock
 from homeagent.engine.engine import Engine
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
-from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import Given, resolve_target
 from homeagent.environment import BUSY_TIMEOUT, Durability, durability_or_default, pool_size_or_default
@@ -45,32 +45,29 @@ def open_engine(
     if isinstance(metadata, MetaData) or not all(isinstance(one, MetaData) for one in metadata):
         raise InvalidArgumentError("metadata must be a list of MetaData objects, such as [SQLModel.metadata]")
     where = resolve_target(target)
-    engine: SQLiteEngine | PostgreSQLEngine
+    engine: Engine
     if where.url is not None:
-        engine = PostgreSQLEngine(where.url, busy_timeout=busy_timeout, pool_size=pool_size)
-    elif where.path is None:
-        engine = SQLiteEngine.temporary(busy_timeout=busy_timeout, durability=durability)
+        from homeagent.engine.postgresql.engine import PostgreSQLEngine
+        from homeagent.migrations.postgresql import open_postgresql
+
+        engine = server = PostgreSQLEngine(where.url, busy_timeout=busy_timeout, pool_size=pool_size)
+        prepare = partial(open_postgresql, server, migrate=migrate)
     else:
-        if migrate:
-            prepare_directory(where.path.parent)
-            refuse_network_filesystem(where.path)
-        engine = SQLiteEngine(where.path, busy_timeout=busy_timeout, durability=durability)
+        if where.path is None:
+            file = SQLiteEngine.temporary(busy_timeout=busy_timeout, durability=durability)
+        else:
+            if migrate:
+                prepare_directory(where.path.parent)
+                refuse_network_filesystem(where.path)
+            file = SQLiteEngine(where.path, busy_timeout=busy_timeout, durability=durability)
+        engine = file
+        prepare = partial(
+            open_sqlite, file, clock=clock, migrate=migrate or where.is_temporary, temporary=where.is_temporary
+        )
     engine.application_metadata = tuple(metadata)
     engine.acknowledged = application.acknowledged
     try:
-        if isinstance(engine, SQLiteEngine):
-            open_sqlite(
-                engine,
-                clock=clock,
-                timeout=busy_timeout,
-                migrate=migrate or where.is_temporary,
-                temporary=where.is_temporary,
-                application=application,
-            )
-        else:
-            from homeagent.migrations.postgresql import open_postgresql
-
-            open_postgresql(engine, timeout=busy_timeout, migrate=migrate, application=application)
+        prepare(timeout=busy_timeout, application=application)
     except BaseException:
         engine.close()
         raise

@@ -4,7 +4,8 @@ table `store` describes the database.
 `homeagent/models/schemas.py` has the models of requests and replies.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from homeagent.models.agent import Agent
 from homeagent.models.base import metadata
@@ -13,19 +14,31 @@ from homeagent.models.device_change import DeviceChange, DeviceChangeKind
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
 from homeagent.models.nonce import Nonce
 from homeagent.models.proof_parameters import ProofParameters
-from homeagent.models.schemas import (
-    AgentCreate,
-    AgentSessionCreate,
-    AgentSessionUpdate,
-    AgentUpdate,
-    DeviceCreate,
-    DevicePair,
-    DeviceUpdate,
-    PairedDevice,
-    SecretCheck,
-)
 from homeagent.models.session import AgentSession
 from homeagent.models.store_record import store_table
+
+if TYPE_CHECKING:
+    from homeagent.models.schemas import (
+        AgentCreate,
+        AgentSessionCreate,
+        AgentSessionUpdate,
+        AgentUpdate,
+        DeviceCreate,
+        DevicePair,
+        DeviceUpdate,
+        PairedDevice,
+        SecretCheck,
+    )
+else:
+
+    def __getattr__(name):
+        # Import the schemas when a program first uses a schema. The import takes a twentieth of the start time.
+        schemas = import_module("homeagent.models.schemas")
+        if not hasattr(schemas, name):
+            raise AttributeError(f"module 'homeagent.models' has no attribute {name!r}")
+        globals()[name] = getattr(schemas, name)
+        return globals()[name]
+
 
 # `homeagent.models.metadata` also contains the application's tables, so do not read homeagent's tables from
 # `metadata.tables`.
