@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
-from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -243,7 +242,7 @@ def _roll_back(path: Path, timeout: timedelta) -> None:
     """Let SQLite undo a transaction that a killed program left unfinished."""
     engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
     try:
-        with engine.translated(), closing(engine.open_source()) as raw:
+        with engine.translated(), engine.driver_connection() as raw:
             raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
     finally:
         engine.close()
@@ -273,7 +272,7 @@ def _adopt_file(
             pass  # SQLite loses the locks when it closes the file, so the block only checks for other programs.
         engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
         try:
-            with engine.translated(), closing(engine.open_source()) as raw:
+            with engine.translated(), engine.driver_connection() as raw:
                 # Without a WAL, the commit writes the application id to the file itself.
                 raw.execute("PRAGMA journal_mode=DELETE")
             with engine.translated(), engine.connect() as connection:

@@ -7,11 +7,13 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+import apsw
 
 from homeagent.engine.files import database_file
 from homeagent.engine.files.locks import FileLock
@@ -42,7 +44,7 @@ from homeagent.migrations.revisions import (
     tables,
     upgrade,
 )
-from homeagent.models import TABLES
+from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -94,32 +96,36 @@ def _open_sqlite(
     if not temporary and in_use_path(path).exists():
         # First take the in-use lock. The function that takes the lock also finishes an interrupted restore.
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout))
-    state = identify(engine) if not identified else database_file.inspect_file(path, repair=False)
+    state = database_file.look_at(path) if identified else identify(engine)
     if state is not None and state.st_size:
         database_file.inspect_file(path)
         is_checked = database_file.secure_sidecars(path) and not temporary and _check_unclean_end(engine)
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
-        with engine.translated(), engine.connect() as connection:
-            revision, suitable, pending = _look_up(connection, application)
+        with engine.translated(), engine.driver_connection() as raw:
             if not is_checked:
-                check_content(path, connection.connection.driver_connection)
-            if suitable and pending and not migrate:
-                raise application.outdated(connection)
+                check_content(path, raw)
+            is_current = _is_current(raw, application)
+        revision: str | None = REVISION if is_current else None
+        suitable, pending = is_current, False
+        # SQLite empties a file whose first transaction was cut off.
+        if not is_current and database_file.size_of(path):
+            # Read the revision and the schema in one snapshot, because another process can upgrade the file at the same
+            # time.
+            with engine.translated(), engine.reading() as connection:
+                revision = revision_of(connection)
+                suitable, pending = suits(connection, revision), application.is_pending(connection)
+                if suitable and pending and not migrate:
+                    raise application.outdated(connection)
+                if revision is not None and not suitable and migrate and not temporary:
+                    from homeagent.migrations.rehearsal import refuse_broken_objects
+                    from homeagent.migrations.schema_drift import refuse_changed_schema
+
+                    refuse_changed_schema(connection, revision, quoted(path), application.acknowledged)
+                    refuse_broken_objects(connection, f"upgrading {quoted(path)} from {revision!r}")
         if suitable and not pending and (temporary or not migrate or database_file.size_of(lock_path(path))):
             return
         if not migrate:
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
-        if revision is not None and not suitable and not temporary:
-            from homeagent.migrations.rehearsal import refuse_broken_objects
-            from homeagent.migrations.schema_drift import refuse_changed_schema
-
-            with engine.reading() as connection:
-                # Read the revision and the schema in one snapshot, because another process can upgrade the file at the
-                # same time.
-                revision = revision_of(connection)
-                if revision is not None and not suits(connection, revision):
-                    refuse_changed_schema(connection, revision, quoted(path), application.acknowledged)
-                    refuse_broken_objects(connection, f"upgrading {quoted(path)} from {revision!r}")
     elif not migrate:
         if not temporary and database_file.size_of(lock_path(path)):
             # An error about a missing schema would invite the administrator to create a new database.
@@ -127,8 +133,7 @@ def _open_sqlite(
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
-    lock = sidecar_lock(path, timeout=timeout)
-    with lock:
+    with sidecar_lock(path, timeout=timeout) as lock:
         _make_or_upgrade(engine, lock, application, clock=clock, temporary=temporary)
 
 
@@ -189,15 +194,16 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
         engine.keep_in_use_lock(hold_in_use_lock(engine.path, timeout=timeout))
 
 
-def _look_up(connection: Connection, application: Application) -> tuple[str | None, bool, bool]:
-    """Return the revision of the schema.
-
-    The second value of the result is True if this version of homeagent works with the schema without an upgrade. The
-    third value of the result is True if a revision of the application is missing.
-    """
-    with read_transaction(connection):
-        revision = revision_of(connection)
-        return revision, suits(connection, revision), application.is_pending(connection)
+def _is_current(raw: Any, application: Application) -> bool:
+    """Return True if the schema has this version's revision, and the application's newest revision."""
+    heads = {VERSION_TABLE: [REVISION]} | ({APPLICATION_VERSION_TABLE: [application.head]} if application.name else {})
+    try:
+        return all(
+            [row[0] for row in raw.execute(f"SELECT version_num FROM {table}").fetchall()] == head  # noqa: S608
+            for table, head in heads.items()
+        )
+    except apsw.SQLError:  # a version table does not exist
+        return False
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
@@ -230,7 +236,10 @@ def _make_or_upgrade(
     initialised = _prepare_file(engine, lock)
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
-        revision, suitable, pending = _look_up(connection, application)
+        with read_transaction(connection):
+            revision = revision_of(connection)
+            suitable, pending = suits(connection, revision), application.is_pending(connection)
+            has_tables = bool(tables(connection))
         if revision is not None and not initialised and not temporary:
             # Write the marker of the lock file before the upgrade. If the disk is full, the write of the marker fails,
             # and the schema stays unchanged.
@@ -238,7 +247,7 @@ def _make_or_upgrade(
             initialised = True
         if suitable and not pending:
             return
-        if revision is None and (initialised or _has_tables(connection)):
+        if revision is None and (initialised or has_tables):
             raise CorruptDatabaseError(
                 f"{path} has lost its schema: move the file and its -wal and -shm to another directory, and restore "
                 "the newest good backup"
@@ -277,7 +286,10 @@ def _upgrade(
             attempt.backup = back_up(engine, revision, backup_clock)
         broken = broken_references(connection)
         if not suitable:
-            _run_revisions(connection, revision)
+            from homeagent.migrations.rehearsal import kept_objects
+
+            with kept_objects(connection, revision) if revision is not None else nullcontext():
+                upgrade(connection)
         application.upgrade(connection)
         verify_upgrade(connection, broken, attempt.backup)
     logger.info(
@@ -328,22 +340,6 @@ def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
             f"the schema is unchanged; the backup is {attempt.backup or 'not needed'}",
             backup=attempt.backup,
         ) from (None if isinstance(cause, engine.driver_errors) else cause)
-
-
-def _run_revisions(connection: Connection, revision: str | None) -> None:
-    if revision is None:
-        upgrade(connection)
-        return
-    from homeagent.migrations.rehearsal import kept_objects
-
-    with kept_objects(connection, revision):
-        upgrade(connection)
-
-
-def _has_tables(connection: Connection) -> bool:
-    found = bool(tables(connection))
-    connection.rollback()
-    return found
 
 
 def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:

@@ -191,7 +191,7 @@ def has_broken_reference(raw: Any) -> bool:
 def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool) -> Contents:
     with (
         _explained_copy(engine, partial, stop),
-        closing(engine.open_source()) as source,
+        engine.driver_connection() as source,
         closing(connect(str(partial))) as copy,
     ):
         for raw in (source, copy):

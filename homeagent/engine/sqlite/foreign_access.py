@@ -183,8 +183,8 @@ def _refuse_foreign_descriptors(path: Path) -> None:
     status = look_at(path)
     if status is None or identity_of(status) in _guards or not _DESCRIPTORS.is_dir():
         return
-    with explained("look into", _DESCRIPTORS):
-        for link in _DESCRIPTORS.iterdir():
+    with explained("look into", _DESCRIPTORS), os.scandir(_DESCRIPTORS) as links:
+        for link in links:
             with suppress(OSError):  # the descriptor was closed after the directory of descriptors was listed
                 if identity_of(link.stat()) == identity_of(status):
                     raise ForeignAccessError(
