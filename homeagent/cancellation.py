@@ -11,18 +11,87 @@ from typing import Any, TypeVar
 
 import anyio
 
+from homeagent.clock import monotonic
+from homeagent.collected_calls import CollectedCalls
+
 T = TypeVar("T")
 
+# A thread reports the end of each call within this time, in seconds, even if the thread has more calls to run.
+_MAX_REPORT_SECONDS = 0.1
 
-async def call_in_thread(act: Callable[[], T], executor: Executor, *, must_run: bool = False) -> T:
-    """Call the function `act()` in a thread of an executor, and wait for its end. Return the function's value, or raise
-    its error.
+
+class ThreadCall:
+    """A function that a thread calls for a coroutine, and the outcome of the function."""
+
+    __slots__ = ("_act", "_context", "decision", "ended", "failure", "is_over", "value")
+
+    def __init__(self, act: Callable[[], Any], ended: asyncio.Future[None]) -> None:
+        self._act = act
+        self._context = copy_context()
+        self.ended = ended
+        # The thread takes the lock before it calls the function. A cancelled caller tries to take the lock first, to
+        # prevent the call.
+        self.decision = threading.Lock()
+        self.is_over = False
+        self.value: Any = None
+        self.failure: BaseException | None = None
+
+    def attempt(self) -> None:
+        """Call the function, and keep its value or its error."""
+        try:
+            self.value = self._context.run(self._act)
+        except BaseException as error:  # noqa: BLE001  `call_in_thread()` raises the error
+            self.failure = error
+
+
+def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
+    """Let one thread of the executor run the calls of one event loop in their order. If no thread can be started, the
+    calls that no other thread takes end with RuntimeError.
+    """
+    try:
+        executor.submit(_run, calls)
+    # Another thread of the executor can still take the calls from the queue, although `submit()` raised RuntimeError.
+    except RuntimeError as error:
+        ended = [call for call in calls if call.decision.acquire(blocking=False)]
+        for call in ended:
+            call.failure = error
+        _wake(ended)
+
+
+def _run(calls: list[ThreadCall]) -> None:
+    ended: list[ThreadCall] = []
+    report = monotonic() + _MAX_REPORT_SECONDS
+    for call in calls:
+        if call.decision.acquire(blocking=False):
+            # Do not call the function here. The function `clear_locals()` can clear only a frame that has ended.
+            call.attempt()
+            ended.append(call)
+            if monotonic() >= report:
+                call.ended.get_loop().call_soon_threadsafe(_wake, ended)
+                ended, report = [], monotonic() + _MAX_REPORT_SECONDS
+    if ended:
+        ended[0].ended.get_loop().call_soon_threadsafe(_wake, ended)
+
+
+def _wake(calls: list[ThreadCall]) -> None:
+    """Wake the coroutines that wait for the calls. Only the event loop's thread is allowed to call `_wake()`."""
+    for call in calls:
+        call.is_over = True
+        if not call.ended.done():
+            call.ended.set_result(None)
+
+
+async def call_in_thread(
+    act: Callable[[], T], threads: Executor | CollectedCalls[ThreadCall], *, must_run: bool = False
+) -> T:
+    """Call the function `act()` in a worker thread, and wait for its end. Return the function's value, or raise its
+    error.
 
     Do not replace the executor by `anyio.to_thread.run_sync()`, which takes several times as long as a read of one row.
 
     Args:
         act: function that can block. The function runs with the caller's context variables.
-        executor: executor with the threads.
+        threads: executor with the threads, or collected calls, which are handed over to `run_in_thread()`.
         must_run: True if the function also runs after a cancellation of the caller. With the default False, a
             cancellation prevents a call that has not begun.
 
@@ -32,46 +101,31 @@ async def call_in_thread(act: Callable[[], T], executor: Executor, *, must_run: 
         RuntimeError: if no thread can be started, so that the function `act()` does not run.
     """
     loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-    # The thread takes the lock before it calls the function. A cancelled caller tries to take the lock first, to
-    # prevent the call.
-    decision = threading.Lock()
-    value: Any = None
-    failure: BaseException | None = None
-
-    def attempt() -> None:
-        nonlocal value, failure
-        try:
-            value = act()
-        except BaseException as error:  # noqa: BLE001  `call_in_thread()` raises the error
-            failure = error
-
-    def whole() -> None:
-        if decision.acquire(blocking=False):
-            # Do not call `act()` here. The function `clear_locals()` can clear only a frame that has ended.
-            attempt()
-            loop.call_soon_threadsafe(ended.set_result, None)
-
+    call = ThreadCall(act, loop.create_future())
     cancellation: asyncio.CancelledError | None = None
+    if isinstance(threads, CollectedCalls):
+        threads.add(loop, call)
+    else:
+        run_in_thread(threads, [call])
     try:
-        executor.submit(copy_context().run, whole)
-        await asyncio.shield(ended)
-    # If no thread can be started, the method `submit()` raises RuntimeError. Another thread of the executor can still
-    # take the call from the queue.
-    except (asyncio.CancelledError, RuntimeError) as error:
-        if (not must_run or isinstance(error, RuntimeError)) and decision.acquire(blocking=False):
+        await call.ended
+    except asyncio.CancelledError as error:
+        if not must_run and call.decision.acquire(blocking=False):
             raise
-        cancellation = await shielded_wait(ended)
-        if cancellation is None and isinstance(error, asyncio.CancelledError):
-            cancellation = error
+        cancellation = error
+        if not call.is_over:
+            # The cancellation ended the call's future, so give the call a new future. The function `_wake()` runs in
+            # the same thread, and ends the new future.
+            call.ended = loop.create_future()
+            cancellation = await shielded_wait(call.ended) or error
     if cancellation is not None:
         raise cancellation
-    if failure is not None:
+    if call.failure is not None:
         try:
-            raise failure
+            raise call.failure
         finally:
-            failure = None  # Break the reference cycle of the error, its traceback and this frame.
-    result: T = value
+            call.failure = None  # Break the reference cycle of the error, its traceback and this frame.
+    result: T = call.value
     return result
 
 

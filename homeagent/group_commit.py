@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 from homeagent.cancellation import call_in_thread, shielded_wait
 from homeagent.clock import monotonic
+from homeagent.collected_calls import CollectedCalls
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
 from homeagent.transaction import NEW, OPEN, call_back, refuse_nesting
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 # A batch has limits, because units in `with` blocks wait for the write lock until the batch ends.
 _MAX_BATCH_UNITS = 256
-_MAX_BATCH_SECONDS = 0.01
+_MAX_BATCH_SECONDS = 0.03
 _MIN_CHECK_INTERVAL = 0.005
 """Shortest time between two checks of a call's timeout, in seconds."""
 _IDLE = 5.0
@@ -62,6 +63,7 @@ class GroupCommit:
         # (`test_a_handler_that_writes_during_a_call`). The mutex is reentrant, because `close()` calls functions.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
+        self._collected = CollectedCalls(self._submit)
         self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, set[QueuedCall]] = WeakKeyDictionary()
         self._batch: list[QueuedCall] = []
         self._is_contended = False
@@ -89,7 +91,7 @@ class GroupCommit:
             call = QueuedCall(work)
             call.woken.acquire()
             try:
-                self._submit(call)
+                self._submit([call])
                 wait = max(settings.timeout, _MIN_CHECK_INTERVAL)
                 while not call.state.is_over and not call.woken.acquire(timeout=wait):
                     wait = self._check(call)
@@ -132,9 +134,8 @@ class GroupCommit:
         calls.add(call)
         cancellation: asyncio.CancelledError | None = None
         try:
-            self._submit(call)
-            if not call.state.is_over:
-                await future
+            self._collected.add(loop, call)
+            await future
         except BaseException as error:
             if self._leave(call) or not isinstance(error, asyncio.CancelledError):
                 raise
@@ -195,11 +196,17 @@ class GroupCommit:
                 call.state = LEFT
             return call.state is LEFT
 
-    def _submit(self, call: QueuedCall) -> None:
-        """Queue a call for the writer thread, and start the thread if necessary."""
+    def _submit(self, calls: list[QueuedCall]) -> None:
+        """Queue calls for the writer thread in their order, and start the thread if necessary. If the database was
+        closed, the calls end with DatabaseClosedError.
+        """
         if self._is_closed:
-            raise DatabaseClosedError(_CLOSED)
-        self._queue.put(call)
+            self._refuse(calls)
+            return
+        for call in calls:
+            # AnyIO can have cancelled the future of a caller that has not run since.
+            if call.future is None or not call.future.done():
+                self._queue.put(call)
         # Read the attribute `_thread` after `put()`. The writer thread ends only if the queue is empty.
         with self._mutex:
             thread = self._thread
@@ -212,14 +219,22 @@ class GroupCommit:
                 f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
             )
             with self._mutex:
-                # If another caller has started the thread, the thread also takes this call.
-                if call.state is QUEUED and self._thread is None:
+                # If another caller has started the thread, the thread also takes these calls.
+                ended = [call for call in calls if call.state is QUEUED and self._thread is None]
+                for call in ended:
                     call.error = failure
                     call.state = ALONE if call.future is None else DONE
             # Remove the ended calls, because no thread empties the queue.
             for queued in [self._next() for _ in range(self._queue.qsize())]:
                 if queued is not None and not queued.state.is_over:
                     self._queue.put(queued)
+            self._deliver(ended)
+
+    def _refuse(self, calls: list[QueuedCall]) -> None:
+        """End calls with DatabaseClosedError."""
+        for call in calls:
+            call.error = DatabaseClosedError(_CLOSED)
+        self._deliver(self._move(calls, DONE))
 
     def close(self) -> None:
         """End the queued calls with DatabaseClosedError. Wait for the end of the writer thread, for at most
@@ -232,8 +247,7 @@ class GroupCommit:
             self._is_closed = True
             thread, timeout = self._thread, self._settings.timeout
         while (call := self._next()) is not None:
-            call.error = DatabaseClosedError(_CLOSED)
-            self._deliver(self._move([call], DONE))
+            self._refuse([call])
         self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # an empty call wakes the writer thread
         if thread is None or thread is threading.current_thread():
             return

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, TypeVar
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from homeagent.callables import check_function
-from homeagent.cancellation import call_in_thread
+from homeagent.cancellation import ThreadCall, call_in_thread, run_in_thread
 from homeagent.clock import monotonic
+from homeagent.collected_calls import CollectedCalls
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError, StandbyError, TransientError
 from homeagent.group_commit import GroupCommit
 from homeagent.unit_of_work import UnitOfWork
@@ -46,10 +47,8 @@ _NO_COROUTINE = "make it an ordinary function, and await outside the unit"
 # Each kind of work has separate worker threads.
 _UNITS, _CHECKS, _SLOW_HASHES = "units", "checks", "slow_hashes"
 
-# Number of worker threads for each kind of work. On SQLite, only four threads make the checks, because waking a thread
-# takes longer than a check. With 64 instead of four threads, 200 concurrent requests took 25% more processor time.
+# Number of worker threads for each kind of work
 _WORKERS = 64
-_CHECKERS = 4
 
 
 class Runner:
@@ -65,6 +64,7 @@ class Runner:
             GroupCommit(settings, partial(self._executor, _UNITS)) if settings.engine.shares_commits else None
         )
         self._executors: dict[str, Executor] = {}
+        self._checks = CollectedCalls[ThreadCall](lambda calls: run_in_thread(self._executor(_CHECKS), calls))
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Run a function as a unit of work. Run the unit again after an error if a second run is safe (see
@@ -85,10 +85,12 @@ class Runner:
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Run a function as a unit of work, without blocking the event loop (see `Database.arun`)."""
-        await checkpoint_if_cancelled()
         if self._group_commit is None or read_only or not _under_asyncio():
+            await checkpoint_if_cancelled()
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
         check_function(work, "work", coroutine=_NO_COROUTINE)
+        # No checkpoint is necessary here, because `GroupCommit.arun()` waits for another turn of the event loop before
+        # the unit can begin. In that turn AnyIO cancels a caller whose scope was cancelled before.
         begun, retries = monotonic(), None
         while True:
             try:
@@ -116,7 +118,10 @@ class Runner:
 
             return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
         self._settings.engine.pool(read_only=True)  # in a forked child, the executors have no threads
-        return await call_in_thread(work, self._executor(kind))
+        # Collect only checks, because a function of the application in the same thread could delay other calls. On
+        # PostgreSQL a check waits for the network, so each check has a thread.
+        collects = kind is _CHECKS and self._group_commit is not None
+        return await call_in_thread(work, self._checks if collects else self._executor(kind))
 
     def _executor(self, kind: str) -> Executor:
         """Return the executor for one kind of work under asyncio."""
@@ -124,9 +129,7 @@ class Runner:
         if executor is None:
             from concurrent.futures import ThreadPoolExecutor
 
-            # A check on PostgreSQL waits for the network, so many threads can check at the same time.
-            number = _CHECKERS if kind is _CHECKS and self._group_commit is not None else _WORKERS
-            executor = self._executors.setdefault(kind, ThreadPoolExecutor(number, "homeagent-worker"))
+            executor = self._executors.setdefault(kind, ThreadPoolExecutor(_WORKERS, "homeagent-worker"))
         return executor
 
     def close(self) -> None:
