@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -330,24 +330,23 @@ class _AsyncUnits:
         """Run a unit to its end. A cancellation of the caller is raised only after the end of the unit."""
         import anyio
 
-        cancelled = anyio.get_cancelled_exc_class()
         work = _Once(attempt, write, leaves_record=leaves_record)
         cancellation: BaseException | None = None
-        # AnyIO's scope does not shield from `Task.cancel()`, so handle the CancelledError of `Task.cancel()` here. A
-        # CancelledError does not show whether the unit was committed. Run the unit again, because a second run of
-        # `_Once` is safe.
-        with anyio.CancelScope(shield=True):
-            while True:
-                try:
+        shield: AbstractContextManager[Any] = nullcontext()
+        while True:
+            try:
+                with shield:
                     value = await self._arun(work)
-                except cancelled as error:
-                    cancellation = error
-                except HomeAgentError as error:
-                    if cancellation is None:
-                        raise
-                    raise cancellation from error
-                else:
-                    break
+                break
+            except anyio.get_cancelled_exc_class() as error:
+                # A CancelledError does not show whether the unit was committed. Run the unit again, because a second
+                # run of `_Once` is safe. AnyIO's scope does not shield from `Task.cancel()`, so repeat the unit after
+                # each CancelledError.
+                cancellation, shield = error, anyio.CancelScope(shield=True)
+            except HomeAgentError as error:
+                if cancellation is None:
+                    raise
+                raise cancellation from error
         if cancellation is not None:
             raise cancellation
         return value
