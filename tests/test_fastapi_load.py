@@ -273,11 +273,11 @@ def test_each_effect_happens_once(server: Server, clients: int, kills: int, reco
 
 @pytest.mark.slow
 def test_throughput(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
-    """200 clients over HTTP get at least a quarter of the answers a second of the same application over a dict.
+    """200 clients over HTTP get at least 0.4 of the answers a second of the same application over a dict.
 
-    The test prints the figures. On two processors that other programs also used, the ratio of the servers' processor
-    time for each request was 0.48 to 0.64. A request reads the device, and commits twice with a sync of the disk. The
-    other application reads and writes a dict.
+    The test prints the figures. On two processors that other programs also used, five runs gave ratios of 0.56 to 0.84.
+    A request reads the device, and commits twice with a sync of the disk. The other application reads and writes a
+    dict.
     """
     devices = pair(server, 200)
 
@@ -300,16 +300,17 @@ def test_throughput(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
         return len(times) / (time.perf_counter() - start), times[len(times) * 99 // 100]
 
     def measure(path: str) -> tuple[float, float]:
-        return asyncio.run(ask(path, 4.0))
+        return asyncio.run(ask(path, 2.0))
 
+    measure("/orders")
     measure("/memory")
-    # Alternate, so that a slow period of the machine affects both.
-    rounds = [(measure("/orders"), measure("/memory")) for _ in range(3)]
-    ratio = sum(orders[0] for orders, _ in rounds) / sum(memory[0] for _, memory in rounds)
+    # Alternate in short rounds, so that a slow period of the machine affects both.
+    rounds = [(measure("/orders"), measure("/memory")) for _ in range(6)]
+    orders, memory = (sum(each[0] for each in one) / len(rounds) for one in zip(*rounds, strict=True))
+    slowest = [max(each[1] for each in one) * 1000 for one in zip(*rounds, strict=True)]
     with capsys.disabled():
-        for orders, memory in rounds:
-            print(  # noqa: T201
-                f"\nstore: {orders[0]:.0f} requests/s, p99 {orders[1] * 1000:.0f} ms; "
-                f"dict: {memory[0]:.0f} requests/s, p99 {memory[1] * 1000:.0f} ms; ratio {orders[0] / memory[0]:.2f}"
-            )
-    assert ratio >= 0.25
+        print(  # noqa: T201
+            f"\nstore: {orders:.0f} requests/s, p99 {slowest[0]:.0f} ms; "
+            f"dict: {memory:.0f} requests/s, p99 {slowest[1]:.0f} ms; ratio {orders / memory:.2f}"
+        )
+    assert orders / memory >= 0.4
