@@ -21,7 +21,8 @@ from sqlalchemy import make_url, text
 from homeagent import Database, DeviceChange, IdempotencyScope, UnitOfWork, errors
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.maintenance import CopyProgress
-from homeagent.maintenance.copy_store import PAGE, PAGE_WITH_JSON, copy_store
+from homeagent.maintenance.copied_tables import PAGE, PAGE_WITH_JSON
+from homeagent.maintenance.copy_store import copy_store
 from homeagent.models import DATA_TABLES, SCHEMA
 from tests.conftest import (
     Administer,

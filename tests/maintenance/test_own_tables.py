@@ -31,7 +31,7 @@ from homeagent.errors import (
     TargetNotEmptyError,
 )
 from homeagent.maintenance import CopyProgress
-from homeagent.maintenance.own_tables import PAGE
+from homeagent.maintenance.copied_tables import PAGE
 from tests.conftest import add_agent, postgres_execute
 from tests.migrations.old_databases import sqlite
 from tests.migrations.own_revisions import write_revision

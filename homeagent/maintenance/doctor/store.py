@@ -21,7 +21,7 @@ from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
 from homeagent.models import SCHEMA, Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyState
 from homeagent.models.session import route_key
-from homeagent.models.types import FlagColumn, JsonColumn, TimestampColumn, naming_column, stored_type
+from homeagent.models.types import JsonColumn, TimestampColumn, naming_column, problem_of_stored
 from homeagent.stores.nonces import NONCE_GRACE
 
 if TYPE_CHECKING:
@@ -176,29 +176,20 @@ def _pages(described: Table, connection: Connection, *, undecoded: bool) -> Iter
 
 
 def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
-    """Return a function that describes the problem of a stored value of this column.
-
-    For a valid value, the returned function returns None.
-    """
-    stored = stored_type(described)
+    """Return a function that describes the problem of a stored value of this column, or returns None."""
+    problem = problem_of_stored(described)
     load = getattr(described.type, "process_result_value", None)
-    is_flag = isinstance(described.type, FlagColumn)
 
     def test(value: Any) -> str | None:
-        if value is None:
-            return None if described.nullable else "is NULL"
         if isinstance(value, Undecodable):
             return "holds text that is not UTF-8"
-        if not isinstance(value, stored):
-            return f"holds a value of type {type(value).__name__}"
-        if (is_flag and value not in (0, 1)) or (isinstance(value, str) and "\0" in value):
-            return "holds a value that no store writes"
-        try:
-            if load is not None:
+        what = problem(value)
+        if what is None and load is not None:
+            try:
                 load(value, dialect)
-        except CorruptDatabaseError:
-            return "holds a value that can't be read"
-        return None
+            except CorruptDatabaseError:
+                return "holds a value that can't be read"
+        return what
 
     return test
 

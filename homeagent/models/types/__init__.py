@@ -16,7 +16,7 @@ from homeagent.models.types.json_text import (
 )
 from homeagent.models.types.limits import MAX_LIMIT, check_limit
 from homeagent.models.types.own_columns import choose_column_type
-from homeagent.models.types.stored_values import UNREADABLE, naming_column, stored_type, unreadable, unreadable_in
+from homeagent.models.types.stored_values import UNREADABLE, naming_column, problem_of_stored, unreadable, unreadable_in
 from homeagent.models.types.text import (
     INVISIBLE,
     MIN_SECRET_CHARACTERS,

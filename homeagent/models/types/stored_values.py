@@ -33,10 +33,27 @@ def naming_column(table: Table) -> str:
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
 
-def stored_type(column: Column[Any]) -> type:
-    """Return the Python type of the values in the database, around which homeagent's column types are decorators."""
-    kind: type = getattr(column.type, "impl_instance", column.type).python_type
-    return kind
+def problem_of_stored(column: Column[Any]) -> Callable[[Any], str | None]:
+    """Return a function that describes the problem of a stored value of this column.
+
+    For a value of the right form, the returned function returns None. The function does not convert the value.
+    """
+    # homeagent's column types are SQLAlchemy TypeDecorators around the stored type.
+    stored: type = getattr(column.type, "impl_instance", column.type).python_type
+    allowed = getattr(column.type, "allowed", None)
+
+    def problem(value: Any) -> str | None:
+        if value is None:
+            return None if column.nullable else "is NULL"
+        if not isinstance(value, stored):
+            return f"holds a value of type {type(value).__name__}"
+        if isinstance(value, str) and "\0" in value:
+            return "holds a value with a NUL"
+        if allowed is not None and value not in allowed:
+            return f"holds a value that is neither {' nor '.join(map(str, allowed))}"
+        return None
+
+    return problem
 
 
 def unreadable() -> CorruptDatabaseError:
@@ -64,6 +81,8 @@ class StoredColumn(TypeDecorator[T]):
 
     convert_bound: Callable[[Any], Any]
     convert_loaded: Callable[[Any], Any]
+    allowed: tuple[Any, ...] | None = None
+    """All values that a store writes, or None if a store can write any value of the stored type."""
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
         """Return the value to store."""

@@ -1,8 +1,10 @@
-"""Copy the application's own tables, and compare the copied rows with the source.
+"""Find the tables to copy, copy their rows, and compare the copied rows with the source.
 
-homeagent reads the structure of the tables from both databases. If a table has equal columns in both databases,
-homeagent copies the table. The engines store some types differently; for example, SQLite stores a timestamp as text.
-Therefore homeagent converts the values by the column types of the application's models. If a table has no model,
+homeagent reads the structure of the tables from both databases. Values of homeagent's tables are copied as they are
+stored. For example, a timestamp stays a number of milliseconds, and JSON stays text.
+
+The engines store some types of the application differently; for example, SQLite stores a timestamp as text. Therefore
+homeagent converts the application's values by the column types of the application's models. If a table has no model,
 homeagent converts the values by the types that SQLAlchemy finds in the database.
 
 The engines can order text keys differently. Therefore the comparison does not follow the order of the keys. The
@@ -12,11 +14,11 @@ comparison reads a page of rows from the source, and the rows with equal keys fr
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
+from functools import cached_property, partial
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +32,6 @@ from sqlalchemy import (
     TypeDecorator,
     cast,
     func,
-    insert,
     inspect,
     or_,
     select,
@@ -40,22 +41,27 @@ from sqlalchemy import (
 from sqlmodel import AutoString
 
 from homeagent.engine.engine import Engine
-from homeagent.errors import (
-    CorruptDatabaseError,
-    DatabaseError,
-    HomeAgentError,
-    InvalidArgumentError,
-    TargetNotEmptyError,
+from homeagent.errors import CorruptDatabaseError, DatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.migrations.revisions import broken_references, count_rows, own_tables, reason_of, stored_revisions
+from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, DeviceChange, metadata
+from homeagent.models.types import (
+    EnumColumn,
+    FlagColumn,
+    JsonColumn,
+    TimestampColumn,
+    naming_column,
+    problem_of_stored,
 )
-from homeagent.migrations.revisions import broken_references, own_tables, reason_of, stored_revisions
-from homeagent.models import APPLICATION_VERSION_TABLE, metadata
-from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
+from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-PAGE = 500
-"""Number of rows that a page has."""
+PAGE = 1000
+"""Number of rows that a page has. Only one page of each store is in memory."""
+
+PAGE_WITH_JSON = 25
+"""Number of rows that a page of a table with JSON has. The JSON of one row has up to 1 MiB."""
 
 # In columns of the following types, the stored values are equal on both engines. Therefore homeagent copies the values
 # without decoding.
@@ -63,89 +69,116 @@ _STORED_ALIKE = (AutoString, EnumColumn, FlagColumn, JsonColumn, TimestampColumn
 
 _Row = tuple[Any, ...]
 
+Progress = Callable[[str, int], object]
+"""Function that is called with the name of a table and the number of rows that were processed."""
+
 
 class _JsonText(TypeDecorator[str]):
     """A column type that reads JSON as text. A decoded value would not distinguish NULL from JSON's null, and would
     lose digits.
-
-    Args:
-        stored: type of the column on PostgreSQL. The value is None on SQLite, which stores JSON as text.
     """
 
     impl = Text
     cache_ok = True
 
-    def __init__(self, stored: Any = None) -> None:
-        super().__init__()
-        self.stored = stored
-
     def column_expression(self, column: Any) -> Any:
-        """Read the JSON column as text."""
         return cast(column, Text)
-
-    def bind_expression(self, bindvalue: Any) -> Any:
-        """Convert the JSON text to the type of the column."""
-        return bindvalue if self.stored is None else cast(bindvalue, self.stored)
 
 
 _parsed = partial(json.loads, parse_float=Decimal)
 
 
 @dataclass(frozen=True)
-class OwnTable:
-    """A table of the application, with its description in the source and in the target."""
+class CopiedTable:
+    """A table of homeagent or of the application, with its description in the source and in the target.
+
+    Attributes:
+        model: table of homeagent's model. The value is None for a table of the application.
+        page: number of rows of a page.
+    """
 
     name: str
     source: Table
     target: Table
+    model: Table | None
+    page: int
 
-    @property
-    def _key(self) -> list[str]:
-        return [column.name for column in self.source.primary_key.columns]
+    @cached_property
+    def _key(self) -> list[int]:
+        return [number for number, column in enumerate(self.source.columns) if column.primary_key]
 
     def count(self, connection: Connection) -> int:
         """Return the number of rows."""
-        return int(connection.execute(select(func.count()).select_from(self.source)).scalar_one())
+        return count_rows(connection, [self.name])[self.name]
 
     def pages(self, connection: Connection) -> Iterator[list[_Row]]:
         """Yield all rows of the source in pages, in the order of the primary key."""
-        key = [self.source.c[name] for name in self._key]
-        places = [list(self.source.c).index(column) for column in key]
-        rows = select(*self.source.c).order_by(*key).limit(PAGE)
+        columns = list(self.source.columns)
+        key = [columns[place] for place in self._key]
+        rows = select(*columns).order_by(*key).limit(self.page)
         page = self._read(connection, rows)
         while page:
             yield page
-            if len(page) < PAGE:
+            if len(page) < self.page:
                 return
-            last = [page[-1][place] for place in places]
+            last = self._key_of(page[-1])
             page = self._read(
                 connection, rows.where(tuple_(*key) > tuple_(*last) if len(key) > 1 else key[0] > last[0])
             )
 
-    def insert(self, connection: Connection, page: Sequence[_Row]) -> None:
-        """Insert a page of rows into the target."""
-        names = [column.name for column in self.target.columns]
+    def _key_of(self, row: _Row) -> _Row:
+        return tuple(row[place] for place in self._key)
+
+    def insert(self, target: UnitOfWork, page: Sequence[_Row]) -> None:
+        """Insert a page of rows into the target. Raise CorruptDatabaseError for a value that no store writes."""
+        if self.model is not None:
+            self._check(self.model, page)
+        columns = list(self.target.columns)
+        dialect = target.session.connection().dialect
         try:
-            connection.execute(insert(self.target), [dict(zip(names, row, strict=True)) for row in page])
-        except Exception as error:  # noqa: BLE001  a column type of the application can raise any error
+            binds = [column.type.dialect_impl(dialect).bind_processor(dialect) for column in columns]
+            rows = [[bind(value) if bind else value for bind, value in zip(binds, row, strict=True)] for row in page]
+            target.insert_rows(self.name, [column.name for column in columns], rows)
+        except Exception as error:
+            if self.model is not None:
+                raise
+            # A column type of the application can raise any error.
             raise DatabaseError(
                 f"the target refuses rows of {self.name} ({reason_of(error)}), so the copy was undone: correct the "
                 f"rows in the source, or leave the table (leave={[self.name]!r})"
             ) from None
 
-    def differs(self, source: Connection, target: Connection) -> bool:
-        """Return True if the two databases have different rows."""
-        return self.count(source) != self.count(target) or any(
-            not self._is_copied(page, target) for page in self.pages(source)
-        )
+    def _check(self, model: Table, page: Sequence[_Row]) -> None:
+        # A column of SQLite accepts values of any type, and psycopg would write some of these values as text.
+        names = [column.name for column in self.source.columns]
+        problems = [problem_of_stored(model.columns[name]) for name in names]
+        for row in page:
+            for name, problem, value in zip(names, problems, row, strict=True):
+                what = problem(value)
+                if what is not None:
+                    key = naming_column(model)
+                    raise CorruptDatabaseError(
+                        f"{self.name}.{name} of the source {what}, which homeagent never stores, in the row with {key} "
+                        f"{row[names.index(key)]!r}: correct or delete the row, then copy again. The target is "
+                        "unchanged"
+                    )
+
+    def differs(self, source: Connection, target: Connection, progress: Progress) -> bool:
+        """Return True if the two databases have different rows. Report the progress after each page of equal rows."""
+        if self.count(source) != self.count(target):
+            return True
+        for page in self.pages(source):
+            if not self._is_copied(page, target):
+                return True
+            progress(self.name, len(page))
+        return False
 
     def _is_copied(self, page: list[_Row], target: Connection) -> bool:
-        key = [self.target.c[name] for name in self._key]
-        places = [list(self.source.c).index(self.source.c[name]) for name in self._key]
-        keys = [tuple(row[place] for place in places) for row in page]
+        columns = list(self.target.columns)
+        key = [columns[place] for place in self._key]
+        keys = [self._key_of(row) for row in page]
         chosen = tuple_(*key).in_(keys) if len(key) > 1 else key[0].in_([one for (one,) in keys])
-        found = self._read(target, select(*self.target.c).where(chosen))
-        copied = {tuple(row[place] for place in places): row for row in found}
+        copied = {self._key_of(row): row for row in self._read(target, select(*columns).where(chosen))}
         return all(self._is_same(row, copied.get(one)) for one, row in zip(keys, page, strict=True))
 
     def _is_same(self, row: _Row, other: _Row | None) -> bool:
@@ -153,16 +186,10 @@ class OwnTable:
         if other is None or other == row or repr(other) == repr(row):
             return other is not None
         # PostgreSQL's type jsonb changes the text of a JSON value, and SQLite changes the text of a number.
-        columns = zip(self.source.columns, self.target.columns, row, other, strict=True)
         return all(
             one == two
-            or (
-                isinstance(source.type, _JsonText)
-                and isinstance(target.type, _JsonText)
-                and None not in (one, two)
-                and _parsed(one) == _parsed(two)
-            )
-            for source, target, one, two in columns
+            or (isinstance(column.type, _JsonText) and None not in (one, two) and _parsed(one) == _parsed(two))
+            for column, one, two in zip(self.source.columns, row, other, strict=True)
         )
 
     def _read(self, connection: Connection, rows: Any) -> list[_Row]:
@@ -176,27 +203,11 @@ class OwnTable:
                 f"row, or leave the table (leave={[self.name]!r})"
             ) from None
 
-    def last_number(self, source: Connection) -> int:
-        """Return the highest number that the source has assigned to a row, even if the row was deleted.
-
-        If the source does not remember the highest number, return 0.
+    def continue_numbers(self, source: Connection, target: Connection) -> None:
+        """Ensure that new rows in the target get numbers above all numbers that the source has assigned to rows, even
+        if the rows were deleted.
         """
-        if source.dialect.name == "sqlite":
-            if not source.execute(_HAS_SEQUENCES).first():
-                return 0
-            return int(source.execute(_SEQUENCE, {"table": self.name}).scalar() or 0)
-        return max(
-            (int(source.execute(_LAST_VALUE, names).scalar() or 0) for names in self._numbered(source)), default=0
-        )
-
-    def _numbered(self, connection: Connection) -> Iterator[dict[str, str]]:
-        table = connection.dialect.identifier_preparer.quote(self.name)
-        for name in self._key:
-            if isinstance(self.target.c[name].type, Integer):
-                yield {"table": table, "name": name}
-
-    def advance_sequence(self, target: Connection, last: int) -> None:
-        """Ensure that new rows in the target get numbers above the copied rows and above the given number."""
+        last = self._last_number(source)
         if target.dialect.name == "sqlite":
             # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
             if last and target.execute(_AUTOINCREMENT, {"table": self.name}).first():
@@ -209,6 +220,21 @@ class OwnTable:
             if highest > 0:
                 target.execute(_SET_VALUE, {**names, "last": highest})
 
+    def _last_number(self, source: Connection) -> int:
+        if source.dialect.name == "sqlite":
+            if not source.execute(_HAS_SEQUENCES).first():
+                return 0
+            return int(source.execute(_SEQUENCE, {"table": self.name}).scalar() or 0)
+        return max(
+            (int(source.execute(_LAST_VALUE, names).scalar() or 0) for names in self._numbered(source)), default=0
+        )
+
+    def _numbered(self, connection: Connection) -> Iterator[dict[str, str]]:
+        table = connection.dialect.identifier_preparer.quote(self.name)
+        for column in self.target.primary_key.columns:
+            if isinstance(column.type, Integer):
+                yield {"table": table, "name": column.name}
+
 
 # SQLite has the table `sqlite_sequence` only after the first table with AUTOINCREMENT was created.
 _HAS_SEQUENCES = text("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'")
@@ -220,15 +246,29 @@ _LAST_VALUE = text("SELECT pg_sequence_last_value(CAST(pg_get_serial_sequence(:t
 _SET_VALUE = text("SELECT setval(s, :last) FROM pg_get_serial_sequence(:table, :name) AS s WHERE s IS NOT NULL")
 
 
-def plan_own_tables(
+def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTable]:
+    """Return homeagent's tables to copy, in the order of their foreign keys.
+
+    The feed of device changes is not copied, because the target's triggers add a change for each copied device. When
+    the row of the table `store` is copied, the feed of device changes starts again.
+    """
+    tables = []
+    for model in SCHEMA:
+        if model is not DeviceChange.__table__:
+            sides = (_described(model.name, source, None), _described(model.name, target, None))
+            has_json = any(isinstance(column.type, JsonColumn) for column in model.columns)
+            tables.append(CopiedTable(model.name, *sides, model, PAGE_WITH_JSON if has_json else PAGE))
+    return tables
+
+
+def applications_tables(
     engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
-) -> list[OwnTable]:
+) -> list[CopiedTable]:
     """Return the application's tables to copy, in the order of their foreign keys.
 
     Raises:
         InvalidArgumentError: if the target lacks a table, or a table of the target has other columns. `leave=[…]` names
             tables to skip.
-        TargetNotEmptyError: if a table of the target has rows.
     """
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)
@@ -255,15 +295,11 @@ def plan_own_tables(
         for one in (metadata, *engines[0].application_metadata, *engines[1].application_metadata)
         for table in one.tables.values()
     }
-    tables = [_own_table(name, source, target, declared.get(name)) for name in _in_order(target, names)]
     _refuse_orphans(source, names)
-    for table in tables:
-        if target.execute(select(1).select_from(table.target).limit(1)).first() is not None:
-            raise TargetNotEmptyError(table.name)
     if target.dialect.name == "sqlite":
         # The rows of a table can refer to later rows of the same table. COMMIT checks the foreign keys.
         target.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
-    return tables
+    return [_own_table(name, source, target, declared.get(name)) for name in _in_order(target, names)]
 
 
 _REFERENCES = text(
@@ -275,7 +311,7 @@ _REFERENCES = text(
 
 
 @contextmanager
-def late_references(connection: Connection, tables: Sequence[OwnTable]) -> Iterator[None]:
+def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
     """On PostgreSQL, defer the check of foreign keys to the end of the block. The check is deferred only for tables in
     which a row can precede the row that it refers to.
 
@@ -315,28 +351,21 @@ def _in_order(connection: Connection, names: set[str]) -> list[str]:
         return sorted(names)  # the function `late_references()` defers the foreign keys
 
 
-def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> OwnTable:
-    sides = [_described(name, side, declared) for side in (source, target)]
+def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> CopiedTable:
+    sides = (_described(name, source, declared), _described(name, target, declared))
     columns = [{column.name for column in side.columns} for side in sides]
+    # SQLite accepts NULL in most primary keys.
+    is_null = or_(False, *(column.is_(None) for column in sides[0].primary_key.columns))
     if columns[0] != columns[1]:
         shown = ", ".join(sorted(columns[0] ^ columns[1]))
-        raise InvalidArgumentError(
-            f"the table {name} has other columns in the target than in the source ({shown}): upgrade the application's "
-            f"tables on both sides, or leave the table (leave={[name]!r}, or --leave)"
-        )
-    if not sides[0].primary_key.columns:
-        raise InvalidArgumentError(
-            f"the table {name} has no primary key, so its rows can't be compared: add a primary key, or leave the "
-            f"table (leave={[name]!r}, or --leave)"
-        )
-    # SQLite accepts NULL in most primary keys.
-    is_null = or_(*(column.is_(None) for column in sides[0].primary_key.columns))
-    if source.execute(select(1).select_from(sides[0]).where(is_null).limit(1)).first() is not None:
-        raise InvalidArgumentError(
-            f"the table {name} has a row whose primary key is NULL: correct or delete the row, or leave the table "
-            f"(leave={[name]!r}, or --leave)"
-        )
-    return OwnTable(name, *sides)
+        problem = f"has other columns in the target than in the source ({shown}): upgrade the tables on both sides"
+    elif not sides[0].primary_key.columns:
+        problem = "has no primary key, so its rows can't be compared: add a primary key"
+    elif source.execute(select(1).select_from(sides[0]).where(is_null).limit(1)).first() is not None:
+        problem = "has a row whose primary key is NULL: correct or delete the row"
+    else:
+        return CopiedTable(name, *sides, None, PAGE)
+    raise InvalidArgumentError(f"the table {name} {problem}, or leave the table (leave={[name]!r}, or --leave)")
 
 
 def _described(name: str, connection: Connection, declared: Table | None) -> Table:
@@ -350,7 +379,7 @@ def _described(name: str, connection: Connection, declared: Table | None) -> Tab
         known = None if declared is None else declared.columns.get(found["name"])
         kind: Any = found["type"] if known is None or isinstance(known.type, _STORED_ALIKE) else known.type
         if isinstance(kind, JSON) or isinstance(found["type"], JSON):
-            kind = _JsonText(found["type"] if connection.dialect.name == "postgresql" else None)
+            kind = _JsonText()
         columns.append(Column(found["name"], kind, primary_key=found["name"] in key))
     return Table(name, MetaData(), *columns)
 
