@@ -247,20 +247,15 @@ def test_approve_shows_the_device_and_asks(ready: Path) -> None:
 @pytest.mark.parametrize("status", ["pending", "approved"])
 def test_approve_keeps_a_device_revoked_meanwhile(ready: Path, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If another admin revokes the device before `approve` commits, the device stays revoked."""
-    run: Any = Database.run
     with Database.open(ready) as other:
         if status == "approved":
-            other.run(lambda unit: unit.devices.approve("desk"))
+            other.devices.approve("desk")
 
-        def run_late(self: Any, work: Any, *, read_only: bool = False, idempotent: bool = False) -> Any:
-            found = run(self, work, read_only=read_only, idempotent=idempotent)
-            if read_only:
-                run(other, lambda unit: unit.devices.revoke("desk", reason="stolen", force=True))
-            return found
+        def revoke(*_: Any, **__: Any) -> None:
+            other.devices.revoke("desk", reason="stolen", force=True)
 
-        monkeypatch.setattr(Database, "run", run_late)
+        monkeypatch.setattr("homeagent.cli.devices.confirm", revoke)
         done = invoke("devices", "approve", "desk", "--database", ready, input="y\n")
-        monkeypatch.undo()
     assert done.exit_code == 1
     assert "another status" in done.stderr
     assert _devices(ready)[0]["status"] == "revoked"

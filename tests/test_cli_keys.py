@@ -118,7 +118,7 @@ def test_a_later_attempt_with_the_same_number(path: Path, monkeypatch: pytest.Mo
             database.idempotency_keys.claim(SCOPES[0], fingerprint="f", lease=timedelta(0), ttl=timedelta(days=1))
 
     with monkeypatch.context() as patch:
-        patch.setattr("homeagent.cli.keys.confirm", settle)
+        patch.setattr("homeagent.cli.rows.confirm", settle)
         refused = invoke(path, "forget", *parts(SCOPES[0]))
     assert refused.exit_code == 1
     assert "changed after it was shown" in refused.stderr

@@ -229,7 +229,7 @@ def test_a_device_that_changed_after_the_question_stays(store: Path, monkeypatch
         with Database.open(store) as other:
             other.devices.approve("lamp")
 
-    monkeypatch.setattr("homeagent.cli.devices.confirm", approve)
+    monkeypatch.setattr("homeagent.cli.rows.confirm", approve)
     refused = invoke("devices", "delete", "lamp", "--database", store)
     assert refused.exit_code == 1
     assert "changed after it was shown" in refused.stderr

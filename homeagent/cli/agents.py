@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from homeagent.cli import arguments
-from homeagent.cli.application import confirm, group, open_named
-from homeagent.cli.output import count, format_timestamp, print_facts, print_list, print_result
-from homeagent.cli.request import count_rows, json_argument, refuse_change, request, require_expected
-from homeagent.cli.visible_text import identity, quoted
-from homeagent.models.agent import Agent
-from homeagent.models.schemas import AgentCreate, AgentPublic, AgentUpdate
+from homeagent.cli.application import group, open_named
+from homeagent.cli.output import count, print_list, print_result
+from homeagent.cli.rows import change_shown, count_rows, json_argument, public, request, require_expected, show_row
+from homeagent.cli.visible_text import quoted
+from homeagent.models.schemas import AgentCreate, AgentUpdate
 from homeagent.models.session import AgentSession
-from homeagent.unit_of_work import UnitOfWork
 
 agents: typer.Typer = group("agents", help="Create, list, change and delete agents.")
-
-
-def _public(agent: Agent) -> dict[str, Any]:
-    return AgentPublic.model_validate(agent, from_attributes=True).model_dump(mode="json")
-
-
-def _show(agent: Agent, *, error: bool = False) -> None:
-    facts = {
-        "Agent": identity(agent.id),
-        "Name": identity(agent.name),
-        "Workspace": identity(agent.workspace_path),
-        "Created at": format_timestamp(agent.created_at),
-        "Config": json.dumps(agent.config),
-    }
-    print_facts(facts.items(), error=error)
 
 
 @agents.command()
@@ -48,7 +30,7 @@ def create(
     values = {"id": agent_id, "name": name, "workspace_path": workspace, "config": json_argument(config, "--config")}
     with open_named(context) as opened:
         agent = opened.agents.create(request(AgentCreate, **values))
-    print_result(context, _public(agent), f"Created {quoted(agent_id)}.")
+    print_result(context, public(agent), f"Created {quoted(agent_id)}.")
 
 
 @agents.command("list")
@@ -62,7 +44,7 @@ def list_agents(
     with open_named(context) as opened:
         page = opened.agents.list(limit=limit, after=after)
     rows = [(agent.id, agent.name, agent.workspace_path, agent.created_at) for agent in page]
-    print_list(context, ("Agent", "Name", "Workspace", "Created at"), rows, list(map(_public, page)), form)
+    print_list(context, ("Agent", "Name", "Workspace", "Created at"), rows, list(map(public, page)), form)
 
 
 @agents.command()
@@ -70,7 +52,7 @@ def show(context: typer.Context, agent_id: arguments.AgentArgument) -> None:
     """Show an agent."""
     with open_named(context) as opened:
         agent = opened.agents.get(agent_id)
-    print_result(context, _public(agent), partial(_show, agent))
+    print_result(context, public(agent), partial(show_row, agent))
 
 
 @agents.command()
@@ -90,7 +72,7 @@ def update(
         values["config"] = json_argument(config, "--config")
     with open_named(context) as opened:
         agent = opened.agents.update(agent_id, request(AgentUpdate, **values))
-    print_result(context, _public(agent), f"Changed {quoted(agent_id)}.")
+    print_result(context, public(agent), f"Changed {quoted(agent_id)}.")
 
 
 @agents.command()
@@ -110,19 +92,20 @@ def delete(
     """
     require_expected(yes=yes, option="--created-at", value=created_at)
     with open_named(context) as opened:
-        seen = opened.agents.get(agent_id)
         sessions = count_rows(opened, AgentSession.agent_id, agent_id) if with_sessions else 0
         what = f"this agent and {count(sessions, 'session')}" if with_sessions else "this agent"
-        confirm(context, f"Delete {what}?", yes=yes, dry_run=dry_run, show=partial(_show, seen, error=True))
-
-        def work(unit: UnitOfWork) -> None:
-            now = unit.agents.get(agent_id)
-            refuse_change(f"agent {agent_id!r}", seen, now, "created_at", expected=created_at)
-            unit.agents.delete(agent_id, delete_sessions=with_sessions)
-            if dry_run:
-                unit.rollback()
-
-        opened.run(work)
+        change_shown(
+            context,
+            opened,
+            f"Delete {what}?",
+            lambda unit: unit.agents.get(agent_id),
+            lambda unit: unit.agents.delete(agent_id, delete_sessions=with_sessions),
+            name=f"agent {agent_id!r}",
+            columns=("created_at",),
+            expected=created_at,
+            yes=yes,
+            dry_run=dry_run,
+        )
     if dry_run:
         text = f"Would delete {quoted(agent_id)} and {count(sessions, 'session')}. Nothing was changed."
         print_result(context, {"dry_run": True, "deleted": 1, "sessions": sessions}, text)

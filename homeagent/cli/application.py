@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from logging.handlers import MemoryHandler
 from typing import Annotated, Any
 
 import typer
@@ -179,26 +180,18 @@ def _discard_output() -> None:
         os.close(null)
 
 
-class _WarningBuffer(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
 @contextmanager
 def _printed_warnings(common: _Common) -> Iterator[None]:
     # A refused operation must print exactly one line, so print the warnings only after a success.
-    buffer = _WarningBuffer()
+    buffer = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
+    buffer.setLevel(logging.WARNING)
     logger = logging.getLogger("homeagent")
     logger.addHandler(buffer)
     try:
         yield
     finally:
         logger.removeHandler(buffer)
-    for record in buffer.records:
+    for record in buffer.buffer:
         _print_message(common, record.getMessage(), warning=getattr(record, "event", "warning"))
 
 

@@ -9,7 +9,7 @@ import typer
 from homeagent.cli.application import app, open_named
 from homeagent.cli.arguments import argument
 from homeagent.cli.output import count, print_result
-from homeagent.cli.progress import shown_activity
+from homeagent.cli.progress import shown_progress
 from homeagent.models.types import MAX_LIMIT
 
 
@@ -46,7 +46,7 @@ def backup(
     """
     from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
 
-    with open_named(context) as opened, shown_activity(context, "copying and verifying"):
+    with open_named(context) as opened, shown_progress(context, "copying and verifying"):
         made = opened.backup(destination, keep=keep, replace=replace)
     manifest = read_manifest(made)
     facts = {} if manifest is None else manifest.model_dump(mode="json")

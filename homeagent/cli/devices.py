@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from pydantic import SecretStr
 
 from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group, open_named
-from homeagent.cli.output import count, format_timestamp, print_facts, print_list, print_result, print_table
-from homeagent.cli.request import count_rows, json_argument, refuse_change, request, require_expected
-from homeagent.cli.visible_text import identity, quoted
+from homeagent.cli.output import count, print_list, print_result, print_table
+from homeagent.cli.rows import change_shown, count_rows, json_argument, public, request, require_expected, show_row
+from homeagent.cli.visible_text import quoted
 from homeagent.database import Database
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
-from homeagent.models.schemas import DevicePair, DevicePublic
+from homeagent.models.schemas import DevicePair
 from homeagent.models.types import MILLISECOND, check_timestamp, earlier
-from homeagent.unit_of_work import UnitOfWork
 
 devices: typer.Typer = group("devices", help="Pair, list, approve, revoke and delete devices.")
 
@@ -39,49 +37,23 @@ class _Order(StrEnum):
     PAIRED_AT = "paired_at"
 
 
-def _public(device: Device) -> dict[str, Any]:
-    """Return a device for JSON, without values that were derived from the device's secret."""
-    shown = DevicePublic.model_validate(device, from_attributes=True)
-    return shown.model_dump(mode="json", by_alias=True)
-
-
 def _row_of(device: Device) -> tuple[object, ...]:
     """Return the cells of a device for the columns in `_HEADINGS`."""
     return device.id, device.role, device.status, device.paired_at, device.last_seen_at
-
-
-def _show_device(device: Device, *, error: bool = False) -> None:
-    """Print a device on standard output, or on standard error if `error` is true."""
-    facts = {
-        "Device": identity(device.id),
-        "Role": str(device.role),
-        "Status": str(device.status),
-        "Paired at": format_timestamp(device.paired_at),
-        "Last seen at": format_timestamp(device.last_seen_at),
-        "Metadata": json.dumps(device.metadata_),
-    }
-    if device.approved_at is not None:
-        facts["Approved at"] = format_timestamp(device.approved_at)
-    if device.revoked_at is not None:
-        facts["Revoked at"] = format_timestamp(device.revoked_at)
-        facts["Reason"] = identity(device.revoked_reason) if device.revoked_reason else "none given"
-    if device.previous_secret_expires_at is not None:
-        facts["Old secret until"] = format_timestamp(device.previous_secret_expires_at)
-    print_facts(facts.items(), error=error)
 
 
 def _report_change(context: typer.Context, device: Device, *, changed: bool, word: str) -> None:
     """Print that a device was approved or revoked, or that no change was necessary."""
     name = quoted(device.id)
     text = f"{word.capitalize()} {name}, {device.role}." if changed else f"{name} is {word} already: nothing to do."
-    print_result(context, {"changed": changed, "device": _public(device)}, text)
+    print_result(context, {"changed": changed, "device": public(device)}, text)
 
 
 def _report_secret(context: typer.Context, word: str, device: Device, secret: SecretStr) -> None:
     """Print a device with its new secret. No other command prints the secret."""
     shown = secret.get_secret_value()
     text = f"{word} {quoted(device.id)}, {device.role}, {device.status}.\nSecret, which is not shown again: {shown}"
-    print_result(context, {"device": _public(device), "shared_secret": shown}, text)
+    print_result(context, {"device": public(device), "shared_secret": shown}, text)
 
 
 @devices.command("list")
@@ -115,7 +87,7 @@ def list_devices(
             limit=limit,
             after=after,
         )
-    print_list(context, _HEADINGS, map(_row_of, page), list(map(_public, page)), form)
+    print_list(context, _HEADINGS, map(_row_of, page), list(map(public, page)), form)
 
 
 @devices.command()
@@ -123,7 +95,7 @@ def show(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
     """Show a device."""
     with open_named(context) as opened:
         device = opened.devices.get(device_id)
-    print_result(context, _public(device), partial(_show_device, device))
+    print_result(context, public(device), partial(show_row, device))
 
 
 @devices.command()
@@ -153,21 +125,19 @@ def approve(
     require_expected(yes=yes, option="--role", value=role)
     require_expected(yes=yes, option="--paired-at", value=paired_at)
     with open_named(context) as opened:
-        seen = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
-        show = partial(_show_device, seen, error=True)
+        seen = opened.devices.get(device_id)
+        show = partial(show_row, seen, error=True)
         confirm(context, "Approve this device?", yes=yes or seen.approved, show=show)
-        changed = opened.run(
-            lambda unit: unit.devices.approve(
-                device_id,
-                expected_role=role or seen.role,
-                expected_secret_hash=seen.shared_secret_hash,
-                expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
-                # Without --yes, compare the status before and after the question. Another administrator can revoke the
-                # device before the operator answers.
-                expected_status=status if yes else status or seen.status,
-            )
+        changed = opened.devices.approve(
+            device_id,
+            expected_role=role or seen.role,
+            expected_secret_hash=seen.shared_secret_hash,
+            expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
+            # Without --yes, compare the status before and after the question. Another administrator can revoke the
+            # device before the operator answers.
+            expected_status=status if yes else status or seen.status,
         )
-        now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
+        now = opened.devices.get(device_id)
     _report_change(context, now, changed=changed, word="approved")
 
 
@@ -180,8 +150,8 @@ def revoke(
 ) -> None:
     """Revoke a device. After the command, the device has no access until an administrator approves the device again."""
     with open_named(context) as opened:
-        changed = opened.run(lambda unit: unit.devices.revoke(device_id, reason=reason, force=force))
-        now = opened.run(lambda unit: unit.devices.get(device_id), read_only=True)
+        changed = opened.devices.revoke(device_id, reason=reason, force=force)
+        now = opened.devices.get(device_id)
     _report_change(context, now, changed=changed, word="revoked")
 
 
@@ -238,19 +208,19 @@ def _delete_one(
     dry_run: bool,
     yes: bool,
 ) -> dict[str, int]:
-    seen = opened.devices.get(device_id)
     keys = count_rows(opened, IdempotencyKey.device_id, device_id)
-    question = f"Delete this device and {count(keys, 'idempotency key')}?"
-    confirm(context, question, yes=yes, dry_run=dry_run, show=partial(_show_device, seen, error=True))
-
-    def work(unit: UnitOfWork) -> None:
-        now = unit.devices.get(device_id)
-        refuse_change(f"device {device_id!r}", seen, now, *_DECISIVE, expected=paired_at)
-        unit.devices.delete(device_id, force=force)
-        if dry_run:
-            unit.rollback()
-
-    opened.run(work)
+    change_shown(
+        context,
+        opened,
+        f"Delete this device and {count(keys, 'idempotency key')}?",
+        lambda unit: unit.devices.get(device_id),
+        lambda unit: unit.devices.delete(device_id, force=force),
+        name=f"device {device_id!r}",
+        columns=_DECISIVE,
+        expected=paired_at,
+        yes=yes,
+        dry_run=dry_run,
+    )
     return {"deleted": 1, "idempotency_keys": keys}
 
 
@@ -329,7 +299,7 @@ def rotate(
         seen = opened.devices.get(device_id)
         end = f"in {overlap:,} s" if overlap else "at once"
         question = f"Replace the secret of this device? The old secret ends {end}."
-        confirm(context, question, yes=yes, show=partial(_show_device, seen, error=True))
+        confirm(context, question, yes=yes, show=partial(show_row, seen, error=True))
         secret = opened.rotate_secret(
             device_id,
             overlap=timedelta(seconds=overlap),

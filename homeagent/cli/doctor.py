@@ -9,7 +9,7 @@ import typer
 from homeagent.cli.application import app, target_of
 from homeagent.cli.arguments import AcknowledgeOption
 from homeagent.cli.output import print_facts, print_result
-from homeagent.cli.progress import shown_activity
+from homeagent.cli.progress import shown_progress
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor import Diagnosis, Finding, Severity, diagnose
@@ -36,7 +36,7 @@ def doctor(
     Exit status: 0 without problems, 1 for warnings, 2 for critical problems.
     """
     try:
-        with shown_activity(context, "checking"):
+        with shown_progress(context, "checking"):
             diagnosis = diagnose(target_of(context), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
         # Exit with status 2. Exit status 1 of the doctor means warnings. For other commands, exit status 1 means a

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from homeagent.cli import arguments
-from homeagent.cli.application import confirm, group, open_named
+from homeagent.cli.application import group, open_named
 from homeagent.cli.output import print_list, print_result, print_table
-from homeagent.cli.request import json_argument, refuse_change, require_expected
+from homeagent.cli.rows import change_shown, json_argument, require_expected
 from homeagent.errors import NotFoundError
 from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyScope, IdempotencyState
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
@@ -113,26 +113,22 @@ def _settle(
 ) -> None:
     """Show the abandoned attempt, ask the question, change the key, and report the change.
 
-    Ask only if the key has an abandoned attempt. If the key has no abandoned attempt, `change()` returns False or
-    raises an error.
+    If the key has no abandoned attempt, `change()` returns False or raises an error.
     """
     require_expected(yes=yes, option="--attempt", value=attempt, source="as 'keys abandoned --json' prints it")
     with open_named(context) as opened:
-        seen = opened.run(lambda unit: _abandoned(unit, scope), read_only=True)
-
-        def show() -> None:
-            print_table(_HEADINGS, [] if seen is None else [_row_of(seen)], error=True)
-
-        confirm(context, question, yes=yes or seen is None, show=show)
-
-        def work(unit: UnitOfWork) -> bool:
-            now = _abandoned(unit, scope)
-            if now is not None:
-                # A new attempt can have the number of an earlier attempt, but has another owner.
-                row = f"the key of {scope.method!r} by {scope.device_id!r}"
-                refuse_change(row, seen, now, "attempt", "owner", expected=attempt)
-            return change(unit.idempotency_keys)
-
-        changed = opened.run(work)
+        changed = change_shown(
+            context,
+            opened,
+            question,
+            lambda unit: _abandoned(unit, scope),
+            lambda unit: change(unit.idempotency_keys),
+            name=f"the key of {scope.method!r} by {scope.device_id!r}",
+            # A new attempt can have the number of an earlier attempt, but has another owner.
+            columns=("attempt", "owner"),
+            expected=attempt,
+            yes=yes,
+            show=lambda row: print_table(_HEADINGS, [] if row is None else [_row_of(row)], error=True),
+        )
     text = done if changed else "This key has no abandoned attempt: nothing to do."
     print_result(context, {"changed": changed}, text)

@@ -1,18 +1,17 @@
 """Output of the commands: tables and lines for people, tab-separated values and JSON for programs.
 
-At a terminal, a table that is wider than the terminal is printed as one block of lines for each row. A long text is
-broken between words. A word that is wider than the terminal is broken after a hyphen, slash, dot, colon or underscore.
-In a pipe or a file, each row is one line.
+At a terminal, a table that is wider than the terminal is printed as one block of lines for each row, and a long text is
+broken between words. In a pipe or a file, each row is one line.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from textwrap import wrap
 
 import typer
 
@@ -88,7 +87,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool
 def print_facts(
     facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
 ) -> None:
-    """Print lines that consist of a name and a value. The function does not wrap a line that begins with a space.
+    """Print lines that consist of a name and a value.
 
     Args:
         facts: pairs of a name and a value. A value can have several lines.
@@ -101,42 +100,20 @@ def print_facts(
     for name, value in facts:
         colour = (colours or {}).get(name)
         label = typer.style(name, fg=colour, bold=True if colour is None else None)
-        space, lines = " " * (longest + 2 - _width(name)), value.split("\n")
-        indent = longest + 2
+        space, indent = " " * (longest + 2 - _width(name)), longest + 2
+        lines = value.split("\n")
         if available is not None:
-            parts = [_parts(line, available - 2) for line in lines]
-            words = [part.rstrip() for line in parts for part in line if not part.startswith(" ")]
             # The column of the values must fit the widest word, and several words of a long text.
-            room = max([min(_LEAST, _width(value)), *map(_width, words)])
-            if room > available - indent:
+            if max([min(_LEAST, _width(value)), *map(_width, value.split())]) > available - indent:
                 # Print the value below its name.
                 space, indent = "\n  ", 2
-            lines = [text for line in parts for text in _joined(line, available - indent)]
+            # Do not wrap a line that begins with a space, because the line is a command to copy.
+            wrapped = [
+                [line] if line.startswith(" ") else wrap(line, available - indent, break_long_words=False)
+                for line in lines
+            ]
+            lines = [part for parts in wrapped for part in parts or [""]]
         typer.echo(label + space + ("\n" + " " * indent).join(lines), err=error)
-
-
-def _parts(text: str, width: int) -> list[str]:
-    """Split a text into words. A word wider than the given width is split after hyphens, slashes, dots, colons,
-    underscores.
-    """
-    if text.startswith(" "):
-        return [text]
-    parts: list[str] = []
-    for word in re.findall(r"\S+\s*", text):
-        parts += [word] if _width(word.rstrip()) <= width else re.findall(r"[^/._:-]+[/._:-]*|[/._:-]+", word)
-    return parts
-
-
-def _joined(parts: Iterable[str], width: int) -> list[str]:
-    """Join the parts of a text to lines that are not wider than the given number of terminal cells. A part that is
-    wider than a line gets a separate line.
-    """
-    lines = [""]
-    for part in parts:
-        if lines[-1] and _width(lines[-1]) + _width(part.rstrip()) > width:
-            lines.append("")
-        lines[-1] += part
-    return [line.rstrip() for line in lines]
 
 
 def _width(text: str) -> int:

@@ -14,35 +14,27 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def shown_activity(context: typer.Context, text: str) -> Iterator[None]:
-    """Show a moving bar and the elapsed time while the block runs, for work whose end is unknown."""
-    if not _is_shown(context):
-        yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+def shown_progress(
+    context: typer.Context, activity: str | None = None
+) -> Iterator[Callable[[CopyProgress], object] | None]:
+    """Show progress bars while the block runs. Return the function that a copy calls to report progress, or None if no
+    bar is shown.
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        shown.add_task(text, total=None)
-        yield
-
-
-@contextmanager
-def shown_progress(context: typer.Context) -> Iterator[Callable[[CopyProgress], object] | None]:
-    """Show a progress bar for each step of a copy. Return the function that the copy calls to report progress, or None
-    if no bar is shown.
+    Args:
+        context: context of the command.
+        activity: description of work whose end is unknown. The bar of the work moves until the block ends.
     """
-    if not _is_shown(context):
+    if context.obj.as_json or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     # Import lazily, because most commands draw no progress bar.
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress, TaskID
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True)) as shown:
+    with Progress(console=Console(stderr=True), transient=activity is not None) as shown:
+        if activity is not None:
+            shown.add_task(activity, total=None)
 
         def report(done: CopyProgress) -> None:
             if done.step not in bars:
@@ -50,7 +42,3 @@ def shown_progress(context: typer.Context) -> Iterator[Callable[[CopyProgress], 
             shown.update(bars[done.step], completed=done.rows)
 
         yield report
-
-
-def _is_shown(context: typer.Context) -> bool:
-    return not context.obj.as_json and sys.stderr is not None and sys.stderr.isatty()

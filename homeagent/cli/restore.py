@@ -13,8 +13,8 @@ from homeagent.cli.application import app, confirm, open_named, target_of
 from homeagent.cli.arguments import AcknowledgeOption, YesOption, argument, option
 from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.output import format_timestamp, print_facts, print_result
-from homeagent.cli.progress import shown_activity
-from homeagent.cli.request import require_expected
+from homeagent.cli.progress import shown_progress
+from homeagent.cli.rows import require_expected
 from homeagent.cli.visible_text import escape_words, identity, quoted
 from homeagent.database import Database
 from homeagent.engine.sqlite.manifests import Manifest
@@ -58,7 +58,7 @@ def restore(
             epoch = epoch or 0
         else:
             epoch = epoch or None  # `Database.restore` can read the epoch of many files that cannot be opened
-    with shown_activity(context, "verifying and restoring"):
+    with shown_progress(context, "verifying and restoring"):
         report = Database.restore(
             backup,
             target_of(context),

@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from homeagent.cli import arguments
-from homeagent.cli.application import confirm, group, open_named
-from homeagent.cli.output import format_timestamp, print_facts, print_list, print_result
-from homeagent.cli.request import refuse_change, require_expected
-from homeagent.cli.visible_text import identity, quoted
-from homeagent.models.schemas import AgentSessionPublic
+from homeagent.cli.application import group, open_named
+from homeagent.cli.output import print_list, print_result
+from homeagent.cli.rows import change_shown, public, require_expected, show_row
+from homeagent.cli.visible_text import quoted
 from homeagent.models.session import AgentSession
 from homeagent.unit_of_work import UnitOfWork
 
 sessions: typer.Typer = group("sessions", help="List, move and delete sessions, which are an index of the transcripts.")
-
-
-def _public(session: AgentSession) -> dict[str, Any]:
-    return AgentSessionPublic.model_validate(session, from_attributes=True).model_dump(mode="json", by_alias=True)
-
-
-def _show(session: AgentSession, *, error: bool = False) -> None:
-    facts = {
-        "Session": identity(session.session_id),
-        "Agent": identity(session.agent_id),
-        "Sender": "-" if session.sender_id is None else identity(session.sender_id),
-        "Channel": "-" if session.channel_id is None else identity(session.channel_id),
-        "Created at": format_timestamp(session.created_at),
-        "Last active at": format_timestamp(session.last_active_at),
-        "Metadata": json.dumps(session.metadata_),
-    }
-    print_facts(facts.items(), error=error)
 
 
 @sessions.command("list")
@@ -58,7 +39,7 @@ def list_sessions(
         page = opened.run(read, read_only=True)
     rows = [(row.session_id, row.agent_id, row.sender_id, row.channel_id, row.last_active_at) for row in page]
     headings = ("Session", "Agent", "Sender", "Channel", "Last active at")
-    print_list(context, headings, rows, list(map(_public, page)), form)
+    print_list(context, headings, rows, list(map(public, page)), form)
 
 
 @sessions.command()
@@ -66,7 +47,7 @@ def show(context: typer.Context, session_id: arguments.SessionArgument) -> None:
     """Show a session."""
     with open_named(context) as opened:
         session = opened.sessions.get(session_id)
-    print_result(context, _public(session), partial(_show, session))
+    print_result(context, public(session), partial(show_row, session))
 
 
 @sessions.command()
@@ -94,7 +75,7 @@ def move(
         raise typer.BadParameter("name a new agent, sender or channel.")
     with open_named(context) as opened:
         session = opened.sessions.move(session_id, **changes)
-    print_result(context, _public(session), f"Moved {quoted(session_id)}.")
+    print_result(context, public(session), f"Moved {quoted(session_id)}.")
 
 
 @sessions.command()
@@ -110,13 +91,15 @@ def delete(
     """
     require_expected(yes=yes, option="--created-at", value=created_at)
     with open_named(context) as opened:
-        seen = opened.sessions.get(session_id)
-        confirm(context, "Delete this session?", yes=yes, show=partial(_show, seen, error=True))
-
-        def work(unit: UnitOfWork) -> None:
-            now = unit.sessions.get(session_id)
-            refuse_change(f"session {session_id!r}", seen, now, "created_at", expected=created_at)
-            unit.sessions.delete(session_id)
-
-        opened.run(work)
+        change_shown(
+            context,
+            opened,
+            "Delete this session?",
+            lambda unit: unit.sessions.get(session_id),
+            lambda unit: unit.sessions.delete(session_id),
+            name=f"session {session_id!r}",
+            columns=("created_at",),
+            expected=created_at,
+            yes=yes,
+        )
     print_result(context, {"deleted": 1}, f"Deleted {quoted(session_id)}.")
