@@ -62,13 +62,13 @@ class DatabaseMaintenance:
             time_budget: maximum duration. With `time_budget=None`, the sweep continues until no expired row is left.
             dry_run: True to count the rows without deleting the rows.
         """
-        return self._sweep(batch_size=batch_size, time_budget=time_budget, dry_run=dry_run)
+        return self._sweep(batch_size, time_budget, dry_run=dry_run)
 
     def _sweep(
         self,
+        batch_size: int = 100,
+        time_budget: timedelta | None = None,
         *,
-        batch_size: int,
-        time_budget: timedelta | None,
         dry_run: bool = False,
         stop: threading.Event | None = None,
     ) -> maintenance.SweepReport:
@@ -84,9 +84,7 @@ class DatabaseMaintenance:
             stop=stop,
         )
         if not dry_run:
-            self._engine.counters.cleaned(
-                report.nonces + report.idempotency_keys + report.pending_devices + report.device_changes
-            )
+            self._engine.counters.cleaned(report.deleted)
         return report
 
     def sweeper(
@@ -119,7 +117,6 @@ class DatabaseMaintenance:
             from homeagent.maintenance.backups import back_up_on_schedule, require_file
 
             require_file(self._engine)
-
         check: ContentCheck | None = None
         if check_every is not None:
             from homeagent.maintenance.content_check import ContentCheck
@@ -127,7 +124,7 @@ class DatabaseMaintenance:
             check = ContentCheck(self._engine, every=check_duration(check_every, "check_every"))
 
         def run(stop: threading.Event) -> maintenance.SweepReport:
-            report = self._sweep(batch_size=100, time_budget=None, stop=stop)
+            report = self._sweep(stop=stop)
             if backups is not None:
                 back_up_on_schedule(self._engine, backups, clock=self._clock, stop=stop.is_set)
             if check is not None:

@@ -54,26 +54,17 @@ def back_up(
     timeout: timedelta,
     stop: Stop = lambda: False,
 ) -> Path:
-    """Make a verified backup while other units write, and return its path (see `Database.backup`).
+    """Make a verified backup, and return its path (see `Database.backup`).
 
     Args:
         engine: engine of the source database.
-        destination: an existing directory, a path with a final slash for a directory to create, or the path of a new
-            file. In a directory, the name of the new backup contains the schema revision and the time.
+        destination: path of a directory or of a new file.
         clock: clock for the time of the backup.
-        keep: number of this database's backups that stay in the directory. Older backups are removed. The number does
-            not include a backup without a manifest, a backup from an upgrade, or a backup whose owner `restore()` would
-            refuse. Backups that do not count stay in the directory.
+        keep: number of this database's backups to keep. A backup without a manifest, a backup from an upgrade, and a
+            backup whose owner `restore()` would refuse do not count, and stay in the directory.
         replace: True to replace an existing file.
         timeout: longest wait for another backup into the same directory.
-        stop: function that is called repeatedly during the backup. If the function returns True, the backup is
-            cancelled.
-
-    Raises:
-        InvalidArgumentError: if the destination exists, and `replace=False`. The error is also raised if the
-            destination can't be the path of a backup.
-        CorruptDatabaseError, DiskFullError, ReadOnlyError, DatabaseError: if the backup failed. No part of the backup
-            remains.
+        stop: function that is called repeatedly. If the function returns True, the backup is cancelled.
     """
     engine = require_file(engine)
     if keep is not None:

@@ -1,9 +1,9 @@
 """Delete the expired rows of one table in batches, and skip rows to which an application's table refers.
 
 A foreign key of an application's table can refer to a nonce or an idempotency key. At first, one statement deletes a
-batch. After a constraint has refused a batch, the following batches delete each row in a separate savepoint. A later
-batch starts after the last row of the previous batch. Therefore a sweep tries to delete each skipped row only once. If
-a constraint refuses a batch at COMMIT, each half of the batch is deleted in a separate unit of work.
+batch. After a constraint has refused a batch, the following batches name their rows by key. If a constraint refuses
+such a batch, each half of the batch is deleted in a separate unit of work. A later batch starts after the last row of
+the previous batch. Therefore a sweep tries to delete each skipped row only once.
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ _FIRST = datetime.min.replace(tzinfo=UTC)
 
 
 class _Statements:
-    """Statements for one table. The statements read the expired rows in pages, delete one row, and count the expired
-    rows.
-    """
-
     def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
         table = model.__table__
         key = list(table.primary_key.columns)
@@ -131,23 +127,15 @@ class ExpiredRows:
         """Delete the rows that no constraint keeps, and return the number of deleted rows."""
         if not page:
             return 0
-        deleted, skipped = 0, Counter[str]()
         try:
             with UnitOfWork(self._settings, read_only=False) as unit:
-                for row in page:
-                    try:
-                        with unit.savepoint():
-                            deleted += unit.write(self._statements.delete, **row, **self._times())
-                    except ConflictError as error:
-                        skipped[_name(error)] += 1
+                return sum(unit.write(self._statements.delete, **row, **self._times()) for row in page)
         except ConflictError as error:
             if len(page) == 1:
                 self.skipped[_name(error)] += 1
                 return 0
-            half = len(page) // 2
-            return self._delete_each(page[:half]) + self._delete_each(page[half:])
-        self.skipped += skipped
-        return deleted
+        half = len(page) // 2
+        return self._delete_each(page[:half]) + self._delete_each(page[half:])
 
     def _times(self) -> dict[str, datetime]:
         """Return the two times that the statements take as parameters."""

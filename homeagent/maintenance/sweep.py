@@ -79,6 +79,11 @@ class SweepReport(BaseModel, frozen=True):
     skipped: int = 0
     constraints: tuple[str, ...] = ()
 
+    @property
+    def deleted(self) -> int:
+        """Number of deleted rows in all tables."""
+        return self.nonces + self.idempotency_keys + self.pending_devices + self.device_changes
+
 
 def sweep(
     settings: UnitSettings,
@@ -91,16 +96,11 @@ def sweep(
     stop: threading.Event | None = None,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
-    """Delete expired rows in batches (see `Database.sweep`). Each batch is a unit of work.
+    """Delete expired rows in batches (see `Database.sweep`).
 
     While other writers wait, a batch takes a few milliseconds, and all batches together take at most a fifth of the
-    time.
-
-    The argument `batch_size` is the maximum number of rows of a batch. The sweep ends early if the time budget is used
-    up, or if the stop event is set. The argument `pending_ttl` is the longest time for which a device can wait for its
-    approval. With `pending_ttl=None`, the sweep deletes no device. The argument `changes_kept` is the time for which
-    the sweep keeps device changes. With `changes_kept=None`, the sweep keeps all changes. With `dry_run=True`, the
-    sweep counts the rows without deleting a row.
+    time. The sweep ends early if the stop event is set. Without the argument `pending_ttl`, the sweep deletes no
+    device. Without the argument `changes_kept`, the sweep deletes no device change.
     """
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
@@ -116,9 +116,6 @@ def sweep(
     skipped: Counter[str] = Counter()
 
     def paused(seconds: float) -> bool:
-        """Pause between two batches, and return True. If the pause would exceed the time budget, or if the stop event
-        is set, return False.
-        """
         return (deadline is None or monotonic() + seconds < deadline) and not stopped.wait(seconds)
 
     done = True
@@ -133,7 +130,13 @@ def sweep(
     report = SweepReport.model_validate(
         {**removed, "more": not done, "skipped": skipped.total(), "constraints": tuple(sorted(skipped))}
     )
-    _log_skipped(report)
+    if report.skipped:
+        logger.warning(
+            "%d expired row(s) were skipped, because a constraint of an application's table keeps them: %s",
+            report.skipped,
+            ", ".join(report.constraints),
+            extra={"event": "sweep_skipped", "skipped": report.skipped, "constraints": list(report.constraints)},
+        )
     return report
 
 
@@ -165,16 +168,6 @@ def _delete(
             engine.empty_log(settings.timeout)
             if not paused(pace.rest_after(monotonic() - begun)):
                 return deleted, False
-
-
-def _log_skipped(report: SweepReport) -> None:
-    if report.skipped:
-        logger.warning(
-            "%d expired row(s) were skipped, because a constraint of an application's table keeps them: %s",
-            report.skipped,
-            ", ".join(report.constraints),
-            extra={"event": "sweep_skipped", "skipped": report.skipped, "constraints": list(report.constraints)},
-        )
 
 
 class Sweeper:
@@ -251,20 +244,12 @@ class Sweeper:
                     extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
                 )
             else:
-                if report.nonces or report.idempotency_keys or report.pending_devices or report.device_changes:
+                if report.deleted:
+                    facts = report.model_dump(exclude={"skipped", "constraints"})
                     logger.info(
-                        "swept %d nonce(s), %d idempotency key(s), %d pending device(s) and %d device change(s)",
-                        report.nonces,
-                        report.idempotency_keys,
-                        report.pending_devices,
-                        report.device_changes,
-                        extra={
-                            "event": "swept",
-                            "nonces": report.nonces,
-                            "idempotency_keys": report.idempotency_keys,
-                            "pending_devices": report.pending_devices,
-                            "device_changes": report.device_changes,
-                            "more": report.more,
-                        },
+                        "swept %(nonces)d nonce(s), %(idempotency_keys)d idempotency key(s), %(pending_devices)d "
+                        "pending device(s) and %(device_changes)d device change(s)",
+                        facts,
+                        extra={"event": "swept", **facts},
                     )
             stop.wait(self._every)
