@@ -18,7 +18,7 @@ from homeagent.engine.target import conceal
 from homeagent.errors import CorruptDatabaseError, DatabaseClosedError, InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.limits import Limits
-from homeagent.models.types import check_duration
+from homeagent.models.types import check_duration, check_names
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
@@ -139,7 +139,6 @@ class DatabaseMaintenance:
         return sweeper
 
     def _require_open(self) -> None:
-        """Raise DatabaseClosedError if the database was closed, or was opened before a fork."""
         self._engine.pool(read_only=True)
         if self._closed:
             raise DatabaseClosedError("the database was closed: open it again")
@@ -230,7 +229,7 @@ class DatabaseMaintenance:
             lambda: UnitOfWork(self._settings, read_only=True),
             lambda: UnitOfWork(target._settings, read_only=False),
             live=live,
-            leave=_names_of_tables(leave),
+            leave=check_names(leave, "leave", "notes"),
             progress=progress,
         )
 
@@ -360,9 +359,3 @@ class DatabaseMaintenance:
         given = conceal(target)
         del target
         return begin_epoch(given, clock=clock, busy_timeout=busy_timeout, expected_epoch=expected_epoch)
-
-
-def _names_of_tables(given: Collection[str]) -> frozenset[str]:
-    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
-        raise InvalidArgumentError("leave must be a collection of names of tables, such as ['notes']")
-    return frozenset(given)

@@ -80,8 +80,6 @@ class WithoutDatabase(TyperCommand):
 
 
 class _Context(typer.Context):
-    """A Click context that fits the help text to a terminal of 40 columns or more."""
-
     def make_formatter(self) -> Any:
         formatter: Any = super().make_formatter()
         formatter.width = min(shutil.get_terminal_size().columns, 100)
@@ -90,12 +88,6 @@ class _Context(typer.Context):
 
 
 class _Commands(TyperGroup):
-    """A group of commands with the common options.
-
-    A refused operation prints one line and exits with status 1. Wrong usage prints one line without passwords, and
-    exits with status 2.
-    """
-
     context_class = _Context
 
     def __init__(self, *, commands: dict[str, Any], params: list[Any], **settings: Any) -> None:
@@ -164,7 +156,6 @@ def _print_message(common: _Common, text: str, **facts: object) -> None:
 
 
 def _details(error: HomeAgentError) -> dict[str, object]:
-    """Return the attributes of an error that JSON can hold, such as the ids of rows."""
     details: dict[str, object] = {}
     for name, value in vars(error).items():
         if isinstance(value, (str, int, float, timedelta)):

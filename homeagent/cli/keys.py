@@ -111,10 +111,6 @@ def _settle(
     attempt: int | None,
     yes: bool,
 ) -> None:
-    """Show the abandoned attempt, ask the question, change the key, and report the change.
-
-    If the key has no abandoned attempt, `change()` returns False or raises an error.
-    """
     require_expected(yes=yes, option="--attempt", value=attempt, source="as 'keys abandoned --json' prints it")
     with open_named(context) as opened:
         changed = change_shown(

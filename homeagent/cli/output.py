@@ -125,13 +125,11 @@ def _width(text: str) -> int:
 
 
 def _terminal_width(*, error: bool) -> int | None:
-    """Return the number of columns of the terminal, or None if the stream is not a terminal."""
     stream = sys.stderr if error else sys.stdout
     return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
 
 
 def _cell(value: object) -> str:
-    """Return a value for people."""
     if isinstance(value, datetime):
         return format_timestamp(value)
     if isinstance(value, int):
@@ -140,7 +138,6 @@ def _cell(value: object) -> str:
 
 
 def _value(value: object) -> str:
-    """Return a value for programs: a tab, a line break and other control characters are escaped."""
     if isinstance(value, datetime):
         return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     text = "" if value is None else str(value).replace("\\", r"\\")

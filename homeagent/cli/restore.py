@@ -70,7 +70,6 @@ def restore(
 
 
 def _status(context: typer.Context) -> DatabaseStatus | DatabaseError:
-    """Return the status of the database, or the error if the database is absent or cannot be opened."""
     try:
         with open_named(context) as opened:
             return opened.status()

@@ -55,7 +55,6 @@ def init(
 def _adopt(
     context: typer.Context, target: str | None, migrations: str | None, acknowledged: Collection[str], *, yes: bool
 ) -> bool:
-    """Adopt the database if necessary. Return True if the command adopted the database."""
     found = preview_adoption(target, migrations=migrations, acknowledged=acknowledged)
     if found is None:
         return False
@@ -75,8 +74,6 @@ def _adopt(
 
 
 def _changes(report: AdoptionReport) -> Iterator[str]:
-    """Yield one line for each part of a report."""
-
     def listed(counts: dict[str, int]) -> str:
         return ", ".join(f"{escape_words(name)} ({rows:,} rows)" for name, rows in counts.items()) or "none"
 

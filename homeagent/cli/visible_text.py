@@ -32,9 +32,6 @@ _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC",
 
 
 def _script(character: str) -> str | None:
-    """Return the script of a letter, mark or digit. Return None for an ASCII digit, for a mark that several scripts
-    share, and for all other characters.
-    """
     if not unicodedata.category(character).startswith(("L", "M", "N")) or character in "0123456789":
         return None
     script = re.split("[ -]", unicodedata.name(character, "UNKNOWN"), maxsplit=1)[0]
@@ -44,15 +41,11 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
-    """Return Latin if the text has Latin letters, or else the most frequent script of the text. If no character has a
-    script, return None.
-    """
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None
 
 
 def _is_mistakable(character: str, main: str | None) -> bool:
-    """Return True if the character must be escaped in a text with this main script."""
     if character.isascii():
         return not character.isprintable()
     if (

@@ -200,7 +200,6 @@ def _path_of(where: Target) -> Path:
 
 
 def _examine(connection: Connection, application: Application, location: str) -> AdoptionReport | None:
-    """Read the report from a database, or return None if the database needs no adoption."""
     is_sqlite = connection.dialect.name == "sqlite"
     application_id = connection.exec_driver_sql("PRAGMA application_id").scalar_one() if is_sqlite else None
     adopted = ", ".join(sorted(application.adopted_revisions(connection))) or None
@@ -239,7 +238,6 @@ def _examine(connection: Connection, application: Application, location: str) ->
 
 
 def _roll_back(path: Path, timeout: timedelta) -> None:
-    """Let SQLite undo a transaction that a killed program left unfinished."""
     engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
     try:
         with engine.translated(), engine.driver_connection() as raw:
@@ -298,7 +296,6 @@ def _adopt_file(
 
 
 def _add_tables(connection: Connection, report: AdoptionReport) -> None:
-    """Create homeagent's tables, and convert the tables of the first version."""
     revision = revision_of(connection)
     with kept_objects(connection, revision or _FIRST):
         if revision is None:
@@ -307,7 +304,6 @@ def _add_tables(connection: Connection, report: AdoptionReport) -> None:
 
 
 def _convert(connection: Connection, report: AdoptionReport) -> None:
-    """Bring the database to revision 0001."""
     execute = connection.exec_driver_sql
     for table in report.converted:
         # Do not rename the table, because SQLite would change the references in views and other tables.

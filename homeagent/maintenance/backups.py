@@ -169,7 +169,6 @@ def _partial(target: Path) -> Path:
 
 
 def _free_name(path: Path) -> Path:
-    """Return the path. If a file with the new backup's name exists, add a number to the name."""
     free, number = path, 1
     while os.path.lexists(free):
         number += 1

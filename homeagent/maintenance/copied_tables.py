@@ -339,7 +339,6 @@ def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> It
 
 
 def _in_order(connection: Connection, names: set[str]) -> list[str]:
-    """Sort the names so that each table follows the tables that its foreign keys refer to."""
     inspector = inspect(connection)
     parents = {
         name: {key["referred_table"] for key in inspector.get_foreign_keys(name)} & names - {name}

@@ -124,7 +124,6 @@ class ExpiredRows:
         return unit.devices.delete_pending(paired_before=self._times()["before"], limit=limit)
 
     def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
-        """Delete the rows that no constraint keeps, and return the number of deleted rows."""
         if not page:
             return 0
         try:
@@ -138,13 +137,11 @@ class ExpiredRows:
         return self._delete_each(page[:half]) + self._delete_each(page[half:])
 
     def _times(self) -> dict[str, datetime]:
-        """Return the two times that the statements take as parameters."""
         now = self._settings.now()
         return {"now": now, "before": earlier(now, self._grace)}
 
 
 def _name(error: ConflictError) -> str:
-    """Return the name of the constraint that caused the error."""
     if error.table is None:
         return "a constraint"
     return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"

@@ -261,7 +261,6 @@ def _not_in_use(source: Path) -> Iterator[None]:
 
 
 def _check_header(source: Path, database: Path, manifest: Manifest | None) -> None:
-    """Refuse a file whose size differs from the manifest, and a file without homeagent's header. Create no file."""
     header = header_of(source, database)
     size = source.stat().st_size
     if manifest is not None and manifest.size != size:

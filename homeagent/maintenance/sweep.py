@@ -147,9 +147,6 @@ def _delete(
     paused: Callable[[float], bool],
     monotonic: Callable[[], float],
 ) -> tuple[int, bool]:
-    """Delete expired rows of a table. Return the number of deleted rows, and True if the time was enough for all
-    expired rows.
-    """
     engine = settings.engine
     deleted = in_log = 0
     while True:

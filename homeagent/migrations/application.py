@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sqlalchemy import event, text
 
@@ -36,6 +36,7 @@ from homeagent.migrations.revisions import (
 )
 from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE
 from homeagent.models.base import RESERVED_PREFIX
+from homeagent.models.types import check_names
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -93,7 +94,7 @@ class Application:
         """
         if isinstance(given, Application):
             return given
-        triggers = _names(acknowledged)
+        triggers = check_names(acknowledged, "acknowledged", "audit_devices")
         if given is None:
             return cls(acknowledged=triggers)
         name, folder = _folder(given)
@@ -152,9 +153,8 @@ class Application:
     def upgrade(self, connection: Connection, outside: Outside | None = None) -> None:
         """Run the missing revisions in the current transaction. The caller holds the lock for upgrades.
 
-        Args:
-            connection: connection in a transaction. On SQLite the foreign keys of the connection are switched off.
-            outside: context manager for statements that can't run in a transaction (only PostgreSQL).
+        On SQLite the caller has switched the foreign keys off. On PostgreSQL, `outside()` runs statements outside the
+        transaction.
 
         Raises:
             RevisionFailedError: if a revision failed, or changed homeagent's tables.
@@ -184,14 +184,7 @@ class Application:
                 ) from error
 
 
-def _names(given: Collection[str]) -> frozenset[str]:
-    if isinstance(given, str) or not all(isinstance(name, str) for name in given):
-        raise InvalidArgumentError("acknowledged must be a collection of names of triggers, such as ['audit_devices']")
-    return frozenset(given)
-
-
 def _folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
-    """Return the application's name, and the folder of its revisions."""
     named = _PACKAGE.fullmatch(given) if isinstance(given, str) else None
     folder: Traversable
     if named is None:
@@ -231,7 +224,6 @@ def _read_scripts(name: str, folder: Traversable) -> dict[str, _Script]:
 
 
 def _read_script(name: str, file: Traversable) -> _Script:
-    """Read the identifiers of a script without running the script."""
     try:
         values = dict(_constants(ast.parse(file.read_text(encoding="utf-8"))))
         revision, others = values["revision"], [values.get("down_revision"), values.get("depends_on")]
@@ -262,7 +254,13 @@ def _constants(module: ast.Module) -> Iterator[tuple[str, Any]]:
 
 
 class _Guard:
-    """State of one run of the application's revisions."""
+    """State of one run of the application's revisions.
+
+    Attributes:
+        refused: reason of a refusal.
+        revision: revision that runs now.
+        committed: note about revisions that ran outside a transaction and therefore can't be undone.
+    """
 
     def __init__(self, connection: Connection, acknowledged: frozenset[str], outside: Outside | None) -> None:
         self._connection = connection
@@ -273,26 +271,22 @@ class _Guard:
         self._statements = 0
         self._tables: set[str] = set()
         self.refused: str | None = None
-        """Reason of a refusal."""
         self.revision: str | None = None
-        """Revision that runs now."""
         self.committed = ""
-        """Note about revisions that ran outside a transaction and therefore can't be undone."""
-
-    @property
-    def is_sqlite(self) -> bool:
-        """True if the database is a SQLite file."""
-        return self._connection.dialect.name == "sqlite"
 
     def count(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:
         """Count a statement that the current revision runs. Refuse a statement that would end the transaction."""
         self._statements += 1
         if _ENDS_TRANSACTION.match(statement):
-            self.refused = (
+            self.fail(
                 "it sends COMMIT or ROLLBACK, so a later failure could not be undone. Delete the statement; for a "
                 "statement that can't run in a transaction, use op.get_context().autocommit_block()"
             )
-            raise RevisionFailedError(self.refused)
+
+    def fail(self, reason: str) -> NoReturn:
+        """Raise an error, and keep its reason, because SQLAlchemy can replace the error."""
+        self.refused = reason
+        raise RevisionFailedError(reason)
 
     def refuse(self, table: str) -> None:
         """Remember that the revision tried to change one of homeagent's tables."""
@@ -306,26 +300,25 @@ class _Guard:
         """Store the id of the revision that begins, and prepare the method `check()`."""
         self.revision = revision
         self._tables = tables(self._connection)
-        if not self.is_sqlite:
-            self._before = _postgresql_state(self._connection, self._acknowledged)
+        self._before = _server_state(self._connection, self._acknowledged)
         self._statements = 0
 
     def check(self) -> None:
         """Raise an error if the revision changed homeagent's tables, or created a table with a reserved name."""
-        if not self.is_sqlite and self.refused is None:
-            after = _postgresql_state(self._connection, self._acknowledged)
+        if self.refused is None:
+            after = _server_state(self._connection, self._acknowledged)
             changed = sorted(name for name in self._before if self._before[name] != after.get(name))
             if changed:
                 self.refuse(changed[0])
+        if self.refused is not None:
+            self.fail(self.refused)
         created = tables(self._connection) - self._tables
         reserved = sorted(name for name in created if name.lower().startswith(RESERVED_PREFIX))
-        if reserved and self.refused is None:
-            self.refused = (
+        if reserved:
+            self.fail(
                 f"it creates the table {reserved[0]!r}, but names that begin with {RESERVED_PREFIX!r} are reserved for "
                 "homeagent's tables. Give the table another name"
             )
-        if self.refused is not None:
-            raise RevisionFailedError(self.refused)
         if self._outside is not None and self._left_transaction:
             # Commit the revision, because the statements that the revision ran outside the transaction cannot be
             # undone.
@@ -341,17 +334,16 @@ class _Guard:
     @contextmanager
     def _autocommit(self, outside: Outside) -> Iterator[None]:
         if self._statements:
-            self.refused = (
+            self.fail(
                 "it runs statements before its autocommit_block, and a failure in the block could not undo these "
                 "statements. Move the statements to an earlier revision"
             )
-            raise RevisionFailedError(self.refused)
         self.committed = " (the earlier revisions, and statements outside a transaction, stay)"
         self._left_transaction = True
         with outside():
             yield
         # Compare only the structure, because the COMMIT has reset the counters of written rows.
-        before, after = self._before, _postgresql_state(self._connection, self._acknowledged)
+        before, after = self._before, _server_state(self._connection, self._acknowledged)
         self._before = after
         changed = sorted(name for name in before if before[name][0] != after.get(name, ("", 0))[0])
         if changed:
@@ -368,7 +360,8 @@ def revision_guard(
     raw: Any = connection.connection.driver_connection
     event.listen(connection, "before_cursor_execute", guard.count)
     try:
-        with refuse_changes(raw, _PROTECTED, acknowledged, guard.refuse) if guard.is_sqlite else nullcontext():
+        is_sqlite = connection.dialect.name == "sqlite"
+        with refuse_changes(raw, _PROTECTED, acknowledged, guard.refuse) if is_sqlite else nullcontext():
             yield guard
     finally:
         event.remove(connection, "before_cursor_execute", guard.count)
@@ -393,6 +386,8 @@ _STATE = text(
 )
 
 
-def _postgresql_state(connection: Connection, acknowledged: frozenset[str]) -> dict[str, tuple[str, int]]:
+def _server_state(connection: Connection, acknowledged: frozenset[str]) -> dict[str, tuple[str, int]]:
+    if connection.dialect.name == "sqlite":
+        return {}
     parameters = {"names": list(_PROTECTED), "acknowledged": list(acknowledged)}
     return {name: (structure, written) for name, structure, written in connection.execute(_STATE, parameters)}

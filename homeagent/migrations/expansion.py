@@ -16,8 +16,8 @@ The line in the revision's module declares that code for revision a7 and later w
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
@@ -39,19 +39,18 @@ _LATER = "keep it until no process uses it, and then drop it in a revision that 
 _NEW_COLUMN = "add another column instead"
 _IN_CODE = "check the rows in the application instead, or show by a test that old code works, and accept the name"
 
+# Problem of a removed part, by the kind of the part. Old code works without a foreign key or a trigger.
+_REMOVED = {
+    "table": f"{{table}} is dropped or renamed: {_LATER}",
+    "column": f"{{table}}.{{name}} is dropped or renamed: {_LATER}",
+    "check": f"CHECK {{name}} of {{table}} is dropped, and old code can read a value that it does not know: {_LATER}",
+    "unique": f"{{table}} loses unique {{name}}, which old code's upserts need: {_LATER}",
+}
 
-@dataclass(frozen=True)
-class _Table:
-    columns: Mapping[str, Mapping[str, Any]]
-    checks: Mapping[str, str]
-    uniques: frozenset[tuple[str, ...]]
-    references: frozenset[tuple[Any, ...]]
-    primary_key: tuple[str, ...]
-    triggers: frozenset[str]
-
-
-Structure = Mapping[str, _Table]
-"""The tables and views of a database, by name."""
+Structure = Mapping[tuple[str, str, Any], Any]
+"""The parts of a schema. The key of a part consists of its kind, the name of its table or view, and its own name. A
+unique constraint and a foreign key have their columns instead of a name.
+"""
 
 
 def check_expansion(
@@ -75,7 +74,7 @@ def check_expansion(
         engine, revision = open_step(step), str(step.head)
         try:
             with engine.connect() as connection:
-                new = {name: table for name, table in structure(connection).items() if name not in homeagents}
+                new = {part: fact for part, fact in structure(connection).items() if part[1] not in homeagents}
         finally:
             engine.close()
         oldest: str | None = getattr(loaded(step.scripts[revision].file), "oldest_revision", None)
@@ -91,7 +90,6 @@ def check_expansion(
 
 
 def _steps(application: Application) -> Iterator[Application]:
-    """For each revision, oldest first, yield the application with the revisions up to this revision."""
     scripts = application.scripts
     graph = {revision: {*script.parents, *script.dependencies} for revision, script in scripts.items()}
     try:
@@ -107,31 +105,20 @@ def structure(connection: Connection) -> Structure:
     """Read the tables and views of the current schema."""
     with connection.begin():
         inspector = inspect(connection)
-        triggers = _triggers(connection)
-        return {
-            name: _Table(
-                columns={str(column["name"]): dict(column) for column in inspector.get_columns(name)},
-                checks={
-                    str(check["name"] or check["sqltext"]): " ".join(str(check["sqltext"]).split())
-                    for check in inspector.get_check_constraints(name)
-                },
-                uniques=frozenset(
-                    tuple(str(column) for column in unique["column_names"]) for unique in _uniques(inspector, name)
-                ),
-                references=frozenset(
-                    (tuple(key["constrained_columns"]), key["referred_table"], tuple(key["referred_columns"]))
-                    for key in inspector.get_foreign_keys(name)
-                ),
-                primary_key=tuple(inspector.get_pk_constraint(name)["constrained_columns"]),
-                triggers=frozenset(trigger for table, trigger in triggers if table == name),
-            )
-            for name in (*inspector.get_table_names(), *inspector.get_view_names())
-        }
-
-
-def _uniques(inspector: Any, table: str) -> list[Any]:
-    indexes = (index for index in inspector.get_indexes(table) if index["unique"])
-    return [*inspector.get_unique_constraints(table), *indexes]
+        parts: dict[tuple[str, str, Any], Any] = {("trigger", *trigger): None for trigger in _triggers(connection)}
+        for table in (*inspector.get_table_names(), *inspector.get_view_names()):
+            parts["table", table, ""] = inspector.get_pk_constraint(table)["constrained_columns"]
+            for column in inspector.get_columns(table):
+                parts["column", table, column["name"]] = column
+            for check in inspector.get_check_constraints(table):
+                parts["check", table, str(check["name"] or check["sqltext"])] = " ".join(check["sqltext"].split())
+            uniques: list[Any] = [index for index in inspector.get_indexes(table) if index["unique"]]
+            for unique in (*uniques, *inspector.get_unique_constraints(table)):
+                parts["unique", table, tuple(map(str, unique["column_names"]))] = None
+            for key in inspector.get_foreign_keys(table):
+                reference = (tuple(key["constrained_columns"]), key["referred_table"], tuple(key["referred_columns"]))
+                parts["reference", table, reference] = None
+        return parts
 
 
 def _triggers(connection: Connection) -> set[tuple[str, str]]:
@@ -147,53 +134,52 @@ def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Ite
 
     The check accepts a new CHECK constraint or trigger whose name is in `accepted=[…]`.
     """
-    for name, before in old.items():
-        if name not in new:
-            yield f"{name} is dropped or renamed: {_LATER}"
-        else:
-            yield from _breaks_of_table(name, before, new[name], accepted)
+    for part in sorted(old):
+        kind, table, name = part
+        if part in new:
+            yield from _breaks_of_change(part, old, new)
+        elif kind in _REMOVED and (kind == "table" or ("table", table, "") in new):
+            yield _REMOVED[kind].format(table=table, name=name)
+    for part in sorted(new.keys() - old.keys()):
+        kind, table, name = part
+        is_accepted = kind in ("check", "trigger") and name in accepted
+        if ("table", table, "") in old and not is_accepted:
+            yield from _breaks_of_addition(part, old, new)
 
 
-def _breaks_of_table(name: str, old: _Table, new: _Table, accepted: Container[str]) -> Iterator[str]:
-    for column, before in old.columns.items():
-        if column not in new.columns:
-            yield f"{name}.{column} is dropped or renamed: {_LATER}"
-        else:
-            yield from _breaks_of_column(f"{name}.{column}", before, new.columns[column])
-    added = new.columns.keys() - old.columns.keys()
-    for column in sorted(added):
-        given = any(new.columns[column].get(kind) is not None for kind in ("default", "computed", "identity"))
-        if not new.columns[column]["nullable"] and not given:
-            yield f"{name}.{column} is NOT NULL without a server default: add server_default, or allow NULL"
-    if new.primary_key != old.primary_key:
-        yield f"the primary key of {name} changes, which old code's upserts name: create another table instead"
-    yield from _breaks_of_checks(name, old, new, accepted)
-    for columns in sorted(new.uniques - old.uniques):
+def _columns(parts: Structure, table: str) -> set[str]:
+    return {name for kind, of, name in parts if (kind, of) == ("column", table)}
+
+
+def _breaks_of_addition(part: tuple[str, str, Any], old: Structure, new: Structure) -> Iterator[str]:
+    kind, table, name = part
+    added = _columns(new, table) - _columns(old, table)
+    if kind == "column":
+        column = new[part]
+        if not column["nullable"] and all(column.get(key) is None for key in ("default", "computed", "identity")):
+            yield f"{table}.{name} is NOT NULL without a server default: add server_default, or allow NULL"
+    elif kind == "check" and not _mentions_only_new(new[part], table, old, new):
+        yield f"CHECK {name} of {table} is new or changed, and old code can violate it: {_IN_CODE}"
+    elif kind == "unique":
         # Old code does not set a new nullable column. A unique index accepts several nulls.
-        free = any(
-            new.columns[column]["nullable"] and not new.columns[column]["default"] for column in added & {*columns}
-        )
-        if not free:
-            yield f"{name} gets unique {columns}, of which old code can write a duplicate: {_IN_CODE}"
-    for columns in sorted(old.uniques - new.uniques):
-        yield f"{name} loses unique {columns}, which old code's upserts need: {_LATER}"
-    for reference in sorted(new.references - old.references):
-        if not added & {*reference[0]}:
-            yield f"{name} gets a foreign key on {reference[0]}, which old code can violate: {_NEW_COLUMN}"
-    for trigger in sorted(new.triggers - old.triggers):
-        if trigger not in accepted:
-            yield f"{name} gets trigger {trigger}, which also runs for old code: {_IN_CODE}"
+        columns = [new["column", table, column] for column in added & {*name}]
+        if not any(column["nullable"] and not column["default"] for column in columns):
+            yield f"{table} gets unique {name}, of which old code can write a duplicate: {_IN_CODE}"
+    elif kind == "reference" and not added & {*name[0]}:
+        yield f"{table} gets a foreign key on {name[0]}, which old code can violate: {_NEW_COLUMN}"
+    elif kind == "trigger":
+        yield f"{table} gets trigger {name}, which also runs for old code: {_IN_CODE}"
 
 
-def _breaks_of_checks(name: str, old: _Table, new: _Table, accepted: Container[str]) -> Iterator[str]:
-    added = new.columns.keys() - old.columns.keys()
-    for check, condition in new.checks.items():
-        if check not in old.checks and check in accepted:
-            continue
-        if old.checks.get(check) != condition and not _mentions_only(condition, added, old.columns.keys()):
-            yield f"CHECK {check} of {name} is new or changed, and old code can violate it: {_IN_CODE}"
-    for check in old.checks.keys() - new.checks.keys():
-        yield f"CHECK {check} of {name} is dropped, and old code can read a value that it does not know: {_LATER}"
+def _breaks_of_change(part: tuple[str, str, Any], old: Structure, new: Structure) -> Iterator[str]:
+    kind, table, name = part
+    before, after = old[part], new[part]
+    if kind == "column":
+        yield from _breaks_of_column(f"{table}.{name}", before, after)
+    elif kind == "table" and before != after:
+        yield f"the primary key of {table} changes, which old code's upserts name: create another table instead"
+    elif kind == "check" and before != after and not _mentions_only_new(after, table, old, new):
+        yield f"CHECK {name} of {table} is new or changed, and old code can violate it: {_IN_CODE}"
 
 
 def _breaks_of_column(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -213,6 +199,7 @@ def _breaks_of_column(name: str, old: Mapping[str, Any], new: Mapping[str, Any])
         yield f"{name} changes its type from {before} to {after}: {_NEW_COLUMN}"
 
 
-def _mentions_only(condition: str, added: Set[str], old: Set[str]) -> bool:
+def _mentions_only_new(condition: str, table: str, old: Structure, new: Structure) -> bool:
     words = set(re.findall(r"\w+", re.sub(r"'[^']*'", "", condition)))
-    return bool(words & added) and not words & old
+    before = _columns(old, table)
+    return bool(words & (_columns(new, table) - before)) and not words & before

@@ -169,7 +169,6 @@ def _set_for_revisions(connection: Connection, left: int) -> None:
 def _make_or_upgrade(
     engine: PostgreSQLEngine, connection: Connection, deadline: float, application: Application
 ) -> None:
-    """Create or upgrade the schema in the current transaction, unless another host has done so already."""
     left = max(1, int((deadline - monotonic()) * 1000))
     connection.execute(text(f"SET LOCAL lock_timeout = {left}"))
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})

@@ -99,7 +99,6 @@ def alembic_config(connection: Connection | None = None) -> Config:
 
 
 def _scripts() -> list[ModuleType]:
-    """Load a new module for each revision, and return the modules with the oldest first."""
     found = sorted((script_directory() / "versions").iterdir(), key=lambda file: file.name)
     return [loaded(file) for file in found if file.name.endswith(".py")]
 

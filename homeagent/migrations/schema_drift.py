@@ -141,7 +141,6 @@ def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
 
 
 def _name(name: str) -> str:
-    """Return the name of a table, an index or a trigger, quoted for SQL if necessary."""
     return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
 
 
@@ -149,8 +148,6 @@ def _name(name: str) -> str:
 
 
 class _Expected(NamedTuple):
-    """The schema of a revision: its tables by name, and the normalised SQL text of its triggers and views by name."""
-
     tables: _Tables
     others: dict[str, str]
 
@@ -257,7 +254,6 @@ def _plain(sql: str) -> str:
 
 
 def _clauses(body: str) -> Iterator[str]:
-    """Split the definition of a table at each comma that is not inside parentheses or a quoted text."""
     depth, start, quoted = 0, 0, False
     for place, character in enumerate(body):
         if character == "'":
@@ -353,7 +349,6 @@ def _postgresql_tables(connection: Connection) -> _Tables:
 
 
 def _modelled(connection: Connection, table: Table) -> dict[str, _Part]:
-    """Describe the columns, constraints and indexes of a model's table as PostgreSQL's catalogue describes them."""
     dialect = connection.dialect
     parts = {}
     for column in table.columns:

@@ -182,7 +182,6 @@ def _check_owners(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _planted(path: Path, files: Files) -> list[Path]:
-    """Return files with an untrusted owner, next to the database and in the directory of its last backup."""
     owners = backup_owners(path)
     last = remembered_backup(path)
     if last is not None and last.parent != path.parent:

@@ -176,7 +176,6 @@ def _pages(described: Table, connection: Connection, *, undecoded: bool) -> Iter
 
 
 def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
-    """Return a function that describes the problem of a stored value of this column, or returns None."""
     problem = problem_of_stored(described)
     load = getattr(described.type, "process_result_value", None)
 

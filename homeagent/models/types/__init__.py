@@ -14,7 +14,7 @@ from homeagent.models.types.json_text import (
     decode_json,
     encode_json,
 )
-from homeagent.models.types.limits import MAX_LIMIT, check_limit
+from homeagent.models.types.limits import MAX_LIMIT, check_limit, check_names
 from homeagent.models.types.own_columns import choose_column_type
 from homeagent.models.types.stored_values import UNREADABLE, naming_column, problem_of_stored, unreadable, unreadable_in
 from homeagent.models.types.text import (

@@ -1,6 +1,8 @@
-"""Limit of the number of rows that a caller can request."""
+"""Checks of arguments: the number of rows that a caller can request, and collections of names."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from homeagent.errors import InvalidArgumentError
 
@@ -12,3 +14,10 @@ def check_limit(value: int, what: str = "limit") -> int:
     if type(value) is not int or not 1 <= value <= MAX_LIMIT:
         raise InvalidArgumentError(f"{what} must be a whole number from 1 to {MAX_LIMIT:,}")
     return value
+
+
+def check_names(names: Collection[str], what: str, example: str) -> frozenset[str]:
+    """Return the names of a collection. Raise InvalidArgumentError for a text, and for names that are not texts."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise InvalidArgumentError(f"{what} must be a collection of names, such as ['{example}']")
+    return frozenset(names)
