@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -146,12 +146,13 @@ def _connection(
         with scratch_database(application) as connection:
             yield connection
     else:
-        engine = open_engine(target, metadata=metadata)
-        try:
-            with _upgrade_lock(engine), engine.connect() as connection, _without_foreign_keys(connection):
-                yield connection
-        finally:
-            engine.close()
+        with (
+            closing(open_engine(target, metadata=metadata)) as engine,
+            _upgrade_lock(engine),
+            engine.connect() as connection,
+            _without_foreign_keys(connection),
+        ):
+            yield connection
 
 
 def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:

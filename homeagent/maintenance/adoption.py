@@ -120,12 +120,9 @@ def preview_adoption(
     del target
     application, where = _application(migrations, acknowledged), resolve_target(given)
     if where.url is not None:
-        engine = PostgreSQLEngine(where.url, busy_timeout=busy_timeout)
-        try:
-            with engine.translated(), engine.connect() as connection, connection.begin():
-                return _examine(connection, application, where.location)
-        finally:
-            engine.close()
+        server = PostgreSQLEngine(where.url, busy_timeout=busy_timeout)
+        with closing(server), server.translated(), server.connect() as connection, connection.begin():
+            return _examine(connection, application, where.location)
     path = _path_of(where)
     state = inspect_file(path, is_database=False, repair=False)
     if state is None or state.st_size == 0:
@@ -133,7 +130,10 @@ def preview_adoption(
     for sidecar in sidecars(path):
         inspect_file(sidecar, is_database=False, repair=False)
     if look_at(sidecars(path)[2]) is not None:
-        _roll_back(path, busy_timeout)
+        # Let SQLite undo a transaction that a killed program left unfinished.
+        file = SQLiteEngine(path, busy_timeout=busy_timeout, durability="full")
+        with closing(file), file.translated(), closing(file.open_source()) as raw:
+            raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
     with inspect_sqlite(path, watch=Stopwatch(None)) as connection:
         report = _examine(connection, application, where.location)
         if report is not None and report.application_id != APPLICATION_ID:
@@ -221,10 +221,17 @@ def _examine(connection: Connection, application: Application, location: str) ->
         key = _FIRST_TABLES[table][0]
         query = f"SELECT count(*), count({key}) FROM {table}"  # noqa: S608  constants
         rows, converted[table] = connection.execute(text(query)).one()
+        name = f"{table}_without_key"
+        while name in found:
+            name += "_"
         if rows > converted[table]:
-            moved[_free_name(f"{table}_without_key", found)] = rows - converted[table]
-    if old:
-        _refuse_orphans(connection, location)
+            moved[name] = rows - converted[table]
+    for (child, parent), orphans in broken_references(connection).items() if old else ():
+        if child in _FIRST_TABLES:
+            raise ForeignDatabaseError(
+                f"{orphans:,} rows of {child} in {location} refer to rows of {parent} that do not exist: create the "
+                "missing rows, or delete the rows that refer to them. Nothing was changed"
+            )
     return AdoptionReport(
         location=location,
         tables=count_rows(
@@ -237,30 +244,6 @@ def _examine(connection: Connection, application: Application, location: str) ->
     )
 
 
-def _roll_back(path: Path, timeout: timedelta) -> None:
-    engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
-    try:
-        with engine.translated(), engine.driver_connection() as raw:
-            raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
-    finally:
-        engine.close()
-
-
-def _free_name(name: str, taken: Collection[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name
-
-
-def _refuse_orphans(connection: Connection, location: str) -> None:
-    for (child, parent), rows in broken_references(connection).items():
-        if child in _FIRST_TABLES:
-            raise ForeignDatabaseError(
-                f"{rows:,} rows of {child} in {location} refer to rows of {parent} that do not exist: create the "
-                "missing rows, or delete the rows that refer to them. Nothing was changed"
-            )
-
-
 def _adopt_file(
     path: Path, report: AdoptionReport, application: Application, clock: Clock, timeout: timedelta
 ) -> AdoptionReport:
@@ -268,8 +251,7 @@ def _adopt_file(
     with sidecar_lock(path, timeout=timeout):
         with kept_from_sqlite(path):
             pass  # SQLite loses the locks when it closes the file, so the block only checks for other programs.
-        engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
-        try:
+        with closing(SQLiteEngine(path, busy_timeout=timeout, durability="full")) as engine:
             with engine.translated(), engine.driver_connection() as raw:
                 # Without a WAL, the commit writes the application id to the file itself.
                 raw.execute("PRAGMA journal_mode=DELETE")
@@ -290,8 +272,6 @@ def _adopt_file(
                     verify_upgrade(connection, broken, attempt.backup)
                     refuse_changed_schema(connection, REVISION, quoted(path), application.acknowledged)
                     connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
-        finally:
-            engine.close()
     return report.model_copy(update={"backup": attempt.backup})
 
 

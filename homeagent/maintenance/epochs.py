@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -83,8 +84,7 @@ def begin_epoch(
 def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None) -> int:
     if not os.path.lexists(path):
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
-    engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
-    try:
+    with closing(SQLiteEngine(path, busy_timeout=timeout, durability="full")) as engine:
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
@@ -96,14 +96,11 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
                     known = epoch_of_marker(lock.read_marker())
                     epoch = _advance(connection, now, at_least=known, expected=expected)
                 lock.write_marker(marker_of_epoch(epoch))
-    finally:
-        engine.close()
     return epoch
 
 
 def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None) -> int:
-    engine = PostgreSQLEngine(url, busy_timeout=timeout)
-    try:
+    with closing(PostgreSQLEngine(url, busy_timeout=timeout)) as engine:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
             # A session that connects after the count waits for the lock before it reads the epoch.
@@ -115,8 +112,6 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
                     "stop the gateways first"
                 )
             return _advance(connection, now, at_least=0, expected=expected)
-    finally:
-        engine.close()
 
 
 def _advance(connection: Connection, now: datetime, *, at_least: int, expected: int | None) -> int:

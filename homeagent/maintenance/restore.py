@@ -126,7 +126,9 @@ def restore(
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
         with alone(database, timeout=busy_timeout) as lock:
-            marker = _marker(database, busy_timeout)
+            # Release this lock after reading the marker, because other processes take the in-use lock first.
+            with sidecar_lock(database, timeout=busy_timeout) as sidecar:
+                marker = sidecar.read_marker()
             _refuse_target(database, marker)
             old_epoch, before = _read_old_database(database)
             _refuse_other_epoch(database, old_epoch, expected_epoch)
@@ -146,6 +148,7 @@ def restore(
         staged.epoch,
         extra={"event": "restored", "path": str(database), "backup": str(source), "epoch": staged.epoch},
     )
+    readmitted, old_secret = _compared(before, staged.devices)
     return RestoreReport(
         database=database,
         backup=source,
@@ -156,8 +159,8 @@ def restore(
         upgraded_from=staged.upgraded_from,
         schema_revision=staged.revision,
         rows=staged.rows,
-        readmitted_devices=_readmitted(before, staged.devices),
-        old_secret_devices=_with_old_secret(before, staged.devices),
+        readmitted_devices=readmitted,
+        old_secret_devices=old_secret,
     )
 
 
@@ -186,20 +189,14 @@ def _read_old_database(database: Path) -> tuple[int, Devices | None]:
         discard(copy)
 
 
-_UNKNOWN_DEVICE = (None, "")
-
-
-def _readmitted(before: Devices | None, now: Devices) -> list[str] | None:
+def _compared(before: Devices | None, now: Devices) -> tuple[list[str] | None, list[str] | None]:
+    """Return the ids of devices that are approved anew or in another role, and of devices with an older secret."""
     if before is None:
-        return None
-    return sorted(name for name, (role, _) in now.items() if role not in (None, before.get(name, _UNKNOWN_DEVICE)[0]))
-
-
-def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
-    if before is None:
-        return None
-    both = [name for name, (role, _) in now.items() if role and before.get(name, _UNKNOWN_DEVICE)[0]]
-    return sorted(name for name in both if now[name][1] != before[name][1])
+        return None, None
+    approved = {name: (role, before.get(name, (None, ""))) for name, (role, _) in now.items() if role is not None}
+    readmitted = [name for name, (role, (old_role, _)) in approved.items() if role != old_role]
+    old_secret = [name for name, (_, (old_role, hashed)) in approved.items() if old_role and hashed != now[name][1]]
+    return sorted(readmitted), sorted(old_secret)
 
 
 # The arguments
@@ -207,24 +204,15 @@ def _with_old_secret(before: Devices | None, now: Devices) -> list[str] | None:
 
 def check_paths(backup: str | os.PathLike[str], target: Given) -> tuple[Path, Path, Manifest | None]:
     """Check the backup's path and the target's path. Return the two paths and the manifest of the backup."""
-    database = _target(target)
-    source = _source(backup, database)
-    return source, database, read_manifest(source, database)
-
-
-def _target(target: Given) -> Path:
     where = resolve_target(target)
     if where.url is not None:
         raise InvalidArgumentError(
             "homeagent can't restore a PostgreSQL database: use pg_restore, or a base backup and the archive of the "
             "write-ahead log, then follow docs/how-to/back-up-and-restore.md"
         )
-    if where.path is None:
+    database = where.path
+    if database is None:
         raise InvalidArgumentError("a temporary database is removed when it is closed: name the file to restore to")
-    return where.path
-
-
-def _source(backup: str | os.PathLike[str], database: Path) -> Path:
     refuse_address(backup)
     source = locate_file(backup)
     status = look_at(source)
@@ -235,7 +223,7 @@ def _source(backup: str | os.PathLike[str], database: Path) -> Path:
     refuse_insecure(source, status, backup_owners(database))
     if os.path.lexists(database) and source.samefile(database):
         raise InvalidArgumentError(f"{quoted(source)} is the database itself: name one of its backups")
-    return source
+    return source, database, read_manifest(source, database)
 
 
 @contextmanager
@@ -274,12 +262,6 @@ def _check_header(source: Path, database: Path, manifest: Manifest | None) -> No
 
 
 # The target
-
-
-def _marker(database: Path, timeout: timedelta) -> str | None:
-    # Release the lock after reading the marker, because other processes take the in-use lock before the sidecar lock.
-    with sidecar_lock(database, timeout=timeout) as lock:
-        return lock.read_marker()
 
 
 def _identify_target(database: Path) -> None:

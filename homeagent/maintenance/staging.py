@@ -98,8 +98,7 @@ def stage(
     try:
         _copy(source, new, manifest, database=database)
         secure_sidecars(new)  # SQLite must not replay another user's journal
-        engine = SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")
-        try:
+        with closing(SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")) as engine:
             with translated(engine.driver_errors, lambda error: _restore_error(error, source)):
                 found = _verify(engine, source, manifest)
                 with engine.reading() as connection:
@@ -111,8 +110,6 @@ def stage(
                     connection.execute(update(store_table).values(epoch=epoch, restored_at=restored_at))
                     revision = revision_of(connection)
                     devices = devices_of(connection.connection.driver_connection)
-        finally:
-            engine.close()
             lock_path(new).unlink(missing_ok=True)
         _require_single_file(new)
     except BaseException:

@@ -242,11 +242,19 @@ class Sweeper:
                 )
             else:
                 if report.deleted:
-                    facts = report.model_dump(exclude={"skipped", "constraints"})
                     logger.info(
-                        "swept %(nonces)d nonce(s), %(idempotency_keys)d idempotency key(s), %(pending_devices)d "
-                        "pending device(s) and %(device_changes)d device change(s)",
-                        facts,
-                        extra={"event": "swept", **facts},
+                        "swept %d nonce(s), %d idempotency key(s), %d pending device(s) and %d device change(s)",
+                        report.nonces,
+                        report.idempotency_keys,
+                        report.pending_devices,
+                        report.device_changes,
+                        extra={
+                            "event": "swept",
+                            "nonces": report.nonces,
+                            "idempotency_keys": report.idempotency_keys,
+                            "pending_devices": report.pending_devices,
+                            "device_changes": report.device_changes,
+                            "more": report.more,
+                        },
                     )
             stop.wait(self._every)

@@ -155,7 +155,7 @@ def test_a_schema_changed_by_hand(url: str) -> None:
         for statement, severity, named in DRIFTS:
             transaction = connection.begin()
             connection.exec_driver_sql(statement)
-            collector = Collector(datetime.now(UTC), thorough=False, watch=Stopwatch(None))
+            collector = Collector(datetime.now(UTC), frozenset(), thorough=False, watch=Stopwatch(None))
             check_store(collector, connection)
             transaction.rollback()
             finding = collector.findings["schema"]

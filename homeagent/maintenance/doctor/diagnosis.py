@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -22,14 +21,15 @@ from homeagent.maintenance.doctor.repair import repair
 from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair
 from homeagent.maintenance.doctor.sqlite import check_sqlite
 from homeagent.models.types import check_timestamp
-from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-OpenUnit = Callable[[], AbstractContextManager[UnitOfWork]]
+OpenUnit = Callable[[], AbstractContextManager[object]]
+
+_NO_READER: OpenUnit = nullcontext
 
 QUICK = timedelta(seconds=10)
 """Longest time for one check, unless the diagnosis is thorough."""
@@ -76,18 +76,18 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
     """Check a database that the calling process has open (see `Database.doctor()`). The caller passes a function that
     begins a read-only unit.
     """
-    target = Target(url=engine.sa_engine.url)
-    meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext
+    target, reader = Target(url=engine.sa_engine.url), _NO_READER
     if isinstance(engine, SQLiteEngine):
-        # While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
-        target, meanwhile = Target(path=engine.path), partial(_reading, read)
-    return _diagnose(target, clock, engine.acknowledged, thorough=thorough, fix=fix, engine=engine, meanwhile=meanwhile)
+        target, reader = Target(path=engine.path), read
+    return _diagnose(target, clock, engine.acknowledged, thorough=thorough, fix=fix, engine=engine, read=reader)
 
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
     """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without the unit, because
     a check of the doctor finds the cause.
+
+    While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
     """
     with ExitStack() as stack:
         try:
@@ -111,27 +111,21 @@ def _diagnose(
     thorough: bool,
     fix: bool,
     engine: Engine | None = None,
-    meanwhile: Callable[[], AbstractContextManager[None]] = nullcontext,
+    read: OpenUnit = _NO_READER,
 ) -> Diagnosis:
-    with meanwhile():
-        found = _check(target, clock, acknowledged, thorough=thorough)
+    def check(repairs: Sequence[Repair]) -> Diagnosis:
+        limit = None if thorough else QUICK
+        now = check_timestamp(clock(), "the clock's time")
+        collector = Collector(now, acknowledged, thorough=thorough, watch=Stopwatch(limit))
+        with _reading(read):
+            if target.path is not None:
+                collector.database_option = f" --database {shlex.quote(str(target.path))}"
+                check_sqlite(collector, target.path)
+            elif target.url is not None:
+                check_postgresql(collector, target.url, limit=limit)
+        kind = "postgresql" if target.path is None else "sqlite"
+        return collector.diagnosis(location=target.location, engine=kind, repairs=repairs)
+
+    found = check(())
     repairs = repair(found, target, clock=clock, engine=engine) if fix else []
-    if not repairs:
-        return found
-    with meanwhile():
-        return _check(target, clock, acknowledged, thorough=thorough, repairs=repairs)
-
-
-def _check(
-    target: Target, clock: Clock, acknowledged: frozenset[str], *, thorough: bool, repairs: Sequence[Repair] = ()
-) -> Diagnosis:
-    limit = None if thorough else QUICK
-    collector = Collector(check_timestamp(clock(), "the clock's time"), thorough=thorough, watch=Stopwatch(limit))
-    collector.acknowledged = acknowledged
-    if target.url is not None:
-        check_postgresql(collector, target.url, limit=limit)
-        return collector.diagnosis(location=target.location, engine="postgresql", repairs=repairs)
-    assert target.path is not None  # noqa: S101  `diagnose` refuses a temporary database
-    collector.database_option = f" --database {shlex.quote(str(target.path))}"
-    check_sqlite(collector, target.path)
-    return collector.diagnosis(location=target.location, engine="sqlite", repairs=repairs)
+    return check(repairs) if repairs else found

@@ -6,6 +6,7 @@ administrator has other tools for this task.
 
 from __future__ import annotations
 
+from contextlib import closing
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -33,30 +34,27 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
     if "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": _CONNECT_SECONDS})
     try:
-        engine = PostgreSQLEngine(url, busy_timeout=timedelta(seconds=5))
-        try:
-            with engine.connect() as connection:
-                raw: Any = connection.connection.driver_connection
-                with engine.translated():
-                    # The first query takes the snapshot. Use SET LOCAL, because a pooler gives the session to other
-                    # clients after the transaction.
-                    raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-                    patience = 0 if limit is None else int(limit.total_seconds() * 1000)
-                    for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):
-                        raw.execute(f"SET LOCAL {setting}")
-                name = connection.execute(text("SELECT current_database()")).scalar_one()
-                _check_path(collector, connection, name)
-                if engine.search_schema is not None:
-                    connection.execute(text(f"SET LOCAL {engine.search_schema}"))
-                with collector.attempt("durability", on=connection):
-                    _check_durability(collector, connection)
-                with collector.attempt("write_access", on=connection):
-                    _check_write_access(collector, connection)
-                check_store(collector, connection)
-                with engine.translated():
-                    raw.execute("ROLLBACK")
-        finally:
-            engine.close()
+        server = PostgreSQLEngine(url, busy_timeout=timedelta(seconds=5))
+        with closing(server) as engine, engine.connect() as connection:
+            raw: Any = connection.connection.driver_connection
+            with engine.translated():
+                # The first query takes the snapshot. Use SET LOCAL, because a pooler gives the session to other
+                # clients after the transaction.
+                raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+                patience = 0 if limit is None else int(limit.total_seconds() * 1000)
+                for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):
+                    raw.execute(f"SET LOCAL {setting}")
+            name = connection.execute(text("SELECT current_database()")).scalar_one()
+            _check_path(collector, connection, name)
+            if engine.search_schema is not None:
+                connection.execute(text(f"SET LOCAL {engine.search_schema}"))
+            with collector.attempt("durability", on=connection):
+                _check_durability(collector, connection)
+            with collector.attempt("write_access", on=connection):
+                _check_write_access(collector, connection)
+            check_store(collector, connection)
+            with engine.translated():
+                raw.execute("ROLLBACK")
     except HomeAgentError as error:
         remedy = "start the server, or correct the URL, the password or pg_hba.conf; read the server's log"
         collector.critical("database", f"{presentable_url(url)} can't be reached.", str(error), remedy, "pg_isready")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -124,12 +124,11 @@ def _remove_partials(path: Path, diagnosis: Diagnosis, done: list[Repair]) -> No
 
 
 def _switch_to_wal(path: Path, done: list[Repair]) -> None:
-    engine = SQLiteEngine(path, busy_timeout=timedelta(seconds=5), durability="full")
-    try:
-        with sidecar_lock(path, timeout=timedelta(seconds=5)):
-            engine.prepare_header()
-    finally:
-        engine.close()
+    with (
+        closing(SQLiteEngine(path, busy_timeout=timedelta(seconds=5), durability="full")) as engine,
+        sidecar_lock(path, timeout=timedelta(seconds=5)),
+    ):
+        engine.prepare_header()
     done.append(Repair(check="wal", action="switched the file to a write-ahead log"))
 
 

@@ -150,12 +150,11 @@ class Collector:
     summary of the worst finding comes first. The stopwatch interrupts a statement at the time limit.
     """
 
-    def __init__(self, now: datetime, *, thorough: bool, watch: Stopwatch) -> None:
+    def __init__(self, now: datetime, acknowledged: frozenset[str], *, thorough: bool, watch: Stopwatch) -> None:
         self.now = now
+        self.acknowledged = acknowledged
         self.thorough = thorough
         self.watch = watch
-        self.acknowledged: frozenset[str] = frozenset()
-        """Names of the application's triggers on homeagent's tables."""
         self.findings: dict[str, Finding] = {}
         self.not_checked: dict[str, str] = {}
         self.database_option = ""

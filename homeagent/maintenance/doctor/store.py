@@ -244,10 +244,7 @@ def _check_references(collector: Collector, connection: Connection) -> None:
 
 
 def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
-    """Yield the id and the right route key of each session with a wrong route key.
-
-    The right route key is computed from the agent, the sender and the channel of the session.
-    """
+    """Yield the id and the right route key of each session with a wrong route key."""
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
     # If two sessions have the same route, the session that was active last gets the route. Therefore the rows are
@@ -262,9 +259,7 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
 
 
 def _check_routes(collector: Collector, connection: Connection) -> None:
-    stale = 0
-    for _ in stale_routes(connection):
-        stale += 1
+    stale = sum(1 for _ in stale_routes(connection))
     collector.add(
         Severity.WARNING if stale else Severity.OK,
         "routes",
