@@ -207,7 +207,7 @@ def test_an_epoch_is_expected(store: Path, tmp_path: Path, monkeypatch: pytest.M
     assert invoke(*run, 0).exit_code == 0
     assert "has epoch 4, but epoch 0 was expected" in invoke(*run, 0).stderr
     with monkeypatch.context() as patch:  # a busy database may be sound
-        patch.setattr("homeagent.cli.restore.open_named", mock.Mock(side_effect=DatabaseBusyError("it is busy")))
+        patch.setattr("homeagent.cli.backup.open_named", mock.Mock(side_effect=DatabaseBusyError("it is busy")))
         assert "it is busy" in invoke(*run, 0).stderr
     store.write_bytes(b"\xff" * 8192)
     absent = tmp_path / "other" / "absent.db"

@@ -1,15 +1,26 @@
-"""The command `homeagent backup`, which makes a verified copy while other processes write."""
+"""The commands `homeagent backup`, `homeagent restore` and `homeagent begin-epoch`."""
 
 from __future__ import annotations
 
+import os
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import app, open_named
-from homeagent.cli.arguments import argument
-from homeagent.cli.output import count, print_result
-from homeagent.cli.progress import shown_progress
+from homeagent.cli.application import app, confirm, open_named, target_of
+from homeagent.cli.arguments import AcknowledgeOption, YesOption, argument, option
+from homeagent.cli.operator_texts import operator_text
+from homeagent.cli.output import count, format_timestamp, print_facts, print_result, shown_progress
+from homeagent.cli.rows import require_expected
+from homeagent.cli.visible_text import escape_words, identity, quoted
+from homeagent.database import Database
+from homeagent.engine.sqlite.manifests import Manifest, manifest_path, read_manifest
+from homeagent.environment import BUSY_TIMEOUT, busy_timeout_or_default
+from homeagent.errors import DatabaseBusyError, DatabaseError
+from homeagent.maintenance import DatabaseStatus, RestoreReport
+from homeagent.maintenance.restore import check_paths
 from homeagent.models.types import MAX_LIMIT
 
 
@@ -44,8 +55,6 @@ def backup(
     The copy gets its final name only after the command has verified it. The manifest is the file next to the backup
     whose name ends in .json. The manifest records time, revision, rows, size and SHA-256.
     """
-    from homeagent.engine.sqlite.manifests import manifest_path, read_manifest
-
     with open_named(context) as opened, shown_progress(context, "copying and verifying"):
         made = opened.backup(destination, keep=keep, replace=replace)
     manifest = read_manifest(made)
@@ -53,3 +62,131 @@ def backup(
     size = "" if manifest is None else f", {count(manifest.size, 'byte')}"
     values = {"backup": str(made), "manifest": str(manifest_path(made)), **facts}
     print_result(context, values, f"Backed up to {made}{size}, verified.")
+
+
+@app.command()
+def restore(
+    context: typer.Context,
+    backup: Annotated[str, argument(metavar="BACKUP", help="Backup to restore. The backup does not change.")],
+    acknowledge: AcknowledgeOption = None,
+    epoch: Annotated[
+        int | None,
+        option(
+            metavar="NUMBER",
+            help="Refuse the restore if the database has another epoch. For a database that is absent or cannot be "
+            "opened, pass 0.",
+        ),
+    ] = None,
+    yes: YesOption = False,
+) -> None:
+    """Replace the database by a backup, and keep the old database in quarantine.
+
+    First stop the gateway, and check that the system's clock is right. The command verifies the backup and begins a
+    new epoch. After a restore, gateways refuse messages that were signed before the restore. The command shows the
+    database and the backup, and asks for a confirmation. The option --yes needs --epoch.
+    """
+    source_of_epoch = "as 'status --json' prints it, or 0 if the database is absent or cannot be opened"
+    require_expected(yes=yes, option="--epoch", value=epoch, source=source_of_epoch)
+    if not yes or epoch == 0:
+        source, database, manifest = check_paths(backup, target_of(context))
+        seen = _status(context)
+        show = partial(print_facts, _facts(source, manifest, database, seen).items(), error=True)
+        confirm(context, "Replace this database by this backup?", yes=yes, show=show)
+        if isinstance(seen, DatabaseStatus):
+            epoch = seen.epoch if epoch is None else epoch
+        elif not os.path.lexists(database):
+            epoch = epoch or 0
+        else:
+            epoch = epoch or None  # `Database.restore` can read the epoch of many files that cannot be opened
+    with shown_progress(context, "verifying and restoring"):
+        report = Database.restore(
+            backup,
+            target_of(context),
+            acknowledged=acknowledge or (),
+            busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT),
+            expected_epoch=epoch,
+        )
+    print_result(context, report.model_dump(mode="json"), lambda: _print(report))
+
+
+def _status(context: typer.Context) -> DatabaseStatus | DatabaseError:
+    try:
+        with open_named(context) as opened:
+            return opened.status()
+    except DatabaseBusyError:
+        raise  # a busy database need not be damaged
+    except DatabaseError as error:
+        return error
+
+
+def _facts(
+    source: Path, manifest: Manifest | None, database: Path, seen: DatabaseStatus | DatabaseError
+) -> dict[str, str]:
+    facts = {"Database": identity(str(database))}
+    if isinstance(seen, DatabaseStatus):
+        facts |= {"Epoch": str(seen.epoch), "Devices": f"{seen.rows['devices']:,}"}
+    elif os.path.lexists(database):
+        facts["State"] = escape_words(f"cannot be opened: {operator_text(str(seen))}")
+    else:
+        facts["State"] = "absent"
+    facts["Backup"] = identity(str(source))
+    if manifest is None:
+        return facts | {"Manifest": "absent"}
+    return facts | {
+        "Taken at": format_timestamp(manifest.taken_at),
+        "Schema revision": str(manifest.schema_revision),
+        "Devices in backup": f"{manifest.rows.get('devices', 0):,}",
+    }
+
+
+def _print(report: RestoreReport) -> None:
+    typer.echo(f"Restored {report.database} from {report.backup}: epoch {report.epoch} begins.")
+    if report.taken_at is not None:
+        typer.echo(f"The backup holds the state of {format_timestamp(report.taken_at)}.")
+    if report.kept_aside is not None:
+        typer.echo(f"The old database is kept in {report.kept_aside}.")
+    if report.readmitted_devices is None:
+        typer.echo(
+            "The devices revoked since the backup are unknown: check each device of 'devices list --status approved'."
+        )
+    for device_id in report.readmitted_devices or ():
+        typer.echo(
+            f"{quoted(device_id)} has an approval or a role again that it had lost since the backup: "
+            "check or revoke it."
+        )
+    for device_id in report.old_secret_devices or ():
+        typer.echo(f"{quoted(device_id)} has an older secret again: rotate the secret.")
+
+
+@app.command()
+def begin_epoch(
+    context: typer.Context,
+    epoch: Annotated[
+        int | None, option(metavar="NUMBER", help="Refuse the change if the database has another epoch.")
+    ] = None,
+    yes: YesOption = False,
+) -> None:
+    """Begin a new epoch after the database was restored by other means than 'homeagent restore'.
+
+    Run the command, for example, after the tools of a server or a snapshot of a disk restored the database. Stop the
+    gateways first. In the new epoch, gateways refuse messages that were signed before the epoch began. The beginning of
+    an epoch cannot be undone, so the command shows the current epoch and asks for a confirmation. The option --yes
+    needs --epoch.
+    """
+    require_expected(yes=yes, option="--epoch", value=epoch, source="as 'status --json' prints it")
+    if not yes:
+        with open_named(context) as opened:
+            seen = opened.status()
+        facts = {
+            "Database": identity(seen.location),
+            "Epoch": str(seen.epoch),
+            "Restored at": format_timestamp(seen.restored_at),
+        }
+        show = partial(print_facts, facts.items(), error=True)
+        confirm(context, "Begin a new epoch of this database?", yes=False, show=show)
+        epoch = seen.epoch if epoch is None else epoch
+    report = Database.begin_epoch(
+        target_of(context), busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT), expected_epoch=epoch
+    )
+    text = f"Epoch {report.epoch} of {report.location} begins at {format_timestamp(report.restored_at)}."
+    print_result(context, report.model_dump(mode="json"), text)

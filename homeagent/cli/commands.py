@@ -8,8 +8,8 @@ from typing import Any
 import typer
 
 # The imports stay unsorted and look unused, because each import adds commands in the order of the help.
-from homeagent.cli import schema, migrations, status, doctor, sweep, backup, restore, copy  # isort: skip  # noqa: F401
-from homeagent.cli import devices, agents, sessions, keys, nonces, config  # isort: skip  # noqa: F401
+from homeagent.cli import schema, migrations, status, doctor, sweep, backup, copy  # isort: skip  # noqa: F401
+from homeagent.cli import devices, agents, sessions, keys  # isort: skip  # noqa: F401
 from homeagent.cli.application import app
 
 command: Any = typer.main.get_command(app)

@@ -9,8 +9,7 @@ import typer
 from homeagent.cli.application import WithoutDatabase, app
 from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, argument, option
 from homeagent.cli.migrations import import_tables
-from homeagent.cli.output import count, print_result
-from homeagent.cli.progress import shown_progress
+from homeagent.cli.output import count, print_result, shown_progress
 from homeagent.database import Database
 from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError

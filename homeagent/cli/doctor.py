@@ -8,8 +8,7 @@ import typer
 
 from homeagent.cli.application import app, target_of
 from homeagent.cli.arguments import AcknowledgeOption
-from homeagent.cli.output import print_facts, print_result
-from homeagent.cli.progress import shown_progress
+from homeagent.cli.output import print_facts, print_result, shown_progress
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor import Diagnosis, Finding, Severity, diagnose

@@ -1,4 +1,4 @@
-"""Commands of the group `homeagent keys`: list and settle the abandoned attempts of idempotency keys."""
+"""Commands of the groups `homeagent keys` and `homeagent nonces`: settle abandoned attempts, and release nonces."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import typer
 
 from homeagent.cli import arguments
 from homeagent.cli.application import group, open_named
-from homeagent.cli.output import print_list, print_result, print_table
+from homeagent.cli.output import count, print_list, print_result, print_table
 from homeagent.cli.rows import change_shown, json_argument, require_expected
+from homeagent.cli.visible_text import quoted
 from homeagent.errors import NotFoundError
 from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyScope, IdempotencyState
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
@@ -128,3 +129,18 @@ def _settle(
         )
     text = done if changed else "This key has no abandoned attempt: nothing to do."
     print_result(context, {"changed": changed}, text)
+
+
+nonces: typer.Typer = group("nonces", help="Release the nonces of a device that is at its limit.")
+
+
+@nonces.command("forget")
+def forget_nonces(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
+    """Stop counting a device's stored nonces against the limit of the device.
+
+    First configure the gateway to keep nonces for a shorter time. The rows stay until the nonces expire, so a message
+    with a released nonce is still refused as a replay.
+    """
+    with open_named(context) as opened:
+        released = opened.nonces.forget(device_id)
+    print_result(context, {"released": released}, f"Released {count(released, 'nonce')} of {quoted(device_id)}.")

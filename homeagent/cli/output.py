@@ -9,14 +9,19 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from textwrap import wrap
+from typing import TYPE_CHECKING
 
 import typer
 
 from homeagent.cli.arguments import Format
 from homeagent.cli.visible_text import identity
+
+if TYPE_CHECKING:
+    from homeagent.maintenance.copy_store import CopyProgress
 
 _LEAST = 24  # least width of the column for a long text
 
@@ -152,3 +157,35 @@ def format_timestamp(value: datetime | None) -> str:
 def count(number: int, noun: str) -> str:
     """Return a number and a noun, with a plural s if the number is not 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+@contextmanager
+def shown_progress(
+    context: typer.Context, activity: str | None = None
+) -> Iterator[Callable[[CopyProgress], object] | None]:
+    """Show progress bars while the block runs. Return the function that a copy calls to report progress, or None if no
+    bar is shown.
+
+    Args:
+        context: context of the command.
+        activity: description of work whose end is unknown. The bar of the work moves until the block ends.
+    """
+    if context.obj.as_json or sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    # Import lazily, because most commands draw no progress bar.
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TaskID
+
+    bars: dict[str, TaskID] = {}
+    columns = [*Progress.get_default_columns(), *([MofNCompleteColumn()] if activity is None else [])]
+    with Progress(*columns, console=Console(stderr=True), transient=activity is not None) as shown:
+        if activity is not None:
+            shown.add_task(activity, total=None)
+
+        def report(done: CopyProgress) -> None:
+            if done.step not in bars:
+                bars[done.step] = shown.add_task(done.step, total=done.total)
+            shown.update(bars[done.step], completed=done.rows)
+
+        yield report

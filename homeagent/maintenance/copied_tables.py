@@ -295,7 +295,14 @@ def applications_tables(
         for one in (metadata, *engines[0].application_metadata, *engines[1].application_metadata)
         for table in one.tables.values()
     }
-    _refuse_orphans(source, names)
+    broken = broken_references(source) if source.dialect.name == "sqlite" else {}
+    orphans = sorted(keys for keys in broken if keys[0] in names)
+    if orphans:
+        shown = ", ".join(f"{child} to {parent}" for child, parent in orphans)
+        raise DatabaseError(
+            f"rows of the application's tables refer to rows that do not exist ({shown}), and the target would refuse "
+            "the rows: correct or delete the rows ('PRAGMA foreign_key_check' lists them), or leave the tables"
+        )
     if target.dialect.name == "sqlite":
         # The rows of a table can refer to later rows of the same table. COMMIT checks the foreign keys.
         target.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
@@ -381,15 +388,3 @@ def _described(name: str, connection: Connection, declared: Table | None) -> Tab
             kind = _JsonText()
         columns.append(Column(found["name"], kind, primary_key=found["name"] in key))
     return Table(name, MetaData(), *columns)
-
-
-def _refuse_orphans(source: Connection, names: set[str]) -> None:
-    if source.dialect.name != "sqlite":
-        return
-    orphans = sorted(keys for keys in broken_references(source) if keys[0] in names)
-    if orphans:
-        shown = ", ".join(f"{child} to {parent}" for child, parent in orphans)
-        raise DatabaseError(
-            f"rows of the application's tables refer to rows that do not exist ({shown}), and the target would refuse "
-            "the rows: correct or delete the rows ('PRAGMA foreign_key_check' lists them), or leave the tables"
-        )

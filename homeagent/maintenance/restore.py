@@ -137,28 +137,25 @@ def restore(
                 has_old_database = os.path.lexists(database)
                 restored_at = _now(clock, manifest)
                 stamp = _free_stamp(database, restored_at)
-                staged = stage(
+                facts, devices = stage(
                     source, manifest, database, stamp, acknowledged, restored_at=restored_at, known_epoch=known_epoch
                 )
-                replace_database(lock, database, stamp=stamp, epoch=staged.epoch, timeout=busy_timeout)
+                replace_database(lock, database, stamp=stamp, epoch=facts["epoch"], timeout=busy_timeout)
     logger.info(
         "%s was restored from %s: epoch %d begins",
         database,
         source,
-        staged.epoch,
-        extra={"event": "restored", "path": str(database), "backup": str(source), "epoch": staged.epoch},
+        facts["epoch"],
+        extra={"event": "restored", "path": str(database), "backup": str(source), "epoch": facts["epoch"]},
     )
-    readmitted, old_secret = _compared(before, staged.devices)
+    readmitted, old_secret = _compared(before, devices)
     return RestoreReport(
         database=database,
         backup=source,
         kept_aside=quarantine_path(database, stamp) if has_old_database else None,
         taken_at=None if manifest is None else manifest.taken_at,
-        epoch=staged.epoch,
         restored_at=restored_at,
-        upgraded_from=staged.upgraded_from,
-        schema_revision=staged.revision,
-        rows=staged.rows,
+        **facts,
         readmitted_devices=readmitted,
         old_secret_devices=old_secret,
     )

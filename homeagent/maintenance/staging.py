@@ -11,7 +11,6 @@ import os
 import shutil
 from collections.abc import Collection
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -68,17 +67,6 @@ def damaged(source: Path, how: str) -> CorruptDatabaseError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """State of the new database."""
-
-    epoch: int
-    revision: str
-    upgraded_from: str | None
-    rows: dict[str, int]
-    devices: Devices
-
-
 def stage(
     source: Path,
     manifest: Manifest | None,
@@ -88,9 +76,11 @@ def stage(
     *,
     restored_at: datetime,
     known_epoch: int,
-) -> Staged:
+) -> tuple[dict[str, Any], Devices]:
     """Prepare the new database as one complete file at `new_path`. If a step of the preparation fails, remove
     the file.
+
+    Return the values of the `RestoreReport` that describe the new database, and the devices of the new database.
     """
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
         discard(stale)  # a restore wrote this file, and was killed before it wrote the marker
@@ -98,7 +88,8 @@ def stage(
     try:
         _copy(source, new, manifest, database=database)
         secure_sidecars(new)  # SQLite must not replay another user's journal
-        with closing(SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")) as engine:
+        engine = SQLiteEngine(new, busy_timeout=timedelta(0), durability="full")
+        try:
             with translated(engine.driver_errors, lambda error: _restore_error(error, source)):
                 found = _verify(engine, source, manifest)
                 with engine.reading() as connection:
@@ -110,18 +101,20 @@ def stage(
                     connection.execute(update(store_table).values(epoch=epoch, restored_at=restored_at))
                     revision = revision_of(connection)
                     devices = devices_of(connection.connection.driver_connection)
+        finally:
+            engine.close()
             lock_path(new).unlink(missing_ok=True)
         _require_single_file(new)
     except BaseException:
         discard(new)
         raise
-    return Staged(
-        epoch=epoch,
-        revision=str(revision),
-        upgraded_from=None if revision == found.schema_revision else found.schema_revision,
-        rows={name: count for name, count in found.rows.items() if name not in _BOOKKEEPING},
-        devices=devices,
-    )
+    facts = {
+        "epoch": epoch,
+        "schema_revision": str(revision),
+        "upgraded_from": None if revision == found.schema_revision else found.schema_revision,
+        "rows": {name: count for name, count in found.rows.items() if name not in _BOOKKEEPING},
+    }
+    return facts, devices
 
 
 def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path) -> None:

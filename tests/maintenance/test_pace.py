@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from homeagent.maintenance.pace import Pace
+from homeagent.maintenance.sweep import Pace
 
 
 def test_full_batches_without_waiters() -> None:
