@@ -23,8 +23,8 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
 from alembic import command
-from homeagent.migrations import alembic_config
 from homeagent.migrations.expansion import breaks, structure
+from tests.migrations.alembic_commands import alembic_config
 
 __all__ = ["BASELINE", "problems_of"]
 

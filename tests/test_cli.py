@@ -19,9 +19,10 @@ from homeagent import Database, DevicePair, Role
 from homeagent.cli.visible_text import escape_words, identity
 from homeagent.engine.files import database_file as files
 from homeagent.engine.sqlite.engine import SQLiteEngine
-from homeagent.migrations import REVISION, alembic_config
+from homeagent.migrations import REVISION
 from tests import fork_server
 from tests.command_line import invoke
+from tests.migrations.alembic_commands import alembic_config
 
 
 def _run(*arguments: str, environment: dict[str, str] | None = None) -> Any:

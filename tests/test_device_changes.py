@@ -11,8 +11,8 @@ from sqlalchemy import text
 
 from homeagent import Database, Device, DeviceCreate, DevicePair, DeviceUpdate, Role
 from homeagent.errors import InvalidArgumentError
-from homeagent.migrations import alembic_config
 from tests.conftest import START, FakeClock, add_device
+from tests.migrations.alembic_commands import alembic_config
 
 
 def listed(database: Database, after: int = 0) -> list[tuple[str | None, str]]:

@@ -2,5 +2,5 @@
 contain the code of each engine.
 """
 
-from homeagent.migrations.revisions import REVISION, alembic_config, revision_of
+from homeagent.migrations.revisions import REVISION, revision_of
 from homeagent.models import VERSION_TABLE

@@ -40,7 +40,6 @@ from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE, m
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-    from alembic.config import Config
     from alembic.runtime.migration import MigrationContext, MigrationStep
     from sqlalchemy import Connection
 
@@ -82,20 +81,6 @@ def script_directory() -> Traversable:
         if (candidate / "env.py").is_file():
             return candidate
     raise MigrationError("this installation has no migrations: install homeagent anew")
-
-
-def alembic_config(connection: Connection | None = None) -> Config:
-    """Return the configuration that Alembic needs for homeagent's revisions. The scripts of the revisions must not be
-    in a zip file.
-
-    With `connection=None`, the script `env.py` chooses the database.
-    """
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(script_directory()).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    return config
 
 
 def _scripts() -> list[ModuleType]:

@@ -26,10 +26,11 @@ from homeagent.engine.files.database_file import create_file
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.errors import IdempotencyKeyExistsError
-from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
+from homeagent.migrations import REVISION, VERSION_TABLE
 from homeagent.models import DATA_TABLES, SCHEMA, metadata
 from homeagent.models.session import route_key
 from tests import fork_server
+from tests.migrations.alembic_commands import alembic_config
 from tests.migrations.old_databases import (
     CHECKOUT,
     FIXTURES,

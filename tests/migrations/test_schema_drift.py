@@ -14,8 +14,9 @@ from alembic import command
 from homeagent import Database, DevicePair, Role, diagnose
 from homeagent.errors import SchemaChangedError
 from homeagent.maintenance import Finding
-from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config
+from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import FakeClock, add_device
+from tests.migrations.alembic_commands import alembic_config
 from tests.migrations.old_databases import REVISIONS, fetch, old_database, server, sqlite
 from tests.migrations.old_databases import clock as then
 

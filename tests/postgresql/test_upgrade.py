@@ -15,8 +15,9 @@ from sqlalchemy.pool import NullPool
 
 from homeagent import Database
 from homeagent.errors import DatabaseBusyError, DatabaseError, InvalidArgumentError, MigrationError
-from homeagent.migrations import REVISION, VERSION_TABLE, alembic_config, postgresql
+from homeagent.migrations import REVISION, VERSION_TABLE, postgresql
 from tests.conftest import add_agent, postgres_execute
+from tests.migrations.alembic_commands import alembic_config
 from tests.postgresql.load import wait_for
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
