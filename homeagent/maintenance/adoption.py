@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -132,7 +133,7 @@ def preview_adoption(
     if look_at(sidecars(path)[2]) is not None:
         # Let SQLite undo a transaction that a killed program left unfinished.
         file = SQLiteEngine(path, busy_timeout=busy_timeout, durability="full")
-        with closing(file), file.translated(), closing(file.open_source()) as raw:
+        with closing(file), file.translated(), file.driver_connection() as raw:
             raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
     with inspect_sqlite(path, watch=Stopwatch(None)) as connection:
         report = _examine(connection, application, where.location)
