@@ -13,8 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import apsw
-
 from homeagent.engine.files import database_file
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import quoted
@@ -197,13 +195,11 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 def _is_current(raw: Any, application: Application) -> bool:
     """Return True if the schema has this version's revision, and the application's newest revision."""
     heads = {VERSION_TABLE: [REVISION]} | ({APPLICATION_VERSION_TABLE: [application.head]} if application.name else {})
-    try:
-        return all(
-            [row[0] for row in raw.execute(f"SELECT version_num FROM {table}").fetchall()] == head  # noqa: S608
-            for table, head in heads.items()
-        )
-    except apsw.SQLError:  # a version table does not exist
-        return False
+    names = {row[0] for row in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()}
+    return heads.keys() <= names and all(
+        [row[0] for row in raw.execute(f"SELECT version_num FROM {table}").fetchall()] == head  # noqa: S608
+        for table, head in heads.items()
+    )
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
