@@ -22,8 +22,8 @@ __all__ = ["PAGE", "goals_table", "merge", "page", "terminal_line", "versions"]
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- generated: python -m tests.benchmarks.report -->", "<!-- end -->"
 CAMPAIGNS = """\
-A campaign is a long test that kills processes, damages files or generates calls. A campaign fails at the first lost,
-repeated or wrong row, so the table holds only campaigns that passed."""
+A campaign is a long test that kills processes, damages files or generates calls. A campaign fails if a row is lost,
+repeated or wrong. The table shows only campaigns that passed."""
 LIBRARIES = ("homeagent", "apsw", "sqlalchemy", "sqlmodel", "psycopg")
 
 
@@ -95,7 +95,7 @@ def chart(row: str, durability: str, title: str, figures: Sequence[Figure]) -> s
     width = max(len(each.contender) for each in found)
     bars = (f"{each.contender:<{width}}  {each.value * (1 if rate else 1e6):,.4g}" for each in found)
     block = "\n".join(["```chart", f"accTitle: {title}, in {unit}", *bars, "```"])
-    return f"### {title}\n\nThe unit is {unit}, so a {better} bar is better.\n\n{block}"
+    return f"### {title}\n\nEach bar shows {unit}. A {better} bar is better.\n\n{block}"
 
 
 CHARTS = (
