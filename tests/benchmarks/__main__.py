@@ -16,8 +16,6 @@ from tests.benchmarks.measuring import QUICK, Bench, BenchmarkError, Sizes
 from tests.benchmarks.report import goals_table, merge, terminal_line, versions
 from tests.figures import describe_run, load, save
 
-__all__ = ["MEASURES", "main"]
-
 MEASURES = (operations.measure, callers.measure, processes.measure, postgresql.measure)
 
 

@@ -18,8 +18,6 @@ from tests.benchmarks.contenders.homeagent_ import HomeAgent, fill, scope
 from tests.benchmarks.measuring import Bench, BenchmarkError, percentile
 from tests.benchmarks.operations import BASELINE, DURABILITIES, opened
 
-__all__ = ["measure"]
-
 CROWDED = "nonce consume, device with 5,000 nonces"
 ONCE = "run_once with an empty effect"
 LONE = "database.run() with only one caller"

@@ -9,8 +9,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
-__all__ = ["DAY", "METHOD", "RESULT", "SECRET_HASH", "START", "Clock", "Contender", "Event", "Filled", "read_trace"]
-
 TRACE = Path(__file__).parents[1] / "fixtures" / "gateway.jsonl.gz"
 
 DAY = 86_400_000

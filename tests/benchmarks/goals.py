@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ROWS", "Figure", "Row", "Verdict", "judge"]
-
 READ = "autocommit `SELECT`"
 WRITE = "`BEGIN IMMEDIATE` transaction"
 ONE_BY_ONE = "one hand-written thread"

@@ -11,8 +11,6 @@ from statistics import median
 from tests.benchmarks.contender import Filled
 from tests.benchmarks.goals import Figure
 
-__all__ = ["QUICK", "ROOT", "Bench", "BenchmarkError", "Call", "Sizes", "percentile", "summarize"]
-
 ROOT = Path(__file__).parents[2]
 
 Call = Callable[[int], object]

@@ -18,8 +18,6 @@ from tests.benchmarks.contenders import by_hand, homeagent_
 from tests.benchmarks.contenders.by_hand import COLUMNS
 from tests.benchmarks.measuring import Bench, BenchmarkError, Call
 
-__all__ = ["BASELINE", "CONTENDERS", "DURABILITIES", "count_rows", "installed", "measure", "opened", "replay"]
-
 DURABILITIES = ("full", "normal")
 BASELINE = "sqlite3"
 MINUTE = 60_000
@@ -98,9 +96,7 @@ WORKS = (
     ),
     Work(
         "find an idempotency key, in a unit",
-        lambda contender, clock, filled, i: contender.find_key(
-            f"d{i % filled.keys % filled.devices}", f"k{i % filled.keys}"
-        ),
+        lambda contender, clock, filled, i: contender.find_key(*_key(filled, i)),
         lambda row: (field("key", row, "key"), field("key", row, "result")),
     ),
     Work(
@@ -184,12 +180,10 @@ ONE_CALL = ("find a device by id, one call", "find an idempotency key, one call"
 
 
 def _one_call(bench: Bench, contenders: Mapping[str, tuple[Contender, Clock]]) -> None:
-    """Measure homeagent's calls without a unit, if this version has such calls."""
+    """Measure homeagent's calls without a unit."""
     if "homeagent" not in contenders:
         return
     database: Any = getattr(contenders["homeagent"][0], "database", None)
-    if not hasattr(database, "devices"):
-        return
     filled, (first, _) = bench.sizes.filled, contenders[BASELINE]
     calls: tuple[Mapping[str, Call], ...] = (
         {

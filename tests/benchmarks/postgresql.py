@@ -18,8 +18,6 @@ from tests.benchmarks.measuring import Bench, BenchmarkError, Call
 from tests.benchmarks.operations import DURABILITIES
 from tests.postgresql.server import Server, find_installation
 
-__all__ = ["measure"]
-
 PREFIX = "PostgreSQL: "
 UNIT, ONE_CALL = f"{PREFIX}find a device by id, in a unit", f"{PREFIX}find a device by id, one call"
 CONSUME, INSERT = f"{PREFIX}nonce consume", f"{PREFIX}idempotency insert"
@@ -75,12 +73,10 @@ def _operations(bench: Bench, server: Server, durability: str) -> None:
         by_hand = _by_hand(connection.cursor(), filled.devices)
         ours: dict[str, Call] = {
             UNIT: lambda i: homeagent.device(f"d{i % filled.devices}"),
+            ONE_CALL: lambda i: homeagent.database.devices.find_by_id(f"d{i % filled.devices}"),
             CONSUME: lambda i: homeagent.consume(f"d{i % filled.devices}", f"n{i}-abcdefghijkl"),
             INSERT: lambda i: homeagent.insert_key(f"d{i % filled.devices}", f"x{i}"),
         }
-        one_call: Any = homeagent.database
-        if hasattr(one_call, "devices"):
-            ours[ONE_CALL] = lambda i: one_call.devices.find_by_id(f"d{i % filled.devices}")
         for row, call in ours.items():
             writes = row in (CONSUME, INSERT)
             if writes or durability == "full":

@@ -21,8 +21,6 @@ from tests.benchmarks.contenders import by_hand, homeagent_
 from tests.benchmarks.measuring import ROOT, Bench, BenchmarkError, percentile
 from tests.benchmarks.operations import BASELINE
 
-__all__ = ["measure"]
-
 EIGHT = "p99 of a write among 8 writing processes"
 KILLED = "open a database with a WAL of 16 MB, after kill -9"
 START = "import homeagent and open"

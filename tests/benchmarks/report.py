@@ -17,8 +17,6 @@ from tests.benchmarks.measuring import ROOT, BenchmarkError
 from tests.benchmarks.operations import BASELINE, CONTENDERS
 from tests.figures import FIGURES, load
 
-__all__ = ["PAGE", "goals_table", "merge", "page", "terminal_line", "versions"]
-
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- generated: python -m tests.benchmarks.report -->", "<!-- end -->"
 CAMPAIGNS = """\

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from homeagent import Database
 from tests import fork_server
 from tests.benchmarks import __main__ as command
 from tests.benchmarks import callers, operations, postgresql, processes
@@ -102,15 +101,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[Figure]:
     return figures
 
 
-def expected_rows() -> set[str]:
-    """Return the rows that can be measured with this version of homeagent."""
-    return {row.name for row in ROWS if hasattr(Database, "devices") or ", one call" not in row.name}
-
-
 @pytest.mark.slow
 def test_every_row_is_measured(found: list[Figure]) -> None:
     """Each row has homeagent and a baseline; operations and the trace have all contenders."""
-    rows = {name for name in expected_rows() if "PostgreSQL" not in name}
+    rows = {row.name for row in ROWS if "PostgreSQL" not in row.name}
     assert {figure.row for figure in found} == rows
     for row in rows:
         contenders = [figure.contender for figure in found if figure.row == row]
@@ -126,7 +120,7 @@ def test_postgresql_rows_are_measured(tmp_path: Path, installation: Any) -> None
     """The rows of PostgreSQL are measured on a separate server, against psycopg."""
     bench = measured(tmp_path, postgresql.measure)
 
-    assert {figure.row for figure in bench.figures} == {name for name in expected_rows() if "PostgreSQL" in name}
+    assert {figure.row for figure in bench.figures} == {row.name for row in ROWS if "PostgreSQL" in row.name}
     assert {figure.contender for figure in bench.figures} == {"psycopg", "homeagent"}
 
 

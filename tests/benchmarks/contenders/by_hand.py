@@ -14,8 +14,6 @@ from typing import Any
 
 from tests.benchmarks.contender import DAY, METHOD, RESULT, SECRET_HASH, START, Clock, Event, Filled
 
-__all__ = ["COLUMNS", "DDL", "Apsw", "ByHand", "Sqlite3", "fill", "pragmas"]
-
 DDL = """
 CREATE TABLE devices (
     id TEXT PRIMARY KEY, role TEXT NOT NULL CHECK (role IN ('client', 'node', 'admin')),

@@ -22,8 +22,6 @@ from homeagent import (
 )
 from tests.benchmarks.contender import METHOD, RESULT, SECRET_HASH, START, Clock, Event, Filled
 
-__all__ = ["HomeAgent", "fill", "scope"]
-
 DAY = timedelta(days=1)
 
 

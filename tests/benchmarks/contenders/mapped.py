@@ -11,27 +11,21 @@ from typing import Any
 
 import sqlalchemy
 import sqlmodel
+from sqlalchemy.ext.declarative import DeferredReflection
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from tests.benchmarks.contender import DAY, METHOD, RESULT, SECRET_HASH, Clock, Event
 from tests.benchmarks.contenders.sqlalchemy_core import make_engine
 
-__all__ = ["SQLAlchemyORM", "SQLModelTutorial"]
 
-
-class _Base(DeclarativeBase):
-    pass
+# The columns come from the database.
+class _Base(DeferredReflection, DeclarativeBase):
+    __abstract__ = True
 
 
 class _Device(_Base):
     __tablename__ = "devices"
 
-    id: Mapped[str] = mapped_column(primary_key=True)
-    role: Mapped[str]
-    shared_secret_hash: Mapped[str]
-    approved: Mapped[int]
-    paired_at: Mapped[int]
-    last_seen_at: Mapped[int | None]
     # SQLAlchemy reserves the name `metadata`.
     metadata_: Mapped[str | None] = mapped_column("metadata")
 
@@ -39,42 +33,17 @@ class _Device(_Base):
 class _Agent(_Base):
     __tablename__ = "agents"
 
-    id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str]
-    workspace_path: Mapped[str]
-    created_at: Mapped[int]
-    config: Mapped[str | None]
-
 
 class _Session(_Base):
     __tablename__ = "sessions"
-
-    session_id: Mapped[str] = mapped_column(primary_key=True)
-    agent_id: Mapped[str] = mapped_column(sqlalchemy.ForeignKey("agents.id"))
-    sender_id: Mapped[str | None]
-    channel_id: Mapped[str | None]
-    created_at: Mapped[int]
-    last_active_at: Mapped[int]
 
 
 class _Nonce(_Base):
     __tablename__ = "nonces"
 
-    device_id: Mapped[str] = mapped_column(primary_key=True)
-    nonce: Mapped[str] = mapped_column(primary_key=True)
-    created_at: Mapped[int]
-    expires_at: Mapped[int]
-
 
 class _Key(_Base):
     __tablename__ = "idempotency_keys"
-
-    device_id: Mapped[str] = mapped_column(primary_key=True)
-    method: Mapped[str] = mapped_column(primary_key=True)
-    key: Mapped[str] = mapped_column(primary_key=True)
-    result: Mapped[str]
-    created_at: Mapped[int]
-    expires_at: Mapped[int]
 
 
 class SQLAlchemyORM:
@@ -89,6 +58,7 @@ class SQLAlchemyORM:
     def __init__(self, path: Path, durability: str, clock: Clock) -> None:
         self.clock = clock
         self.engine = make_engine(path, durability)
+        _Base.prepare(self.engine)
 
     def session(self) -> Any:
         """Return a new Session."""

@@ -12,8 +12,6 @@ from sqlalchemy.dialects.sqlite import insert
 from tests.benchmarks.contender import DAY, METHOD, RESULT, SECRET_HASH, Clock, Event
 from tests.benchmarks.contenders.by_hand import pragmas
 
-__all__ = ["SQLAlchemyCore", "make_engine"]
-
 
 def make_engine(path: Path, durability: str) -> Engine:
     """Return an engine whose connections have the pragmas of all contenders."""
