@@ -81,17 +81,6 @@ def test_progress_is_shown_on_a_terminal(source: Path, tmp_path: Path, options: 
         assert "copying" not in done.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["one"], ["one", "two", "three"], ["one", "two", "--batch", "3"], ["--database", "x", "one", "two"]],
-)
-def test_wrong_usage_ends_with_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a database is missing or an argument is extra, the status is 2, and no file is created."""
-    monkeypatch.chdir(tmp_path)
-    assert invoke("copy", *arguments).exit_code == 2
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_third_database_is_wrong_usage(source: Path, tmp_path: Path) -> None:
     """If `--database` precedes the command, the status is 2, as the option would name a third database."""
     done = invoke("--database", source, "copy", source, tmp_path / "two.db")

@@ -357,17 +357,8 @@ print(json.dumps([attempt(number, 2 + calls * number // instants) for number in 
 
 # Commands of each kind for a run of all tests; the campaign interrupts every command.
 SAMPLE = (
-    "init",
-    "migrate",
-    "sweep",
-    "backup",
-    "restore",
-    "copy",
-    "doctor",
-    "devices pair",
-    "devices list",
-    "keys resolve",
-)
+    "init", "migrate", "sweep", "backup", "restore", "copy", "doctor", "devices pair", "devices list", "keys resolve",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -227,18 +227,23 @@ def test_run_repeats_a_unit_after_a_transient_error(database: Database) -> None:
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read only"])
-def test_work_that_is_a_coroutine_function(database: Database, read_only: bool) -> None:
-    """If the work is a coroutine function, `run` refuses it, and no coroutine stays unawaited."""
+def test_work_that_is_not_an_ordinary_function(database: Database, read_only: bool) -> None:
+    """If the work is no function, or a coroutine or generator function, no unit begins, and nothing stays unawaited."""
 
     async def coroutine(unit: UnitOfWork) -> None:
         raise AssertionError("it was awaited")
 
-    work: Any = coroutine
-    with pytest.raises(InvalidArgumentError, match="ordinary function"):
-        database.run(work, read_only=read_only)
-    for backend in ("asyncio", "trio"):
-        with pytest.raises(InvalidArgumentError, match="ordinary function"):
-            anyio.run(partial(database.arun, work, read_only=read_only), backend=backend)
+    def generator(unit: UnitOfWork) -> Iterator[int]:
+        yield 1
+
+    works: Any = {"ordinary function": coroutine, "a generator function": generator, "a function": None}
+    for words, work in works.items():
+        with pytest.raises(InvalidArgumentError, match=words):
+            database.run(work, read_only=read_only)
+        for backend in ("asyncio", "trio"):
+            with pytest.raises(InvalidArgumentError, match=words):
+                anyio.run(partial(database.arun, work, read_only=read_only), backend=backend)
+    assert database.counters().units == 0
 
 
 def test_work_may_return_a_coroutine(database: Database) -> None:
@@ -398,13 +403,6 @@ def test_sweeper_survives_errors_and_stops_at_once(
     assert "clock broke" in caplog.text
     assert "locked" in caplog.text
     sweeper.stop()
-
-
-def test_a_closed_database_has_no_doctor(database: Database) -> None:
-    """If the database was closed, the doctor raises an error on both engines."""
-    database.close()
-    with pytest.raises(DatabaseClosedError):
-        database.doctor()
 
 
 def test_closing_stops_the_sweepers(database: Database) -> None:

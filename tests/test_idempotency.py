@@ -240,17 +240,6 @@ def test_effect_that_is_not_a_function(database: Database) -> None:
     assert row_of(database) is None
 
 
-def test_work_that_is_not_a_function(database: Database) -> None:
-    """If `run` or `arun` gets a value that is not a function, or a generator function, no unit begins."""
-    wrong: Any
-    for wrong, words in ((None, "a function"), (generator, "a generator function")):
-        with pytest.raises(InvalidArgumentError, match=words):
-            database.run(wrong)
-        with pytest.raises(InvalidArgumentError, match=words):
-            anyio.run(database.arun, wrong)
-    assert database.counters().units == 0
-
-
 def test_effect_that_returns_a_coroutine(database: Database, clock: FakeClock) -> None:
     """If an effect returns an unawaited coroutine, the coroutine is never recorded as the result."""
     effects: dict[str, Any] = {"object": Awaited(), "lambda": lambda attempt: anever(attempt)}
@@ -374,20 +363,6 @@ def test_coroutine_that_lost_its_key(database: Database, backend: str) -> None:
                 await database.arun_once(SCOPE, functools.partial(effect, error=error))
 
     anyio.run(main, backend=backend)
-
-
-def test_stale_owner(database: Database, clock: FakeClock) -> None:
-    """If an effect outlives its lease and is taken over, its caller gets LeaseLostError, and the new record stays."""
-
-    def slow(attempt: Attempt) -> str:
-        clock.advance(MINUTE)
-        second = database.run_once(SCOPE, lambda attempt: attempt.number, lease=MINUTE, on_abandoned="rerun")
-        assert second.value == 2
-        return "slow"
-
-    with pytest.raises(LeaseLostError):
-        database.run_once(SCOPE, slow, lease=MINUTE)
-    assert database.run_once(SCOPE, never) == Outcome(2, True, 2)
 
 
 # Attempts whose lease expired

@@ -18,59 +18,42 @@ from tests.conftest import START, add_agent, dump
 
 SECRET = "the-bound-parameter"
 
-SQLITE_FAULTS: dict[str, type[errors.HomeAgentError]] = {
-    "SQLITE_BUSY": errors.TransientError,
-    "SQLITE_BUSY_SNAPSHOT": errors.TransientError,
-    "SQLITE_LOCKED": errors.TransientError,
-    "SQLITE_PROTOCOL": errors.TransientError,
-    "SQLITE_FULL": errors.DiskFullError,
-    "SQLITE_READONLY": errors.ReadOnlyError,
-    "SQLITE_READONLY_DIRECTORY": errors.ReadOnlyError,
-    "SQLITE_READONLY_DBMOVED": errors.DatabaseMovedError,
-    "SQLITE_PERM": errors.ReadOnlyError,
-    "SQLITE_IOERR": errors.DatabaseIOError,
-    "SQLITE_IOERR_READ": errors.DatabaseIOError,
-    "SQLITE_IOERR_WRITE": errors.DatabaseIOError,
-    "SQLITE_IOERR_FSYNC": errors.DatabaseIOError,
-    "SQLITE_IOERR_SHMSIZE": errors.DatabaseIOError,
-    "SQLITE_IOERR_SHORT_READ": errors.CorruptDatabaseError,
-    "SQLITE_IOERR_CORRUPTFS": errors.CorruptDatabaseError,
-    "SQLITE_IOERR_NOMEM": errors.DatabaseError,
-    "SQLITE_CORRUPT": errors.CorruptDatabaseError,
-    "SQLITE_CORRUPT_INDEX": errors.CorruptDatabaseError,
-    "SQLITE_NOTADB": errors.CorruptDatabaseError,
-    "SQLITE_CANTOPEN": errors.DatabaseError,
-    "SQLITE_CANTOPEN_SYMLINK": errors.InsecureFileError,
-    "SQLITE_NOMEM": errors.DatabaseError,
-    "SQLITE_INTERRUPT": errors.DatabaseError,
-    "SQLITE_CONSTRAINT_UNIQUE": errors.ConflictError,
-    "SQLITE_TOOBIG": errors.InvalidArgumentError,
-    "SQLITE_MISUSE": errors.DatabaseError,
-}
 
-POSTGRESQL_FAULTS: dict[str, type[errors.HomeAgentError]] = {
-    "40001": errors.TransientError,
-    "40P01": errors.TransientError,
-    "55P03": errors.TransientError,
-    "53100": errors.DiskFullError,
-    "53200": errors.TransientError,
-    "42501": errors.ReadOnlyError,
-    "23505": errors.ConflictError,
-    "XX001": errors.CorruptDatabaseError,
-    "XX000": errors.DatabaseError,
-}
+def by_name(kinds: dict[type[errors.HomeAgentError], str], prefix: str = "") -> dict[str, type[errors.HomeAgentError]]:
+    """Return the error for each code."""
+    return {prefix + name: kind for kind, names in kinds.items() for name in names.split()}
+
+
+SQLITE_FAULTS = by_name(
+    {
+        errors.TransientError: "BUSY BUSY_SNAPSHOT LOCKED PROTOCOL",
+        errors.DiskFullError: "FULL",
+        errors.ReadOnlyError: "READONLY READONLY_DIRECTORY PERM",
+        errors.DatabaseMovedError: "READONLY_DBMOVED",
+        errors.DatabaseIOError: "IOERR IOERR_READ IOERR_WRITE IOERR_FSYNC IOERR_SHMSIZE",
+        errors.CorruptDatabaseError: "IOERR_SHORT_READ IOERR_CORRUPTFS CORRUPT CORRUPT_INDEX NOTADB",
+        errors.DatabaseError: "IOERR_NOMEM CANTOPEN NOMEM INTERRUPT MISUSE",
+        errors.InsecureFileError: "CANTOPEN_SYMLINK",
+        errors.ConflictError: "CONSTRAINT_UNIQUE",
+        errors.InvalidArgumentError: "TOOBIG",
+    },
+    "SQLITE_",
+)
+POSTGRESQL_FAULTS = by_name(
+    {
+        errors.TransientError: "40001 40P01 55P03 53200",
+        errors.DiskFullError: "53100",
+        errors.ReadOnlyError: "42501",
+        errors.ConflictError: "23505",
+        errors.CorruptDatabaseError: "XX001",
+        errors.DatabaseError: "XX000",
+    }
+)
 
 # A unit meets one SQLite error of each kind; another test compares all codes with their classes.
-KINDS = (
-    "BUSY",
-    "FULL",
-    "READONLY_DBMOVED",
-    "IOERR_WRITE",
-    "CORRUPT",
-    "CANTOPEN_SYMLINK",
-    "CONSTRAINT_UNIQUE",
-    "TOOBIG",
-)
+KINDS = [
+    "BUSY", "FULL", "READONLY_DBMOVED", "IOERR_WRITE", "CORRUPT", "CANTOPEN_SYMLINK", "CONSTRAINT_UNIQUE", "TOOBIG",
+]  # fmt: skip
 FAULTS = [("sqlite", f"SQLITE_{name}", SQLITE_FAULTS[f"SQLITE_{name}"]) for name in KINDS] + [
     ("postgresql", name, kind) for name, kind in POSTGRESQL_FAULTS.items()
 ]

@@ -217,33 +217,16 @@ def test_uri_of_sqlite_names_its_remedy(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 ADDRESSES = [
-    "host=db dbname=home user=gateway password=S3CRET",
-    "password = 'S3CRET'",
-    "PGPASSWORD=x host=db\tpassword=S3CRET",
-    "postgresql:/gateway:S3CRET@db/home",
-    "postgresql+psycopg:/gateway:S3CRET@db/home",
-    "postgresql:gateway:S3CRET@db",
-    "postgres//gateway:S3CRET@db/home",
-    "postgresql+psycopg//db/home",
-    "//gateway:S3CRET@db/home",
-    " postgresql:/gateway:S3CRET@db/home",
-    "jdbc:postgresql://gateway:S3CRET@db/home",
-    "'postgresql://gateway:S3CRET@db/home'",
-    "postgresql://gateway:S3CRET@db:port/home",
-    "postgresql://gateway:S3CRET@db/home\n",
-    "postgresql://gateway:S3CRET@db/home\0",
-    "sqlite://gateway:S3CRET@db/home.db",
-    "gateway:S3CRET@db/home",
-    "gateway:S3/CRET@db/home",
-    "gateway@db/home",
-    "db:5432/home",
-    "[::1]:5432/home",
-    "sqlite:home.db",
-    "sqlite:/home.db",
-    "sqlite://home.db",
-    "file:home.db?mode=ro",
+    "host=db dbname=home user=gateway password=S3CRET", "password = 'S3CRET'", "PGPASSWORD=x host=db\tpassword=S3CRET",
+    "postgresql:/gateway:S3CRET@db/home", "postgresql+psycopg:/gateway:S3CRET@db/home", "postgresql:gateway:S3CRET@db",
+    "postgres//gateway:S3CRET@db/home", "postgresql+psycopg//db/home", "//gateway:S3CRET@db/home",
+    " postgresql:/gateway:S3CRET@db/home", "jdbc:postgresql://gateway:S3CRET@db/home",
+    "'postgresql://gateway:S3CRET@db/home'", "postgresql://gateway:S3CRET@db:port/home",
+    "postgresql://gateway:S3CRET@db/home\n", "postgresql://gateway:S3CRET@db/home\0",
+    "sqlite://gateway:S3CRET@db/home.db", "gateway:S3CRET@db/home", "gateway:S3/CRET@db/home", "gateway@db/home",
+    "db:5432/home", "[::1]:5432/home", "sqlite:home.db", "sqlite:/home.db", "sqlite://home.db", "file:home.db?mode=ro",
     "home.db\n",
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("target", ADDRESSES, ids=repr)

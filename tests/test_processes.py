@@ -126,6 +126,9 @@ for number in range(15):
             lambda: names(database),
             lambda: database.run(lambda unit: None),
             database.sweep,
+            database.sweeper,
+            database.doctor,
+            lambda: database.backup(target + ".backup"),
         )
         database.close()
         os._exit(count)
@@ -137,7 +140,7 @@ print(*codes)
 database.close()
 """
     )
-    assert children.run(script, target).split() == ["4"] * 15
+    assert children.run(script, target).split() == ["7"] * 15
     assert "lost" not in names(target)
 
 
@@ -245,42 +248,10 @@ os.waitpid(child, 0)
 
 
 @needs_fork
-@pytest.mark.parametrize("read_only", [False, True])
-def test_child_opens_the_file_of_a_parent_with_an_open_unit(
-    sqlite_path: Path, children: Children, read_only: bool
-) -> None:
-    """If a unit is open at the fork, opening the file in the child raises at once and names the remedy.
-
-    SQLite only: a server manages its locks.
-    """
-    script = (
-        BEGIN
-        + f"read_only = {read_only}"
-        + """
-from homeagent.errors import DatabaseError
-database = Database.open(target)
-add(database, "before")
-with database.unit_of_work(read_only=read_only) as unit:
-    child = os.fork()
-    if not child:
-        try:
-            Database.open(target)
-        except DatabaseError as error:
-            os._exit(7 if "spawn" in str(error) else 8)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-print(*names(database))
-database.close()
-"""
-    )
-    assert children.run(script, sqlite_path).split() == ["7", "before"]
-
-
-@needs_fork
 def test_a_closed_connection_does_not_count_at_a_fork(sqlite_path: Path, children: Children) -> None:
-    """If a reference to a closed connection remains, the child is refused or opens the file as without the reference.
+    """If a unit is open at the fork, opening the file in the child raises and names the remedy; otherwise it opens.
 
-    SQLite only: a server manages its locks.
+    A remaining reference to a closed connection makes no difference. SQLite only: a server manages its locks.
     """
     script = (
         BEGIN
@@ -291,8 +262,8 @@ add(database, "before")
 with database.unit_of_work() as unit:
     remembered = unit._require_connection()
 database._engine.discard_free()
-for under_way in (True, False):
-    unit = database.unit_of_work(read_only=True)
+for under_way in ("reads", "writes", ""):
+    unit = database.unit_of_work(read_only=under_way == "reads")
     if under_way:
         unit.__enter__()
     child = os.fork()
@@ -310,7 +281,7 @@ print(*names(database))
 database.close()
 """
     )
-    assert children.run(script, sqlite_path).split() == ["7", "0", "before", "child"]
+    assert children.run(script, sqlite_path).split() == ["7", "7", "0", "before", "child"]
 
 
 @needs_fork

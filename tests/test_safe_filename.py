@@ -12,24 +12,9 @@ from homeagent import errors, safe_filename
 
 # Pairs that a file system may take for one name: case, Unicode normalisation, separators, long common beginnings.
 ALIKE = [
-    "A",
-    "a",
-    "é",
-    "e\u0301",
-    "a/b",
-    "a_b",
-    "a\\b",
-    "a.",
-    "..",
-    ".",
-    "x" * 512,
-    "x" * 511,
-    "K",
-    "k",
-    "\u212a",
-    "~",
+    "A", "a", "é", "e\u0301", "a/b", "a_b", "a\\b", "a.", "..", ".", "x" * 512, "x" * 511, "K", "k", "\u212a", "~",
     "a~",
-]
+]  # fmt: skip
 
 
 @given(st.lists(st.one_of(st.sampled_from(ALIKE), st.text(min_size=1)), min_size=2, max_size=6, unique=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -25,7 +24,7 @@ from homeagent.errors import (
     UnitStateError,
 )
 from tests.batches import agents_of
-from tests.conftest import START, Children, FakeClock, MakeDatabase, add_agent, add_device, dump
+from tests.conftest import START, FakeClock, MakeDatabase, add_agent, add_device, dump
 from tests.interrupts import interrupt_at
 
 
@@ -441,45 +440,14 @@ def test_write_unit_inside_a_read_unit(database: Database) -> None:
 
 
 def test_closed_database_refuses(database: Database) -> None:
-    """A closed database opens no unit, and may be closed twice."""
+    """A closed database opens no unit and has no doctor, and may be closed twice."""
     database.close()
     database.close()
+    with pytest.raises(DatabaseClosedError):
+        database.doctor()
     for read_only in (False, True):
         with pytest.raises(DatabaseClosedError), database.unit_of_work(read_only=read_only):
             pass
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forked_child_is_refused(target: str, children: Children) -> None:
-    """If a process forks, the child is refused, and the parent continues."""
-    script = """
-import os, sys, warnings
-from homeagent import Database, AgentCreate
-from homeagent.errors import DatabaseClosedError
-database = Database.open(sys.argv[1])
-with database.unit_of_work() as unit:
-    unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
-warnings.simplefilter("ignore")
-child = os.fork()
-if not child:
-    refused = 0
-    for read_only in (False, True):
-        try:
-            with database.unit_of_work(read_only=read_only): pass
-        except DatabaseClosedError: refused += 1
-    for call in (database.doctor, database.sweeper, lambda: database.backup(sys.argv[1] + ".backup")):
-        try: call()
-        except DatabaseClosedError: refused += 1
-    database.close()
-    os._exit(refused)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-with database.unit_of_work(read_only=True) as unit: print(unit.agents.get("ada").id)
-database.close()
-"""
-    assert children.run(script, target).split() == ["5", "ada"]
-
-
-# Busy databases
 
 
 # Errors

@@ -104,21 +104,10 @@ def put(database: Database, table: str, **values: Any) -> None:
         )
 
 
+# Text, as in a COPY
 ODD = [
-    "\\N",
-    "\\.",
-    "\\",
-    "'\"`",
-    "a\u00a0b",
-    "ключ",
-    "🔑",
-    "ﬀ",
-    "e\u0301",
-    "%s",
-    "{}",
-    "NULL",
-    " ",
-]  # text, as in a COPY
+    "\\N", "\\.", "\\", "'\"`", "a\u00a0b", "ключ", "🔑", "ﬀ", "e\u0301", "%s", "{}", "NULL", " ",
+]  # fmt: skip
 ODD_JSON = [
     "-0.0",
     '{"b": 1, "a": -0.0, "b": 2}',

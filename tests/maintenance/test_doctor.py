@@ -119,6 +119,8 @@ def test_valid_file_has_no_problem(path: Path, clock: FakeClock) -> None:
     assert [finding.check for finding in found.findings] == list(CHECKS[: CHECKS.index("durability")])
     assert (found.location, found.engine, found.checked_at) == (str(path), "sqlite", clock.now)
     assert at(look(path, clock, thorough=True), "integrity").facts["pragma"] == "integrity_check"
+    facts = at(found, "database").facts
+    assert (facts["sqlite_version"], facts["apsw_version"]) == (SQLITE_VERSION, APSW_VERSION)
 
 
 def test_open_database_is_diagnosed(sqlite_database: Database) -> None:
@@ -505,12 +507,6 @@ def test_full_disk(tmp_path: Path, sqlite_template: Path, clock: FakeClock) -> N
         only(look(path, clock), "disk_space", Severity.CRITICAL)
     finally:
         subprocess.run(["umount", place], check=True)
-
-
-def test_versions_of_the_libraries(path: Path, clock: FakeClock) -> None:
-    """The doctor reports the versions of SQLite and of apsw."""
-    facts = at(look(path, clock), "database").facts
-    assert (facts["sqlite_version"], facts["apsw_version"]) == (SQLITE_VERSION, APSW_VERSION)
 
 
 def test_rollback_mode(path: Path, clock: FakeClock) -> None:
@@ -933,9 +929,3 @@ def test_slow_check_is_cut_off(path: Path, clock: FakeClock, monkeypatch: pytest
     assert found.finding("integrity") is None
     assert found.severity is Severity.OK
     assert look(path, clock, thorough=True).not_checked == {}
-
-
-def test_exit_status_of_each_severity() -> None:
-    """The severities have the exit statuses 0, 1 and 2, as scripts expect, and the names of checks are unique."""
-    assert [severity.exit_status for severity in Severity] == [0, 1, 2]
-    assert len(set(CHECKS)) == len(CHECKS)

@@ -627,22 +627,13 @@ def test_incomplete_intent_is_ignored(sqlite_path: Path) -> None:
     for text in ("swap 2026", "swap 20260102T030405678000Z 2", "\0\0\0\0"):
         presence.write_text(text)
         presence.chmod(0o600)
-        with closing_lock(hold_in_use_lock(sqlite_path, timeout=timedelta(0))):
-            assert presence.read_text() == ""
+        lock = hold_in_use_lock(sqlite_path, timeout=timedelta(0))
+        assert lock is not None
+        assert presence.read_text() == ""
+        lock.release()
     presence.write_text("exchange everything end\n")
     with pytest.raises(errors.CorruptDatabaseError, match="version that began it"):
         Database.open(sqlite_path)
-
-
-class closing_lock:
-    def __init__(self, lock: Any) -> None:
-        self.lock = lock
-
-    def __enter__(self) -> None:
-        assert self.lock is not None
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
 
 
 # Owners and permissions

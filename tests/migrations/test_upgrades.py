@@ -18,7 +18,6 @@ from pathlib import Path
 import apsw
 import pytest
 from alembic.config import Config
-from sqlalchemy import inspect, text
 
 from alembic import command
 from homeagent import AgentCreate, Database
@@ -28,8 +27,7 @@ from homeagent.errors import MigrationError, SchemaOutdatedError
 from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from homeagent.migrations import postgresql as postgresql_migrations
 from homeagent.migrations import sqlite as sqlite_migrations
-from homeagent.models import TABLES
-from tests.conftest import RecordProperty, postgres_database, postgres_execute
+from tests.conftest import RecordProperty
 from tests.fork_server import Child
 from tests.migrations.old_databases import (
     CHECKOUT,
@@ -333,23 +331,6 @@ def test_processes_open_together(
         assert fetch(path, "SELECT count(*) FROM agents WHERE id LIKE 'p_'") == [(PROCESSES,)]
         assert is_sound(path)
         assert len(list(directory.glob("*.backup"))) == (1 if revision else 0)
-
-
-@FEW_OR_ALL_ROUNDS
-def test_processes_open_postgresql_together(
-    openers: list[subprocess.Popen[str]], postgres_url: str, rounds: int
-) -> None:
-    """If eight processes open an empty PostgreSQL database at the same time, one schema is made, and all succeed."""
-    for number in range(rounds):
-        name = f"together_{rounds}_{number}"
-        postgres_execute(postgres_url, f"CREATE DATABASE {name}")
-        url = postgres_database(postgres_url, name)
-        assert open_together(openers, url) == ["opened"] * PROCESSES
-        with server(url).connect() as connection:
-            assert connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).all() == [(REVISION,)]
-            assert connection.execute(text("SELECT count(*) FROM agents")).scalar_one() == PROCESSES
-            assert sorted(inspect(connection).get_table_names()) == sorted([*TABLES, VERSION_TABLE])
-        postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @FEW_OR_ALL_ROUNDS

@@ -35,26 +35,13 @@ def test_value_is_read_back_unchanged(value: Any) -> None:
 
 
 FAR_ENDS = {
-    "large": 2**70,
-    "negative zero": -0.0,
-    "tiny": 5e-324,
-    "exponent": 1e22,
-    "control": "\0\u2028\x7f",
-    "digits": 10**4299,
-    "deep": nested(250),
-}
+    "large": 2**70, "negative zero": -0.0, "tiny": 5e-324, "exponent": 1e22, "control": "\0\u2028\x7f",
+    "digits": 10**4299, "deep": nested(250),
+}  # fmt: skip
 REFUSED = {
-    "digits": 10**4300,
-    "digits inside": [10**5000],
-    "deep": nested(255),
-    "key": {1: 2},
-    "tuple": (1,),
-    "set": [{1}],
-    "infinite": float("inf"),
-    "no number": [float("nan")],
-    "surrogate": "\ud800",
-    "bytes": b"x",
-}
+    "digits": 10**4300, "digits inside": [10**5000], "deep": nested(255), "key": {1: 2}, "tuple": (1,), "set": [{1}],
+    "infinite": float("inf"), "no number": [float("nan")], "surrogate": "\ud800", "bytes": b"x",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("value", FAR_ENDS.values(), ids=FAR_ENDS)
