@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, Role
 from homeagent.models.types import check_timestamp
@@ -55,6 +56,30 @@ def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     from homeagent.maintenance.doctor import files
 
     monkeypatch.setattr(files, "filesystem_kind", lambda path: "ext4")
+
+
+# Files of other users
+
+STRANGER = 65534
+"""The number of another user."""
+
+
+@pytest.fixture
+def public_directory() -> Iterator[Path]:
+    """A directory with a short path that each user can enter, unlike pytest's own directories."""
+    directory = Path(tempfile.mkdtemp(prefix="homeagent-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def others_home(public_directory: Path) -> Path:
+    """A private directory of another user."""
+    home = public_directory / "home"
+    home.mkdir(mode=0o700)
+    os.chown(home, STRANGER, STRANGER)
+    return home
 
 
 # SQLite
@@ -102,6 +127,10 @@ _files = pytest.StashKey[Path]()
 
 def pytest_configure(config: pytest.Config) -> None:
     """Put the files of all tests in memory, and set the directory for a server, which starts if a test needs it."""
+    # A run of the slow tests too, such as `-m ""`, makes more examples. Under load, each example can take a second.
+    settings.register_profile("short", max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("long", settings.get_profile("short"), max_examples=200)
+    settings.load_profile("short" if "not slow" in config.option.markexpr else "long")
     programs: Path | None = config.getoption("--postgresql-bin")
     if programs is not None and not (programs / "pg_ctl").is_file():
         raise pytest.UsageError(f"--postgresql-bin: there is no pg_ctl in {programs}")

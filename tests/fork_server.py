@@ -222,6 +222,23 @@ def run(
     return subprocess.CompletedProcess(program, child.returncode, output, errors)
 
 
+_PYTEST = """
+import os, sys
+import pytest
+os.chdir(sys.argv[1])
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+def run_pytest(directory: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run pytest with these arguments in a directory, in a child with further environment variables."""
+    # The fork server makes an error of each warning, also of the advice to install httpx2 instead of httpx. The plugins
+    # of this environment would take a second of each run.
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **variables}
+    options = ("-q", "-p", "no:cacheprovider", "-W", "default")
+    return run(_PYTEST, directory, *options, *arguments, environment=environment)
+
+
 def run_command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command `homeagent` with these arguments in a child."""
     return run(COMMAND, *arguments, **options)

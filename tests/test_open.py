@@ -466,37 +466,31 @@ except errors.HomeAgentError as error:
 
 @needs_root
 @pytest.mark.parametrize(
-    ("owner", "mode", "error", "says"),
+    ("mode", "error", "says"),
     [
-        (0, 0o700, "DatabaseError", "no permission"),  # the user can't enter the directory
-        (0, 0o755, "InsecureFileError", "belongs to user 0"),  # another user owns the file
+        (0o700, "DatabaseError", "no permission"),  # the user can't enter the directory
+        (0o755, "InsecureFileError", "belongs to user 0"),  # another user owns the file
     ],
 )
-def test_missing_permission(children: Children, owner: int, mode: int, error: str, says: str) -> None:
+def test_missing_permission(children: Children, public_directory: Path, mode: int, error: str, says: str) -> None:
     """If the user lacks permission for the directory or the file, the error names the owner, and no file changes."""
-    # Another user can't enter pytest's own directories.
-    with tempfile.TemporaryDirectory() as name:
-        outer = Path(name)
-        outer.chmod(0o755)
-        inner = outer / "data"
-        inner.mkdir()
-        ours(inner / "homeagent.db")
-        inner.chmod(mode)
-        before = listing(inner)
-        answer = children.run(DENIED, inner / "homeagent.db")
-        assert answer.startswith(f"{error} ")
-        assert says in answer
-        assert listing(inner) == before
+    inner = public_directory / "data"
+    inner.mkdir()
+    ours(inner / "homeagent.db")
+    inner.chmod(mode)
+    before = listing(inner)
+    answer = children.run(DENIED, inner / "homeagent.db")
+    assert answer.startswith(f"{error} ")
+    assert says in answer
+    assert listing(inner) == before
 
 
 @needs_root
-def test_file_that_may_not_be_written(children: Children) -> None:
+def test_file_that_may_not_be_written(children: Children, public_directory: Path) -> None:
     """If a directory is readable but not writable, opening a new database raises a clear error and creates no file."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        answer = children.run(DENIED, Path(name) / "homeagent.db")
-        assert answer.startswith("DatabaseError no permission to")
-        assert list(Path(name).iterdir()) == []
+    answer = children.run(DENIED, public_directory / "homeagent.db")
+    assert answer.startswith("DatabaseError no permission to")
+    assert list(public_directory.iterdir()) == []
 
 
 # A lost database is not recreated

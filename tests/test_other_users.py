@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import struct
-import tempfile
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,9 +23,7 @@ from homeagent.maintenance import BackupSchedule, Diagnosis
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION
-from tests.conftest import ROOT, Children, FakeClock, add_agent
-
-STRANGER = 65534
+from tests.conftest import ROOT, STRANGER, Children, FakeClock, add_agent
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can act as two users")
 
@@ -317,71 +313,62 @@ with Database.open(sys.argv[1]) as database:
 """
 
 
-@pytest.fixture
-def home() -> Iterator[Path]:
-    """The other user's home outside of pytest's directories, which only root can enter."""
-    place = Path(tempfile.mkdtemp(prefix="homeagent-other-"))
-    place.chmod(0o711)
-    (place / "home").mkdir(mode=0o700)
-    give(place / "home")
-    yield place / "home"
-    shutil.rmtree(place)
-
-
 @needs_root
-def test_root_locks_no_user_out(home: Path, children: Children) -> None:
+def test_root_locks_no_user_out(others_home: Path, children: Children) -> None:
     """If root works in a user's directory, the database, its files, backups and directories belong to the user."""
-    path = home / ".homeagent" / "h.db"
+    path = others_home / ".homeagent" / "h.db"
     with Database.open(path) as database:
         add_agent(database, "roots")
-        assert owners(home) == {STRANGER}  # with SQLite's own files, while the database is open
-        backup = database.backup(f"{home}/backups/", keep=1)
+        assert owners(others_home) == {STRANGER}  # with SQLite's own files, while the database is open
+        backup = database.backup(f"{others_home}/backups/", keep=1)
         database.backup(path.with_name("copy.db"))
     children.run(AS_STRANGER, path, STRANGER)
     Database.restore(backup, path)
-    assert owners(home) == {STRANGER}
+    assert owners(others_home) == {STRANGER}
     children.run(AS_STRANGER, path.with_name("other.db"), STRANGER)
     with Database.open(path) as database:
         # Files that the user created later are as good as root's files.
-        assert database.backup(f"{home}/backups/", keep=1).exists()
+        assert database.backup(f"{others_home}/backups/", keep=1).exists()
     assert not backup.exists()
 
 
 @needs_root
-def test_root_upgrades_and_copies_for_a_user(home: Path) -> None:
+def test_root_upgrades_and_copies_for_a_user(others_home: Path) -> None:
     """If root upgrades or copies, the backup before the upgrade, the copy and its directories belong to the user."""
-    path = home / "h.db"
+    path = others_home / "h.db"
     shutil.copyfile(ROOT / "tests" / "fixtures" / "revisions" / "0001.db", path)
     path.chmod(0o600)
     give(path)
-    with Database.open(path) as database, Database.open(home / "a" / "b" / "copy.db") as copy:
+    with Database.open(path) as database, Database.open(others_home / "a" / "b" / "copy.db") as copy:
         database.copy_to(copy)
-    assert len(list(home.glob("*.backup"))) == 1
-    assert owners(home) == {STRANGER}
+    assert len(list(others_home.glob("*.backup"))) == 1
+    assert owners(others_home) == {STRANGER}
 
 
 @needs_root
-def test_a_backup_of_roots_in_another_users_directory(path: Path, tmp_path: Path, home: Path, clock: FakeClock) -> None:
+def test_a_backup_of_roots_in_another_users_directory(
+    path: Path, tmp_path: Path, others_home: Path, clock: FakeClock
+) -> None:
     """Root's backup in another user's directory stays root's, as the user must neither read nor change all devices."""
     with Database.open(path, clock=clock) as database:
-        first = database.backup(f"{home}/", keep=1)
+        first = database.backup(f"{others_home}/", keep=1)
         assert {first.stat().st_uid, manifest_path(first).stat().st_uid} == {0}
         clock.advance(hours=1)
-        second = database.backup(f"{home}/", keep=1)
+        second = database.backup(f"{others_home}/", keep=1)
     assert not first.exists()
     assert newest_backup(path) == second
     assert Database.restore(second, path, clock=clock).backup == second
 
 
 @needs_root
-def test_an_ordinary_user_restores_a_backup_of_root(home: Path, shared: Path, children: Children) -> None:
+def test_an_ordinary_user_restores_a_backup_of_root(others_home: Path, shared: Path, children: Children) -> None:
     """If the user may read a backup of root, restoring the backup is as safe as restoring the user's own."""
-    path = home / "h.db"
+    path = others_home / "h.db"
     with Database.open(path) as database:
-        backup = database.backup(home.parent / "made-by-root.db")
+        backup = database.backup(others_home.parent / "made-by-root.db")
     for file in (backup, manifest_path(backup)):
         file.chmod(0o644)
         assert file.stat().st_uid == 0
     script = AS_STRANGER + "\nDatabase.restore(sys.argv[3], sys.argv[1])\n"
     children.run(script, path, STRANGER, backup)
-    assert owners(home) == {STRANGER}
+    assert owners(others_home) == {STRANGER}

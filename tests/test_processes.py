@@ -339,7 +339,9 @@ print(*codes)
 
 
 @needs_fork
-@pytest.mark.parametrize("method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "method", ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("forkserver", "spawn"))]
+)
 def test_multiprocessing(tmp_path: Path, sqlite_path: Path, children: Children, method: str) -> None:
     """With each start method, the processes of a pool open the database by its path."""
     script = tmp_path / "pooled.py"

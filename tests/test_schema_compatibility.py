@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from homeagent import Database
+from homeagent import Database, DeviceStatus
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.errors import SchemaTooNewError
 from homeagent.migrations import REVISION, VERSION_TABLE
@@ -45,9 +44,8 @@ def connected(target: str) -> Iterator[Connection]:
     engine.close()
 
 
-@pytest.mark.parametrize("revision", CHECKED)
 def test_no_revision_breaks_the_previous_version(
-    engine_name: str, request: pytest.FixtureRequest, tmp_path: Path, revision: str
+    engine_name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Every revision since the first release only expands, or declares a contraction."""
     if engine_name == "postgresql":
@@ -57,7 +55,10 @@ def test_no_revision_breaks_the_previous_version(
         path.touch(0o600)
         empty = str(path)
     with connected(empty) as connection:
-        assert problems_of(revision, connection, scripts=SCRIPTS) == []
+        assert CHECKED
+        assert [(revision, problems_of(revision, connection, scripts=SCRIPTS)) for revision in CHECKED] == [
+            (revision, []) for revision in CHECKED
+        ]
 
 
 NEXT = f"{int(REVISION) + 1:04}"
@@ -206,7 +207,6 @@ def test_an_older_version_refuses_an_incompatible_newer_schema(target: str, migr
 # The previous version writes values that a new CHECK accepts
 
 
-@functools.cache
 def archive_of(revision: str) -> bytes:
     """Return the newest code for a revision from the history of this checkout, as a ZIP file."""
     module, line = "homeagent/migrations/revisions.py", f'REVISION = "{revision}"'
@@ -223,10 +223,17 @@ def archive_of(revision: str) -> bytes:
         pytest.skip(f"needs the history of the checkout back to the last commit at revision {revision}")
 
 
-def code_of(revision: str, directory: Path) -> Path:
-    """Unpack the newest code for a revision into a directory."""
-    ZipFile(io.BytesIO(archive_of(revision))).extractall(directory)
-    return directory
+@pytest.fixture
+def targets(sqlite_path: Path, empty_postgres_url: str) -> list[str]:
+    """A new database of each engine."""
+    Database.open(empty_postgres_url).close()
+    return [str(sqlite_path), empty_postgres_url]
+
+
+def run_old_code(revision: str, code: Path, targets: list[str], children: Children) -> None:
+    """Run the device operations of the newest code for a revision on the databases, in one process."""
+    ZipFile(io.BytesIO(archive_of(revision))).extractall(code)
+    children.finish(children.start(WRITES_DEVICES, code, revision, *targets, path=code))
 
 
 WRITES_DEVICES = """
@@ -238,9 +245,9 @@ import homeagent
 from homeagent import Database, Device, DevicePair, DeviceUpdate, Role
 from homeagent.migrations import REVISION
 
-code, revision, target = sys.argv[1:]
+code, revision, *targets = sys.argv[1:]
 assert Path(homeagent.__file__).is_relative_to(code) and REVISION == revision, (homeagent.__file__, REVISION)
-with Database.open(target) as database:
+def write(database):
     for name in ("admin", "phone", "lock", "gone"):
         secret = database.pair(DevicePair(id=name, role=Role.ADMIN)).shared_secret
         with database.unit_of_work() as unit:
@@ -262,43 +269,38 @@ with Database.open(target) as database:
         unit.session.get(Device, "orm-out").approved = True
     database.pair(DevicePair(id="new", role=Role.CLIENT))
     database.sweep()
+for target in targets:
+    with Database.open(target) as database:
+        write(database)
 """
 
 
-def test_code_of_0005_writes_what_0006_accepts(target: str, tmp_path: Path, children: Children) -> None:
+def test_code_of_0005_writes_what_0006_accepts(targets: list[str], tmp_path: Path, children: Children) -> None:
     """If the code of revision 0005 runs all its device operations on the present schema, no CHECK refuses a row."""
-    code = code_of("0005", tmp_path / "code")
-    Database.open(target).close()
-    children.finish(children.start(WRITES_DEVICES, code, "0005", target, path=code))
-    with Database.open(target) as database, database.unit_of_work(read_only=True) as unit:
-        found = {device.id: device.status.value for device in unit.devices.list()}
-    assert found == {
-        "admin": "approved",
-        "lock": "approved",
-        "new": "pending",
-        "orm-in": "pending",
-        "orm-out": "approved",
-        "phone": "revoked",
-    }
+    run_old_code("0005", tmp_path / "code", targets, children)
+    expected = {"approved": ["admin", "lock", "orm-out"], "pending": ["new", "orm-in"], "revoked": ["phone"]}
+    for target in targets:
+        with Database.open(target) as database:
+            found = {status: [device.id for device in database.devices.list(status=status)] for status in DeviceStatus}
+        assert found == expected
 
 
-def test_changes_of_old_code_are_in_the_feed(target: str, tmp_path: Path, children: Children) -> None:
+def test_changes_of_old_code_are_in_the_feed(targets: list[str], tmp_path: Path, children: Children) -> None:
     """If the code of revision 0007 runs its device operations on the present schema, the feed has all changes."""
-    code = code_of("0007", tmp_path / "code")
-    Database.open(target).close()
-    children.finish(children.start(WRITES_DEVICES, code, "0007", target, path=code))
-    with Database.open(target) as database:
-        changes = database.devices.changes(after=0, limit=1000)
-    kinds: dict[str, list[str]] = {}
-    for change in changes:
-        kinds.setdefault(str(change.device_id), []).append(change.kind.value)
-    assert kinds == {
-        "admin": ["paired", "approved", "rotated"],
-        "phone": ["paired", "approved", "rotated", "revoked"],
-        "lock": ["paired", "approved", "rotated", "revoked", "approved", "updated"],
-        "gone": ["paired", "approved", "rotated", "deleted"],
-        "orm-in": ["paired", "approved", "revoked"],
-        "orm-out": ["paired", "approved"],
-        "new": ["paired"],
-    }
-    assert [change.number for change in changes] == list(range(1, len(changes) + 1))
+    run_old_code("0007", tmp_path / "code", targets, children)
+    for target in targets:
+        with Database.open(target) as database:
+            changes = database.devices.changes(after=0, limit=1000)
+        kinds: dict[str, list[str]] = {}
+        for change in changes:
+            kinds.setdefault(str(change.device_id), []).append(change.kind.value)
+        assert kinds == {
+            "admin": ["paired", "approved", "rotated"],
+            "phone": ["paired", "approved", "rotated", "revoked"],
+            "lock": ["paired", "approved", "rotated", "revoked", "approved", "updated"],
+            "gone": ["paired", "approved", "rotated", "deleted"],
+            "orm-in": ["paired", "approved", "revoked"],
+            "orm-out": ["paired", "approved"],
+            "new": ["paired"],
+        }
+        assert [change.number for change in changes] == list(range(1, len(changes) + 1))

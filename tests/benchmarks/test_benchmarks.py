@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -181,12 +179,7 @@ def test_campaigns_write_their_counts(tmp_path: Path) -> None:
     )
     save(file, {"benchmarks": [], "campaigns": {"kills": {"result": "1"}, "cuts": {"result": "7"}}})
 
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.conftest", module],
-        cwd=ROOT,
-        env={**os.environ, "HOMEAGENT_FIGURES": str(file)},
-        capture_output=True,
-    )
+    fork_server.run_pytest(ROOT, "-p", "tests.conftest", module, HOMEAGENT_FIGURES=str(file))
 
     campaigns = load(file)["campaigns"]
     assert {name: each["result"] for name, each in campaigns.items()} == {

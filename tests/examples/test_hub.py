@@ -25,28 +25,16 @@ EXAMPLE = ROOT / "docs" / "examples" / "hub"
 MESSAGES = 5
 
 
-RUN_TESTS = """
-import os, sys
-import pytest
-os.chdir(sys.argv[1])
-sys.exit(pytest.main(sys.argv[2:]))
-"""
-
-
 def test_the_tests_of_the_example(engine_name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The tests of the example and of docs/how-to/migrate-own-tables.md pass on each engine, in a separate process."""
     page = (ROOT / "docs" / "how-to" / "migrate-own-tables.md").read_text(encoding="utf-8")
     test, environment_of_alembic = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     (tmp_path / "test_page.py").write_text(test)
     assert environment_of_alembic in (EXAMPLE / "hub" / "migrations" / "env.py").read_text(encoding="utf-8")
-    # The fork server makes an error of each warning, also of the advice to install httpx2 instead of httpx.
-    arguments = ["-q", "-p", "no:cacheprovider", "-p", "homeagent.testing", "-W", "default", "-c", "pyproject.toml"]
-    arguments += ["tests", str(tmp_path / "test_page.py")]
+    arguments = ["-p", "homeagent.testing", "-c", "pyproject.toml", "tests", tmp_path / "test_page.py"]
     if engine_name == "postgresql":
         arguments += ["--homeagent-postgresql", request.getfixturevalue("postgres_url")]
-    # The plugins of this environment would take a second of each run.
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = fork_server.run(RUN_TESTS, EXAMPLE, *arguments, environment=environment)
+    done = fork_server.run_pytest(EXAMPLE, *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 passed" in done.stdout
 

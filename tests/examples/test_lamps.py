@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
+from tests import fork_server
 from tests.conftest import ROOT
 
 EXAMPLE = ROOT / "docs" / "examples" / "lamps"
@@ -13,15 +10,7 @@ EXAMPLE = ROOT / "docs" / "examples" / "lamps"
 
 def test_the_tests_of_the_example() -> None:
     """The test of the example passes in a separate process, with the example's configuration."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "homeagent.testing"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=EXAMPLE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=120,
-    )
+    done = fork_server.run_pytest(EXAMPLE, "-p", "homeagent.testing", "-c", "pyproject.toml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
 

@@ -461,25 +461,20 @@ with Database.open(sys.argv[1]) as database:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
-def test_lost_permission(sqlite_path: Path, children: Children) -> None:
+def test_lost_permission(sqlite_path: Path, children: Children, public_directory: Path) -> None:
     """If the write permission is lost during a backup, an error says so, and the rest cannot be taken for a backup."""
-    # Not below pytest's directories, which another user cannot enter.
-    place = Path("/tmp") / f"homeagent-permission-{os.getpid()}"  # noqa: S108  removed below
-    place.mkdir()
-    try:
-        shutil.copytree(sqlite_path.parent, place / "database")
-        (place / "backups").mkdir()
-        for path in (place, *place.rglob("*")):
-            os.chown(path, 65534, 65534)
-        said = children.run(UNPRIVILEGED, place / "database" / "homeagent.db", place / "backups").splitlines()
-        assert said[0].endswith("copy.db")
-        assert "no permission" in said[1]
-        (place / "backups").chmod(0o700)
-        left = [path for path in (place / "backups").iterdir() if "partial" in path.name]
-        assert all(path.stat().st_size == 0 for path in left)
-        assert rows(place / "backups" / "copy.db", "PRAGMA integrity_check") == [("ok",)]
-    finally:
-        shutil.rmtree(place)
+    place = public_directory
+    shutil.copytree(sqlite_path.parent, place / "database")
+    (place / "backups").mkdir()
+    for path in (place, *place.rglob("*")):
+        os.chown(path, 65534, 65534)
+    said = children.run(UNPRIVILEGED, place / "database" / "homeagent.db", place / "backups").splitlines()
+    assert said[0].endswith("copy.db")
+    assert "no permission" in said[1]
+    (place / "backups").chmod(0o700)
+    left = [path for path in (place / "backups").iterdir() if "partial" in path.name]
+    assert all(path.stat().st_size == 0 for path in left)
+    assert rows(place / "backups" / "copy.db", "PRAGMA integrity_check") == [("ok",)]
 
 
 def test_postgresql_names_its_own_tools(postgres_url: str, postgres_template: str) -> None:

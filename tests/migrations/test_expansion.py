@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.pool import NullPool
 
-from homeagent import Database
 from homeagent.errors import IncompatibleRevisionError, InvalidArgumentError, MigrationError
 from homeagent.migrations.expansion import breaks, structure
 from homeagent.testing import check_revisions
@@ -84,11 +86,7 @@ CHANGES: list[tuple[str, str, str | None]] = [
     ("kind TEXT NOT NULL", "kind TEXT", "t.kind becomes nullable"),
     ("DEFAULT 0", "", "t.size loses its server default"),
     ("name TEXT,", "name VARCHAR(10),", "t.name changes its type from TEXT to VARCHAR"),
-    (
-        "CONSTRAINT ck_t",
-        "CONSTRAINT ck_new CHECK (name <> 'x'), CONSTRAINT ck_t",
-        "CHECK ck_new of t is new",
-    ),
+    ("CONSTRAINT ck_t", "CONSTRAINT ck_new CHECK (name <> 'x'), CONSTRAINT ck_t", "CHECK ck_new of t is new"),
     ("<> 'x'", "<> 'y'", "CHECK ck_t of t is new or changed"),
     (", CONSTRAINT ck_t CHECK (kind <> 'x')", "", "CHECK ck_t of t is dropped"),
     ("INDEX idx_t", "UNIQUE INDEX idx_t", "t gets unique ('name',)"),
@@ -98,27 +96,33 @@ CHANGES: list[tuple[str, str, str | None]] = [
 ]
 
 
-def test_each_change_is_judged(database: Database) -> None:
+def test_each_change_is_judged(engine_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A change that old code can notice is named, on either engine, and a change that only adds is not."""
-    for there, instead, problem in CHANGES:
-        assert there in BEFORE
-        structures = []
-        for statements in (BEFORE, BEFORE.replace(there, instead, 1)):
-            with database.unit_of_work() as unit:
-                connection = unit.session.connection()
-                for name in "tuvw":
-                    connection.exec_driver_sql(f"DROP TABLE IF EXISTS {name}")
-                for statement in ("CREATE TABLE w (id TEXT PRIMARY KEY)", *statements.split(";")):
-                    if statement.strip():
-                        connection.exec_driver_sql(statement)
-            with database._engine.connect() as plain:
-                structures.append({part: fact for part, fact in structure(plain).items() if part[1] in "tuvw"})
-        found = list(breaks(*structures))
-        if problem is None:
-            assert found == [], (there, instead)
-        else:
-            (only,) = found
-            assert problem in only
+    url = f"sqlite:///{tmp_path / 'empty.db'}"
+    if engine_name == "postgresql":
+        url = request.getfixturevalue("empty_postgres_url").replace("postgresql:", "postgresql+psycopg:")
+    with create_engine(url, poolclass=NullPool).connect() as connection:
+
+        def made(statements: str) -> Any:
+            for statement in ("CREATE TABLE w (id TEXT PRIMARY KEY)", *statements.split(";")):
+                connection.exec_driver_sql(statement)
+            connection.commit()
+            found = structure(connection)
+            for name in "tuvw":
+                cascade = "CASCADE" if engine_name == "postgresql" else ""
+                connection.exec_driver_sql(f"DROP TABLE IF EXISTS {name} {cascade}")
+            connection.commit()
+            return found
+
+        before = made(BEFORE)
+        for there, instead, problem in CHANGES:
+            assert there in BEFORE
+            found = list(breaks(before, made(BEFORE.replace(there, instead, 1))))
+            if problem is None:
+                assert found == [], (there, instead)
+            else:
+                (only,) = found
+                assert problem in only
 
 
 def test_declared_and_accepted_changes(folder: Path) -> None:

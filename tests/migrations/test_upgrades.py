@@ -229,8 +229,8 @@ def test_upgrade_within_a_command_of_alembic(tmp_path: Path, revision: str | Non
 @pytest.mark.parametrize(
     ("revision", "step"),
     [
-        (None, 40),
-        ("0001", 40),
+        (None, 80),
+        ("0001", 80),
         pytest.param(None, 1, marks=pytest.mark.slow),
         pytest.param("0001", 1, marks=pytest.mark.slow),
     ],

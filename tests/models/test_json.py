@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from homeagent.errors import InvalidArgumentError
@@ -26,7 +26,6 @@ def nested(levels: int) -> Any:
     return value
 
 
-@settings(max_examples=40)
 @given(VALUES.filter(lambda value: "\\ud" not in ascii(value)))
 def test_value_is_read_back_unchanged(value: Any) -> None:
     """Types, signs, digits and the order of keys are kept, and other JSON readers return the same value."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -318,22 +315,13 @@ def test_waits_for_a_host_have_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 # Several hosts
 
 
-@pytest.fixture
-def short_directory() -> Iterator[Path]:
-    """A directory with a short path, as a socket needs, that the server's user can enter."""
-    directory = Path(tempfile.mkdtemp(prefix="homeagent-hosts-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory, ignore_errors=True)
-
-
 @pytest.mark.slow
-def test_units_follow_the_primary(installation: Installation, short_directory: Path, clock: FakeClock) -> None:
+def test_units_follow_the_primary(installation: Installation, public_directory: Path, clock: FakeClock) -> None:
     """If the primary returns as a standby, units wait for the promoted server and use it."""
-    first = Server(installation, short_directory / "a", port=free_port())
+    first = Server(installation, public_directory / "a", port=free_port())
     first.create({"fsync": "off", "shared_buffers": "16MB"})
     first.start()
-    second = first.clone(short_directory / "b", port=free_port(), name="b")
+    second = first.clone(public_directory / "b", port=free_port(), name="b")
     url = f"postgresql://postgres@/postgres?host=127.0.0.1:{first.port}&host=127.0.0.1:{second.port}"
     try:
         with (

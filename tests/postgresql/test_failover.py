@@ -1,16 +1,17 @@
-"""A primary with a synchronous standby fails repeatedly, under load. PostgreSQL only."""
+"""A primary with a synchronous standby: failures under load, and the doctor. PostgreSQL only."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from homeagent import Database
+from homeagent import Database, diagnose
+from homeagent.maintenance import Diagnosis
+from homeagent.maintenance.doctor import Severity
 from tests.conftest import ROOT, Children, RecordProperty
 from tests.postgresql.load import Load, wait_for
 from tests.postgresql.server import Installation, Server, free_port
@@ -83,18 +84,11 @@ class Pair:
 
 
 @pytest.fixture
-def pair(installation: Installation) -> Iterator[Pair]:
+def pair(installation: Installation, public_directory: Path) -> Iterator[Pair]:
     """A primary and its synchronous standby."""
-    directory = Path(tempfile.mkdtemp(prefix="homeagent-pair-"))
-    directory.chmod(0o755)
-    pair = None
-    try:
-        pair = Pair(installation, directory)
-        yield pair
-    finally:
-        if pair is not None:
-            pair.stop()
-        shutil.rmtree(directory, ignore_errors=True)
+    pair = Pair(installation, public_directory)
+    yield pair
+    pair.stop()
 
 
 @pytest.mark.slow
@@ -124,3 +118,23 @@ def test_failover(
         print(f"\n{report}")  # noqa: T201  the figures are the purpose of a manual run
     report.record(record_property, ["primary killed, standby promoted by the test"])
     assert len(report.outages) == ROUNDS
+
+
+def bad(found: Diagnosis) -> dict[str, Severity]:
+    """Return the findings that are not ok."""
+    return {finding.check: finding.severity for finding in found.findings if finding.severity is not Severity.OK}
+
+
+@pytest.mark.slow
+def test_a_standby_and_its_primary(pair: Pair) -> None:
+    """The doctor finds no problem of a primary with its standby, and reports the standby as read-only."""
+    Database.open(pair.url).close()
+    found = diagnose(pair.url)
+    assert bad(found) == {}
+    durability = found.finding("durability")
+    assert durability is not None
+    assert durability.facts == {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on"}
+
+    standby = diagnose(pair.standby.url("homeagent"))
+    assert bad(standby) == {"write_access": Severity.CRITICAL}
+    assert standby.not_checked == {}

@@ -6,7 +6,6 @@ The test needs the extra `test-patroni` and etcd: `.ci/run patroni` installs bot
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,19 +31,16 @@ ROUNDS = 2
 
 
 @pytest.fixture
-def cluster(installation: Installation) -> Iterator[PatroniCluster]:
+def cluster(installation: Installation, public_directory: Path) -> Iterator[PatroniCluster]:
     """An etcd and two nodes."""
     assert ETCD is not None
-    directory = Path(tempfile.mkdtemp(prefix="homeagent-patroni-"))
-    directory.chmod(0o755)
-    cluster = PatroniCluster(installation, directory, ETCD)
+    cluster = PatroniCluster(installation, public_directory, ETCD)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
         print(cluster.said())  # noqa: T201  pytest shows the text if the test fails
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def test_patroni(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,12 +33,11 @@ MINUTE = timedelta(minutes=1)
 
 
 @pytest.fixture
-def pooled_url(empty_postgres_url: str, installation: Installation) -> Iterator[str]:
+def pooled_url(empty_postgres_url: str, installation: Installation, public_directory: Path) -> Iterator[str]:
     """The URL of a new database without tables, through a pooler with two sessions."""
     assert PROGRAM is not None
     server = make_url(empty_postgres_url)
-    directory = Path(tempfile.mkdtemp(prefix="homeagent-pgbouncer-"))
-    port = free_port()
+    directory, port = public_directory, free_port()
     host = server.host or server.query["host"]
     (directory / "pgbouncer.ini").write_text(
         f"[databases]\n* = host={host} port={server.port or 5432} user={server.username}\n"
@@ -64,7 +62,6 @@ def pooled_url(empty_postgres_url: str, installation: Installation) -> Iterator[
     finally:
         process.kill()
         process.wait()
-        shutil.rmtree(directory)
 
 
 def test_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,17 +83,14 @@ print(json.dumps(report))
 
 
 @pytest.fixture
-def own_server(installation: Installation) -> Iterator[Server]:
+def own_server(installation: Installation, public_directory: Path) -> Iterator[Server]:
     """A separate server, which the test can restart."""
-    directory = Path(tempfile.mkdtemp(prefix="homeagent-restart-"))
-    directory.chmod(0o755)
-    server = Server(installation, directory / "server", port=free_port())
+    server = Server(installation, public_directory / "server", port=free_port())
     server.create({"fsync": "off", "shared_buffers": "16MB"})
     server.start()
     yield server
     if server.is_running:
         server.stop("immediate")
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.mark.slow

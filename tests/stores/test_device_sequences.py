@@ -460,8 +460,8 @@ KINDS = pytest.mark.parametrize("kind", [GuardMachine, DeviceMachine])
 
 @KINDS
 def test_stores_follow_their_models(target: str, engine_name: str, kind: type[Machine]) -> None:
-    """After 50 sequences on SQLite and 10 on PostgreSQL, each store and its model have given the same answers."""
-    run_sequences(kind, target, 50 if engine_name == "sqlite" else 10, 25)
+    """After 25 sequences on SQLite and 5 on PostgreSQL, each store and its model have given the same answers."""
+    run_sequences(kind, target, 25 if engine_name == "sqlite" else 5, 25)
 
 
 @pytest.mark.slow

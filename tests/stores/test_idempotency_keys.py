@@ -99,7 +99,7 @@ def test_cleanup_is_bounded_and_keeps_unexpired_rows(database: Database, clock: 
     assert len(dump(database)["idempotency_keys"]) == 1
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=values)
 def test_json_values_are_read_back_unchanged(database: Database, value: Any) -> None:
     """A stored JSON value is read back with its types, key order, NUL characters and minus zero."""

@@ -66,7 +66,7 @@ ADD = {"nonces": add_nonce, "idempotency_keys": add_key}
 
 
 @pytest.mark.parametrize("table", ADD)
-@pytest.mark.parametrize("limit", [1, 250])
+@pytest.mark.parametrize("limit", [1, 120])
 def test_the_limit_is_exact_in_one_process(reopen: MakeDatabase, clock: FakeClock, table: str, limit: int) -> None:
     """One process stores exactly as many rows as the limit allows, and new rows only after the expiry."""
     database = reopen(limits=Limits(nonces_per_device=limit, keys_per_device=limit), durability="normal")

@@ -381,8 +381,8 @@ class SessionMachine(Machine):
 
 
 def test_sessions_follow_their_model(target: str, engine_name: str) -> None:
-    """After 50 sequences on SQLite and 10 on PostgreSQL, the agents, sessions and routes are those of the model."""
-    run_sequences(SessionMachine, target, 50 if engine_name == "sqlite" else 10, 25)
+    """After 25 sequences on SQLite and 5 on PostgreSQL, the agents, sessions and routes are those of the model."""
+    run_sequences(SessionMachine, target, 25 if engine_name == "sqlite" else 5, 25)
 
 
 @pytest.mark.slow
