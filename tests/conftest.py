@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from datetime import datetime, timedelta
@@ -19,13 +20,14 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from pydantic import SecretStr
 
-from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, Role
+from homeagent import Agent, AgentCreate, Database, Device, DeviceCreate, DevicePair, Role
 from homeagent.models.types import check_timestamp
 from homeagent.testing import START as START
 from homeagent.testing import FakeClock as FakeClock
 from tests import figures, fork_server
-from tests.fork_server import Child
+from tests.fork_server import Child, Process
 from tests.postgresql.server import Installation, Server, find_installation
 
 ROOT = Path(__file__).parent.parent
@@ -350,6 +352,26 @@ def add_device(
         return unit.devices.get(device_id)
 
 
+def pair(
+    database: Database, device_id: str = "phone", secret: SecretStr | None = None, *, approve: bool = True, **more: Any
+) -> SecretStr:
+    """Pair a device, with a generated secret unless it has one, and return the secret."""
+    device = DevicePair(id=device_id, role=Role.CLIENT, shared_secret=secret, **more)
+    secret = database.pair(device).shared_secret
+    if approve:
+        database.devices.approve(device_id)
+    return secret
+
+
+def plan_of(database: Database, statement: Any, **values: Any) -> list[str]:
+    """Return the steps of SQLite's plan for a statement of a store."""
+    with database.unit_of_work() as unit:
+        connection = unit.session.connection()
+        raw: Any = connection.connection.driver_connection
+        compiled = statement.compiled(connection.dialect, read_only=False)
+        return [row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.bind(values)).fetchall()]
+
+
 def write_past_checks(target: str | Path, *statements: str) -> None:
     """Write rows without the CHECK constraints: SQLite by a pragma, PostgreSQL after dropping two constraints."""
     target = str(target)
@@ -394,14 +416,14 @@ class Children:
     """
 
     def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: list[Process] = []
 
-    def start(self, script: str, *arguments: object, path: Path = ROOT, fresh: bool = False) -> subprocess.Popen[str]:
+    def start(self, script: str, *arguments: object, path: Path = ROOT, fresh: bool = False) -> Process:
         """Start a process that imports the package from `path` and treats warnings as errors."""
         if path == ROOT and not fresh:
             self._processes.append(Child(script, *arguments))
         else:
-            process = subprocess.Popen(
+            process = Process(
                 [sys.executable, "-W", "error", "-c", script, *map(str, arguments)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -414,13 +436,13 @@ class Children:
             self._processes.append(process)
         return self._processes[-1]
 
-    def finish(self, process: subprocess.Popen[str], *, timeout: float = 120) -> str:
+    def finish(self, process: Process, *, timeout: float = 120) -> str:
         """Wait until a process ends with success, and return its output."""
         out, err = process.communicate(timeout=timeout)
         assert process.returncode == 0, err
         return out.strip()
 
-    def finish_with(self, process: subprocess.Popen[str], line: str) -> str:
+    def finish_with(self, process: Process, line: str) -> str:
         """Write a line to a process that waits for input, and return the rest of its output."""
         out, err = process.communicate(line, timeout=120)
         assert process.returncode == 0, err
@@ -437,11 +459,9 @@ class Children:
         """
         processes = [self.start(script, *arguments) for arguments in calls]
         for process in processes:
-            assert process.stdout is not None
             line = process.stdout.readline()
             assert line == "ready\n", process.communicate()[1]
         for process in processes:
-            assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
         return [self.finish(process) for process in processes]
@@ -461,6 +481,15 @@ def children() -> Iterator[Children]:
     children = Children()
     yield children
     children.close()
+
+
+def in_threads(*works: Callable[[], object]) -> None:
+    """Run each function in a thread of its own, and wait until all have ended."""
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 MakeDatabase = Callable[..., Database]

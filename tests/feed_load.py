@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from homeagent import Database
 from tests.conftest import Children
+from tests.fork_server import Process
 from tests.postgresql.load import wait_for
 
 __all__ = ["FeedLoad"]
@@ -60,7 +60,7 @@ asyncio.run(main(int(sys.argv[2])))
 class _Process:
     """A process and the whole lines that it has printed. A thread reads the lines, so that the pipe is never full."""
 
-    process: subprocess.Popen[str]
+    process: Process
     lines: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,6 @@ class _Process:
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
         self.lines.extend(line.split() for line in self.process.stdout if line.endswith("\n"))
 
     def kill(self) -> None:
@@ -79,7 +78,6 @@ class _Process:
 
     def stop(self) -> None:
         """Let a writer end normally, and read its last lines."""
-        assert self.process.stdin is not None
         self.process.stdin.write("stop\n")
         self.process.stdin.flush()
         assert self.process.wait(60) == 0, self.process.stderr and self.process.stderr.read()

@@ -127,12 +127,16 @@ def stop() -> None:
         server.wait()
 
 
-class Child(subprocess.Popen[str]):
-    """A child of the server, with the methods of `subprocess.Popen`. Its standard streams are pipes."""
+class Process(subprocess.Popen[str]):
+    """A process whose standard streams are pipes."""
 
     stdin: IO[str]
     stdout: IO[str]
     stderr: IO[str]
+
+
+class Child(Process):
+    """A child of the server, with the methods of `subprocess.Popen`."""
 
     def __init__(
         self,

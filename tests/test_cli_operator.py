@@ -324,7 +324,6 @@ def test_a_whole_day(tmp_path: Path, children: Children, empty_postgres_url: str
     run("init")
     assert run("devices", "pair", "desk", "--role", "admin", "--approve")["device"]["status"] == "approved"
     gateway = children.start(GATEWAY, path)
-    assert gateway.stdout is not None
     obeyed = iter(gateway.stdout.readline, "")
     assert next(obeyed) == "ready\n"
     with Database.open(path) as database:  # a phone asks the gateway

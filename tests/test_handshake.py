@@ -17,6 +17,7 @@ from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeEr
 from homeagent.handshake import MAX_MESSAGE, Admission, authenticate_device, gateway, recheck
 from homeagent.handshake.client import authenticate
 from homeagent.testing import FakeClock
+from tests.conftest import pair
 
 
 class Pipe:
@@ -81,14 +82,6 @@ def handshake(homeagent_database: Database, homeagent_clock: FakeClock) -> Calla
 async def serve(database: Database, send: Any, receive: Any, **options: Any) -> Admission:
     """Run the gateway's side."""
     return await authenticate_device(database, send=send, receive=receive, **options)
-
-
-def pair(database: Database, device_id: str = "phone", *, approve: bool = True) -> SecretStr:
-    """Pair a device, and return its generated secret."""
-    secret = database.pair(DevicePair(id=device_id, role=Role.CLIENT)).shared_secret
-    if approve:
-        database.devices.approve(device_id)
-    return secret
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

@@ -64,7 +64,6 @@ def kill_rounds(path: Path, children: Children, durability: str, rounds: int, se
     for number in range(rounds):
         processes = [children.start(LOAD, path, durability, f"{seed}.{number}.{each}", told) for each in range(4)]
         for process in processes:
-            assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
         while not told.stat().st_size:  # on a busy machine, all kills could come before the first unit
             time.sleep(0.001)

@@ -9,11 +9,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
 
 from tests.conftest import START, Children, RecordProperty
+from tests.fork_server import Process
 
 # Each start sets the service's clock an hour ahead of the previous start, so that old leases have expired.
 SERVICE = """
@@ -75,7 +75,7 @@ class Service:
         self._children = children
         self._paths = (path, ledger)
         self._life = 0
-        self._process: Popen[str] | None = None
+        self._process: Process | None = None
         self.port = 0
         self.up = threading.Event()
 
@@ -88,7 +88,6 @@ class Service:
         now = START + timedelta(hours=self._life)
         self._process = self._children.start(SERVICE, *self._paths, now.isoformat())
         self._life += 1
-        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, self._process.communicate()[1]
         self.port = int(line)

@@ -11,7 +11,7 @@ import pytest
 from homeagent import Database, DevicePair, DeviceStatus, Limits, Role
 from homeagent.errors import DeviceExistsError, InvalidArgumentError, PendingLimitError
 from homeagent.stores import device_statements as statements
-from tests.conftest import FakeClock, MakeDatabase, add_device
+from tests.conftest import FakeClock, MakeDatabase, add_device, plan_of
 
 
 def pair(database: Database, device_id: str) -> bool:
@@ -84,13 +84,8 @@ def test_overdue_devices_make_room(reopen: MakeDatabase, clock: FakeClock) -> No
 def test_the_index_counts(sqlite_database: Database) -> None:
     """SQLite counts and removes pending devices by the partial index, without reading rows for the count."""
     for statement, index in ((statements.COUNT_PENDING, "COVERING INDEX"), (statements.DELETE_PENDING, "INDEX")):
-        with sqlite_database.unit_of_work() as unit:
-            connection = unit.session.connection()
-            raw: Any = connection.connection.driver_connection
-            compiled = statement.compiled(connection.dialect, read_only=False)
-            values = compiled.bind({"limit": 5, "before": sqlite_database._clock()})
-            plan = "\n".join(row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", values).fetchall())
-        assert f"{index} idx_devices_pending" in plan
+        plan = plan_of(sqlite_database, statement, limit=5, before=sqlite_database._clock())
+        assert f"{index} idx_devices_pending" in "\n".join(plan)
 
 
 @pytest.mark.parametrize(

@@ -532,7 +532,6 @@ database.close()
 """
     )
     process = children.start(script, target)
-    assert process.stdout is not None
     for _ in range(3):
         assert process.stdout.readline() == "inside\n"
         process.send_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ import pytest
 from homeagent import AgentSessionCreate, Database, DeviceStatus, Role
 from homeagent.errors import AgentNotFoundError, ApprovalChangedError, DeviceNotApprovedError, LastAdminError
 from homeagent.models.session import route_key
-from tests.conftest import Children, add_agent, add_device, dump
+from tests.conftest import Children, add_agent, add_device, dump, in_threads
 
 READY = """
 import sys
@@ -183,11 +183,7 @@ def test_a_session_of_an_agent_that_is_being_deleted(database: Database) -> None
             ready.wait()
             assert database.run(lambda unit: unit.agents.delete(agent_id, delete_sessions=True))
 
-        threads = [threading.Thread(target=create) for _ in range(4)] + [threading.Thread(target=delete)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(*[create] * 4, delete)
         with database.unit_of_work(read_only=True) as unit:
             assert unit.agents.find_by_id(agent_id) is None
             assert list(unit.sessions.list(agent_id=agent_id)) == []

@@ -18,7 +18,7 @@ from homeagent import Database, DeviceCreate, DevicePair, Role, SecretCheck, has
 from homeagent.credentials import FAILED_CHECKS_PER_MINUTE, WAITING_HASHES, generate_secret, hashing
 from homeagent.errors import InvalidArgumentError, TooManyAttemptsError
 from homeagent.scram import make_proof, proof_message
-from tests.conftest import START, FakeClock, MakeDatabase, dump
+from tests.conftest import START, FakeClock, MakeDatabase, dump, pair
 from tests.credentials.conftest import Runs
 
 HUMAN = SecretStr("correct horse battery staple")
@@ -43,13 +43,6 @@ def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     set_concurrency(2)
     return set_concurrency
-
-
-def pair(database: Database, device_id: str, secret: SecretStr | None = None, **more: Any) -> SecretStr:
-    """Pair and approve a device, and return its secret."""
-    paired = database.pair(DevicePair(id=device_id, role=Role.NODE, shared_secret=secret, **more))
-    database.run(lambda unit: unit.devices.approve(device_id))
-    return paired.shared_secret
 
 
 def fail(database: Database, device_id: str, times: int) -> None:

@@ -256,7 +256,6 @@ def test_a_killed_watcher(database: Database, target: str, children: Children) -
     """After `kill -9` of a watching process, writers go on, and a new process continues from the last number."""
     watcher = children.start(WATCH, target, 0)
     add_device(database, "lamp")
-    assert watcher.stdout is not None
     number, device_id = watcher.stdout.readline().split()
     watcher.kill()
     watcher.wait()
@@ -264,7 +263,6 @@ def test_a_killed_watcher(database: Database, target: str, children: Children) -
         add_device(database, name)
     watcher = children.start(WATCH, target, number)
     add_device(database, "door")
-    assert watcher.stdout is not None
     arrived = [device_id, *(watcher.stdout.readline().split()[1] for _ in range(3))]
     assert arrived == ["lamp", "phone", "clock", "door"]
     assert {finding.check: finding.severity.value for finding in database.doctor().findings}["database"] == "ok"

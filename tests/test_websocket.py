@@ -15,12 +15,12 @@ import uvicorn
 from fastapi import FastAPI, WebSocket
 from pydantic import SecretStr
 
-from homeagent import Database, DevicePair, Role
+from homeagent import Database
 from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError
 from homeagent.fastapi import DatabaseDep, accept_device, install_error_handlers, lifespan
 from homeagent.handshake.client import authenticate
 from homeagent.testing import DatabaseFactory
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pair
 
 websockets = pytest.importorskip("websockets")
 
@@ -99,14 +99,6 @@ def gateway(database: Database) -> Iterator[Gateway]:
     gateway = Gateway(database)
     yield gateway
     gateway.close()
-
-
-def pair(database: Database, device_id: str = "phone", *, approve: bool = True) -> SecretStr:
-    """Pair a device, and return its generated secret."""
-    secret = database.pair(DevicePair(id=device_id, role=Role.CLIENT)).shared_secret
-    if approve:
-        database.devices.approve(device_id)
-    return secret
 
 
 async def code_of(connection: Any) -> int:

@@ -153,7 +153,6 @@ def test_writer_gets_turns_next_to_a_busy_process(sqlite_database: Database) -> 
     missed: list[int] = []
     with Child(HOG, sqlite_database.status().location) as hog:
         try:
-            assert hog.stdout is not None
             assert hog.stdout.readline() == "busy\n"
             for _ in range(20):
                 begun = asked = done_by_other(read_only=True)

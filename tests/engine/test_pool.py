@@ -10,6 +10,7 @@ import pytest
 
 from homeagent.engine.pool import ConnectionPool
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError
+from tests.conftest import in_threads
 from tests.interrupts import interrupt_at
 
 LANES = ("homeagent.engine.pool",)
@@ -143,11 +144,7 @@ def test_no_more_than_size_are_held() -> None:
                 out -= 1
             lanes.release(resource)
 
-    threads = [threading.Thread(target=work) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*[work] * 16)
     assert 1 <= most <= 3
 
 

@@ -22,10 +22,10 @@ import psutil
 import pytest
 from pydantic import SecretStr
 
-from homeagent import AgentCreate, Database, DevicePair, Role
+from homeagent import AgentCreate, Database
 from homeagent.handshake.client import authenticate
 from tests import fork_server
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pair
 
 EXAMPLES = ROOT / "docs" / "examples"
 CONTAINER = (EXAMPLES / "Containerfile").read_text(encoding="utf-8")
@@ -114,14 +114,6 @@ def serve(target: Path, tmp_path: Path) -> Iterator[Serve]:
             raise
 
 
-def pair(target: Path, device_id: str) -> SecretStr:
-    """Pair and approve a device, and return its secret."""
-    with Database.open(target) as database:
-        secret = database.pair(DevicePair(id=device_id, role=Role.CLIENT)).shared_secret
-        database.devices.approve(device_id)
-        return secret
-
-
 async def hold(server: Server, stack: AsyncExitStack, device_id: str, secret: SecretStr) -> list[Any]:
     """Open WebSockets as a device until each of two workers has at least one, and return the connections."""
     from websockets.asyncio.client import connect
@@ -140,7 +132,8 @@ async def hold(server: Server, stack: AsyncExitStack, device_id: str, secret: Se
 
 async def revoke_one(server: Server, target: Path, device_id: str) -> float:
     """Revoke a connected device by the command line, and return the seconds until the last connection was closed."""
-    secret = pair(target, device_id)
+    with Database.open(target) as database:
+        secret = pair(database, device_id)
     async with AsyncExitStack() as stack:
         connections = await hold(server, stack, device_id, secret)
 
@@ -189,7 +182,8 @@ def test_gunicorn_with_preload(serve: Serve, target: Path) -> None:
     """With `--preload` the application is imported before the fork, and each worker opens the database."""
     server = serve([*GUNICORN, "api:create_app()"])
     server.wait()
-    secret = pair(target, "phone")
+    with Database.open(target) as database:
+        secret = pair(database)
 
     async def connect_to_both() -> None:
         async with AsyncExitStack() as stack:

@@ -16,10 +16,10 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from homeagent import Database, DevicePair, Role
+from homeagent import Database
 from homeagent.handshake.client import authenticate
 from tests import fork_server
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pair
 
 EXAMPLE = ROOT / "docs" / "examples" / "hub"
 MESSAGES = 5
@@ -67,15 +67,6 @@ def port(target: str) -> Iterator[int]:
             process.communicate()
 
 
-def pair(database: Database, count: int) -> dict[str, SecretStr]:
-    """Pair and approve devices, and return their secrets."""
-    secrets = {}
-    for device_id in (f"device-{number}" for number in range(count)):
-        secrets[device_id] = database.pair(DevicePair(id=device_id, role=Role.CLIENT)).shared_secret
-        database.devices.approve(device_id)
-    return secrets
-
-
 async def send_messages(connection: Any) -> list[Any]:
     """Send the messages of a device and then the last message again. Return the replies."""
     replies = []
@@ -115,7 +106,8 @@ def test_devices_of_a_server(port: int, target: str, devices: int) -> None:
     """The messages of many devices are stored once each. A revocation closes only the connection of its device."""
     pytest.importorskip("websockets")
     with Database.open(target) as database:
-        replies = asyncio.run(asyncio.wait_for(use(port, database, pair(database, devices)), 100))
+        secrets = {name: pair(database, name) for name in (f"device-{number}" for number in range(devices))}
+        replies = asyncio.run(asyncio.wait_for(use(port, database, secrets), 100))
         assert all(each[-1] == each[-2] for each in replies)
         ids = {reply["id"] for each in replies for reply in each}
         assert len(ids) == MESSAGES * devices

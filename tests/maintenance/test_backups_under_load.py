@@ -37,7 +37,6 @@ def test_backups_under_load(
         writers = [children.start(load.SCRIPT, sqlite_path, number) for number in range(load.WRITERS)]
         threads = []
         for number, writer in enumerate(writers):
-            assert writer.stdout is not None
             assert writer.stdout.readline() == "ready\n"
             threads.append(threading.Thread(target=last_line, args=(writer.stdout, told, number), daemon=True))
             threads[-1].start()
@@ -50,7 +49,6 @@ def test_backups_under_load(
             assert all(counts[writer] >= count for writer, count in durable.items())
             ledgers.append(ledger)
         for writer in writers:
-            assert writer.stdin is not None
             writer.stdin.write("\n")
             writer.stdin.flush()
         for writer in writers:

@@ -155,7 +155,6 @@ print("ready", flush=True)
 sys.stdin.readline()
 """
     process = children.start(script, path)
-    assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     clock.advance(days=10_000)
     found = diagnose(path, clock=clock)

@@ -69,7 +69,6 @@ def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) 
         told: dict[int, int] = {}
         writers = [children.start(load.SCRIPT, sqlite_path, number) for number in range(load.WRITERS)]
         for number, writer in enumerate(writers):
-            assert writer.stdout is not None
             threading.Thread(target=last_line, args=(writer.stdout, told, number), daemon=True).start()
         wait_until(lambda: len(told) == load.WRITERS and sum(told.values()) > 500, replicator, *writers)
         durable, before = dict(told), time.monotonic()

@@ -373,7 +373,6 @@ def test_open_database_is_not_replaced(sqlite_path: Path, backup: Path, children
     with Database.open(sqlite_path), pytest.raises(errors.DatabaseBusyError, match="is open in"):
         Database.restore(backup, sqlite_path, busy_timeout=now)
     holder = children.start(HOLDS, sqlite_path)
-    assert holder.stdout is not None
     assert holder.stdout.readline() == "open\n"
     with pytest.raises(errors.DatabaseBusyError, match=f"process {holder.pid}|another process"):
         Database.restore(backup, sqlite_path, busy_timeout=now)
@@ -386,7 +385,6 @@ def test_open_database_is_not_replaced(sqlite_path: Path, backup: Path, children
     assert listing(sqlite_path.parent)["homeagent.db"] == before
     assert children.finish_with(holder, "\n") == "['new', 'old']"
     crasher = children.start(HOLDS, sqlite_path)
-    assert crasher.stdout is not None
     assert crasher.stdout.readline() == "open\n"
     crasher.kill()
     crasher.wait()
@@ -405,7 +403,6 @@ def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: C
         with closing(sqlite(path)) as raw:
             raw.execute("PRAGMA journal_mode=WAL")
         shell = children.start(script, path)
-        assert shell.stdout is not None
         assert shell.stdout.readline() == "open\n"
         with pytest.raises(errors.DatabaseBusyError, match="another program"):
             Database.restore(backup, target)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -27,7 +27,7 @@ from homeagent.errors import MigrationError, SchemaOutdatedError
 from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from homeagent.migrations import postgresql as postgresql_migrations
 from homeagent.migrations import sqlite as sqlite_migrations
-from tests.conftest import RecordProperty
+from tests.conftest import RecordProperty, in_threads
 from tests.fork_server import Child
 from tests.migrations.old_databases import (
     CHECKOUT,
@@ -286,9 +286,9 @@ PROCESSES, ROUNDS = 8, 25
 
 
 @pytest.fixture(scope="module")
-def openers() -> Iterator[list[subprocess.Popen[str]]]:
+def openers() -> Iterator[list[Child]]:
     """Return processes that wait for a path to open."""
-    processes: list[subprocess.Popen[str]] = [Child(OPENS_TOGETHER) for _ in range(PROCESSES)]
+    processes = [Child(OPENS_TOGETHER) for _ in range(PROCESSES)]
     try:
         for process in processes:
             assert answer(process) == "ready"
@@ -298,16 +298,14 @@ def openers() -> Iterator[list[subprocess.Popen[str]]]:
             process.communicate(timeout=30)
 
 
-def answer(process: subprocess.Popen[str]) -> str:
+def answer(process: Child) -> str:
     """Return the next line that a process prints."""
-    assert process.stdout is not None
     return process.stdout.readline().rstrip()
 
 
-def open_together(processes: list[subprocess.Popen[str]], target: str) -> list[str]:
+def open_together(processes: list[Child], target: str) -> list[str]:
     """Let all processes open one target at the same moment, and return their output."""
     for number, process in enumerate(processes):
-        assert process.stdin is not None
         process.stdin.write(f"p{number} {target}\n")
         process.stdin.flush()
     return [answer(process) for process in processes]
@@ -318,9 +316,7 @@ FEW_OR_ALL_ROUNDS = pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, m
 
 @FEW_OR_ALL_ROUNDS
 @pytest.mark.parametrize("revision", [None, "0001"])
-def test_processes_open_together(
-    tmp_path: Path, openers: list[subprocess.Popen[str]], revision: str | None, rounds: int
-) -> None:
+def test_processes_open_together(tmp_path: Path, openers: list[Child], revision: str | None, rounds: int) -> None:
     """If eight processes open a new or old file together, one schema is made, no row is lost, and all succeed."""
     for number in range(rounds):
         directory = tmp_path / str(number)
@@ -351,11 +347,7 @@ def test_threads_open_together(tmp_path: Path, rounds: int) -> None:
             except BaseException as error:  # noqa: BLE001  the assertion below shows the error
                 failures.append(error)
 
-        threads = [threading.Thread(target=opened, args=(name,)) for name in range(PROCESSES)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        in_threads(*(partial(opened, name) for name in range(PROCESSES)))
         assert failures == []
         assert fetch(path, f"SELECT version_num FROM {VERSION_TABLE}") == [(REVISION,)]
         assert fetch(path, "SELECT count(*) FROM agents") == [(PROCESSES,)]

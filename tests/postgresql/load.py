@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from sqlalchemy import text
 
 from homeagent import Database
 from tests.conftest import Children, RecordProperty
+from tests.fork_server import Process
 from tests.postgresql.writer import PATIENCE, WRITER
 
 __all__ = ["Load", "Report", "wait_for"]
@@ -79,7 +79,7 @@ class Load:
         self._children = children
         self._url = url
         self._directory = directory
-        self._processes: list[subprocess.Popen[str]] = []
+        self._processes: list[Process] = []
         self._kills: list[float] = []
         self._lines: list[list[dict[str, Any]]] = [[] for _ in range(WRITERS)]
         self._read = [0] * WRITERS

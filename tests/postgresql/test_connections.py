@@ -20,7 +20,7 @@ from homeagent.errors import (
     InvalidArgumentError,
     ReadOnlyError,
 )
-from tests.conftest import FakeClock, dump, postgres_database, postgres_execute
+from tests.conftest import FakeClock, dump, in_threads, postgres_database, postgres_execute
 from tests.postgresql.load import wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
@@ -56,11 +56,7 @@ def test_idle_connections_are_replaced(target: str, database: Database, read_onl
             together.wait(20)
             unit.agents.list()
 
-    threads = [threading.Thread(target=use) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*[use] * 4)
     end_sessions(target)
     for _ in range(6):
         with database.unit_of_work(read_only=read_only) as unit:

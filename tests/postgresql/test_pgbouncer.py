@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from sqlalchemy import make_url, text
 
 from homeagent import AgentCreate, Database, Freshness, IdempotencyScope, ReplayGuard, diagnose
 from homeagent.models.types import to_milliseconds
-from tests.conftest import START, FakeClock, add_device, postgres_execute
+from tests.conftest import START, FakeClock, add_device, in_threads, postgres_execute
 from tests.postgresql.server import Installation, free_port
 from tests.postgresql.test_search_path import WAYS, shadow
 
@@ -87,11 +87,7 @@ def test_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str, c
                 problems.append(error)
                 raise
 
-        threads = [threading.Thread(target=use, args=(f"t{number}-",)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(*(partial(use, f"t{number}-") for number in range(8)))
         assert problems == []
         assert database.status().rows["agents"] == 80
 

@@ -98,7 +98,6 @@ def test_server_restarts_under_load(own_server: Server, children: Children) -> N
     """After ten restarts, half of them without a shutdown, no caller hangs, and no unit is lost or incomplete."""
     processes = [children.start(LOAD, own_server.url(), name, BUSY) for name in "pqrs"]
     for process in processes:
-        assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
     for number in range(RESTARTS):
         time.sleep(0.7)  # wait for the load
@@ -106,7 +105,6 @@ def test_server_restarts_under_load(own_server: Server, children: Children) -> N
     time.sleep(0.5)
     reports = []
     for process in processes:
-        assert process.stdin is not None
         process.stdin.write("stop\n")
         process.stdin.flush()
         reports.append(json.loads(children.finish(process)))

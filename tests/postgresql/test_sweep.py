@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from functools import partial
 
 import pytest
 
 from homeagent import Database, IdempotencyScope
-from tests.conftest import START, FakeClock, MakeDatabase, dump
+from tests.conftest import START, FakeClock, MakeDatabase, dump, in_threads
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
 
@@ -47,11 +48,7 @@ def test_sweepers_share_the_work(full: Database, reopen: MakeDatabase) -> None:
         start.wait(20)
         reports.append(host.sweep(batch_size=10))
 
-    threads = [threading.Thread(target=sweep, args=(host,)) for host in hosts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(*(partial(sweep, host) for host in hosts))
     assert len(reports) == len(hosts)
     assert sum(report.nonces for report in reports) == sum(report.idempotency_keys for report in reports) == 300
     assert dump(full)["nonces"] == dump(full)["idempotency_keys"] == []

@@ -11,7 +11,7 @@ from homeagent import Database, Freshness, IdempotencyScope, Limits, ReplayGuard
 from homeagent.errors import IdempotencyKeyExistsError, InvalidArgumentError, KeyLimitError, LimitError, NonceLimitError
 from homeagent.stores import idempotency_key_statements, room
 from homeagent.stores.nonces import _COUNT
-from tests.conftest import START, Children, FakeClock, MakeDatabase, dump
+from tests.conftest import START, Children, FakeClock, MakeDatabase, dump, plan_of
 
 MINUTE = timedelta(minutes=1)
 
@@ -216,10 +216,5 @@ def test_expired_keys_are_counted_by_the_index(sqlite_database: Database) -> Non
         (idempotency_key_statements.COUNT_EXPIRED_OF_DEVICE, "INDEX idx_idempotency_expires (expires_at<?)"),
         (_COUNT, "PRIMARY KEY (device_id=?)"),
     ):
-        with sqlite_database.unit_of_work() as unit:
-            connection = unit.session.connection()
-            raw: Any = connection.connection.driver_connection
-            compiled = statement.compiled(connection.dialect, read_only=False)
-            values = compiled.bind({"device_id": "lamp", "now": sqlite_database._clock()})
-            plan = "\n".join(row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", values).fetchall())
-        assert index in plan
+        plan = plan_of(sqlite_database, statement, device_id="lamp", now=sqlite_database._clock())
+        assert index in "\n".join(plan)

@@ -26,7 +26,7 @@ from homeagent.errors import (
 from homeagent.models.session import route_key
 from homeagent.stores import session_statements as statements
 from homeagent.stores import sessions as module
-from tests.conftest import START, FakeClock, add_agent, dump
+from tests.conftest import START, FakeClock, add_agent, dump, plan_of
 
 SECOND = timedelta(seconds=1)
 _column: Any = AgentSession.__table__.c
@@ -430,15 +430,11 @@ def test_a_page_is_planned_once(sqlite_database: Database) -> None:
 def test_a_route_is_searched_by_its_index(sqlite_database: Database) -> None:
     """The last active session of a route is found by the three columns of the route. SQLite only: it has hints."""
     values = {"agent_id": "a", "sender_id": "s", "channel_id": "c", "route": "r"}
-    with sqlite_database.unit_of_work(read_only=True) as unit:
-        connection = unit.session.connection()
-        raw: Any = connection.connection.driver_connection
-        for make in (statements.last_active, statements.give, statements.release_earlier):
-            for has_sender, has_channel in product((True, False), repeat=2):
-                compiled = make(has_sender=has_sender, has_channel=has_channel).compiled(connection.dialect)
-                plan = [row[3] for row in raw.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.bind(values))]
-                assert any("(agent_id=? AND sender_id=? AND channel_id=?)" in step for step in plan), plan
-                assert not any("active" in step for step in plan), plan
+    for make in (statements.last_active, statements.give, statements.release_earlier):
+        for has_sender, has_channel in product((True, False), repeat=2):
+            plan = plan_of(sqlite_database, make(has_sender=has_sender, has_channel=has_channel), **values)
+            assert any("(agent_id=? AND sender_id=? AND channel_id=?)" in step for step in plan), plan
+            assert not any("active" in step for step in plan), plan
 
 
 def test_index_names_the_wrong_item(database: Database) -> None:

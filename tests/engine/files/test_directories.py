@@ -11,6 +11,7 @@ import pytest
 from homeagent.engine.files import directories
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.errors import DatabaseError, InsecureFileError, InvalidArgumentError
+from tests.conftest import in_threads
 from tests.engine.files.conftest import NOBODY, UNPRIVILEGED, make, mode_of, needs_root, run, snapshot
 
 
@@ -117,11 +118,7 @@ class TestDirectories:
             prepare_directory(directory)
             done.append(mode_of(directory))
 
-        threads = [threading.Thread(target=prepare) for _ in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        in_threads(*[prepare] * 6)
         assert done == [0o700] * 6
 
     def test_file_system_without_modes_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

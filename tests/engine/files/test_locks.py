@@ -77,7 +77,6 @@ class TestLocking:
             sys.stdin.read()
         """
         with Child(program(HOLDER, forks), lock_file) as holder:
-            assert holder.stdout is not None
             held, child = holder.stdout.readline().split()
             assert held == "False"
             with pytest.raises(DatabaseBusyError):

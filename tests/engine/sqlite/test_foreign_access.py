@@ -85,7 +85,6 @@ def agents(path: Path) -> set[str]:
 def test_no_commit_is_lost_after_foreign_access(sqlite_path: Path, children: Children, act: str, visitor: str) -> None:
     """If a host opens the files without homeagent, a visitor closes and the host is killed, no commit is lost."""
     host = children.start(HOST.format(act=act), sqlite_path)
-    assert host.stdout is not None
     told = {"first"}
     while (line := host.stdout.readline().strip()) != "told":
         assert line, host.communicate()[1]
@@ -104,8 +103,6 @@ def test_commits_after_foreign_access_reach_the_file(sqlite_path: Path, children
     """After foreign access and a visitor's end, the host's later commits are in the file that others open."""
     script = HOST.format(act=ATTACH) + 'write("last")\nprint("end", flush=True)\nsys.stdin.readline()\n'
     host = children.start(script, sqlite_path)
-    assert host.stdout is not None
-    assert host.stdin is not None
     while host.stdout.readline() != "told\n":
         assert host.poll() is None
     before = set(children.run(VISITOR, sqlite_path).split())
@@ -260,7 +257,6 @@ sys.stdin.readline()
 """,
         sqlite_path,
     )
-    assert host.stdout is not None
     assert [host.stdout.readline().strip() for _ in range(2)] == ["1", "ForeignAccessError"]
     assert children.run(PLAIN_VISITOR, sqlite_path) == "after before"
     assert sqlite_path.with_name(sqlite_path.name + "-wal").exists()
@@ -330,8 +326,6 @@ sys.stdin.readline()
 """,
         sqlite_path,
     )
-    assert host.stdout is not None
-    assert host.stdin is not None
     assert host.stdout.readline() == "ForeignAccessError\n"
     assert children.run(PLAIN_VISITOR, sqlite_path) == "a0 a1"
     host.stdin.write("go\n")
@@ -380,7 +374,6 @@ sys.stdin.readline()
 """,
         sqlite_path,
     )
-    assert other.stdout is not None
     assert other.stdout.readline() == "written\n", other.communicate()[1]
     other.kill()  # the lock must not block a checkpoint; the process's commits are in its WAL
     other.wait()
