@@ -101,9 +101,7 @@ def test_a_third_database_is_wrong_usage(source: Path, tmp_path: Path) -> None:
         ("there.db", "../source/there.db"),
     ],
 )
-def test_refusals_are_one_line(
-    one: str, two: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals_are_one_line(one: str, two: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a database can't be copied, `copy` ends with status 1 and a one-line error without password or new file."""
     for path in source.parent.glob("h.db*"):
         path.rename(path.with_name(path.name.replace("h.db", "there.db", 1)))

@@ -453,7 +453,7 @@ def test_on_abandoned_coroutine_decides_the_outcome(database: Database, clock: F
     anyio.run(main, backend=backend)
 
 
-def test_recreated_device(database: Database, clock: FakeClock) -> None:
+def test_recreated_device(database: Database) -> None:
     """If a device is recreated, it gets no result of the old device, and the old attempt records no result."""
     add_device(database)
     database.run_once(SCOPE, lambda attempt: "secret of the old device")

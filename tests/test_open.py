@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from tests.conftest import Children
 
 FIXTURES = Path(__file__).parent / "fixtures" / "revisions"
-NOBODY = 65534
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can drop to another user")
 
@@ -587,7 +586,7 @@ def test_a_first_transaction_that_was_cut_off(tmp_path: Path, path: Path, part: 
     assert diagnose(path).severity is Severity.OK
 
 
-def test_a_damaged_database_is_not_taken_for_a_half_made_one(directory: Path, path: Path) -> None:
+def test_a_damaged_database_is_not_taken_for_a_half_made_one(path: Path) -> None:
     """If a database existed before, such a journal does not let SQLite empty the damaged file."""
     initialised(path)
     content = bytes(512) + path.read_bytes()[512:]

@@ -346,9 +346,7 @@ def test_root_upgrades_and_copies_for_a_user(others_home: Path) -> None:
 
 
 @needs_root
-def test_a_backup_of_roots_in_another_users_directory(
-    path: Path, tmp_path: Path, others_home: Path, clock: FakeClock
-) -> None:
+def test_a_backup_of_roots_in_another_users_directory(path: Path, others_home: Path, clock: FakeClock) -> None:
     """Root's backup in another user's directory stays root's, as the user must neither read nor change all devices."""
     with Database.open(path, clock=clock) as database:
         first = database.backup(f"{others_home}/", keep=1)

@@ -19,7 +19,6 @@ from sqlalchemy import (
     Numeric,
     bindparam,
     cast,
-    delete,
     func,
     insert,
     inspect,
@@ -94,7 +93,6 @@ ADD = Statement(insert(Message), returning=Message)
 RENAME = Statement[None](update(Message).where(_message.id == bindparam("id_")).values(text=bindparam("new_text")))
 OF_SESSION = Statement(select(Message).where(_message.session_id == bindparam("session_id")).order_by(_message.id))
 COUNT = Statement(select(func.count()).select_from(Message))
-REMOVE = Statement[None](delete(Message).where(_message.session_id == bindparam("session_id")))
 SET = Statement[None](lambda insert: insert(Preference).values(name=bindparam("name")).on_conflict_do_nothing())
 
 

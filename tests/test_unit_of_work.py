@@ -24,7 +24,7 @@ from homeagent.errors import (
     UnitStateError,
 )
 from tests.batches import agents_of
-from tests.conftest import START, FakeClock, MakeDatabase, add_agent, add_device, dump
+from tests.conftest import START, MakeDatabase, add_agent, add_device, dump
 from tests.interrupts import interrupt_at
 
 
@@ -517,9 +517,7 @@ def test_driver_errors_are_translated_without_values(
     add_agent(database)
 
 
-def test_stopping_clock_error_passes_through(
-    database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopping_clock_error_passes_through(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the injected clock raises, the exception passes unwrapped and the unit is rolled back."""
 
     def broken() -> None:

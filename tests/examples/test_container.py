@@ -18,10 +18,7 @@ from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "examples" / "Containerfile").read_text(encoding="utf-8")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("podman") is None, reason="podman is not installed"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("podman") is None, reason="podman is not installed")]
 
 
 def run(*command: str, status: int = 0, directory: Path = ROOT) -> str:

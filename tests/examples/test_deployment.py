@@ -194,7 +194,7 @@ def test_gunicorn_with_preload(serve: Serve, target: Path) -> None:
 
 @pytest.mark.slow
 @needs_gunicorn
-def test_a_database_that_was_opened_before_the_fork(serve: Serve, target: Path, tmp_path: Path) -> None:
+def test_a_database_that_was_opened_before_the_fork(serve: Serve, tmp_path: Path) -> None:
     """If the application opens the database at its import, the workers of gunicorn do not start, and say why."""
     (tmp_path / "early.py").write_text(
         "from fastapi import FastAPI\n"

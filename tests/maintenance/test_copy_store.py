@@ -218,7 +218,7 @@ def test_text_and_numbers_survive_a_round_trip(make_store: MakeStore) -> None:
 
 
 @pytest.mark.slow
-def test_copied_gateway_refuses_replays(make_store: MakeStore, clock: FakeClock) -> None:
+def test_copied_gateway_refuses_replays(make_store: MakeStore) -> None:
     """A gateway's PostgreSQL copy refuses every nonce and answers every retry that the SQLite store knew."""
     spec = importlib.util.spec_from_file_location("gateway_example", ROOT / "docs" / "examples" / "gateway.py")
     assert spec is not None

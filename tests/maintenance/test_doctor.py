@@ -672,7 +672,7 @@ def database(path: Path, clock: FakeClock) -> Iterator[Database]:
 @pytest.mark.parametrize(
     ("back", "severity"), [(timedelta(minutes=30), Severity.WARNING), (timedelta(hours=2), Severity.CRITICAL)]
 )
-def test_clock_set_back(path: Path, database: Database, clock: FakeClock, back: timedelta, severity: Severity) -> None:
+def test_clock_set_back(database: Database, clock: FakeClock, back: timedelta, severity: Severity) -> None:
     """Rows from the future mean that the clock was set back; past the nonces' grace a replay could be accepted."""
     add_agent(database)
     clock.advance(-back)
@@ -682,7 +682,7 @@ def test_clock_set_back(path: Path, database: Database, clock: FakeClock, back: 
     assert database.doctor().severity is Severity.OK
 
 
-def test_backlog(path: Path, database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backlog(database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     """If many expired rows were not swept, a finding counts them, and --fix sweeps them and reports the count."""
     monkeypatch.setattr("homeagent.maintenance.doctor.store.BACKLOG", 3)
     with database.unit_of_work() as unit:

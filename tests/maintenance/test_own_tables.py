@@ -24,12 +24,7 @@ from sqlalchemy import (
 )
 
 from homeagent import AgentSession, Database, diagnose
-from homeagent.errors import (
-    DatabaseError,
-    InvalidArgumentError,
-    SchemaChangedError,
-    TargetNotEmptyError,
-)
+from homeagent.errors import DatabaseError, InvalidArgumentError, SchemaChangedError, TargetNotEmptyError
 from homeagent.maintenance import CopyProgress
 from homeagent.maintenance.copied_tables import PAGE
 from tests.conftest import add_agent, postgres_execute

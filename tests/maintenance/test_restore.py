@@ -472,7 +472,7 @@ def test_backup_on_a_read_only_medium(sqlite_path: Path, backup: Path, tmp_path:
 
 
 @pytest.mark.parametrize("in_use", [False, True], ids=["closed", "in use"])
-def test_database_in_a_snapshot(sqlite_path: Path, tmp_path: Path, children: Children, in_use: bool) -> None:
+def test_database_in_a_snapshot(sqlite_path: Path, tmp_path: Path, in_use: bool) -> None:
     """A database and its lock files in a read-only snapshot can be the source, unless a process has it open."""
     with Database.open(sqlite_path) as database:
         add_agent(database, "old")

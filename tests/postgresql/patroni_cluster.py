@@ -88,10 +88,7 @@ class PatroniCluster:
             "restapi": {"listen": rest, "connect_address": rest},
             "etcd3": {"host": f"127.0.0.1:{self._etcd_port}"},
             "bootstrap": {
-                "dcs": {
-                    **_SETTINGS,
-                    "postgresql": {"use_pg_rewind": True, "parameters": {"wal_keep_size": "256MB"}},
-                },
+                "dcs": {**_SETTINGS, "postgresql": {"use_pg_rewind": True, "parameters": {"wal_keep_size": "256MB"}}},
                 "initdb": ["data-checksums", {"encoding": "UTF8"}, {"locale": "C"}],
             },
             "postgresql": {

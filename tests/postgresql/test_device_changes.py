@@ -49,7 +49,7 @@ def test_stores_in_two_schemas_do_not_wait_for_each_other(database: Database, ta
         assert [change.device_id for change in other.devices.changes()] == ["lamp"]
 
 
-def test_a_role_without_rights_on_the_feed_changes_devices(database: Database, target: str, postgres_url: str) -> None:
+def test_a_role_without_rights_on_the_feed_changes_devices(database: Database, postgres_url: str) -> None:
     """A role with rights on `devices` alone can change devices, as before the upgrade, and the feed has the change."""
     role = f"only_devices_{os.getpid()}"
     with database.unit_of_work() as unit:

@@ -93,11 +93,7 @@ def pair(installation: Installation, public_directory: Path) -> Iterator[Pair]:
 
 @pytest.mark.slow
 def test_failover(
-    pair: Pair,
-    children: Children,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    record_property: RecordProperty,
+    pair: Pair, children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: RecordProperty
 ) -> None:
     """If the primary fails five times under 8 writers, each acknowledged unit is stored exactly once."""
     with Database.open(pair.url) as database:

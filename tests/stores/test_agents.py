@@ -6,7 +6,7 @@ import pytest
 
 from homeagent import Agent, AgentCreate, AgentSessionCreate, AgentUpdate, Database, DeviceUpdate
 from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError, InvalidArgumentError
-from tests.conftest import START, FakeClock, add_agent, dump
+from tests.conftest import START, add_agent, dump
 
 
 def test_create_returns_what_is_stored(database: Database) -> None:
@@ -112,7 +112,7 @@ def test_list_is_ordered_by_bytes_and_paged(database: Database) -> None:
     assert found == expected
 
 
-def test_delete_refuses_or_deletes_sessions(database: Database, clock: FakeClock) -> None:
+def test_delete_refuses_or_deletes_sessions(database: Database) -> None:
     """If an agent has sessions, `delete` raises an error; `delete_sessions` deletes only this agent's sessions too."""
     add_agent(database)
     add_agent(database, "bob")

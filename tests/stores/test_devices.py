@@ -327,7 +327,7 @@ def test_last_seen_once_a_minute(database: Database, clock: FakeClock) -> None:
         assert unit.devices.get("lamp").last_seen_at == clock.now
 
 
-def test_last_seen_at_the_ends_of_time(database: Database, clock: FakeClock) -> None:
+def test_last_seen_at_the_ends_of_time(database: Database) -> None:
     """A timestamp in the year 1 and the longest granularity both work."""
     add_device(database)
     with database.unit_of_work() as unit:

@@ -115,7 +115,7 @@ def test_time_limit_after_a_restore_is_exact(database: Database, reopen: MakeDat
         assert (again.nonces.find("lamp", str(offset)) is not None) == (expected is Freshness.FRESH)
 
 
-def test_epoch_is_read_once(database: Database, reopen: MakeDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_is_read_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """The epoch is read once, and no later message runs that statement again."""
     from homeagent.engine.connection import StoreConnection
     from homeagent.stores.nonces import FIND_RECORD
