@@ -45,7 +45,7 @@ class DatabaseMaintenance:
         Raises:
             DatabaseError: if the database cannot be read, was moved or is closed.
         """
-        if self._engine.read_alone("one", FIND_RECORD, {}, self._settings.timeout) is None:
+        if not self._engine.read_alone(FIND_RECORD, {}, self._settings.timeout):
             raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")
 
     def sweep(

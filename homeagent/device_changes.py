@@ -277,7 +277,7 @@ class DeviceWatcher:
             if not readers:
                 return
             for position, group in readers.items():
-                rows = connection.read_alone("all", CHANGES, {"after": position, "limit": _PAGE + 1})
+                rows = connection.read_alone(CHANGES, {"after": position, "limit": _PAGE + 1})
                 changes = changes_of(rows, position)
                 for subscription in group:
                     subscription.put(changes)

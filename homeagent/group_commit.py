@@ -324,14 +324,15 @@ class GroupCommit:
         """Run units in savepoints until the queue is empty or the batch is full. Append each executed call to the list
         `shared`.
         """
+        settings = self._settings
         connection = transaction._require_connection()
+        now = monotonic()
         # A batch starts no unit after a quarter of the timeout, because the first caller waits until the whole batch is
         # committed.
-        end = monotonic() + min(_MAX_BATCH_SECONDS, self._settings.timeout / 4)
+        end = now + min(_MAX_BATCH_SECONDS, settings.timeout / 4)
         call: QueuedCall | None = first
         while call is not None:
-            now = monotonic()
-            waited = now - call.since
+            waited = max(now - call.since, 0)
             with self._mutex:
                 is_waiting = not call.state.is_over
                 if is_waiting:
@@ -339,9 +340,9 @@ class GroupCommit:
             if is_waiting:
                 if call is not first:
                     self._batch.append(call)
-                    self._settings.engine.counters.waited(waited)
+                    settings.engine.counters.waited(waited)
                 shared.append(call)
-                unit = self._settings.unit(self._settings, read_only=False)._join(connection)
+                unit = settings.unit(settings, read_only=False, joined=connection)
                 try:
                     call.value = call.context.run(call.work, unit)
                     if unit._session is not None and unit._state is OPEN:
@@ -349,12 +350,13 @@ class GroupCommit:
                 except BaseException as error:  # noqa: BLE001  `outcome` raises the error in the caller
                     call.error = error
                 call.callbacks = unit._leave(keep=call.error is None)
-                call.since, call.state = monotonic(), ENDED
+                now = monotonic()
+                call.since, call.state = now, ENDED
                 if not connection.in_transaction:
                     # On a full disk, for example, SQLite rolls back the whole transaction
                     # (https://sqlite.org/lang_transaction.html, section 3).
                     raise _NotSharedError
-            is_full = len(self._batch) >= _MAX_BATCH_UNITS or monotonic() >= end
+            is_full = len(self._batch) >= _MAX_BATCH_UNITS or now >= end
             call = None if is_full else self._next()
 
     def _next(self) -> QueuedCall | None:
@@ -367,12 +369,14 @@ class GroupCommit:
     def _move(self, calls: list[QueuedCall], state: CallState) -> list[QueuedCall]:
         """Change the state of the calls that have not ended, and return these calls."""
         now = monotonic()
+        moved = []
         with self._mutex:
-            moved = [call for call in calls if not call.state.is_over]
-            for call in moved:
-                if state is ALONE:
-                    call.error = call.callbacks = None
-                call.since, call.state = now, state
+            for call in calls:
+                if not call.state.is_over:
+                    if state is ALONE:
+                        call.error = call.callbacks = None
+                    call.since, call.state = now, state
+                    moved.append(call)
         return moved
 
     def _deliver(self, calls: list[QueuedCall]) -> None:

@@ -19,8 +19,8 @@ from types import FunctionType
 from typing import Any, TypeVar
 
 from homeagent.engine.statements import Statement
-from homeagent.errors import HomeAgentError, UnitStateError
-from homeagent.frame_locals import clear_locals, clears_locals
+from homeagent.errors import UnitStateError
+from homeagent.frame_locals import clears_locals
 from homeagent.retry import Runner
 from homeagent.stores.store import Access, Store, access_of
 from homeagent.unit_of_work import UnitOfWork
@@ -50,23 +50,13 @@ class AutocommitReads:
         """Run a statement, and return the object of the first row. If the statement returns no row, the result is
         None.
         """
-        settings = self.settings
-        try:
-            return settings.engine.read_alone("one", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
-        except HomeAgentError as error:
-            del parameters
-            clear_locals(error)
-            raise
+        rows = self.settings.engine.read_alone(statement, parameters, self.settings.timeout)
+        return rows[0] if rows else None
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
         """Run a statement, and return the objects of all rows."""
         settings = self.settings
-        try:
-            return settings.engine.read_alone("all", statement, parameters, settings.timeout)  # type: ignore[no-any-return]
-        except HomeAgentError as error:
-            del parameters
-            clear_locals(error)
-            raise
+        return settings.engine.read_alone(statement, parameters, settings.timeout)
 
 
 @cache

@@ -50,8 +50,12 @@ class UnitSession(Session):
         self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
-        """Expire the session's objects and collections that a store's statement can have changed."""
+        """Expire the session's objects and collections that a store's statement can have changed. A statement that only
+        reads changes no object.
+        """
         compiled = statement.compiled(self._dialect)
+        if not compiled.writes:
+            return
         if compiled.target is None:
             self.expire_all()
             return

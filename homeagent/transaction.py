@@ -20,13 +20,14 @@ from datetime import datetime
 from enum import Enum, auto
 from threading import get_ident
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from homeagent.errors import HomeAgentError, UnitStateError
 from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from homeagent.engine.connection import StoreConnection
+    from homeagent.engine.statements import Parameters, Statement
     from homeagent.orm_session import UnitSession
 
 logger: logging.Logger = logging.getLogger("homeagent")
@@ -79,9 +80,11 @@ class Transaction:
         settings: settings of the database's units.
         read_only: True if the unit only reads. All reads of a read-only unit see one snapshot.
         timeout: longest wait for a connection, in seconds. With `timeout=None`, the longest wait is `settings.timeout`.
+        joined: connection with the transaction of a batch; None if the unit begins its own transaction. A unit that
+            joins a batch is a savepoint in the transaction of the batch. The method `_leave()` ends the unit.
 
     Attributes:
-        settings: settings of the database's units, and values that the stores keep from unit to unit.
+        settings: settings of the database's units.
     """
 
     __slots__ = (
@@ -89,6 +92,7 @@ class Transaction:
         "_connection",
         "_has_joined",
         "_owner",
+        "_run",
         "_savepoints",
         "_session",
         "_state",
@@ -97,17 +101,28 @@ class Transaction:
         "settings",
     )
 
-    def __init__(self, settings: UnitSettings, *, read_only: bool, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        settings: UnitSettings,
+        read_only: bool,
+        timeout: float | None = None,
+        joined: StoreConnection | None = None,
+    ) -> None:
         self.settings: UnitSettings = settings
         self._timeout = settings.timeout if timeout is None else timeout
         self.read_only: bool = read_only
         self._state = NEW
-        self._connection: StoreConnection | None = None
-        self._has_joined = False
+        self._connection = joined
+        # While the unit is open and has no ORM session, a statement calls this method of the connection directly.
+        self._run: Callable[[Statement[Any], Parameters], list[Any]] | None = None
+        self._has_joined = joined is not None
         self._session: UnitSession | None = None
         self._after_commit: list[Callable[[], object]] | None = None
         self._savepoints = 0
         self._owner = 0
+        if joined is not None:
+            joined.execute(_BEGIN_SAVEPOINT)
+            self._run, self._state = joined.rows, OPEN
 
     def __enter__(self) -> Self:
         if self._state is not NEW:
@@ -122,11 +137,12 @@ class Transaction:
         try:
             if not self.read_only:
                 settings.writing.add(self._owner)
-            self._connection = settings.engine.begin(read_only=self.read_only, timeout=self._timeout)
+            self._connection = connection = settings.engine.begin(self.read_only, self._timeout)
         except BaseException as error:
             settings.engine.counters.faulted(error)
             settings.writing.discard(self._owner)
             raise
+        self._run = connection.rows
         self._state = OPEN
         return self
 
@@ -136,47 +152,22 @@ class Transaction:
         connection = self._connection
         if connection is None:
             return
-        if kind is None and self._state is OPEN:
-            self._commit(connection)
-            if self._after_commit is not None:
-                call_back(self._after_commit)
-        else:
-            self._roll_back(connection, error)
-
-    def _commit(self, connection: StoreConnection) -> None:
-        counters = self.settings.engine.counters
-        sound = False
+        committed = False
         try:
-            if self._session is not None:
-                self._session.complete()
-            connection.commit()
-            sound = True
-        except BaseException as error:
-            counters.faulted(error)
-            counters.rollbacks += 1
-            sound = self._undo(connection)
+            if error is not None:
+                self.settings.engine.counters.faulted(error)
+            elif self._state is OPEN:
+                if self._session is not None:
+                    self._session.complete()
+                connection.commit()
+                committed = True
+        except BaseException as failure:
+            self.settings.engine.counters.faulted(failure)
             raise
         finally:
-            self._end(connection, sound=sound)
-        if self.read_only:
-            counters.reads += 1
-        else:
-            counters.commits += 1
-
-    def _roll_back(self, connection: StoreConnection, error: BaseException | None) -> None:
-        # Release the connection even after a call of `rollback()`. A second ROLLBACK has no effect.
-        counters = self.settings.engine.counters
-        if error is not None:
-            counters.faulted(error)
-        if self.read_only:
-            counters.reads += 1
-        else:
-            counters.rollbacks += 1
-        sound = False
-        try:
-            sound = self._undo(connection)
-        finally:
-            self._end(connection, sound=sound)
+            self._end(connection, committed)
+        if committed and self._after_commit is not None:
+            call_back(self._after_commit)
 
     def _undo(self, connection: StoreConnection) -> bool:
         """Roll back, and return True if the connection is still usable.
@@ -196,37 +187,50 @@ class Transaction:
             return False
         return True
 
-    def _end(self, connection: StoreConnection, *, sound: bool) -> None:
-        self._state = FINISHED
-        self._connection = None
+    def _end(self, connection: StoreConnection, committed: bool) -> None:
+        """Roll back a unit that was not committed, release the connection, and count the unit."""
         settings = self.settings
         engine = settings.engine
         pool = engine.readers if self.read_only else engine.writers
-        # Remove the ORM session from the unit, because the unit and the session form a reference cycle.
-        session, self._session = self._session, None
+        sound = committed
         try:
-            if session is not None:
-                session.close()
+            if not committed:
+                # Roll back even after a call of `rollback()`, because a second ROLLBACK has no effect.
+                sound = self._undo(connection)
         finally:
+            self._state = FINISHED
+            self._connection = self._run = None
             try:
-                # Do not use the pool in a forked child, because a thread of the parent can have held the pool's mutex.
-                if engine.is_forked_copy:
-                    pass
-                elif sound and not connection.needs_reconnect:
-                    try:
-                        pool.release(connection)
-                    except BaseException:
-                        pool.release_own(connection)
-                        raise
-                else:
-                    pool.discard(connection)
-                    if connection.needs_reconnect:
-                        engine.discard_free()
+                if self._session is not None:
+                    # Remove the ORM session from the unit, because the unit and the session form a reference cycle.
+                    session, self._session = self._session, None
+                    session.close()
             finally:
-                # Do not discard the id of the thread before the release of the write lock. A signal handler could open
-                # a second write unit, which would wait for its own thread.
-                if not self.read_only:
-                    settings.writing.discard(self._owner)
+                try:
+                    # Do not use the pool in a forked child, because a thread of the parent can have held the mutex.
+                    if engine.is_forked_copy:
+                        pass
+                    elif sound and not connection.needs_reconnect:
+                        try:
+                            pool.release(connection)
+                        except BaseException:
+                            pool.release_own(connection)
+                            raise
+                    else:
+                        pool.discard(connection)
+                        if connection.needs_reconnect:
+                            engine.discard_free()
+                finally:
+                    if self.read_only:
+                        engine.counters.reads += 1
+                    else:
+                        # Do not discard the id of the thread before the release of the write lock. A signal handler
+                        # could open a second write unit, which would wait for its own thread.
+                        settings.writing.discard(self._owner)
+                        if committed:
+                            engine.counters.commits += 1
+                        else:
+                            engine.counters.rollbacks += 1
 
     def _require_connection(self) -> StoreConnection:
         """Return the connection of the unit. If the unit is not open, raise UnitStateError."""
@@ -260,7 +264,7 @@ class Transaction:
             connection.rollback()
         elif connection.in_transaction:
             connection.rollback_to_savepoint(SAVEPOINT)
-        self._after_commit = None
+        self._after_commit = self._run = None
         self._state = ROLLED_BACK
 
     def _end_after_rollback(self) -> None:
@@ -277,17 +281,6 @@ class Transaction:
                 self._session.expunge_all()
             self._undo_changes(connection)
 
-    # Units in the transaction of a batch
-
-    def _join(self, connection: StoreConnection) -> Self:
-        """Begin the unit as a savepoint in the transaction of a batch, and return the unit.
-
-        `_join()` and `_leave()` replace the context manager of the unit.
-        """
-        connection.execute(_BEGIN_SAVEPOINT)
-        self._connection, self._has_joined, self._state = connection, True, OPEN
-        return self
-
     def _leave(self, *, keep: bool) -> list[Callable[[], object]] | None:
         """End a unit that has joined a batch. Return the callbacks that must be called after the commit.
 
@@ -295,7 +288,7 @@ class Transaction:
             keep: True to keep the changes of the unit in the transaction, or False to undo the changes.
         """
         connection, self._connection = self._connection, None
-        session, self._session = self._session, None
+        session, self._session, self._run = self._session, None, None
         is_open, self._state = self._state is OPEN, FINISHED
         if connection is None:
             return None

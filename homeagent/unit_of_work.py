@@ -12,9 +12,10 @@ from pydantic import JsonValue
 
 from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
+from homeagent.engine.connection import StoreConnection
 from homeagent.engine.statements import Parameters, Row, Statement
-from homeagent.errors import EffectFailedError, HomeAgentError, InvalidArgumentError
-from homeagent.frame_locals import clear_locals, clears_locals
+from homeagent.errors import EffectFailedError, InvalidArgumentError
+from homeagent.frame_locals import clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore
@@ -48,6 +49,12 @@ class UnitOfWork(Transaction):
     """
 
     __slots__ = ()
+
+    devices: DeviceStore
+    agents: AgentStore
+    sessions: SessionStore
+    nonces: NonceStore
+    idempotency_keys: IdempotencyKeyStore
 
     @contextmanager
     def savepoint(self) -> Iterator[None]:
@@ -121,7 +128,7 @@ class UnitOfWork(Transaction):
 
             if self._has_joined:
                 connection.confine_orm(SAVEPOINT)
-            self._session = UnitSession(self, connection)
+            self._session, self._run = UnitSession(self, connection), None
         return self._session
 
     @clears_locals
@@ -169,111 +176,53 @@ class UnitOfWork(Transaction):
             raise failure
         return Outcome(value=value, replayed=False, attempt=claimed.number, omitted=not stored)
 
-    # Stores. Do not keep a store in an attribute, because the unit and the store would form a reference cycle.
-
-    @property
-    def devices(self) -> DeviceStore:
-        """The store of devices."""
-        return DeviceStore(self)
-
-    @property
-    def agents(self) -> AgentStore:
-        """The store of agents."""
-        return AgentStore(self)
-
-    @property
-    def sessions(self) -> SessionStore:
-        """The store of sessions."""
-        return SessionStore(self)
-
-    @property
-    def nonces(self) -> NonceStore:
-        """The store of consumed nonces, for replay protection."""
-        return NonceStore(self)
-
-    @property
-    def idempotency_keys(self) -> IdempotencyKeyStore:
-        """The store of idempotency keys, for safe retries of calls."""
-        return IdempotencyKeyStore(self)
-
     # Methods that the stores call
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a store's statement, and return the object of the first row. If the statement returns no row, return
         None.
         """
-        connection = self._connection
-        if connection is None or self._state is not OPEN:
-            connection = self._require_connection()
-        if self._session is not None:
-            self._session.flush()
-        try:
-            return connection.one(statement, parameters)
-        except HomeAgentError as error:
-            del parameters
-            clear_locals(error)
-            raise
+        rows = (self._run or self._run_after_flush)(statement, parameters)
+        return rows[0] if rows else None
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
         """Run a store's statement, and return the objects of all rows."""
-        connection = self._require_connection()
-        if self._session is not None:
-            self._session.flush()
-        try:
-            return connection.all(statement, parameters)
-        except HomeAgentError as error:
-            del parameters
-            clear_locals(error)
-            raise
+        return (self._run or self._run_after_flush)(statement, parameters)
 
     def write(self, statement: Statement[Any], **parameters: Any) -> int:
         """Run a store's writing statement, and return the number of changed rows."""
-        connection = self._connection
-        if connection is None or self._state is not OPEN:
-            connection = self._require_connection()
-        if self._session is not None:
-            self._session.flush()
-        try:
-            return connection.write(statement, parameters)
-        except HomeAgentError as error:
-            del parameters
-            clear_locals(error)
-            raise
-        finally:
-            if self._session is not None:
-                self._session.expire_written(statement)
+        (self._run or self._run_after_flush)(statement, parameters)
+        return self._connection.changes()  # type: ignore[union-attr]  # the statement has required the connection
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a store's writing statement with RETURNING. Return the object of the first row. If the statement returns
         no row, return None.
         """
-        connection = self._require_connection()
-        if self._session is not None:
-            self._session.flush()
-        try:
-            return connection.one(statement, parameters)
-        except HomeAgentError as error:
-            del parameters
-            clear_locals(error)
-            raise
-        finally:
-            if self._session is not None:
-                self._session.expire_written(statement)
+        rows = (self._run or self._run_after_flush)(statement, parameters)
+        return rows[0] if rows else None
 
+    @clears_locals
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a store's writing statement for each set of parameters, and return the number of changed rows."""
+        changed: int = self._run_after_flush(statement, parameters, StoreConnection.write_many)
+        return changed
+
+    def _run_after_flush(
+        self,
+        statement: Statement[Any],
+        parameters: Any,
+        run: Callable[[StoreConnection, Statement[Any], Any], Any] = StoreConnection.rows,
+    ) -> Any:
+        """Run a statement in a unit that can have an ORM session. If the unit is not open, raise UnitStateError."""
         connection = self._require_connection()
-        if self._session is not None:
-            self._session.flush()
+        session = self._session
+        if session is not None:
+            session.flush()
         try:
-            return connection.write_many(statement, parameters)
-        except HomeAgentError as error:
-            del parameters
-            clear_locals(error)
-            raise
+            return run(connection, statement, parameters)
         finally:
-            if self._session is not None:
-                self._session.expire_written(statement)
+            if session is not None:
+                session.expire_written(statement)
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows of stored values (see `StoreConnection.insert_rows`)."""
@@ -286,6 +235,12 @@ class UnitOfWork(Transaction):
     def connection_memory(self) -> dict[str, Any]:
         """Values that the stores keep for this unit's connection, until the connection is closed."""
         return self._require_connection().memory
+
+
+# Each use of an attribute creates a store. Do not keep a store in the unit, because the unit and the store would form a
+# reference cycle. A property whose function is the class itself takes less time than a property with a Python function.
+for _name, _store in get_type_hints(UnitOfWork).items():
+    setattr(UnitOfWork, _name, property(_store, doc=_store.__doc__))
 
 
 def add_stores(kind: type[U]) -> type[U]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from homeagent.clock import Clock, system_clock
 from homeagent.models.limits import Limits
@@ -27,11 +28,11 @@ class UnitSettings:
         limits: limits on the rows that devices can create. The default is `Limits()`.
 
     Attributes:
-        memory: values that the stores of the database keep from unit to unit.
+        grants: rows that the stores may add without a count (see `homeagent.stores.room`).
         writing: ids of the threads that have an open write unit.
     """
 
-    __slots__ = ("clock", "engine", "limits", "memory", "timeout", "unit", "writing")
+    __slots__ = ("clock", "engine", "grants", "limits", "timeout", "unit", "writing")
 
     def __init__(
         self, engine: Engine, clock: Clock, timeout: float, unit: type[UnitOfWork], limits: Limits = _DEFAULT_LIMITS
@@ -41,7 +42,7 @@ class UnitSettings:
         self.timeout: float = timeout
         self.unit: type[UnitOfWork] = unit
         self.limits: Limits = limits
-        self.memory: dict[str, Any] = {}
+        self.grants: dict[tuple[str, str, int], Iterator[int]] = {}
         self.writing: set[int] = set()
 
     def now(self) -> datetime:

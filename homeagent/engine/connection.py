@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from homeagent.engine.driver_errors import commit_unknown, naming_statement
 from homeagent.engine.instrumented_cursor import InstrumentedCursor, has_listeners
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
 from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError
+from homeagent.frame_locals import clear_locals
 from homeagent.models.types import UNREADABLE
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class StoreConnection:
         "_raw",
         "_root",
         "_translate",
+        "changes",
         "memory",
         "needs_reconnect",
         "read_only",
@@ -67,7 +70,7 @@ class StoreConnection:
     ) -> None:
         self._connection = connection
         self._dialect: Dialect = connection.dialect
-        self._begin = tuple(begin)
+        self._begin = "; ".join(begin)
         self.read_only: bool = read_only
         self._compiled = compiled
         self._driver_errors = driver_errors
@@ -83,6 +86,8 @@ class StoreConnection:
                 connection, self._cursor, driver_errors=driver_errors, translate=translate
             )
         self._execute: Callable[..., Any] = self._cursor.execute
+        self.changes: Callable[[], int] = partial(getattr, self._cursor, "rowcount")
+        """Function that returns the number of rows that the last statement changed."""
         self._root: RootTransaction | None = None
         self.memory: dict[str, Any] = {}
         """Cache of values that do not change while the connection is open."""
@@ -107,14 +112,17 @@ class StoreConnection:
         """Begin a transaction. On SQLite a read-only unit takes a snapshot, and a write unit takes the write lock."""
         failure: BaseException
         try:
-            for statement in self._begin:
-                self._execute(statement)
+            self._execute(self._begin)
         except self._driver_errors as error:
             failure = self._translate(error)
         else:
             check = self._identity_check
             if check is not None and check.monotonic() >= check.due:
-                self._check_after_begin(check)
+                try:
+                    check.after_begin()
+                except HomeAgentError:
+                    self.rollback()
+                    raise
             return
         raise failure
 
@@ -127,13 +135,6 @@ class StoreConnection:
         check = self._identity_check
         if check is not None and check.monotonic() >= check.due:
             check.after_begin()
-
-    def _check_after_begin(self, check: FileIdentityCheck) -> None:
-        try:
-            check.after_begin()
-        except HomeAgentError:
-            self.rollback()
-            raise
 
     def commit(self) -> None:
         """Commit the transaction.
@@ -262,52 +263,42 @@ class StoreConnection:
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
         compiled = statement.compiled(self._dialect, read_only=self.read_only)
+        if compiled.writes and self.read_only:
+            raise _read_only()
         self._compiled[statement] = compiled
         return compiled
 
-    def one(self, statement: Statement[R], parameters: Parameters) -> R | None:
-        """Run a statement. Return the first row as an object. If the statement returns no row, return None."""
-        compiled = self._compiled.get(statement) or self._compile(statement)
-        if compiled.writes and self.read_only:
-            raise _read_only()
-        failure: BaseException
-        try:
-            # Do not use fetchone, because a statement with an unread row keeps SQLite's locks and snapshot.
-            rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
-        except self._driver_errors as error:
-            failure = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
-        else:
-            try:
-                return compiled.load(rows)[0] if rows else None
-            except UNREADABLE:
-                failure = compiled.unreadable(rows, parameters)
-        raise failure
+    def rows(self, statement: Statement[R], parameters: Parameters) -> list[R]:
+        """Run a statement. Return all rows as objects, in the order in which the database returns the rows.
 
-    def all(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run a statement. Return all rows as objects, in the order in which the database returns the rows."""
-        compiled = self._compiled.get(statement) or self._compile(statement)
-        if compiled.writes and self.read_only:
-            raise _read_only()
-        failure: BaseException
-        try:
-            rows = self._execute(compiled.sql, compiled.bind(parameters)).fetchall()
-        except self._driver_errors as error:
-            failure = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
-        else:
-            try:
-                return compiled.load(rows)
-            except UNREADABLE:
-                failure = compiled.unreadable(rows, parameters)
-        raise failure
-
-    def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
-        """Run one statement outside a unit. The statement must only read. The first argument names the method that runs
-        the statement: `one()` or `all()`.
+        If the statement fails, the method empties the dictionary of parameters, so that no traceback shows the values.
         """
-        check = self._identity_check
-        if check is not None and check.monotonic() >= check.due:
-            check.after_begin()
-        return self.one(statement, parameters) if act == "one" else self.all(statement, parameters)
+        stored: Sequence[Row] = ()
+        failure: HomeAgentError
+        try:
+            compiled = self._compiled.get(statement) or self._compile(statement)
+            cursor = self._execute(compiled.sql, compiled.bind(parameters))
+            # Do not use fetchone, because a statement with an unread row keeps SQLite's locks and snapshot. SQLite has
+            # the number of changed rows only after the last row of RETURNING.
+            if compiled.columns:
+                stored = cursor.fetchall()
+        except HomeAgentError as error:
+            failure = error
+        except self._driver_errors as error:
+            failure = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
+        else:
+            try:
+                return compiled.load(stored) if stored else []
+            except UNREADABLE:
+                failure = compiled.unreadable(stored, parameters)
+        stored = ()
+        parameters.clear()
+        clear_locals(failure)
+        raise failure
+
+    def read_alone(self, statement: Statement[R], parameters: Parameters) -> list[R]:
+        """Run one statement outside a unit. The statement must only read."""
+        return self.rows(statement, parameters)
 
     def look_for_commits(self) -> bool:
         """Return True if another connection can have committed since the last call of this method."""
@@ -319,25 +310,8 @@ class StoreConnection:
         """If a stored value can't be decoded, return an error that names the value's row. Otherwise return None."""
         return None
 
-    def write(self, statement: Statement[Any], parameters: Parameters) -> int:
-        """Run a statement that changes rows, and return the number of changed rows."""
-        if self.read_only:
-            raise _read_only()
-        compiled = self._compiled.get(statement) or self._compile(statement)
-        failure: BaseException
-        try:
-            cursor = self._execute(compiled.sql, compiled.bind(parameters))
-            if compiled.columns:
-                cursor.fetchall()  # SQLite has the number of changed rows only after the last row of RETURNING
-            return int(cursor.rowcount)
-        except self._driver_errors as error:
-            failure = self._refused(error, compiled.sql)
-        raise failure
-
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a statement once for each set of parameters, and return the total number of changed rows."""
-        if self.read_only:
-            raise _read_only()
         compiled = self._compiled.get(statement) or self._compile(statement)
         failure: BaseException
         try:

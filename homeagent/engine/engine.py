@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from homeagent.engine.driver_errors import Translate
     from homeagent.engine.files.file_identity import FileIdentityCheck
     from homeagent.engine.statements import Compiled, Parameters, Statement
+
+R = TypeVar("R")
 
 READ_CONNECTIONS = 2
 """Maximum number of connections that `Database.read_connection` lends at once."""
@@ -109,7 +111,7 @@ class Engine:
             raise _invalidated()
         return self.readers if read_only else self.writers
 
-    def begin(self, *, read_only: bool, timeout: float) -> StoreConnection:
+    def begin(self, read_only: bool, timeout: float) -> StoreConnection:
         """Take a connection from its pool, begin a transaction, and return the connection.
 
         If the server has ended an idle connection, close all idle connections and try again with the next connection. A
@@ -148,15 +150,12 @@ class Engine:
             # connection.
             self.discard_free()
 
-    def read_alone(
-        self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters, timeout: float
-    ) -> Any:
+    def read_alone(self, statement: Statement[R], parameters: Parameters, timeout: float) -> list[R]:
         """Run one statement in autocommit mode. If the connection was lost, run the statement a second time.
 
         Args:
-            act: name of the method of `StoreConnection` that runs the statement.
             statement: statement that only reads.
-            parameters: parameters of the statement, by name.
+            parameters: parameters of the statement, by name. If the statement fails, the method empties the dictionary.
             timeout: maximum wait for a connection, in seconds.
 
         Raises:
@@ -166,26 +165,27 @@ class Engine:
         """
         if self.is_forked_copy:
             raise _invalidated()
-        pool = self.readers
+        pool, check = self.readers, self._identity_check
         again = True
         while True:
             connection = pool.acquire(timeout)
             try:
-                found = connection.read_alone(act, statement, parameters)
-            except ConnectionLostError:
-                pool.discard(connection)
-                self.discard_free()
-                if not again:
-                    raise
-                again = False
+                if check is not None and check.monotonic() >= check.due:
+                    check.after_begin()
+                found = connection.read_alone(statement, parameters.copy())
             except BaseException as error:
                 pool.discard(connection)
+                if isinstance(error, ConnectionLostError):
+                    self.discard_free()
+                    if again:
+                        again = False
+                        continue
                 self.counters.faulted(error)
+                parameters.clear()
                 raise
-            else:
-                self.counters.reads += 1
-                pool.release(connection)
-                return found
+            self.counters.reads += 1
+            pool.release(connection)
+            return found
 
     @property
     def contention(self) -> int:

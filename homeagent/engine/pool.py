@@ -92,13 +92,14 @@ class ConnectionPool(Generic[T]):
         # tests/engine/test_pool.py fail.
         try:
             with self.mutex:
-                if self._closed:
-                    raise _closed()
                 if self._free and not self._waiters:
                     resource = self._free[-1]
                     self._held[resource] = holder
                     del self._free[-1]
-                elif self._count < self._size:
+                    return resource
+                if self._closed:
+                    raise _closed()
+                if self._count < self._size:
                     self._count += 1
                     has_place = True
                 else:
@@ -162,22 +163,20 @@ class ConnectionPool(Generic[T]):
     def release(self, resource: T) -> None:
         """Pass a resource to the thread with the longest wait. If no thread waits, keep the resource for later."""
         with self.mutex:
-            closed = self._closed
-            if closed:
-                del self._held[resource]
-                self._count -= 1
-            elif self._waiters:
+            if self._waiters:
                 since = monotonic()
                 waiter = self._waiters[0]
                 del self._waiters[0]
                 self._held[resource] = waiter.ident, since
                 waiter.resource = resource
                 waiter.notified.release()
-            else:
-                del self._held[resource]
+                return
+            del self._held[resource]
+            if not self._closed:
                 self._free.append(resource)
-        if closed:
-            resource.close()
+                return
+            self._count -= 1
+        resource.close()
 
     def release_own(self, resource: T) -> None:
         """If the calling thread still holds the resource after an interrupt, release the resource. Otherwise do

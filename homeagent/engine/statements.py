@@ -265,6 +265,7 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
     defaults = _defaults(compiled)
     namespace: dict[str, Any] = {"_missing": _missing}
     given: dict[str, str] = {}
+    converted: dict[tuple[str, Any], str] = {}
     values = []
     for index, name in enumerate(compiled.positiontup or ()):
         parameter = compiled.binds[name]
@@ -287,8 +288,11 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
             values.append(value)
         elif direct is None:
             values.append(f"convert{index}({value})")
+        elif (value, direct) in converted:
+            values.append(converted[value, direct])
         else:
-            values.append(f"None if {value} is None else convert{index}({value})")
+            converted[value, direct] = f"bound{index}"
+            values.append(f"(bound{index} := None if {value} is None else convert{index}({value}))")
     # Do not convert a value inside the `try` block, because a conversion can also raise KeyError.
     source = f"""
 def bind(given):
@@ -329,8 +333,9 @@ def _loader(expression: Any, dialect: Dialect) -> Loader:
     statement.
     """
     described = getattr(expression, "column_descriptions", None) or []
-    if len(described) == 1 and isinstance(described[0]["expr"], type):
-        return _model_loader(described[0]["expr"], dialect)
+    model = _model_of(expression)
+    if model is not None:
+        return _model_loader(model, dialect)
     if any(isinstance(each["expr"], type) for each in described):
         raise InvalidArgumentError("a Statement can select one model, or columns: select the columns of each model")
     columns = _columns(expression, None)
@@ -348,15 +353,19 @@ def _loader(expression: Any, dialect: Dialect) -> Loader:
     return lambda rows: [tuple(row) for row in rows]
 
 
+def _model_of(expression: Any) -> Any:
+    """Return the model that a SELECT loads. For any other statement, return None."""
+    described = getattr(expression, "column_descriptions", None) or []
+    return described[0]["expr"] if len(described) == 1 and isinstance(described[0]["expr"], type) else None
+
+
 def _columns(expression: Any, returning: type[Table] | None) -> list[Any]:
     """Return the columns of a statement's rows, in their order. If the statement returns no rows, return an
     empty list.
     """
-    described = getattr(expression, "column_descriptions", None) or []
-    if returning is None and len(described) == 1 and isinstance(described[0]["expr"], type):
-        returning = described[0]["expr"]
-    if returning is not None:
-        return list(returning.__table__.columns)
+    model = returning or _model_of(expression)
+    if model is not None:
+        return list(model.__table__.columns)
     return list(expression.exported_columns) if hasattr(expression, "exported_columns") else []
 
 

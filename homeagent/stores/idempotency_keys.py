@@ -60,9 +60,8 @@ class IdempotencyKeyStore(Store):
         """
         scope = _check_new(scope)
         json = encode_json(result, "result", limit=MAX_RESULT_BYTES)
-        self._check_ttl(ttl, "ttl")
         now = self._unit.now()
-        expires_at = later(now, ttl, "ttl")
+        expires_at = later(now, self._check_ttl(ttl, "ttl"), "ttl")
         self._require_room(scope, now)
         if not self._unit.write(
             statements.INSERT,
@@ -113,21 +112,20 @@ class IdempotencyKeyStore(Store):
 
     def _require_room(self, scope: IdempotencyScope, now: datetime) -> None:
         """Raise KeyLimitError if a new record of this scope would exceed the limit of the device."""
-        limit = self._unit.settings.limits.keys_per_device
-        device_id = scope.device_id
-
-        def count() -> int:
-            stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
-            if stored < limit:
-                return stored
-            # Subtract the expired rows that no sweep has deleted yet. Count the expired rows only at the limit, because
-            # the count of the expired rows is slow.
-            return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
-
-        if not has_room(self._unit, "idempotency_keys", device_id, limit, count) and (
-            self._unit.one(statements.FIND, **_parameters(scope), now=now) is None
+        unit, device_id = self._unit, scope.device_id
+        limit = unit.settings.limits.keys_per_device
+        if not has_room(unit, "idempotency_keys", device_id, limit, now, self._count) and (
+            unit.one(statements.FIND, **_parameters(scope), now=now) is None
         ):
             raise KeyLimitError(device_id, limit)
+
+    def _count(self, device_id: str, now: datetime) -> int:
+        stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
+        if stored < self._unit.settings.limits.keys_per_device:
+            return stored
+        # Subtract the expired rows that no sweep has deleted yet. Count the expired rows only at the limit, because the
+        # count of the expired rows is slow.
+        return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
     # Methods that `run_once()` calls
 

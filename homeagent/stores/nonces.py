@@ -129,27 +129,24 @@ class NonceStore(Store):
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
-        limit = self._effective_limit(limit)
         expires_at, now = check_timestamp(expires_at, "expires_at"), self._unit.now()
         if expires_at <= now:
             return False
         self._check_ttl(expires_at - now, "the time until expires_at")
         return self._consume(device_id, nonce, expires_at, now, limit)
 
-    def _effective_limit(self, limit: int | None) -> int:
-        """Return the lower of the caller's limit and `Limits.nonces_per_device`."""
-        bound = self._unit.settings.limits.nonces_per_device
-        return bound if limit is None else min(check_limit(limit), bound)
-
-    def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int) -> bool:
-        def count() -> int:
-            return self._unit.one(_COUNT, device_id=device_id, now=now) or 0
-
-        if not has_room(self._unit, "nonces", device_id, limit, count):
-            if self._unit.one(_FIND, device_id=device_id, nonce=nonce, now=now) is not None:
+    def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int | None) -> bool:
+        unit = self._unit
+        bound = unit.settings.limits.nonces_per_device
+        bound = bound if limit is None else min(check_limit(limit), bound)
+        if not has_room(unit, "nonces", device_id, bound, now, self._count):
+            if unit.one(_FIND, device_id=device_id, nonce=nonce, now=now) is not None:
                 return False
-            raise NonceLimitError(device_id, limit)
-        return self._unit.write(_CONSUME, device_id=device_id, nonce=nonce, now=now, expires_at=expires_at) > 0
+            raise NonceLimitError(device_id, bound)
+        return unit.write(_CONSUME, device_id=device_id, nonce=nonce, now=now, expires_at=expires_at) > 0
+
+    def _count(self, device_id: str, now: datetime) -> int:
+        return self._unit.one(_COUNT, device_id=device_id, now=now) or 0
 
     @writing()
     @clears_locals
@@ -171,7 +168,6 @@ class NonceStore(Store):
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
-        limit = self._effective_limit(limit)
         signed_at = check_timestamp(signed_at, "signed_at")
         self._check_ttl(skew, "skew")
         now = self._unit.now()

@@ -15,7 +15,8 @@ transaction that is open at the same time could exceed the limit by one row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from sqlalchemy import bindparam, func, select
@@ -31,7 +32,9 @@ _MOST_GRANTS = 10_000
 _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("device_id"), 0))))
 
 
-def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[[], int]) -> bool:
+def has_room(
+    unit: Unit, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
+) -> bool:
     """Return True if the device can have another row. The new row uses up one row of the process's grant.
 
     Args:
@@ -39,19 +42,20 @@ def has_room(unit: Unit, kind: str, device_id: str, limit: int, count: Callable[
         kind: name of the table. Each table has a separate limit.
         device_id: id of the device.
         limit: maximum number of the device's rows.
-        count: function that counts the device's rows.
+        now: current time, which the function passes to `count()`.
+        count: function that counts the rows of the given device that have not expired at the given time.
     """
-    grants: dict[tuple[str, str, int], Iterator[int]] = unit.settings.memory.setdefault("grants", {})
+    grants = unit.settings.grants
     # Grants for different limits are separate, so the key of the dictionary contains the limit.
     key = (kind, device_id, limit)
     # Each call of the function `next()` takes a row from the grant. Two threads can't take the same row, because the
     # function `next()` is atomic.
     if key in grants and next(grants[key], None) is not None:
         return True
-    granted = _grant(limit, count())
+    granted = _grant(limit, count(device_id, now))
     if granted == 1 and unit.settings.engine.dialect_name == "postgresql":
         unit.one(_LOCK_DEVICE, device_id=device_id)
-        granted = _grant(limit, count())
+        granted = _grant(limit, count(device_id, now))
     if len(grants) >= _MOST_GRANTS:
         grants.clear()
     grants[key] = iter(range(granted - 1))  # the current call uses up the first row of the grant

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import InvalidArgumentError
-from homeagent.models.types import check_duration, check_searched
+from homeagent.models.types import MILLISECOND, check_duration, check_searched
 
 if TYPE_CHECKING:
     from homeagent.unit_settings import UnitSettings
@@ -41,7 +41,7 @@ class Unit(Protocol):
     """
 
     settings: UnitSettings
-    """Settings of one `Database`, and the memory that the stores of all units share."""
+    """Settings of one `Database`."""
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a SELECT. Return the result of the first row, or None if there is no row."""
@@ -167,6 +167,7 @@ class Store:
     def _check_ttl(self, ttl: timedelta, what: str) -> timedelta:
         """Return the duration if it is more than zero and at most `Limits.longest_ttl`."""
         longest = self._unit.settings.limits.longest_ttl
-        if check_duration(ttl, what) > longest:
+        if not (isinstance(ttl, timedelta) and MILLISECOND <= ttl <= longest):
+            check_duration(ttl, what)
             raise InvalidArgumentError(f"{what} is {ttl}, over {longest}: shorten it, or raise Limits.longest_ttl")
         return ttl

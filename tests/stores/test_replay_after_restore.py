@@ -121,13 +121,13 @@ def test_epoch_is_read_once(database: Database, monkeypatch: pytest.MonkeyPatch)
     from homeagent.stores.nonces import FIND_RECORD
 
     asked: list[object] = []
-    one = StoreConnection.one
+    rows = StoreConnection.rows
 
     def counted(link: StoreConnection, statement: object, parameters: object) -> object:
         asked.append(statement)
-        return one(link, statement, parameters)  # type: ignore[arg-type]  # passed on unchanged
+        return rows(link, statement, parameters)  # type: ignore[arg-type]  # passed on unchanged
 
-    monkeypatch.setattr(StoreConnection, "one", counted)
+    monkeypatch.setattr(StoreConnection, "rows", counted)
     for number in range(3):
         assert judge(database, f"n-{number}", START) is Freshness.FRESH
     assert asked.count(FIND_RECORD) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from homeagent.engine.driver_errors import Translate
     from homeagent.engine.statements import Parameters, Row, Statement
+
+R = TypeVar("R")
 
 POOLED = "homeagent_pooled"
 """Key in the `info` of a connection. The value is True if a pooler can give each transaction another server session."""
@@ -32,7 +34,7 @@ _STANDBY = frozenset({"0A000", "25006"})
 class PostgreSQLConnection(StoreConnection):
     """A connection to a server. The server can end the connection at any time, and can become a standby."""
 
-    __slots__ = ("_begin_message", "_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")
+    __slots__ = ("_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")
 
     def __init__(self, connection: Connection, *, translate: Translate, begin: Sequence[str], **options: Any) -> None:
         def judge(error: BaseException) -> HomeAgentError:
@@ -49,7 +51,6 @@ class PostgreSQLConnection(StoreConnection):
         self._pooled = bool(connection.info[POOLED])
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
-        self._begin_message = "; ".join(begin)
         # Send commands such as BEGIN by libpq's function for a message without parameters. psycopg's cursor takes 12 µs
         # more, a third of the client's time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
@@ -70,7 +71,7 @@ class PostgreSQLConnection(StoreConnection):
             # The pooler can give this transaction another session, so forget the state of the last session.
             self.memory.clear()
         try:
-            self._command(self._begin_message)
+            self._command(self._begin)
         except self._driver_errors as error:
             demoted = not self.read_only and getattr(error, "sqlstate", None) in _STANDBY
             failure = StandbyError() if demoted else self._translate(error)
@@ -79,12 +80,12 @@ class PostgreSQLConnection(StoreConnection):
             return
         raise failure
 
-    def read_alone(self, act: Literal["one", "all"], statement: Statement[Any], parameters: Parameters) -> Any:
+    def read_alone(self, statement: Statement[R], parameters: Parameters) -> list[R]:
         """Run one statement that only reads. Behind a pooler, begin a transaction, which applies the settings."""
         if not self._pooled:
-            return super().read_alone(act, statement, parameters)
+            return self.rows(statement, parameters)
         self.begin()
-        found = getattr(self, act)(statement, parameters)
+        found = self.rows(statement, parameters)
         self.commit()
         return found
 

@@ -9,6 +9,8 @@ from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.dialect import StatementCursor, Undecodable, decoded_row, undecoded_columns
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from homeagent.engine.statements import Compiled, Parameters
     from homeagent.errors import HomeAgentError
 
@@ -21,6 +23,10 @@ class SQLiteConnection(StoreConnection):
     """
 
     __slots__ = ()
+
+    def __init__(self, connection: Connection, **options: Any) -> None:
+        super().__init__(connection, **options)
+        self.changes = self._raw.changes
 
     @staticmethod
     def _open_cursor(raw: Any) -> StatementCursor:
