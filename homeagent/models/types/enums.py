@@ -25,14 +25,24 @@ class EnumColumn(StoredColumn[StrEnum]):
         super().__init__()
         self.kind = kind
         self.loaded_values: dict[str, StrEnum] = {member.value: member for member in kind}
+        self._stored: dict[Any, str] = {member.value: member.value for member in kind}
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
         """Return the value of a member. The keys of the dictionary are texts, and a StrEnum member equals its text."""
         try:
-            return self.loaded_values[value].value
+            return self._stored[value]
         except (KeyError, TypeError):
             raise InvalidArgumentError(f"a value is not a member of {self.kind.__name__}") from None
+
+
+class _Flags(dict[Any, bool]):
+    def __init__(self, *, otherwise: bool) -> None:
+        super().__init__({0: False, 1: True})
+        self._otherwise = otherwise
+
+    def __missing__(self, stored: object) -> bool:
+        return self._otherwise
 
 
 class FlagColumn(StoredColumn[bool]):
@@ -48,4 +58,5 @@ class FlagColumn(StoredColumn[bool]):
     def __init__(self, *, otherwise: bool = False) -> None:
         super().__init__()
         self.otherwise = otherwise
-        self.convert_loaded: Callable[[Any], Any] = lambda stored: {0: False, 1: True}.get(stored, otherwise)
+        self.loaded_values: dict[Any, bool] = _Flags(otherwise=otherwise)
+        self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 from typing import Annotated
 
 from pydantic import AfterValidator, SecretStr, WithJsonSchema
@@ -67,6 +68,11 @@ def _check_id(value: str, what: str, octets: int) -> str:
     return value
 
 
+# A gateway uses the same few ids again and again. Only a plain str can be looked up, because another object can be
+# unhashable, or equal to a str.
+_check_known = lru_cache(8192)(_check_id)
+
+
 def _is_visible(text: str, place: int) -> bool:
     """Return True if an id can contain the character at the given position.
 
@@ -104,12 +110,12 @@ def check_identifier(value: str, what: str = "an id") -> str:
     cannot contain a backslash, a control character or an invisible character. The joiners U+200C and U+200D are allowed
     between letters or emoji.
     """
-    return _check_id(value, what, MAX_ID_BYTES)
+    return (_check_known if value.__class__ is str else _check_id)(value, what, MAX_ID_BYTES)
 
 
 def check_session_id(value: str, what: str = "an id") -> str:
     """Check the id of a new session by the rules of `check_identifier()`, with at most 1,024 bytes."""
-    return _check_id(value, what, MAX_LABEL_BYTES)
+    return (_check_known if value.__class__ is str else _check_id)(value, what, MAX_LABEL_BYTES)
 
 
 def check_label(value: str, what: str = "a label") -> str:

@@ -23,6 +23,7 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
+_MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))  # each unit of work rounds the time
 
 
 def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
@@ -39,7 +40,7 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
         except OverflowError:
             raise InvalidArgumentError(f"{what} lies outside the years 1 to 9999") from None
     excess = value.microsecond % 1000
-    return value - timedelta(microseconds=excess) if excess else value
+    return value - _MICROSECONDS[excess] if excess else value
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
