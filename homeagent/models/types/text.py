@@ -137,7 +137,7 @@ def check_name(value: str, what: str = "a name") -> str:
     UTF-8 without control characters and bidirectional controls. Otherwise raise InvalidArgumentError.
     """
     _check_text(value, what, MAX_ID_BYTES)
-    if not _BIDIRECTIONAL.isdisjoint(value):
+    if not value.isascii() and not _BIDIRECTIONAL.isdisjoint(value):
         raise InvalidArgumentError(f"{what} has a bidirectional control character: remove it")
     return value
 
