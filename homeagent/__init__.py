@@ -1,4 +1,4 @@
-"""The operational store of a home agent gateway, in one SQLite file or on PostgreSQL.
+"""Store the operational data of a gateway for home agents in one SQLite file or on PostgreSQL.
 
 The store holds agents, sessions, devices, used nonces and idempotency keys. `Database.open` is the entry point. The
 lists `homeagent.__all__`, `homeagent.errors.__all__` and `homeagent.stores.__all__` contain the public names.
@@ -123,7 +123,7 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 """Names of the modules that are attributes of the package after `import homeagent`."""
 
 
-# Hide `__getattr__` from type checkers, which would otherwise accept any misspelt name.
+# If type checkers saw the function `__getattr__`, the type checkers would accept any misspelt name of the package.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

@@ -1,4 +1,4 @@
-"""`python -m homeagent` runs the command `homeagent`."""
+"""Run homeagent's command line if a user calls `python -m homeagent`."""
 
 from homeagent.cli import main
 

@@ -9,7 +9,7 @@ from homeagent.alembic import run_environment
 run_environment(context, package="hub")
 ```
 
-homeagent uses only absolute imports, so `import alembic` in this file imports Alembic and not this file.
+The module `homeagent.alembic` can import the library Alembic, because homeagent uses only absolute imports.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
         name: name of the object.
         type_: kind of the object, such as `table` or `index`.
         reflected: True if Alembic read the object from the database.
-        compare_to: counterpart of the object in the comparison, or None.
+        compare_to: object with which Alembic compares the argument `object`, or None.
     """
     table = object if type_ == "table" else getattr(object, "table", None)
     return table is None or table.name not in TABLES or table.schema is not None

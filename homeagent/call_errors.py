@@ -19,7 +19,8 @@ class HomeAgentError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Restore a pickled error by `__new__()`, because `__init__()` takes ids instead of a message.
+        # Restore a pickled error without the method `__init__()`, because a pickled error contains the message and not
+        # the arguments of `__init__()`.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
@@ -65,13 +66,13 @@ class AccessDeniedError(HomeAgentError):
 
 
 class HandshakeError(HomeAgentError):
-    """A message of a handshake is invalid or late, or comes from a wrong device or gateway. Remedy: correct the clock,
-    the address or the message that the error names.
+    """A message of a handshake is invalid or late, or comes from a wrong device or gateway. Remedy: the error names the
+    cause; correct the clock, the address or the message.
     """
 
 
 class RefusingRecord(TypedDict, total=False):
-    """State and expiry time of the stored record because of which a key can't be claimed."""
+    """State and expiry time of a stored record that prevents a new claim of its key."""
 
     state: IdempotencyState
     expires_at: datetime
@@ -101,8 +102,8 @@ class IdempotencyError(HomeAgentError):
 
 
 class IdempotencyInProgressError(IdempotencyError):
-    """Another caller is running the effect of the key (HTTP status 409). The lease of the other caller ends after the
-    time in `error.retry_after`. Remedy: repeat the call after `retry_after`.
+    """Another caller is running the effect of the key (HTTP status 409). The lease of the caller that runs the effect
+    ends after the time in `error.retry_after`. Remedy: repeat the call after `retry_after`.
     """
 
     def __init__(
@@ -115,7 +116,9 @@ class IdempotencyInProgressError(IdempotencyError):
 
 
 class FingerprintMismatchError(IdempotencyError):
-    """The key was used before with other parameters (HTTP status 422). Remedy: use a new key for a new call."""
+    """An earlier call used the key with different parameters (HTTP status 422). Remedy: use a new key for each new
+    call.
+    """
 
     def __init__(self, *, device_id: str, method: str, **record: Unpack[RefusingRecord]) -> None:
         message = f"this key of {method!r} by device {device_id!r} was used with other parameters: "
@@ -163,6 +166,6 @@ class EffectFailedError(HomeAgentError):
 
 
 class EffectNotStartedError(HomeAgentError):
-    """The function that `run_once` calls raises this error if its action did not begin. The idempotency key is free
-    again, so the next call can run the effect. Remedy: repeat the call.
+    """The application's function for `run_once` raises this error if the function did not begin its effect. The
+    idempotency key is free again, so the next call can run the effect. Remedy: repeat the call.
     """

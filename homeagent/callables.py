@@ -23,8 +23,8 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED
-    # For an ordinary function, skip the slow checks below. A function that was marked as a coroutine function has an
-    # entry in `__dict__`.
+    # For an ordinary function, skip the slow checks below. If `inspect.markcoroutinefunction()` has marked the
+    # function, the function's attribute `__dict__` is not empty.
     if isinstance(plain, FunctionType) and not (plain.__code__.co_flags & deferred or plain.__dict__):
         return function
     if not callable(function):

@@ -92,12 +92,12 @@ async def call_in_thread(
     Args:
         act: function that can block. The function runs with the caller's context variables.
         threads: executor with the threads, or collected calls, which are handed over to `run_in_thread()`.
-        must_run: True if the function also runs after a cancellation of the caller. With the default False, a
-            cancellation prevents a call that has not begun.
+        must_run: True to run the function even after a cancellation of the caller. With `must_run=False`, a thread does
+            not call the function after a cancellation of the caller.
 
     Raises:
-        asyncio.CancelledError: if the caller was cancelled during the wait. After the error, the function `act()`
-            neither runs nor starts.
+        asyncio.CancelledError: if the caller was cancelled during the wait. When the error is raised, the function
+            `act()` has ended, or will never start.
         RuntimeError: if no thread can be started, so that the function `act()` does not run.
     """
     loop = asyncio.get_running_loop()
@@ -134,8 +134,8 @@ async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | N
     return None.
     """
     cancellation: asyncio.CancelledError | None = None
-    # AnyIO's scope shields only from AnyIO's cancellation. The `while` loop also shields from `Task.cancel()`, which
-    # `asyncio.timeout()` calls.
+    # AnyIO's cancel scope protects the wait only from a cancellation by AnyIO. The `while` loop protects the wait from
+    # `Task.cancel()`, which `asyncio.timeout()` calls.
     with anyio.CancelScope(shield=True):
         while not task.done():
             try:

@@ -1,8 +1,8 @@
 """Canonical JSON. Equal parameters have the same canonical text, and therefore the same fingerprint.
 
-The text has the format of RFC 8785 (JSON Canonicalization Scheme). The text has no white space, keys are in the order
-of their UTF-16 code units, and numbers have the format of ECMAScript. Unlike RFC 8785, homeagent keeps all digits of an
-int. RFC 8785 rounds an int to a double, which could give two different large ids the same text.
+The canonical text has the format of RFC 8785 (JSON Canonicalization Scheme). The canonical text has no white space.
+Keys are in the order of their UTF-16 code units, and numbers have the format of ECMAScript. Unlike RFC 8785, homeagent
+keeps all digits of an int. RFC 8785 rounds an int to a double, which could give two different large ids the same text.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ V = TypeVar("V", bound=UnitOfWork, default=UnitOfWork)
 
 
 class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
-    """An open operational store. All threads of a process can share one `Database`.
+    """An open database of homeagent. All threads of a process can share one `Database`.
 
     The units of a `Database[HubUnit]` are instances of `HubUnit`. A function with a parameter of the type `Database`
     also accepts a `Database[HubUnit]`.
@@ -88,7 +88,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         self._clock: Clock = self._settings.now
         self._runner = Runner(self._settings)
         self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
-        # The mutex is reentrant because a signal handler can close the database while its thread holds the mutex.
+        # The mutex is reentrant because a signal handler can close the database while the interrupted thread holds the
+        # mutex.
         self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
         self._device_watcher = DeviceWatcher(engine, timeout=self._timeout)
@@ -115,7 +116,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         Args:
             target: path, URL, or `":memory:"` for a private temporary database. The default is the environment variable
-                `HOMEAGENT_DATABASE`, or without the variable `~/.homeagent/homeagent.db`.
+                `HOMEAGENT_DATABASE`. Without the variable, the default is `~/.homeagent/homeagent.db`.
             clock: function that returns the current time. Each store method calls the clock once.
             busy_timeout: longest wait of a unit for the write lock or a connection, capped at 24 days.
             durability: `durability="full"` syncs every commit to the disk. With `durability="normal"`, a power cut can
@@ -127,15 +128,15 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. The application's
                 revisions run after homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. `Database.open` refuses any other
-                trigger on homeagent's tables.
+            acknowledged: names of the application's triggers on homeagent's tables. An upgrade, a copy and a restore
+                refuse a trigger on homeagent's tables whose name is not in this list.
             limits: limits on the rows that devices can create, and on the work that unknown devices can cause.
 
         Raises:
             InvalidArgumentError: if the target or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused and stays unchanged.
-            DatabaseError: if the database cannot be opened for another reason.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused without a change.
+            DatabaseError: if the database cannot be opened for a reason that no error above covers.
         """
         given = conceal(target)
         del target
@@ -239,8 +240,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Return an asynchronous iterator of the device changes of all processes, in the order of their commits.
 
         The iterator gets a change within 0.3 s of the commit, under asyncio or trio. Only one task at a time can use
-        the iterator. After a restore, or after the deletion of unread changes, the iterator returns a `reset` change.
-        After a `reset` change, read all devices again. The method `aclose()` of the iterator ends the iteration.
+        the iterator. After a restore, or after the deletion of unread changes, the iterator returns a change of the
+        kind `reset`. After a change of the kind `reset`, read all devices again. The method `aclose()` of the iterator
+        ends the iteration.
 
         Args:
             after: number of the last change that the caller has read. By default, `watch_devices()` reads the number of
@@ -248,10 +250,10 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         Raises:
             InvalidArgumentError: if the argument is not the number of a change.
-            DatabaseError: if the database cannot be read. The iterator raises DatabaseError if the feed could not be
-                read for 5 s.
-            DatabaseClosedError: if the database was closed, or was opened before a fork. An iterator that waits for a
-                change also raises DatabaseClosedError.
+            DatabaseError: if the database cannot be read. The iterator raises DatabaseError if the change feed could
+                not be read for 5 s.
+            DatabaseClosedError: if the database was closed, or was opened before a fork. When the database is closed,
+                an iterator that waits for a change raises DatabaseClosedError.
         """
         number = self.devices.newest_change() if after is None else check_number(after)
         return DeviceChanges(self._device_watcher, number)
@@ -309,7 +311,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             Return value of the function, after the commit.
 
         Raises:
-            InvalidArgumentError: if the argument `work` can't be called, or is a coroutine function or a generator
+            InvalidArgumentError: if the passed object can't be called, or is a coroutine function or a generator
                 function.
             DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed the
                 shared commit for the whole `busy_timeout`. The failed call changed no row.
@@ -363,24 +365,25 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             effect: function to call, which gets the attempt and returns any JSON value. The function can pass the text
                 `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
                 stored, and later calls raise the stored error. If the function raises `EffectNotStartedError`, the key
-                is free again. After any other exception, the outcome of the effect is unknown.
-            params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
+                is free again. After an exception that is neither EffectFailedError nor EffectNotStartedError, the
+                outcome of the effect is unknown.
+            params: parameters of the call. If a later call uses the key with different parameters, `run_once()` raises
                 FingerprintMismatchError.
-            lease: time without a renewal after which an attempt counts as abandoned.
+            lease: duration of the lease. If the lease ends without a renewal, the attempt counts as abandoned.
             ttl: time for which a retry of the call returns the stored outcome.
             on_abandoned: action if an earlier attempt of the key was abandoned. The action is "refuse", "rerun", or a
                 function that gets the new attempt and returns the outcome.
 
         Raises:
             InvalidArgumentError: if an argument is invalid. For a coroutine function, use the method `arun_once()`.
-            FingerprintMismatchError: if the key was used with other parameters.
+            FingerprintMismatchError: if an earlier call used the key with different parameters.
             IdempotencyInProgressError: if another caller is running the effect. Try again after the time in
                 `error.retry_after`.
             OutcomeUnknownError: if an earlier attempt was abandoned, and `on_abandoned="refuse"`.
             LeaseLostError: if the effect ran, but another caller took over or deleted the key before the outcome was
                 recorded.
-            EffectFailedError, EffectNotStartedError: if the effect raised the error in this call. homeagent also raises
-                an EffectFailedError of an earlier call with the key.
+            EffectFailedError, EffectNotStartedError: if the effect raised the error in this call. If the effect of an
+                earlier call with the key raised EffectFailedError, this call raises the stored error.
         """
         call = OnceCall.of(
             scope,

@@ -198,7 +198,8 @@ class DatabaseMaintenance:
         application's tables if the target was opened with `migrations=…`.
 
         Args:
-            target: open database at the same revision, without devices, agents, sessions, nonces or idempotency keys.
+            target: open database at the revision of the source, without devices, agents, sessions, nonces or
+                idempotency keys.
             live: True to allow other units to write to the source during the copy. With `live=True`, the target gets
                 the state that the source had at the beginning of the copy. Before you move a store to another database,
                 stop all writers.
@@ -213,7 +214,8 @@ class DatabaseMaintenance:
             SourceChangedError: if the source changed during a copy with `live=False`.
             InvalidArgumentError: if source and target are the same database, or if the target lacks a table of the
                 application. The error message names the missing table.
-            SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of another version.
+            SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of a different version of
+                homeagent.
             SchemaChangedError: if a schema was changed by hand. On PostgreSQL, homeagent checks only triggers and
                 rules.
             CorruptDatabaseError: if the source holds a value that no store writes.
@@ -304,13 +306,14 @@ class DatabaseMaintenance:
                 not a file.
             ConflictError: if the epoch of the target is not `expected_epoch`.
             DatabaseBusyError: if a process has the target or the backup open. On Linux the error message names the
-                process.
+                process that has the file open.
             CorruptDatabaseError: if the backup is damaged.
             SchemaTooNewError: if a newer version of homeagent made the backup.
             SchemaChangedError: if a person changed the schema of the backup, for example by adding a trigger.
             ForeignDatabaseError: if the backup or the target belongs to another application.
-            DatabaseError: if the restore failed for another reason. If the last step failed, the next call of
-                `Database.open()` finishes the restore. If a step before the last step failed, the target is unchanged.
+            DatabaseError: if the restore failed for a reason that no error above covers. If the last step failed, the
+                next call of `Database.open()` finishes the restore. If a step before the last step failed, the target
+                is unchanged.
         """
         from homeagent.maintenance.restore import restore
 
@@ -352,7 +355,7 @@ class DatabaseMaintenance:
             DatabaseBusyError: if a process has the database open. A process with an open database would continue in the
                 old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.
-            DatabaseError: if the database cannot be opened for another reason.
+            DatabaseError: if the database cannot be opened for a reason that no error above covers.
         """
         from homeagent.maintenance.epochs import begin_epoch
 

@@ -4,8 +4,8 @@ Each `Database` has one thread, which reads the feed for all iterators every 0.2
 iterator, and ends with the last iterator. For each iterator, the thread stores only the number of the last delivered
 change, because the feed itself is in the database.
 
-Each iterator checks how long ago the thread read the feed, and raises an error after `PATIENCE` seconds. Do not make
-the check in the thread, because a lost connection can block the thread for longer than `PATIENCE` seconds
+If the thread has not read the change feed for `PATIENCE` seconds, each iterator raises an error. Each iterator itself
+must check the time of the last read, because a lost connection can block the thread
 (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
@@ -66,9 +66,12 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If no change waits, return None, and call `wake()` after the next change."""
-        # Do not call a function while the task's thread holds the mutex. A signal handler that closes the database runs
-        # after a call, and would wait for the mutex (`test_a_handler_that_wakes_an_iterator`).
+        """Return the next change. If no change is stored, return None, and register the function `wake` for a call when
+        a change is stored.
+        """
+        # Do not call a function in this block, because Python can run a signal handler after a call. A signal handler
+        # that closed the database would wait forever for the mutex that the interrupted thread holds
+        # (`test_a_handler_that_wakes_an_iterator`).
         with self._mutex:
             is_empty = not self._changes
             if is_empty:
@@ -76,7 +79,7 @@ class _Subscription:
         return None if is_empty else self._changes.popleft()
 
     def put(self, changes: list[DeviceChange]) -> None:
-        """Add the changes of a page, and wake the iterator."""
+        """Store a page of changes for the iterator, and wake the iterator."""
         with self._mutex:
             self._changes.extend(changes)
         self.is_behind = len(changes) == _PAGE
@@ -123,18 +126,18 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """End the iteration. In a task that waits for the next change, the iterator raises StopAsyncIteration."""
+        """End the iteration. A task that waits for the next change of this iterator gets StopAsyncIteration."""
         self._subscription.is_closed = True
         self._subscription.wake()
         self._watcher.wake()
 
     def __del__(self) -> None:
-        # Do not take a mutex here, because the garbage collector can call this method while its thread holds the mutex.
+        # Do not take a mutex here: the garbage collector can call this method in a thread that already holds the mutex.
         self._subscription.is_closed = True
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
-    """Return a function by which any thread can run another function in the event loop of this task."""
+    """Return the function that schedules a call in the event loop of this task, and that any thread can use."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
@@ -266,7 +269,7 @@ class DeviceWatcher:
 
     @staticmethod
     def _deliver(connection: StoreConnection, subscriptions: list[_Subscription]) -> None:
-        """Read pages of the feed until each iterator has all changes, or has no room for another page."""
+        """Read pages of the change feed until each iterator has all changes, or has no room for another page."""
         for subscription in subscriptions:
             subscription.is_behind = True
         while True:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 class DeviceSecrets:
-    """Base class of `Database` with the methods for the secrets of devices. `Database.__init__` sets the attributes."""
+    """Base class of `Database` with the methods for the secrets of devices. The method `Database.__init__()` sets the
+    attributes of this class.
+    """
 
     _runner: Runner
     _clock: Clock
@@ -91,8 +93,8 @@ class DeviceSecrets:
         """Return whether the secret is right, and whether the device is approved, pending or revoked.
 
         An attacker with a wrong secret can't learn whether the device exists, is approved, or has a generated secret.
-        For a wrong secret, the duration of the check depends only on the presented id and secret. Whether a limit
-        refuses a wrong secret also depends only on the presented id and secret.
+        If the secret is wrong, only the presented id and secret decide how long the check takes, and whether a limit
+        refuses the check.
 
         Args:
             device_id: presented id.
@@ -105,8 +107,8 @@ class DeviceSecrets:
         Raises:
             TooManyAttemptsError: if the failed checks of this id in this process have reached
                 `Limits.failed_checks_per_minute`, or if the number of waiting slow hashes has reached
-                `Limits.waiting_hashes`. At a limit, the method raises the error even for the right secret. The limits
-                do not apply to a secret that has the form of a generated secret.
+                `Limits.waiting_hashes`. If a limit is reached, the method raises the error even for the right secret.
+                The limits do not apply to a secret that has the form of a generated secret.
             DatabaseBusyError: if the slow hash did not begin within 30 seconds.
         """
         return self._pairing.check_secret(device_id, shared_secret)
@@ -138,7 +140,7 @@ class DeviceSecrets:
             device_id: presented id.
             nonce: nonce in the message of the proof.
             timestamp: time in the message of the proof.
-            proof: 32 bytes. A proof of another length is wrong.
+            proof: 32 bytes. A proof that does not have 32 bytes is wrong.
 
         Raises:
             InvalidArgumentError: if the nonce has an invalid form, the timestamp has no time zone, or the proof is not
@@ -176,9 +178,9 @@ class DeviceSecrets:
         iterations are not secret.
 
         For an absent device or a device without a verifier, the method derives an answer from the id and a key of the
-        store. A derived answer takes as long as a stored answer. All processes derive the same answer, even after a
-        restore. The answer for an id changes when a device is paired, deleted or rotated, and a caller can see the
-        change.
+        store. The method takes equally long for an absent device and for a device with a verifier. All processes derive
+        the same answer, even after a restore. The answer for an id changes when the id's device is paired or deleted,
+        or gets a new secret. A caller can see this change.
 
         Args:
             device_id: presented id.

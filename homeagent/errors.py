@@ -170,7 +170,7 @@ class ApprovalChangedError(ConflictError):
 
 
 class DeviceNotApprovedError(ConflictError):
-    """The secret of a device that is not approved can't be rotated with an overlap, in which the old secret still
+    """A device that is not approved can't get a new secret with an overlap. During an overlap, the old secret still
     works. Remedy: leave out `overlap=…`.
     """
 
@@ -269,7 +269,8 @@ class CommitUnknownError(DatabaseError):
 
     On PostgreSQL, the connection was lost before the answer to COMMIT arrived, or PostgreSQL cancelled the wait for a
     synchronous standby. On SQLite, COMMIT failed, and homeagent could not remove the failed commit from the WAL.
-    Remedy: check whether the unit's rows exist before a retry. `Database.run` with `idempotent=True` repeats the unit.
+    Remedy: check whether the unit's rows exist before a retry. If the caller passed `idempotent=True`, `Database.run`
+    repeats the unit after this error.
     """
 
 
@@ -319,8 +320,8 @@ class SchemaOutdatedError(DatabaseError):
 
 
 class SchemaChangedError(DatabaseError):
-    """Statements that are not a part of a revision changed the schema. The rows can be inconsistent. Remedy: undo the
-    changes, or acknowledge the application's triggers.
+    """Statements that are not a part of a revision changed the schema. The stored rows can violate the rules of
+    homeagent's schema. Remedy: undo the changes, or list the application's triggers in the argument `acknowledged`.
 
     A restore, a copy and an upgrade raise this error, and do not change the database. `error.changes` is a list with a
     sentence for each change. Each sentence names the changed object, such as a table and its index.
@@ -368,15 +369,15 @@ class MigrationError(DatabaseError):
 
     @property
     def cause(self) -> BaseException | None:
-        """Exception of the failed revision. The value is None if no revision failed, or if the database raised the
-        exception.
+        """Exception that the code of a revision raised, or None. If the database raised the exception, the value is
+        None.
         """
         return self.__cause__
 
 
 class ForeignAccessError(DatabaseError):
-    """Another SQLite library in this process opened or tried to open the file of an open database. Remedy: use
-    `Database.read_connection` or a store instead of the other library.
+    """Another SQLite library in this process opened or tried to open the file of an open database. Remedy: access the
+    file only by `Database.read_connection` or a store.
     """
 
 

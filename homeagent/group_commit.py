@@ -1,9 +1,9 @@
 """Group commit lets waiting write units share one transaction, because a synced commit takes longer than a unit.
 
 Each `Database` has at most one writer thread. The writer thread takes a batch of queued calls, runs each call in a
-savepoint, and then commits once. If no other caller waits, the thread of the caller runs the unit in a plain
-transaction. An interrupt cannot damage the state of a batch, because Python runs signal handlers only in the main
-thread.
+savepoint, and then commits once. If only one caller has a unit to run, the thread of the caller runs the unit in a
+plain transaction. Ctrl-C cannot interrupt a batch, because Python runs signal handlers only in the main thread, and not
+in the writer thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from homeagent.unit_settings import UnitSettings
 
 T = TypeVar("T")
 
-# A batch has limits, because units in `with` blocks wait for the write lock until the batch ends.
+# A batch has limits, because a unit of work outside the batch waits for the write lock until the batch ends.
 _MAX_BATCH_UNITS = 256
 _MAX_BATCH_SECONDS = 0.03
 _MIN_CHECK_INTERVAL = 0.005
@@ -43,14 +43,14 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class _NotSharedError(BaseException):
-    """A batch can't be committed, because a caller has left or SQLite has rolled back the transaction."""
+    """A batch can't be committed, because a caller has stopped waiting, or SQLite has rolled back the transaction."""
 
 
 class GroupCommit:
     """Runs functions as write units of one database. The units of waiting callers share a commit.
 
     Args:
-        settings: settings of the units.
+        settings: settings for the units of work.
         executor: function that returns an executor. A thread of the executor calls the callbacks of a coroutine's unit.
             If the shared commit of a coroutine's unit fails, a thread of the executor runs the unit.
     """
@@ -58,9 +58,10 @@ class GroupCommit:
     def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
         self._settings = settings
         self._executor = executor
-        # The mutex protects the states of the calls. Do not call a function while a caller's thread holds the mutex. A
-        # signal handler runs after a call, and can wait for the writer thread, which waits for the mutex
-        # (`test_a_handler_that_writes_during_a_call`). The mutex is reentrant, because `close()` calls functions.
+        # The mutex protects the states of the calls. Do not call a function while a caller's thread holds the mutex,
+        # because Python can run a signal handler after a call. If the handler waits for the writer thread, and the
+        # writer thread waits for the mutex, both wait forever (`test_a_handler_that_writes_during_a_call`). The mutex
+        # is reentrant, because a signal handler can interrupt `close()` while `close()` holds the mutex.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._collected = CollectedCalls(self._submit)
@@ -142,7 +143,7 @@ class GroupCommit:
             cancellation = error
             if not call.state.is_over:
                 # The cancellation ended the call's future, so give the call a new future. The function `_resolve()`
-                # runs in the same thread, and ends the new future.
+                # ends the new future later, in the thread of the event loop.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -158,9 +159,11 @@ class GroupCommit:
         return value
 
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
-        """Check the timeouts of the calls of an event loop. Repeat the check until no call of the event loop waits."""
+        """Check the timeout of each call that a task of the event loop queued. Repeat the check until each call has
+        ended.
+        """
         wait = min(map(self._check, calls), default=0)
-        # Wake the callers of ended calls, because the method `_deliver()` can have failed to notify the event loop.
+        # Wake the callers whose calls have ended, in case the method `_deliver()` failed to notify the event loop.
         _resolve([call for call in calls if call.state.is_over])
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
@@ -170,8 +173,8 @@ class GroupCommit:
     def _check(self, call: QueuedCall) -> float:
         """If a call has waited for the whole timeout, move the call to the state LEFT.
 
-        The run time of the call's function does not count as waiting. Return the time until the next check of the call,
-        in seconds.
+        The time in which the writer thread runs the call's function does not count as waiting. Return the time until
+        the call's timeout must be checked again, in seconds.
         """
         remaining = timeout = self._settings.timeout
         now = monotonic()
@@ -207,7 +210,8 @@ class GroupCommit:
             # AnyIO can have cancelled the future of a caller that has not run since.
             if call.future is None or not call.future.done():
                 self._queue.put(call)
-        # Read the attribute `_thread` after `put()`. The writer thread ends only if the queue is empty.
+        # Read the attribute `_thread` only after the call of `put()`, because a writer thread with a call in its queue
+        # does not end.
         with self._mutex:
             thread = self._thread
         if thread is not None:
@@ -224,7 +228,7 @@ class GroupCommit:
                 for call in ended:
                     call.error = failure
                     call.state = ALONE if call.future is None else DONE
-            # Remove the ended calls, because no thread empties the queue.
+            # Remove the ended calls from the queue here, because no writer thread is running.
             for queued in [self._next() for _ in range(self._queue.qsize())]:
                 if queued is not None and not queued.state.is_over:
                     self._queue.put(queued)
@@ -248,7 +252,7 @@ class GroupCommit:
             thread, timeout = self._thread, self._settings.timeout
         while (call := self._next()) is not None:
             self._refuse([call])
-        self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # an empty call wakes the writer thread
+        self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # a call that does nothing wakes the writer thread
         if thread is None or thread is threading.current_thread():
             return
         thread.join(timeout)
@@ -299,8 +303,8 @@ class GroupCommit:
         try:
             with transaction:
                 self._run_units(first, transaction, shared)
-                # Do not commit the unit of a caller that has left, because the caller's error says that no row was
-                # changed.
+                # Do not commit the unit of a caller that has stopped waiting, because the caller's error says that no
+                # row was changed.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
                 if all(call.error is not None for call in shared):
@@ -321,8 +325,8 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Append each executed call to the list
-        `shared`.
+        """Run units in savepoints until the queue is empty or the batch is full. Add each executed call to the caller's
+        list, which is the argument `shared`.
         """
         settings = self._settings
         connection = transaction._require_connection()

@@ -2,8 +2,8 @@
 then commits the outcome.
 
 If the process ends between the commit of the claim and the commit of the outcome, the outcome is unknown. By default,
-the next call with the key does not run the effect, and raises `OutcomeUnknownError`. The caller can choose another
-action by `on_abandoned=…`.
+the next call with the key does not run the effect, and raises `OutcomeUnknownError`. By `on_abandoned=…`, the caller
+can choose a different action.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# `Run` and `ARun` are the types of `Database.run` and `Database.arun`. With `idempotent=True`, `Database.run` and
-# `Database.arun` can run a unit twice.
+# The method `Database.run` has the type `Run`, and the method `Database.arun` has the type `ARun`. With
+# `idempotent=True`, `Database.run` and `Database.arun` can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -84,8 +84,8 @@ class OnceCall:
     ) -> OnceCall:
         """Check the arguments, and compute the fingerprint of the parameters.
 
-        With `instead=None`, the effect can be a coroutine function. Any other value of `instead=…` is a remedy, which
-        the error for a coroutine function shows.
+        For a coroutine function, raise an error with the remedy in the argument `instead`. If the remedy is None, the
+        effect can be a coroutine function.
         """
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):
@@ -111,14 +111,15 @@ class OnceCall:
 
 
 class _Once:
-    """The function of a unit of work that ends an attempt. A second run of the function is safe, for example after a
+    """A function that ends an attempt in a unit of work. A second run of the function is safe, for example after a
     commit with an unknown outcome.
 
     Args:
-        attempt: attempt that the unit ends.
+        attempt: attempt to end.
         write: function that records the outcome or releases the key.
         leaves_record: True if the unit leaves a record of the attempt in the store. False if the function releases the
-            key. With `leaves_record=False`, a lost lease in a second run counts as success.
+            key. If the first run has released the key, a second run of the function finds no lease. The second run
+            counts as a success.
     """
 
     def __init__(
@@ -155,17 +156,17 @@ class _Lease:
 class LeaseTimer:
     """Thread that renews the leases of all effects that run on a `Database`.
 
-    The thread sleeps until the next renewal is due. When the thread wakes and no effect runs, the thread ends. The end
-    of an effect does not wake the thread, so that many short effects can use the same thread.
+    The thread sleeps until the next renewal is due. When the thread wakes and no effect runs, the thread ends. Because
+    the end of an effect does not wake the thread, the same thread serves many short effects.
 
     Args:
-        run: function that runs a unit of work like `Database.run`.
+        run: function that runs a unit of work, for example the method `Database.run`.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        # The lock of the condition must be reentrant, because a signal handler can run an effect while its thread holds
-        # the lock.
+        # The condition's lock must be reentrant, because a signal handler can run an effect while the interrupted
+        # thread holds the lock.
         self._changed = threading.Condition()
         self._leases: set[_Lease] = set()
         self._thread: threading.Thread | None = None
@@ -243,7 +244,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     """Run an effect once (see `Database.run_once`).
 
     Args:
-        run: function that runs a unit of work like `Database.run`.
+        run: function that runs a unit of work, for example the method `Database.run`.
         timer: timer that renews the lease while the effect runs.
         call: checked arguments of `run_once()`.
         effect: function that gets the attempt and returns the result.
@@ -268,8 +269,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
         run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
-        # If a plain function returns a coroutine, raise an error. The coroutine is not a result, because the effect has
-        # not begun.
+        # If a plain function returns a coroutine, raise an error, because the code of the coroutine has not run.
         value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
     except EffectFailedError as error:
         detail = error.detail

@@ -38,7 +38,7 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
 
 class AutocommitReads:
     """An object that takes the place of the unit of work in a store such as `database.devices`. The object runs each
-    statement that reads in autocommit mode, without a lock.
+    SELECT in autocommit mode, without a lock.
     """
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
@@ -99,7 +99,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """A store's method must run again in a unit of work.
+    """A store's method needs a unit of work. homeagent runs the method again in a unit of work.
 
     Attributes:
         writes: True if the unit of work must be able to write.
@@ -147,12 +147,13 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Keep the error in `self.needed`, because a bare `except:` in the store's method can suppress the error.
+        # Keep the error in the attribute `needed`, because the store's method can catch and suppress every exception.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # A method that uses another attribute of the unit of work can write to the database.
+        # A store's method that uses an attribute missing from this class can write to the database, so the method needs
+        # a unit.
         raise self._need(writes=True)
 
 

@@ -79,17 +79,17 @@ class Pairing:
         def add(unit: UnitOfWork) -> Device:
             try:
                 device = unit.devices.create(create)
-                # Check the limit after the insert. If the unit runs a second time, the insert must find the device of
-                # the first run before the limit is checked.
+                # Check the limit after the insert. If the unit runs a second time, the insert raises DeviceExistsError,
+                # and the limit can't refuse the device of the first run.
                 unit.devices.require_pending_room(limit)
                 # Delete idempotency keys of an earlier device with the same id. Do not delete a key in progress,
-                # because the key can belong to the call that pairs the new device.
+                # because a call of `run_once()` with the key can be pairing the new device.
                 unit.idempotency_keys.delete_ended(create.id)
                 return device
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
-                # If the store has the new hash and the new verifier, an earlier run of the unit stored the device. No
-                # other call has an equal hash and an equal verifier, because the hash or the verifier has a random
+                # If the store has the new hash and the new verifier, an earlier run of the unit stored the device. Two
+                # calls can't have an equal hash and an equal verifier, because the hash or the verifier has a random
                 # salt.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
@@ -123,7 +123,7 @@ class Pairing:
             match = check_secret(shared_secret, stored, waiting=self._waiting_hashes)
             if match.matched is None:
                 return _DENIED
-            # Read the device again, because another caller can change or delete the device during the hash.
+            # Read the device again, because another caller can change or delete the device while the hash is computed.
             device = self._find_device(device_id)
             if device is None:
                 return _DENIED
@@ -134,15 +134,17 @@ class Pairing:
                     self._rehash(device_id, stored[0], match.replacement)
                 return SecretCheck(device.status.value, device)
             if device.shared_secret_hash == stored[0]:
-                return _DENIED  # The overlap ended during the check.
-            # Another caller has replaced the hash. Check the secret again, because the new hash can be a hash of the
-            # same secret.
+                return _DENIED  # The old secret expired during the check.
+            # Another caller has replaced the hash. Check the presented secret with the new hash, because a rehash
+            # replaces the hash of an unchanged secret.
 
     def _find_device(self, device_id: str) -> Device | None:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Store a hash with current parameters. Log an error only as a warning, because the secret is right."""
+        """Replace the hash of a secret by a hash with current parameters. If the database refuses the change, log only
+        a warning, because the check of the secret has succeeded.
+        """
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
@@ -197,8 +199,8 @@ class Pairing:
             if overlap and not current.approved:
                 raise DeviceNotApprovedError(device_id)  # set_secret() checks the approval again
             old = current.shared_secret_hash
-            # During an overlap, a check needs only one slow hash if the two stored hashes have the same salt. Without
-            # an overlap, use a new salt.
+            # During an overlap, a check needs only one slow hash if the two stored hashes have the same salt. If the
+            # old secret expires at once, use a new salt.
             new = hash_secret(secret, beside=old if overlap else None, waiting=self._waiting_hashes)
             verifier = _make_verifier(secret)
 
@@ -217,7 +219,7 @@ class Pairing:
                     expected_secret_hash=old,
                     secret_hash=new,
                     proof_verifier=verifier,
-                    # A rotation to the same secret has no overlap, and ends an earlier overlap.
+                    # If the new secret equals the old secret, no overlap begins, and an earlier overlap ends.
                     previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
                 )
 

@@ -1,7 +1,7 @@
 """A call in the queue of the group commit has a function, a state and an outcome.
 
-The following table shows how the state of a call changes. If a caller stops waiting, the caller sets the state
-`CallState.LEFT`. The writer thread makes most other changes of a call's state.
+The following table shows how the state of a call changes. The writer thread sets most states of a call. If a caller
+stops waiting, the caller sets the state `CallState.LEFT`.
 
 | from | to | when |
 |---|---|---|
@@ -84,8 +84,8 @@ class QueuedCall:
             try:
                 raise self.error
             finally:
-                # Remove the error from the call. The error's traceback refers to the call, which would form a reference
-                # cycle.
+                # Delete the call's reference to the error. The error's traceback refers to the call, and the reference
+                # to the error would complete a cycle.
                 self.error = None
         return self.value
 

@@ -36,8 +36,8 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# First and longest upper bound of the pause before a retry, in seconds. The bound doubles with each retry. Each pause
-# is a random time up to the bound.
+# Upper bound of the pause before the first retry, and largest upper bound of a pause, in seconds. The bound doubles
+# with each retry. Each pause is a random time up to the bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
@@ -52,8 +52,8 @@ _WORKERS = 64
 
 
 class Runner:
-    """Runs functions as units of work of one database. The last retry of a unit begins before the time
-    `settings.timeout` is over.
+    """Runs functions as units of work of one database. When the timeout of the settings is over, the object starts no
+    further retry of a unit.
     """
 
     def __init__(self, settings: UnitSettings) -> None:

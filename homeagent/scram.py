@@ -180,8 +180,8 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
     Args:
         secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
         iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default is 4,096 for a generated secret (about 2 ms),
-            and 600,000 for any other secret (about 0.2 s). With another number of iterations, the answers of
-            `fake_parameters()` differ from the answers for existing devices.
+            and 600,000 for a secret that is not generated (about 0.2 s). With a number of iterations that is not the
+            default, the answers of `fake_parameters()` differ from the answers for existing devices.
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
@@ -225,7 +225,7 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
             Keep the default 0 if all verifiers belong to generated secrets, as in `Database`.
 
     Raises:
-        InvalidArgumentError: if the key is too short, the share is out of range, or the id has a lone surrogate.
+        InvalidArgumentError: if the key is too short, `human_share` is out of range, or the id has a lone surrogate.
     """
     if key is None:
         key = _PROCESS_KEY
@@ -264,14 +264,13 @@ def make_proof(
 ) -> bytes:
     """Return a proof of a secret, of 32 bytes. Use this function in a device.
 
-    The message is the result of `proof_message()`. For the other arguments and the errors, see `derive_proof_keys()`.
-    For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
+    The message is the result of `proof_message()`. For the arguments that are not listed here, and for the errors, see
+    `derive_proof_keys()`. For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
     """
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# A verifier that takes the place of an absent or damaged verifier. Therefore a check takes the same time with and
-# without a stored verifier.
+# A verifier that takes the place of an absent or damaged verifier, so that each check takes the same time.
 _DECOY = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),
@@ -291,7 +290,7 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
         verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.
         message: result of `proof_message()`. The gateway must compute the message, and must not accept the message from
             the device.
-        proof: 32 bytes. A proof of another length is wrong.
+        proof: 32 bytes. A proof that does not have 32 bytes is wrong.
     """
     parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
     known = verifier is not None and parsed is not None
@@ -332,7 +331,7 @@ def check_server_signature(
 ) -> bool:
     """Return True if the signature was made with the verifier of the secret. Use this function in a device.
 
-    Pass the parameters and the message of the proof. A signature of any other length than 32 bytes is wrong.
+    Pass the parameters and the message of the proof. A signature that does not have 32 bytes is wrong.
 
     Raises:
         InvalidArgumentError: if the secret is invalid. The error message does not show the secret.

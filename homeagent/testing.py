@@ -1,7 +1,7 @@
 """pytest plugin with fixtures for fresh databases, and for a clock that a test can move.
 
 If homeagent is installed, pytest loads the plugin automatically. The plugin imports the rest of homeagent only when a
-test uses a fixture, so that the plugin does not slow down other test runs.
+test uses a fixture, so that the plugin does not slow down test runs without homeagent.
 
 | fixture | value | override the fixture to |
 |---|---|---|
@@ -156,10 +156,11 @@ def check_revisions(
 ) -> None:
     """Raise an error if a revision breaks code of the application's previous version.
 
-    During an upgrade of several hosts, old code uses the new schema. Therefore a revision must only expand the schema.
+    During an upgrade of several hosts, old code uses the new schema, so a revision must only expand the schema.
     The function runs the revisions one by one on an empty database, and compares the schemas before and after each
     revision. A revision's module can declare the oldest revision whose code still runs, by a line `oldest_revision =
-    "…"`. A revision with such a line is allowed to drop tables and columns that no code since the oldest revision uses.
+    "…"`. If the module declares an oldest revision, its revision can drop a table or column that the code since the
+    oldest revision does not use.
 
     Args:
         migrations: revisions of the application (see `Database.open`).
@@ -268,7 +269,9 @@ def homeagent_factory(
     homeagent_options: dict[str, Any],
     homeagent_server: str | None,
 ) -> Iterator[DatabaseFactory]:
-    """Factory that opens further databases. The test can pass other options and another server."""
+    """Factory that opens further databases. The test can pass options of `Database.open` and the URL of a different
+    server.
+    """
     options = {"clock": homeagent_clock, "durability": "normal", **homeagent_options}
     factory = DatabaseFactory(_homeagent_templates, options, homeagent_server)
     yield factory

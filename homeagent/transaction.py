@@ -42,8 +42,8 @@ class UnitState(Enum):
     FINISHED = auto()
 
 
-# Use global names for the states, because every statement of a unit checks the state of the unit. Reading a global name
-# is faster than reading `UnitState.OPEN`.
+# Use the global names for the states, because reading a global name is faster than reading `UnitState.OPEN`. Every
+# statement of a unit of work checks the unit's state.
 NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
 
 SAVEPOINT = "homeagent_group"
@@ -77,7 +77,7 @@ class Transaction:
     """Base class of `UnitOfWork`. As a context manager, the unit begins and ends the transaction.
 
     Args:
-        settings: settings of the database's units.
+        settings: settings for the units of work of the database.
         read_only: True if the unit only reads. All reads of a read-only unit see one snapshot.
         timeout: longest wait for a connection, in seconds. With `timeout=None`, the longest wait is `settings.timeout`.
         joined: connection with the transaction of a batch; None if the unit begins its own transaction. A unit that

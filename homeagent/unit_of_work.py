@@ -86,8 +86,8 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # The session was opened inside the savepoint's block, so the rollback can undo rows that belong
-                        # to the session's objects.
+                        # The ORM session was opened inside the savepoint's block. The rollback can undo rows that
+                        # belong to objects in the ORM session.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -97,7 +97,8 @@ class UnitOfWork(Transaction):
             connection.release_savepoint(name)
 
     def after_commit(self, callback: Callable[[], object]) -> None:
-        """Call `callback()` once after the commit, in the order of registration. A rollback discards the callback.
+        """Register a function that is called once after the commit. Several functions are called in the order of their
+        registration. If the unit is rolled back, homeagent does not call the function.
 
         An exception of a callback is logged, and affects neither the commit nor the caller.
 
@@ -148,7 +149,7 @@ class UnitOfWork(Transaction):
         Args:
             scope: identity of the call.
             effect: function that gets the attempt, uses this unit and returns any JSON value.
-            params: parameters of the call. If the same key is used with other parameters, `run_once()` raises
+            params: parameters of the call. If a later call uses the key with different parameters, `run_once()` raises
                 FingerprintMismatchError.
             ttl: time for which a retry of the call returns the stored outcome.
 
@@ -190,20 +191,20 @@ class UnitOfWork(Transaction):
         return (self._run or self._run_after_flush)(statement, parameters)
 
     def write(self, statement: Statement[Any], **parameters: Any) -> int:
-        """Run a store's writing statement, and return the number of changed rows."""
+        """Run a store's statement that writes, and return the number of changed rows."""
         (self._run or self._run_after_flush)(statement, parameters)
         return self._connection.changes()  # type: ignore[union-attr]  # the statement has required the connection
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's writing statement with RETURNING. Return the object of the first row. If the statement returns
-        no row, return None.
+        """Run a store's statement that writes and has RETURNING. Return the object of the first row. If the statement
+        returns no row, return None.
         """
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None
 
     @clears_locals
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
-        """Run a store's writing statement for each set of parameters, and return the number of changed rows."""
+        """Run a writing statement of a store once for each set of parameters, and return the number of changed rows."""
         changed: int = self._run_after_flush(statement, parameters, StoreConnection.write_many)
         return changed
 
@@ -247,7 +248,7 @@ def add_stores(kind: type[U]) -> type[U]:
     """Add a property for each store that a subclass of `UnitOfWork` annotates, and return the class.
 
     Raises:
-        InvalidArgumentError: if the class is not a subclass of `UnitOfWork`. The function also raises the error if an
+        InvalidArgumentError: if the class is not a subclass of `UnitOfWork`. InvalidArgumentError is also raised if an
             annotation is not a subclass of `Store`, or hides an attribute of `UnitOfWork`.
     """
     if not isinstance(kind, type) or not issubclass(kind, UnitOfWork):

@@ -1,4 +1,4 @@
-"""The commands `homeagent agents`, which list and change agents."""
+"""Commands that list and change agents (`homeagent agents`)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ class _Common:
     """Values of the common options, which can stand before or after the name of the command.
 
     Attributes:
-        database: value of the --database option that is nearest to the command, or None.
+        database: value of the option --database, or None. If the option occurs twice, the value nearest to the
+            command's name counts.
         as_json: True if the arguments contain `--json`. With `--json`, the command prints errors as JSON, even if an
             option to the left of `--json` is wrong.
     """
@@ -94,7 +95,7 @@ class _Commands(TyperGroup):
         super().__init__(commands=commands, params=[*params, _DATABASE, _JSON], **settings)
         for command in commands.values():
             command.context_class = _Context
-            command.short_help = " ".join(command.help.partition("\n\n")[0].split())  # a list shows the whole text
+            command.short_help = " ".join(command.help.partition("\n\n")[0].split())  # a list shows the whole paragraph
             if not isinstance(command, TyperGroup):
                 command.params += [_JSON] if isinstance(command, WithoutDatabase) else [_DATABASE, _JSON]
 
@@ -194,9 +195,9 @@ def confirm(
     Args:
         context: context of the command.
         question: description of the planned change.
-        yes: True if the operator passed `--yes`. The function does not ask if the operator passed `--yes`.
-        dry_run: True if the operator passed `--dry-run`. If the operator passed `--dry-run`, the function shows the
-            rows and does not ask.
+        yes: True if the operator passed `--yes`. With `--yes`, the function asks no question.
+        dry_run: True if the operator passed `--dry-run`. With `--dry-run`, the function shows the rows and asks no
+            question.
         show: function that prints the planned change on standard error before the question.
     """
     if dry_run:
@@ -272,5 +273,6 @@ def target_of(context: typer.Context) -> str | None:
 
 def open_named(context: typer.Context) -> Database:
     """Open the database of the command without creating or upgrading it."""
-    # Only `init` and `migrate` create or upgrade a database, because a misspelt path must not create a file.
+    # Only the commands `init` and `migrate` create or upgrade a database. After a misspelt path, no other command
+    # creates a file.
     return Database.open(target_of(context), migrate=False)

@@ -52,8 +52,8 @@ def backup(
 ) -> None:
     """Copy the database while other processes use it.
 
-    The copy gets its final name only after the command has verified it. The manifest is the file next to the backup
-    whose name ends in .json. The manifest records time, revision, rows, size and SHA-256.
+    The copy gets its final name only after the command has verified it. The command writes a manifest next to the copy.
+    The manifest has the name of the copy with .json at the end, and records time, revision, rows, size and SHA-256.
     """
     with open_named(context) as opened, shown_progress(context, "copying and verifying"):
         made = opened.backup(destination, keep=keep, replace=replace)

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-# The imports stay unsorted and look unused, because each import adds commands in the order of the help.
+# Each import registers the commands of a module. The help lists the commands in the order of the imports.
 from homeagent.cli import schema, migrations, status, doctor, sweep, backup, copy  # isort: skip  # noqa: F401
 from homeagent.cli import devices, agents, sessions, keys  # isort: skip  # noqa: F401
 from homeagent.cli.application import app

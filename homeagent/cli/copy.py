@@ -1,4 +1,4 @@
-"""The command `homeagent copy`, which copies a store from SQLite to PostgreSQL or back."""
+"""Command that copies a store from SQLite to PostgreSQL or back (`homeagent copy`)."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def copy(
     First stop every gateway and sweeper that uses SOURCE. The command copies all rows in one transaction and compares
     them row by row. If a step fails, TARGET stays empty. SOURCE is not changed.
 
-    Tables of an application are copied too. If TARGET does not have the tables yet, name the application's revisions by
-    --migrations.
+    Tables of an application are copied too. If TARGET does not have the application's tables yet, name the
+    application's revisions by --migrations.
     """
     if context.obj.database is not None:
         raise typer.BadParameter("copy takes SOURCE and TARGET: leave out --database.")
@@ -72,8 +72,7 @@ def _open_target(target: str, migrations: str | None) -> Database:
     try:
         return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
-        # Do not upgrade an existing target. If a target had data, the command would upgrade the target and then refuse
-        # the copy.
+        # Do not upgrade an existing target, because the copy can still refuse a target that has rows.
         if outdated.revision is not None:
             raise
     return Database.open(target, migrations=migrations)

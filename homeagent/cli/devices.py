@@ -256,7 +256,7 @@ def pair(
 ) -> None:
     """Add a device, and print its new secret once.
 
-    The device is pending until 'devices approve', or gets access at once with --approve.
+    The device is pending until an administrator runs 'devices approve'. With --approve, the device gets access at once.
     """
     wanted = request(DevicePair, id=device_id, role=role, metadata=json_argument(metadata, "--metadata"))
     with open_named(context) as opened:

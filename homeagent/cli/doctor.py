@@ -1,4 +1,4 @@
-"""The command `homeagent doctor`, which checks the database and says how to repair each problem."""
+"""Command that checks the database and says how to repair each problem (`homeagent doctor`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def doctor(
         with shown_progress(context, "checking"):
             diagnosis = diagnose(target_of(context), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
-        # Exit with status 2. Exit status 1 of the doctor means warnings. For other commands, exit status 1 means a
+        # Exit with status 2. Exit status 1 of the doctor means warnings. Exit status 1 of all other commands means a
         # refused operation.
         raise typer.BadParameter(str(error)) from None
     print_result(context, diagnosis.model_dump(mode="json"), lambda: _print(diagnosis))

@@ -57,7 +57,7 @@ def resolve(
     attempt: AttemptOption = None,
     yes: arguments.YesOption = False,
 ) -> None:
-    """Record that the effect took place. Later retries return RESULT.
+    """Record that the effect took place. A later call with the key returns RESULT.
 
     The command shows the abandoned attempt and asks for a confirmation. The option --yes needs --attempt.
     """

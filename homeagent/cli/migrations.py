@@ -1,4 +1,4 @@
-"""The command `homeagent migrations new`, which writes a revision of the application's own tables."""
+"""Command that writes a revision of the application's own tables (`homeagent migrations new`)."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def new(
 
 
 def import_tables(migrations: str | None) -> None:
-    """Import the tables of the package that --migrations names. The imports define the column types of the tables."""
+    """Import the modules of the package that --migrations names, because the modules define the column types."""
     named, folder = _named_folder(migrations or "")
     if named:
         _application_tables(named, folder)
@@ -129,8 +129,8 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # Remove the comments by which Alembic asks the developer to read the revision. The command already asks the
-        # developer to read the revision.
+        # Remove the comments by which Alembic asks the developer to read the revision. The output of this command asks
+        # the developer to read the revision.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

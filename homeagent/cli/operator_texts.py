@@ -33,7 +33,7 @@ PHRASES = {
 
 
 def operator_text(text: str) -> str:
-    """Return the message of an error for an operator, who uses commands and options."""
+    """Return an error message in which phrases for an operator replace the phrases for Python programs."""
     for phrase, replacement in PHRASES.items():
         text = text.replace(phrase, replacement)
     return text

@@ -23,7 +23,7 @@ from homeagent.cli.visible_text import identity
 if TYPE_CHECKING:
     from homeagent.maintenance.copy_store import CopyProgress
 
-_LEAST = 24  # least width of the column for a long text
+_LEAST = 24  # minimum width of a column that contains a longer text, in characters
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
@@ -46,7 +46,7 @@ def print_list(
     """Print the values of a list as JSON if the operator passed --json. Without --json, print the rows in the form that
     the operator chose.
 
-    If the list has as many rows as `--limit` permits, note on standard error that there can be more rows.
+    If the list has as many rows as `--limit` permits, print on standard error that further rows can exist.
     """
     rows = list(rows)
     print_result(context, values, lambda: print_table(headings, rows, form=form))
@@ -108,7 +108,8 @@ def print_facts(
         space, indent = " " * (longest + 2 - _width(name)), longest + 2
         lines = value.split("\n")
         if available is not None:
-            # The column of the values must fit the widest word, and several words of a long text.
+            # Make the column of the values wide enough for the widest word. If a value is longer than `_LEAST`
+            # characters, make the column at least `_LEAST` characters wide.
             if max([min(_LEAST, _width(value)), *map(_width, value.split())]) > available - indent:
                 # Print the value below its name.
                 space, indent = "\n  ", 2

@@ -1,4 +1,4 @@
-"""The commands `homeagent init` and `homeagent migrate`, which create or upgrade the schema."""
+"""Commands that create or upgrade the schema (`homeagent init` and `homeagent migrate`)."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _adopt(
     path = resolve_target(target).path
     before = _backups(path)
     done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
-    # If the file already has homeagent's tables, an upgrade makes the backup.
+    # If the file already has homeagent's tables, the upgrade makes the backup itself.
     made = sorted(_backups(path) - before)
     done = done.model_copy(update={"backup": done.backup or (made[-1] if made else None)})
     kept = f" A copy from before is in {done.backup}." if done.backup else ""

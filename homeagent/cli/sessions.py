@@ -1,4 +1,4 @@
-"""The commands `homeagent sessions`, which list, move and delete sessions."""
+"""Commands that list, move and delete sessions (`homeagent sessions`)."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def move(
     channel: Annotated[str | None, arguments.option(metavar="CHANNEL", help="New channel.")] = None,
     no_channel: Annotated[bool, typer.Option("--no-channel", help="Move to a route without a channel.")] = False,
 ) -> None:
-    """Give a session another agent, sender or channel.
+    """Give a session a different agent, sender or channel.
 
     After the move, the next message on the new route continues the session. The command changes only the given parts of
     the route.

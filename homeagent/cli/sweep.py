@@ -1,4 +1,4 @@
-"""The command `homeagent sweep`, which deletes expired nonces and idempotency keys."""
+"""Command that deletes expired nonces and idempotency keys (`homeagent sweep`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LONGEST_BUDGET = 366 * 24 * 3600.0
 
 
 def _budget(seconds: float | None) -> float | None:
-    # Do not replace the chained comparison by two comparisons with `or`: the chained comparison also refuses NaN.
+    # Do not split the chained comparison: `seconds < 0.001 or seconds > _LONGEST_BUDGET` would accept the value NaN.
     if seconds is not None and not 0.001 <= seconds <= _LONGEST_BUDGET:
         raise typer.BadParameter("it must be from 0.001 seconds to 366 days.")
     return seconds

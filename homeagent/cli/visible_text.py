@@ -11,12 +11,11 @@ of the character:
 - a Latin letter from U+0180 onwards that has no ASCII base letter, such as U+0261, which looks like `g`;
 - a character whose script is not the main script of the text.
 
-The script of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and hangul count as one
-script, because names mix these four scripts. The main script is Latin if the text has Latin letters, and otherwise the
-most frequent script.
-
-If the main script is not Latin, the name of the script follows the text. Quotes surround a text that contains an
-escape, begins or ends with a space, or is not in NFC.
+The script (writing system) of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and
+hangul count as one script, because names mix these four scripts. The main script of a text is Latin if the text has
+Latin letters, and otherwise the most frequent script of the text. If the main writing system is not Latin, the name of
+the writing system follows the text. Quotes surround a text that contains an escape, begins or ends with a space, or is
+not in NFC.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def _escape(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return an id in quotes. If the main script is not Latin, append the name of the script."""
+    """Return an id in quotes. If the main writing system of the id is not Latin, append its name."""
     # Double the backslashes first, because a backslash in the id must not look like an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)
@@ -91,6 +90,6 @@ def identity(text: str) -> str:
 
 
 def escape_words(text: str) -> str:
-    """Return a message in which each word is escaped separately, because words can have different main scripts."""
+    """Escape each word of a message separately, because the words can have different writing systems."""
     # Do not escape the ellipsis, which homeagent's messages contain.
     return re.sub(r"[^\s…]+", lambda word: _escape(word[0]), text)

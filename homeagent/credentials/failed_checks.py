@@ -53,9 +53,9 @@ class FailedChecks:
     within a minute: 300,000 slow hashes for 10,000 ids, far more than one process computes in a minute. If a new id
     replaced the oldest id, 10,000 slow hashes would be enough.
 
-    A minute ends when the wall clock or the monotonic clock has moved by a minute. A wall clock that stands still or is
-    set back does not prolong the refusal of a device. If the wall clock is set forward, an attacker gets the guesses of
-    an additional minute.
+    The minute of the limit ends when either the wall clock or the monotonic clock has advanced by 60 seconds. A wall
+    clock that stands still or is set back does not prolong the refusal of a device. If the wall clock is set forward,
+    an attacker gets the guesses of an additional minute.
     """
 
     def __init__(

@@ -25,7 +25,8 @@ class FairSemaphore:
         _all.add(self)
 
     def _reset(self) -> None:
-        # The lock is reentrant, because a signal handler can take a place while the interrupted thread holds the lock.
+        # The lock is reentrant, because a signal handler can use the semaphore while the interrupted thread holds the
+        # lock.
         self._lock = threading.RLock()
         self._free = self._places
         self._queue: deque[threading.Event] = deque()
@@ -87,5 +88,5 @@ def _free_all_places() -> None:
         semaphore._reset()
 
 
-# A forked child frees all places, because the parent's threads do not run in the child.
+# In a forked child, free all places in the semaphores, because the parent's threads do not run in the child.
 os.register_at_fork(after_in_child=_free_all_places)

@@ -1,6 +1,6 @@
 """Hashing and checking of secrets, with a limited number of concurrent slow hashes.
 
-A generated secret is hashed with SHA-256, and any other secret with Argon2id.
+A generated secret is hashed with SHA-256. A secret that is not generated is hashed with Argon2id.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# A check of a generated secret of an unknown device uses this hash, and so takes as long as for a known device.
+# If no device has the presented id, the check compares a generated secret with this hash. Because of the comparison,
+# the check takes as long as the check of a device that exists.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 
 
@@ -92,7 +93,7 @@ class SecretMatch:
     """
 
     def __bool__(self) -> bool:
-        # Write `matched is not None`, because an index of 0 counts as false.
+        # Compare the index with None, because the index 0 counts as false.
         return self.matched is not None
 
 
@@ -160,8 +161,8 @@ class SecretHasher:
     def _check_generated(self, text: str, stored: Sequence[str]) -> SecretMatch:
         presented = _sha256(text).encode()
         hashes = [*stored, _DECOY_HASH, _DECOY_HASH][:_MAX_STORED]
-        # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Encode with the error handler
-        # `replace`, because a surrogate in a stored hash must not raise an error.
+        # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Pass `errors="replace"`,
+        # because a surrogate in a stored hash must not raise an error.
         same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes]
         return SecretMatch(next((index for index, yes in enumerate(same[: len(stored)]) if yes), None))
 
@@ -182,8 +183,8 @@ class SecretHasher:
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
-        # The secret was right, so accept the device even without a run for the new hash. The next check tries again to
-        # make a new hash.
+        # Accept the device even if no Argon2 run is free for the new hash, because the secret was right. The next check
+        # tries again to make a new hash.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 MAX_SECRET_CHARACTERS = 512
 MAX_SECRET_BYTES = 1024
 
-# The pattern finds control characters and lone surrogates. A surrogate has no UTF-8, so the error of `str.encode()`
-# would show the secret.
+# The pattern finds control characters and lone surrogates. The method `str.encode()` can't encode a surrogate, and
+# would raise an error that contains the secret.
 _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -37,7 +37,7 @@ def reveal(secret: SecretStr | str) -> str:
 
 
 def what_is_wrong(text: str) -> str | None:
-    """Return the reason why the text is not a usable secret, or None. The reason does not contain the text."""
+    """Return the reason why the text is not a usable secret, or None. The reason does not contain the secret."""
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):
@@ -74,7 +74,7 @@ def generate_secret() -> SecretStr:
     from pydantic import SecretStr
 
     random = secrets.token_bytes(_RANDOM_BYTES)
-    # In base64url, 36 bytes are exactly 48 characters, so no other text decodes to the same bytes.
+    # In base64url, 36 bytes are exactly 48 characters, so two different texts can't decode to the same bytes.
     return SecretStr(_GENERATED_PREFIX + base64.urlsafe_b64encode(random + _checksum(random)).decode())
 
 

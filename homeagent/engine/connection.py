@@ -31,8 +31,8 @@ class StoreConnection:
         connection: SQLAlchemy's connection, to which an ORM session can be bound.
         begin: SQL statements to run in this order to begin a transaction.
         read_only: True if the units of work on the connection can read but not write.
-        compiled: cache of compiled statements. All read-only connections of an engine share one
-            cache, and all other connections share another cache.
+        compiled: cache of compiled statements. All read-only connections of an engine share one cache, and all
+            connections for writing share a second cache.
         driver_errors: classes of the exceptions that the driver raises.
         translate: function that returns homeagent's error for an exception of the driver.
         watch: file-identity check; None if the database is on a server and has no file to check.
@@ -141,8 +141,9 @@ class StoreConnection:
 
         Raises:
             DatabaseMovedError: if the file was deleted, moved or replaced. The transaction was not committed.
-            CommitUnknownError: if the connection was lost before the server answered. On SQLite, the
-                method also raises the error after a failed COMMIT that a later connection could recover from the WAL.
+            CommitUnknownError: if the connection was lost before the server answered. On SQLite, the method raises
+                CommitUnknownError after a failed COMMIT if a later connection could recover the transaction from the
+                WAL.
         """
         if self._identity_check is not None and not self.read_only:
             self._identity_check.before_commit()
@@ -212,8 +213,8 @@ class StoreConnection:
     def confine_orm(self, savepoint: str) -> None:
         """Confine SQLAlchemy's transaction to a savepoint, because other units share the transaction (SQLite only).
 
-        After `confine_orm()`, a rollback by SQLAlchemy rolls back only to the savepoint. After `confine_orm()`, a
-        COMMIT by SQLAlchemy fails, and SQLite rolls back the whole transaction.
+        After `confine_orm()`, a rollback by SQLAlchemy rolls back only to the savepoint. If SQLAlchemy sends a COMMIT
+        after `confine_orm()`, the COMMIT fails. The failed COMMIT rolls back the whole transaction.
         """
         self._raw.confine(savepoint)
 
@@ -360,8 +361,8 @@ class StoreConnection:
         _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # An ORM session does not use the attribute `_raw`, so replace the driver's connection inside SQLAlchemy's
-        # connection too.
+        # Also replace the driver's connection inside SQLAlchemy's connection, because an ORM session uses SQLAlchemy's
+        # connection.
         fairy: Any = self._connection.connection
         fairy.dbapi_connection = gone
 
@@ -400,7 +401,7 @@ def _keep_forever(connection: object) -> None:
     try:
         import ctypes
     except ImportError:
-        return  # some builds of Python have no ctypes, so the interpreter frees the object at shutdown
+        return  # only the module ctypes can keep the object in memory until the process ends
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 

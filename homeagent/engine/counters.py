@@ -37,19 +37,21 @@ class DatabaseCounters(BaseModel, frozen=True):
     """Counters of one open database in this process since it was opened.
 
     Attributes:
-        units: number of ended units, which is the sum of the reads, commits and rollbacks.
+        units: number of ended units of work, which is the sum of the reads, commits and rollbacks.
         reads: number of ended read-only units.
         commits: number of committed write units. Each unit of a batch counts as one unit.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
-        pool_waits: number of waits for a connection of the pool. On SQLite, the number includes the waits of writers
-            for the write lock.
-        pool_wait_p50: median of the last 1,024 waits, in seconds. The value is None if no caller waited.
-        pool_wait_p99: 99th percentile of the last 1,024 waits, in seconds. The value is None if no caller waited.
+        pool_waits: number of waits for a connection of the pool. On SQLite, `pool_waits` also counts the waits of
+            writers for the write lock.
+        pool_wait_p50: median duration of the last 1,024 waits, in seconds. The value is None if no caller waited.
+        pool_wait_p99: 99th percentile of the durations of the last 1,024 waits, in seconds. The value is None if no
+            caller waited.
         groups: number of batches. A batch is a commit of two or more units together.
-        group_size_p50: median size of the last 1,024 batches, in units. The value is None before the first batch.
-        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units. The value is None before the
-            first batch.
+        group_size_p50: median of the number of units of work in each of the last 1,024 batches. The value is None
+            before the first batch.
+        group_size_p99: 99th percentile of the number of units of work in each of the last 1,024 batches. The value is
+            None before the first batch.
         sweeps: number of ended sweeps.
         swept: number of rows that sweeps deleted.
         last_error: last error of the engine. The value is None before the first error.
@@ -118,8 +120,8 @@ class Counters:
         self.swept += rows
 
     def faulted(self, error: BaseException) -> None:
-        """Keep a `DatabaseError` as the engine's last error. Ignore an error of any other class, such as an invalid
-        argument.
+        """Keep a `DatabaseError` as the engine's last error. Ignore an error that is not a `DatabaseError`, such as an
+        invalid argument.
         """
         if isinstance(error, DatabaseError):
             self.last_error = LastFault(kind=type(error).__name__, message=str(error), at=datetime.now(UTC))

@@ -192,7 +192,6 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
         if isinstance(error, UnicodeError):
             # Remove the stored text from the driver's exception, because SQLAlchemy keeps the exception as a cause.
             error.args = ()
-            # UnicodeEncodeError and UnicodeDecodeError have the attribute `object`.
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
             if isinstance(error, driver_error):
@@ -250,8 +249,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         busy.sqlstate = state
         return busy
     if state.startswith(("08", "57P")) or state in {"25P03", "25P04"}:
-        # The server was restarted, another server took the server's place, or the server ended a session after a long
-        # idle time.
+        # The server was restarted or replaced by another server, or the server ended a session after a long idle time.
         return ConnectionLostError(
             "the PostgreSQL server closed the connection or is starting: run the unit again" + label
         )

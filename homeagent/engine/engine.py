@@ -135,8 +135,8 @@ class Engine:
             try:
                 connection.begin()
             except BaseException as error:
-                # Keep the connection to a deleted file open. While a connection has a deleted file open, the system
-                # keeps the file, and the administrator can restore it.
+                # Keep the connection to a deleted file open. While the connection is open, the operating system keeps
+                # the content of the deleted file, and the administrator can restore the content.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
                     pool.release(connection)
                     raise
@@ -146,8 +146,8 @@ class Engine:
                     raise
             else:
                 return connection
-            # Each pass of the loop closes at least one idle connection. The loop ends at the latest with the first new
-            # connection.
+            # Close the idle connections, so that the loop soon gets a new connection. A new connection is
+            # not stale.
             self.discard_free()
 
     def read_alone(self, statement: Statement[R], parameters: Parameters, timeout: float) -> list[R]:

@@ -7,8 +7,8 @@ engine closes its idle connections before a fork. If a unit of work uses a conne
 to open the file.
 
 The forking thread holds the mutexes of all connection pools during the fork. Do not release the mutexes before the end
-of the fork (`test_forks_under_load`). Another thread could open a connection during the fork and hold a lock of SQLite.
-The child would wait forever for SQLite's lock.
+of the fork (`test_forks_under_load`). If another thread opened a connection during the fork, the child could inherit a
+held lock of SQLite, and wait for the lock forever.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ _held: list[threading.RLock] = []
 
 
 def register(engine: Engine) -> None:
-    """Register an engine. Each fork calls the engine's methods until the engine is garbage-collected."""
+    """Register an engine, so that the fork hooks call the engine's methods. The garbage collector can still remove the
+    engine.
+    """
     _known.add(engine)
 
 

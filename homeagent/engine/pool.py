@@ -1,4 +1,4 @@
-"""A fair (first in, first out) connection pool. With size 1 the pool is the write lock.
+"""A fair (first in, first out) connection pool. A pool of one connection serves as the write lock.
 
 The class `threading.Lock` is not fair. A thread can release the lock and take the lock again before a waiting thread
 runs. In a trial with `threading.Lock`, the writers waited 400 ms for a sweep. SQLite's busy handler is not fair. The
@@ -57,8 +57,8 @@ class ConnectionPool(Generic[T]):
         # Use a reentrant lock, because a signal handler can use the database while the interrupted thread holds the
         # mutex.
         self.mutex: threading.RLock = threading.RLock()
-        # During the creation of a resource, a thread holds `self.making`. A fork therefore waits until the resource is
-        # complete.
+        # A thread holds the lock `self.making` while the thread creates a resource. A fork waits for this lock, so no
+        # fork takes place during the creation of a resource.
         self.making: threading.RLock = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -79,8 +79,8 @@ class ConnectionPool(Generic[T]):
             timeout: maximum wait, in seconds.
 
         Raises:
-            DatabaseBusyError: if no resource was released before the timeout. The message names each holder and says
-                for how long the thread has held the resource.
+            DatabaseBusyError: if no resource was released before the timeout. The message names each thread that holds
+                a resource, and says for how long.
             DatabaseClosedError: if the pool is closed.
         """
         holder = get_ident(), monotonic()
@@ -88,8 +88,8 @@ class ConnectionPool(Generic[T]):
         waiter: _Waiter[T] | None = None
         has_place = False
         # CPython runs a signal handler only after a call or a jump back. Do not add a call between the line that takes
-        # a resource and the line that records the holder. An added call makes the interrupt tests of
-        # tests/engine/test_pool.py fail.
+        # a resource and the line that records the holder. A signal handler between the lines could lose the resource
+        # (see the interrupt tests in `tests/engine/test_pool.py`).
         try:
             with self.mutex:
                 if self._free and not self._waiters:
@@ -142,7 +142,8 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self.mutex:
-                # If the waiter has left the queue, another thread passed a resource to the waiter after the timeout.
+                # If the waiter is no longer in the queue, another thread has passed a resource to the waiter just after
+                # the timeout.
                 if waiter in self._waiters:
                     raise self._busy(timeout)
         return waiter.has_place
@@ -206,8 +207,8 @@ class ConnectionPool(Generic[T]):
     def _free_place(self, resource: T | None = None) -> None:
         """Let the next waiting thread create a resource.
 
-        The caller has already removed a resource from the pool. With `resource=None`, the caller failed to create a
-        resource.
+        The argument `resource` is a resource that the caller has removed from the pool. If the caller failed to create
+        a resource, the argument is None.
         """
         with self.mutex:
             if resource is not None:

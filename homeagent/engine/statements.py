@@ -1,7 +1,7 @@
 """Declare statements as SQLAlchemy expressions, compile each statement at its first execution, and run constant SQL.
 
-For each call, SQLAlchemy would build a cache key, a context and a result object. Building the three objects takes
-several times as long as a lookup by the primary key. A store's statements are constant, so each statement is compiled
+For each call, SQLAlchemy would build a cache key, a context and a result object, which takes several times as long as a
+lookup by the primary key. A store's statements are constant, so each statement is compiled
 only once for each dialect. A compiled statement is SQL text, a function that converts the parameters, and a function
 that converts the rows.
 """
@@ -64,8 +64,8 @@ class Compiled(Generic[R]):
         columns: columns of a row, in the order of the values.
         target: name of the table that the statement writes to, or None if the statement only reads or the table is
             unknown.
-        cascade: name of the foreign-key attribute that defines the statement's action in other tables: `ondelete`,
-            `onupdate`, or None for an INSERT.
+        cascade: attribute of SQLAlchemy's ForeignKey that declares how the statement affects referencing rows. The
+            value is the text `ondelete` for a DELETE, `onupdate` for an UPDATE, and None for an INSERT.
     """
 
     __slots__ = ("_dialect", "bind", "cascade", "columns", "load", "sql", "target", "writes")
@@ -111,8 +111,8 @@ class Compiled(Generic[R]):
         Args:
             place: index of the value's column in the row, or None if the index is unknown.
             row: row that contains the value; empty if the row is unknown.
-            parameters: parameters of the statement, which can contain the key of the row.
-            what: description of the error, which follows the name of the column in the message.
+            parameters: parameters of the statement. The parameters can contain the key of the row.
+            what: description of the error. In the message, the description follows the name of the column.
         """
         column = None if place is None else self.columns[place]
         tables: list[Any] = [getattr(each, "table", None) for each in (column, *self.columns)]
@@ -233,7 +233,8 @@ def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 def _column_keys(expression: Any) -> list[str] | None:
     """Return the columns of an INSERT without values: all columns except a key that the database assigns.
 
-    For any other statement, return None. By default, SQLAlchemy would also insert a key that the database assigns.
+    For an INSERT with values, and for a statement of another kind than INSERT, return None. By default, SQLAlchemy
+    would also insert a key that the database assigns.
     """
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
@@ -244,7 +245,7 @@ def _column_keys(expression: Any) -> list[str] | None:
 
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
-    """Return the functions that give default values of the model for the columns that the statement leaves out."""
+    """Return for each column that the statement does not set the function that produces the model's default value."""
     makers: dict[str, Callable[[], Any]] = {}
     for columns, attribute in ((compiled.insert_prefetch, "default"), (compiled.update_prefetch, "onupdate")):
         for column in columns:
@@ -313,16 +314,16 @@ def _missing(error: KeyError) -> InvalidArgumentError:
 # Rows
 
 
-# PostgreSQL's codes of the types `numeric` and `float8`. For a column of numbers, SQLAlchemy's dialect requires the
-# code of `numeric` or `float8`.
+# PostgreSQL's codes of the types `numeric` and `float8`. For a column of numbers, SQLAlchemy's dialect accepts only the
+# code of the type `numeric` or of the type `float8`.
 _NUMERIC, _FLOAT8 = 1700, 701
 
 
 def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
     """Return the function that converts a value of the driver, or None.
 
-    A statement is compiled before the driver reports the codes of the column types. The function for `numeric` also
-    converts `float8`, unless the column is a `Float` with Decimal values.
+    A statement is compiled before the driver reports the codes of the column types. The conversion function for the
+    type `numeric` suits the type `float8` too. The exception is a `Float` column with Decimal values.
     """
     code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
     return column.type.dialect_impl(dialect).result_processor(dialect, code)
@@ -369,7 +370,7 @@ def _columns(expression: Any, returning: type[Table] | None) -> list[Any]:
     return list(expression.exported_columns) if hasattr(expression, "exported_columns") else []
 
 
-# The function sets the attribute `__dict__` faster than Pydantic's method `__setattr__`.
+# The function replaces the attribute dictionary of an instance faster than Pydantic's method `__setattr__`.
 _set_dict: Any = BaseModel.__dict__["__dict__"].__set__
 
 
@@ -378,8 +379,8 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 
     Args:
         model: model class of the table.
-        values: validated values of all columns. The keys of the dictionary are names of attributes. The dictionary
-            becomes the instance's `__dict__`.
+        values: validated values of all columns. The keys of the dictionary are names of attributes. The instance uses
+            the dictionary as the attribute `__dict__`, without a copy.
     """
     instance: M = object.__new__(model)
     _set_dict(instance, values)
@@ -390,10 +391,10 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
     """Generate a function that converts rows to detached instances of the model class.
 
-    SQLAlchemy adds the identity key when the instance is first used. Because the instance has no pending change,
-    `session.add` attaches the instance, and `session.merge` finds the row. Loading one session took 0.45 µs. With
-    SQLAlchemy's state, loading one session took 1.9 µs. The method `model_construct()` took 3.0 µs, and validation took
-    18 µs.
+    SQLAlchemy adds the identity key when the ORM first uses the instance. Because of the identity key, `session.add`
+    attaches the instance without an INSERT, and `session.merge` finds the row. Loading one agent session took 0.45 µs.
+    A loader that created SQLAlchemy's state took 1.9 µs for each agent session. The method `model_construct()` took 3.0
+    µs, and validation took 18 µs.
     """
     if not issubclass(model, Table):
         raise InvalidArgumentError(

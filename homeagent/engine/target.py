@@ -50,7 +50,7 @@ class Target(NamedTuple):
 
     @property
     def location(self) -> str:
-        """The location for messages, which is the path, `:memory:`, or the server's URL without passwords."""
+        """The text that names the target in messages: the path, `:memory:`, or the server's URL without passwords."""
         if self.url is not None:
             return presentable_url(self.url)
         return ":memory:" if self.path is None else str(self.path)
@@ -68,7 +68,7 @@ def presentable_url(url: URL) -> str:
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
     """Wrap the target, so that a recorded traceback with local variables does not show a password.
 
-    Each public method first calls this function, and then deletes its own argument.
+    A public method with the parameter `target` calls this function first, and then deletes the variable `target`.
     """
     return SecretStr(target) if isinstance(target, str) else target
 
@@ -145,7 +145,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith("/"):
-        # The function `locate_file()` would drop a final slash, and then the path of a directory would name a file.
+        # The function `locate_file()` would drop a final slash, so the path of a directory would name a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 

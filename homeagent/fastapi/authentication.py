@@ -25,7 +25,7 @@ _LONGEST_HEADER = 8_192
 
 
 class _BasicScheme(SecurityBase):
-    """Entry of `securitySchemes` in the OpenAPI document. The object `current_device` reads the header."""
+    """Entry of `securitySchemes` in the OpenAPI document. `current_device` reads the header Authorization."""
 
     scheme_name = "device-basic"
     model = HTTPBase(
@@ -48,10 +48,11 @@ def bearer_token(device_id: str, secret: SecretStr | str) -> str:
 
 
 class _CurrentDevice(SecurityBase):
-    """Dependency on the device of the request, and entry of `securitySchemes` in the OpenAPI document.
+    """FastAPI dependency that returns the device of the request, and that the OpenAPI document lists as a security
+    scheme.
 
-    FastAPI solves the dependencies of a dependency again at each use, even if the result is cached. Therefore the class
-    is the scheme Bearer itself, and does not depend on a separate object.
+    The class derives from `SecurityBase`, because FastAPI would call a separate security scheme again at each use of
+    the dependency.
     """
 
     scheme_name: str = "device-bearer"
@@ -65,9 +66,9 @@ class _CurrentDevice(SecurityBase):
         """Return the approved device that sent the request. The check of the secret does not block the event loop.
 
         Raises:
-            HTTPProblem: with status 401 if the credentials are absent or wrong. The text of the reply does not show the
-                cause. With status 403 if the secret is right, but the device is pending or revoked. With status 429
-                after too many failed checks.
+            HTTPProblem: if the request has no approved device. The status is 401 if the credentials are absent or
+                wrong. The text of the reply does not show the cause. The status is 403 if the secret is right, but the
+                device is pending or revoked. The status is 429 if the device had too many failed checks.
         """
         presented = _credentials(connection.headers.getlist("authorization"))
         if presented is None:
@@ -75,7 +76,7 @@ class _CurrentDevice(SecurityBase):
         try:
             checked = await database.acheck_secret(*presented)
         except InvalidArgumentError:
-            # No device can have an invalid id or secret, so the credentials are wrong.
+            # Reply with status 401, because no device can have an invalid id or secret.
             raise HTTPProblem(AuthenticationError("the id or the secret is invalid")) from None
         except HomeAgentError as error:
             raise as_http(error) from error

@@ -37,8 +37,8 @@ def lifespan(
         target: path or URL of the database, or an open `Database`. The lifespan does not close a database that the
             caller opened. The lifespan raises DatabaseClosedError if the given database was opened before the server
             forked the worker process.
-        then: lifespan of the application, which runs while the database is open. In the application's lifespan,
-            `app.state.homeagent_database` is the database.
+        then: lifespan of the application. The application's lifespan runs while the database is open. In the
+            application's lifespan, `app.state.homeagent_database` is the database.
         sweep_every: time between two sweeps in the background. With `sweep_every=None`, the lifespan does not sweep.
         options: arguments of `Database.open`, such as `unit=`. If the target is an open database, the options
             have no effect.

@@ -40,7 +40,8 @@ MAX_BODY = 1024 * 1024
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
-# Errors after which the outcome of an effect is known. After any other error of an effect, the outcome is unknown.
+# Errors after which the outcome of an effect is known. After an error that is not in this list, the outcome of the
+# effect is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
 # Store only headers that a client needs to read the body or to follow a redirection. Do not store headers such as
@@ -53,8 +54,8 @@ Effect = Callable[[Attempt], Any]
 class Once:
     """Run the effect of a request once. A retry of the request gets the status and the body of the first answer.
 
-    The dependency `idempotent()` creates the object. For a request without a key, the effect runs without a record
-    (`stored=False`).
+    The dependency `idempotent()` creates the `Once` object of a request. For a request without a key, the effect runs
+    without a record (`stored=False`).
     """
 
     def __init__(
@@ -85,17 +86,17 @@ class Once:
 
         Args:
             effect: function that gets the attempt, and returns JSON, a model, or a Response. A coroutine function runs
-                in the event loop. Any other function runs in a worker thread. If the function raises an HTTPException
-                with a status below 500, the reply is stored for retries. homeagent also stores the reply for an error
-                such as `AgentNotFoundError`.
+                in the event loop. A function that is not a coroutine function runs in a worker thread. If the function
+                raises an HTTPException with a status below 500, the reply is stored for retries. homeagent also stores
+                the reply for an error such as `AgentNotFoundError`.
 
         Returns:
-            JSON value or Response of the effect, which the route must return.
+            JSON value or Response of the effect. The HTTP endpoint must return this JSON value or Response.
 
         Raises:
-            HTTPProblem: with status 409 if an earlier request with the key is in progress or has an unknown outcome.
-                With status 422 if the key was used for another request, or if the effect raised `EffectFailedError`.
-                With status 503 if the effect raised `EffectNotStartedError`.
+            HTTPProblem: if the effect has no result. The status is 409 if an earlier request with the key is in
+                progress or has an unknown outcome. The status is 422 if a different request used the key, or if the
+                effect raised `EffectFailedError`. The status is 503 if the effect raised `EffectNotStartedError`.
             UnitStateError: if the `Once` object is called a second time.
         """
         check_function(effect, "effect")
@@ -136,8 +137,8 @@ class Once:
             value = problem_response(error)
         self._first = value
         if not isinstance(value, Response):
-            # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value. FastAPI raises the
-            # error again for the reply.
+            # If FastAPI cannot encode the value, ignore the error here, so that `arun_once()` records the outcome
+            # without a value. FastAPI raises an error later, when FastAPI encodes the reply.
             with suppress(Exception):
                 self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
@@ -167,7 +168,7 @@ class Once:
         return stored["value"]
 
     def _unstored_attempt(self) -> Attempt:
-        """Return the attempt for a request without a key, which has no record."""
+        """Return an attempt without a record, for a request without a key."""
         expires_at = self._database._clock() + self._ttl
         token = token_urlsafe(32)
         return Attempt(1, token, self._scope, expires_at, expires_at, self._ttl, token)
@@ -184,15 +185,15 @@ def idempotent(
 ) -> Callable[..., Awaitable[Once]]:
     """Return a dependency for `Annotated[Once, Depends(idempotent())]`, which reads the header Idempotency-Key.
 
-    The key belongs to the device, the method and the path of the route. A retry must repeat the path, query and body of
-    the first request.
+    An idempotency key belongs to the device, the method and the path of the route. A retry must repeat the path, query
+    and body of the first request.
 
     Args:
         required: With `required=True`, a request without a key gets status 400. With `required=False`, the effect of a
             request without a key runs without a record.
         lease: see `Database.run_once()`.
         ttl: time for which a retry gets the answer of the first request.
-        on_abandoned: see `Database.run_once()`. `on_abandoned=` also accepts a coroutine function.
+        on_abandoned: see `Database.run_once()`. The argument also accepts a coroutine function.
         device: dependency that returns the device of the request.
         max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. If the route
             declares a form or a model, FastAPI reads the whole body before the dependency runs. For a route with a form
@@ -236,8 +237,8 @@ def _refused(detail: str) -> HTTPProblem:
 
 
 def _key_of(header: str) -> str:
-    """Return the key in the header. The header can contain a String of RFC 8941, as the draft demands, or plain text,
-    as in many APIs.
+    """Return the key in the header Idempotency-Key. The key is a String of RFC 8941, as the header's draft standard
+    demands, or plain text, as in many APIs.
     """
     quoted = _QUOTED.fullmatch(header)
     return header if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted[1])
@@ -248,8 +249,8 @@ def route_of(request: Request) -> str:
     # The result contains the path of a mounted application, but not a prefix that a proxy removed.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context contains
-    # the whole path, but is not a public interface. Even without FastAPI's route context, `params_of()` distinguishes
-    # the paths.
+    # the whole path, but is not a public interface. Without the route context, the function `params_of()` still
+    # distinguishes two requests with different paths.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route
@@ -263,10 +264,10 @@ def _outer_root(request: Request) -> str:
 
 
 async def read_body(request: Request, max_body: int) -> bytes:
-    """Return the body of a request. The route can read the body again.
+    """Return the body of a request. The HTTP endpoint can read the body again later.
 
     Raises:
-        HTTPProblem: with status 413 if the body has more bytes than `max_body`.
+        HTTPProblem: if the body has more bytes than `max_body`. The status is 413.
     """
     chunks, size = [], 0
     async with aclosing(request.stream()) as stream:
@@ -276,8 +277,8 @@ async def read_body(request: Request, max_body: int) -> bytes:
                 detail = f"The body has more than {max_body:,} bytes."
                 raise HTTPProblem(InvalidArgumentError(detail), 413, detail)
             chunks.append(chunk)
-    # Store the body in the same attribute as the method `Request.body()`. Starlette has no public way to keep a body
-    # that was read by `request.stream()`.
+    # Store the body in the private attribute `_body`, as the method `Request.body()` does. Starlette has no public way
+    # to keep a body that was read by `request.stream()`.
     request._body = b"".join(chunks)
     return request._body
 

@@ -64,8 +64,8 @@ CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
 _RETRY_AFTER = 1
 """Value of the header Retry-After for an error without a known time, in seconds."""
 
-# HTTP status and text of the reply for each class of errors. A class without an entry has the status and text of its
-# base class.
+# HTTP status and text of the reply for each class of errors. If the dictionary lacks an error class, the class has the
+# status and text of its base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     HomeAgentError: (500, "The server could not handle the request."),
     InvalidArgumentError: (422, "A value in the request is not allowed."),
@@ -85,8 +85,8 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     LastAdminError: (409, "The device is the last approved administrator."),
     ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     DeviceNotApprovedError: (409, "The device is not approved."),
-    # If an effect raises a LimitError, a retry with the same key gets the same reply. The reply for a LimitError asks
-    # the client for a new request.
+    # If an effect raises a LimitError, a retry with the idempotency key gets the stored reply. The reply for a
+    # LimitError asks the client for a new request.
     LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
     PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     TooManyAttemptsError: (429, "Too many attempts: try again later."),
@@ -215,7 +215,7 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
 
 
 def _reason(line: Mapping[str, Any]) -> str:
-    # Pydantic's message for `union_tag_invalid` repeats the input. No other message of Pydantic repeats the input.
+    # Only Pydantic's message for the error type `union_tag_invalid` repeats the input.
     return "Input tag is not one of the expected tags" if line["type"] == "union_tag_invalid" else str(line["msg"])
 
 
@@ -235,7 +235,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     A reply has the header Retry-After (RFC 9110, section 10.2.3) if a retry can succeed. The handlers also answer
     FastAPI's `HTTPException` and `RequestValidationError`. FastAPI's own reply for a RequestValidationError repeats the
-    input, which can be a secret. The function adds the replies to the OpenAPI document.
+    input, which can be a secret. The function also adds the problem details to the OpenAPI document.
 
     Args:
         app: the application. The function replaces the handlers that the application has installed for the errors.
@@ -249,7 +249,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.openapi = lambda: _document_problems(original())  # type: ignore[method-assign]  # FastAPI documents this way
 
 
-# Do not remove the keyword `async`. Starlette would run a plain function in the thread pool, which can be full.
+# Do not remove the keyword `async`, because Starlette would run a plain function in the thread pool, which can be full.
 async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
     response: Response = problem_response(error)
     if response.status_code == 500 and isinstance(error, HomeAgentError):

@@ -31,7 +31,8 @@ _OWNER_CHARACTERS = 22  # A text of 22 base64 characters has 132 random bits.
 
 
 class Webhook(Once):
-    """Message with a right signature and time. Call the object with a function, which handles the message once.
+    """Message with a right signature and time. Call the object with a function that handles the message. The function
+    runs once for each message.
 
     A sender can repeat a message with the same id. An attacker can repeat a message while the gateway accepts the
     message's time. Each repetition gets the answer of the first message, and the function does not run again.
@@ -50,7 +51,7 @@ class Webhook(Once):
         """Return the body as JSON.
 
         Raises:
-            HTTPProblem: with status 422 if the body is not JSON.
+            HTTPProblem: if the body is not JSON. The status is 422.
         """
         try:
             return json.loads(self.body)
@@ -74,8 +75,8 @@ def signed_webhook(
 
     Args:
         secret: secret `whsec_…` from the sender, or several secrets during a rotation.
-        sender: name of the sender, at most 489 bytes. The store keeps the keys of the messages under `SENDER/…`, and
-            not under a device id.
+        sender: name of the sender, at most 489 bytes. In the store, the idempotency keys of the messages have a
+            `device_id` that begins with the sender's name and `/`.
         tolerance: longest difference between the time of the message and the gateway's clock.
         lease: see `Database.run_once()`.
         ttl: time for which a repetition gets the answer of the first message. The `ttl` must be longer than twice the
@@ -132,7 +133,7 @@ async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tup
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]
     sent_at = _time_of(timestamp)
     # The specification forbids a full stop in the id of a message. If an id could contain a full stop, an attacker
-    # could send the same signed text as a message with another id and body.
+    # could split a signed text into a false id, time and body.
     if not any(right) or sent_at is None or "." in message_id:
         raise _refused()
     return message_id, sent_at, body
@@ -168,8 +169,8 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
     """Return the value of `device_id` under which the idempotency keys of a sender are stored. A stranger must not know
     the returned id.
 
-    A stranger who knows the id could pair a device with the id, and then send a recorded message again, because
-    `Database.pair()` deletes the idempotency keys of the id.
+    A stranger who knows the id could pair a device with the id. After `Database.pair()` has deleted the idempotency
+    keys of the id, the stranger could send a recorded message again.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
@@ -177,9 +178,8 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
-    """Return True if the store still contains the keys of messages that were signed at this time.
-
-    A restore can remove the key of a message that a gateway handled before the restore.
+    """Return True if the store still contains the idempotency keys of messages that were signed at this time. After a
+    restore, the store can lack the idempotency key of a message that the gateway has handled.
     """
     record = unit.one(FIND_RECORD)
     if record is None:

@@ -54,9 +54,9 @@ async def accept_device(
 ) -> AsyncIterator[Device]:
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
-    If the device is revoked, is deleted, or gets a new secret or another role, homeagent cancels the code in the block,
-    and closes the WebSocket. After an error of the feed of device changes, homeagent also cancels the code in the
-    block, and closes the WebSocket. The docstring of the module lists the close codes.
+    If the device is revoked, is deleted, or gets a new secret or a different role, homeagent cancels the code in the
+    block, and closes the WebSocket. If the device changes can't be read, homeagent also cancels the code in the block,
+    and closes the WebSocket. The docstring of the module lists the close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.
@@ -110,11 +110,12 @@ async def _end_of_access(database: Database, admission: Admission, changes: Asyn
     """Wait until the device loses its access, or until the device changes can't be read. Return the reason."""
     try:
         async for change in changes:
-            # A change without a device id is a `reset` change. After a `reset` change, check the device again.
+            # A change without a device id has the kind `reset`. After a change of the kind `reset`, check the device
+            # again.
             if change.device_id not in {admission.device.id, None}:
                 continue
-            # After a revocation, do not read the device before the WebSocket is closed. The read would wait while all
-            # worker threads of `arun()` are busy, and the device would stay connected
+            # After a revocation, do not read the device before the WebSocket is closed. The read waits while all worker
+            # threads of `arun()` are busy. While the read waits, the revoked device would stay connected
             # (`test_a_revocation_while_the_workers_are_busy`).
             if change.kind is DeviceChangeKind.REVOKED:
                 return AccessDeniedError(REFUSALS["revoked"])

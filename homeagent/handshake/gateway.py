@@ -56,7 +56,8 @@ async def authenticate_device(
     Args:
         database: the open database.
         send: function that sends a text frame.
-        receive: function that receives a frame. The function should raise an error if the connection is closed.
+        receive: function that returns the next frame of the connection. The function should raise an error if the
+            connection is closed.
         time_limit: longest duration of the whole handshake.
         skew: allowed difference between the device's clock and the gateway's clock.
 

@@ -61,7 +61,7 @@ def field(fields: dict[str, Any], name: str, kind: type[T]) -> T:
 
 
 def bytes_of(fields: dict[str, Any], name: str) -> bytes:
-    """Decode a field in base64. The errors are those of `field()`."""
+    """Decode a field in base64. If the field is absent or invalid, raise HandshakeError."""
     try:
         return base64.b64decode(field(fields, name, str), validate=True)
     except (binascii.Error, ValueError):
@@ -69,7 +69,7 @@ def bytes_of(fields: dict[str, Any], name: str) -> bytes:
 
 
 def time_of(fields: dict[str, Any]) -> datetime:
-    """Return the field `"time"` as a timestamp. The errors are those of `field()`."""
+    """Return the field `"time"` as a timestamp. If the field is absent or invalid, raise HandshakeError."""
     milliseconds = field(fields, "time", int)
     if not 0 <= milliseconds <= to_milliseconds(_LATEST):
         raise HandshakeError("the field 'time' of the handshake must be milliseconds since 1970")

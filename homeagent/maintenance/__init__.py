@@ -41,7 +41,7 @@ _MODULES = {
     "sweep": ("BackupSchedule", "SweepReport", "Sweeper"),
 }
 
-# Hide `__getattr__` from type checkers, which would otherwise accept any misspelt name.
+# If type checkers saw the function `__getattr__`, the type checkers would accept any misspelt name of the package.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

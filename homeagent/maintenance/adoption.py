@@ -3,8 +3,8 @@ tables.
 
 Another program can have created the tables of a SQLite file in the form of homeagent's first version. In tables of the
 first version, constraints can lack names, and primary keys can contain NULL. The adoption converts tables of the first
-version to homeagent's tables. A row without a key moves to a separate table, because no homeagent table accepts the
-row.
+version to homeagent's tables. A row whose primary key is NULL moves to a separate table, because homeagent's tables do
+not accept the row.
 
 The function `preview_adoption()` only reads. The function `adopt()` takes the report that the administrator confirmed,
 and refuses a database that has changed since the report. On SQLite the changes are one transaction after a backup. The
@@ -73,14 +73,16 @@ class AdoptionReport(BaseModel, frozen=True):
 
     Attributes:
         location: path of the file, or URL of the server without its password.
-        tables: number of rows of each table that belongs to the application after the adoption.
-        converted: number of rows of each table that homeagent takes over. The number does not include the moved rows.
-        moved: number of rows without a key that move to a new table, by the name of the new table.
-        application_id: application id of the SQLite file, which the adoption replaces. None on PostgreSQL.
-        application_revision: revision in Alembic's table `alembic_version`, which becomes the version table of the
+        tables: number of rows of each table that stays a table of the application.
+        converted: number of rows of each table that becomes a table of homeagent. The rows that `moved` counts are not
+            included.
+        moved: number of rows whose primary key is NULL. homeagent moves the rows to a new table. The keys of the
+            dictionary are the names of the new tables.
+        application_id: application id that the adoption replaces in the SQLite file. None on PostgreSQL.
+        application_revision: revision in Alembic's table `alembic_version`. The table becomes the version table of the
             application's own revisions. The value is None if the adoption does not rename the table.
-        backup: path of the copy that the adoption made first. The value is None before the adoption, and for a
-            PostgreSQL database.
+        backup: path of the copy of the file that homeagent made before the first change. The value is None before the
+            adoption, and for a PostgreSQL database.
     """
 
     location: str
@@ -162,7 +164,7 @@ def adopt(
 
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
-        report: report of `preview_adoption`, which the administrator has confirmed.
+        report: report that `preview_adoption` returned, and that the administrator has confirmed.
         migrations: the application's revisions (see `Database.open`). The missing revisions of the application run at
             the end.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
@@ -251,7 +253,7 @@ def _adopt_file(
     inspect_file(path, repair=False)
     with sidecar_lock(path, timeout=timeout):
         with kept_from_sqlite(path):
-            pass  # SQLite loses the locks when it closes the file, so the block only checks for other programs.
+            pass  # `kept_from_sqlite()` raises an error if another program has the file open
         with closing(SQLiteEngine(path, busy_timeout=timeout, durability="full")) as engine:
             with engine.translated(), engine.driver_connection() as raw:
                 # Without a WAL, the commit writes the application id to the file itself.
@@ -292,8 +294,8 @@ def _convert(connection: Connection, report: AdoptionReport) -> None:
         execute(f"DROP TABLE {table}")
     upgrade(connection, _FIRST)
     for table in report.converted:
-        # The names are safe in SQL: the code defines the names, or the report with the names was compared with the
-        # database.
+        # The names are safe in SQL. The names from this module are constants. The caller has compared each name from
+        # the report with the database.
         columns = ", ".join(_FIRST_TABLES[table])
         key = _FIRST_TABLES[table][0]
         execute(

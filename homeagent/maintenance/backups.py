@@ -100,7 +100,7 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
     except DatabaseBusyError:
         return None
     try:
-        # Check again under the lock, because another process can have made the backup in the meantime.
+        # Check again under the lock, because another process can have made the backup before this process got the lock.
         if not _is_due(engine.path, directory, schedule, clock()):
             return None
         return _make_in(directory, engine, clock=clock, keep=schedule.keep, stop=stop)
@@ -222,8 +222,8 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # If the note about the last backup can't be written, the backup is still valid. The note is used only for error
-        # messages about a damaged database.
+        # If the path of the last backup can't be written, the backup is still valid. Only error messages about a
+        # damaged database use the path.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

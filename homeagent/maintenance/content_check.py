@@ -25,9 +25,9 @@ logger: logging.Logger = logging.getLogger("homeagent")
 class ContentCheck:
     """Object that checks the content of an open SQLite database periodically.
 
-    Each table is checked with its indexes in one read-only unit. The first check of a database is due at once. `every=`
-    sets the pause between two checks. If a check exceeds the time budget, the next check continues with the remaining
-    tables. On PostgreSQL the method `run_if_due()` does nothing.
+    Each table is checked with its indexes in one read-only unit. The first check of a database is due at once. The
+    argument `every` sets the pause between two checks. If a check exceeds the time budget, the next check continues
+    with the remaining tables. On PostgreSQL the method `run_if_due()` does nothing.
     """
 
     def __init__(

@@ -62,8 +62,8 @@ class Batch(NamedTuple):
 
     Attributes:
         deleted: number of deleted rows.
-        found: number of deleted and skipped rows. If a batch has fewer rows than it is allowed to have, no other
-            expired row is left.
+        found: number of deleted and skipped rows. If a batch has fewer rows than the maximum, no further expired row is
+            left.
         worked: duration of the statements, in seconds.
         held: time for which the batch held the write lock, including the commit, in seconds.
     """
@@ -103,7 +103,8 @@ class ExpiredRows:
                 return Batch(count, count, worked, self._monotonic() - begun)
             except ConflictError:
                 if self._statements is None:
-                    raise  # do not skip a device change, which would hide the deletion of later changes
+                    # If the sweep skipped a device change, readers would not notice the deletion of later changes.
+                    raise
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
             rows = unit.all(self._statements.page, **self._after, **self._times(), limit=limit)

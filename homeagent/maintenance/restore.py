@@ -83,7 +83,7 @@ class RestoreReport(BaseModel, frozen=True):
             restore. A device in this list was revoked, deleted or paired again after the backup. The value is None if
             the old database could not be read.
         old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back an
-            older secret. The value is None if the old database could not be read.
+            older secret of each device in this list. The value is None if the old database could not be read.
     """
 
     database: Path
@@ -110,7 +110,7 @@ def restore(
 ) -> RestoreReport:
     """Replace a database that no process has open by a backup, and keep the old database in quarantine.
 
-    The docstring of `Database.restore()` describes the arguments, the report and all other errors.
+    The docstring of `Database.restore()` describes the arguments, the report and the errors that are not listed here.
 
     Raises:
         InsecureFileError: if the backup, the manifest or the target is a link, has a second hard link, or has an
@@ -177,7 +177,7 @@ def _read_old_database(database: Path) -> tuple[int, Devices | None]:
                 copy_file(original, target, database=database)
         with closing(connect(str(copy))) as raw:
             raw.execute("PRAGMA trusted_schema=OFF")
-            with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # the file is damaged, or its revision has no epoch
+            with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # the file is damaged, or has no epoch column
                 epoch = int(raw.execute("SELECT epoch FROM store").get)
             return epoch, devices_of(raw)
     except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # the database is damaged, or the disk failed
@@ -265,8 +265,9 @@ def _identify_target(database: Path) -> None:
     """Refuse a file of another application before homeagent creates a lock file next to the file."""
     state = inspect_file(database, is_database=False, repair=False)
     if state is None or state.st_size == 0 or any(map(size_of, (lock_path(database), in_use_path(database)))):
-        return  # if a lock file has content, the function `_refuse_target()` checks the target later.
-    # Read the header through SQLite, because another thread can have the file open.
+        return  # `_refuse_target()` checks a target that has a lock file with content
+    # Read the header through SQLite. If another thread has the file open, closing a plain descriptor would release
+    # SQLite's locks.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:
         engine.refuse_foreign()
@@ -281,8 +282,8 @@ def _refuse_target(database: Path, marker: str | None) -> None:
     exclusively.
     """
     state = inspect_file(database, is_database=False, repair=False)
-    # If the lock file has a marker, homeagent created a database here. A file with a marker but without homeagent's
-    # header is a damaged homeagent database, and the restore is allowed to replace the file.
+    # If the lock file has a marker, homeagent has created a database at this path. A file with a marker but without
+    # homeagent's header is a damaged homeagent database, and the restore is allowed to replace the file.
     has_content = state is not None and state.st_size
     if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
         raise _not_homeagent(database)

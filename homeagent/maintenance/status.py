@@ -53,7 +53,7 @@ class DatabaseStatus(BaseModel, frozen=True):
             When the epoch changes, the application must read cached data again.
         restored_at: start of the epoch. The value is None in the first epoch.
         durability: "full" or "normal", as in the argument `durability=…`. The value is None for a PostgreSQL server,
-            whose configuration decides about syncs.
+            because the server's configuration decides about syncs.
         pragmas: values of SQLite's settings on the writing connection, by name.
         file_modes: permission bits of the directory and of each database file, in octal, by file name.
         rows: number of rows by table name. First come homeagent's tables, then the application's tables.

@@ -48,7 +48,7 @@ ALEMBIC_TABLE = "alembic_version"
 
 _PACKAGE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^:]+)")
 
-# On PostgreSQL, the version table that Alembic creates has no space for an identifier above this length.
+# Maximum length of a revision's identifier. On PostgreSQL, Alembic's version table can't store a longer identifier.
 _LONGEST_REVISION = 32
 
 _PROTECTED = (*TABLES, VERSION_TABLE)
@@ -289,7 +289,7 @@ class _Guard:
         raise RevisionFailedError(reason)
 
     def refuse(self, table: str) -> None:
-        """Remember that the revision tried to change one of homeagent's tables."""
+        """Store the error message for a revision that tried to change one of homeagent's tables."""
         self.refused = (
             f"it changes homeagent's table {table}, which only homeagent's own revisions may change. Put the "
             "application's data into a table of the application; change rows by homeagent's stores; acknowledge a "
@@ -297,7 +297,7 @@ class _Guard:
         )
 
     def begin(self, revision: str) -> None:
-        """Store the id of the revision that begins, and prepare the method `check()`."""
+        """Before a revision runs, record the revision's id and the state of the database for the method `check()`."""
         self.revision = revision
         self._tables = tables(self._connection)
         self._before = _server_state(self._connection, self._acknowledged)
@@ -320,8 +320,8 @@ class _Guard:
                 "homeagent's tables. Give the table another name"
             )
         if self._outside is not None and self._left_transaction:
-            # Commit the revision, because the statements that the revision ran outside the transaction cannot be
-            # undone.
+            # Commit the revision at once. A later rollback could not undo the statements that the revision ran outside
+            # the transaction.
             with self._outside():
                 self._left_transaction = False
 
@@ -342,7 +342,8 @@ class _Guard:
         self._left_transaction = True
         with outside():
             yield
-        # Compare only the structure, because the COMMIT has reset the counters of written rows.
+        # Compare only the structure of the tables before and after the block. The counters of written rows can't be
+        # compared, because the COMMIT has reset the counters.
         before, after = self._before, _server_state(self._connection, self._acknowledged)
         self._before = after
         changed = sorted(name for name in before if before[name][0] != after.get(name, ("", 0))[0])

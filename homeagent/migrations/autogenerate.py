@@ -30,7 +30,7 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
     """Render homeagent's column types as plain types of SQLAlchemy. An old revision must keep its meaning when a later
     version changes homeagent's types.
 
-    For a type of another package, the revision imports the module of the type.
+    For a type that belongs neither to homeagent nor to SQLAlchemy, the revision imports the module of the type.
     """
     if kind != "type":
         return False
@@ -50,11 +50,11 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
 def options(
     dialect_name: str, tables: Collection[str], *, version_table: str, more: Sequence[MetaData] = ()
 ) -> dict[str, Any]:
-    """Return Alembic's options for a comparison of the tables with these names.
+    """Return the options with which Alembic compares only the tables in the argument `tables`.
 
     Args:
         dialect_name: name of the engine, `sqlite` or `postgresql`.
-        tables: names of the tables to compare. Alembic ignores tables with other names.
+        tables: names of the tables to compare. Alembic ignores a table whose name is not in this list.
         version_table: name of the version table.
         more: metadata of tables that do not derive from `homeagent.Table`.
     """
@@ -66,8 +66,8 @@ def options(
         return kind != "table" or name in tables
 
     return {
-        # Alembic uses the naming convention of a single MetaData object. For a list of MetaData objects, Alembic uses
-        # no convention. Therefore pass a single MetaData object to Alembic without a list.
+        # Alembic uses the naming convention of a single MetaData object. Do not put a single MetaData object into a
+        # list, because Alembic ignores the naming conventions of a list.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,

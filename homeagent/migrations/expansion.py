@@ -130,7 +130,8 @@ def _triggers(connection: Connection) -> set[tuple[str, str]]:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield one text for each change that can break old code. The text names the change and, after a colon, the remedy.
+    """Yield one text for each change that can break old code. Each text names the change and, after a colon, the
+    remedy.
 
     The check accepts a new CHECK constraint or trigger whose name is in `accepted=[…]`.
     """

@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
     from homeagent.engine.postgresql.engine import PostgreSQLEngine
 
-# Key of the advisory lock that each host takes before an upgrade. The number consists of the bytes of the text
+# Key of the advisory lock that each host takes before an upgrade. The lock's key consists of the bytes of the text
 # "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of a second advisory lock. A host also holds the second lock during an upgrade, for example while a revision runs
+# Key of a second advisory lock. A host holds the lock `_OUTSIDE_LOCK` during an upgrade, even while a revision runs
 # outside a transaction. A command of Alembic takes only the lock `_OUTSIDE_LOCK`.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
@@ -57,8 +57,8 @@ _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine sets a different search_path for the session. The column reset_val of pg_settings still has the search_path
-# of the URL, the role or the database.
+# homeagent's engine changes the search_path of its server session. The column reset_val of pg_settings still has the
+# original search_path of the URL, the role or the database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -125,11 +125,13 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse the database if two schemas of the `search_path` have a store, and the first has the name of the role.
+    """Refuse the database if the schema with the role's name has a store, and a later schema of the `search_path` has a
+    second store.
 
-    By default PostgreSQL first searches a schema with the role's name, and then the schema `public`. Another role with
-    the right CREATE on the database can create a schema with the name of homeagent's role. The tables of the created
-    schema can contain an approved device. At its next start, homeagent would use the tables of the other role.
+    By default PostgreSQL first searches a schema with the role's name, and then the schema `public`. A different role
+    with the privilege CREATE on the database can create a schema with the name of homeagent's role, and store an
+    approved device in the schema. Without the check of this function, homeagent would use the schema of the different
+    role after a restart.
 
     Raises:
         InvalidArgumentError: if the search_path contains `"$user"`, and two of its schemas have a store.
@@ -155,7 +157,8 @@ def _views(connection: Connection) -> str:
 
 def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:
     if engine.search_schema is not None:
-        # A revision must not use tables of another store in a later schema of the search_path.
+        # Limit the search_path to homeagent's schema, so that a revision can't use the tables of a second store in a
+        # later schema.
         connection.execute(text(f"SET LOCAL {engine.search_schema}"))
     # Wait without statement_timeout, because the upgrade of another host can take longer than the role's timeout.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
@@ -177,7 +180,8 @@ def _make_or_upgrade(
     if suitable and not application.is_pending(connection):
         return
     if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
-        # Do not wait for the lock: CREATE INDEX CONCURRENTLY of another host would wait for this transaction.
+        # Do not wait for the lock. If another host runs CREATE INDEX CONCURRENTLY, the statement of the other host
+        # would wait for this transaction.
         raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
@@ -210,9 +214,9 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         while True:
-            # In READ COMMITTED, the transaction has no snapshot between two statements. Therefore CREATE INDEX
-            # CONCURRENTLY in the block does not wait for the transaction. Do not wait inside a statement, because a
-            # statement has a snapshot.
+            # In READ COMMITTED, the transaction has no snapshot between two statements. CREATE INDEX CONCURRENTLY waits
+            # only for transactions with a snapshot. Do not wait for the lock inside a statement,
+            # because CREATE INDEX CONCURRENTLY would wait for the snapshot of the waiting statement.
             with connection.begin():
                 connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():
@@ -231,8 +235,9 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
     settings of the old transaction.
 
     During the block, this host holds the session-level lock `_OUTSIDE_LOCK`. Do not hold the lock `_ADVISORY_LOCK`
-    during the block. A host that waits for the lock `_ADVISORY_LOCK` has a snapshot, and CREATE INDEX CONCURRENTLY
-    waits for all snapshots.
+    during the block. While another host waits for the lock `_ADVISORY_LOCK`, the waiting statement has a snapshot. If
+    this host held the lock, CREATE INDEX CONCURRENTLY in the block would wait forever for the statement of the other
+    host.
 
     Raises:
         MigrationError: if a connection pooler can run each statement in another session.

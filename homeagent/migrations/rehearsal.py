@@ -3,7 +3,7 @@ an error that names the object or the row.
 
 When a revision renames a rebuilt table, SQLite checks all views and triggers (https://sqlite.org/lang_altertable.html).
 A broken view or trigger makes the upgrade fail. Therefore the revisions first run on a scratch database in memory with
-the schema of the file, but without rows. The rehearsal does not change the file.
+the schema of the file, but without rows. The run on the scratch database does not change the file.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _CULPRIT = re.compile(
 
 
 def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Connection], None] = upgrade) -> None:
-    """Raise MigrationError if the upgrade would break a view or a trigger, or if an object already has the name of a
-    new object.
+    """Raise MigrationError if the upgrade would break a view or a trigger, or if an object already has the name of an
+    object that the upgrade creates.
 
     Args:
         connection: connection to the file, in a transaction.
@@ -45,7 +45,8 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
         "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
         " AND name NOT IN (SELECT name FROM pragma_table_list WHERE type = 'shadow') ORDER BY "
     )
-    # Create the tables first and the triggers last. A view can refer to a later view, and a trigger needs its table.
+    # Create the tables first and the triggers last, because a trigger needs its table. The order of the views has no
+    # effect, because a view can refer to a later view.
     order = "CASE type WHEN 'table' THEN 1 WHEN 'view' THEN 2 ELSE 3 END, rowid"
     statements = [str(row[0]) for row in connection.exec_driver_sql(query + order)]
     found = None
@@ -103,12 +104,12 @@ def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
 def kept_objects(connection: Connection, revision: str) -> Iterator[None]:
     """After the block, restore the application's indexes and triggers that a revision dropped or changed.
 
-    When Alembic's batch mode rebuilds a table, the table loses its triggers and its indexes on expressions. Alembic's
-    batch mode creates other indexes again without collations and without DESC.
+    When Alembic's batch mode rebuilds a table, the table loses its triggers and its indexes on expressions. During a
+    rebuild, the table's indexes on columns lose their collations and their descending order.
 
     Args:
         connection: connection to a SQLite file, in a transaction.
-        revision: revision of the file, which defines homeagent's objects in the file.
+        revision: schema revision of the file. The schema revision determines which objects of the file are homeagent's.
     """
     query = "SELECT type, name, sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL"
     before = {name: (kind, sql) for kind, name, sql in connection.exec_driver_sql(f"{query} ORDER BY rowid")}

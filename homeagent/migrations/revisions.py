@@ -76,8 +76,8 @@ def script_directory() -> Traversable:
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # Next to an installed package, the folder alembic is the Alembic library, which has no `env.py` in its top
-        # directory.
+        # If homeagent is installed, the folder alembic next to the package is the Alembic library. The library's top
+        # directory has no file `env.py`.
         if (candidate / "env.py").is_file():
             return candidate
     raise MigrationError("this installation has no migrations: install homeagent anew")
@@ -111,8 +111,8 @@ def tables(connection: Connection) -> set[str]:
 
 
 def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
-    """Count the rows of a SQLite file that refer to a missing row. Return a count for each pair of a table and the
-    table that it refers to.
+    """Count the rows of a SQLite file that refer to a missing row. Return the number of rows for each pair of a
+    referring table and a referenced table.
     """
     rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
     return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
@@ -202,7 +202,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
 def reason_of(error: Exception) -> str:
     """Return the cause of a failure, for the text of a MigrationError.
 
-    For an error of another package, return only the name of the error's class, because the message can contain row
+    For an error that is not homeagent's, return only the name of the error's class, because the message can contain row
     values.
     """
     if isinstance(error, RevisionFailedError):

@@ -4,9 +4,9 @@ On SQLite the revisions run on a scratch database in memory. The comparison uses
 no pragma shows a CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are compared
 with the server's catalogue.
 
-The application's tables, indexes, triggers and views are allowed, with two exceptions. A trigger that changes
-homeagent's tables is a difference, because the trigger can approve a device. A view that reads homeagent's tables is a
-difference, because the view prevents rebuilding the table.
+The application's tables, indexes, triggers and views are allowed, with two exceptions. The comparison reports a trigger
+that changes homeagent's tables, because the trigger can approve a device. The comparison reports a view that reads
+homeagent's tables, because the view prevents rebuilding the table.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def refuse_changed_schema(
     accepts a trigger whose name is in `acknowledged=…`.
 
     Raises:
-        SchemaChangedError: if the schema has a grave difference.
+        SchemaChangedError: if the schema has a difference because of which the rows can't be trusted.
         SchemaTooNewError: if this version of homeagent does not know the revision.
     """
     if revision not in known_revisions():
@@ -175,7 +175,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
             continue
         command = f"DROP {kind.upper()} {_name(name)}"
         uses = mention.search(sql) is not None and reaches(raw, expected.tables, kind=kind, name=name, on=on)
-        # Compare names in lower case, because a trigger can spell the name of a table in another case.
+        # Compare names in lower case, because a trigger can spell the name of a table in upper case.
         if kind == "trigger" and on.lower() in expected.tables:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
             yield Difference(what, True, command, None if uses else "trigger", name)

@@ -163,7 +163,8 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
 
 
 def _check_unclean_end(engine: SQLiteEngine) -> bool:
-    """Check a file that has a WAL although no process has the file open. The last process did not close the database.
+    """Check the file if the last process did not close the database: the file has a WAL, although no process has the
+    file open.
 
     Return True if the file was checked. Raise CorruptDatabaseError if the file is damaged or its WAL lost commits.
     """
@@ -210,7 +211,8 @@ def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
-    # If the lock file has a marker, homeagent created a database here. Do not treat an empty file as a new database.
+    # If the lock file has a marker, homeagent has created a database at this path. Do not treat an empty file as a new
+    # database.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.st_size == 0):
         raise corrupt_after_all(path)
@@ -312,12 +314,12 @@ class _Attempt:
 
 @contextmanager
 def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
-    """If the transaction in the block fails with an unclear error, raise MigrationError.
+    """If the block raises an error that is not in `SPEAK_FOR_THEMSELVES`, raise MigrationError.
 
-    If Ctrl-C comes while Alembic rebuilds a table, Alembic runs another statement that fails. After Ctrl-C, raise the
-    KeyboardInterrupt and not the error of a failed statement.
+    If Ctrl-C interrupts Alembic during the rebuild of a table, Alembic still runs a statement, and the statement fails.
+    After Ctrl-C, raise the KeyboardInterrupt and not the error of a failed statement.
 
-    The block assigns the path of the backup to the attribute `backup` of the yielded object.
+    The context manager yields an `_Attempt`. The block stores the path of the backup in `attempt.backup`.
     """
     attempt = _Attempt(act)
     try:
@@ -339,7 +341,7 @@ def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
 
 
 def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:
-    """Raise MigrationError if the upgrade left a broken reference, or ended at another revision.
+    """Raise MigrationError if the upgrade left a broken reference, or ended at an unexpected revision.
 
     In the application's tables, the function accepts as many broken references as before the upgrade.
     """
@@ -364,8 +366,8 @@ def back_up(
 ) -> Path:
     """Back up the last commit over another connection, because the upgrade's connection is in a write transaction.
 
-    Afterwards remove the backups of earlier, failed attempts. Otherwise the backups would fill the disk if the service
-    manager restarts the gateway repeatedly.
+    After the backup, remove the backups of earlier, failed attempts. A service manager can restart the gateway
+    repeatedly, and a backup for each restart would fill the disk.
     """
     from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
     from homeagent.engine.sqlite.manifests import PARTIAL, backups_in
@@ -374,12 +376,13 @@ def back_up(
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        # No other upgrade runs while this process holds the lock, so an upgrade that was killed left this file.
+        # A killed upgrade left the partial backup. No running upgrade uses the partial backup, because this process
+        # holds the lock.
         discard(stale)
     try:
         manifest = write_backup(engine, target, partial=partial, taken_at=now, kind=kind)
         for backup, earlier in backups_in(path.parent, path) if kind == "upgrade" else ():
-            # Do not remove a copy with another name, because only the administrator renames a backup.
+            # Do not remove a backup that the administrator has renamed.
             named = backup.name == backup_name(path, revision, earlier.taken_at)
             if named and backup != target and _is_same_upgrade(earlier, manifest):
                 discard(backup)
@@ -397,10 +400,10 @@ def back_up(
 
 
 def _is_same_upgrade(earlier: Manifest, new: Manifest) -> bool:
-    """Return True if the upgrade after the earlier backup failed, and the new backup is for the same upgrade.
+    """Return True if both backups were made for the same upgrade, and the first attempt of the upgrade failed.
 
-    A successful upgrade changes at least one of the two revisions. A restore of an earlier revision changes the epoch,
-    and a manual downgrade changes SQLite's counter of schema changes.
+    A successful upgrade changes the revision of homeagent's schema or of the application's schema. A restore of an
+    earlier revision changes the epoch. A manual downgrade changes SQLite's counter of schema changes.
     """
     return earlier.schema_version is not None and all(
         getattr(earlier, name) == getattr(new, name)

@@ -1,5 +1,5 @@
-"""The package has six table models, which are also Pydantic models. The table `store` has no model. The only row of the
-table `store` describes the database.
+"""The package has six table models, which are also Pydantic models. No model belongs to the table `store`, whose only
+row describes the database.
 
 `homeagent/models/schemas.py` has the models of requests and replies.
 """

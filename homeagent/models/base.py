@@ -45,15 +45,15 @@ _registry = registry(metadata=metadata)
 
 
 # `ValidationError.from_exception_data` accepts only the error types of Pydantic itself. A validator can also raise
-# errors with other types.
+# errors with types that Pydantic does not define.
 _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
 def _without_input(error: ValidationError) -> ValidationError:
     """Return a copy of the error that does not contain the input, because the input can be a secret.
 
-    Pydantic's setting `hide_input_in_errors` removes the input only from the message. FastAPI sends the input in a
-    reply with status 422, because FastAPI calls `error.errors()`.
+    Pydantic's setting `hide_input_in_errors` removes the input only from the message. FastAPI puts the result of
+    `error.errors()`, which contains the input, into the reply with status 422.
     """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
@@ -175,28 +175,27 @@ class Table(Model, metaclass=_TableType):
     assignment. If a value is invalid, the assignment raises an error, and the field keeps its old value. An instance
     that a store loads is not validated again.
 
-    SQLite and PostgreSQL store the same values and sort them equally. A field of type `str` is a TEXT column that is
-    compared by bytes, and `int` has 64 bits. A `Timestamp` is stored in milliseconds, and a `StrEnum` as its value. A
-    `dict`, a `list` or Pydantic's `JsonValue` is stored as JSON text of at most 256 KiB. For a field of another type,
-    SQLModel chooses the column type. If a field has the argument `sa_type` or `sa_column`, SQLModel uses the given
-    type.
+    SQLite and PostgreSQL store the same values and sort them equally. A field of type `str` becomes a TEXT column, and
+    is compared by bytes. A field of type `int` has 64 bits. A `Timestamp` is stored in milliseconds, and a `StrEnum` as
+    its value. A `dict`, a `list` or Pydantic's `JsonValue` is stored as JSON text of at most 256 KiB. For a field of a
+    type that is not listed here, SQLModel chooses the column type. If a field has the argument `sa_type` or
+    `sa_column`, SQLModel uses the given type.
 
     A constraint or an index without a name gets a name such as `fk_messages_session_id_sessions`. A foreign key can
     refer to homeagent's tables by name, for example with `Field(foreign_key="sessions.session_id",
     ondelete="CASCADE")`.
 
     Raises (when the class is defined):
-        InvalidArgumentError: if the name of the table is reserved, or another class has the same table name. The
-            error is also raised if a datetime field does not have the type `Timestamp`. The names of homeagent's tables
-            and names that begin with `homeagent_` are reserved.
+        InvalidArgumentError: if the name of the table is reserved, or another class has the same table name.
+            InvalidArgumentError is also raised if a datetime field does not have the type `Timestamp`. The names of
+            homeagent's tables and names that begin with `homeagent_` are reserved.
         TypeError: if the class derives from a table of homeagent.
     """
 
     __table__: ClassVar[Any]
 
     if TYPE_CHECKING:
-        # The declarations are only for type checkers, because at runtime SQLAlchemy would look up the values of the
-        # attributes.
+        # Type checkers need the declarations. At runtime, SQLAlchemy would look for values of the declared attributes.
         __tablename__: ClassVar[str]
         __table_args__: ClassVar[Any]
 
@@ -223,8 +222,8 @@ class Table(Model, metaclass=_TableType):
             super().__init__(**data)
             return
         related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
-        # The validator writes the fields directly into `__dict__`, so SQLAlchemy does not notice the values. After the
-        # validation, restore the old `__dict__`, and set each field by SQLAlchemy's `set_attribute()`.
+        # SQLAlchemy does not notice the values that the validator writes directly into the attribute `__dict__`. After
+        # the validation, restore the old `__dict__`, and set each field by SQLAlchemy's `set_attribute()`.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -241,8 +240,8 @@ class Table(Model, metaclass=_TableType):
             return
         # Create SQLAlchemy's state before `__pydantic_fields_set__` marks the instance as constructed.
         getattr(self, "_sa_instance_state", None)
-        # Do not replace the dictionary `__dict__` by a copy, although Pydantic does. A flush that calls a listener of
-        # `before_update` would write the values of the old dictionary (test_a_listener_of_a_flush_assigns).
+        # Pydantic replaces the dictionary in the attribute `__dict__` by a copy. If the copy stayed, a flush would not
+        # write the value that a listener of `before_update` assigned (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -257,8 +256,9 @@ class Table(Model, metaclass=_TableType):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # When a store loads an instance, the store sets only the fields, and this method returns Pydantic's
-            # attributes. Setting Pydantic's attributes took a third of the time of loading an instance.
+            # When a store loads an instance, the store sets the fields, but none of Pydantic's attributes. The method
+            # `__getattr__()` creates Pydantic's attributes at their first use, because setting Pydantic's attributes
+            # took a third of the time of loading an instance.
             if name == "__pydantic_fields_set__":
                 # Create SQLAlchemy's state before `__pydantic_fields_set__` marks the instance as constructed.
                 getattr(self, "_sa_instance_state", None)
@@ -304,7 +304,7 @@ class Table(Model, metaclass=_TableType):
 
 
 def _is_loaded(instance: Table) -> bool:
-    """Return True if a store loaded the instance, and no code has used `model_fields_set` since then."""
+    """Return True if a store loaded the instance, and no code has used `model_fields_set` since the load."""
     try:
         _get_fields_set(instance)
     except AttributeError:
@@ -320,8 +320,9 @@ _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 class _StateOnDemand:
     """A descriptor that creates SQLAlchemy's state when the ORM uses a loaded instance for the first time.
 
-    Creating the state takes longer than all other steps of loading an instance, and the ORM uses only few instances.
-    A constructed instance has its state in `__dict__`, which has precedence over the descriptor.
+    Creating SQLAlchemy's state takes longer than the rest of loading an instance, and most loaded instances never reach
+    an ORM session. For a constructed instance, Python does not call the descriptor, because the attribute `__dict__`
+    contains the state.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:

@@ -128,13 +128,13 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If the ORM changes `Device.approved`, set the same columns as `devices.approve()` and `devices.revoke()`."""
+    """If the ORM changes `Device.approved`, set the columns that `devices.approve()` and `devices.revoke()` set."""
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # If an attribute has expired, SQLAlchemy does not load its old value before an assignment. The history of the
-    # attribute can therefore lack the old value.
+    # If an attribute has expired, SQLAlchemy does not load its old value before an assignment. Read the old value from
+    # the table, because the history of an expired attribute lacks the old value.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

@@ -1,7 +1,8 @@
-"""The feed of device changes. Triggers of the schema write the feed in the order of the commits.
+"""The feed of device changes. Triggers of the schema write the change feed in the order of the commits.
 
 A reader keeps the number of the last change that the reader has seen, and later asks for the changes with greater
-numbers. If the feed no longer contains the number that a reader has kept, the reader must read all devices again.
+numbers. If the change feed no longer contains the number that a reader has kept, the reader must read all devices
+again.
 """
 
 from enum import StrEnum
@@ -17,8 +18,8 @@ from homeagent.models.types import Identifier, Timestamp
 class DeviceChangeKind(StrEnum):
     """Kind of a device change.
 
-    One UPDATE of a device can cause several changes in the feed. The feed contains a change of the kind `updated` only
-    if the UPDATE causes no other change.
+    One UPDATE of a device can cause several changes in the change feed. The change feed contains a change of the kind
+    `updated` only if the UPDATE causes no change of a different kind.
     """
 
     PAIRED = "paired"
@@ -33,7 +34,7 @@ class DeviceChangeKind(StrEnum):
 
 
 class DeviceChange(Table, table=True):
-    """A row of the table `device_changes`. A change that was committed later has a greater number."""
+    """A row of the table `device_changes`. A later change has a greater number than an earlier change."""
 
     __tablename__ = "device_changes"
     __table_args__: ClassVar[Any] = (

@@ -171,7 +171,7 @@ class IdempotencyScope:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return Pydantic's schema of the class, with errors that do not show the input."""
+        """Return Pydantic's schema of the class. Validation errors of the schema do not show the input."""
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
@@ -220,7 +220,7 @@ class Outcome:
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
         omitted: True if homeagent could not store the return value, because the value is not JSON or is larger than 1
-            MiB. Only the first caller gets a return value that could not be stored. Later callers get None.
+            MiB. The call that ran the effect returns the value. Later callers get None.
     """
 
     value: JsonValue = field(repr=False)

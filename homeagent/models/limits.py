@@ -1,4 +1,4 @@
-"""Limits on the rows that devices can create, and on the work that other callers can cause."""
+"""Limits on the rows that devices can create, and on the work that callers can cause."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from homeagent.models.types import check_duration, check_limit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on the rows that devices can create, and on the work that other callers can cause.
+    """Limits on the rows that devices can create, and on the work that callers can cause.
 
     The limit on pending devices is exact. The limits on nonces and idempotency keys are exact if only one process uses
-    a SQLite file. Up to 49 processes together store fewer rows than twice the limit (see `homeagent.stores.room`). If a
-    database already has more rows than a limit allows, the rows stay.
+    a SQLite file. If up to 49 processes use the database, the number of stored rows stays below twice the limit (see
+    `homeagent.stores.room`). If a database already has more rows than a limit allows, the rows stay.
 
     Args:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises

@@ -9,8 +9,8 @@ from homeagent.errors import InvalidArgumentError
 MIN_ITERATIONS = 4_096
 """Minimum number of iterations in RFC 7677 section 4, which is enough for a generated secret."""
 
-# A proof with the maximum number of iterations takes a few seconds. A device refuses a greater number of iterations, so
-# that a gateway cannot keep the device busy.
+# A proof with the maximum number of iterations takes a few seconds. A device refuses a number of iterations above the
+# maximum, so that a gateway cannot keep the device busy.
 _MAX_ITERATIONS = 10_000_000
 _MIN_SALT_BYTES = 8
 _MAX_SALT_BYTES = 64

@@ -23,7 +23,8 @@ from homeagent.models.types import (
     check_new_secret,
 )
 
-# If the alias `metadata_` did not come first, validation from a row would read SQLAlchemy's attribute `metadata`.
+# Keep `metadata_` as the first alias, because Pydantic tries the aliases in order. The attribute `metadata` of a row
+# belongs to SQLAlchemy.
 PublicMetadata = Annotated[
     Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
 ]
@@ -70,7 +71,8 @@ class AgentUpdate(Model):
     config: Json = None
 
 
-# The texts of a reply come from a row. A row that an earlier version wrote can break the rules for new texts.
+# Do not validate the texts of a reply. A stored row from an earlier version of homeagent can break the rules for new
+# texts.
 
 
 class AgentPublic(Model):
@@ -84,7 +86,9 @@ class AgentPublic(Model):
 
 
 class DevicePair(MetadataSchema):
-    """Request of a device to pair. A request body can have this model, because no field approves the device."""
+    """Request of a device to pair. A route can accept the model as a request body, because the model has no field that
+    approves the device.
+    """
 
     id: Identifier
     role: Role

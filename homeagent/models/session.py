@@ -113,9 +113,7 @@ def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Set `route_key` of the session unless another session has the value. `sessions.create()` also leaves `route_key`
-    empty if another session has the value.
-    """
+    """If no other session has the route key, set the column `route_key` of the session."""
     if not _changes_route(session):
         return
     table: Any = mapper.local_table

@@ -1,4 +1,4 @@
-"""The table `store` has one row with facts about the whole database, such as the epoch."""
+"""The table with the name `store` has one row with facts about the whole database, such as the epoch."""
 
 from sqlalchemy import CheckConstraint, Column, Integer, Table, text
 

@@ -143,8 +143,9 @@ class AgentStore(Store):
         Raises:
             AgentInUseError: if the agent has sessions, and `delete_sessions` is False.
         """
-        # Lock the agent before counting its sessions. With the lock, the count includes a session that another unit has
-        # just added. Another unit that adds a session waits for the lock, and then finds no agent.
+        # Lock the agent before counting its sessions. If another unit is adding a session, this unit waits for the end
+        # of the other unit, and counts the session. If a unit adds a session after this unit has the lock, the unit
+        # waits for the lock, and fails because the agent no longer exists.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:

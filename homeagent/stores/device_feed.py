@@ -1,7 +1,7 @@
-"""Methods of the store of devices for the feed of device changes.
+"""Methods for reading the feed of device changes, as a part of the store of devices.
 
-homeagent deletes the oldest rows of the feed first, and always keeps the newest row. A reader has missed no change if
-the feed still contains the last change that the reader has read.
+homeagent deletes the oldest rows of the change feed first, and always keeps the newest row. A reader has missed no
+change if the change feed still contains the last change that the reader has read.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _after = bindparam("after", type_=_columns.number.type)
 _is_kept = select(constant(1, _columns.number.type)).where(_columns.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_columns.number)))
-# If the feed contains the change with the given number, the statement selects this change and all later changes. If the
-# feed does not contain the change, the statement selects only the newest row.
+# If the change feed contains the change with the given number, the statement selects this change and all later changes.
+# If the change feed does not contain the change, the statement selects only the newest row.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_columns.number >= case((_is_kept, _after), else_=_newest))
@@ -43,9 +43,8 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """From the rows that the statement `CHANGES` returned, return the changes after a number.
-
-    If the feed does not contain the number, return one `reset` change with the newest number.
+    """Return the device changes after a number. Pass the rows that the SQL statement with the name `CHANGES` returned.
+    If the change feed does not contain the number, return one change of the kind `reset` with the newest number.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]
@@ -68,12 +67,13 @@ class DeviceFeed(Store):
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
         """Return the device changes after a number, oldest first.
 
-        If the feed no longer contains the given number, the method returns one `reset` change. After a restore of the
-        database, the method also returns a `reset` change. After a `reset` change, read all devices again, and continue
-        with the number of the `reset` change.
+        If the change feed no longer contains the given number, the method returns a single change of the kind `reset`.
+        A restore of the database also causes a change of the kind `reset`. After a change of the kind `reset`, the
+        caller must read all devices again. The caller's next call then passes the number of the reset change as
+        `after=…`.
 
         Args:
-            after: number of the last change that the caller has read. A new reader passes 0.
+            after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.
             limit: maximum number of changes, 1 or more.
         """
         rows = self._unit.all(CHANGES, after=check_number(after), limit=check_limit(limit) + 1)

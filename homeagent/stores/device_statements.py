@@ -18,8 +18,8 @@ class SecretHashes(NamedTuple):
     """Hashes of the current and the previous secret of a device. The fields have the same names as in the class
     `Device`.
 
-    If the device does not exist, `shared_secret_hash` is an empty text, which matches no secret. The other fields of an
-    absent device are None.
+    If the device does not exist, `shared_secret_hash` is an empty text, which matches no secret. For an absent device,
+    all fields except `shared_secret_hash` are None.
     """
 
     shared_secret_hash: str
@@ -83,9 +83,9 @@ COUNT_PENDING = Statement[int](
         .subquery()
     )
 )
-# On PostgreSQL, two pairings at the same time do not see each other's device. The lock of the row in the table `store`
-# makes the second pairing wait until the first unit has ended. After the wait, the second pairing also counts the first
-# device.
+# On PostgreSQL, two pairings at the same time do not see each other's device. Each pairing locks the only row of the
+# table with the name `store`, so a second pairing waits until the first pairing has ended. Therefore the second pairing
+# also counts the device of the first pairing.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """SQL condition for the pending devices that a sweep deletes.

@@ -113,8 +113,8 @@ class DeviceStore(DeviceFeed):
     def count_pending(self, *, limit: int) -> int:
         """Return the number of pending devices. The count stops at the given maximum, which must be 1 or more.
 
-        A device that has been pending for longer than `Limits.pending_ttl` does not count, even if no sweep has deleted
-        the device yet.
+        The count does not include a device that has been pending for longer than `Limits.pending_ttl`, even if no sweep
+        has deleted the device yet.
         """
         before = earlier(self._unit.now(), self._unit.settings.limits.pending_ttl)
         return self._unit.one(statements.COUNT_PENDING, limit=check_limit(limit), before=before) or 0
@@ -167,8 +167,8 @@ class DeviceStore(DeviceFeed):
                 page.
 
         Raises:
-            DeviceNotFoundError: if `order="paired_at"`, and no device has the id that was passed as `after=…`. To
-                continue after a deleted device, pass the `Device` object instead of the id.
+            DeviceNotFoundError: if `order="paired_at"`, and no device has the id that was passed as `after=…`. If the
+                last device of the previous page can have been deleted, pass the `Device` object and not the id.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -319,8 +319,8 @@ class DeviceStore(DeviceFeed):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return a pair. The first value of the result is True if `update_last_seen()` would change no row. The second
-        value of the result is the result of `update_last_seen()` for an unchanged row.
+        """Return a pair. The first value is True if `update_last_seen()` would change no row. The second value is
+        False, the result of `update_last_seen()` for an unchanged row.
         """
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
@@ -341,11 +341,13 @@ class DeviceStore(DeviceFeed):
         return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
-        """Return the timestamp to store, and the latest stored time that this timestamp replaces."""
+        """Return two timestamps. The first timestamp is the new value, and replaces a stored value that is not later
+        than the second timestamp.
+        """
         check_duration(granularity, "granularity", zero=True)
         at = not_after(self._unit.now(), at, "at")
-        # Use a granularity of at least a millisecond. With a granularity of zero, each call would write an equal
-        # timestamp again.
+        # Use a granularity of at least a millisecond. With a granularity of zero, several calls within one millisecond
+        # would all write the same timestamp.
         return at, earlier(at, max(granularity, MILLISECOND))
 
     @writing()
@@ -439,7 +441,6 @@ E = TypeVar("E", Role, DeviceStatus)
 
 
 def _member(kind: type[E], value: E, what: str) -> E:
-    """Convert a text to the member of the enum. Return a member unchanged."""
     try:
         return kind(value)
     except ValueError:

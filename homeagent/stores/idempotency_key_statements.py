@@ -31,12 +31,12 @@ EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for the records that count as absent and that a sweep deletes."""
 
 # To count all rows of a device, SQLite reads only the index of the primary key. To count only unexpired rows, SQLite
-# would also have to read the long column `result`, which comes before `expires_at`.
+# would also have to read the column `result`, which can be long and comes before `expires_at`.
 COUNT = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
 )
-# Keep the expression `device_id + ""`, which no index contains. For a plain `device_id`, the database would use the
-# primary key and not the index of `expires_at` (`test_expired_keys_are_counted_by_the_index`).
+# Do not replace the expression `device_id + ""` by the column `device_id`. For the plain column `device_id`, the
+# database would use the primary key and not the index of `expires_at` (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 )

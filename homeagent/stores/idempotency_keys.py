@@ -46,7 +46,7 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def insert(self, scope: IdempotencyScope, result: JsonValue, *, ttl: timedelta) -> IdempotencyKey:
-        """Store the result of a call, so that a retry gets the same result.
+        """Store the result of a call, so that a retry gets the stored result.
 
         Args:
             scope: device, method and key of the call.
@@ -100,7 +100,7 @@ class IdempotencyKeyStore(Store):
         return self._unit.one(statements.FIND, **self._search(scope), now=self._unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
-        """Return the parameters of a search for the record of a scope."""
+        """Return the parameters for a statement that searches for the record with this scope."""
         if type(scope) is IdempotencyScope:
             return _parameters(scope)
         _check_scope(scope)
@@ -149,13 +149,13 @@ class IdempotencyKeyStore(Store):
             lease: time after which an attempt without renewal counts as abandoned. A lease of zero expires at once.
             ttl: time for which retries get the outcome, more than zero and at most `Limits.longest_ttl`.
             rerun: True to take over an abandoned attempt, and to run the effect again.
-            owner: random token of the caller. A second claim with the same token returns the same attempt.
+            owner: random token of the caller. A second claim with this token returns the same attempt.
 
         Returns:
             An `Attempt` if the caller must run the effect, or the `Outcome` if the effect has completed.
 
         Raises:
-            FingerprintMismatchError: if the key was used with other parameters.
+            FingerprintMismatchError: if an earlier call used the key with different parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
             OutcomeUnknownError: if an attempt was abandoned, and `rerun=False`.
             EffectFailedError: if the effect has failed for good. The error contains the stored detail of the failure.
@@ -240,11 +240,11 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
-        """Record the result of the effect, so that a retry gets the same result.
+        """Record the result of the effect, so that a retry gets the stored result.
 
         Returns:
-            False if the result is not JSON or is over 1 MiB. The record is stored without the result and with
-            `omitted=True`, because the effect has taken place.
+            False if the result is not JSON or is over 1 MiB. If the method returns False, the record has `omitted=True`
+            and no result. A retry still does not run the effect again.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key. The record stays.
@@ -264,7 +264,8 @@ class IdempotencyKeyStore(Store):
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
         """Return the outcome that the attempt has recorded. If the attempt has recorded no outcome, return None.
 
-        After a commit with an unknown outcome, a caller can find out by `find_recorded()` if the commit took place.
+        After a commit with an unknown outcome, a caller can find out by `find_recorded()` whether the commit took
+        place.
         """
         check_kind(attempt, Attempt, "attempt")
         row = self._unit.one(statements.ANY, **_parameters(attempt.scope))
@@ -296,9 +297,10 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call the method only if the effect of the attempt did not begin.
 
-        By `none_began=True`, the caller states that no earlier attempt began its effect. With `none_began=True`, or
-        after a first attempt, the method deletes the record. The record of a later attempt stays and counts as
-        abandoned again, because the outcome of an earlier attempt is unknown.
+        If the attempt is the first attempt with the key, the method deletes the record. If the key had an earlier
+        attempt, whose outcome is unknown, the record stays and counts as abandoned. With `none_began=True`, the caller
+        states that no earlier attempt began its effect. With the argument `none_began=True`, the method deletes the
+        record in each case.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key. The record stays.
@@ -310,8 +312,8 @@ class IdempotencyKeyStore(Store):
             self._write_fenced(statements.RENEW, attempt, lease_expires_at=self._unit.now())
 
     def _write_fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
-        """Run a statement that changes the record of an attempt's key. If the attempt does not own the key, raise
-        `LeaseLostError`.
+        """Run a statement that changes the record with the key of this attempt. If the attempt does not own the key,
+        raise `LeaseLostError`.
         """
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
             scope = attempt.scope
@@ -333,7 +335,7 @@ class IdempotencyKeyStore(Store):
         """Record the result of an abandoned attempt, so that a retry gets the result.
 
         Returns:
-            False if the scope has no abandoned attempt.
+            False if the store contains no abandoned attempt with this scope.
 
         Raises:
             IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
@@ -349,7 +351,7 @@ class IdempotencyKeyStore(Store):
         """Delete the record of an abandoned attempt, so that the next call runs the effect again.
 
         Returns:
-            False if the scope has no abandoned attempt.
+            False if the store contains no abandoned attempt with this scope.
 
         Raises:
             IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
@@ -387,7 +389,6 @@ class IdempotencyKeyStore(Store):
 
 
 def _attempt_of(row: IdempotencyKey) -> Attempt:
-    """Return the attempt that a row in progress describes."""
     return Attempt(
         number=row.attempt,
         downstream_key=row.downstream_key or "",
@@ -411,7 +412,7 @@ def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> 
 
 
 def _refusal(scope: IdempotencyScope, row: IdempotencyKey) -> dict[str, Any]:
-    """Return the arguments of the error that refuses a claim."""
+    """Return the arguments of the exception for a refused claim."""
     found = {"state": row.state, "expires_at": row.expires_at}
     return {"device_id": scope.device_id, "method": scope.method, **found}
 
@@ -433,8 +434,8 @@ def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
 
 
 def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
-    """Return the scope of a new record. A scope from `IdempotencyScope.of_record()` can contain invalid texts, so check
-    the scope first.
+    """Check and return the scope for a new record. A scope from `IdempotencyScope.of_record()` can contain invalid
+    texts, so check the scope first.
     """
     if type(scope) is IdempotencyScope:
         return scope

@@ -55,7 +55,8 @@ _FIND = Statement[Nonce](
         _columns.expires_at > bindparam("now"),
     )
 )
-# An operator can exclude stored nonces from the limit. The column `created_at` of a released nonce is 0.
+# An operator can exclude stored nonces from the limit. If the operator has excluded a nonce from the limit, the nonce's
+# column `created_at` is 0.
 _RELEASED = constant(0, Integer())
 _COUNTED = (
     _columns.device_id == bindparam("device_id"),
@@ -108,7 +109,7 @@ class NonceStore(Store):
         """Consume a nonce. If several callers consume the same nonce, the method returns True for only one caller.
 
         Call the method in a separate unit, after the check of the signature and before the device gets access. If the
-        unit contained other work, a rollback of the other work would make the nonce usable again.
+        unit also contained unrelated work, a rollback of this work would make the nonce usable again.
 
         Args:
             device_id: id of the signer. Two devices can use the same nonce.
@@ -118,13 +119,13 @@ class NonceStore(Store):
                 effect. Several processes together can store up to twice the limit (see `homeagent.stores.room`).
 
         Returns:
-            False if the nonce was used before, or if the time `expires_at` has passed. For a used nonce, the method
-            returns False even if the device is at the limit.
+            False if the nonce was used before, or if the time `expires_at` has passed. If the nonce was used before,
+            the method returns False and does not raise NonceLimitError.
 
         Raises:
-            NonceLimitError: if the nonce is new and the device is at the limit. The store does not delete an older
-                nonce to make room, because a deleted nonce could be used again. An operator can make room by the method
-                `forget()`.
+            NonceLimitError: if the nonce is new and the device has reached the limit. The store does not delete an
+                older nonce to make room, because a deleted nonce could be used again. An operator can make room by the
+                method `forget()`.
             InvalidArgumentError: if `expires_at` is more than `Limits.longest_ttl` ahead.
         """
         check_identifier(device_id, "device_id")
@@ -171,7 +172,7 @@ class NonceStore(Store):
         signed_at = check_timestamp(signed_at, "signed_at")
         self._check_ttl(skew, "skew")
         now = self._unit.now()
-        # Check for a future time before the sum, because a signer can send a time in the year 9999.
+        # First refuse a time in the future, because adding the skew to a time in the year 9999 would raise an error.
         if signed_at - now > skew:
             return Freshness.FUTURE
         expires_at = later(signed_at, skew, "skew")
@@ -215,12 +216,12 @@ class NonceStore(Store):
     def forget(self, device_id: str) -> int:
         """Exclude the stored nonces of a device from its limit, and return the number of these nonces.
 
-        Call the method if a device is at its limit and its nonces expire too late. Before the call, shorten the time
-        for which new nonces are kept, so that the device does not reach the limit again.
+        Call the method if a device has reached its limit, and its nonces expire too late. Before the call, shorten the
+        time for which new nonces are kept, so that the device does not reach the limit again.
 
-        The rows of the released nonces stay until the nonces expire. A released nonce stays used: `consume()` returns
-        False, and `consume_signed()` returns REPLAYED. After the call, the table can contain more nonces of the device
-        than the limit allows.
+        The rows of the excluded nonces stay until the nonces expire. Until a nonce expires, `consume()` returns False
+        for the nonce, and `consume_signed()` returns REPLAYED. After the call, the table can contain more nonces of the
+        device than the limit allows.
         """
         device = self._searched(device_id, "device_id")
         return self._unit.write(_RELEASE, device_id=device, now=self._unit.now())

@@ -1,16 +1,16 @@
 """Limit for the rows of one device. The store does not count the rows at each insert.
 
-Counting 10,000 rows takes as long as 40 inserts. Therefore a process that has counted the rows gets a grant, which is a
-number of rows to add without another count. The grant is an eighth of the free rows below the limit, but at most a
-fiftieth of the limit.
+Counting 10,000 rows takes as long as 40 inserts. After a count, a process gets a grant: the process can add a number of
+rows without counting again. The grant is an eighth of the rows that the device can still have, and at most a fiftieth
+of the limit.
 
-A process is allowed to add rows without a count only if the device has fewer rows than the limit. When the limit is
-reached, a process can add only the rest of its grant, which is less than a fiftieth of the limit. Therefore 49
-processes together store less than twice the limit, even with the largest possible grants. On SQLite, a process counts
+If a count shows that the device has reached the limit, the process gets no grant. After the device has reached the
+limit, a process can still add the rows that the process was granted before. Each process exceeds the limit by less than
+a fiftieth of the limit, and 49 processes together store fewer rows than twice the limit. On SQLite, a process counts
 the rows and adds a row in one transaction, so no other writer can add a row after the count. On PostgreSQL, a count
-does not include the rows of uncommitted transactions. If few rows are free below the limit, a grant can be only one
-row. Before a grant of one row, the transaction takes a lock for the device, and counts again. Without the lock, each
-transaction that is open at the same time could exceed the limit by one row.
+does not include the rows of uncommitted transactions. If the device is close to the limit, a process is granted only
+one row at a time. Before the process adds this row, the transaction takes a lock for the device, and counts the rows
+again. Without the lock, each transaction that is open at the same time could exceed the limit by one row.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 def has_room(
     unit: Unit, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
 ) -> bool:
-    """Return True if the device can have another row. The new row uses up one row of the process's grant.
+    """Return True if the device can have another row. A result of True uses up one row of the process's grant.
 
     Args:
         unit: unit of work that adds the row.
@@ -46,9 +46,9 @@ def has_room(
         count: function that counts the rows of the given device that have not expired at the given time.
     """
     grants = unit.settings.grants
-    # Grants for different limits are separate, so the key of the dictionary contains the limit.
+    # A process has a separate grant for each limit.
     key = (kind, device_id, limit)
-    # Each call of the function `next()` takes a row from the grant. Two threads can't take the same row, because the
+    # Each call of the function `next()` uses up one row of the grant. Two threads can't take the same row, because the
     # function `next()` is atomic.
     if key in grants and next(grants[key], None) is not None:
         return True
@@ -58,7 +58,7 @@ def has_room(
         granted = _grant(limit, count(device_id, now))
     if len(grants) >= _MOST_GRANTS:
         grants.clear()
-    grants[key] = iter(range(granted - 1))  # the current call uses up the first row of the grant
+    grants[key] = iter(range(granted - 1))  # the caller of this function adds the first row of the grant
     return granted > 0
 
 

@@ -90,8 +90,8 @@ _IS_ON_ROUTE: Any = and_(
     _columns.sender_id.is_not_distinct_from(bindparam("sender_id")),
     _columns.channel_id.is_not_distinct_from(bindparam("channel_id")),
 )
-# The route key of a session is stale if another program changed the session without its route key. A bulk UPDATE by
-# `uow.session` can also leave a stale route key.
+# The route key of a session is stale if a program changed the session's sender or channel, but not the route key. A
+# bulk UPDATE by `uow.session` can also leave a stale route key.
 RELEASE_STALE = Statement[AgentSession](
     update(AgentSession).where(_columns.route_key == bindparam("route"), not_(_IS_ON_ROUTE)).values(route_key=None)
 )
@@ -119,16 +119,15 @@ INDEX = Statement[AgentSession](
 
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
-    """Return the values that order the sessions of a route. The session with the greatest values is the session that
-    was active last.
-    """
-    # Do not remove `+ 0`. Without `+ 0`, SQLite would read the index of `last_active_at`, which contains the sessions
-    # of all routes (`test_a_route_is_searched_by_its_index`).
+    """Return the columns for sorting the sessions of a route. The session that was active last comes last."""
+    # Do not sort by the plain column `last_active_at`. For the plain column, SQLite would read the index of
+    # `last_active_at`, which contains the sessions of all routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
 def _last_active(*conditions: Any, has_sender: bool, has_channel: bool) -> Any:
-    # Do not replace the variants by IS NOT DISTINCT FROM, because PostgreSQL uses no index for this operator.
+    # Do not replace the conditions for None by IS NOT DISTINCT FROM, because PostgreSQL uses no index for this
+    # operator.
     return (
         select(_others.c.session_id)
         .where(
@@ -150,7 +149,7 @@ def last_active(*, has_sender: bool, has_channel: bool) -> Statement[str]:
 
 @cache
 def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement by which the last active session of a route takes the route, if no session holds the route.
+    """Return the statement that gives a free route to the session that was last active on the route.
 
     On PostgreSQL the statement violates the unique index if another transaction takes the route at the same time.
     """
@@ -158,7 +157,8 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
     candidate = _last_active(is_free, has_sender=has_sender, has_channel=has_channel).correlate(None)
     return Statement(
         update(AgentSession)
-        # If another transaction has moved the session, PostgreSQL checks `_IS_ON_ROUTE` again on the changed row.
+        # If another transaction has moved the session to a different route, PostgreSQL checks the condition
+        # `_IS_ON_ROUTE` on the changed row.
         .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
         .values(route_key=bindparam("route"))
     )
@@ -166,9 +166,7 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
 
 @cache
 def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement that takes a route away from its session, if another session was active later on the
-    route.
-    """
+    """Return a statement that takes a route from a session that was active before another session on the route."""
     is_later = exists().where(
         _others.c.agent_id == _columns.agent_id,
         _others.c.sender_id == _columns.sender_id if has_sender else _others.c.sender_id.is_(None),

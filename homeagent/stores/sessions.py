@@ -69,7 +69,7 @@ def _is_on(session: AgentSession, route: Parameters) -> bool:
     because a key can be stale.
     """
     # A store has loaded the instance, so the instance's `__dict__` contains all values. Reading the values as
-    # attributes would take five times as long.
+    # attributes takes five times as long as reading the dictionary.
     values = session.__dict__
     return bool(
         values["agent_id"] == route["agent_id"]
@@ -79,7 +79,7 @@ def _is_on(session: AgentSession, route: Parameters) -> bool:
 
 
 def _shape(route: Parameters) -> dict[str, bool]:
-    """Return the arguments that choose the variant of a statement for a route."""
+    """Return, for a route, the arguments `has_sender` and `has_channel` of functions that return statements."""
     return {"has_sender": route["sender_id"] is not None, "has_channel": route["channel_id"] is not None}
 
 
@@ -141,8 +141,8 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return True and the session that holds the route. If no session holds the route, return False, because
-        `resolve()` must write.
+        """Return True and the session that holds the route. The value False means that no session holds the route, and
+        that the method `resolve()` must write.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
@@ -152,8 +152,8 @@ class SessionStore(Store):
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the session that holds a route.
 
-        If no session holds the route, the method gives the route to the last active session of the route. If the route
-        has no session, the method creates a session.
+        If no session holds the route, the method gives the route to the last active session with this agent, sender and
+        channel. If no session has this agent, sender and channel, the method creates a session.
 
         Callers that run at the same time get the same session. The arguments `sender_id` and `channel_id` can be None.
         The returned session has the given agent, sender and channel, even if a program has changed rows by
@@ -171,7 +171,7 @@ class SessionStore(Store):
             self._require_agent(agent_id)
             if session is not None:
                 self._unit.write(statements.RELEASE_STALE, **route)
-            # No stored session has a sender or channel that the database can't hold.
+            # If the database can't store the sender or the channel as a text, the route has no stored session.
             is_text = None not in (
                 self._searched(sender_id or "", "sender_id"),
                 self._searched(channel_id or "", "channel_id"),
@@ -179,7 +179,8 @@ class SessionStore(Store):
             if is_text and self._unit.one(statements.last_active(**_shape(route)), **route) is not None:
                 self._take(statements.give(**_shape(route)), route)
                 continue
-            # Check the texts only now, because an existing session can have a text that a new session can't have.
+            # Check the texts after the search, because an existing session can have a text that a new session can't
+            # have.
             check_optional_label(sender_id, "sender_id")
             check_optional_label(channel_id, "channel_id")
             created = self._insert(route, new_session_id())
@@ -215,7 +216,7 @@ class SessionStore(Store):
         self._require_agent(agent_id)
         while True:
             self._unit.write(statements.RELEASE, route=route["route"])
-            # If the insert adds no row, another caller took the route after its release.
+            # If the insert adds no row, another caller took the free route before the insert.
             started = self._insert(route, new_session_id())
             if started is not None:
                 return started
@@ -229,11 +230,11 @@ class SessionStore(Store):
         sender_id: str | EllipsisType | None = ...,
         channel_id: str | EllipsisType | None = ...,
     ) -> AgentSession:
-        """Give a session another agent, sender or channel, and return the session. The moved session takes the new
+        """Give a session a different agent, sender or channel, and return the session. The moved session takes the new
         route.
 
-        If the session held its old route, the last active of the remaining sessions takes the old route. If the route
-        does not change, and no session holds the route, the session takes the route.
+        If the moved session held its old route, the old route passes to the other session that was active last on the
+        route. A session whose agent, sender and channel stay the same takes its route if the route is free.
 
         Args:
             session_id: id of the session.
@@ -293,7 +294,7 @@ class SessionStore(Store):
             channel_id: channel of the selected sessions. Default: all channels.
             limit: maximum number of sessions, 1 or more.
             after: last session of the previous page. By default, the method returns the first page. If a session is
-                added or becomes active between two calls, the next page neither repeats nor skips other sessions.
+                added or becomes active between two calls, the next page neither repeats nor skips an unchanged session.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
@@ -345,7 +346,7 @@ class SessionStore(Store):
         """Delete a session but not its transcript. If the session did not exist, return False.
 
         If the session held its route, the route is free after the deletion. The next call of `resolve()` gives the
-        route to the last active session that remains.
+        route to the remaining session that was active last.
         """
         return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
@@ -353,12 +354,12 @@ class SessionStore(Store):
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
         """Rebuild the index of transcripts: add many sessions, or move the last activity of existing sessions forward.
 
-        An existing session keeps the agent, sender, channel, time of creation and metadata. The last active session of
-        each route takes the route. The order of the given sessions has no effect.
+        An existing session keeps the agent, sender, channel, time of creation and metadata. Of the sessions of a route,
+        the session that was active last takes the route. The order of the given sessions has no effect.
 
         Args:
-            sessions: transient instances. The method reads the instances in batches, to limit the use of memory. The
-                method replaces a `created_at` or `last_active_at` in the future by the current time.
+            sessions: transient instances. The method reads the instances in batches, to limit the use of memory. If
+                `created_at` or `last_active_at` is in the future, the method stores the current time instead.
             progress: function that the method calls after each batch, with the number of sessions so far.
 
         Returns:
@@ -376,22 +377,22 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Pass a list to `write_many()`, and not a generator. The generator reads agents, and no other statement can
-            # run during `write_many()`.
+            # Pass a list to `write_many()`, and not the generator `_rows()`. While `write_many()` runs, the generator
+            # must not read agents from the database.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
             while not self._index_rows(rows):
-                pass  # repeat: on PostgreSQL another transaction took a route at the same time
+                pass  # try again, because another transaction has taken a route (only on PostgreSQL)
             total += len(batch)
             if progress is not None:
                 progress(total)
         return total
 
     def _index_rows(self, rows: Sequence[Parameters]) -> bool:
-        """Write a batch, and return True. If another transaction took a route at the same time, change no row, and
-        return False.
+        """Write a batch, and return True. If another transaction has just taken a route of the batch, undo the batch,
+        and return False.
 
-        A new session takes its route if the route is free. Pass the sessions in descending order of `last_active_at`,
-        so that few sessions lose their routes to later sessions.
+        A new session takes its route if the route is free. Pass the sessions in descending order of `last_active_at`.
+        Of the sessions on one route, the first session in the batch takes the route.
         """
         routes: dict[tuple[bool, bool], dict[str, Parameters]] = {}
         for row in rows:

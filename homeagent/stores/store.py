@@ -26,7 +26,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def check_kind(value: T, kind: type[T], what: str) -> T:
     """Return the value if it is an instance of the class.
 
-    For any other value, such as a dict, raise InvalidArgumentError.
+    If the value has a different type, for example dict, raise InvalidArgumentError.
     """
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what} must be {kind.__name__}(…), not {type(value).__name__}")
@@ -53,8 +53,8 @@ class Unit(Protocol):
         """Run an INSERT, UPDATE or DELETE. Return the number of changed rows."""
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a writing statement that returns rows. Return the first changed row, or None if the statement changed no
-        row.
+        """Run a statement that writes and returns rows. Return the first changed row, or None if the statement changed
+        no row.
         """
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
@@ -77,13 +77,14 @@ class Unit(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Declaration that a store's method reads or writes.
+    """Declares whether a method of a store reads or writes.
 
     Attributes:
         kind: see `Kind`.
-        unless: function that finds out before a call if the method would write a row, or None if the method always
-            writes. The function only reads, and has the same arguments as the method. The function returns a boolean
-            and a result. If the boolean is True, the method is not called, and the caller gets the result.
+        unless: function that finds out, before a call of the store's method, whether the store's method would write a
+            row. The value is None if the store's method always writes. The function only reads, and gets the arguments
+            of the store's method. The function returns a pair of a boolean and a result. If the first value of the pair
+            is True, the caller gets the second value, and homeagent does not call the store's method.
     """
 
     class Kind(Enum):
@@ -101,7 +102,7 @@ class Access:
 
 
 def access_of(method: object) -> Access | None:
-    """Return the declaration of a store's method, or None for any other object."""
+    """Return the declaration of a store's method, or None for an object without a declaration."""
     return getattr(method, "homeagent_access", None)
 
 
@@ -115,8 +116,8 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
     """Declare that a store's method writes.
 
     Args:
-        unless: function that finds out if a write is needed (see `Access`). Without `unless=…`, the method always
-            writes.
+        unless: function that finds out whether the store's method would write a row (see the class `Access`). If the
+            argument is None, the store's method always writes.
         stream: True if the method consumes an iterator. A second run would find the iterator empty.
     """
 
@@ -128,7 +129,8 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
 
 class Store:
-    """Base class of the stores. A store belongs to one unit. After the end of the unit, the methods of the store fail.
+    """Base class of the stores. A store belongs to one unit. After the end of the unit, the methods of the store raise
+    UnitStateError.
 
     An application derives a class for each of its own tables. A method of a store runs statements by the methods of
     `self.unit`. The application's subclass of `UnitOfWork` names each store in an annotation, such as `messages:
@@ -136,8 +138,8 @@ class Store:
 
     The method `Database.store()` returns a store for calls without a unit. Each call of a method of a store from
     `Database.store()` is a separate unit. A method that sends a single SELECT takes no lock. Before a second statement
-    or a write, homeagent calls the method again in a unit of work. Because of the second call, the method must have no
-    side effect outside the unit.
+    or a write, homeagent calls the method again in a unit of work. Because homeagent can call the method twice, the
+    method must have no side effect outside the unit.
     """
 
     __slots__ = ("_unit",)
@@ -147,12 +149,12 @@ class Store:
 
     @property
     def unit(self) -> Unit:
-        """The unit of work of the store. The unit runs statements and returns the time."""
+        """The unit of work of the store. A store uses the unit to run statements and to get the current time."""
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Return the text for a search. If the database can't hold the text, return None. A search for None finds no
-        row.
+        """Check a text that a caller wants to find in the database, and return the text. If the database can't store
+        the text, return None, because a search for None finds no row.
 
         No database can hold a lone surrogate, and PostgreSQL can't hold NUL.
         """

@@ -52,10 +52,11 @@ _ATTEMPTS = 10
 
 
 def locate_file(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a database file. Expand `~`, and follow symbolic links among the directories.
+    """Return the absolute path of a database file. Expand `~`, and resolve a symbolic link in each component of the
+    path except the last component.
 
     The function does not resolve a link in the last component of the path, so that `inspect_file()` can refuse the
-    link. A link to a directory is legitimate. On macOS /tmp is a link, and a home directory can be on another volume.
+    link. A link to a directory is legitimate. For example, /tmp is a link on macOS.
     The path can name a file that does not exist.
 
     Raises:
@@ -113,7 +114,7 @@ def refuse_orphaned_log(path: Path) -> None:
     """
     log = sidecars(path)[0]
     # Do not exchange the two calls of `size_of()`. If another process creates the database during the check, the
-    # database file gets content first, and the WAL later.
+    # process writes the database file before the WAL.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -125,7 +126,7 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file with mode 0600, under any umask (see `create_descriptor`).
 
     The directory must exist. The caller must hold `sidecar_lock`. Without `sidecar_lock`, another thread could open the
-    file before this function closes the descriptor. SQLite would lose its locks at the close of the descriptor.
+    file before this function closes the descriptor, and SQLite would lose its locks.
 
     Returns:
         False if the file already exists. The existing file is not changed.
@@ -155,7 +156,7 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
 
     Args:
         path: path of the new file.
-        database: source database, if the new file will be a copy in another directory (see `give_to_owner`).
+        database: source database, if the new file will be a copy outside the database directory (see `give_to_owner`).
 
     Raises:
         InsecureFileError: if the file system does not store the modes of files.
@@ -221,7 +222,7 @@ def inspect_file(
 
     Raises:
         InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
-            private. Root also gets the error for a directory in which other users can replace files.
+            private. Root also gets InsecureFileError for a directory in which other users can replace files.
         ForeignDatabaseError: if the path names a directory, a pipe, a socket or a device.
         CorruptDatabaseError: if a database has 1 to 511 bytes, which SQLite would treat as an empty database.
         DatabaseError: if `lstat` failed.

@@ -27,8 +27,8 @@ def prepare_directory(directory: Path) -> None:
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.
-        InsecureFileError: if the file system does not store the modes of files. Root also gets the error for a
-            directory in which other users can replace files.
+        InsecureFileError: if the file system does not store the modes of files. A process of root also gets
+            InsecureFileError for a directory in which other users can replace files.
         ReadOnlyError, DiskFullError, DatabaseError: if the directory can't be created or inspected.
     """
     refuse_replaceable(directory)
@@ -83,7 +83,8 @@ def _give_to_parents_owner(made: Path) -> None:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     # Use a descriptor of the parent directory, because the parent's owner could replace a directory of the path by a
-    # link. The parent's owner could only replace the new directory by another empty directory, which does no harm.
+    # link. The owner of the parent directory could replace the new directory by another empty directory, which does no
+    # harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)

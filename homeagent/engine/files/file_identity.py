@@ -35,8 +35,8 @@ class FileIdentityCheck:
         on_moved: function to call before `DatabaseMovedError` is raised.
 
     Attributes:
-        due: time on the monotonic clock after which the last check counts as too old. Until the time `due`, a unit does
-            not call `after_begin()`.
+        due: time on the monotonic clock after which the last check counts as too old. A unit calls `after_begin()` only
+            if the last check is too old.
         identity: identity of the opened file; None before the first connection.
         marked_corrupt: message of the `CorruptDatabaseError` that every check raises; None if no damage was found.
     """
@@ -93,8 +93,8 @@ class FileIdentityCheck:
             self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return an error if the file was deleted or replaced. With `beside=True`, also check the WAL and the WAL
-        index.
+        """Return an error if the file was deleted or replaced. If the argument `beside` is True, check the WAL and the
+        WAL index as well.
         """
         try:
             self._check(beside=beside)

@@ -23,7 +23,7 @@ _NETWORK_KINDS = frozenset(
         # FUSE file systems of object stores and of drives on the internet:
         "blobfuse", "blobfuse2", "cosfs", "gcsfuse", "geesefs", "google-drive-ocamlfuse", "goofys", "juicefs",
         "mountpoint-s3", "onedriver", "ossfs", "rclone", "s3fs", "s3ql",
-        # FUSE file systems of folders that a virtual machine shares with its host:
+        # FUSE file systems by which a host shares folders with its virtual machines:
         "grpcfuse", "osxfs", "vmhgfs-fuse",
     }
 )  # fmt: skip
@@ -55,9 +55,10 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         _, _, number, _, escaped, *_ = fields.split()
         point = _unescaped(escaped)
         if inside.startswith(point.rstrip(b"/") + b"/"):
-            # Prefer a mount with the path's device, because another mount can be mounted over the mount with the
-            # longest path. On Btrfs the device of the path differs from the device of its mount. If no mount has the
-            # path's device, prefer the mount with the longest path. Of two mounts on one path, prefer the later mount.
+            # Prefer a mount with the device number of the path, because a later mount can hide the mount with the
+            # longest path. On Btrfs the device number of the path differs from the device number of the mount. If no
+            # mount has the device number of the path, prefer the mount with the longest path. Of two mounts on one
+            # path, prefer the later mount.
             rank = (number == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0])

@@ -33,7 +33,7 @@ class FileLock:
         path: path of the lock file. The directory must exist.
         timeout: longest wait for the lock. If the timeout is zero, `acquire()` makes one attempt.
         shared: True for a shared lock, which excludes only exclusive holders.
-        writable: False for a file that can be read-only or belong to another application. With `writable=False`, the
+        writable: False if the file can be read-only, or can belong to another application. With `writable=False`, the
             mode of the file stays unchanged, and the holder can't write a marker.
         monotonic, pause: clock and sleep function for waiting, with times in seconds.
     """
@@ -174,8 +174,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # For a moment, the mode of an empty file can be too narrow. The umask removes bits of the mode until the
-            # creating process sets the full mode.
+            # Another process can have just created the file. The umask removes bits of the mode of a new file, and the
+            # creating process adds the bits a moment later.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None

@@ -29,7 +29,7 @@ def trusted_owners(directory: Path) -> frozenset[int]:
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups, and notes about backups, homeagent accepts in any directory."""
+    """Return the users from whom homeagent accepts backups, and files with paths of backups, in any directory."""
     return trusted_owners(database.parent) | {0}
 
 

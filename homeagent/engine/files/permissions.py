@@ -20,8 +20,8 @@ def change_mode(path: Path, mode: int) -> None:
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # A symbolic link causes NotImplementedError. The error can also come from a system that changes modes only by
-        # following links.
+        # A symbolic link causes NotImplementedError. Python raises NotImplementedError for every file if the system
+        # can't change a mode without following links.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)

@@ -43,8 +43,8 @@ _CONNECT_OPTIONS: dict[str, str] = {
     "tcp_user_timeout": "30000",
     "fallback_application_name": "homeagent",
 }
-# The option `client_encoding` overrides the encoding that the URL, the role or the database sets. Other encodings can't
-# represent all characters, and with SQL_ASCII psycopg returns bytes.
+# The option `client_encoding` overrides the encoding that the URL, the role or the database sets. An encoding other
+# than UTF-8 can't represent all characters. With SQL_ASCII, psycopg returns bytes.
 _ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
@@ -128,7 +128,8 @@ class PostgreSQLEngine(Engine):
             cursor.nextset()
         schemas = ['"{}"'.format(name.replace('"', '""')) for name in cursor.fetchone()[0]]
         if schemas:
-            # Keep all schemas, because the later schemas can contain tables, types and functions of the application.
+            # Keep all schemas of the setting search_path: the application's tables and types can be in any of the
+            # schemas.
             self._settings.append(f"search_path = {', '.join(schemas)}, pg_temp")
             self.search_schema = f"search_path = {schemas[0]}, pg_temp"
 
@@ -136,8 +137,8 @@ class PostgreSQLEngine(Engine):
         raw: Any = connection.connection.driver_connection
         # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
         if raw.info.transaction_status == 0:
-            # Use READ COMMITTED, even if the role has another default. After the wait for a row lock, the unit must see
-            # the changes of the previous holder of the lock.
+            # Use READ COMMITTED, even if the role has a different default isolation level. After the wait for a row
+            # lock, the unit must see the changes of the previous holder of the lock.
             kind = "REPEATABLE READ READ ONLY" if connection.info.get(_READ_ONLY) else "READ COMMITTED"
             raw.execute("; ".join((f"BEGIN ISOLATION LEVEL {kind}", *self._local_settings())))
 
@@ -150,11 +151,10 @@ class PostgreSQLEngine(Engine):
         except self.driver_errors as error:
             failure = postgresql_error(error)
         except ValueError:
-            # The function `resolve_target()` has checked the URL, but psycopg also reads a host and a port from the
-            # environment.
+            # Because the function `resolve_target()` has checked the URL, the invalid value comes from the environment.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
-        # Remove the cause of the error, because the cause, and the frames of SQLAlchemy and psycopg, contain the
-        # password.
+        # Remove the chained exceptions and the traceback, because the driver's exception and the frames of SQLAlchemy
+        # contain the password.
         failure.__cause__ = failure.__context__ = None
         raise failure.with_traceback(None)
 
@@ -242,7 +242,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     if not isinstance(context.sqlalchemy_exception, DBAPIError) and not isinstance(
         original, (OverflowError, UnicodeError)
     ):
-        return None  # The exception is an interrupt, or comes from a column type or a listener of the application.
+        return None  # The driver did not raise the exception, so do not translate the exception.
     failure = index_error(original, context.statement) or postgresql_error(original)
     if context.connection is None:
         if isinstance(failure, ConnectionLostError):

@@ -16,7 +16,7 @@ _WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|
 
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
-    """Return the error for a value that is too long for an index. If the exception has another cause, return None.
+    """Return the error for a value that is too long for an index. If no value was too long, return None.
 
     PostgreSQL names the index only for a value of at most 8,191 bytes. For a longer value, the returned error names
     each index of the statement's table that can contain long values.

@@ -136,7 +136,8 @@ def discard(partial: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError:
-            # If the directory has become read-only, empty the copy, because an empty file is no valid backup.
+            # In a read-only directory, the file can't be removed. Truncate the file, because an empty file does not
+            # look like a valid backup.
             with suppress(OSError):
                 os.truncate(path, 0)
 
@@ -242,8 +243,8 @@ def _describe(
 ) -> Manifest:
     """Sync the copy to the disk, read back every byte, and return the manifest."""
     digest = hashlib.sha256()
-    # Do not call this function while a connection has the copy open. The function closes a descriptor of the copy, and
-    # SQLite would lose its locks.
+    # Do not call this function while a connection has the copy open. When this function closes its descriptor of the
+    # copy, the connection loses SQLite's locks.
     with explained("read back a backup at", partial), os.fdopen(os.open(partial, os.O_RDWR | OPEN_FLAGS), "rb") as file:
         sync(file.fileno())
         while block := file.read(1 << 20):

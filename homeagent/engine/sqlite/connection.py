@@ -33,7 +33,8 @@ class SQLiteConnection(StoreConnection):
         return StatementCursor(raw)
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
-        # A commit of SQLAlchemy's transaction calls `Connection.commit()`, which has already handled the failure.
+        # If SQLAlchemy sent the COMMIT, the driver connection's method `commit()` has already called
+        # `after_failed_commit()`.
         unknown = self._raw.after_failed_commit(error) if self._root is None else None
         return unknown or super()._commit_failure(error)
 
@@ -41,7 +42,7 @@ class SQLiteConnection(StoreConnection):
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
 
     def look_for_commits(self) -> bool:
-        """Compare `PRAGMA data_version`, which changes after a commit of any other connection."""
+        """Compare `PRAGMA data_version`, which changes after a commit of a different connection."""
         self.check_file()  # if the file was replaced, the data_version of the old file would not change
         version = self.execute("PRAGMA data_version").fetchall()
         known, self.memory["data_version"] = self.memory.get("data_version"), version

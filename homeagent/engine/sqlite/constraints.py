@@ -2,7 +2,7 @@
 
 SQLite's message contains the name of a CHECK constraint, or the columns of a UNIQUE constraint. SQLite's message does
 not name a foreign key. The names of UNIQUE and foreign-key constraints are only in the text of CREATE TABLE, because no
-pragma returns them.
+pragma returns the names.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class _ForeignKey(NamedTuple):
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused. If the exception has another cause, return None.
+    """Return the error for a change that a constraint refused. If no constraint failed, return None.
 
-    The caller passes the failed SQL text. For a deferred foreign key, the SQL text is COMMIT or None.
+    The caller passes the failed SQL text. If a deferred foreign key failed, the SQL text is COMMIT or None, because
+    SQLite checks a deferred foreign key at the commit.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:
@@ -78,7 +79,9 @@ def _tables(raw: Any) -> list[tuple[str, str]]:
 
 
 def _target(statement: str | None) -> tuple[str, str]:
-    """Return the verb and the table of a statement that writes. For any other statement, return two empty texts."""
+    """Return the verb and the table of a statement that writes. For a statement that does not write, return two empty
+    texts.
+    """
     found = _TARGET.match(_IGNORED.sub("", statement or ""))
     return ("", "") if found is None else (found[1].upper(), _unquoted(found[2]))
 

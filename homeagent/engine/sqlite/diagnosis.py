@@ -30,8 +30,8 @@ from homeagent.errors import (
     TooManyFilesError,
 )
 
-# Number of bytes that a probe writes. The WAL index grows by 32 KiB at a time. A probe of fewer bytes could fit on a
-# disk that is full for SQLite.
+# Number of bytes that a probe writes to find out whether the disk is full. SQLite extends the WAL index by 32 KiB at a
+# time. A probe of less than 32 KiB could succeed although SQLite can't extend the WAL index.
 _PIECE = 64 * 1024
 
 
@@ -78,7 +78,7 @@ def diagnosed_error(
 
 
 def newest_backup_hint(path: Path) -> str:
-    """Return the clause of an error message that names the newest backup of a damaged database."""
+    """Return a clause that names the newest backup, for the error message about a damaged database."""
     backup = newest_backup(path)
     return "no backup of the database is known here" if backup is None else f"the newest backup is {quoted(backup)}"
 

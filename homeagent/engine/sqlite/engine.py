@@ -169,7 +169,7 @@ class SQLiteEngine(Engine):
         self._open.discard(connection)
         if moved is None and not self._open:
             self.identity_check.disconnected()
-        elif self.identity_check.remembers_log and not self._open:  # keep the WAL's identity, to refuse another WAL
+        elif self.identity_check.remembers_log and not self._open:  # keep the WAL's identity, to refuse a new WAL
             logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
@@ -194,7 +194,7 @@ class SQLiteEngine(Engine):
 
     def connect(self) -> Connection:
         """Return a new connection. The caller must close the connection."""
-        # Check the file before and after opening, because a replaced file would get the old database's WAL.
+        # Check the file before and after opening: SQLite would apply the WAL of a replaced file to the new file.
         self.identity_check.before_connect()
         with self.translated():
             connection = self.sa_engine.connect()
@@ -276,7 +276,7 @@ class SQLiteEngine(Engine):
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
         """Copy the WAL into the file while no unit of this process writes (see `Engine.empty_log`)."""
         pool = self.pool(read_only=False)
-        # Use the write connection, so that a process never writes and checkpoints on two connections.
+        # Use the write connection for the checkpoint, so that no other connection of this process can write.
         connection = pool.acquire(timeout)
         try:
             connection.check_file()
@@ -309,8 +309,8 @@ class SQLiteEngine(Engine):
     def prepare_header(self) -> None:
         """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`.
 
-        In rollback mode, SQLite writes the id to the database file and not to a WAL. Therefore each homeagent database
-        with content has the id.
+        Before the switch to WAL mode, SQLite writes the application id to the database file itself. Therefore each
+        homeagent database with content has the application id in its file.
         """
         with self.translated(), closing(self._open_existing()) as raw:
             raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
@@ -324,7 +324,7 @@ class SQLiteEngine(Engine):
             )
 
     def _switch_to_wal(self, raw: Any) -> str:
-        """Try to switch to WAL mode, for at most `busy_timeout`. Return the journal mode after the last try."""
+        """Try to switch to WAL mode, for at most `busy_timeout`. Return the journal mode that SQLite reports."""
         deadline = monotonic() + self._busy_ms / 1000
         while True:
             try:
@@ -357,7 +357,8 @@ class SQLiteEngine(Engine):
             )
 
     def _sqlite_will_empty(self) -> bool:
-        """Return True if a crash interrupted the file's first transaction. The next connection then empties the file.
+        """Return True if SQLite's next connection will empty the file, because a crash interrupted the file's first
+        transaction.
 
         After a power cut the file can contain a part of the first page, which SQLite rolls back.
         """
@@ -370,8 +371,8 @@ class SQLiteEngine(Engine):
 
     def _application_id_while_locked(self) -> int:
         if database_file.look_at(database_file.sidecars(self.path)[1]) is not None and has_frames(self.path):
-            # A connection with `readonly_shm=1` takes SQLite's locks, but can't write the file or the WAL index. Do not
-            # open the connection if the WAL has no frames, because SQLite would create a WAL.
+            # A connection with `readonly_shm=1` takes SQLite's locks, but can't write the file or the WAL index. Open
+            # the connection only if the WAL has frames, because SQLite would create a missing WAL.
             return self._application_id("readonly_shm=1")
         lock = FileLock(lock_path(self.path), timeout=timedelta(milliseconds=self._busy_ms), writable=False)
         if database_file.look_at(lock.path) is None:

@@ -2,13 +2,13 @@
 
 POSIX locks belong to a process. If another library, such as the interpreter's sqlite3, closes a descriptor of the
 database, the process loses the locks of homeagent's connections. Without SQLite's locks, another process can delete the
-WAL (https://sqlite.org/howtocorrupt.html, section 2.2). This module takes two measures.
+WAL (https://sqlite.org/howtocorrupt.html, section 2.2).
 
 On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
 survive the close of another descriptor, and show another library that the database is still open.
 
-An audit hook makes `sqlite3.connect` raise an error for a file that a `Database` has open. The hook does not detect
-`ATTACH` or C code.
+An audit hook makes `sqlite3.connect` raise an error for a file that a `Database` has open. The audit hook does not
+detect a file that C code or the SQL statement `ATTACH` opens.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from homeagent.errors import ForeignAccessError
 
 Identity = tuple[int, int]
 
-# Bytes that a guard locks: SQLite's SHARED range of the database file, and a byte of the WAL index. Each process with a
-# connection has a read lock on the byte of the WAL index. SQLite's source os_unix.c defines the three values as
+# Bytes that a guard locks: SQLite's SHARED range of the database file, and byte 128 of the WAL index. Each process with
+# a connection has a read lock on byte 128. SQLite's source os_unix.c defines the three values as
 # SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
@@ -57,7 +57,9 @@ class FileGuard:
         self.is_closed = False
 
     def opened(self) -> bool:
-        """Count a new connection. Return False if the guard's last connection was closed."""
+        """Count a new connection. If the last connection of this guard was closed, do not count the new connection, and
+        return False.
+        """
         with self._mutex:
             self._connections += not self.is_closed
             return not self.is_closed
@@ -130,8 +132,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold the lock while a connection is opened and counted. Another thread would mistake the descriptor of an uncounted
-# connection for a descriptor of another library.
+# Hold the lock while a connection is opened and counted. Without the lock, another thread could find the descriptor of
+# an uncounted connection, and could mistake the descriptor for a descriptor of another library.
 _opening = threading.RLock()
 _is_hook_installed = False
 _uncounted = 0
@@ -157,8 +159,9 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
     """
     global _uncounted
     with _opening:
-        # A signal handler can open a connection during a call of this function, and must not refuse the descriptor of
-        # the interrupted call.
+        # A signal handler that interrupts this function can also call this function. The call in the signal handler
+        # does not search for descriptors of other libraries, because the search would find the descriptor that the
+        # interrupted call has opened.
         if refuse and not _uncounted:
             _refuse_foreign_descriptors(path)
         _uncounted += 1
@@ -206,7 +209,7 @@ def protect(database: FileIdentityCheck) -> None:
 
 
 def unprotect(database: FileIdentityCheck) -> None:
-    """Stop the protection of a database that is being closed. The guards of other databases on the file stay."""
+    """Stop protecting the file of a database that is being closed, unless another open database protects the file."""
     with _registry:
         _protected.discard(database)
 
@@ -233,7 +236,7 @@ def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Replace both locks, because a thread that exists only in the parent can have held a lock.
+    # Replace the locks `_opening` and `_registry`: at the fork, a thread that the child lacks can have held a lock.
     global _opening, _registry, _uncounted
     _opening, _registry, _uncounted = threading.RLock(), threading.RLock(), 0
     for guard in _guards.values():

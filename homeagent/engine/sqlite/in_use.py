@@ -88,7 +88,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
     """Keep programs that use SQLite from opening the file during the block. If the file is missing, do nothing.
 
     If another program has the file open, raise DatabaseBusyError. Do not call the function while SQLite has the file
-    open in this process. The close of any descriptor would drop all locks of this process on the file.
+    open in this process, because the close of any descriptor drops all locks of this process on the file.
     """
     with explained("open", database):
         try:

@@ -68,9 +68,10 @@ def inspect_sqlite(
     Args:
         path: path of the file.
         watch: statement timeout.
-        assume_closed: False to take locks even without a WAL, because another process can be opening the file.
+        assume_closed: True to read a file without taking locks if the WAL or the WAL index is missing. Pass False if
+            another process can be opening the file.
         is_closed: True if the caller has just checked that no process of homeagent has the file open. With
-            `is_closed=False`, SQLite reads a WAL without frames through the WAL index. A process with an open database
+            `is_closed=False`, SQLite uses the WAL index even if the WAL has no frames. A process with an open database
             can add a frame at any time.
     """
     log, index, _ = sidecars(path)
@@ -143,7 +144,7 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
 
     Compile statements that fire the trigger or read the view, but do not run the statements. SQLite reports each used
     table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
-    the statements, return True. For example, a function of the application can be missing.
+    the statements, return True. For example, SQLite can't compile a trigger that calls a function of the application.
 
     The names of the tables must be in lower case. For a trigger, pass `kind="trigger"`, and pass the trigger's table as
     `on=…`. For a view, pass `kind="view"`, and pass the view's name as `on=…`.

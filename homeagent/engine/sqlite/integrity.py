@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# When a database is opened, a file of at most FULL_CHECK_BYTES gets the full check. A larger file of at most
-# QUICK_CHECK_BYTES gets the quick check. The full check takes about 5 ms per MiB. The quick check takes about 1 ms per
-# MiB, and does not compare indexes with tables. Only an unclean end and the sweeper's schedule cause a check of a file
-# over QUICK_CHECK_BYTES.
+# When a database is opened, a file of at most FULL_CHECK_BYTES gets the full check. A file of more than
+# FULL_CHECK_BYTES, but at most QUICK_CHECK_BYTES, gets the quick check. The full check takes about 5 ms per MiB. The
+# quick check takes about 1 ms per MiB, and does not compare indexes with tables. Only an unclean end and the sweeper's
+# schedule cause a check of a file over QUICK_CHECK_BYTES.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 

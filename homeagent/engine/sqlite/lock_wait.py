@@ -29,7 +29,9 @@ class LockWait:
         self._since = 0.0
 
     def __call__(self, attempts: int) -> bool:
-        """Pause before the next try to get the lock. Return False if the wait has reached the timeout, in seconds."""
+        """Pause before the next try to get the lock. Return False if the wait has reached the timeout. The timeout is
+        in seconds.
+        """
         now = monotonic()
         if attempts == 0:
             self._since = now

@@ -34,7 +34,7 @@ class Manifest(BaseModel, frozen=True):
     Attributes:
         format: version of the manifest's format.
         kind: "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file before its
-            adoption, or "backup" for any other backup.
+            adoption, or "backup" for an ordinary backup.
         database: absolute path of the source database.
         taken_at: time of the backup by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
@@ -118,8 +118,8 @@ def newest_backup(database: Path) -> Path | None:
     """Return the path of the newest backup in the directory of the database and the directory of the last backup. If
     there is no backup, return None. Pass a path from `locate_file()`.
     """
-    # In the database's directory, compare only the file name of the source database, because the whole directory can
-    # have been moved.
+    # For a backup in the database's directory, compare only the file name of the source database, because the
+    # administrator can have moved the whole directory.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:
@@ -131,17 +131,17 @@ def newest_backup(database: Path) -> Path | None:
 
 
 def remember_backup(database: Path, backup: Path) -> None:
-    """Write the path of the last backup to a note next to the database, or raise DatabaseError."""
+    """Write the path of the last backup to a small file next to the database, or raise DatabaseError."""
     _write(note_path(database), f"{backup}\n")
 
 
 def note_path(database: Path) -> Path:
-    """Return the path of the note that holds the path of the last backup."""
+    """Return the path of the file in which `remember_backup()` stores the path of the last backup."""
     return database.with_name(database.name + ".last-backup")
 
 
 def remembered_backup(database: Path) -> Path | None:
-    """Return the path of the last backup of a database. If no note can be read, return None."""
+    """Return the path of the last backup of a database. If the file with the path can't be read, return None."""
     try:
         return Path(os.fsdecode(_read(note_path(database), backup_owners(database)).rstrip(b"\n")))
     except (OSError, ValueError, HomeAgentError):

@@ -1,8 +1,8 @@
 """Close the unfinished statements of an ORM session at the end of its transaction.
 
-In SQLite a statement with unfetched rows stays open after COMMIT and ROLLBACK, and keeps the read snapshot. An open
-statement would make the next unit of work read old rows. While a statement is open, a write would fail after a commit
-of another process.
+In SQLite a statement with unfetched rows stays open after COMMIT and ROLLBACK, and keeps the read snapshot. With an
+open statement, the next unit of work would read old rows. If another process commits while a statement is open, the
+next write of the connection fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ _KEY = "homeagent_cursors"
 
 
 def end_with_transactions(connection: Connection) -> None:
-    """Close the session's statements at each commit and rollback. A fetch from a closed statement raises an error."""
+    """Close the unfinished statements of an ORM session at each commit and rollback of its connection. A fetch from a
+    closed statement raises an error.
+    """
     if _KEY in connection.info:
         return
     cursors: WeakSet[Any] = WeakSet()

@@ -1,8 +1,8 @@
 """Replace a database atomically. After a crash at any moment either the old or the new database is complete.
 
 A replacement changes the database file and its WAL, but no file system can change two files in one step. If only the
-file were changed, SQLite would apply the old WAL to the new file. If only the WAL were changed, SQLite would miss the
-last commits of the old file. Before any change, homeagent writes a marker to the in-use lock file, which every
+file were replaced, SQLite would apply the old WAL to the new file. If only the WAL were replaced, the old file would
+lack its last commits. Before any change, homeagent writes a marker to the in-use lock file, which every
 `Database.open()` locks. If the lock file has a marker of a replacement, the next `Database.open()` first finishes the
 replacement.
 """
@@ -28,7 +28,7 @@ _MARKER = r"initialised, epoch (\d+)"
 
 
 def new_path(database: Path, stamp: str) -> Path:
-    """Return the path of the new database before the replacement."""
+    """Return the path that the new database has until the new database replaces the old database."""
     return database.with_name(f"{database.name}.{stamp}.restoring")
 
 

@@ -1,10 +1,10 @@
 """Find committed transactions that are lost from a write-ahead log (WAL).
 
-SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. SQLite thus discards a commit that a
-crash interrupted. If the WAL was damaged or truncated later, SQLite silently discards complete commits
-(https://sqlite.org/fileformat2.html#walformat, section 4.2). A frame after the damaged place that ends a commit shows
-that a commit is lost. The number of committed frames in the WAL index (-shm), which a killed process leaves behind, can
-also show a lost commit (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
+SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. Because of the wrong checksum, SQLite
+discards a commit that a crash interrupted. If the WAL was damaged or truncated later, SQLite silently discards complete
+commits (https://sqlite.org/fileformat2.html#walformat, section 4.2). If a frame after the damaged frame ends a commit,
+this commit is lost. A killed process leaves the WAL index (-shm) behind. The number of committed frames in the WAL
+index can also show a lost commit (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
 
 Before a call, the caller must ensure that no process of homeagent has the database open. In a process with an open
 database, SQLite would lose its locks when this module closes the database or the WAL index.
@@ -37,8 +37,8 @@ _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
 # The kernel writes the WAL index to the disk within half a minute. Within half a minute, the WAL can't restart more
-# than 65,536 times. The first salt is random, so the WAL of a different database looks restarted with a probability of
-# 1 in 65,536.
+# than 65,536 times. A new WAL begins with a random number (salt), and each restart increments the salt. The WAL of a
+# different database looks like a restarted WAL with a probability of 1 in 65,536.
 _MOST_RESTARTS = 2**16
 
 
@@ -47,7 +47,7 @@ class LostCommits(NamedTuple):
 
     Attributes:
         problem: description of the damage, without a remedy.
-        frames: number of frames that SQLite would still read.
+        frames: number of frames that SQLite still reads, because the frames come before the damage.
         by_power_cut: True if a power cut with `durability="normal"` can be the cause.
     """
 
@@ -63,7 +63,8 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL. The caller can have the database open.
+    """Return whether SQLite would read a frame of this database's WAL. A caller that has the database open is allowed
+    to call this function.
 
     A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave an incomplete
     WAL header. SQLite ignores a WAL without frames. A WAL without frames makes a connection with `readonly_shm=1` fail
@@ -76,8 +77,8 @@ def has_frames(path: Path) -> bool:
 def read_start(path: Path, size: int) -> bytes:
     """Return the first bytes of a file. If the file does not exist, return no bytes.
 
-    Do not call this function for a database file or a WAL index that SQLite has open in this process. The close of the
-    file would drop SQLite's locks.
+    Do not call this function for a database file or a WAL index that SQLite has open in this process, because the close
+    of the file drops SQLite's locks.
     """
     with explained("read", path), suppress(FileNotFoundError), _opened(path) as file:
         return file.read(size)

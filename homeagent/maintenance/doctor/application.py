@@ -54,8 +54,8 @@ def check_schema(collector: Collector, connection: Connection) -> None:
             )
     if accepted:
         listed = ", ".join(str(difference.trigger) for difference in accepted)
-        # If the check finds another problem, the finding of that problem replaces this summary, but keeps the number of
-        # acknowledged triggers.
+        # If the check finds a problem later, the summary of the problem replaces the summary about the triggers. The
+        # finding keeps the names of the acknowledged triggers.
         collector.ok("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
 
 

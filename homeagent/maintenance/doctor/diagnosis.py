@@ -84,8 +84,8 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
-    """Hold a read-only unit open while the block runs. If the unit can't be opened, continue without the unit, because
-    a check of the doctor finds the cause.
+    """Hold a read-only unit open while the block runs. If the unit can't be opened, run the block without the unit,
+    because a later check reports the problem.
 
     While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
     """

@@ -60,7 +60,7 @@ def database_files(path: Path) -> Files:
 
 
 def public_files(path: Path) -> list[Path]:
-    """Return the caller's own regular files of the database that other users can read or write."""
+    """Return the regular files of the database that belong to the caller and that other users can read or write."""
     return [
         file
         for file, status in database_files(path).items()
@@ -250,7 +250,7 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
 def _stamp(file: Path, pattern: Path) -> datetime | None:
     """Return the time in the name of a file that a restore created. If the name contains no time, return None."""
     before, _, after = pattern.name.partition("*")
-    # The names of the -wal and -shm files of a quarantine add a suffix to the name of the quarantine.
+    # The name of a quarantined WAL or WAL index is the name of the quarantined database with a suffix.
     found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)
     return None if found is None else datetime.strptime(found[1], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC)
 
@@ -259,7 +259,8 @@ def _check_backup(collector: Collector, path: Path) -> None:
     backup = newest_backup(path)
     manifest = None if backup is None else read_manifest(backup, path)
     if backup is None or manifest is None:
-        # Do not report a warning, because another tool can make backups in a different place.
+        # A missing backup is not a warning, because the administrator can use a backup tool that homeagent does not
+        # know.
         collector.ok("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
         return
     database = shlex.quote(str(path))

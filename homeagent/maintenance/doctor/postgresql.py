@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = "5"
 
-# Set the output format of timestamps and definitions, because the role can have other settings.
+# Set the output format of timestamps and definitions, because the role can have different settings.
 _SHOWN_AS = ("datestyle = ISO", "quote_all_identifiers = off")
 
 
 def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None) -> None:
-    """Run all checks on a server's database. The limit is the longest time for one statement."""
+    """Run all checks on a server's database. No statement is allowed to take longer than `limit`."""
     if "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": _CONNECT_SECONDS})
     try:

@@ -1,4 +1,4 @@
-"""Repair file modes, partial copies, expired rows and hashes, route keys, and the WAL without loss of data."""
+"""Repair, without loss of data, file modes, partial copies, expired rows and hashes, route keys, and the WAL."""
 
 from __future__ import annotations
 
@@ -156,7 +156,8 @@ def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
 def _correct_routes(settings: UnitSettings) -> Iterator[str]:
     with UnitOfWork(settings, read_only=False) as unit:
         stale = list(stale_routes(unit.session.connection()))
-        # Remove all wrong keys first. The wrong key of one session can be the right key of another session.
+        # First remove the stale route keys of all sessions. The stale route key of one session can be the right route
+        # key of another session.
         for session_id, _ in stale:
             unit.write(_RELEASE_ROUTE, id=session_id)
         taken = sum(unit.write(_TAKE_ROUTE, id=session_id, route=route) for session_id, route in stale)

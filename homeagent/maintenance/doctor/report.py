@@ -111,7 +111,7 @@ class Repair(BaseModel, frozen=True, extra="forbid"):
 
 
 class Diagnosis(BaseModel, frozen=True, extra="forbid"):
-    """Report about a database, which `homeagent doctor --json` prints as JSON.
+    """Report about a database. The command `homeagent doctor --json` prints the report as JSON.
 
     Attributes:
         location: path of the file, or URL of the server without the password.
@@ -144,7 +144,7 @@ class Diagnosis(BaseModel, frozen=True, extra="forbid"):
 
 
 class Collector:
-    """Findings collector for one database.
+    """Collects the findings of a diagnosis of one database.
 
     Several findings of a check are combined into one finding with the worst severity. In the combined finding, the
     summary of the worst finding comes first. The stopwatch interrupts a statement at the time limit.
@@ -198,8 +198,8 @@ class Collector:
     critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why the named checks did not run. Leave out a check that already has a finding, or a reason
-        why the check did not run.
+        """Record the reason why the named checks did not run. If a check already has a finding or a reason, record no
+        new reason.
         """
         for check in checks:
             if check not in self.findings:
@@ -210,8 +210,8 @@ class Collector:
         """Run a check inside a context manager. If the check raises an error, report a finding, so that later checks
         still run.
 
-        After a failed statement, PostgreSQL refuses all other statements of the transaction. Therefore each check runs
-        in its own savepoint.
+        After a failed statement, PostgreSQL refuses all later statements of the transaction, so each check runs in its
+        own savepoint.
         """
         self.watch.start()
         guarded = on is not None and on.dialect.name == "postgresql"
@@ -222,7 +222,7 @@ class Collector:
         except CorruptDatabaseError as error:
             self.critical(check, "The database is damaged where this check reads.", str(error), RESTORE)
         except HomeAgentError as error:
-            # At the time limit, statement_timeout or the stopwatch ended the statement.
+            # If the function `watch()` returns True, the time limit ended the statement of the check.
             if self.watch():
                 self.skip(TOO_LONG, check)
             elif check not in self.findings:

@@ -1,7 +1,7 @@
 """Check the revision, the schema and the rows of a readable store, on SQLite and PostgreSQL.
 
-The findings count rows. Only the check `"rows"` reports single rows. Findings do not contain secrets, hashes, nonces,
-keys or results.
+A finding contains the number of affected rows. Only the check with the name `"rows"` reports single rows. Findings do
+not contain secrets, hashes, nonces, keys or results.
 """
 
 from __future__ import annotations
@@ -247,8 +247,8 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
     """Yield the id and the right route key of each session with a wrong route key."""
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
-    # If two sessions have the same route, the session that was active last gets the route. Therefore the rows are
-    # ordered by activity.
+    # Order the rows by activity: if several sessions belong to one route, the session that was active last gets the
+    # route.
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):

@@ -29,7 +29,9 @@ class EnumColumn(StoredColumn[StrEnum]):
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the value of a member. The keys of the dictionary are texts, and a StrEnum member equals its text."""
+        """Return the text to store for an enum member. A StrEnum member equals its text, so the dictionary with texts
+        as keys also finds an enum member.
+        """
         try:
             return self._stored[value]
         except (KeyError, TypeError):

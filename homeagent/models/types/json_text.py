@@ -24,7 +24,8 @@ MAX_PAIRING_JSON_BYTES = 16 * 1024
 MAX_RESULT_BYTES = 1024 * 1024
 """Maximum length of the JSON text of a result."""
 
-# Python can refuse to read an integer that has more digits (see `sys.set_int_max_str_digits()`).
+# Under every setting, Python reads an integer with at most this number of digits. Python can refuse a longer integer
+# (see `sys.set_int_max_str_digits()`).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 

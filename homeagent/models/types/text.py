@@ -77,7 +77,7 @@ def _is_visible(text: str, place: int) -> bool:
     """Return True if an id can contain the character at the given position.
 
     The joiners U+200C and U+200D must be between two letters or emoji. A variation selector (U+FE0E or U+FE0F) must
-    follow an emoji. Every other character must be visible.
+    follow an emoji. A character that is neither a joiner nor a variation selector must be visible.
     """
     character = text[place]
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
@@ -106,9 +106,9 @@ def _is_letter_or_emoji(character: str) -> bool:
 def check_identifier(value: str, what: str = "an id") -> str:
     """Return the value if it is a valid id of a new device or agent. Otherwise raise InvalidArgumentError.
 
-    An id has 1 to 512 bytes of UTF-8. An id can contain slashes, but no segment between slashes is `.` or `..`. An id
-    cannot contain a backslash, a control character or an invisible character. The joiners U+200C and U+200D are allowed
-    between letters or emoji.
+    An id has 1 to 512 bytes of UTF-8. An id can contain slashes. A segment between slashes must not consist of one or
+    two full stops. An id cannot contain a backslash, a control character or an invisible character. The joiners U+200C
+    and U+200D are allowed between letters or emoji.
     """
     return (_check_known if value.__class__ is str else _check_id)(value, what, MAX_ID_BYTES)
 
