@@ -19,7 +19,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
     that can't be called, raise InvalidArgumentError.
 
     The argument `what` names the function in the message. A coroutine function also raises the error, with the remedy
-    `coroutine`. With `coroutine=None`, the check accepts coroutine functions.
+    `coroutine`. If the remedy is None, the argument can be a coroutine function.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED

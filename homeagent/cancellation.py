@@ -29,8 +29,8 @@ class ThreadCall:
         self._act = act
         self._context = copy_context()
         self.ended = ended
-        # The thread takes the lock before it calls the function. A cancelled caller tries to take the lock first, to
-        # prevent the call.
+        # The thread calls the function only if the thread gets the lock. If a cancelled caller takes the lock before
+        # the thread, the thread does not call the function.
         self.decision = threading.Lock()
         self.is_over = False
         self.value: Any = None
@@ -63,7 +63,7 @@ def _run(calls: list[ThreadCall]) -> None:
     report = monotonic() + _MAX_REPORT_SECONDS
     for call in calls:
         if call.decision.acquire(blocking=False):
-            # Do not call the function here. The function `clear_locals()` can clear only a frame that has ended.
+            # Do not call the function in this frame, because `clear_locals()` can clear only a frame that has ended.
             call.attempt()
             ended.append(call)
             if monotonic() >= report:

@@ -1,8 +1,8 @@
 """Deliver device changes to asynchronous iterators (see `Database.watch_devices`).
 
-Each `Database` has one thread, which reads the feed for all iterators every 0.2 s. The thread starts with the first
-iterator, and ends with the last iterator. For each iterator, the thread stores only the number of the last delivered
-change, because the feed itself is in the database.
+Each `Database` has one thread, which reads the change feed for all iterators every 0.2 s. The thread starts with the
+first iterator, and ends with the last iterator. For each iterator, the thread stores only the number of the last
+delivered change, because the change feed itself is in the database.
 
 If the thread has not read the change feed for `PATIENCE` seconds, each iterator raises an error. Each iterator itself
 must check the time of the last read, because a lost connection can block the thread
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("homeagent")
 
 PATIENCE = 5.0
-"""Time in seconds. If no read of the feed succeeds for this time, an iterator raises an error."""
+"""Time in seconds. If no read of the change feed succeeds for this time, an iterator raises an error."""
 
 _PAGE = 100  # maximum number of changes that a statement reads
 _WAITING = 1000  # number of waiting changes at which the thread reads no further page for an iterator
-_INTERVAL = 0.2  # seconds between two reads of the feed
+_INTERVAL = 0.2  # seconds between two reads of the change feed
 
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
 
@@ -194,7 +194,7 @@ class DeviceWatcher:
 
     def seconds_left(self, subscription: _Subscription) -> float:
         """Return the time after which the iterator must call the method again, in seconds. If the thread could not read
-        the feed for `PATIENCE` seconds, raise DatabaseError.
+        the change feed for `PATIENCE` seconds, raise DatabaseError.
         """
         waited = self._monotonic() - self._read_at
         if waited < PATIENCE:
@@ -206,7 +206,7 @@ class DeviceWatcher:
         ) from self._error
 
     def wake(self) -> None:
-        """Let the thread read the feed now, before the end of the interval."""
+        """Let the thread read the change feed now, before the end of the interval."""
         self._wakes.put(None)
 
     def close(self) -> None:

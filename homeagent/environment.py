@@ -33,9 +33,9 @@ class _Number(int):
     __slots__ = ()
 
 
-# The three constants are the defaults in the signature of `Database.open`. Compare an argument with its default by the
-# operator `is`, because a caller can pass an equal value. Python shares equal texts and small numbers, so the constants
-# have classes of their own.
+# The three constants are the defaults in the signature of `Database.open`. Compare an argument with its default by
+# identity (`is`), because a caller can pass an equal value. Python shares equal texts and small numbers, so the
+# constants have classes of their own.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

@@ -294,8 +294,9 @@ class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both the creation and the upgrade.
     Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
 
-    If the database does not exist, `error.location` is the path, or the URL without the password. If only revisions of
-    the application are missing, `error.application` is the name of the application. Otherwise both are None.
+    `error.location` is the path of the database, the URL of the server without the password, or None. If only revisions
+    of the application are missing, `error.application` is the name of the application. If homeagent's revisions are
+    missing, `error.application` is None.
     """
 
     def __init__(

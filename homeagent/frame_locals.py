@@ -1,8 +1,8 @@
 """Clear local variables in tracebacks, so that error reporters do not record secrets.
 
 The frames of a traceback keep local variables, for example secrets and parameters of statements. The traceback keeps
-all lines, and the application's frames keep all variables. Other exceptions than HomeAgentError stay unchanged, for
-example a TypeError from a mistake in homeagent.
+all lines, and the application's frames keep all variables. The decorator does not change an exception that is not a
+HomeAgentError, for example a TypeError from a mistake in homeagent.
 """
 
 from __future__ import annotations

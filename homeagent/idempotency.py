@@ -340,8 +340,8 @@ class _AsyncUnits:
                 break
             except anyio.get_cancelled_exc_class() as error:
                 # A CancelledError does not show whether the unit was committed. Run the unit again, because a second
-                # run of `_Once` is safe. AnyIO's scope does not shield from `Task.cancel()`, so repeat the unit after
-                # each CancelledError.
+                # run of `_Once` is safe. AnyIO's cancel scope gives no protection from `Task.cancel()`, so repeat the
+                # unit after each CancelledError.
                 cancellation, shield = error, anyio.CancelScope(shield=True)
             except HomeAgentError as error:
                 if cancellation is None:

@@ -119,7 +119,7 @@ class Runner:
             return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
         self._settings.engine.pool(read_only=True)  # in a forked child, the executors have no threads
         # Collect only checks, because a function of the application in the same thread could delay other calls. On
-        # PostgreSQL a check waits for the network, so each check has a thread.
+        # PostgreSQL a check spends most of its time waiting for the network, so each check has a thread.
         collects = kind is _CHECKS and self._group_commit is not None
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
 

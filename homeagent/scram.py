@@ -212,17 +212,19 @@ _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
 def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
-    """Make up a salt and a number of iterations for an absent device, like the answer for an existing device.
+    """Make up a salt and a number of iterations for an absent device. The result looks like the answer for an existing
+    device.
 
     The same arguments always give the same result. The answer for an existing device changes with each rotation of its
-    secret. From a changed answer, a caller can learn that a device exists.
+    secret. A caller that sees the answer change can learn that the device exists.
 
     Args:
         device_id: id in the request.
-        key: at least 16 random bytes, by default a key of this process. Keep the key private, and do not change the
-            key. A new key would change all made-up answers, but no answer for an existing device.
-        human_share: share of absent ids that get the number of iterations of a human's secret, from 0 to 1.
-            Keep the default 0 if all verifiers belong to generated secrets, as in `Database`.
+        key: at least 16 random bytes. The default is a random key that the process creates once. Keep the key private,
+            and do not change the key. A new key would change the answers for all absent devices, but not the answers
+            for existing devices.
+        human_share: share of the absent ids, from 0 to 1, for which the result looks like the answer for a secret that
+            a human chose. If all devices have generated secrets, as in `Database`, keep the default share of 0.
 
     Raises:
         InvalidArgumentError: if the key is too short, `human_share` is out of range, or the id has a lone surrogate.
@@ -244,7 +246,8 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
     """Return the message for a proof. The device and the gateway compute the message from the same values.
 
     The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, without spaces and
-    unnecessary escapes. JavaScript's `JSON.stringify()` and RFC 8785 give an equal text.
+    unnecessary escapes. A device can create the message with JavaScript's `JSON.stringify()` or according to RFC 8785
+    (JSON Canonicalization Scheme).
 
     Args:
         device_id: id of the device.

@@ -1,4 +1,4 @@
-"""The commands `homeagent backup`, `homeagent restore` and `homeagent begin-epoch`."""
+"""Commands for backups, restores and new epochs (`homeagent backup`, `homeagent restore`, `homeagent begin-epoch`)."""
 
 from __future__ import annotations
 

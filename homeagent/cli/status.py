@@ -1,4 +1,4 @@
-"""The commands `homeagent status` and `homeagent config`, which show the state of the database and the settings."""
+"""Commands that show the state of the database (`homeagent status`) and the settings (`homeagent config`)."""
 
 from __future__ import annotations
 

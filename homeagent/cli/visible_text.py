@@ -9,13 +9,13 @@ of the character:
 - punctuation or a mathematical sign outside of ASCII, such as a dash that looks like a hyphen;
 - a combining mark at the beginning;
 - a Latin letter from U+0180 onwards that has no ASCII base letter, such as U+0261, which looks like `g`;
-- a character whose script is not the main script of the text.
+- a character whose writing system is not the main writing system of the text.
 
-The script (writing system) of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and
-hangul count as one script, because names mix these four scripts. The main script of a text is Latin if the text has
-Latin letters, and otherwise the most frequent script of the text. If the main writing system is not Latin, the name of
-the writing system follows the text. Quotes surround a text that contains an escape, begins or ends with a space, or is
-not in NFC.
+The writing system (script) of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and
+hangul count as one writing system, because names mix these four writing systems. The main writing system of a text is
+Latin if the text has Latin letters, and otherwise the most frequent writing system of the text. If the main writing
+system is not Latin, the name of the writing system follows the text. Quotes surround a text that contains an escape,
+begins or ends with a space, or is not in NFC.
 """
 
 from __future__ import annotations

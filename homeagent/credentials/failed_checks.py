@@ -1,7 +1,8 @@
 """A counter of failed checks of guessable secrets, for each presented device id.
 
-Failed checks of unknown ids count too, so a refusal does not reveal whether a device exists. A successful check does
-not reset the count, because an attacker would get 30 new guesses after each success of the device.
+Failed checks of unknown ids are counted like failed checks of known ids, so a refusal does not reveal whether a device
+exists. A successful check does not reset the count, because an attacker would get 30 new guesses after each success of
+the device.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ class CheckAttempt:
 class FailedChecks:
     """Counts the failed checks of each device id in this process, and refuses further checks of an id at a limit.
 
-    A check counts from its start, so concurrent checks can't exceed the limit.
+    A check is counted from its start, so concurrent checks can't exceed the limit.
 
-    The object counts the failures of at most `most_ids` ids. At the limit, a new id replaces the id with the fewest
-    failures. To remove the count of an id with 30 failures, an attacker needs 30 failures of every other counted id
-    within a minute: 300,000 slow hashes for 10,000 ids, far more than one process computes in a minute. If a new id
-    replaced the oldest id, 10,000 slow hashes would be enough.
+    The object counts the failures of at most `most_ids` ids. If the number is reached, a new id replaces the id with
+    the fewest failures. Before a new id replaces an id with 30 failures, every other counted id must have 30 failures
+    within a minute. For 10,000 ids, an attacker needs 300,000 slow hashes, far more than one process computes in a
+    minute. If a new id replaced the id with the oldest failure, an attacker could remove the count of an id with 10,000
+    slow hashes.
 
     The minute of the limit ends when either the wall clock or the monotonic clock has advanced by 60 seconds. A wall
     clock that stands still or is set back does not prolong the refusal of a device. If the wall clock is set forward,
@@ -74,8 +76,8 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id while the block runs. If the check did not fail, remove the count after the block. If
-        failed and unfinished checks have reached the limit, raise TooManyAttemptsError.
+        """Count a check of the id while the `with` block runs. After the block, no longer count a check that did not
+        fail. If failed and unfinished checks have reached the limit, raise TooManyAttemptsError.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

@@ -17,7 +17,9 @@ _RETRY_AFTER = timedelta(seconds=1)
 
 
 class FairSemaphore:
-    """A semaphore with a number of places. In a forked child all places are free."""
+    """A semaphore with a number of places, which is the maximum number of holders. In a forked child process, all
+    places are free.
+    """
 
     def __init__(self, places: int) -> None:
         self._places = places
@@ -64,13 +66,16 @@ class FairSemaphore:
                 if not taken:
                     self._queue.remove(handed_over)
             if interrupted and taken:
-                self._release()  # Ctrl-C interrupted the wait, and no other caller could use the place
+                # Ctrl-C interrupted the wait after another thread had handed its place in the semaphore to this caller.
+                # Release the place, so that the next caller can use the place.
+                self._release()
         return taken
 
     @contextmanager
     def turn(self, timeout: float, *, most_waiting: int) -> Iterator[bool]:
-        """Hold a place while the block runs. Yield False if no place became free within the timeout, in seconds. If no
-        place is free, and `most_waiting` callers already wait, raise TooManyAttemptsError.
+        """Hold a place in the semaphore while the `with` block runs. Yield False if no place became free within the
+        timeout, in seconds. If the semaphore has no free place, and `most_waiting` callers already wait, raise
+        TooManyAttemptsError.
         """
         taken = self._acquire(timeout, most_waiting)
         try:

@@ -143,9 +143,9 @@ class SecretHasher:
         """Check a presented secret against the stored hashes of one device.
 
         The duration of a check depends only on the presented secret, also for an unknown device: one SHA-256 for a
-        generated secret, no hash for an unusable secret, and one Argon2 run for any other secret. There are two
-        exceptions, until the caller has stored the replacement hash: stored hashes with other costs, and two stored
-        hashes with different salts, which take two Argon2 runs.
+        generated secret, no hash for an unusable secret, and one Argon2 run for a usable secret that is not generated.
+        There are two exceptions, until the caller has stored the replacement hash: stored hashes with different costs
+        than the hasher, and two stored hashes with different salts, which take two Argon2 runs.
 
         Args:
             secret: presented secret, of any length.
@@ -239,8 +239,8 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
         waiting: maximum number of callers in this process that wait for a slow hash, including this caller.
 
     Returns:
-        A text of at most 256 characters. For a generated secret, the text is `sha256$` and 64 hex digits. For any other
-        secret, the text has Argon2's format `$argon2id$v=19$…`.
+        A text of at most 256 characters. For a generated secret, the text is `sha256$` and 64 hex digits. For a secret
+        that is not generated, the text has Argon2's format `$argon2id$v=19$…`.
 
     Raises:
         InvalidArgumentError: if the secret is unusable. The error message does not show the secret.

@@ -26,7 +26,7 @@ _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def reveal(secret: SecretStr | str) -> str:
-    """Return the text of a secret. Raise InvalidArgumentError for a value of another type."""
+    """Return the text of a secret. Raise InvalidArgumentError for a value that is neither a SecretStr nor a str."""
     if isinstance(secret, str):
         return secret
     from pydantic import SecretStr
@@ -48,7 +48,9 @@ def what_is_wrong(text: str) -> str | None:
 
 
 def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a secret. If the text is not usable, raise InvalidArgumentError without the text."""
+    """Return the text of a usable secret. If the secret is not usable, raise InvalidArgumentError. The error message
+    does not show the secret.
+    """
     text = reveal(secret)
     problem = what_is_wrong(text)
     if problem is not None:

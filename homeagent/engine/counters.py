@@ -1,7 +1,7 @@
 """Counters of one open database. An update of a counter is cheap enough for every unit of work.
 
 The counters are plain integers without a lock. CPython switches threads only at calls and backward jumps, and `x += 1`
-on an attribute contains neither. Bounded queues hold the last waits and group sizes.
+on an attribute contains neither. Bounded queues hold the durations of the last waits and the sizes of the last batches.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _known: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# A thread holds `_forking` while it forks. Without the lock, two threads that fork at the same time would wait for each
-# other's mutexes.
+# A thread holds the lock `_forking` while the thread forks the process. Without the lock, two threads that fork at the
+# same time would wait for each other's mutexes.
 _forking = threading.RLock()
 _held: list[threading.RLock] = []
 

@@ -30,7 +30,9 @@ def has_listeners(connection: Connection) -> bool:
 
 
 class _Execution(ExecutionContext):
-    """The context of one statement for SQLAlchemy's listeners, which can add attributes, such as a span."""
+    """The context of one statement for SQLAlchemy's listeners, which can add attributes, such as the span of a tracing
+    library.
+    """
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
         self.engine: Engine = connection.engine

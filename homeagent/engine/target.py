@@ -18,8 +18,8 @@ ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
 # A server's address that does not have the form of a URL, such as "host=… password=…", "postgresql:/…",
-# "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…". Used as a path, an
-# address would create an empty store, and its messages would show the server's password.
+# "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…". If homeagent used
+# an address as a path, homeagent would create an empty store, and show the server's password in messages.
 # `re` compiles the pattern at its first use. To compile the pattern takes a hundredth of the start time.
 _ADDRESS = (
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="

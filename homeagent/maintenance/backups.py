@@ -60,8 +60,8 @@ def back_up(
         engine: engine of the source database.
         destination: path of a directory or of a new file.
         clock: clock for the time of the backup.
-        keep: number of this database's backups to keep. A backup without a manifest, a backup from an upgrade, and a
-            backup whose owner `restore()` would refuse do not count, and stay in the directory.
+        keep: number of this database's backups to keep. homeagent neither counts nor removes a backup without a
+            manifest, a backup from an upgrade, or a backup whose owner `restore()` would refuse.
         replace: True to replace an existing file.
         timeout: longest wait for another backup into the same directory.
         stop: function that is called repeatedly. If the function returns True, the backup is cancelled.

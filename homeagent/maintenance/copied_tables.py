@@ -1,7 +1,7 @@
 """Find the tables to copy, copy their rows, and compare the copied rows with the source.
 
 homeagent reads the structure of the tables from both databases. Values of homeagent's tables are copied as they are
-stored. For example, a timestamp stays a number of milliseconds, and JSON stays text.
+stored. For example, homeagent copies a timestamp as a number of milliseconds, and JSON as text.
 
 The engines store some types of the application differently; for example, SQLite stores a timestamp as text. Therefore
 homeagent converts the application's values by the column types of the application's models. If a table has no model,
@@ -250,7 +250,7 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
     """Return homeagent's tables to copy, in the order of their foreign keys.
 
     The feed of device changes is not copied, because the target's triggers add a change for each copied device. When
-    the row of the table `store` is copied, the feed of device changes starts again.
+    the copy writes the only row of the table `store`, the change feed of the target restarts.
     """
     tables = []
     for model in SCHEMA:
@@ -267,8 +267,8 @@ def applications_tables(
     """Return the application's tables to copy, in the order of their foreign keys.
 
     Raises:
-        InvalidArgumentError: if the target lacks a table, or a table of the target has other columns. `leave=[…]` names
-            tables to skip.
+        InvalidArgumentError: if the target lacks a table, or a table of the target has other columns. The argument
+            `leave` contains the names of tables to skip.
     """
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)

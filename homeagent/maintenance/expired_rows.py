@@ -1,9 +1,9 @@
 """Delete the expired rows of one table in batches, and skip rows to which an application's table refers.
 
-A foreign key of an application's table can refer to a nonce or an idempotency key. At first, one statement deletes a
-batch. After a constraint has refused a batch, the following batches name their rows by key. If a constraint refuses
-such a batch, each half of the batch is deleted in a separate unit of work. A later batch starts after the last row of
-the previous batch. Therefore a sweep tries to delete each skipped row only once.
+A foreign key of an application's table can refer to a nonce or an idempotency key. Until a constraint refuses a batch,
+one statement deletes all rows of a batch. After a constraint has refused a batch, the following batches name their rows
+by key. If a constraint refuses such a batch, each half of the batch is deleted in a separate unit of work. A later
+batch starts after the last row of the previous batch, so a sweep tries to delete each skipped row only once.
 """
 
 from __future__ import annotations

@@ -126,7 +126,7 @@ def restore(
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
         with alone(database, timeout=busy_timeout) as lock:
-            # Release this lock after reading the marker, because other processes take the in-use lock first.
+            # Release the sidecar lock after reading the marker, because other processes take the in-use lock first.
             with sidecar_lock(database, timeout=busy_timeout) as sidecar:
                 marker = sidecar.read_marker()
             _refuse_target(database, marker)

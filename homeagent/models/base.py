@@ -1,8 +1,8 @@
 """Base classes of the models. Each class validates an instance when the instance is constructed, and at each
 assignment. Validation errors do not show the input.
 
-Do not add `from __future__ import annotations` to a module of models, because Pydantic and SQLAlchemy would evaluate
-each annotation again for each subclass, which takes a twelfth of the import time.
+Do not import `annotations` from `__future__` in a module of models. With the import, an annotation is a text, which
+Pydantic and SQLAlchemy evaluate again for each subclass. The repeated evaluation takes a twelfth of the import time.
 """
 
 import copy
@@ -206,8 +206,8 @@ class Table(Model, metaclass=_TableType):
             choose_column_type(field, f"{cls.__qualname__}.{name}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise TypeError for a subclass of a table of homeagent, which would contain private fields such as hashes.
-        SQLModel would also add the fields of the subclass to the parent's table.
+        """Raise TypeError for a subclass of one of homeagent's tables. The subclass would contain private fields of the
+        table, such as hashes. SQLModel would also add the fields of the subclass to the parent's table.
         """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:

@@ -176,7 +176,7 @@ class IdempotencyScope:
 
 
 class _RecordedScope(IdempotencyScope):
-    """The scope of a stored record whose texts break the rules for new texts."""
+    """The scope of a stored record, with a device id, method or key that breaks the rules for new scopes."""
 
     __slots__ = ()
 

@@ -42,7 +42,8 @@ class MetadataSchema(Model):
     class.
     """
 
-    # The property hides a class variable of SQLModel, which SQLAlchemy reads only for a class with a table.
+    # This property overrides SQLModel's class variable with the same name. SQLAlchemy reads the class variable only for
+    # a class with a table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""

@@ -123,8 +123,8 @@ class IdempotencyKeyStore(Store):
         stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
         if stored < self._unit.settings.limits.keys_per_device:
             return stored
-        # Subtract the expired rows that no sweep has deleted yet. Count the expired rows only at the limit, because the
-        # count of the expired rows is slow.
+        # Subtract the expired rows that no sweep has deleted yet. Count the expired rows only if the device has reached
+        # the limit, because counting the expired rows is slow.
         return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
     # Methods that `run_once()` calls

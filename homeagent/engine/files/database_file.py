@@ -108,9 +108,9 @@ def refuse_orphaned_log(path: Path) -> None:
     """Raise CorruptDatabaseError if a WAL has content, and its database is missing or empty.
 
     SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
-    database means that the database was lost. SQLite would delete the WAL of the lost database and start with an empty
-    database that lacks all revocations and nonces. Before the creation of a database, the caller must hold
-    `sidecar_lock`.
+    database means that the database was lost. If SQLite opened the database, SQLite would delete the WAL of the lost
+    database, and start a new database without revocations and nonces. Before the creation of a database, the caller
+    must hold `sidecar_lock`.
     """
     log = sidecars(path)[0]
     # Do not exchange the two calls of `size_of()`. If another process creates the database during the check, the

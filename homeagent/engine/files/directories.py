@@ -22,8 +22,8 @@ def prepare_directory(directory: Path) -> None:
     """Create a missing directory of a database, or check the existing directory.
 
     New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
-    owner of the parent directory becomes the owner. An existing directory is not changed. For each unsafe directory,
-    the function logs one warning.
+    owner of the parent directory becomes the owner of the new directory. The function does not change an existing
+    directory. For each unsafe directory, the function logs one warning.
 
     Raises:
         InvalidArgumentError: if a component of the path is not a directory.

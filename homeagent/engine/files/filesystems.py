@@ -45,7 +45,7 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
             place = place.parent
         status = place.stat()
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}".encode()
-    # Compare bytes, because Path.is_relative_to would take a tenth of the time in which a database opens.
+    # Compare bytes, because Path.is_relative_to would take a tenth of the time for opening a database.
     inside = os.fsencode(place).rstrip(b"/") + b"/"
     found: tuple[bool, int, bytes] | None = None
     for line in table.splitlines():

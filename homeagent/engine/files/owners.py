@@ -36,11 +36,12 @@ def backup_owners(database: Path) -> frozenset[int]:
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
     """If the process runs as root, give a new file or directory to the owner of its directory.
 
-    If root kept the file, the command `sudo homeagent init` would lock out the directory's owner. SQLite also gives the
-    sidecar files to the owner of the database file. Pass descriptors, because a path can name another file by now.
+    If root remained the owner of a database from `sudo homeagent init`, the directory's owner could not open the
+    database. SQLite also gives the sidecar files to the owner of the database file. Pass descriptors, because a path
+    can name another file by now.
 
-    If the file is a copy in another directory, pass the source database. If root does not trust backups of the
-    directory's owner, root remains the owner of the copy, because the owner of a copy can read all devices.
+    If the file is a copy outside the database directory, pass the source database. If root does not trust backups of
+    the directory's owner, root remains the owner of the copy, because the owner of a copy can read all devices.
     """
     if os.geteuid() != 0:
         return

@@ -184,9 +184,9 @@ class Connection(_Connection):
         """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded.
 
         If only the sync failed, the WAL contains all frames of the failed commit, but the WAL index does not. A later
-        connection could rebuild the index and recover the commit. The empty commit overwrites the first frame, which
-        makes the checksums of the other frames invalid. The empty commit is not synced, because the sync could fail
-        again.
+        connection could rebuild the WAL index and recover the commit. The empty commit changes no row, and overwrites
+        the first frame of the failed commit. The checksums of the later frames become invalid. The method does not sync
+        the WAL, because the sync could fail again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
@@ -213,8 +213,8 @@ class Connection(_Connection):
             self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
 
     def confine(self, savepoint: str | None) -> None:
-        """Let `rollback()` roll back only to a savepoint, until a call with `savepoint=None`. Until then every COMMIT
-        fails, and SQLite rolls back the whole transaction (https://sqlite.org/c3ref/commit_hook.html).
+        """Let `rollback()` roll back only to a savepoint, until a call with `savepoint=None`. If a savepoint is set,
+        every COMMIT fails, and SQLite rolls back the whole transaction (https://sqlite.org/c3ref/commit_hook.html).
         """
         self._savepoint = savepoint
         self.set_commit_hook(None if savepoint is None else lambda: True)
@@ -247,8 +247,8 @@ class Undecodable(bytes):
 
 
 def undecoded_columns(names: Iterable[str]) -> str:
-    """Return the expressions that read columns without decoding texts, for `decoded_row()`. The driver would raise an
-    error for a text that is not UTF-8. The caller passes names that are quoted for SQL.
+    """Return the expressions that read columns without decoding texts. Pass the selected values to `decoded_row()`. The
+    driver would raise an error for a text that is not UTF-8. The caller passes names that are quoted for SQL.
     """
     return ", ".join(
         f"typeof({name}), CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END" for name in names

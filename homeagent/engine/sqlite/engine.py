@@ -173,7 +173,7 @@ class SQLiteEngine(Engine):
             logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
-        # The other pragmas can wait for a lock, so set busy_timeout first.
+        # Set busy_timeout first, because the later pragmas can wait for a lock.
         connection.execute(
             f"PRAGMA busy_timeout={self._busy_ms}; PRAGMA foreign_keys=ON;"
             f"PRAGMA synchronous={self.durability.upper()}; PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON;"

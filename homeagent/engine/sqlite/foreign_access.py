@@ -154,8 +154,8 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
 
 
 def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) -> Connection:
-    """Open an existing database by its SQLite URI. The guard of the file counts the connection until the connection is
-    closed. With `refuse=True`, raise ForeignAccessError if other code has the file open in this process.
+    """Open an existing database by its SQLite URI. Until the connection is closed, the file's `FileGuard` object counts
+    the connection. With `refuse=True`, raise ForeignAccessError if other code has the file open in this process.
     """
     global _uncounted
     with _opening:

@@ -2,8 +2,8 @@
 
 A process that commits and begins again at once leaves the lock free only for short moments. SQLite's busy handler tries
 only every 100 ms after some tries, and let processes wait for seconds in a test with eight writing processes. Pauses of
-less than 2 ms raised the 99th percentile of the write times by a factor of two to five, because the lock moved between
-processes too often.
+less than 2 ms between two tries raised the 99th percentile of the write times by a factor of two to five, because the
+lock moved between processes too often.
 """
 
 from __future__ import annotations

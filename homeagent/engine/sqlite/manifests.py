@@ -1,5 +1,5 @@
 """Manifests are small files that describe backups. The error about a damaged database names the newest good backup,
-which homeagent finds by the manifests and by a note file with the path of the last backup.
+which homeagent finds by the manifests and by a small file with the path of the last backup.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest of a backup. If the manifest does not exist, return None. The directory of the database
-    decides which owners are trusted, by default the directory of the backup.
+    """Return the manifest of a backup. If the manifest does not exist, return None. homeagent derives the trusted
+    owners of a backup from the database's directory, and by default from the backup's directory.
 
     Raises:
         InsecureFileError: if the manifest has a second hard link, or belongs to a user whose backups are not trusted.
@@ -96,8 +96,8 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
     """Return the backups in a directory, oldest first, without opening the backups. If the directory can't be read,
     return an empty list.
 
-    Leave out the copy of an adopted file, and a backup whose size differs from the manifest. Also leave out a backup
-    that `restore()` would refuse because of the backup's owner or a second hard link.
+    Leave out a copy that homeagent made before the adoption of a file, and a backup whose size differs from the
+    manifest. Also leave out a backup that `restore()` would refuse because of the backup's owner or a second hard link.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):

@@ -33,7 +33,9 @@ def new_path(database: Path, stamp: str) -> Path:
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return the path of the old database after the replacement. The old sidecar files are next to the path."""
+    """Return the path to which the replacement moves the old database. The replacement moves the old sidecar files to
+    the same directory.
+    """
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 
 

@@ -14,8 +14,8 @@ from homeagent.models.types.stored_values import StoredColumn
 
 
 class EnumColumn(StoredColumn[StrEnum]):
-    """Column type for a StrEnum, which stores a member as the text of its value. SQLAlchemy's column type Enum would
-    store the name of a member.
+    """Column type that stores a StrEnum member as the text of its value. SQLAlchemy's column type Enum would store the
+    name of a member.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text

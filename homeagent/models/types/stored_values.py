@@ -74,9 +74,10 @@ def unreadable_in(
 class StoredColumn(TypeDecorator[T]):
     """Base class of homeagent's column types, which convert values. NULL and None need no conversion.
 
-    The code that homeagent generates for each statement bypasses SQLAlchemy's layers, and calls `convert_bound()` and
-    `convert_loaded()`. If a column type has a dictionary `loaded_values`, the generated code looks values up in the
-    dictionary. SQLAlchemy reads `cache_ok` only from the class itself, so each column type sets `cache_ok`.
+    The code that homeagent generates for each statement bypasses SQLAlchemy's layers, and calls the functions
+    `convert_bound()` and `convert_loaded()` of the column type. If a column type has a dictionary `loaded_values`, the
+    generated code looks values up in the dictionary. SQLAlchemy reads `cache_ok` only from the class itself, so each
+    column type sets `cache_ok`.
     """
 
     convert_bound: Callable[[Any], Any]

@@ -44,8 +44,8 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Check the time of a past event, and return the value. If the value is None or later than now, which means that
-    the clock of the caller is ahead, return the current time.
+    """Check the time of a past event, and return the value. If the value is None or later than `now`, return `now`. A
+    value later than `now` means that the clock of the caller is ahead.
     """
     return now if value is None else min(check_timestamp(value, what), now)
 
@@ -67,8 +67,8 @@ def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
 
 
 def later(timestamp: datetime, duration: timedelta, what: str) -> datetime:
-    """Return `timestamp + duration`, floored to whole milliseconds. If the sum is after the year 9999, raise
-    InvalidArgumentError.
+    """Return `timestamp + duration`, floored to whole milliseconds. If the resulting timestamp is after the year 9999,
+    raise InvalidArgumentError.
     """
     try:
         return check_timestamp(timestamp + duration)
@@ -114,8 +114,8 @@ def from_milliseconds(milliseconds: float) -> datetime:
 
 
 class _TimestampCache(dict[int, datetime]):
-    """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly. A cache hit takes a fifth of the
-    time that creating a timestamp takes.
+    """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly. Reading a timestamp from the
+    cache takes a fifth of the time for creating the timestamp.
     """
 
     def __missing__(self, milliseconds: int) -> datetime:
