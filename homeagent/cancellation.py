@@ -28,11 +28,11 @@ class ThreadCall:
     def __init__(self, act: Callable[[], Any], ended: asyncio.Future[None]) -> None:
         self._act = act
         self._context = copy_context()
-        self.ended = ended
+        self.ended: asyncio.Future[None] = ended
         # The thread calls the function only if the thread gets the lock. If a cancelled caller takes the lock before
         # the thread, the thread does not call the function.
-        self.decision = threading.Lock()
-        self.is_over = False
+        self.decision: threading.Lock = threading.Lock()
+        self.is_over: bool = False
         self.value: Any = None
         self.failure: BaseException | None = None
 

@@ -9,6 +9,8 @@ from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.dialect import StatementCursor, Undecodable, decoded_row, undecoded_columns
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import Connection
 
     from homeagent.engine.statements import Compiled, Parameters
@@ -26,7 +28,7 @@ class SQLiteConnection(StoreConnection):
 
     def __init__(self, connection: Connection, **options: Any) -> None:
         super().__init__(connection, **options)
-        self.changes = self._raw.changes
+        self.changes: Callable[[], int] = self._raw.changes
 
     @staticmethod
     def _open_cursor(raw: Any) -> StatementCursor:

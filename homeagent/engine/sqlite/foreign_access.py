@@ -54,7 +54,7 @@ class FileGuard:
         self._connections = 0
         self._descriptors: list[int] = []
         self._holds = False
-        self.is_closed = False
+        self.is_closed: bool = False
 
     def opened(self) -> bool:
         """Count a new connection. If the last connection of this guard was closed, do not count the new connection, and

@@ -55,7 +55,7 @@ class FlagColumn(StoredColumn[bool]):
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
     cache_ok: bool | None = True
     convert_bound: Callable[[Any], Any] = int
-    allowed = (0, 1)
+    allowed: tuple[Any, ...] | None = (0, 1)
 
     def __init__(self, *, otherwise: bool = False) -> None:
         super().__init__()
