@@ -115,7 +115,7 @@ class GroupCommit:
         return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit for an asyncio coroutine, in the writer thread, and return the function's value.
+        """Run a function as a unit in the writer thread. Return the function's value to the calling coroutine.
 
         If the caller is cancelled before the unit begins, the unit does not run. After the unit has begun, a cancelled
         caller waits for the end of the unit.

@@ -128,15 +128,14 @@ class Pairing:
             if device is None:
                 return _DENIED
             if stored[match.matched] in _valid_hashes(device, self._clock()):
-                # Do not replace the hash of a pending device, because an administrator can approve the device on
-                # condition that the hash is unchanged.
+                # Do not replace the hash of a pending device. An approval can require an unchanged hash.
                 if device.approved and match.matched == 0 and match.replacement is not None:
                     self._rehash(device_id, stored[0], match.replacement)
                 return SecretCheck(device.status.value, device)
             if device.shared_secret_hash == stored[0]:
                 return _DENIED  # The old secret expired during the check.
-            # Another caller has replaced the hash. Check the presented secret with the new hash, because a rehash
-            # replaces the hash of an unchanged secret.
+            # Another caller has replaced the hash. The new hash can be a hash of the same secret with different costs,
+            # so check the presented secret again.
 
     def _find_device(self, device_id: str) -> Device | None:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)

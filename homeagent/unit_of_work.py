@@ -40,9 +40,9 @@ class UnitOfWork(Transaction):
 
     Get a unit from `Database.unit_of_work()`, and use the unit only inside its block.
 
-    An application can derive a class with its own stores, and pass the class to `Database.open`. The derived class
-    annotates each store, for example `messages: MessageStore`. Each use of a store's attribute creates a new store
-    object.
+    An application can derive a class with its own stores, and pass the class to `Database.open`. The derived class has
+    a type annotation for each store, for example `messages: MessageStore`. Each use of a store's attribute creates a
+    new store object.
 
     Attributes:
         devices, agents, sessions, nonces, idempotency_keys: stores that are bound to this unit.

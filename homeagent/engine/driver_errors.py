@@ -72,9 +72,8 @@ def named(error: BaseException) -> str:
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Add the SQL text of the statement to an error of the class DatabaseError itself. Return an error of a different
-    class unchanged, even an error of a subclass of DatabaseError. The SQL text has placeholders instead of stored
-    values.
+    """Add the SQL text of the statement to an error of the class DatabaseError. Return an error of a subclass of
+    DatabaseError unchanged. The SQL text has placeholders instead of stored values.
     """
     if type(error) is not DatabaseError:
         return error

@@ -48,7 +48,7 @@ class _Execution(ExecutionContext):
 
 
 class FailureContext(ExceptionContext):
-    """Context of a failed statement, with homeagent's error. homeagent's error contains no stored values."""
+    """Context of a failed statement for SQLAlchemy's listeners. The error in the context contains no stored values."""
 
     def __init__(self, execution: _Execution, error: BaseException) -> None:
         self.connection: Connection = execution.root_connection

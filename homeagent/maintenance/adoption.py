@@ -1,10 +1,10 @@
 """Adopt a database that an application created before homeagent: add homeagent's tables next to the application's
 tables.
 
-Another program can have created the tables of a SQLite file in the form of homeagent's first version. In tables of the
-first version, constraints can lack names, and primary keys can contain NULL. The adoption converts tables of the first
-version to homeagent's tables. A row whose primary key is NULL moves to a separate table, because homeagent's tables do
-not accept the row.
+A SQLite file can contain tables with the schema of homeagent's first version, which another program created. In tables
+of the first version, constraints can lack names, and primary keys can contain NULL. The adoption converts tables of the
+first version to homeagent's tables. A row whose primary key is NULL moves to a separate table, because homeagent's
+tables do not accept the row.
 
 The function `preview_adoption()` only reads. The function `adopt()` takes the report that the administrator confirmed,
 and refuses a database that has changed since the report. On SQLite the changes are one transaction after a backup. The

@@ -319,12 +319,11 @@ _REFERENCES = text(
 
 @contextmanager
 def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
-    """On PostgreSQL, defer the check of foreign keys to the end of the block. The check is deferred only for tables in
-    which a row can precede the row that it refers to.
+    """On PostgreSQL, defer the check of some foreign keys to the end of the block: foreign keys that refer to their own
+    table, and foreign keys that form a circle of tables.
 
-    A row can precede the row that it refers to in two cases: a foreign key refers to its own table, or is part of a
-    circle of tables. Only the owner of a table can defer the check of its foreign keys. SQLite defers all foreign keys
-    to the COMMIT.
+    With such a foreign key, the copy can insert a child row before its parent row. Only the owner of a table can defer
+    the check of its foreign keys. SQLite defers all foreign keys to the COMMIT.
     """
     if not tables or connection.dialect.name == "sqlite":
         yield

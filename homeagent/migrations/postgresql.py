@@ -125,8 +125,8 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse the database if the schema with the role's name has a store, and a later schema of the `search_path` has a
-    second store.
+    """Refuse the database if two schemas of the `search_path` have a store, and the first of these schemas has the
+    name of the role.
 
     By default PostgreSQL first searches a schema with the role's name, and then the schema `public`. A different role
     with the privilege CREATE on the database can create a schema with the name of homeagent's role, and store an

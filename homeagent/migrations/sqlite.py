@@ -253,7 +253,7 @@ def _make_or_upgrade(
         # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
         # pragma foreign_keys before the transaction, because the pragma has no effect inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
-        # Overwrite the old rows of a table that a revision recreates, because the rows contain hashes.
+        # A revision can recreate a table. Let SQLite overwrite the deleted rows of the old table, which hold hashes.
         raw.execute("PRAGMA secure_delete=ON")
         try:
             _upgrade(engine, connection, application, None if temporary else clock)

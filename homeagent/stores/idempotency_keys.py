@@ -159,7 +159,7 @@ class IdempotencyKeyStore(Store):
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
             OutcomeUnknownError: if an attempt was abandoned, and `rerun=False`.
             EffectFailedError: if the effect has failed for good. The error contains the stored detail of the failure.
-            KeyLimitError: if the key is new, and the device has `Limits.keys_per_device` keys that have not expired.
+            KeyLimitError: if the key is new, and the device already has the maximum number of keys (see `Limits`).
         """
         scope = _check_new(scope)
         _check_fingerprint(fingerprint)

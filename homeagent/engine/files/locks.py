@@ -33,8 +33,8 @@ class FileLock:
         path: path of the lock file. The directory must exist.
         timeout: longest wait for the lock. If the timeout is zero, `acquire()` makes one attempt.
         shared: True for a shared lock, which excludes only exclusive holders.
-        writable: False if the file can be read-only, or can belong to another application. With `writable=False`, the
-            mode of the file stays unchanged, and the holder can't write a marker.
+        writable: False for a file that this process perhaps cannot write. With `writable=False`, the mode of the file
+            stays unchanged, and the holder can't write a marker.
         monotonic, pause: clock and sleep function for waiting, with times in seconds.
     """
 
