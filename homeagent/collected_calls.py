@@ -50,6 +50,11 @@ class CollectedCalls(Generic[C]):
         calls = self._calls[loop]
         if known < len(calls) < _MAX_CALLS and monotonic() < end:
             loop.call_soon(self._end_turn, loop, len(calls), end)
+            return
+        del self._calls[loop]
+        if known < len(calls):
+            # Hand the calls over only in the next turn. If the scope of a caller was cancelled before the call, AnyIO
+            # cancels the caller in this turn (`test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run`).
+            loop.call_soon(self._hand_over, calls)
         else:
-            del self._calls[loop]
             self._hand_over(calls)

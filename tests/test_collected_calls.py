@@ -59,7 +59,7 @@ def test_a_busy_event_loop_does_not_delay_calls(
     monkeypatch.setattr(collected_calls, "_MAX_CALLS", most)
     handed: list[list[int]] = []
     calls = CollectedCalls(handed.append)
-    for number in range(4):
+    for number in range(5):
         turn(loop, *(lambda call=call: calls.add(loop, call) for call in (2 * number, 2 * number + 1)))
         now += time
     assert handed[0] == list(range(2 * turns))
@@ -76,11 +76,15 @@ def test_a_closed_event_loop_keeps_its_calls(loop: asyncio.AbstractEventLoop, sq
     assert ran == ["kept"]
 
 
+@pytest.mark.parametrize("most", [2, 256], ids=["full", "not full"])
 @pytest.mark.parametrize("cancel", ["Task.cancel", "scope", "scope before the call"])
 def test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run(
-    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, cancel: str
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, cancel: str, most: int
 ) -> None:
-    """The function of a cancelled caller does not run, even if the writer thread runs before the caller."""
+    """The function of a cancelled caller does not run, even if the writer thread runs before the caller, or if one turn
+    adds the maximum number of calls.
+    """
+    monkeypatch.setattr(collected_calls, "_MAX_CALLS", most)
     group = group_commit_of(sqlite_database)
     ran: list[str] = []
 
@@ -97,18 +101,19 @@ def test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run(
 
     async def main() -> None:
         scope = anyio.CancelScope()
+        first = asyncio.ensure_future(sqlite_database.arun(lambda unit: ran.append("first")))
         call = asyncio.ensure_future(cancelled(scope))
         await asyncio.sleep(0)
         if cancel == "Task.cancel":
             call.cancel()
         else:
             scope.cancel()
-        await asyncio.gather(call, return_exceptions=True)
+        await asyncio.gather(first, call, return_exceptions=True)
         await sqlite_database.arun(lambda unit: ran.append("next"))
 
     monkeypatch.setattr(group._collected, "_hand_over", hand_over)
     asyncio.run(main())
-    assert ran == ["next"]
+    assert ran == ["first", "next"]
 
 
 def test_a_database_that_is_closed_before_the_calls_are_handed_over(sqlite_database: Database) -> None:
