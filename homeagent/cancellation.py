@@ -16,7 +16,8 @@ from homeagent.collected_calls import CollectedCalls
 
 T = TypeVar("T")
 
-# A thread reports the end of each call within this time, in seconds, even if the thread has more calls to run.
+# A thread reports the end of each call within this time, in seconds, even if the thread has more calls to run. If a
+# single call takes this time, the remaining calls run in separate threads.
 _MAX_REPORT_SECONDS = 0.1
 
 
@@ -45,11 +46,12 @@ class ThreadCall:
 
 
 def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
-    """Let one thread of the executor run the calls of one event loop in their order. If no thread can be started, the
-    calls that no other thread takes end with RuntimeError.
+    """Let one thread of the executor run the calls of one event loop in their order, until a call is slow. Then each
+    remaining call gets a thread. If no thread can be started, the calls that no other thread takes end with
+    RuntimeError. Only the event loop's thread is allowed to call `run_in_thread()`.
     """
     try:
-        executor.submit(_run, calls)
+        executor.submit(_run, executor, calls)
     # Another thread of the executor can still take the calls from the queue, although `submit()` raised RuntimeError.
     except RuntimeError as error:
         ended = [call for call in calls if call.decision.acquire(blocking=False)]
@@ -58,17 +60,26 @@ def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
         _wake(ended)
 
 
-def _run(calls: list[ThreadCall]) -> None:
+def _run(executor: Executor, calls: list[ThreadCall]) -> None:
     ended: list[ThreadCall] = []
-    report = monotonic() + _MAX_REPORT_SECONDS
-    for call in calls:
+    now = monotonic()
+    report = now + _MAX_REPORT_SECONDS
+    for place, call in enumerate(calls, 1):
         if call.decision.acquire(blocking=False):
             # Do not call the function in this frame, because `clear_locals()` can clear only a frame that has ended.
             call.attempt()
             ended.append(call)
-            if monotonic() >= report:
-                call.ended.get_loop().call_soon_threadsafe(_wake, ended)
-                ended, report = [], monotonic() + _MAX_REPORT_SECONDS
+            begun, now = now, monotonic()
+            if now >= report:
+                loop = call.ended.get_loop()
+                loop.call_soon_threadsafe(_wake, ended)
+                ended, report = [], now + _MAX_REPORT_SECONDS
+                if now - begun >= _MAX_REPORT_SECONDS:
+                    # A slow call waits, for example for a connection. If the remaining calls waited one after the
+                    # other, the last call would wait for the sum of all timeouts.
+                    for waiting in calls[place:]:
+                        loop.call_soon_threadsafe(run_in_thread, executor, [waiting])
+                    return
     if ended:
         ended[0].ended.get_loop().call_soon_threadsafe(_wake, ended)
 

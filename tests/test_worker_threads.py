@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from homeagent import Database
-from homeagent.cancellation import call_in_thread
+from homeagent import Database, cancellation
+from homeagent.cancellation import ThreadCall, call_in_thread, run_in_thread
+from homeagent.collected_calls import CollectedCalls
 from homeagent.unit_of_work import UnitOfWork
 
 
@@ -60,6 +61,21 @@ def test_a_call_without_a_thread_does_not_run_later(monkeypatch: pytest.MonkeyPa
 
     asyncio.run(work())
     assert ran == []
+
+
+def test_a_slow_call_does_not_delay_the_calls_that_were_collected_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a slow call, the remaining calls run at the same time: each of two calls waits for the other call."""
+    monkeypatch.setattr(cancellation, "_MAX_REPORT_SECONDS", 0)
+    meeting = threading.Barrier(2, timeout=5)
+
+    async def work() -> None:
+        with ThreadPoolExecutor(2) as executor:
+            calls = CollectedCalls[ThreadCall](lambda collected: run_in_thread(executor, collected))
+            acts = (lambda: 7, meeting.wait, meeting.wait)
+            first, *others = await asyncio.gather(*(call_in_thread(act, calls) for act in acts))
+            assert (first, sorted(others)) == (7, [0, 1])
+
+    asyncio.run(work())
 
 
 def test_a_reading_unit_can_raise_stop_iteration(database: Database) -> None:
