@@ -25,9 +25,10 @@ import pytest
 from sqlmodel import SQLModel, select
 
 from homeagent import Agent, AgentSession, Database, Device, IdempotencyKey, Nonce, diagnose
+from homeagent.engine.files import database_file
 from homeagent.engine.sqlite import integrity
 from homeagent.engine.sqlite.dialect import Connection, connect
-from homeagent.errors import CorruptDatabaseError, ForeignDatabaseError, HomeAgentError
+from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, ForeignDatabaseError, HomeAgentError
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import VERSION_TABLE
 from tests.conftest import Children, FakeClock, RecordProperty
@@ -426,6 +427,26 @@ def test_damage_without_locks_is_confirmed_with_locks(
     monkeypatch.setattr(integrity, "check_content", check)
     assert read(path) == samples["killed"].rows
     assert locks == ["exclusive", "normal"]
+
+
+def test_no_process_skips_the_check_of_another_process(
+    tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a process opens a file whose WAL lost commits, a second process waits, and does not open the file."""
+    path = tmp_path / "private" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    put({**samples["killed"].files, "-wal": b"", ".open": b""}, path)
+    secure = database_file.secure_sidecars
+
+    def open_again(path: Path) -> list[Path]:
+        monkeypatch.setattr(database_file, "secure_sidecars", secure)
+        with pytest.raises(DatabaseBusyError):
+            Database.open(path, clock=FakeClock(), busy_timeout=timedelta(0))
+        return secure(path)
+
+    monkeypatch.setattr(database_file, "secure_sidecars", open_again)
+    with pytest.raises(CorruptDatabaseError, match="not closed cleanly"):
+        read(path)
 
 
 # WALs that SQLite itself leaves behind after a kill or a power cut, and ignores: by name, the remaining bytes.

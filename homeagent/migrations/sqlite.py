@@ -93,11 +93,12 @@ def _open_sqlite(
     identified = identify_or_wait(engine)
     if not temporary and in_use_path(path).exists():
         # First take the in-use lock. The function that takes the lock also finishes an interrupted restore.
-        engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout))
+        has_sidecars = any(map(os.path.lexists, database_file.sidecars(path)))
+        engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout, exclusive_if_free=has_sidecars))
     state = database_file.look_at(path) if identified else identify(engine)
     if state is not None and state.st_size:
         database_file.inspect_file(path)
-        is_checked = database_file.secure_sidecars(path) and not temporary and _check_unclean_end(engine)
+        is_checked = database_file.secure_sidecars(path) and not temporary and _check_unclean_end(engine, timeout)
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
         with engine.translated(), engine.driver_connection() as raw:
             if not is_checked:
@@ -162,33 +163,27 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     return True
 
 
-def _check_unclean_end(engine: SQLiteEngine) -> bool:
+def _check_unclean_end(engine: SQLiteEngine, timeout: timedelta) -> bool:
     """Check the file if the last process did not close the database: the file has a WAL, although no process has the
     file open.
 
     Return True if the file was checked. Raise CorruptDatabaseError if the file is damaged or its WAL lost commits.
+
+    The process takes the exclusive in-use lock. A shared lock before the check would make another process skip the
+    check (see `test_no_process_skips_the_check_of_another_process`).
     """
-    if engine.in_use_lock is not None:
-        engine.in_use_lock.release()
-        engine.in_use_lock = None
     if not os.access(engine.path.parent, os.W_OK):
         return False  # in a read-only directory, SQLite can't write the database
-    lock = FileLock(in_use_path(engine.path), timeout=timedelta(0))
-    try:
-        lock.acquire()
-    except DatabaseBusyError:
-        return False  # another process has the database open and uses the WAL
-    try:
-        # If the lock file has a marker, an interrupted restore must be finished first.
-        is_checked = lock.read_marker() is None and refuse_unclean_damage(engine)
-    except BaseException:
-        lock.withdraw()
-        raise
-    lock.release()
-    return is_checked
+    if engine.in_use_lock is None:
+        engine.keep_in_use_lock(hold_in_use_lock(engine.path, timeout=timeout, exclusive_if_free=True))
+    # If the lock is shared, another process has the database open and uses the WAL.
+    return engine.in_use_lock is not None and engine.in_use_lock.is_exclusive and refuse_unclean_damage(engine)
 
 
 def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:
+    if engine.in_use_lock is not None and engine.in_use_lock.is_exclusive:
+        engine.in_use_lock.release()
+        engine.in_use_lock = None
     if engine.in_use_lock is None and not temporary:
         engine.keep_in_use_lock(hold_in_use_lock(engine.path, timeout=timeout))
 

@@ -33,6 +33,7 @@ class FileLock:
         path: path of the lock file. The directory must exist.
         timeout: longest wait for the lock. If the timeout is zero, `acquire()` makes one attempt.
         shared: True for a shared lock, which excludes only exclusive holders.
+        exclusive_if_free: with `shared=True`, True to take an exclusive lock if the lock has no holder.
         writable: False for a file that this process perhaps cannot write. With `writable=False`, the mode of the file
             stays unchanged, and the holder can't write a marker.
         monotonic, pause: clock and sleep function for waiting, with times in seconds.
@@ -44,12 +45,15 @@ class FileLock:
         *,
         timeout: timedelta = timedelta(seconds=30),
         shared: bool = False,
+        exclusive_if_free: bool = False,
         writable: bool = True,
         monotonic: Callable[[], float] = monotonic,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.path = path
-        self._operation = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
+        self._operations = [fcntl.LOCK_EX] * (exclusive_if_free or not shared) + [fcntl.LOCK_SH] * shared
+        self.is_exclusive: bool = not shared
+        """True if the held lock is exclusive."""
         self._access = os.O_RDWR if writable else os.O_RDONLY
         self._seconds = timeout.total_seconds()
         self._monotonic = monotonic
@@ -156,9 +160,12 @@ class FileLock:
         locked = False
         with explained("lock", self.path):
             try:
-                with suppress(BlockingIOError):
-                    fcntl.flock(descriptor, self._operation)
-                    locked = self._is_in_place(descriptor)
+                for operation in self._operations:
+                    with suppress(BlockingIOError):
+                        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+                        self.is_exclusive = operation == fcntl.LOCK_EX
+                        locked = self._is_in_place(descriptor)
+                        break
             finally:
                 if not locked:
                     os.close(descriptor)

@@ -29,8 +29,10 @@ def in_use_path(database: Path) -> Path:
     return database.with_name(database.name + ".open")
 
 
-def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
+def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: bool = False) -> FileLock | None:
     """Take the shared in-use lock. The caller holds the lock until the last connection is closed.
+
+    With `exclusive_if_free=True`, take the exclusive lock if the lock has no holder.
 
     Finish an interrupted restore first. In a read-only directory without the lock file, return None. In a read-only
     directory, a restore can't replace a file, and SQLite can't write.
@@ -41,7 +43,7 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta) -> FileLock | None:
     """
     path = in_use_path(database)
     while True:
-        lock = FileLock(path, timeout=timeout, shared=True)
+        lock = FileLock(path, timeout=timeout, shared=True, exclusive_if_free=exclusive_if_free)
         try:
             lock.acquire()
         except ReadOnlyError:
