@@ -8,12 +8,16 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from homeagent import AgentCreate, Database
+from homeagent.engine.files.locks import FileLock
+from homeagent.engine.sqlite.in_use import in_use_path
+from homeagent.errors import DatabaseBusyError
 
 if TYPE_CHECKING:
     from tests.conftest import Children
@@ -536,3 +540,15 @@ database.close()
         assert process.stdout.readline() == "inside\n"
         process.send_signal(signal.SIGINT)
     assert children.finish(process).split() == ["after-0", "after-1", "after-2"]
+
+
+def test_a_running_unit_keeps_the_in_use_lock(sqlite_path: Path) -> None:
+    """While a unit runs in a closed database, a restore finds the file in use, and a second open works."""
+    database = Database.open(sqlite_path)
+    lock = FileLock(in_use_path(sqlite_path), timeout=timedelta(0))
+    with database.unit_of_work() as unit:
+        unit.agents.list()
+        database.close()
+        with pytest.raises(DatabaseBusyError):
+            lock.acquire()
+        Database.open(sqlite_path).close()

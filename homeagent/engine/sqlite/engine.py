@@ -423,7 +423,9 @@ class SQLiteEngine(Engine):
         """Release the in-use lock, and remove the private directory of a temporary database."""
         unprotect(self.identity_check)
         try:
-            if self.in_use_lock is not None:
+            # If another thread still uses a connection, keep the lock until the process ends. Without the lock, a check
+            # of the file in this process would close a descriptor, and the connection would lose SQLite's locks.
+            if self.in_use_lock is not None and not self._open:
                 self.in_use_lock.release()
         finally:
             if self.is_temporary:
