@@ -309,7 +309,7 @@ def test_throughput(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     orders, memory = (sum(each[0] for each in one) / len(rounds) for one in zip(*rounds, strict=True))
     slowest = [max(each[1] for each in one) * 1000 for one in zip(*rounds, strict=True)]
     with capsys.disabled():
-        print(  # noqa: T201
+        print(  # noqa: T201  figures for the reader of the run
             f"\nstore: {orders:.0f} requests/s, p99 {slowest[0]:.0f} ms; "
             f"dict: {memory:.0f} requests/s, p99 {slowest[1]:.0f} ms; ratio {orders / memory:.2f}"
         )

@@ -246,11 +246,11 @@ class Engine:
 
     def connect(self) -> sqlalchemy.Connection:
         """Return a new connection that belongs to no pool. The caller must close the connection."""
-        raise NotImplementedError
+        raise NotImplementedError  # each engine overrides the method
 
     def open_read_connection(self) -> sqlalchemy.Connection:
         """Return a new read-only connection. All statements of the connection's transaction read one snapshot."""
-        raise NotImplementedError
+        raise NotImplementedError  # each engine overrides the method
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:

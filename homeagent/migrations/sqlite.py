@@ -193,7 +193,7 @@ def _is_current(raw: Any, application: Application) -> bool:
     heads = {VERSION_TABLE: [REVISION]} | ({APPLICATION_VERSION_TABLE: [application.head]} if application.name else {})
     names = {row[0] for row in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()}
     return heads.keys() <= names and all(
-        [row[0] for row in raw.execute(f"SELECT version_num FROM {table}").fetchall()] == head  # noqa: S608
+        [row[0] for row in raw.execute(f"SELECT version_num FROM {table}").fetchall()] == head  # noqa: S608  constant names
         for table, head in heads.items()
     )
 
