@@ -27,7 +27,9 @@ INEXPRESSIBLE = re.compile("bytes of UTF-8|an invisible character|a segment|a lo
 def is_explained(failure: Exception, response: Any) -> bool:
     """Return whether a refusal is due to a rule that the document can't express, or an answer is due to FastAPI."""
     if type(failure).__name__ == "AcceptedNegativeData":
-        return "became array" in str(failure)  # FastAPI reads the last one of several query parameters with one name
+        # FastAPI reads the last one of several query parameters with one name. A query has only texts, so a value of
+        # another type in place of null is a valid text, and Pydantic reads a number as a time.
+        return "became array" in str(failure) or "(was null, became " in str(failure)
     if type(failure).__name__ != "RejectedPositiveData" or response.status_code != 422:
         return False
     reply = response.json()
