@@ -1,8 +1,6 @@
-"""A counter of failed checks of guessable secrets, for each presented device id.
+"""A counter of failed checks of guessable secrets, for each presented device id, known or unknown.
 
-Failed checks of unknown ids are counted like failed checks of known ids, so a refusal does not reveal whether a device
-exists. A successful check does not reset the count, because an attacker would get 30 new guesses after each success of
-the device.
+A success does not reset the count, because an attacker would get 30 new guesses after each success of the device.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ _Moment = tuple[datetime, float]
 
 
 def _age(begun: _Moment, now: _Moment) -> timedelta:
-    # Measure the time by the clock that has moved further, the wall clock or the monotonic clock.
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
 
 
@@ -45,19 +42,14 @@ class CheckAttempt:
 
 
 class FailedChecks:
-    """Counts the failed checks of each device id in this process, and refuses further checks of an id at a limit.
+    """Counts the failed and unfinished checks of each device id, and refuses further checks of an id at a limit.
 
-    A check is counted from its start, so concurrent checks can't exceed the limit.
+    The object counts at most `most_ids` ids. A new id replaces the id with the fewest failures. To remove an id with 30
+    failures, an attacker needs 300,000 slow hashes in a minute. If a new id replaced the oldest id, 10,000 slow hashes
+    would be enough.
 
-    The object counts the failures of at most `most_ids` ids. If the number is reached, a new id replaces the id with
-    the fewest failures. Before a new id replaces an id with 30 failures, every other counted id must have 30 failures
-    within a minute. For 10,000 ids, an attacker needs 300,000 slow hashes, far more than one process computes in a
-    minute. If a new id replaced the id with the oldest failure, an attacker could remove the count of an id with 10,000
-    slow hashes.
-
-    The minute of the limit ends when either the wall clock or the monotonic clock has advanced by 60 seconds. A wall
-    clock that stands still or is set back does not prolong the refusal of a device. If the wall clock is set forward,
-    an attacker gets the guesses of an additional minute.
+    The minute ends when either the wall clock or the monotonic clock has advanced by 60 seconds, so that a wall clock
+    that stands still does not prolong a refusal.
     """
 
     def __init__(
@@ -76,9 +68,7 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id while the `with` block runs. After the block, no longer count a check that did not
-        fail. If failed and unfinished checks have reached the limit, raise TooManyAttemptsError.
-        """
+        """Count a check of the id, but forget a check that did not fail. At the limit, raise TooManyAttemptsError."""
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"
         begun = self._begin(device_id)

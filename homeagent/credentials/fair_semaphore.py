@@ -17,9 +17,7 @@ _RETRY_AFTER = timedelta(seconds=1)
 
 
 class FairSemaphore:
-    """A semaphore with a number of places, which is the maximum number of holders. In a forked child process, all
-    places are free.
-    """
+    """A semaphore with a maximum number of holders (places). In a forked child process, all places are free."""
 
     def __init__(self, places: int) -> None:
         self._places = places
@@ -27,8 +25,7 @@ class FairSemaphore:
         _all.add(self)
 
     def _reset(self) -> None:
-        # The lock is reentrant, because a signal handler can use the semaphore while the interrupted thread holds the
-        # lock.
+        # The lock is reentrant, because a signal handler can use the semaphore while the thread holds the lock.
         self._lock = threading.RLock()
         self._free = self._places
         self._queue: deque[threading.Event] = deque()
@@ -66,17 +63,13 @@ class FairSemaphore:
                 if not taken:
                     self._queue.remove(handed_over)
             if interrupted and taken:
-                # Ctrl-C interrupted the wait after another thread had handed its place in the semaphore to this caller.
-                # Release the place, so that the next caller can use the place.
+                # Ctrl-C interrupted the wait after another thread had handed over a place. Release the place.
                 self._release()
         return taken
 
     @contextmanager
     def turn(self, timeout: float, *, most_waiting: int) -> Iterator[bool]:
-        """Hold a place in the semaphore while the `with` block runs. Yield False if no place became free within the
-        timeout, in seconds. If the semaphore has no free place, and `most_waiting` callers already wait, raise
-        TooManyAttemptsError.
-        """
+        """Yield True with a place, or False after the timeout in seconds. Raise an error if the queue is full."""
         taken = self._acquire(timeout, most_waiting)
         try:
             yield taken

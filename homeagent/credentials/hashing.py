@@ -1,7 +1,4 @@
-"""Hashing and checking of secrets, with a limited number of concurrent slow hashes.
-
-A generated secret is hashed with SHA-256. A secret that is not generated is hashed with Argon2id.
-"""
+"""Hashing and checking of secrets, with a limited number of concurrent slow hashes."""
 
 from __future__ import annotations
 
@@ -76,21 +73,18 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# If no device has the presented id, the check compares a generated secret with this hash. Because of the comparison,
-# the check takes as long as the check of a device that exists.
+# If no device has the id, the check compares a generated secret with this hash, and takes the usual time.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class SecretMatch:
-    """The result of a check. The result counts as true in an `if` statement if a stored hash matched."""
+    """The result of a check, which counts as true in an `if` statement if a stored hash matched."""
 
     matched: int | None = None
     """Index of the matching stored hash, or None if no hash matched."""
     replacement: str | None = field(default=None, repr=False)
-    """A new hash of the presented secret, to store in place of the matching hash. None if the costs of the matching
-    hash equal the hasher's costs.
-    """
+    """New hash of the secret, to store in place of the matching hash. None if the costs of the hash are current."""
 
     def __bool__(self) -> bool:
         # Compare the index with None, because the index 0 counts as false.
@@ -98,15 +92,9 @@ class SecretMatch:
 
 
 class SecretHasher:
-    """Hashes and checks secrets. The arguments set the costs of an Argon2 run and the number of concurrent runs.
+    """Hashes and checks secrets. The default costs are the second recommended option of RFC 9106 section 4.
 
-    The default costs are the defaults of argon2-cffi, and the second recommended option of RFC 9106 section 4. A hash
-    matches even if its costs differ from the hasher's costs.
-
-    Args:
-        time_cost, memory_cost, parallelism: passes over the memory, kibibytes and threads of one run.
-        concurrency: maximum number of concurrent Argon2 runs. The default is the number of processors, at most 4.
-        timeout: maximum time for which a caller waits for the start of an Argon2 run.
+    A hash matches even if its costs differ from the costs of the hasher. The memory cost is in kibibytes.
     """
 
     def __init__(
@@ -140,18 +128,11 @@ class SecretHasher:
         return self._run(text, recipe, waiting)
 
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
-        """Check a presented secret against the stored hashes of one device.
+        """Check a presented secret against the hash of a device and, during an overlap, the previous hash.
 
-        The duration of a check depends only on the presented secret, also for an unknown device: one SHA-256 for a
-        generated secret, no hash for an unusable secret, and one Argon2 run for a usable secret that is not generated.
-        There are two exceptions, until the caller has stored the replacement hash: stored hashes with different costs
-        than the hasher, and two stored hashes with different salts, which take two Argon2 runs.
-
-        Args:
-            secret: presented secret, of any length.
-            stored: at most 2 hashes: the present hash, and the previous hash while the previous secret is valid. A
-                damaged hash or a hash of an unknown kind does not match.
-            waiting: maximum number of callers that wait for this hasher, including the caller of the method.
+        The duration depends only on the presented secret, also for an unknown device: one SHA-256 for a generated
+        secret, no hash for an unusable secret, and one Argon2 run for any other secret. Until the caller has stored the
+        replacement hash, the duration differs for outdated costs, and for two stored hashes with different salts.
         """
         text = reveal(secret)
         if what_is_wrong(text) is not None:
@@ -168,7 +149,7 @@ class SecretHasher:
 
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         recipes = [_recipe_of(one) for one in stored]
-        # The dictionary is used as an ordered set. Without an Argon2 hash, run Argon2 with the decoy's inputs.
+        # Without an Argon2 hash, run Argon2 with the decoy's inputs.
         needed = dict.fromkeys(one for one in recipes if one is not None) or {self._decoy: None}
         hashes = {recipe: self._run(text, recipe, waiting) for recipe in needed}
         same = [
@@ -183,8 +164,7 @@ class SecretHasher:
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
-        # Accept the device even if no Argon2 run is free for the new hash, because the secret was right. The next check
-        # tries again to make a new hash.
+        # The secret was right, so accept the device even if no Argon2 run is free for the new hash.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)
@@ -197,7 +177,7 @@ class SecretHasher:
         return recipe.costs == self._costs and lengths == (_SALT_BYTES, _DIGEST_BYTES)
 
     def _run(self, text: str, recipe: _Recipe, waiting: int) -> str:
-        """Return the hash of a text in Argon2's text form, in which a stored hash is equal if the text is right."""
+        """Return the hash of a text in Argon2's text form."""
         from argon2.exceptions import HashingError
         from argon2.low_level import Type, hash_secret
 

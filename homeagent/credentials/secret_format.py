@@ -1,8 +1,4 @@
-"""Format of secrets, and generation of secrets.
-
-A secret has 1 to 512 characters, at most 1,024 bytes of UTF-8, and no control character. The package neither strips nor
-normalises the secret.
-"""
+"""Format and generation of secrets. homeagent neither strips nor normalises a secret."""
 
 from __future__ import annotations
 
@@ -48,9 +44,7 @@ def what_is_wrong(text: str) -> str | None:
 
 
 def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a usable secret. If the secret is not usable, raise InvalidArgumentError. The error message
-    does not show the secret.
-    """
+    """Return the text of a usable secret. Otherwise raise InvalidArgumentError without the text of the secret."""
     text = reveal(secret)
     problem = what_is_wrong(text)
     if problem is not None:
@@ -70,8 +64,7 @@ def _checksum(random: bytes) -> bytes:
 def generate_secret() -> SecretStr:
     """Return a new secret of 256 random bits, for a device that can store a secret.
 
-    The secret has 52 characters. After the prefix `ha1_`, the text has 32 random bytes and the CRC-32 of the prefix and
-    the random bytes, in base64url (RFC 4648 section 5).
+    The text is `ha1_` and, in base64url (RFC 4648 section 5), the random bytes and a CRC-32.
     """
     from pydantic import SecretStr
 
@@ -83,9 +76,8 @@ def generate_secret() -> SecretStr:
 def is_generated(secret: SecretStr | str) -> bool:
     """Return True if a secret has the format of the function `generate_secret()`.
 
-    A person's text in the format of a generated secret has a matching checksum with a probability of 1 in 2**32. No
-    other function than `generate_secret()` is allowed to create secrets with the format of a generated secret. The
-    SHA-256 in the database is safe only for a secret of 256 random bits.
+    Do not create other secrets in this format, because the stored SHA-256 is safe only for 256 random bits. The
+    checksum of a text that a person chose matches with a probability of 1 in 2**32.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
