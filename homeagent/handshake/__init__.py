@@ -11,9 +11,8 @@ Each message is a JSON object in one text frame of at most 8 KiB. Base64 values 
 
 Each connection has a new random challenge. The proof covers the device id, a nonce, and the device's time in
 milliseconds since 1970. The nonce consists of the challenge, a dot, and the value `"nonce"` of message 3. The module
-`homeagent.scram` describes proofs. The gateway checks the time and the proof. A single unit of work consumes the nonce
-and reads the approval. The signature proves that the gateway has the verifier of the device's secret. Use TLS. Without
-TLS, an attacker between the device and the gateway could pass on the messages, and use the connection.
+`homeagent.scram` describes proofs. The signature proves that the gateway has the verifier of the device's secret. Use
+TLS. Without TLS, an attacker between the device and the gateway could pass on the messages, and use the connection.
 """
 
 from homeagent.handshake.gateway import REFUSALS, Admission, authenticate_device, recheck

@@ -31,12 +31,7 @@ _DENIED = "the proof is wrong, the time differs too much, or the device does not
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Approved device after a successful handshake.
-
-    Attributes:
-        device: the device.
-        verifier: verifier of the proved secret. A rotation of the device's secret changes the verifier.
-    """
+    """Approved device after a successful handshake, with the verifier of the secret that the device proved."""
 
     device: Device
     verifier: str = field(repr=False)
