@@ -8,8 +8,6 @@ from alembic import context
 from homeagent.alembic import run_environment
 run_environment(context, package="hub")
 ```
-
-The module `homeagent.alembic` can import the library Alembic, because homeagent uses only absolute imports.
 """
 
 from __future__ import annotations
@@ -72,8 +70,7 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
 
 
 def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
-    """Run the current command of Alembic on the application's tables. A file `env.py` needs only a call of
-    `run_environment()`.
+    """Run the current command of Alembic on the application's tables.
 
     The option `-x database=TARGET` names the database. Without the option, the function uses the line `database =
     TARGET` in Alembic's configuration, or the environment variable `$HOMEAGENT_DATABASE`. Before the command, the
@@ -131,9 +128,7 @@ def _target(context: Any) -> str | None:
 def _connection(
     context: Any, given: Connection | None, target: str | None, metadata: Sequence[MetaData]
 ) -> Iterator[Connection]:
-    """Yield a connection to a database with homeagent's tables. On SQLite, the connection does not enforce foreign
-    keys.
-    """
+    """Yield a connection to a database with homeagent's tables, without foreign keys on SQLite."""
     if given is not None:
         with _without_foreign_keys(given):
             yield given

@@ -1,6 +1,4 @@
-"""Errors about a call or its caller, for example an invalid argument. `homeagent.errors` exports the errors of this
-module.
-"""
+"""Errors about a call or its caller. `homeagent.errors` exports the errors of this module."""
 
 from __future__ import annotations
 
@@ -81,8 +79,7 @@ class RefusingRecord(TypedDict, total=False):
 class IdempotencyError(HomeAgentError):
     """homeagent can't claim an idempotency key, renew the key's lease or record the key's outcome.
 
-    If a stored record prevents the claim, `error.state` and `error.expires_at` are the values of the record. If no
-    record prevents the claim, `error.state` and `error.expires_at` are None.
+    `error.state` and `error.expires_at` are the values of the stored record that prevents the claim, or None.
     """
 
     def __init__(

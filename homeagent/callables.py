@@ -15,11 +15,9 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return an argument of the application if the argument is a function. For a generator function, or another value
-    that can't be called, raise InvalidArgumentError.
+    """Return the function if a call runs the body of the function. Otherwise raise InvalidArgumentError.
 
-    The argument `what` names the function in the message. A coroutine function also raises the error, with the remedy
-    `coroutine`. If the remedy is None, the argument can be a coroutine function.
+    The argument `coroutine` is the remedy for a coroutine function, or None to accept a coroutine function.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED

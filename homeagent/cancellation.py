@@ -30,8 +30,7 @@ class ThreadCall:
         self._act = act
         self._context = copy_context()
         self.ended: asyncio.Future[None] = ended
-        # The thread calls the function only if the thread gets the lock. If a cancelled caller takes the lock before
-        # the thread, the thread does not call the function.
+        # The thread calls the function only if the thread takes this lock before a cancelled caller does.
         self.decision: threading.Lock = threading.Lock()
         self.is_over: bool = False
         self.value: Any = None
@@ -46,10 +45,7 @@ class ThreadCall:
 
 
 def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
-    """Let one thread of the executor run the calls of one event loop in their order, until a call is slow. Then each
-    remaining call gets a thread. If no thread can be started, the calls that no other thread takes end with
-    RuntimeError. Only the event loop's thread is allowed to call `run_in_thread()`.
-    """
+    """Run the calls of an event loop in one thread. Only the event loop's thread is allowed to call the function."""
     try:
         executor.submit(_run, executor, calls)
     # Another thread of the executor can still take the calls from the queue, although `submit()` raised RuntimeError.
@@ -95,21 +91,10 @@ def _wake(calls: list[ThreadCall]) -> None:
 async def call_in_thread(
     act: Callable[[], T], threads: Executor | CollectedCalls[ThreadCall], *, must_run: bool = False
 ) -> T:
-    """Call the function `act()` in a worker thread, and wait for its end. Return the function's value, or raise its
-    error.
+    """Call `act()` in a worker thread, and return the result. A cancelled caller waits until a started call has ended.
 
-    Do not replace the executor by `anyio.to_thread.run_sync()`, which takes several times as long as a read of one row.
-
-    Args:
-        act: function that can block. The function runs with the caller's context variables.
-        threads: executor with the threads, or collected calls, which are handed over to `run_in_thread()`.
-        must_run: True to run the function even after a cancellation of the caller. With `must_run=False`, a thread does
-            not call the function after a cancellation of the caller.
-
-    Raises:
-        asyncio.CancelledError: if the caller was cancelled during the wait. When the error is raised, the function
-            `act()` has ended, or will never start.
-        RuntimeError: if no thread can be started, so that the function `act()` does not run.
+    With `must_run=False`, a call that has not started does not run after a cancellation. Do not use
+    `anyio.to_thread.run_sync()` here, which takes several times as long as a read of one row.
     """
     loop = asyncio.get_running_loop()
     call = ThreadCall(act, loop.create_future())
@@ -125,8 +110,7 @@ async def call_in_thread(
             raise
         cancellation = error
         if not call.is_over:
-            # The cancellation ended the call's future, so give the call a new future. The function `_wake()` runs in
-            # the same thread, and ends the new future.
+            # The cancellation ended the call's future. The function `_wake()` will end the new future.
             call.ended = loop.create_future()
             cancellation = await shielded_wait(call.ended) or error
     if cancellation is not None:
@@ -141,9 +125,7 @@ async def call_in_thread(
 
 
 async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until a task is done. If the caller was cancelled during the wait, return the last cancellation. Otherwise
-    return None.
-    """
+    """Wait until a task is done. Return the last cancellation of the caller during the wait, or None."""
     cancellation: asyncio.CancelledError | None = None
     # AnyIO's cancel scope protects the wait only from a cancellation by AnyIO. The `while` loop protects the wait from
     # `Task.cancel()`, which `asyncio.timeout()` calls.

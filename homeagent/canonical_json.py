@@ -1,8 +1,6 @@
-"""Canonical JSON. Equal parameters have the same canonical text, and therefore the same fingerprint.
+"""Canonical JSON (RFC 8785, JSON Canonicalization Scheme). Equal parameters have the same canonical text.
 
-The canonical text has the format of RFC 8785 (JSON Canonicalization Scheme). The canonical text has no white space.
-Keys are in the order of their UTF-16 code units, and numbers have the format of ECMAScript. Unlike RFC 8785, homeagent
-keeps all digits of an int. RFC 8785 rounds an int to a double, which could give two different large ids the same text.
+Unlike RFC 8785, homeagent keeps all digits of an int, because rounding could give two large ids the same text.
 """
 
 from __future__ import annotations
@@ -23,13 +21,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 def canonical_json(value: JsonValue, what: str = "params") -> bytes:
-    """Return the canonical text of a JSON value, in UTF-8.
-
-    Raises:
-        InvalidArgumentError: if the value is not JSON or is nested too deeply. NaN, infinities, lone surrogates and
-            ints with too many digits (`sys.get_int_max_str_digits`) are also invalid. The argument `what` names the
-            value in the message.
-    """
+    """Return the canonical text of a JSON value, in UTF-8. For any other value, raise InvalidArgumentError."""
     try:
         return _write(value).encode()
     except InvalidArgumentError:

@@ -9,16 +9,12 @@ from functools import partial
 from time import time_ns
 
 Clock = Callable[[], datetime]
-"""A function that returns the current time as an aware datetime. An injected clock can step back.
-
-The time of an injected clock is used unchanged.
-"""
+"""A function that returns the current time as an aware datetime. homeagent does not correct an injected clock."""
 
 monotonic: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 """A function that returns the seconds of a monotonic clock.
 
-Do not use `time.monotonic`, because tests of an application can freeze `time.monotonic` with freezegun, and then a
-timeout would not end. Neither freezegun nor time-machine freezes `time.clock_gettime`.
+Do not use `time.monotonic`. If an application's tests freeze `time.monotonic` with freezegun, a timeout would not end.
 """
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -29,10 +25,9 @@ _latest = (0, _EPOCH)
 
 
 def system_clock() -> datetime:
-    """Return the current time in whole milliseconds. The timestamp is never earlier than the last returned timestamp.
+    """Return the current time in whole milliseconds. The returned time never goes back within a process.
 
-    If the wall clock was set back, the function repeats the last timestamp until the wall clock has caught up. If
-    timestamps went back, events would be in the wrong order, and expired nonces would count as unexpired.
+    If timestamps went back, events would be in the wrong order, and expired nonces would count as unexpired.
     """
     global _latest
     milliseconds = time_ns() // _MILLION

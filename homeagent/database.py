@@ -1,7 +1,4 @@
-"""Public entry point of the package. `Database` opens a database and runs units of work and effects.
-
-The base classes of `Database` have the methods for maintenance and for the secrets of devices.
-"""
+"""Public entry point of the package. `Database` opens a database and runs units of work and effects."""
 
 from __future__ import annotations
 
@@ -367,8 +364,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 stored, and later calls raise the stored error. If the function raises `EffectNotStartedError`, the key
                 is free again. After an exception that is neither EffectFailedError nor EffectNotStartedError, the
                 outcome of the effect is unknown.
-            params: parameters of the call. If a later call uses the key with different parameters, `run_once()` raises
-                FingerprintMismatchError.
+            params: parameters of the call. A later call with the key must have equal parameters.
             lease: duration of the lease. If the lease ends without a renewal, the attempt counts as abandoned.
             ttl: time for which a retry of the call returns the stored outcome.
             on_abandoned: action if an earlier attempt of the key was abandoned. The action is "refuse", "rerun", or a
@@ -377,8 +373,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Raises:
             InvalidArgumentError: if an argument is invalid. For a coroutine function, use the method `arun_once()`.
             FingerprintMismatchError: if an earlier call used the key with different parameters.
-            IdempotencyInProgressError: if another caller is running the effect. Try again after the time in
-                `error.retry_after`.
+            IdempotencyInProgressError: if another caller is running the effect.
             OutcomeUnknownError: if an earlier attempt was abandoned, and `on_abandoned="refuse"`.
             LeaseLostError: if the effect ran, but another caller took over or deleted the key before the outcome was
                 recorded.

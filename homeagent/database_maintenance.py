@@ -341,8 +341,7 @@ class DatabaseMaintenance:
 
         Call `begin_epoch()` after a restore with PostgreSQL's tools, or from a snapshot of a disk or a virtual machine.
         The restored database lacks the nonces that were consumed after the backup. In the new epoch, the replay guard
-        refuses messages that devices signed earlier. In the new epoch, an attacker can't replay the messages of the
-        lost nonces.
+        refuses messages that devices signed earlier, so an attacker can't replay the messages of the lost nonces.
 
         Args:
             target: path or URL of the database, as for `Database.open`.

@@ -1,12 +1,7 @@
 """Deliver device changes to asynchronous iterators (see `Database.watch_devices`).
 
-Each `Database` has one thread, which reads the change feed for all iterators every 0.2 s. The thread starts with the
-first iterator, and ends with the last iterator. For each iterator, the thread stores only the number of the last
-delivered change, because the change feed itself is in the database.
-
-If the thread has not read the change feed for `PATIENCE` seconds, each iterator raises an error. Each iterator itself
-must check the time of the last read, because a lost connection can block the thread
-(`test_a_server_that_does_not_answer_ends_the_iterator`).
+One thread of each `Database` reads the change feed for all iterators. Each iterator itself must check the time of the
+last read, because a lost connection can block the thread (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
 from __future__ import annotations
@@ -46,10 +41,7 @@ _CLOSED = "the database was closed, or was opened before the process was forked:
 
 
 class _Subscription:
-    """Device changes that the thread has read for an iterator, and that the iterator has not returned yet.
-
-    The attribute `position` is the number of the last change that the thread has read.
-    """
+    """Device changes up to the number `position`, which the thread has read and the iterator has not returned yet."""
 
     def __init__(self, after: int) -> None:
         self._mutex = threading.Lock()
@@ -66,9 +58,7 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If no change is stored, return None, and register the function `wake` for a call when
-        a change is stored.
-        """
+        """Return the next change. If no change is stored, return None, and register `wake` for the next change."""
         # Do not call a function in this block, because Python can run a signal handler after a call. A signal handler
         # that closed the database would wait forever for the mutex that the interrupted thread holds
         # (`test_a_handler_that_wakes_an_iterator`).
@@ -99,9 +89,7 @@ class _Subscription:
 
 
 class DeviceChanges(AsyncIterator["DeviceChange"]):
-    """Asynchronous iterator of device changes, for one task at a time, under asyncio or trio. A cancellation of a
-    waiting task loses no change. The garbage collector also ends the iteration.
-    """
+    """Asynchronous iterator of device changes, for one task at a time. A cancelled wait loses no change."""
 
     def __init__(self, watcher: DeviceWatcher, after: int) -> None:
         self._watcher = watcher
@@ -147,9 +135,7 @@ def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
 
 
 class DeviceWatcher:
-    """Thread that reads the feed of device changes for a `Database`. The method `close()` waits for the thread for at
-    most the timeout, in seconds.
-    """
+    """Thread that reads the change feed of a `Database`. The argument `timeout` is in seconds, and limits `close()`."""
 
     def __init__(self, engine: Engine, *, timeout: float, monotonic: Callable[[], float] = monotonic) -> None:
         self._engine = engine
@@ -167,9 +153,7 @@ class DeviceWatcher:
     # The iterators
 
     def serve(self, subscription: _Subscription) -> None:
-        """Add a subscription, and start the thread if necessary. If the database was closed, or was opened before a
-        fork, raise DatabaseClosedError.
-        """
+        """Add a subscription, and start the thread. If the database is closed, raise DatabaseClosedError."""
         # Check for a fork before taking the mutex. In a forked child, the mutex can stay locked, because a thread of
         # the parent held the mutex during the fork.
         if self._engine.is_forked_copy or self._is_closed:
@@ -193,9 +177,7 @@ class DeviceWatcher:
             raise DatabaseError(f"could not start the thread that reads device changes: {error}") from None
 
     def seconds_left(self, subscription: _Subscription) -> float:
-        """Return the time after which the iterator must call the method again, in seconds. If the thread could not read
-        the change feed for `PATIENCE` seconds, raise DatabaseError.
-        """
+        """Return the seconds that an iterator can wait. After `PATIENCE` seconds without a read, raise an error."""
         waited = self._monotonic() - self._read_at
         if waited < PATIENCE:
             return PATIENCE - waited

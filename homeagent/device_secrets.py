@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 class DeviceSecrets:
-    """Base class of `Database` with the methods for the secrets of devices. The method `Database.__init__()` sets the
-    attributes of this class.
-    """
+    """Base class of `Database` with the methods for the secrets of devices. `Database.__init__` sets the attributes."""
 
     _runner: Runner
     _clock: Clock

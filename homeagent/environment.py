@@ -1,14 +1,6 @@
-"""Environment variables set the arguments of `Database.open` that the caller leaves out.
+"""Environment variables set the arguments of `Database.open` that the caller leaves out (see docs/settings.md).
 
-| variable | argument | value |
-|---|---|---|
-| `HOMEAGENT_DATABASE` | `target` | path or URL |
-| `HOMEAGENT_DURABILITY` | `durability` | `full` or `normal` |
-| `HOMEAGENT_BUSY_TIMEOUT` | `busy_timeout` | seconds, such as `30` or `0.5` |
-| `HOMEAGENT_POOL_SIZE` | `pool_size` | whole number from 1 to 1,000 |
-
-An argument that the caller passes overrides its variable, even if the argument has the default value. An empty
-environment variable counts as absent.
+An empty variable counts as absent. A passed argument overrides the variable, even if equal to the default value.
 """
 
 from __future__ import annotations

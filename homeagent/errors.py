@@ -295,8 +295,7 @@ class SchemaOutdatedError(DatabaseError):
     Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
 
     `error.location` is the path of the database, the URL of the server without the password, or None. If only revisions
-    of the application are missing, `error.application` is the name of the application. If homeagent's revisions are
-    missing, `error.application` is None.
+    of the application are missing, `error.application` is the name of the application. Otherwise, the value is None.
     """
 
     def __init__(
@@ -370,9 +369,7 @@ class MigrationError(DatabaseError):
 
     @property
     def cause(self) -> BaseException | None:
-        """Exception that the code of a revision raised, or None. If the database raised the exception, the value is
-        None.
-        """
+        """Exception that the code of a revision raised, or None if the database raised the exception."""
         return self.__cause__
 
 

@@ -1,9 +1,4 @@
-"""Clear local variables in tracebacks, so that error reporters do not record secrets.
-
-The frames of a traceback keep local variables, for example secrets and parameters of statements. The traceback keeps
-all lines, and the application's frames keep all variables. The decorator does not change an exception that is not a
-HomeAgentError, for example a TypeError from a mistake in homeagent.
-"""
+"""Clear the local variables of homeagent's frames in tracebacks, so that error reporters do not record secrets."""
 
 from __future__ import annotations
 
@@ -20,10 +15,9 @@ R = TypeVar("R")
 
 
 def clear_locals(error: BaseException) -> None:
-    """Clear the local variables of homeagent's frames in the traceback of an error.
+    """Clear the local variables of homeagent's frames in the tracebacks of an error, its causes and its contexts.
 
-    The function also clears the tracebacks of the error's causes and contexts. Python can't clear the frame of a
-    running function, so a caller of `clear_locals()` must delete its own local variables.
+    Python can't clear the frame of a running function, so the caller must delete its own local variables.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()

@@ -1,9 +1,6 @@
 """Group commit lets waiting write units share one transaction, because a synced commit takes longer than a unit.
 
-Each `Database` has at most one writer thread. The writer thread takes a batch of queued calls, runs each call in a
-savepoint, and then commits once. If only one caller has a unit to run, the thread of the caller runs the unit in a
-plain transaction. Ctrl-C cannot interrupt a batch, because Python runs signal handlers only in the main thread, and not
-in the writer thread.
+Ctrl-C can't interrupt a batch in the writer thread, because Python runs signal handlers only in the main thread.
 """
 
 from __future__ import annotations
@@ -47,13 +44,7 @@ class _NotSharedError(BaseException):
 
 
 class GroupCommit:
-    """Runs functions as write units of one database. The units of waiting callers share a commit.
-
-    Args:
-        settings: settings for the units of work.
-        executor: function that returns an executor. A thread of the executor calls the callbacks of a coroutine's unit.
-            If the shared commit of a coroutine's unit fails, a thread of the executor runs the unit.
-    """
+    """Runs functions as write units of one database. The units of waiting callers share a commit."""
 
     def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
         self._settings = settings
@@ -75,19 +66,12 @@ class GroupCommit:
     # Callers
 
     def run(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit, in this thread or in the writer thread, and return the function's value.
-
-        Raises:
-            DatabaseBusyError: if the unit could not begin or be committed within the `busy_timeout`.
-            UnitStateError: if this thread already has an open write unit.
-            DatabaseClosedError: if the database was closed, or was opened before a fork.
-        """
+        """Run a function as a unit, in this thread or in the writer thread, and return the function's value."""
         settings = self._settings
         settings.engine.pool(read_only=False)  # in a forked child, the method pool() raises DatabaseClosedError
         if get_ident() in settings.writing:
             refuse_nesting()
-        # Queue the call if another thread writes, or if the last batch had several units. Queued calls can share a
-        # commit.
+        # A queued call can share a commit with the calls of other threads.
         if settings.writing or self._is_contended or not self._queue.empty():
             call = QueuedCall(work)
             call.woken.acquire()
@@ -97,8 +81,7 @@ class GroupCommit:
                 while not call.state.is_over and not call.woken.acquire(timeout=wait):
                     wait = self._check(call)
             except BaseException:
-                # An interrupt can end the wait of the caller. If the writer thread has already called the function, the
-                # unit still ends normally.
+                # If the writer thread has already called the function, the unit still ends normally.
                 self._leave(call)
                 raise
             if call.state is not ALONE:
@@ -115,15 +98,7 @@ class GroupCommit:
         return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit in the writer thread. Return the function's value to the calling coroutine.
-
-        If the caller is cancelled before the unit begins, the unit does not run. After the unit has begun, a cancelled
-        caller waits for the end of the unit.
-
-        Raises:
-            DatabaseBusyError, DatabaseClosedError: in the same cases as for `GroupCommit.run()`.
-            DatabaseError: if no thread can be started. The call changed no row.
-        """
+        """Run a function as a unit in the writer thread. A cancelled caller waits for the end of a begun unit."""
         self._settings.engine.pool(read_only=False)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -142,8 +117,7 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.state.is_over:
-                # The cancellation ended the call's future, so give the call a new future. The function `_resolve()`
-                # ends the new future later, in the thread of the event loop.
+                # The cancellation ended the call's future. The function `_resolve()` will end the new future.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -159,9 +133,7 @@ class GroupCommit:
         return value
 
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
-        """Check the timeout of each call that a task of the event loop queued. Repeat the check until each call has
-        ended.
-        """
+        """Check the timeouts of the calls of an event loop, and repeat the check until each call has ended."""
         wait = min(map(self._check, calls), default=0)
         # Wake the callers whose calls have ended, in case the method `_deliver()` failed to notify the event loop.
         _resolve([call for call in calls if call.state.is_over])
@@ -171,11 +143,7 @@ class GroupCommit:
             self._loops.pop(loop, None)
 
     def _check(self, call: QueuedCall) -> float:
-        """If a call has waited for the whole timeout, move the call to the state LEFT.
-
-        The time in which the writer thread runs the call's function does not count as waiting. Return the time until
-        the call's timeout must be checked again, in seconds.
-        """
+        """Move a call that has timed out to the state LEFT. Return the time until the next check, in seconds."""
         remaining = timeout = self._settings.timeout
         now = monotonic()
         with self._mutex:
@@ -191,18 +159,14 @@ class GroupCommit:
         return max(remaining, _MIN_CHECK_INTERVAL)
 
     def _leave(self, call: QueuedCall) -> bool:
-        """Move a call to the state LEFT, and return True. If the call's function has begun, change nothing and return
-        False.
-        """
+        """Move a waiting call to the state LEFT, and return True. If the call has begun, return False."""
         with self._mutex:
             if call.state is QUEUED or call.state is STARTING:
                 call.state = LEFT
             return call.state is LEFT
 
     def _submit(self, calls: list[QueuedCall]) -> None:
-        """Queue calls for the writer thread in their order, and start the thread if necessary. If the database was
-        closed, the calls end with DatabaseClosedError.
-        """
+        """Queue calls for the writer thread, and start the thread if necessary."""
         if self._is_closed:
             self._refuse(calls)
             return
@@ -210,8 +174,7 @@ class GroupCommit:
             # AnyIO can have cancelled the future of a caller that has not run since.
             if call.future is None or not call.future.done():
                 self._queue.put(call)
-        # Read the attribute `_thread` only after the call of `put()`, because a writer thread with a call in its queue
-        # does not end.
+        # Read the attribute `_thread` only after `put()`, because a writer thread with a queued call does not end.
         with self._mutex:
             thread = self._thread
         if thread is not None:
@@ -241,12 +204,7 @@ class GroupCommit:
         self._deliver(self._move(calls, DONE))
 
     def close(self) -> None:
-        """End the queued calls with DatabaseClosedError. Wait for the end of the writer thread, for at most
-        `busy_timeout`.
-
-        The caller must have closed the connection pools. The method `close()` does not interrupt a running function,
-        and the function's unit is still committed.
-        """
+        """End the queued calls, and wait for the writer thread. The caller must have closed the connection pools."""
         with self._mutex:
             self._is_closed = True
             thread, timeout = self._thread, self._settings.timeout
@@ -303,8 +261,7 @@ class GroupCommit:
         try:
             with transaction:
                 self._run_units(first, transaction, shared)
-                # Do not commit the unit of a caller that has stopped waiting, because the caller's error says that no
-                # row was changed.
+                # Do not commit the unit of a caller that has stopped waiting, because the caller got an error.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
                 if all(call.error is not None for call in shared):
@@ -325,14 +282,11 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Add each executed call to the caller's
-        list, which is the argument `shared`.
-        """
+        """Run units in savepoints until the queue is empty or the batch is full. Add each executed call to `shared`."""
         settings = self._settings
         connection = transaction._require_connection()
         now = monotonic()
-        # A batch starts no unit after a quarter of the timeout, because the first caller waits until the whole batch is
-        # committed.
+        # A batch starts no unit after a quarter of the timeout, because the first caller waits for the whole batch.
         end = now + min(_MAX_BATCH_SECONDS, settings.timeout / 4)
         call: QueuedCall | None = first
         while call is not None:
@@ -402,10 +356,7 @@ class GroupCommit:
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:
-        """Describe the function that the writer thread is running, for error messages about the write lock.
-
-        If the writer thread runs no function, return None.
-        """
+        """Describe the function that the writer thread is running, or return None. Error messages contain the text."""
         running = next((call for call in reversed(self._batch) if call.state is RUNNING), None)
         return None if running is None else f"{running} since {monotonic() - running.since:.3f} s"
 

@@ -1,9 +1,6 @@
-"""Run a side effect once. homeagent first commits a claim of the key, then runs the effect without a transaction, and
-then commits the outcome.
+"""Run a side effect once: commit a claim of the key, run the effect without a transaction, and commit the outcome.
 
-If the process ends between the commit of the claim and the commit of the outcome, the outcome is unknown. By default,
-the next call with the key does not run the effect, and raises `OutcomeUnknownError`. By `on_abandoned=…`, the caller
-can choose a different action.
+If the process ends between the two commits, the outcome is unknown. By default, the next call does not run the effect.
 """
 
 from __future__ import annotations
@@ -44,24 +41,20 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# The method `Database.run` has the type `Run`, and the method `Database.arun` has the type `ARun`. With
-# `idempotent=True`, `Database.run` and `Database.arun` can run a unit twice.
+# Types of `Database.run` and `Database.arun` with `idempotent=True`, which can run a unit twice
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Shortest time between two renewals, in seconds. Renewals take place after each third of the lease. An attempt keeps
-# its lease even if a renewal fails.
+# Shortest time between two renewals, in seconds
 _SHORTEST_PERIOD = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """Arguments of a call of `run_once()`. The object contains the fingerprint and not the parameters, because the
-    effect can change the parameters.
-    """
+    """Arguments of `run_once()`. The fingerprint replaces the parameters, because the effect can change parameters."""
 
     scope: IdempotencyScope
     fingerprint: str
@@ -82,11 +75,7 @@ class OnceCall:
         effect: Callable[[Attempt], Any],
         instead: str | None = None,
     ) -> OnceCall:
-        """Check the arguments, and compute the fingerprint of the parameters.
-
-        For a coroutine function, raise an error with the remedy in the argument `instead`. If the remedy is None, the
-        effect can be a coroutine function.
-        """
+        """Check the arguments. With `instead=None`, the effect can be a coroutine function."""
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):
             check_function(on_abandoned, "on_abandoned", coroutine=instead)
@@ -96,7 +85,7 @@ class OnceCall:
 
     @property
     def period(self) -> float:
-        """Time between two renewals, in seconds."""
+        """Time between two renewals, in seconds. An attempt keeps its lease even if a renewal fails."""
         return max(min(self.lease, LONGEST_WAIT).total_seconds() / 3, _SHORTEST_PERIOD)
 
     def claim(self, unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
@@ -111,15 +100,9 @@ class OnceCall:
 
 
 class _Once:
-    """A function that ends an attempt in a unit of work. A second run of the function is safe, for example after a
-    commit with an unknown outcome.
+    """A function that ends an attempt, and that can run again, for example after a commit with an unknown outcome.
 
-    Args:
-        attempt: attempt to end.
-        write: function that records the outcome or releases the key.
-        leaves_record: True if the unit leaves a record of the attempt in the store. False if the function releases the
-            key. If the first run has released the key, a second run of the function finds no lease. The second run
-            counts as a success.
+    With `leaves_record=False`, the function releases the key. A second run without a lease then counts as a success.
     """
 
     def __init__(
@@ -156,33 +139,23 @@ class _Lease:
 class LeaseTimer:
     """Thread that renews the leases of all effects that run on a `Database`.
 
-    The thread sleeps until the next renewal is due. When the thread wakes and no effect runs, the thread ends. Because
-    the end of an effect does not wake the thread, the same thread serves many short effects.
-
-    Args:
-        run: function that runs a unit of work, for example the method `Database.run`.
+    The end of an effect does not wake the thread, so that the same thread serves many short effects.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        # The condition's lock must be reentrant, because a signal handler can run an effect while the interrupted
-        # thread holds the lock.
+        # The lock must be reentrant, because a signal handler can run an effect while the thread holds the lock.
         self._changed = threading.Condition()
         self._leases: set[_Lease] = set()
         self._thread: threading.Thread | None = None
         self._wakes = math.inf
 
     def renew(self, call: OnceCall, attempt: Attempt) -> Callable[[], None]:
-        """Renew the lease of a running effect until the caller calls the function that `renew()` returns.
-
-        Raises:
-            RuntimeError: if the system can't start a thread.
-        """
+        """Renew a lease until the caller calls the returned function. If no thread can start, raise RuntimeError."""
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # If the effect ends before the thread starts, the thread has no lease to renew, and ends at
-                # `lease.due`.
+                # If the effect ends before the thread starts, the thread ends at `lease.due`.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:
@@ -193,8 +166,7 @@ class LeaseTimer:
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # The returned function must not take the lock, because the lock can stay locked in a child that the effect has
-        # forked.
+        # The returned function must not take the lock, which can stay locked in a child that the effect has forked.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -241,14 +213,7 @@ class LeaseTimer:
 
 
 def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outcome:
-    """Run an effect once (see `Database.run_once`).
-
-    Args:
-        run: function that runs a unit of work, for example the method `Database.run`.
-        timer: timer that renews the lease while the effect runs.
-        call: checked arguments of `run_once()`.
-        effect: function that gets the attempt and returns the result.
-    """
+    """Run an effect once (see `Database.run_once`)."""
     is_substituted = False
     try:
         claimed = run(lambda unit: call.claim(unit, rerun=call.on_abandoned == "rerun"))
@@ -264,8 +229,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     try:
         end = timer.renew(call, attempt)
     except RuntimeError:
-        # The thread did not start, and the effect has not begun. Release the key, so that the attempt does not count as
-        # abandoned.
+        # The effect has not begun. Release the key, so that the attempt does not count as abandoned.
         run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
@@ -286,12 +250,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 
 
 class _AsyncUnits:
-    """Units of work of an `arun_once()` call. The units claim the key, record the outcome, or release the key.
-
-    Attributes:
-        substitute: function that runs instead of the effect, or None. After an abandoned attempt, the value is the
-            function that the caller passed as `on_abandoned`.
-    """
+    """Units of work of an `arun_once()` call. If not None, the function `substitute` runs instead of the effect."""
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
         self.substitute: Callable[[Attempt], Any] | None = None
@@ -312,9 +271,7 @@ class _AsyncUnits:
         return claimed
 
     async def release_claim(self) -> None:
-        """Release a claimed key, so that the attempt does not count as abandoned. Do not call the method after the
-        effect has begun.
-        """
+        """Release a claimed key, so that the attempt does not count as abandoned. The effect must not have begun."""
         if self._claimed is not None:
             # Ignore errors of the release, because the claim ends at the latest when its lease expires.
             with suppress(HomeAgentError):
@@ -365,11 +322,7 @@ class _AsyncUnits:
 async def arun_once(
     arun: ARun, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Awaitable[Any]]
 ) -> Outcome:
-    """Run a coroutine function as an effect once (see `Database.arun_once`).
-
-    A cancellation of the caller also cancels the effect. If the outcome is known before the cancellation, the function
-    still records the outcome.
-    """
+    """Run a coroutine function as an effect once (see `Database.arun_once`)."""
     import anyio
     from anyio.lowlevel import checkpoint_if_cancelled
 

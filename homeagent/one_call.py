@@ -1,12 +1,6 @@
-"""Create the stores of a database, such as `database.devices`. Each method call of a store such as `database.devices`
-is a separate unit of work.
+"""Create the stores of a database, such as `database.devices`, in which each call of a method is a separate unit.
 
-A method with the decorator `@reading` runs its statement in autocommit mode, without BEGIN and COMMIT. A method with
-the decorator `@writing` runs as a unit in `Runner.run()`, which retries after errors.
-
-A method without a decorator belongs to a store of the application. The first statement of the method runs in autocommit
-mode if the statement only reads. If a method without a decorator writes or sends a second statement, homeagent calls
-the method again in a unit.
+A method of an application's store runs again in a unit if the method writes, or sends a second statement.
 """
 
 from __future__ import annotations
@@ -37,9 +31,7 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
 
 
 class AutocommitReads:
-    """An object that takes the place of the unit of work in a store such as `database.devices`. The object runs each
-    SELECT in autocommit mode, without a lock.
-    """
+    """Takes the place of the unit in a store such as `database.devices`, and runs each SELECT in autocommit mode."""
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
         self.settings = settings
@@ -47,9 +39,7 @@ class AutocommitReads:
         self.now: Callable[[], datetime] = settings.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement, and return the object of the first row. If the statement returns no row, the result is
-        None.
-        """
+        """Run a statement, and return the object of the first row, or None if there is no row."""
         rows = self.settings.engine.read_alone(statement, parameters, self.settings.timeout)
         return rows[0] if rows else None
 
@@ -61,10 +51,7 @@ class AutocommitReads:
 
 @cache
 def _one_call_type(kind: type[Store]) -> Any:
-    """Derive a class from a store class. Each method that writes runs in a new unit of work.
-
-    The derived class inherits the methods with the decorator `@reading`.
-    """
+    """Derive a class from a store class, in which each method that writes runs in a new unit of work."""
     methods: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
         method = getattr(kind, name)
@@ -99,23 +86,14 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """A store's method needs a unit of work. homeagent runs the method again in a unit of work.
-
-    Attributes:
-        writes: True if the unit of work must be able to write.
-    """
+    """A store's method must run again in a unit of work. If `writes` is True, the unit must be able to write."""
 
     def __init__(self, *, writes: bool) -> None:
         self.writes = writes
 
 
 class _Reads:
-    """An object that takes the place of the unit of work while a store's method only reads.
-
-    Args:
-        unit: object that runs the statements.
-        allowed: maximum number of statements, or None for no limit.
-    """
+    """Takes the place of the unit while a store's method reads, for at most `allowed` statements (None: no limit)."""
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
         self._unit = unit
@@ -125,9 +103,7 @@ class _Reads:
         self.now = unit.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement, and return the object of the first row. If the statement returns no row, the result is
-        None.
-        """
+        """Run a statement, and return the object of the first row, or None if there is no row."""
         self._check(statement)
         return self._unit.one(statement, **parameters)
 
@@ -152,8 +128,7 @@ class _Reads:
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # A store's method that uses an attribute missing from this class can write to the database, so the method needs
-        # a unit.
+        # A method that uses an attribute missing from this class can write, so the method needs a unit.
         raise self._need(writes=True)
 
 

@@ -21,9 +21,7 @@ _ROWS_AT_ONCE = 500
 
 
 class UnitSession(Session):
-    """The ORM session of a unit. The session's method `commit()` only flushes, and its method `rollback()` rolls back
-    the whole unit.
-    """
+    """The ORM session of a unit. `commit()` only flushes the session, and `rollback()` rolls back the whole unit."""
 
     def __init__(self, unit: Transaction, connection: StoreConnection) -> None:
         super().__init__(
@@ -50,9 +48,7 @@ class UnitSession(Session):
         self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
-        """Expire the session's objects and collections that a store's statement can have changed. A statement that only
-        reads changes no object.
-        """
+        """Expire the session's objects and collections that a store's statement can have changed."""
         compiled = statement.compiled(self._dialect)
         if not compiled.writes:
             return
@@ -78,9 +74,7 @@ class UnitSession(Session):
                 self.expire(row, stale)
 
     def complete(self) -> None:
-        """Flush the pending changes, and load expired objects for the application's use after the unit. If the
-        application ended the transaction through SQLAlchemy's connection, raise UnitStateError.
-        """
+        """Flush the pending changes, and load expired objects for use after the end of the unit."""
         if not self._unit._require_connection().has_orm_transaction:
             raise UnitStateError(
                 "the transaction of uow.session's connection was committed or rolled back inside the unit: use "
@@ -106,9 +100,7 @@ def _after_rollback(session: UnitSession) -> None:
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
-    """Return True if a statement can change rows of a table, either directly or by the cascade of a foreign key (see
-    `Compiled.target` and `Compiled.cascade`).
-    """
+    """Return True if a statement can change rows of a table, directly or by a cascade (see `Compiled.cascade`)."""
     if table.fullname == target:
         return True
     return cascade is not None and any(

@@ -1,7 +1,6 @@
 """Pair devices, check their secrets and proofs, and rotate their secrets.
 
-Do not compute a slow hash inside a unit of work, because other writers would wait. Compute a slow hash before or after
-the unit of work.
+Do not compute a slow hash inside a unit of work, because other writers would wait.
 """
 
 from __future__ import annotations
@@ -60,8 +59,7 @@ class Pairing:
     def pair(self, request: DevicePair) -> PairedDevice:
         """Add a pending device (see `Database.pair`)."""
         check_kind(request, DevicePair, "request")
-        # Check the id and the limit before the slow hash, so that a refusal costs no hash. The unit of work repeats
-        # both checks.
+        # Check the id and the limit before the slow hash, so that a refusal costs no hash.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._max_pending
@@ -82,15 +80,13 @@ class Pairing:
                 # Check the limit after the insert. If the unit runs a second time, the insert raises DeviceExistsError,
                 # and the limit can't refuse the device of the first run.
                 unit.devices.require_pending_room(limit)
-                # Delete idempotency keys of an earlier device with the same id. Do not delete a key in progress,
-                # because a call of `run_once()` with the key can be pairing the new device.
+                # Do not delete a key in progress: a call of `run_once()` with the key can be pairing the device.
                 unit.idempotency_keys.delete_ended(create.id)
                 return device
             except DeviceExistsError:
                 stored = unit.devices.find_by_id(create.id)
-                # If the store has the new hash and the new verifier, an earlier run of the unit stored the device. Two
-                # calls can't have an equal hash and an equal verifier, because the hash or the verifier has a random
-                # salt.
+                # If the hash and the verifier are equal, an earlier run of the unit stored the device, because the hash
+                # or the verifier has a random salt.
                 if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
                     raise
                 return stored
@@ -141,9 +137,7 @@ class Pairing:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Replace the hash of a secret by a hash with current parameters. If the database refuses the change, log only
-        a warning, because the check of the secret has succeeded.
-        """
+        """Replace a hash by a hash with current parameters. Only log an error, because the check has succeeded."""
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
@@ -198,8 +192,7 @@ class Pairing:
             if overlap and not current.approved:
                 raise DeviceNotApprovedError(device_id)  # set_secret() checks the approval again
             old = current.shared_secret_hash
-            # During an overlap, a check needs only one slow hash if the two stored hashes have the same salt. If the
-            # old secret expires at once, use a new salt.
+            # During an overlap, a check needs only one slow hash if the two stored hashes have the same salt.
             new = hash_secret(secret, beside=old if overlap else None, waiting=self._waiting_hashes)
             verifier = _make_verifier(secret)
 

@@ -1,8 +1,5 @@
 """A call in the queue of the group commit has a function, a state and an outcome.
 
-The following table shows how the state of a call changes. The writer thread sets most states of a call. If a caller
-stops waiting, the caller sets the state `CallState.LEFT`.
-
 | from | to | when |
 |---|---|---|
 | QUEUED | STARTING | the call is the first of a batch, and the writer thread waits for the write lock |
@@ -64,12 +61,9 @@ class QueuedCall:
 
     work: Callable[[UnitOfWork], Any]
     future: asyncio.Future[None] | None = None
-    """Future that wakes the waiting coroutine. The future is None if a thread waits."""
+    """Future that wakes the waiting coroutine, or None if a thread waits."""
     woken: threading.Lock = field(default_factory=threading.Lock)
-    """Lock that wakes the waiting thread.
-
-    Do not use a `threading.Event`. An interrupt could leave the event's lock held, which would block the writer thread.
-    """
+    """Lock that wakes the waiting thread. An interrupt could leave the lock of a `threading.Event` held."""
     context: Context = field(default_factory=copy_context)
     caller: int = field(default_factory=get_ident)
     state: CallState = QUEUED
@@ -84,8 +78,7 @@ class QueuedCall:
             try:
                 raise self.error
             finally:
-                # Delete the call's reference to the error. The error's traceback refers to the call, and the reference
-                # to the error would complete a cycle.
+                # Break the reference cycle of the error, its traceback and the call.
                 self.error = None
         return self.value
 

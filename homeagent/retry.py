@@ -1,9 +1,6 @@
 """Run functions as units of work, and run a unit again after an error if a second run is safe.
 
-A unit can run again if the database has rolled the unit back. The database rolls a unit back after a conflict with
-another unit, or if the connection was lost before COMMIT was sent. If the connection was lost after COMMIT was sent,
-the outcome of the commit is unknown. After an unknown outcome, the unit runs again only if the caller has passed
-`idempotent=True`.
+If the connection was lost during COMMIT, the outcome is unknown. Then only an idempotent unit runs again.
 """
 
 from __future__ import annotations
@@ -36,8 +33,7 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# Upper bound of the pause before the first retry, and largest upper bound of a pause, in seconds. The bound doubles
-# with each retry. Each pause is a random time up to the bound.
+# Bounds of the first pause and of the longest pause, in seconds. A pause is a random part of its bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
@@ -46,20 +42,15 @@ _NO_COROUTINE = "make it an ordinary function, and await outside the unit"
 
 # Each kind of work has separate worker threads.
 _UNITS, _CHECKS, _SLOW_HASHES = "units", "checks", "slow_hashes"
-
-# Number of worker threads for each kind of work
 _WORKERS = 64
 
 
 class Runner:
-    """Runs functions as units of work of one database. When the timeout of the settings is over, the object starts no
-    further retry of a unit.
-    """
+    """Runs functions as units of work of one database. After the timeout of the settings, no further retry starts."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
-        # PostgreSQL itself groups the commits of several connections, so each unit on PostgreSQL has its own
-        # connection.
+        # PostgreSQL itself groups the commits of several connections.
         self._group_commit = (
             GroupCommit(settings, partial(self._executor, _UNITS)) if settings.engine.shares_commits else None
         )
@@ -67,9 +58,7 @@ class Runner:
         self._checks = CollectedCalls[ThreadCall](lambda calls: run_in_thread(self._executor(_CHECKS), calls))
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Run a function as a unit of work. Run the unit again after an error if a second run is safe (see
-        `Database.run`).
-        """
+        """Run a function as a unit, and run the unit again if a second run is safe (see `Database.run`)."""
         check_function(work, "work", coroutine=_NO_COROUTINE)
         begun, retries = monotonic(), None
         while True:
@@ -103,16 +92,13 @@ class Runner:
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
         """Call `work()` in a worker thread. A cancelled caller also waits for the end of the call.
 
-        Args:
-            work: function that can block.
-            slow: True if the function computes a slow hash; False if the function makes a short check. Slow hashes and
-                checks have separate worker threads, so that a check does not wait for a slow hash.
+        Slow hashes (`slow=True`) and short checks have separate threads, so that a check does not wait for a slow hash.
         """
         await checkpoint_if_cancelled()
         return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
 
     async def _in_thread(self, work: Callable[[], T], kind: str) -> T:
-        """Call `work()` in a worker thread that is only for one kind of work (see `in_thread()`)."""
+        """Call `work()` in a worker thread that is only for one kind of work."""
         if not _under_asyncio():
             import anyio.to_thread
 
@@ -154,9 +140,7 @@ class _Retries:
         self._unknown: CommitUnknownError | None = None
 
     def pause_after(self, error: HomeAgentError) -> float:
-        """Return the pause before the next try, in seconds. If the unit must not run again, raise the error of the
-        unit.
-        """
+        """Return the pause before the next try, in seconds. If the unit must not run again, raise the error."""
         if isinstance(error, CommitUnknownError):
             if not self._idempotent:
                 raise error
@@ -179,9 +163,7 @@ def _under_asyncio() -> bool:
 
 
 def _worker_limiter(kind: str) -> CapacityLimiter:
-    """Return the limiter of trio's worker threads for one kind of work. Create the limiter at its first use. Do not use
-    AnyIO's default limiter, because the application uses that limiter too.
-    """
+    """Return the limiter of trio's worker threads for a kind of work. The application uses AnyIO's default limiter."""
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar
 

@@ -285,9 +285,8 @@ _DECOY_TEXT = _format_verifier(_DECOY.parameters, _DECOY.stored_key, _DECOY.serv
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
     """Return True if the proof of the message was made with the secret of the verifier. Use this function in a gateway.
 
-    The duration is the same for a right proof, a wrong proof and an absent device. The function always parses a
-    verifier and computes two hashes. The caller must also check the timestamp and consume the nonce, because an
-    attacker could send an old proof again.
+    The duration is the same for a right proof, a wrong proof and an absent device. The caller must also check the
+    timestamp and consume the nonce, because an attacker could send an old proof again.
 
     Args:
         verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.

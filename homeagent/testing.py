@@ -88,8 +88,7 @@ class _Templates:
         if server is not None:
             return _create_database(server, template=made.database)
         copied = self._new_directory()
-        # Also copy the lock file, which contains a marker. Without the lock file, `Database.open` would write and sync
-        # a new marker.
+        # Without a copy of the lock file, `Database.open` would write and sync a new marker.
         for name in ("homeagent.db", "homeagent.db.lock"):
             shutil.copy(made.with_name(name), copied)
         return copied / "homeagent.db"

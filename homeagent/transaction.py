@@ -1,7 +1,5 @@
 """Begin and end the transaction of a unit of work, and release the connection.
 
-The following table shows how the state of a unit of work changes.
-
 | from | to | when |
 |---|---|---|
 | NEW | OPEN | the `with` block is entered, the unit has got a connection, and the transaction has begun |
@@ -42,8 +40,7 @@ class UnitState(Enum):
     FINISHED = auto()
 
 
-# Use the global names for the states, because reading a global name is faster than reading `UnitState.OPEN`. Every
-# statement of a unit of work checks the unit's state.
+# Every statement checks the state of the unit, and reading a global name is faster than `UnitState.OPEN`.
 NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
 
 SAVEPOINT = "homeagent_group"
@@ -64,9 +61,7 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait for the thread's
-    first unit.
-    """
+    """Raise UnitStateError for a second write unit in a thread, which would wait for the thread's first unit."""
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
         "to be able to undo a part of a unit, use savepoint()"
@@ -76,15 +71,8 @@ def refuse_nesting() -> NoReturn:
 class Transaction:
     """Base class of `UnitOfWork`. As a context manager, the unit begins and ends the transaction.
 
-    Args:
-        settings: settings for the units of work of the database.
-        read_only: True if the unit only reads. All reads of a read-only unit see one snapshot.
-        timeout: longest wait for a connection, in seconds. With `timeout=None`, the longest wait is `settings.timeout`.
-        joined: connection with the transaction of a batch; None if the unit begins its own transaction. A unit that
-            joins a batch is a savepoint in the transaction of the batch. The method `_leave()` ends the unit.
-
-    Attributes:
-        settings: settings of the database's units.
+    A unit with the argument `joined` is a savepoint in the transaction of a batch. The method `_leave()` ends the unit.
+    The timeout is in seconds, and None means `settings.timeout`.
     """
 
     __slots__ = (
@@ -170,10 +158,7 @@ class Transaction:
             call_back(self._after_commit)
 
     def _undo(self, connection: StoreConnection) -> bool:
-        """Roll back, and return True if the connection is still usable.
-
-        The database itself rolls back the transaction of an unusable connection.
-        """
+        """Roll back. Return False if the connection is not usable, because the database itself then rolls back."""
         if connection.is_lost:
             return False
         try:
@@ -268,10 +253,7 @@ class Transaction:
         self._state = ROLLED_BACK
 
     def _end_after_rollback(self) -> None:
-        """Set the state `UnitState.ROLLED_BACK` if the ORM session has rolled back the whole transaction.
-
-        If the session has rolled back only to a savepoint, the unit stays open.
-        """
+        """Set the state ROLLED_BACK, unless the ORM session has rolled back only to a savepoint."""
         connection = self._connection
         if self._state is not OPEN or connection is None:
             return
@@ -282,11 +264,7 @@ class Transaction:
             self._undo_changes(connection)
 
     def _leave(self, *, keep: bool) -> list[Callable[[], object]] | None:
-        """End a unit that has joined a batch. Return the callbacks that must be called after the commit.
-
-        Args:
-            keep: True to keep the changes of the unit in the transaction, or False to undo the changes.
-        """
+        """End a unit that has joined a batch. Return the callbacks that must be called after the commit."""
         connection, self._connection = self._connection, None
         session, self._session, self._run = self._session, None, None
         is_open, self._state = self._state is OPEN, FINISHED

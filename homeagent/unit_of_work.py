@@ -149,8 +149,7 @@ class UnitOfWork(Transaction):
         Args:
             scope: identity of the call.
             effect: function that gets the attempt, uses this unit and returns any JSON value.
-            params: parameters of the call. If a later call uses the key with different parameters, `run_once()` raises
-                FingerprintMismatchError.
+            params: parameters of the call. A later call with the key must have equal parameters.
             ttl: time for which a retry of the call returns the stored outcome.
 
         Raises:
@@ -180,9 +179,7 @@ class UnitOfWork(Transaction):
     # Methods that the stores call
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's statement, and return the object of the first row. If the statement returns no row, return
-        None.
-        """
+        """Run a store's statement, and return the object of the first row, or None if there is no row."""
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None
 
@@ -196,9 +193,7 @@ class UnitOfWork(Transaction):
         return self._connection.changes()  # type: ignore[union-attr]  # the statement has required the connection
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's statement that writes and has RETURNING. Return the object of the first row. If the statement
-        returns no row, return None.
-        """
+        """Run a store's statement with RETURNING, and return the object of the first row, or None without a row."""
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None
 
@@ -245,12 +240,7 @@ for _name, _store in get_type_hints(UnitOfWork).items():
 
 
 def add_stores(kind: type[U]) -> type[U]:
-    """Add a property for each store that a subclass of `UnitOfWork` annotates, and return the class.
-
-    Raises:
-        InvalidArgumentError: if the class is not a subclass of `UnitOfWork`. InvalidArgumentError is also raised if an
-            annotation is not a subclass of `Store`, or hides an attribute of `UnitOfWork`.
-    """
+    """Add a property for each store that a subclass of `UnitOfWork` annotates, and return the class."""
     if not isinstance(kind, type) or not issubclass(kind, UnitOfWork):
         raise InvalidArgumentError("unit must be a subclass of UnitOfWork")
     own = [base for base in kind.__mro__ if not issubclass(UnitOfWork, base)]

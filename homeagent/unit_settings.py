@@ -18,19 +18,7 @@ _DEFAULT_LIMITS = Limits()
 
 
 class UnitSettings:
-    """Settings and state that all units of one database share.
-
-    Args:
-        engine: engine from which the units get their connections.
-        clock: clock that each store method reads once.
-        timeout: longest wait of a unit for a connection, in seconds.
-        unit: class of the units that the application gets.
-        limits: limits on the rows that devices can create. The default is `Limits()`.
-
-    Attributes:
-        grants: rows that the stores may add without a count (see `homeagent.stores.room`).
-        writing: ids of the threads that have an open write unit.
-    """
+    """Settings and state that all units of one database share. The timeout is in seconds."""
 
     __slots__ = ("clock", "engine", "grants", "limits", "timeout", "unit", "writing")
 
@@ -42,7 +30,9 @@ class UnitSettings:
         self.timeout: float = timeout
         self.unit: type[UnitOfWork] = unit
         self.limits: Limits = limits
+        # Rows that the stores may add without a count (see `homeagent.stores.room`)
         self.grants: dict[tuple[str, str, int], Iterator[int]] = {}
+        # Ids of the threads that have an open write unit
         self.writing: set[int] = set()
 
     def now(self) -> datetime:

@@ -1,6 +1,4 @@
-"""Version of the installed package. Importing importlib.metadata takes 1 to 2 ms, so the package imports this module
-lazily.
-"""
+"""Version of the package. Import this module lazily, because importing importlib.metadata takes 1 to 2 ms."""
 
 from importlib.metadata import PackageNotFoundError, version
 
