@@ -27,7 +27,7 @@ _latest = (0, _EPOCH)
 def system_clock() -> datetime:
     """Return the current time in whole milliseconds. The returned time never goes back within a process.
 
-    If timestamps went back, events would be in the wrong order, and expired nonces would count as unexpired.
+    If timestamps went back, expired nonces would count as unexpired.
     """
     global _latest
     milliseconds = time_ns() // _MILLION

@@ -54,7 +54,6 @@ class _Subscription:
 
     @property
     def has_room(self) -> bool:
-        """True if the iterator can store another page of changes."""
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
@@ -69,7 +68,6 @@ class _Subscription:
         return None if is_empty else self._changes.popleft()
 
     def put(self, changes: list[DeviceChange]) -> None:
-        """Store a page of changes for the iterator, and wake the iterator."""
         with self._mutex:
             self._changes.extend(changes)
         self.is_behind = len(changes) == _PAGE

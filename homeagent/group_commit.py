@@ -91,7 +91,6 @@ class GroupCommit:
         return self._run_alone(work)
 
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit in this thread, in its own transaction."""
         with self._settings.unit(self._settings, read_only=False) as unit:
             # Do not return inside the block, because `test_an_interrupt_anywhere_in_a_call_holds_nobody_up` would fail.
             value = work(unit)
@@ -198,7 +197,6 @@ class GroupCommit:
             self._deliver(ended)
 
     def _refuse(self, calls: list[QueuedCall]) -> None:
-        """End calls with DatabaseClosedError."""
         for call in calls:
             call.error = DatabaseClosedError(_CLOSED)
         self._deliver(self._move(calls, DONE))
@@ -251,7 +249,6 @@ class GroupCommit:
             self._batch = []
 
     def _run_batch(self, first: QueuedCall) -> None:
-        """Run units in one transaction, and wake their callers."""
         timeout = max(first.since + self._settings.timeout - monotonic(), 0)
         if not self._move([first], STARTING):
             return
@@ -318,7 +315,6 @@ class GroupCommit:
             call = None if is_full else self._next()
 
     def _next(self) -> QueuedCall | None:
-        """Return the next queued call, or None if the queue is empty."""
         try:
             return self._queue.get_nowait()
         except Empty:

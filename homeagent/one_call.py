@@ -103,12 +103,10 @@ class _Reads:
         self.now = unit.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement, and return the object of the first row, or None if there is no row."""
         self._check(statement)
         return self._unit.one(statement, **parameters)
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
-        """Run a statement, and return the objects of all rows."""
         self._check(statement)
         return self._unit.all(statement, **parameters)
 

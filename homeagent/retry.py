@@ -40,7 +40,6 @@ _LONGEST_PAUSE = 0.5
 
 _NO_COROUTINE = "make it an ordinary function, and await outside the unit"
 
-# Each kind of work has separate worker threads.
 _UNITS, _CHECKS, _SLOW_HASHES = "units", "checks", "slow_hashes"
 _WORKERS = 64
 
@@ -98,7 +97,6 @@ class Runner:
         return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
 
     async def _in_thread(self, work: Callable[[], T], kind: str) -> T:
-        """Call `work()` in a worker thread that is only for one kind of work."""
         if not _under_asyncio():
             import anyio.to_thread
 
@@ -110,7 +108,6 @@ class Runner:
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
 
     def _executor(self, kind: str) -> Executor:
-        """Return the executor for one kind of work under asyncio."""
         executor = self._executors.get(kind)
         if executor is None:
             from concurrent.futures import ThreadPoolExecutor
@@ -128,8 +125,6 @@ class Runner:
 
 
 class _Retries:
-    """Decides whether one unit runs again, and after which pause."""
-
     __slots__ = ("_bound", "_deadline", "_idempotent", "_settings", "_unknown")
 
     def __init__(self, settings: UnitSettings, begun: float, *, idempotent: bool) -> None:

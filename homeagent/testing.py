@@ -75,7 +75,6 @@ class _Templates:
         self._made: dict[tuple[str | None, str], Any] = {}
 
     def copy(self, server: str | None, options: dict[str, Any]) -> Path | URL:
-        """Copy a template with the schema for the given options, and return the path or the URL of the copy."""
         from homeagent.database import Database
 
         schema = {name: options[name] for name in _SCHEMA_OPTIONS if name in options}

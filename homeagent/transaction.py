@@ -173,7 +173,6 @@ class Transaction:
         return True
 
     def _end(self, connection: StoreConnection, committed: bool) -> None:
-        """Roll back a unit that was not committed, release the connection, and count the unit."""
         settings = self.settings
         engine = settings.engine
         pool = engine.readers if self.read_only else engine.writers
@@ -244,7 +243,6 @@ class Transaction:
         self._undo_changes(connection)
 
     def _undo_changes(self, connection: StoreConnection) -> None:
-        """Roll back the changes of this unit, and set the state `UnitState.ROLLED_BACK`."""
         if not self._has_joined:
             connection.rollback()
         elif connection.in_transaction:

@@ -53,7 +53,6 @@ class _Recipe:
 
 
 def _recipe_of(stored: str | None) -> _Recipe | None:
-    """Return the inputs of a stored Argon2 hash. For any other text, return None."""
     found = _ARGON2.fullmatch(stored or "")
     if found is None:
         return None
@@ -177,7 +176,6 @@ class SecretHasher:
         return recipe.costs == self._costs and lengths == (_SALT_BYTES, _DIGEST_BYTES)
 
     def _run(self, text: str, recipe: _Recipe, waiting: int) -> str:
-        """Return the hash of a text in Argon2's text form."""
         from argon2.exceptions import HashingError
         from argon2.low_level import Type, hash_secret
 
