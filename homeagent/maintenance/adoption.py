@@ -1,15 +1,7 @@
-"""Adopt a database that an application created before homeagent: add homeagent's tables next to the application's
-tables.
+"""Adopt the database of an application: add homeagent's tables next to the application's tables.
 
-A SQLite file can contain tables with the schema of homeagent's first version, which another program created. In tables
-of the first version, constraints can lack names, and primary keys can contain NULL. The adoption converts tables of the
-first version to homeagent's tables. A row whose primary key is NULL moves to a separate table, because homeagent's
-tables do not accept the row.
-
-The function `preview_adoption()` only reads. The function `adopt()` takes the report that the administrator confirmed,
-and refuses a database that has changed since the report. On SQLite the changes are one transaction after a backup. The
-transaction also writes the application id. Even if the process is killed, the file belongs either to the application or
-to homeagent.
+A SQLite file can contain tables of homeagent's first version, with unnamed constraints and NULL keys. One transaction
+converts these tables and writes the application id, so a crash leaves no file that belongs to both programs.
 """
 
 from __future__ import annotations
@@ -294,8 +286,7 @@ def _convert(connection: Connection, report: AdoptionReport) -> None:
         execute(f"DROP TABLE {table}")
     upgrade(connection, _FIRST)
     for table in report.converted:
-        # The names are safe in SQL. The names from this module are constants. The caller has compared each name from
-        # the report with the database.
+        # The names are safe in SQL: constants, and names in the report that the caller compared with the database.
         columns = ", ".join(_FIRST_TABLES[table])
         key = _FIRST_TABLES[table][0]
         execute(

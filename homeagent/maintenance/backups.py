@@ -33,9 +33,7 @@ _LOCK = ".homeagent-backups.lock"
 
 
 def require_file(engine: Engine) -> SQLiteEngine:
-    """Return the engine if the database is a SQLite file. For PostgreSQL, raise DatabaseError with a message that names
-    PostgreSQL's tools.
-    """
+    """Return the engine if the database is a SQLite file. For PostgreSQL, raise DatabaseError."""
     if not isinstance(engine, SQLiteEngine):
         raise DatabaseError(
             "a PostgreSQL database is backed up with its own tools: pg_dump for one database, pg_basebackup and an "
@@ -54,18 +52,7 @@ def back_up(
     timeout: timedelta,
     stop: Stop = lambda: False,
 ) -> Path:
-    """Make a verified backup, and return its path (see `Database.backup`).
-
-    Args:
-        engine: engine of the source database.
-        destination: path of a directory or of a new file.
-        clock: clock for the time of the backup.
-        keep: number of this database's backups to keep. homeagent neither counts nor removes a backup without a
-            manifest, a backup from an upgrade, or a backup whose owner `restore()` would refuse.
-        replace: True to replace an existing file.
-        timeout: longest wait for another backup into the same directory.
-        stop: function that is called repeatedly. If the function returns True, the backup is cancelled.
-    """
+    """Make a verified backup, and return its path (see `Database.backup`)."""
     engine = require_file(engine)
     if keep is not None:
         check_limit(keep, "keep")
@@ -86,9 +73,7 @@ def back_up(
 
 
 def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> Path | None:
-    """Make a scheduled backup, and return its path. If no backup is due, or another process makes the backup, return
-    None.
-    """
+    """Make a backup if the schedule requires a backup. Return None if this process makes no backup."""
     engine = require_file(engine)
     directory = locate_file(schedule.directory)
     if not _is_due(engine.path, directory, schedule, clock()):
@@ -109,9 +94,7 @@ def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, st
 
 
 def back_up_on_schedule(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> None:
-    """Make a scheduled backup if it is due. If the backup fails, log the error, so that the caller's sweep
-    continues.
-    """
+    """Make a scheduled backup if it is due. Log the error of a failed backup, so that the caller continues."""
     try:
         back_up_if_due(engine, schedule, clock=clock, stop=stop)
     except HomeAgentError as error:
@@ -181,8 +164,7 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
     if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
     for sidecar in sidecars(target):
-        # An existing sidecar file belongs to another database. SQLite would apply the sidecar file to a backup with the
-        # same name.
+        # SQLite would apply the sidecar file of another database to a backup with the same name.
         if os.path.lexists(sidecar):
             raise InvalidArgumentError(
                 f"{quoted(target)} is a database that is open or was not closed cleanly, since {quoted(sidecar)} "
@@ -191,9 +173,7 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
 
 
 def _remove_stale(directory: Path, database: Path) -> None:
-    """Remove incomplete files of killed backups. The caller holds the lock of the directory, so no other backup
-    runs.
-    """
+    """Remove incomplete files of killed backups. The caller holds the lock of the directory."""
     with explained("look into the directory", directory):
         names = [entry.name for entry in os.scandir(directory)]
     for name in names:
@@ -222,8 +202,7 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # If the path of the last backup can't be written, the backup is still valid. Only error messages about a
-        # damaged database use the path.
+        # The backup is valid without the note. Only error messages about a damaged database use the path.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

@@ -1,6 +1,4 @@
-"""Check the content of a SQLite file while the database is open. `Database.open` does not check the content of a large
-file.
-"""
+"""Check the content of a SQLite file while the database is open. `Database.open` does not check a large file."""
 
 from __future__ import annotations
 
@@ -23,12 +21,7 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class ContentCheck:
-    """Object that checks the content of an open SQLite database periodically.
-
-    Each table is checked with its indexes in one read-only unit. The first check of a database is due at once. The
-    argument `every` sets the pause between two checks. If a check exceeds the time budget, the next check continues
-    with the remaining tables. On PostgreSQL the method `run_if_due()` does nothing.
-    """
+    """Object that periodically checks each table of an open SQLite file. The first check is due at once."""
 
     def __init__(
         self,
@@ -46,11 +39,7 @@ class ContentCheck:
         self._left: list[str] = []
 
     def run_if_due(self, stop: Callable[[], bool]) -> None:
-        """If a check is due, check the remaining tables until the function `stop()` returns True.
-
-        If the database is damaged, raise CorruptDatabaseError. After the error, later units of the database also raise
-        CorruptDatabaseError.
-        """
+        """If a check is due, check the remaining tables. If a table is damaged, raise CorruptDatabaseError."""
         engine = self._engine
         now = self._monotonic()
         if not isinstance(engine, SQLiteEngine) or now < self._due:

@@ -1,14 +1,7 @@
 """Find the tables to copy, copy their rows, and compare the copied rows with the source.
 
-homeagent reads the structure of the tables from both databases. Values of homeagent's tables are copied as they are
-stored. For example, homeagent copies a timestamp as a number of milliseconds, and JSON as text.
-
-The engines store some types of the application differently; for example, SQLite stores a timestamp as text. Therefore
-homeagent converts the application's values by the column types of the application's models. If a table has no model,
-homeagent converts the values by the types that SQLAlchemy finds in the database.
-
-The engines can order text keys differently. Therefore the comparison does not follow the order of the keys. The
-comparison reads a page of rows from the source, and the rows with equal keys from the target.
+The engines store some types of the application differently, so the application's values are converted by their column
+types. The engines can order text keys differently, so the comparison finds the target's rows by key.
 """
 
 from __future__ import annotations
@@ -63,8 +56,7 @@ PAGE = 1000
 PAGE_WITH_JSON = 25
 """Number of rows that a page of a table with JSON has. The JSON of one row has up to 1 MiB."""
 
-# In columns of the following types, the stored values are equal on both engines. Therefore homeagent copies the values
-# without decoding.
+# Both engines store equal values in columns of these types, so homeagent copies the values without decoding.
 _STORED_ALIKE = (AutoString, EnumColumn, FlagColumn, JsonColumn, TimestampColumn)
 
 _Row = tuple[Any, ...]
@@ -74,9 +66,7 @@ Progress = Callable[[str, int], object]
 
 
 class _JsonText(TypeDecorator[str]):
-    """A column type that reads JSON as text. A decoded value would not distinguish NULL from JSON's null, and would
-    lose digits.
-    """
+    """JSON that is read as text. A decoded value would lose digits, and would not distinguish NULL from JSON's null."""
 
     impl = Text
     cache_ok = True
@@ -90,12 +80,7 @@ _parsed = partial(json.loads, parse_float=Decimal)
 
 @dataclass(frozen=True)
 class CopiedTable:
-    """A table of homeagent or of the application, with its description in the source and in the target.
-
-    Attributes:
-        model: table of homeagent's model. The value is None for a table of the application.
-        page: number of rows of a page.
-    """
+    """A table in the source and in the target. For a table of the application, the field `model` is None."""
 
     name: str
     source: Table
@@ -204,9 +189,7 @@ class CopiedTable:
             ) from None
 
     def continue_numbers(self, source: Connection, target: Connection) -> None:
-        """Ensure that new rows in the target get numbers above all numbers that the source has assigned to rows, even
-        if the rows were deleted.
-        """
+        """Make new rows of the target get numbers above all numbers of the source, including those of deleted rows."""
         last = self._last_number(source)
         if target.dialect.name == "sqlite":
             # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
@@ -247,11 +230,7 @@ _SET_VALUE = text("SELECT setval(s, :last) FROM pg_get_serial_sequence(:table, :
 
 
 def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTable]:
-    """Return homeagent's tables to copy, in the order of their foreign keys.
-
-    The feed of device changes is not copied, because the target's triggers add a change for each copied device. When
-    the copy writes the only row of the table `store`, the change feed of the target restarts.
-    """
+    """Return homeagent's tables in the order of their foreign keys, except the feed that the target's triggers fill."""
     tables = []
     for model in SCHEMA:
         if model is not DeviceChange.__table__:
@@ -264,12 +243,7 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
 def applications_tables(
     engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
 ) -> list[CopiedTable]:
-    """Return the application's tables to copy, in the order of their foreign keys.
-
-    Raises:
-        InvalidArgumentError: if the target lacks a table, or a table of the target has other columns. The argument
-            `leave` contains the names of tables to skip.
-    """
+    """Return the application's tables to copy, without the tables in `leave`, in the order of their foreign keys."""
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)
     if wrong:
@@ -309,6 +283,7 @@ def applications_tables(
     return [_own_table(name, source, target, declared.get(name)) for name in _in_order(target, names)]
 
 
+# Only the owner of a table can defer the check of its foreign keys.
 _REFERENCES = text(
     "SELECT c.relname, k.conname, p.relname FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid"
     " JOIN pg_class p ON p.oid = k.confrelid WHERE k.contype = 'f' AND NOT k.condeferrable AND k.conparentid = 0"
@@ -319,12 +294,7 @@ _REFERENCES = text(
 
 @contextmanager
 def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
-    """On PostgreSQL, defer the check of some foreign keys to the end of the block: foreign keys that refer to their own
-    table, and foreign keys that form a circle of tables.
-
-    With such a foreign key, the copy can insert a child row before its parent row. Only the owner of a table can defer
-    the check of its foreign keys. SQLite defers all foreign keys to the COMMIT.
-    """
+    """On PostgreSQL, defer during the block each foreign key that could refuse a child row before its parent row."""
     if not tables or connection.dialect.name == "sqlite":
         yield
         return

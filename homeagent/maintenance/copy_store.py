@@ -73,14 +73,7 @@ def copy_store(
     leave: Collection[str] = (),
     progress: Callable[[CopyProgress], object] | None,
 ) -> CopyReport:
-    """Copy all rows of a store into an empty store, and compare both stores before the commit.
-
-    `engines=(source, target)` contains the two engines. The docstring of `Database.copy_to()` describes the other
-    arguments and the errors.
-
-    Raises:
-        DatabaseError: if the rows read back from the target differ from the copied rows.
-    """
+    """Copy all rows of the first engine's store into the empty store of the second engine (see `Database.copy_to`)."""
     with open_target() as target, open_source() as source:
         origin, destination = source.session.connection(), target.session.connection()
         acknowledged = engines[0].acknowledged | engines[1].acknowledged
@@ -93,8 +86,7 @@ def copy_store(
         _keep_writers_out(destination, tables)
         for table in tables:
             if table.name == store_table.name:
-                # Replace the row that a revision inserted in the target, so that the target continues with the epoch of
-                # the source.
+                # Replace the row that a revision inserted, so that the target continues with the epoch of the source.
                 destination.execute(delete(table.target))
             elif table.count(destination):
                 raise TargetNotEmptyError(table.name)

@@ -35,8 +35,7 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
 
-# Count the server sessions of homeagent's processes, because each process holds the old epoch in memory. Do not count
-# the server sessions of poolers and of programs without homeagent.
+# Count homeagent's sessions, because each process holds the old epoch in memory. Poolers and others do not matter.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
@@ -61,14 +60,7 @@ class EpochReport(BaseModel, frozen=True):
 def begin_epoch(
     target: Given, *, clock: Clock, busy_timeout: timedelta, expected_epoch: int | None = None
 ) -> EpochReport:
-    """Begin a new epoch of a store that no process has open.
-
-    Raises:
-        ConflictError: if the epoch of the store is not `expected_epoch`.
-        DatabaseBusyError: if another process still has the database open after the `busy_timeout`. A new epoch has no
-            effect on a process that already has the database open.
-        SchemaOutdatedError: if the database is absent, or the schema is out of date.
-    """
+    """Begin a new epoch of a store that no process has open (see `Database.begin_epoch`)."""
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)
     now = check_timestamp(clock(), "the clock's time")
@@ -89,8 +81,7 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
                 pass  # `kept_from_sqlite()` raises an error if another program has the file open
-            # With temporary=True, the function `open_sqlite()` does not take the in-use lock, which `alone()` already
-            # holds.
+            # With temporary=True, `open_sqlite()` does not take the in-use lock, which `alone()` already holds.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():
@@ -104,8 +95,7 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
     with closing(PostgreSQLEngine(url, busy_timeout=timeout)) as engine:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
-            # If a homeagent process connects after the following count, the process waits for the table's lock before
-            # the process reads the epoch.
+            # A process that connects after the count waits for the table's lock before the process reads the epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
             others = int(connection.execute(text(_OTHERS)).scalar_one())
             if others:

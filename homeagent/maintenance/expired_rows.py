@@ -1,9 +1,7 @@
 """Delete the expired rows of one table in batches, and skip rows to which an application's table refers.
 
-A foreign key of an application's table can refer to a nonce or an idempotency key. Until a constraint refuses a batch,
-one statement deletes all rows of a batch. After a constraint has refused a batch, the following batches name their rows
-by key. If a constraint refuses such a batch, each half of the batch is deleted in a separate unit of work. A later
-batch starts after the last row of the previous batch, so a sweep tries to delete each skipped row only once.
+After a constraint has refused a batch, each batch names its rows by key, and a refused batch is halved. The next batch
+starts after the last row of the previous batch, so a sweep tries to delete each skipped row only once.
 """
 
 from __future__ import annotations
@@ -58,15 +56,7 @@ _STATEMENTS = {
 
 
 class Batch(NamedTuple):
-    """Result of a batch.
-
-    Attributes:
-        deleted: number of deleted rows.
-        found: number of deleted and skipped rows. If a batch has fewer rows than the maximum, no further expired row is
-            left.
-        worked: duration of the statements, in seconds.
-        held: time for which the batch held the write lock, including the commit, in seconds.
-    """
+    """Result of a batch, with times in seconds. The count `found` includes skipped rows; `held` includes the commit."""
 
     deleted: int
     found: int

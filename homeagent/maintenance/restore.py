@@ -1,8 +1,7 @@
 """Restore a backup: check and upgrade a copy, replace the database, and keep the old database in quarantine.
 
-A backup lacks all changes after its time, such as consumed nonces, revocations and results. Therefore a restore begins
-a new epoch and stores the time of its start. The replay guard refuses messages that were signed before the start of the
-epoch, because devices can have used the nonces of these messages already.
+A backup lacks the nonces that were consumed after its time. Therefore a restore begins a new epoch, and the replay
+guard refuses messages that were signed before the start of the epoch.
 """
 
 from __future__ import annotations
@@ -108,14 +107,7 @@ def restore(
     acknowledged: Collection[str] = (),
     expected_epoch: int | None = None,
 ) -> RestoreReport:
-    """Replace a database that no process has open by a backup, and keep the old database in quarantine.
-
-    The docstring of `Database.restore()` describes the arguments, the report and the errors that are not listed here.
-
-    Raises:
-        InsecureFileError: if the backup, the manifest or the target is a link, has a second hard link, or has an
-            untrusted owner (see `homeagent.engine.files.owners`).
-    """
+    """Replace a database that no process has open by a backup (see `Database.restore`)."""
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     source, database, manifest = check_paths(backup, target)
     with _not_in_use(source):
@@ -162,12 +154,10 @@ def restore(
 
 
 def _read_old_database(database: Path) -> tuple[int, Devices | None]:
-    """Return the epoch and the devices of the old database. For a value that can't be read, return 0 or None.
-
-    Read a copy, because SQLite would checkpoint and remove the original's WAL at close.
-    """
+    """Return the epoch and the devices of the old database. For a value that can't be read, return 0 or None."""
     if not os.path.lexists(database):
         return 0, None
+    # Read a copy, because SQLite would checkpoint and remove the original's WAL at close.
     copy = database.with_name(f"{database.name}.before.restoring")
     discard(copy)
     epoch = 0
@@ -225,11 +215,7 @@ def check_paths(backup: str | os.PathLike[str], target: Given) -> tuple[Path, Pa
 
 @contextmanager
 def _not_in_use(source: Path) -> Iterator[None]:
-    """Refuse a file that a process has open. While the block runs, prevent homeagent from opening the file.
-
-    During the block the caller can read the bytes of the file. SQLite must not have the file open, because SQLite loses
-    its locks when the caller closes a descriptor.
-    """
+    """Refuse a file that a process has open. While the block runs, prevent homeagent from opening the file."""
     with ExitStack() as locks:
         if os.path.lexists(in_use_path(source)):
             try:
@@ -266,8 +252,7 @@ def _identify_target(database: Path) -> None:
     state = inspect_file(database, is_database=False, repair=False)
     if state is None or state.st_size == 0 or any(map(size_of, (lock_path(database), in_use_path(database)))):
         return  # `_refuse_target()` checks a target that has a lock file with content
-    # Read the header through SQLite. If another thread has the file open, closing a plain descriptor would release
-    # SQLite's locks.
+    # Read the header through SQLite, because closing a plain descriptor would release the locks of another thread.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:
         engine.refuse_foreign()
@@ -278,12 +263,9 @@ def _identify_target(database: Path) -> None:
 
 
 def _refuse_target(database: Path, marker: str | None) -> None:
-    """Refuse an insecure target file, and a target file that is not homeagent's. The caller holds the in-use lock
-    exclusively.
-    """
+    """Refuse a target that is insecure or not homeagent's. The caller holds the in-use lock exclusively."""
     state = inspect_file(database, is_database=False, repair=False)
-    # If the lock file has a marker, homeagent has created a database at this path. A file with a marker but without
-    # homeagent's header is a damaged homeagent database, and the restore is allowed to replace the file.
+    # A file with a marker but without homeagent's header is a damaged homeagent database, which can be replaced.
     has_content = state is not None and state.st_size
     if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
         raise _not_homeagent(database)

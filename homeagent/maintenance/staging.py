@@ -1,7 +1,4 @@
-"""Prepare the new database of a restore next to the old database.
-
-The steps are: copy the backup, check the copy, upgrade the schema, begin a new epoch, and sync the file.
-"""
+"""Prepare the new database of a restore next to the old database."""
 
 from __future__ import annotations
 
@@ -46,11 +43,7 @@ Devices = dict[str, tuple[str | None, str]]
 
 
 def header_of(path: Path, database: Path) -> bytes:
-    """Return the first 100 bytes of a file. This process must not have the file open through SQLite.
-
-    Raise InsecureFileError if the file is a link, has a second hard link, or has an owner whose backups are not
-    trusted.
-    """
+    """Return the first 100 bytes of a file. This process must not have the file open through SQLite."""
     with explained("read", path), open_to_read(path, backup_owners(database)) as file:
         return file.read(_HEADER_SIZE)
 
@@ -77,11 +70,7 @@ def stage(
     restored_at: datetime,
     known_epoch: int,
 ) -> tuple[dict[str, Any], Devices]:
-    """Prepare the new database as one complete file at `new_path`. If a step of the preparation fails, remove
-    the file.
-
-    Return the values of the `RestoreReport` that describe the new database, and the devices of the new database.
-    """
+    """Prepare the new database as one complete file. Return its values for the `RestoreReport`, and its devices."""
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
         discard(stale)  # a restore wrote this file, and was killed before it wrote the marker
     new = new_path(database, stamp)
@@ -140,10 +129,7 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
 
 
 def copy_file(source: Path, new: Path, *, database: Path) -> str:
-    """Copy a database or a backup to a new private file, and return the SHA-256.
-
-    Like `header_of()`, the function refuses insecure files.
-    """
+    """Copy a database or a backup to a new private file, and return the SHA-256."""
     digest = hashlib.sha256()
     with explained("copy the backup to", new):
         descriptor = create_descriptor(new)
@@ -179,10 +165,7 @@ def _restore_error(error: BaseException, source: Path) -> HomeAgentError:
 
 
 def _require_single_file(new: Path) -> None:
-    """Remove the empty sidecar files of a closed database, and sync its file.
-
-    Raise DatabaseError if a sidecar file has content.
-    """
+    """Remove the empty sidecar files of a closed database, and sync its file."""
     for sidecar in sidecars(new):
         with explained("remove", sidecar):
             if os.path.lexists(sidecar):

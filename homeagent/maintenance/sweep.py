@@ -33,9 +33,7 @@ _ROWS_IN_LOG = 250
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
 
-# Pauses after a batch, in seconds. Without contention the pause is short. The pause is above zero, because writers of
-# another process can wait unnoticed. After contention the pause is a multiple of the time for which the batch held the
-# write lock.
+# Pauses after a batch, in seconds. Each pause is above zero, because writers of another process can wait unnoticed.
 _SHORTEST_PAUSE = 0.001
 _PAUSE_FACTOR = 4
 _LONGEST_PAUSE = 0.25
@@ -107,12 +105,7 @@ def sweep(
     stop: threading.Event | None = None,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
-    """Delete expired rows in batches (see `Database.sweep`).
-
-    While other writers wait, a batch takes a few milliseconds, and all batches together take at most a fifth of the
-    time. The sweep ends early if the stop event is set. Without the argument `pending_ttl`, the sweep deletes no
-    device. Without the argument `changes_kept`, the sweep deletes no device change.
-    """
+    """Delete expired rows in batches (see `Database.sweep`). With `pending_ttl=None`, the sweep deletes no device."""
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
     stopped = stop or threading.Event()
@@ -152,9 +145,7 @@ def sweep(
 
 
 class Pace:
-    """Object that chooses the sizes of a sweep's batches and the pauses between the batches. The argument is the
-    maximum number of rows of a batch.
-    """
+    """Object that chooses the sizes of a sweep's batches and the pauses between the batches."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -163,13 +154,7 @@ class Pace:
         """Number of rows of the next batch."""
 
     def after_batch(self, *, worked: float, held: float, contended: bool) -> float:
-        """Choose the size of the next batch, and return the pause before the next batch, in seconds.
-
-        Args:
-            worked: duration of the batch's statement, in seconds.
-            held: time for which the batch held the write lock, including the commit, in seconds.
-            contended: True if the batch waited for another writer, or if another writer waited for the batch.
-        """
+        """Choose the size of the next batch, and return the pause in seconds. The time `held` includes the commit."""
         rows = self.rows * 2
         if contended and worked > 0:
             rows = min(rows, int(self.rows * _LONGEST_WORK / worked))
@@ -222,8 +207,7 @@ class Sweeper:
         self._every = check_wait(every, "every").total_seconds()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        # The mutex is reentrant, because a signal handler that closes the database can interrupt the thread that holds
-        # the mutex.
+        # The mutex is reentrant, because a signal handler can close the database in the thread that holds the mutex.
         self._mutex = threading.RLock()
 
     @property

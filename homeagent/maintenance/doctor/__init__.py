@@ -1,6 +1,4 @@
-"""The doctor checks a database without changing the database, and reports problems and remedies. The doctor repairs
-problems only on request.
-"""
+"""The doctor checks a database without changing the database, and repairs problems only on request."""
 
 from homeagent.maintenance.doctor.diagnosis import diagnose
 from homeagent.maintenance.doctor.report import CHECKS, Diagnosis, Finding, Severity

@@ -1,9 +1,4 @@
-"""Check the schema and the application's own tables, and distinguish the application's objects from damage.
-
-A trigger, an index or a view of the application that uses homeagent's tables is not damage, but can disturb an upgrade.
-Each kind of object has a separate remedy. A trigger that can change rows of homeagent's tables counts as damage until
-the application acknowledges the trigger by its name.
-"""
+"""Check the schema and the application's own tables, and distinguish the application's objects from damage."""
 
 from __future__ import annotations
 
@@ -54,8 +49,7 @@ def check_schema(collector: Collector, connection: Connection) -> None:
             )
     if accepted:
         listed = ", ".join(str(difference.trigger) for difference in accepted)
-        # If the check finds a problem later, the summary of the problem replaces the summary about the triggers. The
-        # finding keeps the names of the acknowledged triggers.
+        # Also store the names as a fact, because the summary of a problem replaces this summary.
         collector.ok("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
 
 
@@ -97,9 +91,7 @@ def check_application(collector: Collector, connection: Connection) -> None:
 
 
 def report_orphans(collector: Collector, broken: Counter[tuple[str, str]]) -> None:
-    """Report rows of the application's tables that refer to a missing row. The report names the table with the
-    reference and the referenced table.
-    """
+    """Report rows of the application's tables that refer to a missing row."""
     if not broken:
         return
     shown = "; ".join(f"from {child} to {parent}: {rows:,}" for (child, parent), rows in sorted(broken.items()))

@@ -73,9 +73,7 @@ def diagnose(
 
 
 def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
-    """Check a database that the calling process has open (see `Database.doctor()`). The caller passes a function that
-    begins a read-only unit.
-    """
+    """Check a database that the calling process has open (see `Database.doctor`)."""
     target, reader = Target(url=engine.sa_engine.url), _NO_READER
     if isinstance(engine, SQLiteEngine):
         target, reader = Target(path=engine.path), read
@@ -84,11 +82,7 @@ def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: boo
 
 @contextmanager
 def _reading(read: OpenUnit) -> Iterator[None]:
-    """Hold a read-only unit open while the block runs. If the unit can't be opened, run the block without the unit,
-    because a later check reports the problem.
-
-    While a reader is open, SQLite keeps the WAL and the WAL index, so the doctor can read without creating files.
-    """
+    """Hold a read-only unit open if possible, so that SQLite keeps the WAL index and the doctor creates no file."""
     with ExitStack() as stack:
         try:
             stack.enter_context(read())

@@ -1,5 +1,4 @@
-"""Check a SQLite database without opening the database: names, owners, modes, leftovers, backups, file system, free
-space.
+"""Check the files of a SQLite database: names, owners, modes, leftovers, backups, file system, free space.
 
 Do not open the database file in this module. Use `lstat` instead. Closing the file would release the locks that SQLite
 holds on the file in this process (see `homeagent.engine.files.database_file`).
@@ -259,8 +258,7 @@ def _check_backup(collector: Collector, path: Path) -> None:
     backup = newest_backup(path)
     manifest = None if backup is None else read_manifest(backup, path)
     if backup is None or manifest is None:
-        # A missing backup is not a warning, because the administrator can use a backup tool that homeagent does not
-        # know.
+        # A missing backup is not a warning, because the administrator can use another backup tool.
         collector.ok("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
         return
     database = shlex.quote(str(path))

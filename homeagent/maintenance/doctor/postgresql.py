@@ -1,8 +1,4 @@
-"""Diagnose a PostgreSQL database: check the server settings that homeagent's guarantees need, then the store.
-
-All checks run in one read-only transaction. The doctor does not check the health of the server, because the
-administrator has other tools for this task.
-"""
+"""Diagnose a PostgreSQL database: check the server settings that homeagent's guarantees need, then the store."""
 
 from __future__ import annotations
 
@@ -38,8 +34,7 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
         with closing(server) as engine, engine.connect() as connection:
             raw: Any = connection.connection.driver_connection
             with engine.translated():
-                # The first query takes the snapshot. Use SET LOCAL, because a pooler gives the session to other
-                # clients after the transaction.
+                # Use SET LOCAL, because a pooler gives the session to other clients after the transaction.
                 raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 patience = 0 if limit is None else int(limit.total_seconds() * 1000)
                 for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):

@@ -53,8 +53,7 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# If a finding of a check in `_HANDS_OFF` is critical, the doctor does not change rows, because the rows can be damaged
-# or the clock can be wrong.
+# After a critical finding of these checks, the doctor changes no rows: the rows can be damaged, or the clock wrong.
 _HANDS_OFF = (
     "database",
     "integrity",
@@ -69,15 +68,11 @@ _HANDS_OFF = (
 
 
 def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
-    """Make the repairs that the findings of the diagnosis allow. Return all repairs, including failed repairs.
-
-    With `engine=None`, the function opens the database for the repairs.
-    """
+    """Make the repairs that the findings of the diagnosis allow. Return all repairs, including failed repairs."""
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
-    # If the database file can belong to another application, do not change the database file or the files next to the
-    # database file.
+    # Do not change a database file that can belong to another application, or the files next to the database file.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
         with _noted(done, "files"):
             _make_private(target.path, done)
@@ -156,8 +151,7 @@ def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
 def _correct_routes(settings: UnitSettings) -> Iterator[str]:
     with UnitOfWork(settings, read_only=False) as unit:
         stale = list(stale_routes(unit.session.connection()))
-        # First remove the stale route keys of all sessions. The stale route key of one session can be the right route
-        # key of another session.
+        # First release all stale keys, because the stale key of one session can be the right key of another session.
         for session_id, _ in stale:
             unit.write(_RELEASE_ROUTE, id=session_id)
         taken = sum(unit.write(_TAKE_ROUTE, id=session_id, route=route) for session_id, route in stale)

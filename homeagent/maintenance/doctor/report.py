@@ -1,7 +1,4 @@
-"""Models of a diagnosis, and the findings collector.
-
-Do not rename fields or checks, because monitoring depends on the names.
-"""
+"""Models of a diagnosis, and the findings collector. Do not rename fields or checks, on which monitoring depends."""
 
 from __future__ import annotations
 
@@ -144,11 +141,7 @@ class Diagnosis(BaseModel, frozen=True, extra="forbid"):
 
 
 class Collector:
-    """Collects the findings of a diagnosis of one database.
-
-    Several findings of a check are combined into one finding with the worst severity. In the combined finding, the
-    summary of the worst finding comes first. The stopwatch interrupts a statement at the time limit.
-    """
+    """Collects the findings of a diagnosis. Several findings of a check become one finding with the worst severity."""
 
     def __init__(self, now: datetime, acknowledged: frozenset[str], *, thorough: bool, watch: Stopwatch) -> None:
         self.now = now
@@ -192,28 +185,21 @@ class Collector:
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    # `ok()`, `warn()` and `critical()` call `add()` with their severity.
     ok: partialmethod[None] = partialmethod(add, Severity.OK)
     warn: partialmethod[None] = partialmethod(add, Severity.WARNING)
     critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why the named checks did not run. If a check already has a finding or a reason, record no
-        new reason.
-        """
+        """Record the reason why checks did not run. A check keeps its earlier finding or reason."""
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)
 
     @contextmanager
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
-        """Run a check inside a context manager. If the check raises an error, report a finding, so that later checks
-        still run.
-
-        After a failed statement, PostgreSQL refuses all later statements of the transaction, so each check runs in its
-        own savepoint.
-        """
+        """Run a check as a block. If the block raises an error, report a finding, so that later checks still run."""
         self.watch.start()
+        # After a failed statement, PostgreSQL refuses all later statements of the transaction.
         guarded = on is not None and on.dialect.name == "postgresql"
         if on is not None and guarded:
             on.exec_driver_sql("SAVEPOINT doctor")

@@ -1,6 +1,4 @@
-"""Diagnose a SQLite database: first check the files, then open the database and check the content. No check changes a
-file.
-"""
+"""Diagnose a SQLite database: first check the files, then open the database. No check changes a file."""
 
 from __future__ import annotations
 
@@ -51,8 +49,7 @@ def check_sqlite(collector: Collector, path: Path) -> None:
         _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
-            # Another process has opened the database during the checks. A file that is read without locks during a
-            # write looks damaged. Take locks and check the file again.
+            # Another process has opened the database. A file that is read without locks during a write looks damaged.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
     collector.skip("the database can't be opened", *_INSIDE)
@@ -73,8 +70,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         return False
     in_use = look_at(in_use_path(path))
     if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
-        # Do not take the in-use lock, because the doctor would create the lock file or change its mode. The doctor must
-        # not modify files.
+        # Do not take the in-use lock, because the doctor would create the lock file or change its mode.
         collector.skip("the 'database in use' lock file is missing or not private", "wal")
         return in_use is None  # while a process has the database open, the lock file exists
     try:
@@ -98,9 +94,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Return True if the owners and sizes of the database's files allow the doctor to open the database. If the doctor
-    must not open the database, add a finding.
-    """
+    """Return True if owners and sizes of the files allow the doctor to open the database. Otherwise add a finding."""
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:
@@ -177,8 +171,7 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
 
 def _check_journal_mode(collector: Collector, path: Path, connection: Connection) -> None:
     mode = journal_mode(path, connection)
-    # For a file that the calling process has open, `journal_mode()` returns None. A file that homeagent has open is in
-    # WAL mode.
+    # For a file that this process has open, `journal_mode()` returns None. Such a file is in WAL mode.
     if mode in ("wal", None):
         return
     summary = f"The journal mode is {mode!r} and not 'wal'."

@@ -1,8 +1,4 @@
-"""Check the revision, the schema and the rows of a readable store, on SQLite and PostgreSQL.
-
-A finding contains the number of affected rows. Only the check with the name `"rows"` reports single rows. Findings do
-not contain secrets, hashes, nonces, keys or results.
-"""
+"""Check a readable store, on both engines. A finding must not contain a secret, a hash, a nonce, a key or a result."""
 
 from __future__ import annotations
 
@@ -54,18 +50,11 @@ _TIMES = [
     for c in described.columns
     if isinstance(c.type, TimestampColumn) and not c.name.endswith("expires_at") and c.name != "at"
 ]
-"""Columns with the time of an event. A store writes only the current time to these columns.
-
-The database's clock can set the column `device_changes.at`.
-"""
+"""Columns to which stores write only the current time. The database's clock can set the column `device_changes.at`."""
 
 
 def check_store(collector: Collector, connection: Connection) -> None:
-    """Run all checks of a store. If this version of homeagent can't use the schema's revision, run only the check of
-    the revision.
-
-    All checks must see the same snapshot, so the connection must be in a transaction with one snapshot.
-    """
+    """Run all checks of a store. The connection must be in a transaction with one snapshot."""
     with collector.attempt("schema_revision", on=connection):
         _check_revision(collector, connection)
     revision = collector.findings.get("schema_revision")
@@ -116,6 +105,7 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
             except CorruptDatabaseError:
                 if connection.dialect.name != "sqlite":
                     raise
+                # Read texts as bytes, because the driver raises an error for a page of rows with invalid UTF-8.
                 count, found = _read(described, connection, collector.watch, undecoded=True)
         except CorruptDatabaseError as error:
             count, found = 0, [f"table {described.name} can't be read to its end ({error})"]
@@ -141,11 +131,7 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
 def _read(
     described: Table, connection: Connection, watch: Callable[[], bool], *, undecoded: bool = False
 ) -> tuple[int, list[str]]:
-    """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row.
-
-    After the time limit, `watch()` returns True. With `undecoded=True`, texts are read as bytes. Without
-    `undecoded=True`, the driver raises an error for a page of rows that contains invalid UTF-8.
-    """
+    """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row."""
     columns = list(described.columns)
     names = [c.name for c in columns]
     # For a nonce or an idempotency key, a finding shows only the device, because the nonce or key is secret.
@@ -247,8 +233,7 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
     """Yield the id and the right route key of each session with a wrong route key."""
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
-    # Order the rows by activity: if several sessions belong to one route, the session that was active last gets the
-    # route.
+    # If several sessions belong to one route, the session that was active last gets the route.
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):
