@@ -1,8 +1,4 @@
-"""The command line. Each command or group of commands has a module. The module `application.py` holds common parts.
-
-The exit status is 0 for success, 1 for a refused operation, and 2 for wrong usage. A refused operation prints one line
-on standard error. If the arguments contain --json, the line is a JSON object.
-"""
+"""The command line. Each command or group of commands has a module. `application.py` holds the common parts."""
 
 from __future__ import annotations
 

@@ -32,14 +32,7 @@ _CREDENTIALS = re.compile(r"://(?!USER@)\S*@|((?:password|passwd)=)[^&\s]*", re.
 
 @dataclass
 class _Common:
-    """Values of the common options, which can stand before or after the name of the command.
-
-    Attributes:
-        database: value of the option --database, or None. If the option occurs twice, the value nearest to the
-            command's name counts.
-        as_json: True if the arguments contain `--json`. With `--json`, the command prints errors as JSON, even if an
-            option to the left of `--json` is wrong.
-    """
+    """Values of the common options, which can stand before or after the name of the command."""
 
     database: str | None = None
     as_json: bool = False
@@ -102,6 +95,7 @@ class _Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.parent is None:
             options = args[: args.index("--")] if "--" in args else args
+            # Search --json before parsing, because an error of an earlier option must also be printed as JSON.
             ctx.obj = _Common(as_json="--json" in options)
         with _reported_errors(ctx.obj):
             if not args and not ctx.obj.as_json and not ctx.resilient_parsing:
@@ -137,8 +131,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
         _print_message(common, text, error="Interrupted")
         raise typer.Exit(130) from None  # after Ctrl-C, the exit status in a shell is 128 plus the number of the signal
     except OSError as error:
-        # The library raises HomeAgentError instead of OSError. An OSError without a file's name comes from the standard
-        # output.
+        # The library raises HomeAgentError. An OSError without a file's name comes from the standard output.
         if error.filename is not None:
             raise
         _discard_output()
@@ -190,16 +183,7 @@ def _printed_warnings(common: _Common) -> Iterator[None]:
 def confirm(
     context: typer.Context, question: str, *, yes: bool, dry_run: bool = False, show: Callable[[], object] | None = None
 ) -> None:
-    """Ask a question on standard error, and end the command with status 1 if the answer is not yes.
-
-    Args:
-        context: context of the command.
-        question: description of the planned change.
-        yes: True if the operator passed `--yes`. With `--yes`, the function asks no question.
-        dry_run: True if the operator passed `--dry-run`. With `--dry-run`, the function shows the rows and asks no
-            question.
-        show: function that prints the planned change on standard error before the question.
-    """
+    """Show the planned change, ask a question on standard error, and end with status 1 if the answer is not yes."""
     if dry_run:
         if show is not None and not context.obj.as_json:
             show()
@@ -228,8 +212,7 @@ def confirm(
 app: typer.Typer = typer.Typer(
     cls=_Commands,
     context_settings={"help_option_names": ["--help", "-h"]},
-    # An error other than HomeAgentError is a bug. Print the plain traceback, because Typer's traceback would show local
-    # variables.
+    # An error other than HomeAgentError is a bug. Typer's traceback would show local variables.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # Typer's tables would shorten the names of options on a narrow terminal
 )
@@ -256,10 +239,7 @@ def _before_command(
 
 
 def group(name: str, *, help: str) -> typer.Typer:
-    """Add a group of commands, such as `homeagent devices`.
-
-    The options --database and --json can also stand before the commands of the group.
-    """
+    """Add a group of commands, such as `homeagent devices`."""
     commands = typer.Typer(cls=_Commands, help=help, rich_markup_mode=None)
     app.add_typer(commands, name=name)
     return commands
@@ -273,6 +253,5 @@ def target_of(context: typer.Context) -> str | None:
 
 def open_named(context: typer.Context) -> Database:
     """Open the database of the command without creating or upgrading it."""
-    # Only the commands `init` and `migrate` create or upgrade a database. After a misspelt path, no other command
-    # creates a file.
+    # Only `init` and `migrate` create a database. After a misspelt path, no other command creates a file.
     return Database.open(target_of(context), migrate=False)

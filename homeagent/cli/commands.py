@@ -7,7 +7,6 @@ from typing import Any
 
 import typer
 
-# Each import registers the commands of a module. The help lists the commands in the order of the imports.
 from homeagent.cli import schema, migrations, status, doctor, sweep, backup, copy  # isort: skip  # noqa: F401
 from homeagent.cli import devices, agents, sessions, keys  # isort: skip  # noqa: F401
 from homeagent.cli.application import app

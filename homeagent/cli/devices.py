@@ -130,8 +130,7 @@ def approve(
             expected_role=role or seen.role,
             expected_secret_hash=seen.shared_secret_hash,
             expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
-            # Without --yes, compare the status before and after the question. Another administrator can revoke the
-            # device before the operator answers.
+            # Without --yes, another administrator can revoke the device before the operator answers.
             expected_status=status if yes else status or seen.status,
         )
         now = opened.devices.get(device_id)
@@ -181,8 +180,7 @@ def delete(
     else:
         if not pending or before is None or force or paired_at is not None:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
-        # The store's method also deletes a device that was paired exactly at the given time. The option --before
-        # excludes a device that was paired exactly at the given time.
+        # The store's method includes a device that was paired exactly at the given time, and --before does not.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
         with open_named(context) as opened:
             counts = {"deleted": _delete_pending(context, opened, until, dry_run=dry_run, yes=yes)}

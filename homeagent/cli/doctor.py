@@ -38,8 +38,7 @@ def doctor(
         with shown_progress(context, "checking"):
             diagnosis = diagnose(target_of(context), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
-        # Exit with status 2. Exit status 1 of the doctor means warnings. Exit status 1 of all other commands means a
-        # refused operation.
+        # Exit with status 2 instead of 1, because exit status 1 of the doctor means warnings.
         raise typer.BadParameter(str(error)) from None
     print_result(context, diagnosis.model_dump(mode="json"), lambda: _print(diagnosis))
     raise typer.Exit(diagnosis.exit_status)

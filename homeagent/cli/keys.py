@@ -88,10 +88,7 @@ def forget(
 
 
 def _abandoned(unit: UnitOfWork, scope: IdempotencyScope) -> IdempotencyKey | None:
-    """Return the row of a key with an abandoned attempt, or None if the key has no abandoned attempt.
-
-    If the key does not exist, raise NotFoundError.
-    """
+    """Return the row of a key with an abandoned attempt, or None if the key has no abandoned attempt."""
     row = unit.idempotency_keys.find(scope)
     if row is None:
         raise NotFoundError(

@@ -94,9 +94,7 @@ def _application_tables(package: str, folder: Path) -> Collection[str]:
 
 
 def _named_folder(migrations: str) -> tuple[str, Path]:
-    """Return the package and the folder in the value of --migrations. The name of the package
-    can be empty.
-    """
+    """Return the package and the folder in the value of --migrations. The name of the package can be empty."""
     named, _, inner = migrations.rpartition(":")
     return named, _directory_of(named) / inner if named else Path(inner)
 
@@ -129,8 +127,7 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # Remove the comments by which Alembic asks the developer to read the revision. The output of this command asks
-        # the developer to read the revision.
+        # Remove Alembic's comments, because the output of this command also asks the developer to read the revision.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

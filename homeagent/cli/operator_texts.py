@@ -29,7 +29,6 @@ PHRASES = {
     "Infinity or lone surrogate",
     "run the unit again": "run the command again",
 }
-"""Phrases of messages for Python programs, and the texts that replace the phrases for an operator."""
 
 
 def operator_text(text: str) -> str:

@@ -1,8 +1,4 @@
-"""Output of the commands: tables and lines for people, tab-separated values and JSON for programs.
-
-At a terminal, a table that is wider than the terminal is printed as one block of lines for each row, and a long text is
-broken between words. In a pipe or a file, each row is one line.
-"""
+"""Output of the commands: tables and lines for people, tab-separated values and JSON for programs."""
 
 from __future__ import annotations
 
@@ -27,12 +23,9 @@ _LEAST = 24  # minimum width of a column that contains a longer text, in charact
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print a value as JSON if the operator passed --json, and otherwise print a text for people. Instead of a text,
-    the caller can pass a function that prints the output for people.
-    """
+    """Print a value as JSON if the operator passed --json. Otherwise print a text, or call a function that prints."""
     if context.obj.as_json:
-        # Escape characters outside ASCII, so that the output is valid in any encoding, and an id can't control the
-        # terminal.
+        # Escape characters outside ASCII. The output is then valid in any encoding, and can't control the terminal.
         typer.echo(json.dumps(value, indent=2))
     elif isinstance(text, str):
         typer.echo(text)
@@ -43,11 +36,7 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
 def print_list(
     context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object, form: Format
 ) -> None:
-    """Print the values of a list as JSON if the operator passed --json. Without --json, print the rows in the form that
-    the operator chose.
-
-    If the list has as many rows as `--limit` permits, print on standard error that further rows can exist.
-    """
+    """Print a list as JSON or as rows. At the limit of `--limit`, note on standard error that more rows can exist."""
     rows = list(rows)
     print_result(context, values, lambda: print_table(headings, rows, form=form))
     if len(rows) == context.params.get("limit") and not context.obj.as_json:
@@ -92,13 +81,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool
 def print_facts(
     facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
 ) -> None:
-    """Print lines that consist of a name and a value.
-
-    Args:
-        facts: pairs of a name and a value. A value can have several lines.
-        colours: colours of names. Typer prints a name in bold if the name has no colour.
-        error: True to print on standard error instead of standard output.
-    """
+    """Print lines that consist of a name and a value. A name without a colour is bold."""
     facts = list(facts)
     longest = max((_width(name) for name, _ in facts), default=0)
     available = _terminal_width(error=error)
@@ -108,10 +91,8 @@ def print_facts(
         space, indent = " " * (longest + 2 - _width(name)), longest + 2
         lines = value.split("\n")
         if available is not None:
-            # Make the column of the values wide enough for the widest word. If a value is longer than `_LEAST`
-            # characters, make the column at least `_LEAST` characters wide.
             if max([min(_LEAST, _width(value)), *map(_width, value.split())]) > available - indent:
-                # Print the value below its name.
+                # The column would be too narrow, so print the value below its name.
                 space, indent = "\n  ", 2
             # Do not wrap a line that begins with a space, because the line is a command to copy.
             wrapped = [
@@ -164,13 +145,7 @@ def count(number: int, noun: str) -> str:
 def shown_progress(
     context: typer.Context, activity: str | None = None
 ) -> Iterator[Callable[[CopyProgress], object] | None]:
-    """Show progress bars while the block runs. Return the function that a copy calls to report progress, or None if no
-    bar is shown.
-
-    Args:
-        context: context of the command.
-        activity: description of work whose end is unknown. The bar of the work moves until the block ends.
-    """
+    """Show progress bars during the block. Yield the function that takes a copy's progress, or None without a bar."""
     if context.obj.as_json or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return

@@ -54,9 +54,7 @@ def show_row(row: Device | Agent | AgentSession, *, error: bool = False) -> None
 
 
 def request(model: type[M], **values: Any) -> M:
-    """Construct a model from the values, and return the model. If a value is invalid, end the command as wrong
-    usage.
-    """
+    """Construct a model from the values. If a value is invalid, end the command as wrong usage."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -78,11 +76,7 @@ def json_argument(text: str | None, name: str) -> Any:
 def require_expected(
     *, yes: bool, option: str, value: object, source: str = "as the list of the rows prints it with --json"
 ) -> None:
-    """End the command as wrong usage if --yes stands without the value that identifies the row.
-
-    With --yes, the command shows no row. The operator names a value of the row, and the command refuses a row with
-    another value. The source tells the operator where to find the value.
-    """
+    """End the command as wrong usage if --yes stands without the value that identifies the row."""
     if yes and value is None:
         raise typer.BadParameter(f"--yes needs {option}, {source}.")
 
@@ -101,23 +95,11 @@ def change_shown(
     dry_run: bool = False,
     show: Callable[[Any], object] = lambda row: show_row(row, error=True),
 ) -> T:
-    """Show a row, ask a question, and change the row in a unit.
+    """Show a row, ask a question, and change the row. If one of the columns changed in the meantime, raise
+    ConflictError.
 
-    Args:
-        context: context of the command.
-        opened: database of the row.
-        question: description of the planned change.
-        read: function that returns the row, or None if the row needs no question.
-        change: function that changes the row in the given unit.
-        name: kind and id of the row, for error messages.
-        columns: names of the columns that must not change before the operator answers.
-        expected: value that the operator expects in the first column, or None. A str value is parsed as a timestamp.
-        yes: True if the operator passed `--yes`.
-        dry_run: True if the operator passed `--dry-run`. The function undoes the change.
-        show: function that prints the row on standard error.
-
-    Raises:
-        ConflictError: if the row has changed since the function showed the row, or is not the expected row.
+    The function `read` returns None if the row needs no question. The value `expected` belongs to the first column. A
+    text in `expected` is parsed as a timestamp.
     """
     seen = opened.run(read, read_only=True)
     confirm(context, question, yes=yes or seen is None, dry_run=dry_run, show=partial(show, seen))

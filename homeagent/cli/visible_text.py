@@ -1,22 +1,4 @@
-"""Print ids of devices and other untrusted text, so that two different ids do not look the same by accident.
-
-An administrator approves a device by its id. Each of the following characters is replaced by an escape with the number
-of the character:
-
-- a character that is not printable, or a space other than U+0020;
-- an invisible character, which is U+2800 or has Unicode's property Default_Ignorable_Code_Point;
-- a character that NFKC changes, such as a fullwidth letter;
-- punctuation or a mathematical sign outside of ASCII, such as a dash that looks like a hyphen;
-- a combining mark at the beginning;
-- a Latin letter from U+0180 onwards that has no ASCII base letter, such as U+0261, which looks like `g`;
-- a character whose writing system is not the main writing system of the text.
-
-The writing system (script) of a letter, mark or digit is the first word of the Unicode name. Han, kana, bopomofo and
-hangul count as one writing system, because names mix these four writing systems. The main writing system of a text is
-Latin if the text has Latin letters, and otherwise the most frequent writing system of the text. If the main writing
-system is not Latin, the name of the writing system follows the text. Quotes surround a text that contains an escape,
-begins or ends with a space, or is not in NFC.
-"""
+"""Print ids of devices and other untrusted text, so that two different ids do not look the same by accident."""
 
 from __future__ import annotations
 
@@ -27,10 +9,12 @@ from collections import Counter
 from homeagent.models.types import INVISIBLE
 
 _EMPTY_BRAILLE = "\u2800"
+# Names mix Han, kana, bopomofo and hangul, so these count as one writing system.
 _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC", "KATAKANA"})
 
 
 def _script(character: str) -> str | None:
+    """Return the writing system of a letter, mark or digit, which is the first word of its Unicode name."""
     if not unicodedata.category(character).startswith(("L", "M", "N")) or character in "0123456789":
         return None
     script = re.split("[ -]", unicodedata.name(character, "UNKNOWN"), maxsplit=1)[0]
@@ -40,11 +24,13 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
+    """Return the main writing system: Latin if the text has Latin letters, and otherwise the most frequent."""
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None
 
 
 def _is_mistakable(character: str, main: str | None) -> bool:
+    """Return True if the character can look like another character of the main writing system."""
     if character.isascii():
         return not character.isprintable()
     if (
@@ -55,10 +41,10 @@ def _is_mistakable(character: str, main: str | None) -> bool:
     ):
         return True
     if unicodedata.category(character).startswith(("P", "Sk", "Sm")):
-        return True
+        return True  # for example, a dash that looks like a hyphen
     script = _script(character)
     if script == "LATIN" and character >= "\u0180":
-        return not unicodedata.normalize("NFD", character)[0].isascii()
+        return not unicodedata.normalize("NFD", character)[0].isascii()  # for example, U+0261 looks like `g`
     return script is not None and script != main
 
 
@@ -81,9 +67,7 @@ def quoted(text: str) -> str:
 
 
 def identity(text: str) -> str:
-    """Return an id or another short text for printing. A text that could be mistaken for another text is returned in
-    quotes.
-    """
+    """Return an id or another short text for printing, in quotes if the text could be mistaken for another text."""
     shown = quoted(text)
     is_plain = shown == f"'{text}'" and text == text.strip() and unicodedata.is_normalized("NFC", text)
     return text if is_plain and not text.startswith('"') else shown
