@@ -1,12 +1,7 @@
 """Find and run the application's own Alembic revisions, after homeagent's revisions.
 
-The folder of the revisions is a script location of Alembic, so the scripts are in the subfolder `versions`. The
-application needs no `env.py` and no `alembic.ini`. The method `Application.of()` reads the identifiers from the syntax
-tree of each script. Therefore homeagent opens an up-to-date database without importing Alembic.
-
-A revision must not change homeagent's tables, because homeagent's own revisions rely on the structure of the tables. On
-SQLite an authorizer refuses a statement that changes homeagent's tables. On PostgreSQL, homeagent compares the
-catalogue before and after each revision.
+The identifiers are read from the syntax trees of the scripts, so an up-to-date database needs no import of Alembic. A
+revision must not change homeagent's tables, on whose structure homeagent's own revisions rely.
 """
 
 from __future__ import annotations
@@ -69,15 +64,7 @@ class _Script:
 
 @dataclass(frozen=True)
 class Application:
-    """The application's revisions. If the application has no revisions, no method of the class changes a database.
-
-    Attributes:
-        name: name of the package or path of the folder, for error messages.
-        scripts: scripts of the revisions, by their identifiers.
-        head: newest revision. The value is None if the application has no revisions.
-        acknowledged: names of the application's triggers on homeagent's tables.
-        adopts: True if the method `upgrade()` renames `alembic_version` to the version table of the application.
-    """
+    """The application's revisions. With `adopts=True`, the upgrade renames Alembic's own version table."""
 
     name: str = ""
     scripts: dict[str, _Script] = field(default_factory=dict)
@@ -87,11 +74,7 @@ class Application:
 
     @classmethod
     def of(cls, given: str | os.PathLike[str] | Application | None, acknowledged: Collection[str] = ()) -> Application:
-        """Find the revisions that the argument `migrations=` of `Database.open()` names.
-
-        Raises:
-            InvalidArgumentError: if the package or the folder is missing, or the revisions do not form one sequence.
-        """
+        """Find the revisions that the argument `migrations=` of `Database.open()` names."""
         if isinstance(given, Application):
             return given
         triggers = check_names(acknowledged, "acknowledged", "audit_devices")
@@ -117,11 +100,7 @@ class Application:
         return cls(name, scripts, heads[0] if heads else None, triggers)
 
     def is_pending(self, connection: Connection) -> bool:
-        """Return True if a revision is missing in the database.
-
-        Raises:
-            SchemaTooNewError: if the version table has a revision that the application does not have.
-        """
+        """Return True if a revision is missing in the database."""
         if not self.name:
             return False
         return self._stored(connection, APPLICATION_VERSION_TABLE) != ({self.head} if self.head else set())
@@ -134,11 +113,7 @@ class Application:
         return stored
 
     def adopted_revisions(self, connection: Connection) -> set[str]:
-        """If the upgrade will rename Alembic's own version table, return the revisions in the table.
-
-        Raises:
-            SchemaTooNewError: if the table has a revision that the application does not have.
-        """
+        """Return the revisions in Alembic's own version table, if the upgrade will rename the table."""
         if not self.adopts or not self.scripts or APPLICATION_VERSION_TABLE in tables(connection):
             return set()
         return self._stored(connection, ALEMBIC_TABLE)
@@ -151,14 +126,7 @@ class Application:
         )
 
     def upgrade(self, connection: Connection, outside: Outside | None = None) -> None:
-        """Run the missing revisions in the current transaction. The caller holds the lock for upgrades.
-
-        On SQLite the caller has switched the foreign keys off. On PostgreSQL, `outside()` runs statements outside the
-        transaction.
-
-        Raises:
-            RevisionFailedError: if a revision failed, or changed homeagent's tables.
-        """
+        """Run the missing revisions. The caller holds the lock for upgrades. On SQLite the foreign keys must be off."""
         if self.adopted_revisions(connection):
             connection.exec_driver_sql(f"ALTER TABLE {ALEMBIC_TABLE} RENAME TO {APPLICATION_VERSION_TABLE}")
         if not self.is_pending(connection):
@@ -254,13 +222,7 @@ def _constants(module: ast.Module) -> Iterator[tuple[str, Any]]:
 
 
 class _Guard:
-    """State of one run of the application's revisions.
-
-    Attributes:
-        refused: reason of a refusal.
-        revision: revision that runs now.
-        committed: note about revisions that ran outside a transaction and therefore can't be undone.
-    """
+    """State of one run of the application's revisions."""
 
     def __init__(self, connection: Connection, acknowledged: frozenset[str], outside: Outside | None) -> None:
         self._connection = connection
@@ -320,15 +282,12 @@ class _Guard:
                 "homeagent's tables. Give the table another name"
             )
         if self._outside is not None and self._left_transaction:
-            # Commit the revision at once. A later rollback could not undo the statements that the revision ran outside
-            # the transaction.
+            # Commit at once, because a rollback could not undo the statements that ran outside the transaction.
             with self._outside():
                 self._left_transaction = False
 
     def autocommit(self) -> AbstractContextManager[None]:
-        """Return the context manager that replaces Alembic's method `autocommit_block()`. On SQLite the context manager
-        does nothing.
-        """
+        """Return the context manager that replaces Alembic's method `autocommit_block()`."""
         return nullcontext() if self._outside is None else self._autocommit(self._outside)
 
     @contextmanager
@@ -342,8 +301,7 @@ class _Guard:
         self._left_transaction = True
         with outside():
             yield
-        # Compare only the structure of the tables before and after the block. The counters of written rows can't be
-        # compared, because the COMMIT has reset the counters.
+        # Compare only the structure of the tables, because the COMMIT has reset the counters of written rows.
         before, after = self._before, _server_state(self._connection, self._acknowledged)
         self._before = after
         changed = sorted(name for name in before if before[name][0] != after.get(name, ("", 0))[0])
@@ -368,8 +326,7 @@ def revision_guard(
         event.remove(connection, "before_cursor_execute", guard.count)
 
 
-# The query returns the structure of each table as one text, and the number of rows that the transaction has written to
-# the table. The column relfilenode shows a TRUNCATE or a rewrite of the table.
+# Structure of each table as one text, and number of rows that the transaction wrote. TRUNCATE changes relfilenode.
 _STATE = text(
     "SELECT c.relname, concat_ws(' ', c.oid, c.relfilenode, c.relowner, c.relrowsecurity,"
     " (SELECT string_agg(concat_ws(' ', attname, atttypid, atttypmod, attnotnull, attisdropped,"

@@ -1,7 +1,4 @@
-"""Compare tables of models with a database, for the revisions of homeagent and of an application.
-
-Import this module only for a command of Alembic, because importing Alembic takes 80 ms.
-"""
+"""Compare tables with a database. Import this module only for a command of Alembic, whose import takes 80 ms."""
 
 from __future__ import annotations
 
@@ -27,11 +24,7 @@ from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, Timestamp
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Render homeagent's column types as plain types of SQLAlchemy. An old revision must keep its meaning when a later
-    version changes homeagent's types.
-
-    For a type that belongs neither to homeagent nor to SQLAlchemy, the revision imports the module of the type.
-    """
+    """Render homeagent's column types as SQLAlchemy's types. Later versions must not change an old revision."""
     if kind != "type":
         return False
     if isinstance(item, TimestampColumn):
@@ -50,14 +43,7 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
 def options(
     dialect_name: str, tables: Collection[str], *, version_table: str, more: Sequence[MetaData] = ()
 ) -> dict[str, Any]:
-    """Return the options with which Alembic compares only the tables in the argument `tables`.
-
-    Args:
-        dialect_name: name of the engine, `sqlite` or `postgresql`.
-        tables: names of the tables to compare. Alembic ignores a table whose name is not in this list.
-        version_table: name of the version table.
-        more: metadata of tables that do not derive from `homeagent.Table`.
-    """
+    """Return the options with which Alembic compares only the tables in the argument `tables`."""
 
     def include_name(name: str | None, kind: str, parents: dict[str, Any]) -> bool:
         return kind != "table" or (name in tables and parents.get("schema_name") is None)
@@ -66,8 +52,7 @@ def options(
         return kind != "table" or name in tables
 
     return {
-        # Alembic uses the naming convention of a single MetaData object. Do not put a single MetaData object into a
-        # list, because Alembic ignores the naming conventions of a list.
+        # Do not put a single MetaData object into a list, because Alembic ignores the naming conventions of a list.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,
@@ -83,15 +68,7 @@ def options(
 
 
 def application_tables(package: str, *, more: Sequence[MetaData] = (), scripts: Path | None = None) -> frozenset[str]:
-    """Import all modules of a package, and return the names of the tables whose classes the package defines.
-
-    Alembic cannot see the tables of a module that is not imported.
-
-    Args:
-        package: name of the package, or of a module.
-        more: further MetaData objects whose tables the comparison includes.
-        scripts: folder of the revisions. The modules in the folder of the revisions are not imported.
-    """
+    """Import all modules of a package, and return the names of the tables whose classes the package defines."""
     _import_modules(package, scripts)
     homeagents = {table.name for table in SCHEMA}
     named: set[str] = {
@@ -113,11 +90,7 @@ def _import_modules(name: str, scripts: Path | None) -> None:
 
 @contextmanager
 def scratch_database(application: Application | None = None) -> Iterator[Connection]:
-    """Open a SQLite database in memory with the tables of homeagent and of the application, without foreign keys.
-
-    Raises:
-        MigrationError: if a revision of the application failed.
-    """
+    """Open a SQLite database in memory with the tables of homeagent and the application, without foreign keys."""
     with scratch_sqlite() as connection:
         try:
             with connection.begin():
@@ -129,12 +102,7 @@ def scratch_database(application: Application | None = None) -> Iterator[Connect
 
 
 def render_revision(application: Application, tables: Collection[str]) -> dict[str, str] | None:
-    """Compare tables with the application's revisions, and return the texts of a new revision.
-
-    Returns:
-        Three texts: the texts of the imports, and of the bodies of the functions `upgrade()` and `downgrade()`. The
-            result is None if the existing revisions already create the tables.
-    """
+    """Return the imports and the function bodies of a new revision. Return None if no revision is necessary."""
     with scratch_database(application) as connection:
         chosen = options("sqlite", tables, version_table=APPLICATION_VERSION_TABLE)
         context = MigrationContext.configure(connection, opts=chosen)

@@ -1,16 +1,7 @@
 """Check that a revision only expands the schema, so that code of the previous version works with the new schema.
 
-Administrators upgrade hosts one after the other. The first upgraded host changes the schema while the other hosts still
-run old code. Therefore columns and names that old code uses must stay, and the schema must still accept the rows that
-old code writes. The check runs the revisions on an empty database, and compares the schemas before and after each
-revision.
-
-A later release removes the parts of the schema that no code uses any more. The revision that removes parts of the
-schema declares itself a contraction:
-
-    oldest_revision = "a7"
-
-The line in the revision's module declares that code for revision a7 and later works with the contracted schema.
+Administrators upgrade hosts one after the other, so old code runs on the new schema. A revision that removes parts
+declares itself a contraction: `oldest_revision = "a7"` names the oldest revision whose code still works.
 """
 
 from __future__ import annotations
@@ -48,26 +39,13 @@ _REMOVED = {
 }
 
 Structure = Mapping[tuple[str, str, Any], Any]
-"""The parts of a schema. The key of a part consists of its kind, the name of its table or view, and its own name. A
-unique constraint and a foreign key have their columns instead of a name.
-"""
+"""The parts of a schema, by kind, table and name. A unique constraint or foreign key has its columns as the name."""
 
 
 def check_expansion(
     application: Application, open_step: Callable[[Application], Engine], accepted: Container[str]
 ) -> None:
-    """Bring an empty database to each revision of an application, and raise an error for a revision that breaks old
-    code.
-
-    Args:
-        application: the revisions.
-        open_step: function that brings the database to the newest revision of an application, and opens an engine.
-        accepted: names of new CHECK constraints and triggers that old code satisfies.
-
-    Raises:
-        IncompatibleRevisionError: if a revision breaks code of the previous version.
-        MigrationError: if a revision failed, or changed homeagent's tables.
-    """
+    """Bring an empty database to each revision. If a revision breaks old code, raise IncompatibleRevisionError."""
     homeagents = {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE}
     old: Structure = {}
     for step in _steps(application):
@@ -130,11 +108,7 @@ def _triggers(connection: Connection) -> set[tuple[str, str]]:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield one text for each change that can break old code. Each text names the change and, after a colon, the
-    remedy.
-
-    The check accepts a new CHECK constraint or trigger whose name is in `accepted=[…]`.
-    """
+    """Yield the problem and the remedy of each change that can break old code, except for accepted names."""
     for part in sorted(old):
         kind, table, name = part
         if part in new:

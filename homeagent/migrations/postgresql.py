@@ -41,15 +41,12 @@ if TYPE_CHECKING:
 
     from homeagent.engine.postgresql.engine import PostgreSQLEngine
 
-# Key of the advisory lock that each host takes before an upgrade. The lock's key consists of the bytes of the text
-# "homeagen".
+# Key of the advisory lock that each host takes before an upgrade: the bytes of the text "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of a second advisory lock. A host holds the lock `_OUTSIDE_LOCK` during an upgrade, even while a revision runs
-# outside a transaction. A command of Alembic takes only the lock `_OUTSIDE_LOCK`.
+# Key of the lock that a host keeps while a revision runs outside a transaction. Alembic's commands take no other lock.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
-# Longest wait of a revision for a table's lock, in seconds. After the longest wait, homeagent rolls the whole upgrade
-# back and tries the upgrade again. Readers and writers of the table wait behind the revision.
+# Longest wait of a revision for a table's lock, in seconds. Readers and writers of the table wait behind the revision.
 _TABLE_LOCK_PATIENCE = 2
 
 # Longest time for a statement of a revision.
@@ -57,8 +54,7 @@ _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# homeagent's engine changes the search_path of its server session. The column reset_val of pg_settings still has the
-# original search_path of the URL, the role or the database.
+# The engine changes the session's search_path. The column reset_val has the value of the URL, role or database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -73,15 +69,7 @@ _NO_APPLICATION = Application()
 def open_postgresql(
     engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool, application: Application = _NO_APPLICATION
 ) -> None:
-    """With `migrate=True`, bring the schema to the revision of this version of homeagent, one host at a time.
-
-    With `migrate=False`, the schema must be up to date. The timeout is the longest wait for another host that upgrades
-    the schema, and for transactions that lock the tables. The application's revisions run after homeagent's revisions.
-
-    Raises:
-        SchemaTooNewError, SchemaOutdatedError, MigrationError, ForeignDatabaseError, DatabaseBusyError: if the schema
-            can't be used or upgraded. If the upgrade fails, the database undoes the upgrade.
-    """
+    """Bring the schema to this version's revision, one host at a time. With `migrate=False`, require the revision."""
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         with connection.begin():
@@ -125,16 +113,10 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse the database if two schemas of the `search_path` have a store, and the first of these schemas has the
-    name of the role.
+    """Refuse the database if two schemas of the `search_path` have a store, and the first schema has the role's name.
 
-    By default PostgreSQL first searches a schema with the role's name, and then the schema `public`. A different role
-    with the privilege CREATE on the database can create a schema with the name of homeagent's role, and store an
-    approved device in the schema. Without the check of this function, homeagent would use the schema of the different
-    role after a restart.
-
-    Raises:
-        InvalidArgumentError: if the search_path contains `"$user"`, and two of its schemas have a store.
+    By default PostgreSQL first searches a schema with the role's name. A different role with the privilege CREATE on
+    the database could store an approved device in a schema with the name of homeagent's role.
     """
     others = connection.execute(_OTHER_STORES, {"name": VERSION_TABLE}).scalars().all()
     if others:
@@ -146,9 +128,7 @@ def refuse_second_store(connection: Connection) -> None:
 
 
 def _views(connection: Connection) -> str:
-    """Return a hint if the application's views read homeagent's tables. PostgreSQL refuses some changes of a table that
-    a view reads.
-    """
+    """Return a hint about views that read homeagent's tables, because PostgreSQL can refuse to change such a table."""
     with connection.begin():
         names = sorted({difference.text for difference in views_of_tables(connection)})
     hint = ": PostgreSQL can refuse to change such a table. Drop the view, upgrade, and create the view again"
@@ -157,8 +137,7 @@ def _views(connection: Connection) -> str:
 
 def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:
     if engine.search_schema is not None:
-        # Limit the search_path to homeagent's schema, so that a revision can't use the tables of a second store in a
-        # later schema.
+        # Limit the search_path to homeagent's schema, so that a revision can't use a second store in a later schema.
         connection.execute(text(f"SET LOCAL {engine.search_schema}"))
     # Wait without statement_timeout, because the upgrade of another host can take longer than the role's timeout.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
@@ -180,8 +159,7 @@ def _make_or_upgrade(
     if suitable and not application.is_pending(connection):
         return
     if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
-        # Do not wait for the lock. If another host runs CREATE INDEX CONCURRENTLY, the statement of the other host
-        # would wait for this transaction.
+        # Do not wait for the lock, because CREATE INDEX CONCURRENTLY of another host would wait for this transaction.
         raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
@@ -206,17 +184,12 @@ def _make_or_upgrade(
 
 @contextmanager
 def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]:
-    """Prevent upgrades by other hosts and by other commands of Alembic during the block.
-
-    Raises:
-        DatabaseBusyError: if an upgrade has held the lock until the timeout.
-    """
+    """Prevent upgrades by other hosts and by other commands of Alembic during the block."""
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         while True:
-            # In READ COMMITTED, the transaction has no snapshot between two statements. CREATE INDEX CONCURRENTLY waits
-            # only for transactions with a snapshot. Do not wait for the lock inside a statement,
-            # because CREATE INDEX CONCURRENTLY would wait for the snapshot of the waiting statement.
+            # Do not wait for the lock inside a statement, because CREATE INDEX CONCURRENTLY would wait for the snapshot
+            # of the statement. In READ COMMITTED, the transaction has no snapshot between two statements.
             with connection.begin():
                 connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():
@@ -231,16 +204,10 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
 
 @contextmanager
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
-    """Commit the transaction, run the block without a transaction, and begin a new transaction with the locks and
-    settings of the old transaction.
+    """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks.
 
-    During the block, this host holds the session-level lock `_OUTSIDE_LOCK`. Do not hold the lock `_ADVISORY_LOCK`
-    during the block. While another host waits for the lock `_ADVISORY_LOCK`, the waiting statement has a snapshot. If
-    this host held the lock, CREATE INDEX CONCURRENTLY in the block would wait forever for the statement of the other
-    host.
-
-    Raises:
-        MigrationError: if a connection pooler can run each statement in another session.
+    Do not hold the lock `_ADVISORY_LOCK` during the block. A statement of another host that waits for the lock has a
+    snapshot, so CREATE INDEX CONCURRENTLY in the block would wait forever for the statement.
     """
     if connection.info[POOLED]:
         raise MigrationError(

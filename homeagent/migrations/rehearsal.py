@@ -1,9 +1,7 @@
-"""Keep the application's objects during an upgrade of a SQLite file. If an object or a row prevents the upgrade, raise
-an error that names the object or the row.
+"""Keep the application's objects during an upgrade of a SQLite file, or refuse the upgrade.
 
 When a revision renames a rebuilt table, SQLite checks all views and triggers (https://sqlite.org/lang_altertable.html).
-A broken view or trigger makes the upgrade fail. Therefore the revisions first run on a scratch database in memory with
-the schema of the file, but without rows. The run on the scratch database does not change the file.
+Therefore the revisions first run on a scratch database in memory with the schema of the file, but without rows.
 """
 
 from __future__ import annotations
@@ -31,22 +29,13 @@ _CULPRIT = re.compile(
 
 
 def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Connection], None] = upgrade) -> None:
-    """Raise MigrationError if the upgrade would break a view or a trigger, or if an object already has the name of an
-    object that the upgrade creates.
-
-    Args:
-        connection: connection to the file, in a transaction.
-        act: description of the upgrade for the error, such as "upgrading 'homeagent.db' from '0001'".
-        run: function that upgrades the scratch database. If the function raises a SchemaChangedError, the error reaches
-            the caller unchanged.
-    """
+    """Raise MigrationError if the upgrade would break a view or trigger, or needs the name of an existing object."""
     # SQLite creates the shadow tables together with their virtual table.
     query = (
         "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
         " AND name NOT IN (SELECT name FROM pragma_table_list WHERE type = 'shadow') ORDER BY "
     )
-    # Create the tables first and the triggers last, because a trigger needs its table. The order of the views has no
-    # effect, because a view can refer to a later view.
+    # A trigger needs its table. A view can refer to a later view.
     order = "CASE type WHEN 'table' THEN 1 WHEN 'view' THEN 2 ELSE 3 END, rowid"
     statements = [str(row[0]) for row in connection.exec_driver_sql(query + order)]
     found = None
@@ -73,8 +62,7 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
         raise MigrationError(f"{act} {problem}: {remedy}. Nothing was changed")
 
 
-# Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
-# key of the table.
+# Revision, table, and text columns that the revision reads into Python. The first column is the key of the table.
 _CONVERTED = (
     ("0003", "sessions", ("session_id", "agent_id", "sender_id", "channel_id")),
     ("0006", "devices", ("id",)),
@@ -82,10 +70,7 @@ _CONVERTED = (
 
 
 def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
-    """Raise MigrationError if a row has a BLOB, or text that is not UTF-8, in a column that a later revision converts.
-
-    PostgreSQL needs no check, because PostgreSQL can't store a BLOB or invalid UTF-8 in a text column.
-    """
+    """Raise MigrationError if a column that a later revision converts has a BLOB, or text that is not UTF-8."""
     for later, table, columns in _CONVERTED:
         if later <= revision:
             continue
@@ -102,15 +87,7 @@ def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
 
 @contextmanager
 def kept_objects(connection: Connection, revision: str) -> Iterator[None]:
-    """After the block, restore the application's indexes and triggers that a revision dropped or changed.
-
-    When Alembic's batch mode rebuilds a table, the table loses its triggers and its indexes on expressions. During a
-    rebuild, the table's indexes on columns lose their collations and their descending order.
-
-    Args:
-        connection: connection to a SQLite file, in a transaction.
-        revision: schema revision of the file. The schema revision determines which objects of the file are homeagent's.
-    """
+    """After the block, restore the application's indexes and triggers that Alembic's batch mode dropped or changed."""
     query = "SELECT type, name, sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL"
     before = {name: (kind, sql) for kind, name, sql in connection.exec_driver_sql(f"{query} ORDER BY rowid")}
     yield

@@ -1,12 +1,7 @@
-"""Read the revision of a schema, decide whether this version of homeagent can use the schema, and run the missing
-revisions.
+"""Read the revision of a schema, and run the missing revisions.
 
-For an up-to-date database, homeagent runs only one SELECT. Do not import Alembic for an up-to-date database, because
-the import takes 80 ms.
-
-The application can run a command of Alembic at the same time. Therefore the function `upgrade()` does not change
-Alembic's global objects `alembic.context` and `alembic.op`. The function does not run `env.py`, and gives each script a
-separate instance of Alembic's object `op`. The scripts are resources of the package, and can be in a zip file.
+Do not import Alembic for an up-to-date database, because the import takes 80 ms. Do not run `env.py`, and do not change
+`alembic.context` and `alembic.op`, because the application can run a command of Alembic at the same time.
 """
 
 from __future__ import annotations
@@ -65,9 +60,7 @@ SPEAK_FOR_THEMSELVES = (
 
 
 class RevisionFailedError(Exception):
-    """A revision of the application failed. The text of the error names the revision. The caller of `run_revisions()`
-    converts a RevisionFailedError to a MigrationError.
-    """
+    """A revision of the application failed. Callers of `run_revisions()` convert the error to a MigrationError."""
 
 
 def script_directory() -> Traversable:
@@ -76,8 +69,7 @@ def script_directory() -> Traversable:
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # If homeagent is installed, the folder alembic next to the package is the Alembic library. The library's top
-        # directory has no file `env.py`.
+        # In an installation, this folder is the library Alembic, whose top directory has no file `env.py`.
         if (candidate / "env.py").is_file():
             return candidate
     raise MigrationError("this installation has no migrations: install homeagent anew")
@@ -111,9 +103,7 @@ def tables(connection: Connection) -> set[str]:
 
 
 def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
-    """Count the rows of a SQLite file that refer to a missing row. Return the number of rows for each pair of a
-    referring table and a referenced table.
-    """
+    """Count the rows of a SQLite file that refer to a missing row, by referring table and referenced table."""
     rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
     return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
 
@@ -157,10 +147,7 @@ def known_revisions() -> set[str]:
 
 
 def server_triggers(revision: str) -> dict[str, str]:
-    """Return homeagent's triggers at a revision on PostgreSQL, by name.
-
-    The definition of a trigger is the text that pg_get_triggerdef() returns, and the body of the trigger's function.
-    """
+    """Return homeagent's triggers at a revision on PostgreSQL, by name: definition and body of the function."""
     found: dict[str, str] = {}
     for script in _scripts():
         if script.revision <= revision:
@@ -172,13 +159,7 @@ def server_triggers(revision: str) -> dict[str, str]:
 
 
 def suits(connection: Connection, revision: str | None) -> bool:
-    """Return True if this version of homeagent works with the schema. If the schema must be created or upgraded, return
-    False.
-
-    This version of homeagent works with its own revision, and with a compatible revision of a newer version. A newer
-    version of homeagent stores the oldest compatible revision in the column `store.oldest_revision`. If a schema of a
-    newer version is not compatible, raise SchemaTooNewError.
-    """
+    """Return True if this version works with the schema. Return False if the schema must be created or upgraded."""
     if revision is None or revision == REVISION:
         return revision is not None
     known = known_revisions()
@@ -187,7 +168,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
     if "store" not in tables(connection):
         raise SchemaTooNewError(revision, known=REVISION)
     oldest = connection.execute(text("SELECT oldest_revision FROM store")).scalar()
-    # This version of homeagent knows its own revision and older revisions, which are all compatible.
+    # A newer version stores the oldest compatible revision. All revisions that this version knows are its own or older.
     if oldest not in known:
         raise SchemaTooNewError(revision, known=REVISION)
     logger.info(
@@ -200,11 +181,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the cause of a failure, for the text of a MigrationError.
-
-    For an error that is not homeagent's, return only the name of the error's class, because the message can contain row
-    values.
-    """
+    """Return the cause of a failure. Only the message of homeagent's error is safe: others can contain row values."""
     if isinstance(error, RevisionFailedError):
         return str(error)
     name = type(error).__name__
@@ -212,9 +189,7 @@ def reason_of(error: Exception) -> str:
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:
-    """Run homeagent's missing revisions, up to and including the given revision. The caller holds the lock for
-    upgrades.
-    """
+    """Run homeagent's missing revisions up to the given revision. The caller holds the lock for upgrades."""
     run_revisions(connection, _scripts(), version_table=VERSION_TABLE, to=to)
 
 
@@ -228,17 +203,7 @@ def run_revisions(
     before: Callable[[str], None] = lambda revision: None,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the missing revisions in the current transaction.
-
-    Args:
-        connection: connection in a transaction.
-        modules: modules of all revisions. Each module gets a separate instance of Alembic's object `op`.
-        version_table: name of the version table.
-        to: newest revision to run.
-        autocommit: function that Alembic's method `autocommit_block()` calls.
-        before: function that is called before each revision.
-        after: function that is called after each revision.
-    """
+    """Run the missing revisions in the current transaction. Call `before` and `after` around each revision."""
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext, MigrationStep
     from alembic.script import Script

@@ -1,12 +1,7 @@
 """Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
-On SQLite the revisions run on a scratch database in memory. The comparison uses the SQL texts of both schemas, because
-no pragma shows a CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are compared
-with the server's catalogue.
-
-The application's tables, indexes, triggers and views are allowed, with two exceptions. The comparison reports a trigger
-that changes homeagent's tables, because the trigger can approve a device. The comparison reports a view that reads
-homeagent's tables, because the view prevents rebuilding the table.
+On SQLite the revisions run on a scratch database in memory, because no pragma shows a CHECK constraint. On PostgreSQL a
+scratch schema would need write access, so the models are compared with the server's catalogue.
 """
 
 from __future__ import annotations
@@ -31,15 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference between a database's schema and the schema that homeagent's revisions create.
+    """A difference of the schema. The field `command` has the SQL statement that undoes the change, if one is enough.
 
-    A difference is grave if homeagent can fail, or can accept values that homeagent must refuse. `difference.command`
-    is the SQL statement that undoes the change. If one statement is not enough, `difference.command` is None.
-
-    A trigger, a view or an index that only uses homeagent's tables can belong to the application. For an object that
-    can belong to the application, `difference.kind` is "trigger", "view" or "index". `difference.trigger` is the name
-    of a trigger that is not homeagent's. Copies, restores and upgrades accept a trigger that is not homeagent's only if
-    the application acknowledged the name of the trigger.
+    If a difference is grave, homeagent can fail, or accept values that homeagent must refuse. If the field `kind` is
+    set, the object can belong to the application. The field `trigger` is the name by which the application can
+    acknowledge a trigger.
     """
 
     text: str
@@ -50,11 +41,7 @@ class Difference:
 
 
 class _Part(NamedTuple):
-    """A column, constraint, index or storage option of a table, with its normalised SQL text.
-
-    `strict=True` means that the definition can make the database refuse a row that homeagent inserts. For example, a
-    unique index or a column without a default can refuse a row.
-    """
+    """Normalised SQL text of a part of a table. A strict part can make the database refuse a row of homeagent."""
 
     definition: str
     strict: bool = False
@@ -69,16 +56,7 @@ _Tables = dict[str, dict[str, _Part]]
 def refuse_changed_schema(
     connection: Connection, revision: str, location: str, acknowledged: Container[str] = ()
 ) -> None:
-    """Refuse a schema with a grave difference, because the rows of the database can't be trusted.
-
-    Only the doctor reports differences that are not grave, such as a view or a plain index. On PostgreSQL, the function
-    searches only for triggers and rules on homeagent's tables. The connection must be in a transaction. The function
-    accepts a trigger whose name is in `acknowledged=…`.
-
-    Raises:
-        SchemaChangedError: if the schema has a difference because of which the rows can't be trusted.
-        SchemaTooNewError: if this version of homeagent does not know the revision.
-    """
+    """Refuse a schema whose rows can't be trusted. The connection must be in a transaction."""
     if revision not in known_revisions():
         raise SchemaTooNewError(revision, known=REVISION)
     if connection.dialect.name == "sqlite":
@@ -94,10 +72,7 @@ def refuse_changed_schema(
 
 
 def schema_differences(connection: Connection) -> list[Difference]:
-    """Compare a schema at this version's revision with the schema that homeagent's revisions create.
-
-    Return the differences.
-    """
+    """Compare a schema at this version's revision with the schema that homeagent's revisions create."""
     if connection.dialect.name == "sqlite":
         return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
     wanted = {table.name: _modelled(connection, table) for table in SCHEMA}
@@ -246,10 +221,7 @@ _QUOTED_OR_BLANK = re.compile(
 
 
 def _plain(sql: str) -> str:
-    """Remove comments, extra spaces and the quotes around names from a statement, and return the statement.
-
-    A tracing listener of the application can add comments to a statement.
-    """
+    """Return a statement without extra spaces, quotes and comments, which a tracing listener can add."""
     return _QUOTED_OR_BLANK.sub(lambda match: match[1] or match[2] or " ", sql).strip()
 
 
@@ -322,8 +294,7 @@ def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Diff
                 del expected[name]
                 continue
             command = f"DROP {kind.upper()} {_name(name)} ON {table}"
-            # The function of a BEFORE trigger can replace the row. A rule of PostgreSQL can replace an INSERT by
-            # another statement.
+            # A BEFORE trigger can replace the row, and a rule can replace an INSERT by another statement.
             harmless: Literal["trigger"] | None = "trigger" if kind == "trigger" and not is_before else None
             trigger = name if kind == "trigger" else None
             yield Difference(f"{kind} {name} of {table} is not homeagent's", True, command, harmless, trigger)
@@ -388,10 +359,7 @@ def _column(kind: str, collation: str | None, default: str | None, not_null: boo
 
 
 def _normalised(written: str) -> str:
-    """Normalise an expression, because the server rewrites expressions.
-
-    PostgreSQL writes `IN` as `= ANY (ARRAY[…])`, and adds casts and parentheses.
-    """
+    """Normalise an expression. PostgreSQL writes `IN` as `= ANY (ARRAY[…])`, and adds casts and parentheses."""
     plain = re.sub(r"::[a-z]+(\[\])?", "", written)
     plain = re.sub(r"= ANY \(+ARRAY\[(.*?)\]\)+", r"IN \1", plain)
     return re.sub(r"[\s()]+", " ", plain).strip()

@@ -68,14 +68,8 @@ def open_sqlite(
 ) -> None:
     """Check the file, switch the file to WAL mode, and bring the schema to the revision of this version of homeagent.
 
-    The timeout is the longest wait for another process that creates or upgrades the file. With `migrate=False`, the
-    schema must be up to date. A temporary file is private to the caller, so the file needs no in-use lock and no
-    backup. The application's revisions run after homeagent's revisions.
-
-    Raises:
-        SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema can't be used.
-        ForeignDatabaseError, CorruptDatabaseError, InsecureFileError, DatabaseBusyError: if the file can't be used. The
-            content of a refused file is unchanged.
+    A temporary file is private to the caller, so the file needs no in-use lock and no backup. The content of a refused
+    file is unchanged.
     """
     try:
         _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
@@ -108,8 +102,7 @@ def _open_sqlite(
         suitable, pending = is_current, False
         # SQLite empties a file whose first transaction was cut off.
         if not is_current and database_file.size_of(path):
-            # Read the revision and the schema in one snapshot, because another process can upgrade the file at the same
-            # time.
+            # Read the revision and the schema in one snapshot, because another process can upgrade the file.
             with engine.translated(), engine.reading() as connection:
                 revision = revision_of(connection)
                 suitable, pending = suits(connection, revision), application.is_pending(connection)
@@ -137,9 +130,7 @@ def _open_sqlite(
 
 
 def identify(engine: SQLiteEngine) -> os.stat_result | None:
-    """Return the state of a file without changing the file. If the content of the file is not homeagent's, raise an
-    error.
-    """
+    """Return the state of a file without changing the file. If the content is not homeagent's, raise an error."""
     state = database_file.inspect_file(engine.path, repair=False)
     if state is not None and state.st_size:
         engine.refuse_foreign()
@@ -147,11 +138,7 @@ def identify(engine: SQLiteEngine) -> os.stat_result | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Identify a file before the first lock is taken, and return True if the file could be identified.
-
-    Return False if a restore was interrupted, or if the file is damaged. A file that a restore is just replacing can
-    look damaged. If the function returns False, the caller takes the in-use lock and calls `identify()` again.
-    """
+    """Identify a file before the first lock. Return False if the caller must identify the file under the lock."""
     if database_file.size_of(in_use_path(engine.path)):
         return False  # `identify()` would refuse a second hard link that the restore added
     try:
@@ -159,22 +146,17 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
     except CorruptDatabaseError:
         if not in_use_path(engine.path).exists():
             raise
-        return False
+        return False  # a restore that is replacing the file can make the file look damaged
     return True
 
 
 def _check_unclean_end(engine: SQLiteEngine, timeout: timedelta) -> bool:
-    """Check the file if the last process did not close the database: the file has a WAL, although no process has the
-    file open.
-
-    Return True if the file was checked. Raise CorruptDatabaseError if the file is damaged or its WAL lost commits.
-
-    The process takes the exclusive in-use lock. A shared lock before the check would make another process skip the
-    check (see `test_no_process_skips_the_check_of_another_process`).
-    """
+    """Check a file that has a WAL although no process has the file open. Return True if the file was checked."""
     if not os.access(engine.path.parent, os.W_OK):
         return False  # in a read-only directory, SQLite can't write the database
     if engine.in_use_lock is None:
+        # Do not take a shared lock, because another process would skip the check (see
+        # `test_no_process_skips_the_check_of_another_process`).
         engine.keep_in_use_lock(hold_in_use_lock(engine.path, timeout=timeout, exclusive_if_free=True))
     # If the lock is shared, another process has the database open and uses the WAL.
     return engine.in_use_lock is not None and engine.in_use_lock.is_exclusive and refuse_unclean_damage(engine)
@@ -199,15 +181,11 @@ def _is_current(raw: Any, application: Application) -> bool:
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
-    """Create a missing file and prepare its header. The caller must hold the lock `sidecar_lock`.
-
-    Return True if the lock file has a marker.
-    """
+    """Create a missing file and prepare its header. Return True if the lock, which the caller holds, has a marker."""
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
-    # If the lock file has a marker, homeagent has created a database at this path. Do not treat an empty file as a new
-    # database.
+    # If the lock file has a marker, homeagent created a database here, so an empty file is not a new database.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.st_size == 0):
         raise corrupt_after_all(path)
@@ -222,9 +200,7 @@ def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
 def _make_or_upgrade(
     engine: SQLiteEngine, lock: FileLock, application: Application, *, clock: Clock, temporary: bool
 ) -> None:
-    """Create or upgrade the schema, unless another process has done so already. The caller must hold the lock
-    `sidecar_lock`.
-    """
+    """Create or upgrade the schema if necessary. The caller must hold the lock `sidecar_lock`."""
     path = engine.path
     initialised = _prepare_file(engine, lock)
     with engine.translated(), engine.connect() as connection:
@@ -234,8 +210,7 @@ def _make_or_upgrade(
             suitable, pending = suits(connection, revision), application.is_pending(connection)
             has_tables = bool(tables(connection))
         if revision is not None and not initialised and not temporary:
-            # Write the marker of the lock file before the upgrade. If the disk is full, the write of the marker fails,
-            # and the schema stays unchanged.
+            # Write the marker before the upgrade. On a full disk the write fails, and the schema stays unchanged.
             lock.write_marker("initialised")
             initialised = True
         if suitable and not pending:
@@ -309,19 +284,14 @@ class _Attempt:
 
 @contextmanager
 def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
-    """If the block raises an error that is not in `SPEAK_FOR_THEMSELVES`, raise MigrationError.
-
-    If Ctrl-C interrupts Alembic during the rebuild of a table, Alembic still runs a statement, and the statement fails.
-    After Ctrl-C, raise the KeyboardInterrupt and not the error of a failed statement.
-
-    The context manager yields an `_Attempt`. The block stores the path of the backup in `attempt.backup`.
-    """
+    """If the block raises an error that is not in `SPEAK_FOR_THEMSELVES`, raise MigrationError."""
     attempt = _Attempt(act)
     try:
         yield attempt
     except SPEAK_FOR_THEMSELVES:
         raise
     except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
+        # After Ctrl-C, Alembic still runs a statement, which fails. Raise the KeyboardInterrupt and not this error.
         first: BaseException | None = error
         while isinstance(first, Exception):
             first = first.__context__
@@ -336,11 +306,9 @@ def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
 
 
 def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:
-    """Raise MigrationError if the upgrade left a broken reference, or ended at an unexpected revision.
-
-    In the application's tables, the function accepts as many broken references as before the upgrade.
-    """
+    """Raise MigrationError if the upgrade left a broken reference, or ended at an unexpected revision."""
     broken = broken_references(connection)
+    # In the application's tables, accept as many broken references as before the upgrade.
     worse = [keys for keys, rows in broken.items() if keys[0] in TABLES or rows > broken_before[keys]]
     revision = revision_of(connection)
     if worse:
@@ -359,11 +327,7 @@ def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str
 def back_up(
     engine: SQLiteEngine, revision: str, clock: Clock, kind: Literal["upgrade", "adoption"] = "upgrade"
 ) -> Path:
-    """Back up the last commit over another connection, because the upgrade's connection is in a write transaction.
-
-    After the backup, remove the backups of earlier, failed attempts. A service manager can restart the gateway
-    repeatedly, and a backup for each restart would fill the disk.
-    """
+    """Back up the last commit over another connection. Then remove the backups of earlier, failed attempts."""
     from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
     from homeagent.engine.sqlite.manifests import PARTIAL, backups_in
 
@@ -371,11 +335,11 @@ def back_up(
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        # A killed upgrade left the partial backup. No running upgrade uses the partial backup, because this process
-        # holds the lock.
+        # No running upgrade uses the partial backup, because this process holds the lock.
         discard(stale)
     try:
         manifest = write_backup(engine, target, partial=partial, taken_at=now, kind=kind)
+        # A service manager can restart the gateway repeatedly, and a backup for each restart would fill the disk.
         for backup, earlier in backups_in(path.parent, path) if kind == "upgrade" else ():
             # Do not remove a backup that the administrator has renamed.
             named = backup.name == backup_name(path, revision, earlier.taken_at)
@@ -395,11 +359,7 @@ def back_up(
 
 
 def _is_same_upgrade(earlier: Manifest, new: Manifest) -> bool:
-    """Return True if both backups were made for the same upgrade, and the first attempt of the upgrade failed.
-
-    A successful upgrade changes the revision of homeagent's schema or of the application's schema. A restore of an
-    earlier revision changes the epoch. A manual downgrade changes SQLite's counter of schema changes.
-    """
+    """Return True if no successful upgrade, restore or downgrade happened between the two backups."""
     return earlier.schema_version is not None and all(
         getattr(earlier, name) == getattr(new, name)
         for name in ("kind", "database", "epoch", "schema_revision", "application_revision", "schema_version")
