@@ -24,19 +24,7 @@ R = TypeVar("R")
 
 
 class StoreConnection:
-    """A long-lived connection that does not belong to SQLAlchemy's pool. One unit of work runs on the connection at a
-    time.
-
-    Args:
-        connection: SQLAlchemy's connection, to which an ORM session can be bound.
-        begin: SQL statements to run in this order to begin a transaction.
-        read_only: True if the units of work on the connection can read but not write.
-        compiled: cache of compiled statements. All read-only connections of an engine share one cache, and all
-            connections for writing share a second cache.
-        driver_errors: classes of the exceptions that the driver raises.
-        translate: function that returns homeagent's error for an exception of the driver.
-        watch: file-identity check; None if the database is on a server and has no file to check.
-    """
+    """A long-lived connection that does not belong to SQLAlchemy's pool, for one unit of work at a time."""
 
     __slots__ = (
         "__weakref__",
@@ -106,8 +94,6 @@ class StoreConnection:
         """SQLAlchemy's dialect, which compiles the statements."""
         return self._dialect
 
-    # Transactions
-
     def begin(self) -> None:
         """Begin a transaction. On SQLite a read-only unit takes a snapshot, and a write unit takes the write lock."""
         failure: BaseException
@@ -127,24 +113,13 @@ class StoreConnection:
         raise failure
 
     def check_file(self) -> None:
-        """Check the identity of the database's file if the last check has become too old (see `FileIdentityCheck.due`).
-
-        Raises:
-            DatabaseMovedError: if the file was deleted, moved or replaced since the database was opened.
-        """
+        """Check the identity of the database's file if the last check is too old, or raise DatabaseMovedError."""
         check = self._identity_check
         if check is not None and check.monotonic() >= check.due:
             check.after_begin()
 
     def commit(self) -> None:
-        """Commit the transaction.
-
-        Raises:
-            DatabaseMovedError: if the file was deleted, moved or replaced. The transaction was not committed.
-            CommitUnknownError: if the connection was lost before the server answered. On SQLite, the method raises
-                CommitUnknownError after a failed COMMIT if a later connection could recover the transaction from the
-                WAL.
-        """
+        """Commit the transaction. If a failed COMMIT can still take effect, raise CommitUnknownError."""
         if self._identity_check is not None and not self.read_only:
             self._identity_check.before_commit()
         failure: BaseException
@@ -165,7 +140,6 @@ class StoreConnection:
         raise failure
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
-        """Return homeagent's error for an exception that COMMIT raised."""
         return self._refused(error, "COMMIT")
 
     def rollback(self) -> None:
@@ -188,15 +162,11 @@ class StoreConnection:
 
     @property
     def is_lost(self) -> bool:
-        """True if the connection has ended. SQLAlchemy closes a connection if a KeyboardInterrupt occurs during a
-        statement.
-        """
+        """True if the connection has ended, for example because Ctrl-C interrupted a statement of SQLAlchemy."""
         return self._connection.invalidated
 
     def is_stale(self, failure: BaseException) -> bool:
-        """Return whether BEGIN failed because the server ended the idle connection. On SQLite, return False, because a
-        file has no server.
-        """
+        """Return whether BEGIN failed because the server ended the idle connection. On SQLite, return False."""
         return False
 
     def orm_connection(self) -> Connection:
@@ -211,19 +181,11 @@ class StoreConnection:
         return self._root is not None and self._root.is_active
 
     def confine_orm(self, savepoint: str) -> None:
-        """Confine SQLAlchemy's transaction to a savepoint, because other units share the transaction (SQLite only).
-
-        After `confine_orm()`, a rollback by SQLAlchemy rolls back only to the savepoint. If SQLAlchemy sends a COMMIT
-        after `confine_orm()`, the COMMIT fails. The failed COMMIT rolls back the whole transaction.
-        """
+        """Confine SQLAlchemy's transaction to a savepoint, because other units share the transaction (SQLite only)."""
         self._raw.confine(savepoint)
 
     def release_orm(self, *, keep: bool) -> None:
-        """Undo `confine_orm()`. End the savepoints that the unit left open in SQLAlchemy's connection.
-
-        Args:
-            keep: True to keep the changes that were made in the savepoints.
-        """
+        """Undo `confine_orm()`, and end the open savepoints. With `keep=True`, keep the changes in the savepoints."""
         try:
             if not self.in_transaction:
                 self.rollback()
@@ -247,8 +209,6 @@ class StoreConnection:
         self.execute(f"ROLLBACK TO SAVEPOINT {name}")
         self.execute(f"RELEASE SAVEPOINT {name}")
 
-    # Statements
-
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
         """Run SQL text, such as a pragma, and return the driver's cursor."""
         failure: BaseException
@@ -259,7 +219,6 @@ class StoreConnection:
         raise failure
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
-        """Return homeagent's error for an exception of the driver. The message of some errors contains the SQL text."""
         return naming_statement(self._translate(error), sql)
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
@@ -270,10 +229,7 @@ class StoreConnection:
         return compiled
 
     def rows(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run a statement. Return all rows as objects, in the order in which the database returns the rows.
-
-        If the statement fails, the method empties the dictionary of parameters, so that no traceback shows the values.
-        """
+        """Run a statement, and return its rows. After an error, empty `parameters`, which a traceback could show."""
         stored: Sequence[Row] = ()
         failure: HomeAgentError
         try:
@@ -323,13 +279,7 @@ class StoreConnection:
         raise failure
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-        """Insert rows of stored values by the fastest method of the driver.
-
-        Args:
-            table: name of the table.
-            columns: names of the columns, in the order of the values.
-            rows: one sequence of values for each row.
-        """
+        """Insert rows of stored values by the fastest method of the driver."""
         if self.read_only:
             raise _read_only()
         quote = self._dialect.identifier_preparer.quote
@@ -344,16 +294,13 @@ class StoreConnection:
         raise failure
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows. The first argument has the form "table (columns)", and the second argument is the number of
-        columns.
-        """
+        """Insert rows. The argument `into` has the form "table (columns)"."""
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 
     def invalidate(self) -> None:
-        """Make every further statement of a forked child raise `DatabaseClosedError`, even while a unit is open.
-
-        Do not close the connection, because SQLite would delete the WAL that the parent process still uses.
+        """In a forked child, make every further statement raise `DatabaseClosedError`. Do not close the connection,
+        because SQLite would delete the WAL that the parent process still uses.
         """
         if self._connection.closed:
             return  # the connection was closed before the fork
@@ -361,24 +308,20 @@ class StoreConnection:
         _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # Also replace the driver's connection inside SQLAlchemy's connection, because an ORM session uses SQLAlchemy's
-        # connection.
+        # Also replace the driver's connection inside SQLAlchemy's connection, which an ORM session uses.
         fairy: Any = self._connection.connection
         fairy.dbapi_connection = gone
 
     def close(self) -> None:
         """Close the connection. The database rolls back a transaction that is still open."""
         if self.is_lost:
-            # Invalidate a lost connection. On a lost connection, SQLAlchemy would try to roll back, and would log an
-            # error.
+            # On a lost connection, SQLAlchemy would try to roll back, and would log an error.
             self._connection.invalidate()
         self._connection.close()
 
 
 class _ClosedAfterFork:
-    """In a forked child, an object of this class replaces the parent's connection and cursor. Each method of the object
-    raises `DatabaseClosedError`.
-    """
+    """In a forked child, an object of this class replaces the parent's connection and cursor."""
 
     in_transaction = False
     closed = False

@@ -1,7 +1,5 @@
-"""Counters of one open database. An update of a counter is cheap enough for every unit of work.
-
-The counters are plain integers without a lock. CPython switches threads only at calls and backward jumps, and `x += 1`
-on an attribute contains neither. Bounded queues hold the durations of the last waits and the sizes of the last batches.
+"""Counters of one open database, as plain integers without a lock. CPython switches threads only at calls and backward
+jumps, and `x += 1` on an attribute contains neither.
 """
 
 from __future__ import annotations
@@ -110,7 +108,7 @@ class Counters:
         self._waits.append(seconds)
 
     def grouped(self, size: int) -> None:
-        """Count a commit that two or more units shared. The argument is the number of units."""
+        """Count a commit that two or more units shared."""
         self.groups += 1
         self._group_sizes.append(size)
 
@@ -120,9 +118,7 @@ class Counters:
         self.swept += rows
 
     def faulted(self, error: BaseException) -> None:
-        """Keep a `DatabaseError` as the engine's last error. Ignore an error that is not a `DatabaseError`, such as an
-        invalid argument.
-        """
+        """Keep a `DatabaseError` as the engine's last error. Ignore any other error, such as an invalid argument."""
         if isinstance(error, DatabaseError):
             self.last_error = LastFault(kind=type(error).__name__, message=str(error), at=datetime.now(UTC))
 
@@ -140,7 +136,6 @@ class Counters:
 
 def _percentile(values: deque[N], percent: int) -> N | None:
     """Return a percentile by the nearest-rank method, or None if there are no values."""
-    # Do not sort the deque itself, because another thread can append to the deque. The call `list(values)` copies the
-    # deque in one step.
+    # Another thread can append to the deque, and `list(values)` copies the deque in one step.
     ordered = sorted(list(values))  # noqa: C414
     return ordered[(len(ordered) * percent - 1) // 100] if ordered else None

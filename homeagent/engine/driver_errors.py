@@ -1,9 +1,4 @@
-"""Translate a driver's exceptions to homeagent's errors.
-
-A driver's message can contain stored values, for example the rejected row. The message of a translated error contains
-only the kind of error, the remedy, names from the schema and the SQL text of homeagent's statement. The translated
-error has no cause or context, so that no reference to the driver's exception remains.
-"""
+"""Translate a driver's exceptions to homeagent's errors, which contain no stored values and no driver's exception."""
 
 from __future__ import annotations
 
@@ -32,7 +27,6 @@ from homeagent.errors import (
 )
 
 RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest good backup"
-"""Remedy for a damaged file."""
 
 SESSION_ENDED = frozenset({"FATAL", "PANIC"})
 """Severities of PostgreSQL errors. An error of these severities ends the session, whatever the SQLSTATE is."""
@@ -72,9 +66,7 @@ def named(error: BaseException) -> str:
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Add the SQL text of the statement to an error of the class DatabaseError. Return an error of a subclass of
-    DatabaseError unchanged. The SQL text has placeholders instead of stored values.
-    """
+    """Add the SQL text, which has no stored values, to the message of an error of the exact class DatabaseError."""
     if type(error) is not DatabaseError:
         return error
     return DatabaseError(f"{error}; the statement was: {' '.join(sql.split())}")
@@ -88,7 +80,7 @@ def connection_lost() -> ConnectionLostError:
 
 
 def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT") -> CommitUnknownError:
-    """Return the error for a COMMIT whose result is unknown. The message begins with the cause."""
+    """Return the error for a COMMIT whose result is unknown."""
     return CommitUnknownError(
         f"{cause}, so it is unknown whether the unit was committed: check whether its rows exist before you repeat it, "
         "or use run(…, idempotent=True) for a unit that may be committed twice"
@@ -106,9 +98,7 @@ _REASONS = {
 
 
 def constraint_conflict(kind: str, table: str | None, constraint: str | None, label: str) -> ConflictError:
-    """Return the error for a change that violates a constraint (see the attributes of `ConflictError`). The label is
-    the name or number under which the database's documentation lists the error.
-    """
+    """Return the error for a violated constraint. The label is the database's own name or number of the error."""
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
     owner = "the database" if table is None else f"table {table!r}"
     error = ConflictError(f"{name} of {owner} refused the change: {_REASONS[kind]} [{label}]")
@@ -186,7 +176,7 @@ _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
 
 
 def sqlite_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of apsw. SQLite's extended result code decides the error's class."""
+    """Return homeagent's error for an exception of apsw."""
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
@@ -235,9 +225,7 @@ def refused_by(error: BaseException) -> tuple[str | None, str | None]:
 
 
 def postgresql_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of psycopg. The server's error code (SQLSTATE) decides the error's
-    class (https://www.postgresql.org/docs/current/errcodes-appendix.html).
-    """
+    """Translate an exception of psycopg (https://www.postgresql.org/docs/current/errcodes-appendix.html)."""
     state = getattr(error, "sqlstate", None)
     if state is None:
         return _psycopg_error(error)
@@ -278,8 +266,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
     """Return homeagent's error for an exception of psycopg that has no SQLSTATE because the server did not answer."""
-    # Compare the names of DB-API's classes (PEP 249). Do not import psycopg, because a SQLite store must work without
-    # psycopg.
+    # Compare the names of DB-API's classes (PEP 249), because a SQLite store must work without psycopg.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"OverflowError", "UnicodeError", "DataError"}:
         return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")

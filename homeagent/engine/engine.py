@@ -29,20 +29,7 @@ READ_CONNECTIONS = 2
 
 
 class Engine:
-    """One open database.
-
-    Args:
-        sa_engine: SQLAlchemy's engine, which opens all connections.
-        driver_errors: base classes of the exceptions that the driver raises.
-        translate: function that returns homeagent's error for an exception of the driver.
-        writers: maximum number of write units at the same time.
-        readers: maximum number of read-only units at the same time.
-        begin_write, begin_read: SQL statements that begin a write unit and a read-only unit.
-        watch: file-identity check; None if the database is on a server and has no file to check.
-
-    Attributes:
-        counters: counters of commits, rollbacks, waits and retries since the database was opened.
-    """
+    """One open database. The argument `watch` is None for a server, which has no file to check."""
 
     connection_type: type[StoreConnection] = StoreConnection
     shares_commits = False
@@ -89,9 +76,7 @@ class Engine:
             1, lambda: self._connection(read_only=True), name="the connection that reads device changes"
         )
         self.feed_mutex: threading.RLock = threading.RLock()
-        """Mutex of the connection for the feed of device changes. A thread holds the mutex while the thread uses the
-        connection.
-        """
+        """Mutex that a thread holds while the thread uses the connection for the feed of device changes."""
         self._closed = False
         self.is_forked_copy = False
         """True if a fork copied this object into a child process. The child can't use the copy."""
@@ -104,27 +89,14 @@ class Engine:
         return self.sa_engine.dialect.name
 
     def pool(self, *, read_only: bool) -> ConnectionPool[StoreConnection]:
-        """With `read_only=True`, return the pool of connections for reading. With `read_only=False`, return the pool
-        for writing.
-        """
+        """Return the pool of connections for reading or for writing."""
         if self.is_forked_copy:
             raise _invalidated()
         return self.readers if read_only else self.writers
 
     def begin(self, read_only: bool, timeout: float) -> StoreConnection:
-        """Take a connection from its pool, begin a transaction, and return the connection.
-
-        If the server has ended an idle connection, close all idle connections and try again with the next connection. A
-        second try is safe, because only BEGIN was sent on the ended connection.
-
-        Args:
-            read_only: True if the unit of work only reads.
-            timeout: maximum wait for a connection, in seconds.
-
-        Raises:
-            DatabaseBusyError: if no connection was released before the timeout, or the database was busy.
-            DatabaseClosedError: if the database was closed, or was opened before the process was forked.
-            ConnectionLostError: if the server can't be reached.
+        """Take a connection from its pool within `timeout` seconds, and begin a transaction. If the server has ended
+        the idle connection, try again. A second try is safe, because only BEGIN was sent.
         """
         # Do not call the method `self.pool()` here, because the call would cost time in every unit.
         if self.is_forked_copy:
@@ -146,23 +118,11 @@ class Engine:
                     raise
             else:
                 return connection
-            # Close the idle connections, so that the loop soon gets a new connection. A new connection is
-            # not stale.
+            # Close the other idle connections, so that the loop soon gets a new connection.
             self.discard_free()
 
     def read_alone(self, statement: Statement[R], parameters: Parameters, timeout: float) -> list[R]:
-        """Run one statement in autocommit mode. If the connection was lost, run the statement a second time.
-
-        Args:
-            statement: statement that only reads.
-            parameters: parameters of the statement, by name. If the statement fails, the method empties the dictionary.
-            timeout: maximum wait for a connection, in seconds.
-
-        Raises:
-            DatabaseBusyError: if no connection was released before the timeout.
-            DatabaseClosedError: if the database was closed, or was opened before the process was forked.
-            ConnectionLostError: if the server can't be reached.
-        """
+        """Run one reading statement in autocommit mode. If the connection was lost, run the statement a second time."""
         if self.is_forked_copy:
             raise _invalidated()
         pool, check = self.readers, self._identity_check
@@ -193,15 +153,9 @@ class Engine:
         return self.writers.waits
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Copy the content of the WAL into the database file (checkpoint). A PostgreSQL server makes its own
-        checkpoints.
-
-        Args:
-            timeout: maximum wait for the write lock and for readers, in seconds.
-            truncate: if True, also wait for readers, and truncate the WAL.
-
-        Returns:
-            False if the WAL was not truncated, because another unit or process used the WAL until the timeout.
+        """Copy the WAL into the database file (checkpoint). Return False if another unit or process still uses the WAL
+        after `timeout` seconds. With `truncate=True`, also wait for readers, and truncate the WAL. On PostgreSQL, do
+        nothing.
         """
         return True
 
@@ -240,7 +194,7 @@ class Engine:
             connection.needs_reconnect = True
 
     def discard_free(self) -> None:
-        """Close the connections that no unit uses. Units that begin later open new connections."""
+        """Close the connections that no unit uses."""
         self.writers.discard_free()
         self.readers.discard_free()
 
@@ -285,9 +239,7 @@ class Engine:
         """Release resources such as lock files. Call the method after the last connection was closed."""
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the mutex `feed_mutex`, and the mutexes of the connection pools. The caller holds the mutexes during a
-        fork.
-        """
+        """Return the mutexes that the caller holds during a fork, in the order of their acquisition."""
         # Take the mutex `feed_mutex` first, because a thread with `feed_mutex` also takes the mutexes of a pool.
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)

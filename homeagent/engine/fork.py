@@ -1,14 +1,5 @@
-"""Prepare open databases for a fork of the process.
-
-A child process does not inherit file locks, but inherits the memory in which SQLite records the parent's locks. A new
-connection of the child would rely on locks that the child does not hold. The parent could delete the WAL while the
-child uses the WAL (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_). Each
-engine closes its idle connections before a fork. If a unit of work uses a connection during the fork, the child refuses
-to open the file.
-
-The forking thread holds the mutexes of all connection pools during the fork. Do not release the mutexes before the end
-of the fork (`test_forks_under_load`). If another thread opened a connection during the fork, the child could inherit a
-held lock of SQLite, and wait for the lock forever.
+"""Prepare open databases for a fork. A child inherits no file locks, but inherits the memory in which SQLite records
+the parent's locks (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_).
 """
 
 from __future__ import annotations
@@ -29,16 +20,13 @@ if TYPE_CHECKING:
 _known: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# A thread holds the lock `_forking` while the thread forks the process. Without the lock, two threads that fork at the
-# same time would wait for each other's mutexes.
+# Without this lock, two threads that fork at the same time would wait for each other's mutexes.
 _forking = threading.RLock()
 _held: list[threading.RLock] = []
 
 
 def register(engine: Engine) -> None:
-    """Register an engine, so that the fork hooks call the engine's methods. The garbage collector can still remove the
-    engine.
-    """
+    """Register an engine for the fork hooks. The garbage collector can still remove the engine."""
     _known.add(engine)
 
 
@@ -60,6 +48,8 @@ def refuse_inherited(path: Path) -> None:
 
 
 def _before() -> None:
+    # Hold the mutexes until the end of the fork (`test_forks_under_load`). If another thread opened a connection during
+    # the fork, the child could inherit a held lock of SQLite, and wait for the lock forever.
     _forking.acquire()
     for engine in list(_known):
         for lock in engine.fork_locks():

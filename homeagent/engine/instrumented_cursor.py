@@ -1,10 +1,5 @@
-"""Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy.
-
-A store's statements run on the driver's cursor, so listeners such as OpenTelemetry's would miss the statements. If
-listeners are registered at the creation of a connection, the connection gets a wrapped cursor. The wrapper calls the
-listeners in SQLAlchemy's order and with SQLAlchemy's arguments (https://docs.sqlalchemy.org/en/21/core/events.html).
-Unlike SQLAlchemy, the wrapper hides all parameters. The wrapper passes homeagent's error to the listeners, and not the
-driver's error.
+"""Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy. The wrapper hides all
+parameters and the driver's error (https://docs.sqlalchemy.org/en/21/core/events.html).
 """
 
 from __future__ import annotations
@@ -30,9 +25,7 @@ def has_listeners(connection: Connection) -> bool:
 
 
 class _Execution(ExecutionContext):
-    """The context of one statement for SQLAlchemy's listeners, which can add attributes, such as the span of a tracing
-    library.
-    """
+    """Context of one statement, to which a listener can add attributes, such as the span of a tracing library."""
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
         self.engine: Engine = connection.engine

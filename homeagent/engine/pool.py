@@ -1,8 +1,5 @@
-"""A fair (first in, first out) connection pool. A pool of one connection serves as the write lock.
-
-The class `threading.Lock` is not fair. A thread can release the lock and take the lock again before a waiting thread
-runs. In a trial with `threading.Lock`, the writers waited 400 ms for a sweep. SQLite's busy handler is not fair. The
-pool passes a released connection to the thread with the longest wait.
+"""A fair (first in, first out) connection pool. A pool of one connection serves as the write lock. Neither
+`threading.Lock` nor SQLite's busy handler is fair. With `threading.Lock`, writers waited 400 ms for a sweep.
 """
 
 from __future__ import annotations
@@ -36,16 +33,7 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A set with a limited number of resources. The pool creates a resource on demand and keeps the resource. The
-    thread with the longest wait gets the next resource.
-
-    Args:
-        size: maximum number of resources. A pool of size 1 is a lock.
-        make: function that creates a resource. The method `acquire()` raises the errors of this function.
-        name: name of a resource in the message of a timeout, such as "the write lock".
-        waited: function that `acquire()` calls after each wait, even if the wait timed out. The function gets the
-            duration of the wait, in seconds.
-    """
+    """A set of at most `size` resources. The function `waited()` gets the duration of each wait, in seconds."""
 
     def __init__(
         self, size: int, make: Callable[[], T], *, name: str, waited: Callable[[float], object] | None = None
@@ -54,11 +42,9 @@ class ConnectionPool(Generic[T]):
         self._make = make
         self._name = name
         self._waited = waited
-        # Use a reentrant lock, because a signal handler can use the database while the interrupted thread holds the
-        # mutex.
+        # Use a reentrant lock, because a signal handler can interrupt the holder of the mutex and use the database.
         self.mutex: threading.RLock = threading.RLock()
-        # A thread holds the lock `self.making` while the thread creates a resource. A fork waits for this lock, so no
-        # fork takes place during the creation of a resource.
+        # A thread holds this lock while the thread creates a resource. A fork waits for the lock.
         self.making: threading.RLock = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -66,23 +52,13 @@ class ConnectionPool(Generic[T]):
         self._closed = False
         self._held: dict[T, tuple[int, float]] = {}
         self.occupation: Callable[[int], str | None] | None = None
-        """Function that gets the id of a holder's thread, and returns the name of the work that the thread does for
-        other threads. If the thread runs its own unit, the function returns None.
+        """Function that returns the name of the work that the thread with a given id does for other threads, or None.
         """
         self.waits: int = 0
         """Number of callers that had to wait."""
 
     def acquire(self, timeout: float) -> T:
-        """Return a resource that no other caller holds.
-
-        Args:
-            timeout: maximum wait, in seconds.
-
-        Raises:
-            DatabaseBusyError: if no resource was released before the timeout. The message names each thread that holds
-                a resource, and says for how long.
-            DatabaseClosedError: if the pool is closed.
-        """
+        """Return a resource that no other caller holds. After `timeout` seconds, raise DatabaseBusyError."""
         holder = get_ident(), monotonic()
         resource: T | None = None
         waiter: _Waiter[T] | None = None
@@ -128,11 +104,7 @@ class ConnectionPool(Generic[T]):
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait until another thread passes a resource, or the right to create a resource, to the waiter. Return True if
-        the waiter received the right to create a resource.
-
-        Return False if the waiter got a resource, or if the pool was closed.
-        """
+        """Wait for a resource. Return True if the waiter received only the right to create a resource."""
         self.waits += 1
         since = monotonic()
         try:
@@ -142,16 +114,13 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self.mutex:
-                # If the waiter is no longer in the queue, another thread has passed a resource to the waiter just after
-                # the timeout.
+                # A waiter that is not in the queue got a resource from another thread just after the timeout.
                 if waiter in self._waiters:
                     raise self._busy(timeout)
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
-        """Remove a waiter from the queue. If another thread has already passed a resource to the waiter, pass the
-        resource to the next waiter.
-        """
+        """Remove a waiter from the queue, and pass on a resource that the waiter has already received."""
         with self.mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
@@ -180,24 +149,20 @@ class ConnectionPool(Generic[T]):
         resource.close()
 
     def release_own(self, resource: T) -> None:
-        """If the calling thread still holds the resource after an interrupt, release the resource. Otherwise do
-        nothing.
-        """
+        """Release the resource, if the calling thread still holds the resource after an interrupt."""
         holder = self._held.get(resource)
         if holder is not None and holder[0] == get_ident():
             self.release(resource)
 
     def discard(self, resource: T) -> None:
-        """Close a resource that must not be used again. The pool can create a new resource in place of the closed
-        resource.
-        """
+        """Close a resource that must not be used again, and make room for a new resource."""
         try:
             resource.close()
         finally:
             self._free_place(resource)
 
     def discard_free(self) -> None:
-        """Close the resources that no thread holds, for example the connections to a server that was restarted."""
+        """Close the resources that no thread holds."""
         with self.mutex:
             free, self._free = self._free, []
             self._count -= len(free)
@@ -205,11 +170,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def _free_place(self, resource: T | None = None) -> None:
-        """Let the next waiting thread create a resource.
-
-        The argument `resource` is a resource that the caller has removed from the pool. If the caller failed to create
-        a resource, the argument is None.
-        """
+        """Let the next waiting thread create a resource, in place of a removed resource or after a failed creation."""
         with self.mutex:
             if resource is not None:
                 del self._held[resource]
@@ -222,11 +183,7 @@ class ConnectionPool(Generic[T]):
                 self._count -= 1
 
     def close(self) -> None:
-        """Close the resources that no thread holds. Callers that wait in `acquire()`, and later callers, get
-        DatabaseClosedError.
-
-        When a thread releases a resource of a closed pool, the pool closes the resource.
-        """
+        """Close the free resources. Waiting and later callers of `acquire()` get DatabaseClosedError."""
         with self.mutex:
             self._closed = True
             free, self._free = self._free, []

@@ -1,9 +1,5 @@
-"""Declare statements as SQLAlchemy expressions, compile each statement at its first execution, and run constant SQL.
-
-For each call, SQLAlchemy would build a cache key, a context and a result object, which takes several times as long as a
-lookup by the primary key. A store's statements are constant, so each statement is compiled
-only once for each dialect. A compiled statement is SQL text, a function that converts the parameters, and a function
-that converts the rows.
+"""Compile each statement once for each dialect, and run constant SQL. For each call, SQLAlchemy would build a cache
+key, a context and a result object, which takes several times as long as a lookup by the primary key.
 """
 
 from __future__ import annotations
@@ -54,18 +50,8 @@ def _insert_of(dialect: Dialect) -> DialectInsert:
 
 
 class Compiled(Generic[R]):
-    """A statement in the SQL of one dialect.
-
-    Attributes:
-        sql: SQL text, with the placeholders of the driver.
-        bind: function that converts a mapping of parameters to the tuple of values that the driver gets.
-        load: function that converts the driver's rows to a list of results.
-        writes: True if the statement changes the database.
-        columns: columns of a row, in the order of the values.
-        target: name of the table that the statement writes to, or None if the statement only reads or the table is
-            unknown.
-        cascade: attribute of SQLAlchemy's ForeignKey that declares how the statement affects referencing rows. The
-            value is the text `ondelete` for a DELETE, `onupdate` for an UPDATE, and None for an INSERT.
+    """A statement in the SQL of one dialect. The attribute `target` is the table that the statement writes to, or None.
+    The attribute `cascade` names the attribute of SQLAlchemy's ForeignKey that declares the effect on referencing rows.
     """
 
     __slots__ = ("_dialect", "bind", "cascade", "columns", "load", "sql", "target", "writes")
@@ -87,9 +73,7 @@ class Compiled(Generic[R]):
         self._dialect = dialect
 
     def unreadable(self, rows: Sequence[Row], parameters: Parameters) -> CorruptDatabaseError:
-        """Return an error that names the first unreadable value. Call the method after an error of the function
-        `load()`.
-        """
+        """Return an error that names the first unreadable value. Call the method after an error of `load()`."""
         for row in rows:
             for place, (column, value) in enumerate(zip(self.columns, row, strict=True)):
                 convert = _processor(column, self._dialect)
@@ -106,14 +90,7 @@ class Compiled(Generic[R]):
     def unreadable_at(
         self, place: int | None, row: Row, parameters: Parameters, what: str = "holds a value that can't be read"
     ) -> CorruptDatabaseError:
-        """Return the error for an unreadable value.
-
-        Args:
-            place: index of the value's column in the row, or None if the index is unknown.
-            row: row that contains the value; empty if the row is unknown.
-            parameters: parameters of the statement. The parameters can contain the key of the row.
-            what: description of the error. In the message, the description follows the name of the column.
-        """
+        """Return the error for an unreadable value. If the column or the row is unknown, pass None or an empty row."""
         column = None if place is None else self.columns[place]
         tables: list[Any] = [getattr(each, "table", None) for each in (column, *self.columns)]
         of = next((table for table in tables if table is not None), None)
@@ -201,9 +178,6 @@ class Statement(Generic[R]):
             return compiled
 
 
-# Constants
-
-
 class _Constant(ColumnElement[Any]):
     inherit_cache = True
 
@@ -218,24 +192,14 @@ def _render_constant(constant: _Constant, compiler: SQLCompiler, **options: Any)
 
 
 def constant(value: object, type_: TypeEngine[Any]) -> ColumnElement[Any]:
-    """Return an expression that puts a constant into the text of a statement.
-
-    If the constant were a plain value, SQLAlchemy would turn it into a parameter. Passing the constants of an INSERT as
-    parameters took as long as writing the row. Do not pass a user's value, because the value would become part of the
-    SQL text. The argument `type_` is the SQLAlchemy type of the stored value.
+    """Return an expression that puts a constant, but not a user's value, into the SQL text. Passing the constants of an
+    INSERT as parameters took as long as writing the row.
     """
     return _Constant(value, type_)
 
 
-# Parameters
-
-
 def _column_keys(expression: Any) -> list[str] | None:
-    """Return the columns of an INSERT without values: all columns except a key that the database assigns.
-
-    For an INSERT with values, and for a statement of another kind than INSERT, return None. By default, SQLAlchemy
-    would also insert a key that the database assigns.
-    """
+    """Return the columns of an INSERT without values, except a key that the database assigns. Otherwise return None."""
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
         return None
@@ -259,10 +223,7 @@ def _same(value: Any) -> Any:
 
 
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
-    """Generate a function that converts a mapping of parameters to the values of the placeholders, in their order.
-
-    A generated function takes a third of the time of a loop over the parameters.
-    """
+    """Generate a function that converts parameters to the values of the placeholders, three times as fast as a loop."""
     defaults = _defaults(compiled)
     namespace: dict[str, Any] = {"_missing": _missing}
     given: dict[str, str] = {}
@@ -311,28 +272,21 @@ def _missing(error: KeyError) -> InvalidArgumentError:
     return InvalidArgumentError(f"the statement needs a value for the parameter {error.args[0]!r}")
 
 
-# Rows
-
-
-# PostgreSQL's codes of the types `numeric` and `float8`. For a column of numbers, SQLAlchemy's dialect accepts only the
-# code of the type `numeric` or of the type `float8`.
+# PostgreSQL's codes of `numeric` and `float8`, the only types that SQLAlchemy's dialect accepts for numbers.
 _NUMERIC, _FLOAT8 = 1700, 701
 
 
 def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
-    """Return the function that converts a value of the driver, or None.
-
-    A statement is compiled before the driver reports the codes of the column types. The conversion function for the
-    type `numeric` suits the type `float8` too. The exception is a `Float` column with Decimal values.
+    """Return the function that converts a value of the driver, or None. A statement is compiled before the driver
+    reports the codes of the column types. The function for `numeric` also suits `float8`, except for a `Float` column
+    with Decimal values.
     """
     code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
     return column.type.dialect_impl(dialect).result_processor(dialect, code)
 
 
 def _loader(expression: Any, dialect: Dialect) -> Loader:
-    """Return a function that converts rows to model instances, single values or tuples, depending on the columns of the
-    statement.
-    """
+    """Return a function that converts rows to model instances, single values or tuples."""
     described = getattr(expression, "column_descriptions", None) or []
     model = _model_of(expression)
     if model is not None:
@@ -355,15 +309,12 @@ def _loader(expression: Any, dialect: Dialect) -> Loader:
 
 
 def _model_of(expression: Any) -> Any:
-    """Return the model that a SELECT loads. For any other statement, return None."""
     described = getattr(expression, "column_descriptions", None) or []
     return described[0]["expr"] if len(described) == 1 and isinstance(described[0]["expr"], type) else None
 
 
 def _columns(expression: Any, returning: type[Table] | None) -> list[Any]:
-    """Return the columns of a statement's rows, in their order. If the statement returns no rows, return an
-    empty list.
-    """
+    """Return the columns of a statement's rows, in their order, or an empty list if the statement has no rows."""
     model = returning or _model_of(expression)
     if model is not None:
         return list(model.__table__.columns)
@@ -375,13 +326,7 @@ _set_dict: Any = BaseModel.__dict__["__dict__"].__set__
 
 
 def as_loaded(model: type[M], values: dict[str, Any]) -> M:
-    """Return a model instance for a row that was just written. The instance equals the result of a SELECT of the row.
-
-    Args:
-        model: model class of the table.
-        values: validated values of all columns. The keys of the dictionary are names of attributes. The instance uses
-            the dictionary as the attribute `__dict__`, without a copy.
-    """
+    """Return a model instance for a written row. The instance uses the dictionary `values` without a copy."""
     instance: M = object.__new__(model)
     _set_dict(instance, values)
     return instance
@@ -389,12 +334,8 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 
 @cache
 def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
-    """Generate a function that converts rows to detached instances of the model class.
-
-    SQLAlchemy adds the identity key when the ORM first uses the instance. Because of the identity key, `session.add`
-    attaches the instance without an INSERT, and `session.merge` finds the row. Loading one agent session took 0.45 µs.
-    A loader that created SQLAlchemy's state took 1.9 µs for each agent session. The method `model_construct()` took 3.0
-    µs, and validation took 18 µs.
+    """Generate a function that converts rows to detached instances. Loading one agent session took 0.45 µs. A loader
+    that created SQLAlchemy's state took 1.9 µs, the method `model_construct()` 3.0 µs, and validation 18 µs.
     """
     if not issubclass(model, Table):
         raise InvalidArgumentError(

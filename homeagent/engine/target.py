@@ -17,10 +17,9 @@ from homeagent.errors import InvalidArgumentError
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address that does not have the form of a URL, such as "host=… password=…", "postgresql:/…",
-# "user:password@host/…", "host:5432", "sqlite:x.db", "//host:5432", "user@host/…" and "postgres//…". If homeagent used
-# an address as a path, homeagent would create an empty store, and show the server's password in messages.
-# `re` compiles the pattern at its first use. To compile the pattern takes a hundredth of the start time.
+# A server's address without the form of a URL, such as "host=… password=…" and "user:password@host/…". As a path, an
+# address would create an empty store, and messages would show the password. Do not compile the pattern at import, which
+# takes a hundredth of the start time.
 _ADDRESS = (
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"
@@ -57,35 +56,20 @@ class Target(NamedTuple):
 
 
 def presentable_url(url: URL) -> str:
-    """Remove the password from a server's URL, and keep only the options that `_SHOWN_OPTIONS` lists.
-
-    The library libpq also accepts passwords as options (https://www.postgresql.org/docs/current/libpq-connect.html).
+    """Remove the password and all options except `_SHOWN_OPTIONS` from a server's URL. The library libpq also accepts
+    passwords as options (https://www.postgresql.org/docs/current/libpq-connect.html).
     """
     kept = {name: value for name, value in url.query.items() if name in _SHOWN_OPTIONS}
     return url.set(query=kept).render_as_string(hide_password=True)
 
 
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
-    """Wrap the target, so that a recorded traceback with local variables does not show a password.
-
-    A public method with the parameter `target` calls this function first, and then deletes the variable `target`.
-    """
+    """Wrap the target, so that a traceback does not show a password. The caller must delete the variable `target`."""
     return SecretStr(target) if isinstance(target, str) else target
 
 
 def resolve_target(target: Given) -> Target:
-    """Resolve the target of `Database.open` to the path of a file or the URL of a server.
-
-    Args:
-        target: a path, `":memory:"`, or a URL such as `sqlite:///relative.db`, `sqlite:////absolute.db` or
-            `postgresql+psycopg://…`. The default is `$HOMEAGENT_DATABASE` or, if the variable is not set,
-            `~/.homeagent/homeagent.db`. A PathLike is always a path. A str that begins with `/`, `./`, `../` or `~/` is
-            also a path. A Pydantic SecretStr is treated as a str.
-
-    Raises:
-        InvalidArgumentError: if the target is not a usable path or URL, or a str looks like a server's address. The
-            error message does not show the URL or the address, which can contain a password.
-    """
+    """Resolve the target of `Database.open`. The message of an InvalidArgumentError does not show the target."""
     try:
         return _read(target)
     except InvalidArgumentError as error:
@@ -120,9 +104,7 @@ def _read(target: Given) -> Target:
 
 
 def refuse_address(path: object) -> None:
-    """Raise InvalidArgumentError for a path that looks like the address of a server or is a SQLite URI. The error
-    message does not show the path, which can contain a password.
-    """
+    """Raise InvalidArgumentError, without the path, for a path that looks like a server's address or a SQLite URI."""
     if not isinstance(path, str) or _PLAIN_PATH.match(path):
         return
     _refuse_sqlite_uri(path)
