@@ -1,12 +1,6 @@
-"""Locate, inspect and create the files of a SQLite database.
-
-A user with write access to the database can approve any device, and a user with read access sees every device.
-Therefore homeagent creates each file of a database with mode 0600. This module refuses a symbolic link, a file with
-several hard links, and a file of an untrusted user. The module `homeagent.engine.files.owners` lists the trusted users.
-
-This module inspects an existing database only by the system call `lstat()`. In this module, do not open a database file
-or a sidecar file (`-wal`, `-shm` or `-journal`). A process that closes any descriptor of a file loses all POSIX locks
-of SQLite on the file (https://sqlite.org/howtocorrupt.html, section 2.2).
+"""Locate, inspect and create the files of a SQLite database. Do not open a database file or a sidecar file in this
+module. A process that closes any descriptor of a file loses all POSIX locks of SQLite on the file
+(https://sqlite.org/howtocorrupt.html, section 2.2).
 """
 
 from __future__ import annotations
@@ -43,25 +37,13 @@ _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Another process can create, remove or replace a file of SQLite during an inspection. Only a hostile or broken program
-# replaces a file ten times in a row.
+# Only a hostile or broken program replaces a file of SQLite ten times in a row during an inspection.
 _ATTEMPTS = 10
 
 
-# Paths
-
-
 def locate_file(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a database file. Expand `~`, and resolve a symbolic link in each component of the
-    path except the last component.
-
-    The function does not resolve a link in the last component of the path, so that `inspect_file()` can refuse the
-    link. A link to a directory is legitimate. For example, /tmp is a link on macOS.
-    The path can name a file that does not exist.
-
-    Raises:
-        InvalidArgumentError: if the argument is not a path, is empty, contains a control character, is not UTF-8, or
-            names the home directory of an unknown user.
+    """Return the absolute path of a file, which can be missing. Resolve links to directories, but not a link in the
+    last component, so that `inspect_file()` can refuse the link.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"a path must be a str or a PathLike, not {type(path).__name__}")
@@ -87,30 +69,19 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
 
 
 def sidecars(path: Path) -> list[Path]:
-    """Return the paths of the WAL, the WAL index and the rollback journal, which can be absent
-    (https://sqlite.org/tempfiles.html).
-    """
+    """Return the paths of the WAL, the WAL index and the rollback journal (https://sqlite.org/tempfiles.html)."""
     return [path.with_name(path.name + suffix) for suffix in _SIDECAR_SUFFIXES]
 
 
-# Files
-
-
 def secure_sidecars(path: Path) -> list[Path]:
-    """Inspect each sidecar file of a database by `inspect_file()`. Return the paths of the existing sidecar files.
-
-    Inspect existing sidecar files too, because SQLite sets the mode only of a new sidecar file.
-    """
+    """Inspect each sidecar file, and return the existing files. SQLite sets the mode only of a new sidecar file."""
     return [sidecar for sidecar in sidecars(path) if inspect_file(sidecar, is_database=False) is not None]
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """Raise CorruptDatabaseError if a WAL has content, and its database is missing or empty.
-
-    SQLite creates a WAL only after the database's header is on the disk. A WAL with content next to a missing or empty
-    database means that the database was lost. If SQLite opened the database, SQLite would delete the WAL of the lost
-    database, and start a new database without revocations and nonces. Before the creation of a database, the caller
-    must hold `sidecar_lock`.
+    """Raise CorruptDatabaseError if a WAL has content, and its database is missing or empty. SQLite would delete the
+    WAL, and start a new database without revocations and nonces. Before the creation of a database, the caller must
+    hold `sidecar_lock`.
     """
     log = sidecars(path)[0]
     # Do not exchange the two calls of `size_of()`. If another process creates the database during the check, the
@@ -123,17 +94,9 @@ def refuse_orphaned_log(path: Path) -> None:
 
 
 def create_file(path: Path, *, database: Path | None = None) -> bool:
-    """Create an empty database file with mode 0600, under any umask (see `create_descriptor`).
-
-    The directory must exist. The caller must hold `sidecar_lock`. Without `sidecar_lock`, another thread could open the
-    file before this function closes the descriptor, and SQLite would lose its locks.
-
-    Returns:
-        False if the file already exists. The existing file is not changed.
-
-    Raises:
-        InsecureFileError: if the file system does not store the modes of files.
-        DatabaseError: if the file can't be created. The function leaves no file behind.
+    """Create an empty database file with mode 0600, or return False if the file exists. The caller must hold
+    `sidecar_lock`. Otherwise another thread could open the file before this function closes the descriptor, and SQLite
+    would lose its locks.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -150,16 +113,8 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
 
 def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
-    """Create an empty file with mode 0600 and return its descriptor. If the path already exists, return None.
-
-    If root creates the file, the function gives the file to the owner of the directory.
-
-    Args:
-        path: path of the new file.
-        database: source database, if the new file will be a copy outside the database directory (see `give_to_owner`).
-
-    Raises:
-        InsecureFileError: if the file system does not store the modes of files.
+    """Create an empty file with mode 0600 and return its descriptor. If the path already exists, return None. For a
+    copy outside the database directory, pass the source database (see `give_to_owner`).
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, FILE_MODE)
@@ -182,11 +137,8 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
 
 
 def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
-    """Open a regular file of a trusted user for reading.
-
-    Do not call this function for a file that SQLite has open in this process, because the close drops SQLite's locks.
-
-    Raise the errors of `refuse_insecure()`. If the file can't be opened, or is a link, raise OSError.
+    """Open a regular file of a trusted user for reading. Do not call this function for a file that SQLite has open in
+    this process, because the close drops SQLite's locks.
     """
     # Check the open file and not the path, because another process could replace the file between a check and the open.
     # Without O_NONBLOCK, opening a pipe would wait for a writer.
@@ -202,30 +154,11 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
 def inspect_file(
     path: Path, *, is_database: bool = True, complete_empty: bool = False, repair: bool = True
 ) -> os.stat_result | None:
-    """Inspect a file without opening the file. If the caller owns the file, narrow the file's mode to 0600.
+    """Refuse an unsafe file, and narrow the mode of the caller's own file to 0600, without opening the file.
 
-    A change of the mode is logged as a warning. The function keeps a narrower mode than 0600, because an administrator
-    can want a read-only file. The function does not change a file that it refuses.
-
-    Root can open a private file of the directory's owner (see `homeagent.engine.files.owners`). Root gets
-    `InsecureFileError` if the file's mode is wider than 0600. If root changed the mode, the owner of the directory
-    could make root change the mode of another file.
-
-    Args:
-        path: path of the file.
-        is_database: if True, refuse a file that is too short for a database, and set an empty file's mode to 0600.
-        complete_empty: True to set the mode of an empty file to 0600.
-        repair: if False, do not change the mode, because the file can belong to another application.
-
-    Returns:
-        Result of `lstat`, with the new mode if the function changed the mode. None if the file does not exist.
-
-    Raises:
-        InsecureFileError: if the file is a link, has a second hard link, belongs to another user, or can't be made
-            private. Root also gets InsecureFileError for a directory in which other users can replace files.
-        ForeignDatabaseError: if the path names a directory, a pipe, a socket or a device.
-        CorruptDatabaseError: if a database has 1 to 511 bytes, which SQLite would treat as an empty database.
-        DatabaseError: if `lstat` failed.
+    With `is_database=True`, refuse a file that is too short for a database. With `is_database=True` or
+    `complete_empty=True`, set the mode of an empty file to 0600. With `repair=False`, do not change the mode, because
+    the file can belong to another application. Return the result of `lstat`, or None if the file does not exist.
     """
     for _ in range(_ATTEMPTS):
         status = look_at(path)
@@ -262,17 +195,7 @@ def inspect_file(
 
 
 def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) -> None:
-    """Refuse a file that is not regular, has several hard links, or belongs to an untrusted user.
-
-    Args:
-        path: path for the error messages.
-        status: result of `os.lstat()` or `os.fstat()` for the file.
-        owners: trusted user ids, from `trusted_owners()` or `backup_owners()`.
-
-    Raises:
-        InsecureFileError: if the file is a link, has a second hard link, or belongs to a user that is not trusted.
-        ForeignDatabaseError: if the path names a directory, a pipe, a socket or a device.
-    """
+    """Refuse a file that is not regular, has several hard links, or does not belong to one of the given owners."""
     if stat.S_ISLNK(status.st_mode):
         raise InsecureFileError(f"{quoted(path)} is a symbolic link: name the file itself, or remove the link")
     if stat.S_ISDIR(status.st_mode):
@@ -304,6 +227,7 @@ def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
 
 def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
     refuse_insecure(path, status, trusted_owners(path.parent))
+    # Do not let root change the mode: the owner of the directory could make root change the mode of another file.
     if status.st_uid != os.geteuid() and status.st_mode & 0o077:
         raise _not_the_callers(path, status)
     if is_database and 0 < status.st_size < SMALLEST_DATABASE:

@@ -19,18 +19,7 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 def prepare_directory(directory: Path) -> None:
-    """Create a missing directory of a database, or check the existing directory.
-
-    New directories, including new parent directories, have mode 0700 under any umask. If root creates a directory, the
-    owner of the parent directory becomes the owner of the new directory. The function does not change an existing
-    directory. For each unsafe directory, the function logs one warning.
-
-    Raises:
-        InvalidArgumentError: if a component of the path is not a directory.
-        InsecureFileError: if the file system does not store the modes of files. A process of root also gets
-            InsecureFileError for a directory in which other users can replace files.
-        ReadOnlyError, DiskFullError, DatabaseError: if the directory can't be created or inspected.
-    """
+    """Create a missing directory with mode 0700, under any umask. Log a warning about an unsafe existing directory."""
     refuse_replaceable(directory)
     for step in (*reversed(directory.parents), directory):
         with explained("make the directory", step):
@@ -82,9 +71,8 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use a descriptor of the parent directory, because the parent's owner could replace a directory of the path by a
-    # link. The owner of the parent directory could replace the new directory by another empty directory, which does no
-    # harm.
+    # Use a descriptor, because the parent's owner could replace a directory of the path by a link. A replacement by
+    # another empty directory does no harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)

@@ -1,8 +1,6 @@
-"""Check that the name of a database still refers to the file that was opened.
-
-Another program can delete or replace the file of an open database. After a replacement, SQLite continues to use the old
-file, which no longer has a name. All changes to the old file are lost when the process ends
-(https://sqlite.org/howtocorrupt.html, section 4). In WAL mode SQLite does not check the name of the database file.
+"""Check that the name of a database still refers to the file that was opened. In WAL mode SQLite does not check the
+name. After a replacement, SQLite would use the old file, and all changes would be lost when the process ends
+(https://sqlite.org/howtocorrupt.html, section 4).
 """
 
 from __future__ import annotations
@@ -18,27 +16,15 @@ from homeagent.errors import CorruptDatabaseError, DatabaseMovedError
 
 Identity = tuple[int, int]
 
-# Interval between two checks of the files, in seconds, for read-only units and for commits without a sync. A check
-# takes a few microseconds, almost as long as a small unit of work.
+# Interval between two checks, in seconds. A check takes almost as long as a small unit of work.
 _INTERVAL = 0.01
 
 
 class FileIdentityCheck:
-    """Checks the identity (device and inode) of one open database's file, its WAL and its WAL index.
-
-    A check raises DatabaseMovedError if a file was deleted or replaced, and CorruptDatabaseError if the database was
-    marked corrupt.
-
-    Args:
-        path: path of the file. The file does not need to exist yet.
-        strict: True if every commit checks the file; False if only the first commit in 10 ms checks the file.
-        on_moved: function to call before `DatabaseMovedError` is raised.
-
-    Attributes:
-        due: time on the monotonic clock after which the last check counts as too old. A unit calls `after_begin()` only
-            if the last check is too old.
-        identity: identity of the opened file; None before the first connection.
-        marked_corrupt: message of the `CorruptDatabaseError` that every check raises; None if no damage was found.
+    """Checks the identity (device and inode) of one open database's file, its WAL and its WAL index. With
+    `strict=False`, only the first commit in 10 ms checks the file. The attribute `due` is the time on the monotonic
+    clock after which the last check counts as too old. If the attribute `marked_corrupt` is set, every check raises
+    CorruptDatabaseError.
     """
 
     def __init__(self, path: Path, *, strict: bool, on_moved: Callable[[], object] = lambda: None) -> None:
@@ -84,18 +70,14 @@ class FileIdentityCheck:
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Check the files if the last check is too old. If the object was created with `strict=True`, always check the
-        database's file.
-        """
+        """Check the files if the last check is too old. With `strict=True`, always check the database's file."""
         if self.monotonic() >= self.due:
             self.after_begin()
         elif self._strict:
             self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return an error if the file was deleted or replaced. If the argument `beside` is True, check the WAL and the
-        WAL index as well.
-        """
+        """Return an error if the file, or with `beside=True` the WAL or the WAL index, was deleted or replaced."""
         try:
             self._check(beside=beside)
         except DatabaseMovedError as moved:

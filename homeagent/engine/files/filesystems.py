@@ -30,11 +30,7 @@ _NETWORK_KINDS = frozenset(
 
 
 def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """Return the kind of file system of a path, such as "ext4" or "nfs4". The path can name a file that does not exist.
-
-    On macOS, and on Linux without /proc, return None. The argument `mount_table` is the path of the kernel's list of
-    mounts (manual page proc_pid_mountinfo(5)).
-    """
+    """Return the kind of a path's file system, such as "ext4" (proc_pid_mountinfo(5)), or None without /proc."""
     try:
         table = mount_table.read_bytes()
     except OSError:
@@ -56,9 +52,8 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         point = _unescaped(escaped)
         if inside.startswith(point.rstrip(b"/") + b"/"):
             # Prefer a mount with the device number of the path, because a later mount can hide the mount with the
-            # longest path. On Btrfs the device number of the path differs from the device number of the mount. If no
-            # mount has the device number of the path, prefer the mount with the longest path. Of two mounts on one
-            # path, prefer the later mount.
+            # longest path. On Btrfs the device numbers differ, so the longest path decides. Of two mounts on one path,
+            # prefer the later mount.
             rank = (number == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0])

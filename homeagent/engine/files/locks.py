@@ -22,21 +22,10 @@ _LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notice
 
 
 class FileLock:
-    """A lock between threads and between processes. The lock is on a separate file next to the database.
-
-    The method `acquire()` creates a missing file with mode 0600. The holder of the lock can write a short text, the
-    marker, to the file for the next holder. The system releases the lock when the process ends. A child made by
-    `os.fork()` does not hold the lock. Unlike SQLite's POSIX locks, a lock by `flock()` works between threads of one
-    process, and the close of another descriptor of the file does not drop the lock.
-
-    Args:
-        path: path of the lock file. The directory must exist.
-        timeout: longest wait for the lock. If the timeout is zero, `acquire()` makes one attempt.
-        shared: True for a shared lock, which excludes only exclusive holders.
-        exclusive_if_free: with `shared=True`, True to take an exclusive lock if the lock has no holder.
-        writable: False for a file that this process perhaps cannot write. With `writable=False`, the mode of the file
-            stays unchanged, and the holder can't write a marker.
-        monotonic, pause: clock and sleep function for waiting, with times in seconds.
+    """A lock between threads and processes, on a separate file. The holder can write a short text, the marker, for the
+    next holder. Unlike SQLite's POSIX locks, a lock by `flock()` works between threads of one process, and the close of
+    another descriptor does not drop the lock. With `exclusive_if_free=True`, a shared lock without another holder is
+    exclusive. With `writable=False`, the mode of the file does not change, and the holder can't write a marker.
     """
 
     def __init__(
@@ -53,7 +42,6 @@ class FileLock:
         self.path = path
         self._operations = [fcntl.LOCK_EX] * (exclusive_if_free or not shared) + [fcntl.LOCK_SH] * shared
         self.is_exclusive: bool = not shared
-        """True if the held lock is exclusive."""
         self._access = os.O_RDWR if writable else os.O_RDONLY
         self._seconds = timeout.total_seconds()
         self._monotonic = monotonic
@@ -67,9 +55,7 @@ class FileLock:
         return self._descriptor >= 0
 
     def acquire(self) -> None:
-        """Acquire the lock. If another thread or process still holds the lock after the timeout, raise
-        DatabaseBusyError. If `inspect_file()` refuses the lock file, or the system can't lock it, raise DatabaseError.
-        """
+        """Acquire the lock. After the timeout, raise DatabaseBusyError."""
         deadline = self._monotonic() + self._seconds
         delay = _FIRST_PAUSE
         while not self._try():
@@ -83,28 +69,20 @@ class FileLock:
             delay = min(delay * 2, _LONGEST_PAUSE)
 
     def release(self) -> None:
-        """Release the lock, if this object holds the lock. After a DatabaseError too, the object does not hold the
-        lock.
-        """
+        """Release the lock, if this object holds the lock. After an error, the object does not hold the lock either."""
         if not self.held:
             return
         descriptor, self._descriptor = self._descriptor, -1
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # A child between fork and exec has a copy of the descriptor, so unlock the file before closing the
-                # descriptor.
+                # Unlock the file before the close, because a child between fork and exec has a copy of the descriptor.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
 
     def withdraw(self) -> None:
-        """Release the lock. Remove an empty lock file that this object created, unless another process has locked the
-        file.
-
-        When a waiting process gets the lock, the process checks that the path still names the locked file. If another
-        process has removed the lock file, the waiting process opens the path again.
-        """
+        """Release the lock. Remove an empty file that this object created, if no other process has locked the file."""
         if self._made:
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -120,9 +98,7 @@ class FileLock:
         self.release()
 
     def read_marker(self) -> str | None:
-        """Return the marker that an earlier holder of the lock left. If there is no marker, return None. The caller
-        must hold the lock. If the file can't be read, raise DatabaseError.
-        """
+        """Return the marker that an earlier holder of the lock left, or None. The caller must hold the lock."""
         with explained("read", self.path):
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             content = os.read(self._descriptor, 4096)
@@ -130,9 +106,7 @@ class FileLock:
         return content.split(b"\n", 1)[0].decode("utf-8", "replace") if content else None
 
     def write_marker(self, text: str) -> None:
-        """Replace the marker by a line of text, and sync the file to the disk. The caller must hold an exclusive lock.
-        If the file can't be written, raise DatabaseError.
-        """
+        """Replace the marker by a line of text, and sync the file. The caller must hold an exclusive lock."""
         self._replace(text.encode() + b"\n")
         fsync_directory(self.path.parent)
 
@@ -151,9 +125,7 @@ class FileLock:
             raise DiskFullError(f"the disk has no room to write {quoted(self.path)}: free some space")
 
     def _try(self) -> bool:
-        """Open the file and try to lock the file. Each try opens the path again, because another process can have
-        replaced the file.
-        """
+        """Try to lock the file. Open the path again, because another process can have replaced the file."""
         descriptor = self._open()
         if descriptor is None:
             return False
@@ -201,8 +173,7 @@ _held: set[FileLock] = set()
 
 
 def _drop_inherited_locks() -> None:
-    # A flock lock belongs to the open file and not to a process. A forked child that kept the inherited file open would
-    # also keep the lock.
+    # A flock lock belongs to the open file. A child with the inherited file open would also keep the lock.
     for lock in list(_held):
         descriptor, lock._descriptor = lock._descriptor, -1
         os.close(descriptor)

@@ -6,8 +6,7 @@
 | root | root and the owner of the database's directory | the same users |
 
 The owner of a directory can replace every file in the directory, so a refusal of the owner's files would not protect
-root. Other users who can write the directory could add a rollback journal, a lock file with a marker, or a backup. Root
-therefore refuses a directory in which other users can replace files.
+root.
 """
 
 from __future__ import annotations
@@ -21,9 +20,7 @@ from homeagent.errors import InsecureFileError
 
 
 def trusted_owners(directory: Path) -> frozenset[int]:
-    """Return the users whose files in a database's directory are trusted. The owner of the nearest existing parent
-    directory will also own a missing directory.
-    """
+    """Return the users whose files in a database's directory are trusted. The directory can be missing."""
     caller = os.geteuid()
     return frozenset({0, _nearest(directory).st_uid} if caller == 0 else {caller})
 
@@ -34,14 +31,9 @@ def backup_owners(database: Path) -> frozenset[int]:
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
-    """If the process runs as root, give a new file or directory to the owner of its directory.
-
-    If root remained the owner of a database from `sudo homeagent init`, the directory's owner could not open the
-    database. SQLite also gives the sidecar files to the owner of the database file. Pass descriptors, because a path
-    can name another file by now.
-
-    If the file is a copy outside the database directory, pass the source database. If root does not trust backups of
-    the directory's owner, root remains the owner of the copy, because the owner of a copy can read all devices.
+    """If the process runs as root, give a new file or directory to the owner of its directory. Pass descriptors,
+    because a path can name another file by now. For a copy outside the database directory, pass the source database.
+    The owner of a copy can read all devices, so root gives the copy only to a user whose backups root trusts.
     """
     if os.geteuid() != 0:
         return

@@ -14,14 +14,11 @@ DIRECTORY_MODE = 0o700
 
 
 def change_mode(path: Path, mode: int) -> None:
-    """Change the mode of a file or directory that belongs to the caller. If a link has replaced the file, or if the
-    mode can't be changed, raise InsecureFileError.
-    """
+    """Change the mode of the caller's own file or directory without following a link, or raise InsecureFileError."""
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # A symbolic link causes NotImplementedError. Python raises NotImplementedError for every file if the system
-        # can't change a mode without following links.
+        # Python raises NotImplementedError for a link, and on some systems for every file.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)

@@ -12,16 +12,13 @@ from homeagent.engine.files.system_errors import explained
 
 
 def fsync_directory(directory: Path) -> None:
-    """Sync a directory, so that a power cut does not undo the creation, renaming or removal of files in it, or raise
-    DatabaseError.
-    """
+    """Sync a directory, so that a power cut does not undo the creation, renaming or removal of files in it."""
     with explained("sync the directory", directory):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             sync(descriptor)
         except OSError as error:
-            # Some file systems do not support fsync for a directory (fsync(2)). SQLite also ignores a failed fsync of a
-            # directory.
+            # Some file systems do not support fsync for a directory (fsync(2)), and SQLite ignores the error too.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
