@@ -40,8 +40,7 @@ class PostgreSQLConnection(StoreConnection):
         def judge(error: BaseException) -> HomeAgentError:
             failure = translate(error)
             if isinstance(failure, ConnectionLostError):
-                # The server sends an error before the server closes the connection, but psycopg notices only the
-                # closing.
+                # psycopg notices only the close of the connection, and not the error that the server sends before.
                 self._lost = True
             return failure
 
@@ -51,10 +50,8 @@ class PostgreSQLConnection(StoreConnection):
         self._pooled = bool(connection.info[POOLED])
         self._warnings: list[str] = []
         self._raw.add_notice_handler(self._notice)
-        # Send commands such as BEGIN by libpq's function for a message without parameters. psycopg's cursor takes 12 µs
-        # more than libpq's function. 12 µs are a third of the client's time for a read.
+        # Send commands such as BEGIN by libpq. psycopg's cursor takes 12 µs more, a third of the time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
-        # If listeners are registered, send commands by the instrumented cursor, which calls the listeners.
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
 
     def _notice(self, notice: Any) -> None:
@@ -101,15 +98,7 @@ class PostgreSQLConnection(StoreConnection):
             raise error_from_result(result)
 
     def commit(self) -> None:
-        """Commit the transaction. The server's settings decide whether the commit survives a power cut.
-
-        Raises:
-            ConnectionLostError: if the server ended the session before homeagent sent COMMIT. The server did not commit
-                the unit.
-            CommitUnknownError: if the connection was lost before the server's answer, or if an administrator cancelled
-                the wait for a synchronous standby.
-            DatabaseError: if a statement of the unit had failed. The server did not commit the unit.
-        """
+        """Commit the transaction, or raise the error that says whether the server can have committed the unit."""
         if self._raw.pgconn.transaction_status == _FAILED:
             # After a failed statement, the server would roll back at COMMIT without reporting an error.
             raise DatabaseError(

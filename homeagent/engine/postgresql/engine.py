@@ -1,7 +1,4 @@
-"""The PostgreSQL engine uses bounded connection pools and explicit transactions.
-
-A pooler can give each transaction another session of the server, so the engine does not rely on the state of a session.
-"""
+"""The PostgreSQL engine. A pooler can exchange the session, so the engine does not rely on the session's state."""
 
 from __future__ import annotations
 
@@ -31,9 +28,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-# Limits on the wait for a host that does not answer. The unit of tcp_user_timeout is milliseconds; the other limits are
-# in seconds. By default, libpq waits without a limit to connect, and sends the first keepalive after two hours. On
-# Linux, libpq waits about 15 minutes for the acknowledgement of data
+# Limits on the wait for a host that does not answer, in seconds, or in milliseconds for tcp_user_timeout. By default,
+# libpq waits without a limit to connect, and about 15 minutes for the acknowledgement of data
 # (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # for each host
@@ -43,8 +39,8 @@ _CONNECT_OPTIONS: dict[str, str] = {
     "tcp_user_timeout": "30000",
     "fallback_application_name": "homeagent",
 }
-# The option `client_encoding` overrides the encoding that the URL, the role or the database sets. An encoding other
-# than UTF-8 can't represent all characters. With SQL_ASCII, psycopg returns bytes.
+# The option `client_encoding` overrides the encoding of the URL, the role or the database. An encoding other than UTF-8
+# can't represent all characters. With SQL_ASCII, psycopg returns bytes.
 _ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
@@ -52,18 +48,13 @@ _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "P
 _READ_ONLY = "homeagent_reads"
 """Key in the `info` of a connection. The value is True if the connection's transactions are read-only."""
 
-# The SQL text reads the schemas of the search_path that the URL, the role or the database sets. Another client of a
-# pooler can have set a different search_path in the session. The SQL text restores the default search_path for one
-# transaction.
+# Another client of a pooler can have set a different search_path, so use the default for one transaction.
 _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
 
 
 class PostgreSQLEngine(Engine):
     """One PostgreSQL database. Several write units run at the same time and use row locks. Every transaction searches
     exactly the schemas of the `search_path` at the first connection, and not a schema that another role creates later.
-
-    The URL has the form `postgresql+psycopg://…`. The maximum wait of a statement for a lock is `busy_timeout`. The
-    maximum number of write units at the same time is `pool_size`, and so is the maximum number of read-only units.
     """
 
     connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
@@ -75,8 +66,7 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # The engine needs the server's warning that a standby can lack a commit. A setting of the role could hide the
-        # server's warning.
+        # A setting of the role could hide the server's warning that a standby can lack a commit.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
         """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
@@ -128,8 +118,7 @@ class PostgreSQLEngine(Engine):
             cursor.nextset()
         schemas = ['"{}"'.format(name.replace('"', '""')) for name in cursor.fetchone()[0]]
         if schemas:
-            # Keep all schemas of the setting search_path: the application's tables and types can be in any of the
-            # schemas.
+            # The application's tables and types can be in any of the schemas.
             self._settings.append(f"search_path = {', '.join(schemas)}, pg_temp")
             self.search_schema = f"search_path = {schemas[0]}, pg_temp"
 
@@ -179,9 +168,7 @@ class PostgreSQLEngine(Engine):
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return only the mutexes of the connection pools. A fork must not wait for the thread that reads device
-        changes, which a lost connection can block.
-        """
+        """Return only the mutexes of the pools. A lost connection can block the thread that reads device changes."""
         return super().fork_locks()[1:]
 
 
@@ -227,8 +214,7 @@ def _remove_private(error: BaseException) -> None:
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (message_with_name(error) or "the server's message is withheld",)
-        # The attribute `_info` contains the server's message, and the attribute `_pgconn` contains the parameters of a
-        # failed connection.
+        # The attributes `_info` and `_pgconn` contain the server's message and the parameters of a failed connection.
         error._info = error._pgconn = None  # type: ignore[attr-defined]
 
 
@@ -255,9 +241,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
-    """Return the error for a failed connection, with the reason for each host, such as a wrong password. In libpq's
-    message, the text before the host can show options.
-    """
+    """Return the error for a failed connection. Show only each host's reason, because libpq's text can show options."""
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""
     return ConnectionLostError(f"no connection to the PostgreSQL server{shown}: check that it runs, and check the URL")

@@ -16,10 +16,8 @@ _WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|
 
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
-    """Return the error for a value that is too long for an index. If no value was too long, return None.
-
-    PostgreSQL names the index only for a value of at most 8,191 bytes. For a longer value, the returned error names
-    each index of the statement's table that can contain long values.
+    """Return the error for a value that is too long for an index, or None. PostgreSQL names the index only for a value
+    of at most 8,191 bytes, so the error for a longer value names each index that can contain long values.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None
