@@ -1,9 +1,6 @@
-"""Write one backup. A backup copies a snapshot while units write, verifies the copy, and renames the complete
-copy to its target.
-
-SQLite's online backup starts again if another connection writes between two steps (https://sqlite.org/backup.html). A
-backup under constant writes could run forever. The source stays in one read transaction, and all steps copy the
-snapshot of this transaction. In WAL mode, a read transaction does not block a writer.
+"""Write one backup. SQLite's online backup starts again if another connection writes between two steps, and could run
+forever (https://sqlite.org/backup.html). The source therefore stays in one read transaction, which does not block a
+writer in WAL mode.
 """
 
 from __future__ import annotations
@@ -43,8 +40,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Number of pages to copy between two calls of the function `stop()`. The copy of 2,000 pages takes at most some
-# milliseconds.
+# Number of pages between two calls of the function `stop()`. The copy of 2,000 pages takes some milliseconds.
 _STEP = 2000
 # Number of instructions of SQLite's virtual machine between two calls of the function `stop()`.
 _INSTRUCTIONS = 100_000
@@ -80,17 +76,9 @@ def write_backup(
     replace: bool = False,
     stop: Stop = lambda: False,
 ) -> Manifest:
-    """Copy an open database to a new file, and write the manifest next to the copy.
-
-    The copy is in rollback mode and needs no WAL, so the copy can be opened on a read-only medium. Until the end of the
-    verification, the copy has the path `partial`, which must be in the directory of the target. The backup ends if a
-    call of the function `stop()` returns True.
-
-    Raises:
-        InvalidArgumentError: if the target exists, and `replace=False`.
-        CorruptDatabaseError: if the database is damaged. The function removes the damaged copy.
-        DiskFullError, ReadOnlyError, DatabaseError: if the copy can't be written.
-        BackupStoppedError: if `stop()` returned True.
+    """Copy an open database to a new file in rollback mode, which needs no WAL, and write the manifest next to the
+    copy. Until the end of the verification, the copy has the path `partial`, which must be in the directory of the
+    target. If `stop()` returns True, raise BackupStoppedError.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")
@@ -110,8 +98,7 @@ def write_backup(
 
 
 def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
-    # After a power cut each backup must be complete and match its manifest. Sync each step to the disk before the next
-    # step.
+    # After a power cut each backup must be complete and match its manifest, so sync each step before the next step.
     with explained("put a backup in place at", target):
         if replace:
             manifest_path(target).unlink(missing_ok=True)
@@ -136,17 +123,13 @@ def discard(partial: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError:
-            # In a read-only directory, the file can't be removed. Truncate the file, because an empty file does not
-            # look like a valid backup.
+            # In a read-only directory, truncate the file, because an empty file does not look like a valid backup.
             with suppress(OSError):
                 os.truncate(path, 0)
 
 
 def read_contents(raw: Any) -> Contents:
-    """Read the row counts, revision and epoch of a database. The rows of the version table are not counted.
-
-    If another connection can write to the file, the caller must pass a connection in a transaction.
-    """
+    """Read the row counts, revisions and epoch. If the file can change, pass a connection in a transaction."""
     tables = [
         str(row[0])
         for row in raw.execute(
@@ -175,9 +158,7 @@ def read_contents(raw: Any) -> Contents:
 
 
 def has_broken_reference(raw: Any) -> bool:
-    """Return True if a row of homeagent's tables refers to a missing row. For a table of the application, only log a
-    warning, because an orphan of the application must not prevent a backup or a restore.
-    """
+    """Return True if homeagent's tables refer to a missing row. For the application's tables, only log a warning."""
     children = {str(row[0]) for row in raw.execute("PRAGMA foreign_key_check").fetchall()}
     own = sorted(children.difference(TABLES))
     if own:
@@ -266,8 +247,7 @@ def _describe(
 
 
 def _require_room(size: int, directory: Path) -> None:
-    # Check the free space before copying. The copy must not fill the disk, because the database can be on the same
-    # disk.
+    # The copy must not fill the disk, because the database can be on the same disk.
     with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:

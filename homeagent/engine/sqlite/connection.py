@@ -20,9 +20,7 @@ _NOT_UTF8 = "holds text that is not UTF-8"
 
 
 class SQLiteConnection(StoreConnection):
-    """An apsw connection. Statements run on a fast cursor, which lacks the methods that only SQLAlchemy
-    needs.
-    """
+    """An apsw connection. Statements run on a fast cursor, which lacks the methods that only SQLAlchemy needs."""
 
     __slots__ = ()
 
@@ -35,8 +33,7 @@ class SQLiteConnection(StoreConnection):
         return StatementCursor(raw)
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
-        # If SQLAlchemy sent the COMMIT, the driver connection's method `commit()` has already called
-        # `after_failed_commit()`.
+        # If SQLAlchemy sent the COMMIT, the driver's `commit()` has already called `after_failed_commit()`.
         unknown = self._raw.after_failed_commit(error) if self._root is None else None
         return unknown or super()._commit_failure(error)
 

@@ -1,8 +1,5 @@
-"""Find the constraint that refused a change.
-
-SQLite's message contains the name of a CHECK constraint, or the columns of a UNIQUE constraint. SQLite's message does
-not name a foreign key. The names of UNIQUE and foreign-key constraints are only in the text of CREATE TABLE, because no
-pragma returns the names.
+"""Find the constraint that refused a change. SQLite's message contains the name of a CHECK constraint, or the columns
+of a UNIQUE constraint. The other names are only in the text of CREATE TABLE.
 """
 
 from __future__ import annotations
@@ -38,10 +35,8 @@ class _ForeignKey(NamedTuple):
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused. If no constraint failed, return None.
-
-    The caller passes the failed SQL text. If a deferred foreign key failed, the SQL text is COMMIT or None, because
-    SQLite checks a deferred foreign key at the commit.
+    """Return the error for a change that a constraint refused, or None. The statement is COMMIT or None if a deferred
+    foreign key failed, because SQLite checks a deferred foreign key at the commit.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:
@@ -79,9 +74,7 @@ def _tables(raw: Any) -> list[tuple[str, str]]:
 
 
 def _target(statement: str | None) -> tuple[str, str]:
-    """Return the verb and the table of a statement that writes. For a statement that does not write, return two empty
-    texts.
-    """
+    """Return the verb and the table of a statement that writes, or two empty texts."""
     found = _TARGET.match(_IGNORED.sub("", statement or ""))
     return ("", "") if found is None else (found[1].upper(), _unquoted(found[2]))
 
@@ -133,9 +126,7 @@ def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | Non
 
 
 def _foreign_keys(raw: Any, *, violated: bool) -> Iterator[_ForeignKey]:
-    """Yield the foreign keys of all tables. With `violated=True`, yield only the deferred foreign keys that a row
-    violates. The transaction must still be open after the failed COMMIT.
-    """
+    """Yield all foreign keys, or with `violated=True` the deferred keys that a row of the open transaction violates."""
     for table, sql in _tables(raw):
         if violated and "DEFERR" not in sql.upper():
             continue

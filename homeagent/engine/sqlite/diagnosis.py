@@ -1,8 +1,5 @@
 """Find out why SQLite could not read or write. SQLite does not return the system's error number, so a probe repeats the
-system call.
-
-The probes run only after an error. If a probe does not find the cause any more, the error message contains only
-SQLite's code.
+system call after an error.
 """
 
 from __future__ import annotations
@@ -30,17 +27,14 @@ from homeagent.errors import (
     TooManyFilesError,
 )
 
-# Number of bytes that a probe writes to find out whether the disk is full. SQLite extends the WAL index by 32 KiB at a
-# time. A probe of less than 32 KiB could succeed although SQLite can't extend the WAL index.
+# SQLite extends the WAL index by 32 KiB at a time, so a smaller write could succeed although the disk is full.
 _PIECE = 64 * 1024
 
 
 def diagnosed_error(
     error: BaseException, path: Path, *, find_moved: Callable[[], DatabaseMovedError | None]
 ) -> HomeAgentError:
-    """Return homeagent's error for an exception of the SQLite driver. The function `find_moved()` returns the error for
-    a replaced or deleted file, and None for an unchanged file.
-    """
+    """Return homeagent's error for an exception of apsw. For an unchanged file, `find_moved()` returns None."""
     translation = sqlite_error(error)
     if isinstance(translation, CorruptDatabaseError):
         moved = find_moved()

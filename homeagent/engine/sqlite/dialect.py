@@ -1,8 +1,5 @@
-"""apsw as a DB-API module, and a SQLAlchemy dialect for apsw.
-
-The driver apsw includes a current SQLite on every platform, but has no DB-API. This module adds the part of the DB-API
-(PEP 249) that SQLAlchemy and homeagent use. Unlike the interpreter's sqlite3, the module sends no BEGIN itself. An SQL
-text can contain several statements. Undecodable text raises UnicodeDecodeError.
+"""apsw as a DB-API module (PEP 249), and a SQLAlchemy dialect for apsw. Unlike the interpreter's sqlite3, the module
+sends no BEGIN itself. An SQL text can contain several statements. Undecodable text raises UnicodeDecodeError.
 """
 
 from __future__ import annotations
@@ -25,7 +22,6 @@ from homeagent.engine.driver_errors import commit_unknown
 from homeagent.errors import HomeAgentError
 
 DRIVER_NAME = "sqlite+homeagent"
-"""Name of the dialect in SQLAlchemy's URLs."""
 
 APSW_VERSION = apsw.apsw_version()
 SQLITE_VERSION = apsw.sqlite_lib_version()
@@ -62,8 +58,7 @@ def _execute_each(
     execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
 ) -> int:
     """Run a statement once for each set of bindings, and return the number of changed rows."""
-    # Do not use SQLite's counter `total_changes`: the ORM would raise StaleDataError because of the larger number of
-    # rows. The value of `total_changes` includes rows that triggers and foreign keys changed.
+    # Do not use `total_changes`, which counts rows of triggers and foreign keys: the ORM would raise StaleDataError.
     changed = 0
     for bindings in sets:
         rows: Any = execute(statement, bindings)
@@ -181,20 +176,17 @@ class Connection(_Connection):
         return commit_unknown("the system failed to write the database's log in the middle of COMMIT")
 
     def _erase_failed_commit(self) -> bool:
-        """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded.
-
-        If only the sync failed, the WAL contains all frames of the failed commit, but the WAL index does not. A later
-        connection could rebuild the WAL index and recover the commit. The empty commit changes no row, and overwrites
-        the first frame of the failed commit. The checksums of the later frames become invalid. The method does not sync
-        the WAL, because the sync could fail again.
+        """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded. If only the
+        sync failed, a later connection could rebuild the WAL index and recover the commit. The empty commit overwrites
+        the first frame, so that the checksums of the later frames become invalid. Do not sync the WAL, because the sync
+        could fail again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
                 return True
             synchronous, autocheckpoint = self.pragma("synchronous"), self.pragma("wal_autocheckpoint")
             try:
-                # Keep the pragma `wal_autocheckpoint=0`, because a power cut during a checkpoint without syncs can
-                # damage the database.
+                # Switch off checkpoints, because a power cut during a checkpoint without syncs can damage the database.
                 self.execute("PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0")
                 self.pragma("user_version", self.pragma("user_version"))
             finally:
@@ -202,8 +194,7 @@ class Connection(_Connection):
         except apsw.Error:
             return False
         with suppress(apsw.Error):
-            # After a complete checkpoint the next commit restarts the WAL, so that `find_lost_commits()` finds no old
-            # frame.
+            # After a checkpoint the next commit restarts the WAL, so that `find_lost_commits()` finds no old frame.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 
@@ -221,18 +212,14 @@ class Connection(_Connection):
 
 
 def connect(database: str, *, uri: bool = False, create: bool = True, timeout: float = 5.0) -> Connection:
-    """Open a SQLite file, a URI (https://sqlite.org/uri.html) or `":memory:"`, or raise apsw.Error. A statement waits
-    at most `timeout` seconds for a lock.
-    """
+    """Open a SQLite file, a URI (https://sqlite.org/uri.html) or `":memory:"`. The timeout for a lock is in seconds."""
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
     connection.set_busy_timeout(int(timeout * 1000))
-    # SQLite puts the journal of a large savepoint into a temporary file (https://sqlite.org/tempfiles.html). A
-    # container can lack a directory for temporary files.
+    # A container can lack a directory for SQLite's temporary files (https://sqlite.org/tempfiles.html).
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Without `SQLITE_DBCONFIG_ENABLE_QPSG`, SQLite plans a statement with `LIMIT ?` again for each execution
-    # (https://sqlite.org/queryplanner-ng.html#qpstab). In a test that read pages of rows, SQLite spent 10% of the time
-    # on planning.
+    # Without `SQLITE_DBCONFIG_ENABLE_QPSG`, SQLite plans a statement with `LIMIT ?` again for each execution, which
+    # took 10% of the time in a test that read pages of rows (https://sqlite.org/queryplanner-ng.html#qpstab).
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection
 
@@ -247,9 +234,7 @@ class Undecodable(bytes):
 
 
 def undecoded_columns(names: Iterable[str]) -> str:
-    """Return the expressions that read columns without decoding texts. Pass the selected values to `decoded_row()`. The
-    driver would raise an error for a text that is not UTF-8. The caller passes names that are quoted for SQL.
-    """
+    """Return the expressions that read columns without decoding texts. The caller quotes the names for SQL."""
     return ", ".join(
         f"typeof({name}), CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END" for name in names
     )

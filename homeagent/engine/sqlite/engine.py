@@ -88,11 +88,7 @@ def read_transaction(connection: Connection) -> Iterator[None]:
 
 
 class SQLiteEngine(Engine):
-    """Engine of one SQLite file with one writer. Each read-only connection sees a snapshot.
-
-    With `durability="full"`, each commit is synced. With `durability="normal"`, a power cut can lose the last commits.
-    With `temporary=True`, the engine removes the file's directory when the engine is closed.
-    """
+    """Engine of one SQLite file with one writer. Each read-only connection sees a snapshot."""
 
     # SQLite allows one writer. Small units share a commit, because a sync takes many times as long as a small unit.
     shares_commits = True
@@ -118,8 +114,7 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # The listener returns the error instead of raising it, because a raised error would prevent other listeners,
-        # such as instrumentation.
+        # A raised error would prevent other listeners, such as instrumentation, so the listener returns the error.
         event.listen(sa_engine, "handle_error", self._on_error)
         super().__init__(
             sa_engine,
@@ -307,13 +302,10 @@ class SQLiteEngine(Engine):
             raise
 
     def prepare_header(self) -> None:
-        """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`.
-
-        Before the switch to WAL mode, SQLite writes the application id to the database file itself. Therefore each
-        homeagent database with content has the application id in its file.
-        """
+        """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`."""
         with self.translated(), closing(self._open_existing()) as raw:
             raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
+            # Before the switch to WAL mode, SQLite writes the application id to the database file itself.
             if not self.path.stat().st_size:
                 raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
             mode = self._switch_to_wal(raw)
@@ -337,12 +329,7 @@ class SQLiteEngine(Engine):
             time.sleep(_WAL_PAUSE)
 
     def refuse_foreign(self) -> None:
-        """Refuse a file that has content and does not belong to homeagent. Do not change the file.
-
-        Raises:
-            ForeignDatabaseError: if the file is another application's database.
-            CorruptDatabaseError: if the file is damaged, or is not a database.
-        """
+        """Refuse a file that has content and does not belong to homeagent. Do not change the file."""
         try:
             found = self._application_id("immutable=1")
         except CorruptDatabaseError:
@@ -357,11 +344,7 @@ class SQLiteEngine(Engine):
             )
 
     def _sqlite_will_empty(self) -> bool:
-        """Return True if SQLite's next connection will empty the file, because a crash interrupted the file's first
-        transaction.
-
-        After a power cut the file can contain a part of the first page, which SQLite rolls back.
-        """
+        """Return True if SQLite will empty the file, because a crash interrupted the file's first transaction."""
         journal = database_file.sidecars(self.path)[2]
         if database_file.size_of(lock_path(self.path)) or database_file.look_at(journal) is None:
             return False

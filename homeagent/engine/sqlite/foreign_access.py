@@ -1,14 +1,6 @@
-"""Protect an open database from a second SQLite library in the same process.
-
-POSIX locks belong to a process. If another library, such as the interpreter's sqlite3, closes a descriptor of the
-database, the process loses the locks of homeagent's connections. Without SQLite's locks, another process can delete the
-WAL (https://sqlite.org/howtocorrupt.html, section 2.2).
-
-On Linux, read locks on open file descriptions (`F_OFD_SETLK`) protect the file and the WAL index. The read locks
-survive the close of another descriptor, and show another library that the database is still open.
-
-An audit hook makes `sqlite3.connect` raise an error for a file that a `Database` has open. The audit hook does not
-detect a file that C code or the SQL statement `ATTACH` opens.
+"""Protect an open database from a second SQLite library in the same process. If another library closes a descriptor of
+the database, the process loses the POSIX locks of homeagent's connections. Another process can then delete the WAL
+(https://sqlite.org/howtocorrupt.html, section 2.2).
 """
 
 from __future__ import annotations
@@ -32,9 +24,8 @@ from homeagent.errors import ForeignAccessError
 
 Identity = tuple[int, int]
 
-# Bytes that a guard locks: SQLite's SHARED range of the database file, and byte 128 of the WAL index. Each process with
-# a connection has a read lock on byte 128. SQLite's source os_unix.c defines the three values as
-# SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
+# Bytes that a guard locks: SQLite's SHARED range of the database file, and byte 128 of the WAL index. SQLite's source
+# os_unix.c defines the values as SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
 
@@ -45,7 +36,10 @@ _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
 class FileGuard:
-    """Holds locks on one database file while this process has a connection to the file."""
+    """Holds locks on one database file while this process has a connection to the file. On Linux, a lock on an open
+    file description survives the close of another descriptor, and shows another library that the database is still
+    open.
+    """
 
     def __init__(self, path: Path, identity: Identity) -> None:
         self._path = path
@@ -57,20 +51,16 @@ class FileGuard:
         self.is_closed: bool = False
 
     def opened(self) -> bool:
-        """Count a new connection. If the last connection of this guard was closed, do not count the new connection, and
-        return False.
-        """
+        """Count a new connection. If the last connection of this guard was closed, return False instead."""
         with self._mutex:
             self._connections += not self.is_closed
             return not self.is_closed
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Run a block that closes a connection. After the block, count the connection as closed. If a file can't be
-        unlocked or closed, raise DatabaseError.
-
-        Release the locks before the last connection is closed, because SQLite then locks the file for a checkpoint. Do
-        not close the descriptors before the connection, which would lose its locks.
+        """Run a block that closes a connection, and count the connection as closed. Release the locks before the last
+        connection is closed, because SQLite then locks the file for a checkpoint. Do not close the descriptors before
+        the connection, which would lose its locks.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -91,9 +81,7 @@ class FileGuard:
                 raise failure
 
     def hold(self) -> None:
-        """If a connection is open, take the read locks. Call the method after a read, because a read creates the WAL
-        index.
-        """
+        """If a connection is open, take the read locks. Call the method after a read, which creates the WAL index."""
         with self._mutex:
             if self._holds or not self._connections:
                 return
@@ -103,8 +91,7 @@ class FileGuard:
                     if look_at(path) is None:
                         return  # a read-only file, for which SQLite creates no WAL index
                     with explained("lock", path):
-                        # If locking fails, keep the descriptor open, because the close of a descriptor would drop
-                        # SQLite's locks.
+                        # If locking fails, keep the descriptor open, because the close would drop SQLite's locks.
                         if number == len(self._descriptors):
                             self._descriptors.append(os.open(path, os.O_RDONLY | OPEN_FLAGS))
                         _lock(self._descriptors[number], fcntl.F_RDLCK, *span)
@@ -132,8 +119,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold the lock while a connection is opened and counted. Without the lock, another thread could find the descriptor of
-# an uncounted connection, and could mistake the descriptor for a descriptor of another library.
+# Hold the lock while a connection is opened and counted. Without the lock, another thread could mistake the descriptor
+# of an uncounted connection for a descriptor of another library.
 _opening = threading.RLock()
 _is_hook_installed = False
 _uncounted = 0
@@ -154,14 +141,13 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
 
 
 def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) -> Connection:
-    """Open an existing database by its SQLite URI. Until the connection is closed, the file's `FileGuard` object counts
-    the connection. With `refuse=True`, raise ForeignAccessError if other code has the file open in this process.
+    """Open an existing database by its SQLite URI, and count the connection until its close. With `refuse=True`, raise
+    ForeignAccessError if other code has the file open in this process.
     """
     global _uncounted
     with _opening:
-        # A signal handler that interrupts this function can also call this function. The call in the signal handler
-        # does not search for descriptors of other libraries, because the search would find the descriptor that the
-        # interrupted call has opened.
+        # A signal handler can interrupt this function and call this function. A search in the second call would find
+        # the descriptor that the interrupted call has opened.
         if refuse and not _uncounted:
             _refuse_foreign_descriptors(path)
         _uncounted += 1
@@ -179,10 +165,7 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
 
 
 def _refuse_foreign_descriptors(path: Path) -> None:
-    """Raise ForeignAccessError if code other than homeagent has the file open in this process.
-
-    The function can't detect foreign code on a system without /proc, or if homeagent already has the file open.
-    """
+    """Raise ForeignAccessError if code other than homeagent has the file open in this process."""
     status = look_at(path)
     if status is None or identity_of(status) in _guards or not _DESCRIPTORS.is_dir():
         return
@@ -198,7 +181,7 @@ def _refuse_foreign_descriptors(path: Path) -> None:
 
 
 def protect(database: FileIdentityCheck) -> None:
-    """Make `sqlite3.connect` raise an error for the file of an opened database, until a call of `unprotect()`."""
+    """Make `sqlite3.connect` raise an error for the file. The hook does not detect ATTACH and calls from C code."""
     global _is_hook_installed
     with _registry:
         _protected.add(database)

@@ -1,7 +1,5 @@
-"""The in-use lock is a shared lock on the file `homeagent.db.open` that each process with an open database holds.
-
-A restore takes the lock exclusively, and therefore does not replace an open database. A process can lock a damaged
-database too, because the lock is on a separate file. The system releases the lock when the process ends.
+"""The in-use lock is a shared lock on the file `homeagent.db.open` that each process with an open database holds. A
+restore takes the lock exclusively, and therefore does not replace an open database.
 """
 
 from __future__ import annotations
@@ -30,16 +28,9 @@ def in_use_path(database: Path) -> Path:
 
 
 def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: bool = False) -> FileLock | None:
-    """Take the shared in-use lock. The caller holds the lock until the last connection is closed.
-
-    With `exclusive_if_free=True`, take the exclusive lock if the lock has no holder.
-
-    Finish an interrupted restore first. In a read-only directory without the lock file, return None. In a read-only
-    directory, a restore can't replace a file, and SQLite can't write.
-
-    Raises:
-        DatabaseBusyError: if another process still restores the database after the timeout.
-        DatabaseError: if `inspect_file()` refuses the lock file, or if an interrupted restore can't be finished.
+    """Finish an interrupted restore, and take the shared in-use lock. The caller holds the lock until the last
+    connection is closed. In a read-only directory without the lock file, return None, because neither a restore nor
+    SQLite can write.
     """
     path = in_use_path(database)
     while True:
@@ -54,8 +45,7 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: b
             raise
         if lock.read_marker() is None:
             return lock
-        # To finish a restore, take the exclusive lock. The exclusive lock proves that no other process has the database
-        # open.
+        # The exclusive lock proves that no other process has the database open.
         lock.release()
         with FileLock(path, timeout=timeout) as exclusive:
             finish_replacement(exclusive, database, timeout=timeout)
@@ -63,14 +53,7 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: b
 
 @contextmanager
 def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
-    """Hold the exclusive in-use lock, so that no process of homeagent has the database open during the block.
-
-    Finish an interrupted restore first. The directory must exist. The database can be absent or damaged.
-
-    Raises:
-        DatabaseBusyError: if a process still has the database open after the timeout. On Linux the error message names
-            the process.
-    """
+    """Hold the exclusive in-use lock, and first finish an interrupted restore. The database can be damaged."""
     lock = FileLock(in_use_path(database), timeout=timeout)
     try:
         lock.acquire()
@@ -87,10 +70,8 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
-    """Keep programs that use SQLite from opening the file during the block. If the file is missing, do nothing.
-
-    If another program has the file open, raise DatabaseBusyError. Do not call the function while SQLite has the file
-    open in this process, because the close of any descriptor drops all locks of this process on the file.
+    """Keep programs that use SQLite from opening the file during the block. Do not call the function while SQLite has
+    the file open in this process, because the close of any descriptor drops all locks of this process on the file.
     """
     with explained("open", database):
         try:
@@ -115,9 +96,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
 
 
 def _holders(path: Path) -> str:
-    """Return a text that names the processes with a lock on the file. Source: /proc/locks (manual page
-    proc_locks(5)).
-    """
+    """Return a text that names the processes with a lock on the file, from /proc/locks (proc_locks(5))."""
     try:
         inode = path.stat().st_ino
         lines = Path("/proc/locks").read_text().splitlines()

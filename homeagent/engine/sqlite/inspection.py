@@ -1,7 +1,5 @@
-"""Read a SQLite file without changing the file, its WAL or their modes.
-
-An ordinary connection could destroy data of a damaged file. When the last connection closes, SQLite copies the WAL into
-the file and removes the WAL.
+"""Read a SQLite file without changing the file, its WAL or their modes. An ordinary connection could destroy data of a
+damaged file, because SQLite removes the WAL when the last connection closes.
 """
 
 from __future__ import annotations
@@ -41,7 +39,6 @@ class Stopwatch:
         self._limit = None if limit is None else limit.total_seconds()
         self._began = monotonic()
         self.ran_out: bool = False
-        """True if the timeout ended the last statement."""
 
     def start(self) -> None:
         """Restart the clock."""
@@ -59,20 +56,10 @@ class Stopwatch:
 def inspect_sqlite(
     path: Path, *, watch: Stopwatch, assume_closed: bool = True, is_closed: bool = False
 ) -> Iterator[Connection]:
-    """Open an existing file for reading. All statements see one snapshot.
+    """Open an existing file for reading. All statements see one snapshot. SQLite creates no file except a WAL index.
 
-    If the WAL has no frames, the database file is complete, and SQLite reads the file without a lock. If the WAL has
-    frames, SQLite reads the WAL through the WAL index (-shm), and creates a missing index. SQLite creates no other
-    file.
-
-    Args:
-        path: path of the file.
-        watch: statement timeout.
-        assume_closed: True to read a file without taking locks if the WAL or the WAL index is missing. Pass False if
-            another process can be opening the file.
-        is_closed: True if the caller has just checked that no process of homeagent has the file open. With
-            `is_closed=False`, SQLite uses the WAL index even if the WAL has no frames. A process with an open database
-            can add a frame at any time.
+    Pass `assume_closed=False` if another process can be opening the file. Pass `is_closed=True` only after a check that
+    no process of homeagent has the file open, because such a process can add a frame to the WAL at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -130,9 +117,8 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
     mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
     if mode == "wal":
         return mode
-    # A connection without locks does not report the journal mode "wal", so read the header. Do not read the header if
-    # this process has the file open, because the close would drop this process's locks
-    # (https://sqlite.org/howtocorrupt.html, section 2.2).
+    # A connection without locks does not report the journal mode "wal", so read the header. In a process with the file
+    # open, the close would drop SQLite's locks (https://sqlite.org/howtocorrupt.html, section 2.2).
     if any(str(engine.sa_engine.url.database) == str(path) for engine in open_engines()):
         return None
     # https://sqlite.org/fileformat2.html#file_format_version_numbers
@@ -140,14 +126,10 @@ def journal_mode(path: Path, connection: Connection) -> str | None:
 
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
-    """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables.
-
-    Compile statements that fire the trigger or read the view, but do not run the statements. SQLite reports each used
-    table, and the trigger that uses the table (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
-    the statements, return True. For example, SQLite can't compile a trigger that calls a function of the application.
-
-    The names of the tables must be in lower case. For a trigger, pass `kind="trigger"`, and pass the trigger's table as
-    `on=…`. For a view, pass `kind="view"`, and pass the view's name as `on=…`.
+    """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables. SQLite reports
+    the tables that a compiled statement uses (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
+    the statements, return True. The names of the tables are in lower case. The argument `on` is the trigger's table or
+    the view.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []

@@ -1,8 +1,4 @@
-"""Checks of a SQLite file's content.
-
-SQLite has no page checksums. SQLite detects an invalid page, a difference between a table and an index, and an invalid
-value. SQLite does not detect a changed letter in a text.
-"""
+"""Checks of a SQLite file's content. SQLite has no page checksums, and does not detect a changed letter in a text."""
 
 from __future__ import annotations
 
@@ -28,10 +24,8 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# When a database is opened, a file of at most FULL_CHECK_BYTES gets the full check. A file of more than
-# FULL_CHECK_BYTES, but at most QUICK_CHECK_BYTES, gets the quick check. The full check takes about 5 ms per MiB. The
-# quick check takes about 1 ms per MiB, and does not compare indexes with tables. Only an unclean end and the sweeper's
-# schedule cause a check of a file over QUICK_CHECK_BYTES.
+# Largest sizes for the full check (about 5 ms per MiB) and the quick check (about 1 ms per MiB) when a database is
+# opened. The quick check does not compare indexes with tables.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
@@ -41,12 +35,7 @@ _INSTRUCTIONS = 100_000
 
 def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     """Check a file that was not closed cleanly and that no process of homeagent has open. Do not change any file.
-
-    Returns:
-        True if the function `check_content()` accepted the file. False if the database has no WAL to check.
-
-    Raises:
-        CorruptDatabaseError: if the file is damaged, or if the WAL lost commits.
+    Return True if `check_content()` accepted the file, or False if the database has no WAL to check.
     """
     path = engine.path
     log, index = sidecars(path)[:2]
@@ -99,13 +88,7 @@ def _is_sound(engine: SQLiteEngine) -> bool:
 
 
 def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
-    """Check a file's content with SQLite. A file of at most `FULL_CHECK_BYTES` gets the full check, and a larger file
-    gets the quick check. If the file is larger than `QUICK_CHECK_BYTES`, and `always=False`, do nothing.
-
-    Raises:
-        CorruptDatabaseError: if the check found damage.
-        Exception: if SQLite can't read the file.
-    """
+    """Check a file's content with SQLite. With `always=False`, do not check a file over `QUICK_CHECK_BYTES`."""
     # Compute the size from the number of pages, because the WAL can contain more pages than the file.
     size = raw.pragma("page_count") * raw.pragma("page_size")
     if size <= FULL_CHECK_BYTES:
@@ -118,17 +101,8 @@ def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
 
 
 def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]) -> bool:
-    """Check a table of the schema, and its indexes, in a read-only unit. If the check finds damage, the database is
-    marked as corrupt.
-
-    Returns:
-        False if the function `give_up()` ended the check by returning True. SQLite calls the function `give_up()` every
-        few milliseconds.
-
-    Raises:
-        CorruptDatabaseError: if the table is damaged. Later units also raise CorruptDatabaseError, until the
-            database is opened again.
-        DatabaseBusyError, DatabaseClosedError: if a read-only unit of work could not begin.
+    """Check a table and its indexes. If the table is damaged, later units raise CorruptDatabaseError too. Return False
+    if `give_up()` ended the check. SQLite calls `give_up()` every few milliseconds.
     """
     connection = engine.begin(read_only=True, timeout=engine.busy_seconds)
     try:

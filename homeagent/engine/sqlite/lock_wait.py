@@ -1,9 +1,6 @@
-"""Wait for the write lock of another process. Frequent tries get the lock even if a process writes without pause.
-
-A process that commits and begins again at once leaves the lock free only for short moments. SQLite's busy handler tries
-only every 100 ms after some tries, and let processes wait for seconds in a test with eight writing processes. Pauses of
-less than 2 ms between two tries raised the 99th percentile of the write times by a factor of two to five, because the
-lock moved between processes too often.
+"""Wait for the write lock of another process. SQLite's busy handler tries only every 100 ms after some tries, and let
+processes wait for seconds in a test with eight writing processes. Pauses of less than 2 ms between two tries raised the
+99th percentile of the write times by a factor of two to five.
 """
 
 from __future__ import annotations
@@ -19,9 +16,7 @@ _PAUSE = (0.001, 0.005)
 
 
 class LockWait:
-    """A busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html). At the start of each wait, the handler
-    calls the function `began()`.
-    """
+    """A busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html)."""
 
     def __init__(self, timeout: float, began: Callable[[], object]) -> None:
         self._timeout = timeout
@@ -29,9 +24,7 @@ class LockWait:
         self._since = 0.0
 
     def __call__(self, attempts: int) -> bool:
-        """Pause before the next try to get the lock. Return False if the wait has reached the timeout. The timeout is
-        in seconds.
-        """
+        """Pause before the next try to get the lock. Return False if the wait has reached the timeout."""
         now = monotonic()
         if attempts == 0:
             self._since = now

@@ -1,6 +1,4 @@
-"""Manifests are small files that describe backups. The error about a damaged database names the newest good backup,
-which homeagent finds by the manifests and by a small file with the path of the last backup.
-"""
+"""Manifests are small files that describe backups. The error about a damaged database names the newest good backup."""
 
 from __future__ import annotations
 
@@ -32,20 +30,12 @@ class Manifest(BaseModel, frozen=True):
     """The content of a manifest, which describes a backup at the time of the backup's verification.
 
     Attributes:
-        format: version of the manifest's format.
         kind: "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file before its
             adoption, or "backup" for an ordinary backup.
-        database: absolute path of the source database.
-        taken_at: time of the backup by the database's clock.
         schema_revision: schema revision; None for a file without homeagent's tables.
-        application_revision: revisions of the application's own tables; None without own revisions.
         schema_version: SQLite's counter of schema changes (https://sqlite.org/pragma.html#pragma_schema_version); None
             in the manifest of an earlier version of homeagent.
         epoch: epoch of the store; None if the schema is too old to have epochs.
-        rows: number of rows of each table.
-        size: size of the backup, in bytes.
-        sha256: SHA-256 of the backup, in hexadecimal.
-        package_version: version of homeagent that made the backup.
     """
 
     format: Literal[1] = 1
@@ -68,13 +58,7 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest of a backup. If the manifest does not exist, return None. homeagent derives the trusted
-    owners of a backup from the database's directory, and by default from the backup's directory.
-
-    Raises:
-        InsecureFileError: if the manifest has a second hard link, or belongs to a user whose backups are not trusted.
-        CorruptDatabaseError: if the manifest can't be read, or is invalid.
-    """
+    """Return the manifest, or None. Without `database`, the backup's directory decides the trusted owners."""
     path = manifest_path(backup)
     try:
         return Manifest.model_validate_json(_read(path, backup_owners(database or backup)))
@@ -93,11 +77,9 @@ def write_manifest(backup: Path, manifest: Manifest) -> None:
 
 
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
-    """Return the backups in a directory, oldest first, without opening the backups. If the directory can't be read,
-    return an empty list.
-
-    Leave out a copy that homeagent made before the adoption of a file, and a backup whose size differs from the
-    manifest. Also leave out a backup that `restore()` would refuse because of the backup's owner or a second hard link.
+    """Return the backups in a directory, oldest first. Leave out a copy that homeagent made before an adoption, and a
+    backup whose size differs from the manifest. Leave out a backup that `restore()` would refuse because of the
+    backup's owner or a second hard link.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -115,11 +97,8 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Return the path of the newest backup in the directory of the database and the directory of the last backup. If
-    there is no backup, return None. Pass a path from `locate_file()`.
-    """
-    # For a backup in the database's directory, compare only the file name of the source database, because the
-    # administrator can have moved the whole directory.
+    """Return the newest backup next to the database or the last backup, or None. Pass a path from `locate_file()`."""
+    # The administrator can have moved the whole directory, so compare only the file name of the source database.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:

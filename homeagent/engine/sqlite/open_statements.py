@@ -1,8 +1,5 @@
-"""Close the unfinished statements of an ORM session at the end of its transaction.
-
-In SQLite a statement with unfetched rows stays open after COMMIT and ROLLBACK, and keeps the read snapshot. With an
-open statement, the next unit of work would read old rows. If another process commits while a statement is open, the
-next write of the connection fails.
+"""Close the unfinished statements of an ORM session at the end of its transaction. In SQLite a statement with unfetched
+rows keeps the read snapshot after COMMIT and ROLLBACK, so the next unit of work would read old rows.
 """
 
 from __future__ import annotations
@@ -20,17 +17,14 @@ _KEY = "homeagent_cursors"
 
 
 def end_with_transactions(connection: Connection) -> None:
-    """Close the unfinished statements of an ORM session at each commit and rollback of its connection. A fetch from a
-    closed statement raises an error.
-    """
+    """Close the unfinished statements of an ORM session at each commit and rollback of its connection."""
     if _KEY in connection.info:
         return
     cursors: WeakSet[Any] = WeakSet()
     connection.info[_KEY] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # Do not close a store's cursor, because the connection uses the cursor for later statements. The instrumented
-        # cursor also calls this listener.
+        # Do not close a store's cursor, which the connection uses for later statements.
         if isinstance(context, DefaultExecutionContext):
             cursors.add(cursor)
 

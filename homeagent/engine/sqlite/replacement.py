@@ -1,10 +1,6 @@
-"""Replace a database atomically. After a crash at any moment either the old or the new database is complete.
-
-A replacement changes the database file and its WAL, but no file system can change two files in one step. If only the
-file were replaced, SQLite would apply the old WAL to the new file. If only the WAL were replaced, the old file would
-lack its last commits. Before any change, homeagent writes a marker to the in-use lock file, which every
-`Database.open()` locks. If the lock file has a marker of a replacement, the next `Database.open()` first finishes the
-replacement.
+"""Replace a database atomically. After a crash at any moment either the old or the new database is complete. No file
+system can change the database file and its WAL in one step. homeagent therefore first writes a marker to the in-use
+lock file, by which the next `Database.open()` finishes the replacement.
 """
 
 from __future__ import annotations
@@ -21,8 +17,7 @@ from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.engine import sidecar_lock
 from homeagent.errors import CorruptDatabaseError
 
-# A complete marker ends with the word "end". A marker without the word "end" shows that a power cut came before
-# homeagent moved any file.
+# A marker without the word "end" shows that a power cut came before homeagent moved any file.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
 
@@ -33,9 +28,7 @@ def new_path(database: Path, stamp: str) -> Path:
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return the path to which the replacement moves the old database. The replacement moves the old sidecar files to
-    the same directory.
-    """
+    """Return the path to which the replacement moves the old database."""
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 
 
@@ -45,7 +38,7 @@ def marker_of_epoch(epoch: int) -> str:
 
 
 def epoch_of_marker(marker: str | None) -> int:
-    """Return the epoch in a lock file's marker. The database can be damaged. If the file has no marker, return 0."""
+    """Return the epoch in a lock file's marker, or 0 if the file has no marker."""
     if marker is None:
         return 0
     found = re.fullmatch(_MARKER, marker)
@@ -53,26 +46,15 @@ def epoch_of_marker(marker: str | None) -> int:
 
 
 def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, timeout: timedelta) -> None:
-    """Move the file at `new_path` to the database's path, and move the old files to `quarantine_path`.
-
-    If a step fails, the next process that opens the database finishes the replacement.
-
-    Args:
-        lock: the in-use lock, which the caller holds exclusively.
-        database: path of the database file. The file does not need to exist.
-        stamp: letters and digits that distinguish the replacement from other replacements.
-        epoch: epoch of the new database.
-        timeout: longest wait for the lock `sidecar_lock`. A process that creates the database also takes
-            `sidecar_lock`.
+    """Move the file at `new_path` to the database's path, and the old files to `quarantine_path`. The caller holds the
+    in-use lock exclusively. If a step fails, the next process that opens the database finishes the replacement.
     """
     lock.write_marker(f"swap {stamp} {epoch} end")
     finish_replacement(lock, database, timeout=timeout)
 
 
 def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) -> None:
-    """Finish the replacement that the lock file's marker describes. If the lock file has no marker, do nothing. If a
-    step fails, raise DatabaseError. A second call tries again.
-    """
+    """Finish the replacement that the lock file's marker describes. A second call after an error tries again."""
     intent = lock.read_marker()
     if intent is None:
         return

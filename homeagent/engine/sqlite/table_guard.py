@@ -26,12 +26,9 @@ def refuse_changes(
     raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
 ) -> Iterator[None]:
     """While the block runs, refuse each statement that changes the rows, columns, indexes or triggers of the given
-    tables, and each change of `PRAGMA writable_schema`.
-
-    SQLite asks the authorizer while it compiles a statement (https://sqlite.org/c3ref/set_authorizer.html), so a
-    refused statement has no effect. A statement can create or drop an allowed trigger, and an allowed trigger can write
-    to the tables. The names of the tables are in lower case. Before SQLite raises the error, the function `refused()`
-    gets the name of the table.
+    tables, and each change of `PRAGMA writable_schema`. The names of the tables are in lower case. An allowed trigger
+    can write to the tables. SQLite asks the authorizer while it compiles a statement
+    (https://sqlite.org/c3ref/set_authorizer.html), so a refused statement has no effect.
     """
 
     def judge(action: int, first: str | None, second: str | None, _schema: object, by: str | None) -> int:

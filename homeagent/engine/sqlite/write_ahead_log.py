@@ -1,13 +1,6 @@
-"""Find committed transactions that are lost from a write-ahead log (WAL).
-
-SQLite treats the first WAL frame with a wrong checksum as the end of the WAL. Because of the wrong checksum, SQLite
-discards a commit that a crash interrupted. If the WAL was damaged or truncated later, SQLite silently discards complete
-commits (https://sqlite.org/fileformat2.html#walformat, section 4.2). If a frame after the damaged frame ends a commit,
-this commit is lost. A killed process leaves the WAL index (-shm) behind. The number of committed frames in the WAL
-index can also show a lost commit (https://sqlite.org/walformat.html#the_wal_index_file_format, section 2.1).
-
-Before a call, the caller must ensure that no process of homeagent has the database open. In a process with an open
-database, SQLite would lose its locks when this module closes the database or the WAL index.
+"""Find committed transactions that are lost from a WAL. SQLite treats the first frame with a wrong checksum as the end
+of the WAL, and silently discards the later commits (https://sqlite.org/fileformat2.html#walformat, section 4.2). The
+caller must ensure that no process of homeagent has the database open, because SQLite would lose its locks.
 """
 
 from __future__ import annotations
@@ -36,19 +29,14 @@ _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
-# The kernel writes the WAL index to the disk within half a minute. Within half a minute, the WAL can't restart more
-# than 65,536 times. A new WAL begins with a random number (salt), and each restart increments the salt. The WAL of a
-# different database looks like a restarted WAL with a probability of 1 in 65,536.
+# The kernel writes the WAL index to the disk within half a minute, in which the WAL can't restart more than 65,536
+# times. A new WAL begins with a random number (salt), and each restart increments the salt.
 _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Result of a check that found lost commits in a WAL.
-
-    Attributes:
-        problem: description of the damage, without a remedy.
-        frames: number of frames that SQLite still reads, because the frames come before the damage.
-        by_power_cut: True if a power cut with `durability="normal"` can be the cause.
+    """Lost commits in a WAL. SQLite still reads the frames before the damage, whose number is `frames`. With
+    `by_power_cut=True`, a power cut with `durability="normal"` can be the cause.
     """
 
     problem: str
@@ -63,22 +51,17 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL. A caller that has the database open is allowed
-    to call this function.
-
-    A process that is killed in its first commit leaves a WAL with only a header. A full disk can leave an incomplete
-    WAL header. SQLite ignores a WAL without frames. A WAL without frames makes a connection with `readonly_shm=1` fail
-    after 10 seconds (SQLITE_PROTOCOL), unless another connection is open.
+    """Return whether SQLite would read a frame of this database's WAL. The caller can have the database open. A WAL
+    without frames makes a connection with `readonly_shm=1` fail after 10 seconds (SQLITE_PROTOCOL).
     """
     log = sidecars(path)[0]
     return size_of(log) >= _SMALLEST_LOG and _page_size(read_start(log, _HEADER)) is not None
 
 
 def read_start(path: Path, size: int) -> bytes:
-    """Return the first bytes of a file. If the file does not exist, return no bytes.
-
-    Do not call this function for a database file or a WAL index that SQLite has open in this process, because the close
-    of the file drops SQLite's locks.
+    """Return the first bytes of a file, or no bytes if the file does not exist. Do not call this function for a
+    database file or a WAL index that SQLite has open in this process, because the close of the file drops SQLite's
+    locks.
     """
     with explained("read", path), suppress(FileNotFoundError), _opened(path) as file:
         return file.read(size)
@@ -91,11 +74,9 @@ def _opened(path: Path) -> BinaryIO:
 
 @contextmanager
 def open_without_locks(path: Path) -> Iterator[Connection]:
-    """Open a database for reading. Take no lock (virtual file system `unix-none`), and change no file.
-
-    In exclusive locking mode, SQLite recovers the WAL into an index in memory, and ignores the WAL index of a killed
-    process (https://sqlite.org/wal.html#noshm). Do not read without a WAL, because SQLite would create a WAL. SQLite
-    would also delete the WAL of an empty database, so the function raises the error of `refuse_orphaned_log()`.
+    """Open a database for reading. Take no lock (virtual file system `unix-none`), and change no file. In exclusive
+    locking mode, SQLite ignores the WAL index of a killed process (https://sqlite.org/wal.html#noshm). Do not read
+    without a WAL, because SQLite would create a WAL.
     """
     refuse_orphaned_log(path)
     uri = f"file:{quote(os.fsencode(path))}?mode=ro&vfs=unix-none"
@@ -106,14 +87,9 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
 
 
 def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
-    """Find commits that SQLite would silently discard when it opens the database, or return None.
-
-    Without a WAL index, the function does not find damage in the last commit. After a power cut in the middle of
-    COMMIT, the WAL looks as if the last commit were damaged. The caller must ensure that no process of homeagent has
-    the database open.
-
-    Pass a connection from `open_without_locks()`, which raises CorruptDatabaseError if the database has no valid first
-    page. If a file can't be read, the function raises DatabaseError.
+    """Find commits that SQLite would silently discard when it opens the database, or return None. Pass a connection
+    from `open_without_locks()`. Without a WAL index, the function ignores damage in the last commit, because a power
+    cut in the middle of COMMIT looks the same.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
@@ -156,8 +132,8 @@ class _Log(NamedTuple):
 
 
 def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
-    """Return the number of frames up to the last intact commit. SQLite does not return the number for a WAL that the
-    process can't write. To compute the checksums in Python takes a hundred times as long as in SQLite.
+    """Return the number of frames up to the last intact commit. SQLite counts a hundred times as fast, but not for a
+    WAL that the process can't write.
     """
     order = _MAGIC[int.from_bytes(header[:4], "big")]
     sums: tuple[int, ...] = struct.unpack(">2I", header[24:])
@@ -172,7 +148,6 @@ def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
 
 
 def _page_size(header: bytes) -> int | None:
-    """Return the page size in a WAL header. If the header is not valid, return None."""
     if len(header) < _HEADER:
         return None
     magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)
@@ -200,8 +175,7 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
                 by_power_cut=True,
             )
     if log.salt is None:
-        # SQLite writes the header of a WAL first. A power cut can't split the header, because the header is smaller
-        # than any sector of a disk.
+        # SQLite writes the header first. A power cut can't split the header, which is smaller than a disk's sector.
         return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
     # A power cut can leave the last frame of one unfinished commit on the disk without the first frame.
     if log.later_commits > 1:
@@ -214,16 +188,13 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
 
 
 def _is_later(salt: bytes, *, than: bytes) -> bool:
-    """Return True if the WAL was restarted after the last write of the WAL index to the disk.
-
-    SQLite does not sync the WAL index, so a power cut can leave an outdated index. A restart of the WAL follows a
-    complete, synced checkpoint and increments the first salt (https://sqlite.org/fileformat2.html#walformat).
+    """Return True if the WAL was restarted after the last write of the WAL index to the disk. A restart increments the
+    first salt (https://sqlite.org/fileformat2.html#walformat).
     """
     return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS
 
 
 def _read_index(index: Path) -> _Index | None:
-    """Return the content of the WAL index. If the WAL index is missing or invalid, return None."""
     content = read_start(index, _INDEX)
     header = content[:_INDEX_HEADER]
     if len(content) < _INDEX or header != content[_INDEX_HEADER : 2 * _INDEX_HEADER]:
