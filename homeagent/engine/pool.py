@@ -116,7 +116,7 @@ class ConnectionPool(Generic[T]):
             with self.mutex:
                 # A waiter that is not in the queue got a resource from another thread just after the timeout.
                 if waiter in self._waiters:
-                    raise self._busy(timeout)
+                    raise self.busy(timeout)
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
@@ -197,11 +197,9 @@ class ConnectionPool(Generic[T]):
     def busy(self, timeout: float) -> DatabaseBusyError:
         """Return the error for a caller whose wait has reached the timeout. The message names the holders."""
         with self.mutex:
-            return self._busy(timeout)
-
-    def _busy(self, timeout: float) -> DatabaseBusyError:
+            holders = self._holders()
         return DatabaseBusyError(
-            f"could not get {self._name} within {timeout:.3f} s: {self._holders()}. "
+            f"could not get {self._name} within {timeout:.3f} s: {holders}. "
             "Make that unit of work shorter, or raise busy_timeout"
         )
 

@@ -50,15 +50,13 @@ class FileIdentityCheck:
         """
         self._check(beside=self.remembers_log, remember=False)
 
-    def connected(self, *, beside: bool = True) -> None:
-        """Check the files of a new connection after its first read, and record their identities. With `beside=True`,
-        include the WAL and the WAL index. The caller must then later call `disconnected()`.
-        """
+    def connected(self) -> None:
+        """Check the files of a new connection after its first read. The caller must later call `disconnected()`."""
         if self.identity is None:
             status = _status(self._name)
             self.identity = None if status is None else identity_of(status)
         else:  # do not check at the first connection, because SQLite can empty a new, incomplete file
-            self._check(beside=beside)
+            self._check()
 
     def disconnected(self) -> None:
         """Forget the WAL and the WAL index, because SQLite can delete both files while no connection is open."""
