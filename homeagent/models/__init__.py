@@ -1,8 +1,4 @@
-"""The package has six table models, which are also Pydantic models. No model belongs to the table `store`, whose only
-row describes the database.
-
-`homeagent/models/schemas.py` has the models of requests and replies.
-"""
+"""Models of the tables. `homeagent/models/schemas.py` has the models of requests and replies."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -54,10 +50,8 @@ SCHEMA: tuple[Any, ...] = (
 """homeagent's tables except Alembic's. Each table follows the tables that its foreign keys refer to."""
 
 TABLES: tuple[str, ...] = tuple(sorted(table.name for table in SCHEMA))
-"""Names of homeagent's tables except Alembic's."""
 
 VERSION_TABLE = "homeagent_schema_version"
-"""Alembic's table with the revision of homeagent's schema."""
 
 APPLICATION_VERSION_TABLE = "application_schema_version"
 """Version table of the application's own revisions."""

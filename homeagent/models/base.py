@@ -1,8 +1,5 @@
-"""Base classes of the models. Each class validates an instance when the instance is constructed, and at each
-assignment. Validation errors do not show the input.
-
-Do not import `annotations` from `__future__` in a module of models. With the import, an annotation is a text, which
-Pydantic and SQLAlchemy evaluate again for each subclass. The repeated evaluation takes a twelfth of the import time.
+"""Base classes of the models. Do not import `annotations` from `__future__` in a module of models, because Pydantic and
+SQLAlchemy would evaluate each annotation again for each subclass. The evaluation takes a twelfth of the import time.
 """
 
 import copy
@@ -44,16 +41,13 @@ metadata: MetaData = MetaData(
 _registry = registry(metadata=metadata)
 
 
-# `ValidationError.from_exception_data` accepts only the error types of Pydantic itself. A validator can also raise
-# errors with types that Pydantic does not define.
+# `ValidationError.from_exception_data` accepts only the error types of Pydantic itself.
 _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
 def _without_input(error: ValidationError) -> ValidationError:
-    """Return a copy of the error that does not contain the input, because the input can be a secret.
-
-    Pydantic's setting `hide_input_in_errors` removes the input only from the message. FastAPI puts the result of
-    `error.errors()`, which contains the input, into the reply with status 422.
+    """Return a copy of the error without the input, which can be a secret. Pydantic's setting `hide_input_in_errors`
+    does not remove the input from `error.errors()`, which FastAPI puts into the reply with status 422.
     """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
@@ -70,13 +64,12 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Call `handler(data)`, which validates the data. Remove the data from a ValidationError of the handler."""
+    """Call `handler(data)`, and remove the data from a ValidationError."""
     try:
         return handler(data)
     except ValidationError as error:
         without_input = _without_input(error)
-    # Do not raise the new error inside the `except` block, because its context would be the original error, which shows
-    # the input.
+    # Do not raise inside the `except` block, because the context of the error would show the input.
     raise without_input
 
 
@@ -108,9 +101,8 @@ class Model(SQLModel, registry=_registry):
 
 
 class PartialIndex(Index):
-    """An index of only the rows that match a condition, on SQLite and PostgreSQL.
-
-    Do not use `Index(…, postgresql_where=…)`, because SQLAlchemy would import its PostgreSQL package in every process.
+    """An index of only the rows that match a condition, on both engines. Do not use `Index(…, postgresql_where=…)`,
+    because SQLAlchemy would import its PostgreSQL package in every process.
     """
 
     def __init__(self, name: str, *columns: str, where: TextClause) -> None:
@@ -119,7 +111,7 @@ class PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """Return the index options of SQLite and PostgreSQL, including the condition."""
+        """Return the index options of both engines, including the condition."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -127,10 +119,8 @@ class PartialIndex(Index):
 
 
 RESERVED_PREFIX = "homeagent_"
-"""Prefix of the names of tables that homeagent reserves."""
 
-# Names that an application cannot use: homeagent's tables, and the tables that store schema revisions. SQLite ignores
-# the case of a name.
+# Tables of homeagent and of schema revisions, in lower case, because SQLite ignores the case of a name.
 _RESERVED_NAMES = frozenset(
     {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     | {"device_changes", "application_schema_version", "alembic_version"}
@@ -175,27 +165,19 @@ class Table(Model, metaclass=_TableType):
     assignment. If a value is invalid, the assignment raises an error, and the field keeps its old value. An instance
     that a store loads is not validated again.
 
-    SQLite and PostgreSQL store the same values and sort them equally. A field of type `str` becomes a TEXT column, and
-    is compared by bytes. A field of type `int` has 64 bits. A `Timestamp` is stored in milliseconds, and a `StrEnum` as
-    its value. A `dict`, a `list` or Pydantic's `JsonValue` is stored as JSON text of at most 256 KiB. For a field of a
-    type that is not listed here, SQLModel chooses the column type. If a field has the argument `sa_type` or
-    `sa_column`, SQLModel uses the given type.
-
-    A constraint or an index without a name gets a name such as `fk_messages_session_id_sessions`. A foreign key can
-    refer to homeagent's tables by name, for example with `Field(foreign_key="sessions.session_id",
-    ondelete="CASCADE")`.
+    The page on own tables lists the column types. A constraint or an index without a name gets a name such as
+    `fk_messages_session_id_sessions`.
 
     Raises (when the class is defined):
-        InvalidArgumentError: if the name of the table is reserved, or another class has the same table name.
-            InvalidArgumentError is also raised if a datetime field does not have the type `Timestamp`. The names of
-            homeagent's tables and names that begin with `homeagent_` are reserved.
+        InvalidArgumentError: if the name of the table is reserved or already in use, or if a datetime field does not
+            have the type `Timestamp`.
         TypeError: if the class derives from a table of homeagent.
     """
 
     __table__: ClassVar[Any]
 
     if TYPE_CHECKING:
-        # Type checkers need the declarations. At runtime, SQLAlchemy would look for values of the declared attributes.
+        # At runtime, SQLAlchemy would look for values of the declared attributes.
         __tablename__: ClassVar[str]
         __table_args__: ClassVar[Any]
 
@@ -206,9 +188,7 @@ class Table(Model, metaclass=_TableType):
             choose_column_type(field, f"{cls.__qualname__}.{name}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Raise TypeError for a subclass of one of homeagent's tables. The subclass would contain private fields of the
-        table, such as hashes. SQLModel would also add the fields of the subclass to the parent's table.
-        """
+        """Refuse a subclass of one of homeagent's tables, which would contain private fields, such as hashes."""
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
             if "__table__" in vars(base) and not _is_own(base):
@@ -222,8 +202,8 @@ class Table(Model, metaclass=_TableType):
             super().__init__(**data)
             return
         related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
-        # SQLAlchemy does not notice the values that the validator writes directly into the attribute `__dict__`. After
-        # the validation, restore the old `__dict__`, and set each field by SQLAlchemy's `set_attribute()`.
+        # SQLAlchemy does not notice the values that the validator writes into `__dict__`. Therefore restore the old
+        # `__dict__` after the validation, and set each field by `set_attribute()`.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -256,12 +236,10 @@ class Table(Model, metaclass=_TableType):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # When a store loads an instance, the store sets the fields, but none of Pydantic's attributes. The method
-            # `__getattr__()` creates Pydantic's attributes at their first use, because setting Pydantic's attributes
-            # took a third of the time of loading an instance.
+            # Create Pydantic's attributes of a loaded instance at their first use. Setting Pydantic's attributes took a
+            # third of the time of loading an instance.
             if name == "__pydantic_fields_set__":
-                # Create SQLAlchemy's state before `__pydantic_fields_set__` marks the instance as constructed.
-                getattr(self, "_sa_instance_state", None)
+                getattr(self, "_sa_instance_state", None)  # see `__setattr__`
                 fields_set = set(type(self).model_fields)
                 object.__setattr__(self, name, fields_set)
                 return fields_set
@@ -271,10 +249,8 @@ class Table(Model, metaclass=_TableType):
 
     @classmethod
     def model_values(cls, **data: Any) -> dict[str, Any]:
-        """Validate the values of a new row, add the defaults, and return the values as parameters of a `Statement`. The
-        keys of the dictionary are names of attributes.
-
-        The method takes a tenth of the time of creating an instance, because SQLAlchemy does not observe the values.
+        """Validate the values of a new row, and add the defaults. The dictionary has the names of attributes as keys,
+        and contains the parameters of a `Statement`. Creating an instance takes ten times as long.
         """
         instance = object.__new__(cls)
         cls.__pydantic_validator__.validate_python(data, self_instance=instance)
@@ -282,10 +258,9 @@ class Table(Model, metaclass=_TableType):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a new, validated instance that does not belong to an ORM session. The values in `update={…}` replace
-        the values of this instance. With `deep=True`, the method also copies the values of JSON columns.
+        the values of this instance. With `deep=True`, also copy the values of JSON columns.
         """
-        # Pydantic's method would copy the whole `__dict__`, and with it the state that binds the instance to an ORM
-        # session.
+        # Pydantic's method would also copy SQLAlchemy's state, which binds the instance to an ORM session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
         if deep:
             values = copy.deepcopy(values)
@@ -312,17 +287,13 @@ def _is_loaded(instance: Table) -> bool:
     return False
 
 
-# `_get_fields_set(instance)` returns Pydantic's attribute `__pydantic_fields_set__`, which a loaded instance lacks and
-# a constructed instance has.
+# Unlike a constructed instance, a loaded instance lacks the attribute `__pydantic_fields_set__`.
 _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
-    """A descriptor that creates SQLAlchemy's state when the ORM uses a loaded instance for the first time.
-
-    Creating SQLAlchemy's state takes longer than the rest of loading an instance, and most loaded instances never reach
-    an ORM session. For a constructed instance, Python does not call the descriptor, because the attribute `__dict__`
-    contains the state.
+    """A descriptor that creates SQLAlchemy's state when the ORM uses a loaded instance for the first time. Creating the
+    state takes longer than the rest of loading an instance, and most loaded instances never reach an ORM session.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:
@@ -338,6 +309,5 @@ class _StateOnDemand:
         return stored
 
 
-# Do not set `_sa_instance_state` in the body of the class, because Pydantic would turn the attribute into a private
-# attribute.
+# Do not set the attribute in the body of the class, because Pydantic would make the attribute private.
 Table._sa_instance_state = _StateOnDemand()

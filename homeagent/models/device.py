@@ -35,7 +35,7 @@ class Role(StrEnum):
 
 
 class DeviceStatus(StrEnum):
-    """State of a device. The docstring of `homeagent/models/device.py` has a table of the states."""
+    """State of a device."""
 
     PENDING = "pending"
     APPROVED = "approved"
@@ -49,18 +49,13 @@ PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 
 
 class Device(Table, table=True):
-    """A row of the table `devices`.
-
-    For a request body, use a class of `homeagent.models.schemas` instead. If this class were the request body, a client
-    could set `approved=True`.
-    """
+    """A row of the table `devices`."""
 
     __tablename__ = "devices"
     __table_args__: ClassVar[Any] = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
-        # The index contains every column of its condition, so SQLite counts the pending devices without reading whole
-        # rows.
+        # The index has all columns of its condition, so SQLite reads only the index to count devices.
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
@@ -133,8 +128,7 @@ def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # If an attribute has expired, SQLAlchemy does not load its old value before an assignment. Read the old value from
-    # the table, because the history of an expired attribute lacks the old value.
+    # Read the old value from the table, because the history of an expired attribute lacks the old value.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

@@ -1,9 +1,4 @@
-"""The feed of device changes. Triggers of the schema write the change feed in the order of the commits.
-
-A reader keeps the number of the last change that the reader has seen, and later asks for the changes with greater
-numbers. If the change feed no longer contains the number that a reader has kept, the reader must read all devices
-again.
-"""
+"""The feed of device changes. Triggers of the schema write the change feed in the order of the commits."""
 
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -16,10 +11,8 @@ from homeagent.models.types import Identifier, Timestamp
 
 
 class DeviceChangeKind(StrEnum):
-    """Kind of a device change.
-
-    One UPDATE of a device can cause several changes in the change feed. The change feed contains a change of the kind
-    `updated` only if the UPDATE causes no change of a different kind.
+    """Kind of a device change. One UPDATE can cause several changes, but causes the change `updated` only if the UPDATE
+    causes no other change.
     """
 
     PAIRED = "paired"

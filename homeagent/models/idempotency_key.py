@@ -69,7 +69,7 @@ class IdempotencyKey(Table, table=True):
         PrimaryKeyConstraint("device_id", "method", "key", name="pk_idempotency_keys"),
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
-        # A partial index of the keys in progress, for the list of abandoned keys.
+        # This index serves the list of abandoned keys.
         PartialIndex("idx_idempotency_lease", "lease_expires_at", where=text("state = 'in_progress'")),
     )
 
@@ -133,23 +133,19 @@ class IdempotencyKey(Table, table=True):
 
 @dataclass(frozen=True, slots=True, init=False)
 class IdempotencyScope:
-    """The identity of a call, which consists of a device, a method, and the key that the device chose.
-
-    An invalid device, method or key raises InvalidArgumentError. Do not join the three values into one text, because
-    values that contain the separator would collide.
+    """The identity of a call, which consists of a device, a method, and the key that the device chose. An invalid
+    device, method or key raises InvalidArgumentError.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    # Pydantic does not call `__init__`, so the annotations validate a scope that is a field of a model or a request
-    # body.
+    # Pydantic does not call `__init__`, so the annotations validate a scope in a model or a request body.
     device_id: Identifier
     method: Name
     key: Label = field(repr=False)
 
-    # Every call with an idempotency key constructs an instance of this class. With the `__init__` that
-    # `dataclass(frozen=True)` generates, and a decorator that hides the key in tracebacks, a find of a key would take
-    # 12% more instructions.
+    # With the `__init__` that `dataclass(frozen=True)` generates, and a decorator that hides the key in tracebacks, a
+    # find of a key would take 12% more instructions.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set(self, "device_id", check_identifier(device_id, "device_id"))
@@ -162,8 +158,8 @@ class IdempotencyScope:
 
     @classmethod
     def of_record(cls, device_id: str, method: str, key: str) -> "IdempotencyScope":
-        """Return the scope of a stored record, whose texts can break the rules for new texts. The methods `insert()`
-        and `claim()` refuse a scope whose texts break the rules.
+        """Return the scope of a stored record, whose texts can break the rules for new texts. `insert()` and `claim()`
+        refuse a scope whose texts break the rules.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
@@ -171,12 +167,12 @@ class IdempotencyScope:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Return Pydantic's schema of the class. Validation errors of the schema do not show the input."""
+        """Return a schema whose validation errors do not show the input."""
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
 class _RecordedScope(IdempotencyScope):
-    """The scope of a stored record, with a device id, method or key that breaks the rules for new scopes."""
+    """The scope of a stored record whose texts break the rules for new texts."""
 
     __slots__ = ()
 
@@ -195,8 +191,7 @@ class Attempt:
         downstream_key: idempotency key that the effect can pass to another service. All attempts with the same
             idempotency key pass the same value.
         scope: device, method and key of the call.
-        lease_expires_at: time at which the lease ends. If the lease ends before an outcome is recorded, the attempt
-            counts as abandoned.
+        lease_expires_at: end of the lease.
         expires_at: time until which a repeated call gets the stored outcome.
         ttl: time after the recording for which a repeated call gets the stored outcome.
         owner: random text that identifies this attempt.
@@ -219,8 +214,8 @@ class Outcome:
         value: return value of the effect, after it was encoded as JSON and decoded.
         replayed: True if the outcome was read from the store, and this call did not run the effect.
         attempt: number of the attempt that recorded the outcome.
-        omitted: True if homeagent could not store the return value, because the value is not JSON or is larger than 1
-            MiB. The call that ran the effect returns the value. Later callers get None.
+        omitted: True if the return value is not JSON or is larger than 1 MiB. The call that ran the effect returns the
+            value. Later callers get None.
     """
 
     value: JsonValue = field(repr=False)

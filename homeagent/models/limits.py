@@ -1,5 +1,3 @@
-"""Limits on the rows that devices can create, and on the work that callers can cause."""
-
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -11,25 +9,20 @@ from homeagent.models.types import check_duration, check_limit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on the rows that devices can create, and on the work that callers can cause.
-
-    The limit on pending devices is exact. The limits on nonces and idempotency keys are exact if only one process uses
-    a SQLite file. If up to 49 processes use the database, the number of stored rows stays below twice the limit (see
-    `homeagent.stores.room`). If a database already has more rows than a limit allows, the rows stay.
+    """Limits on the rows that devices can create, and on the work that callers can cause. The page on limits describes
+    how exact each limit is.
 
     Args:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises
             PendingLimitError. If the limit is 0, no device can pair.
         pending_ttl: time after which a sweep deletes a pending device.
-        nonces_per_device: maximum number of nonces of a device, 1 or more. The number does not include expired nonces.
-        keys_per_device: maximum number of idempotency keys of a device, 1 or more. The number does not include expired
-            keys.
+        nonces_per_device: maximum number of nonces of a device that have not expired, 1 or more.
+        keys_per_device: maximum number of idempotency keys of a device that have not expired, 1 or more.
         longest_ttl: longest time for which the store keeps a nonce or an idempotency key.
         waiting_hashes: maximum number of calls that wait for a slow hash in one process, 1 or more.
         failed_checks_per_minute: maximum number of failed checks of a secret per device id and minute in one process, 1
             or more.
-        changes_kept: time after which a sweep deletes a device change from the feed. A sweep keeps the newest device
-            change.
+        changes_kept: time after which a sweep deletes a device change from the feed. A sweep keeps the newest change.
 
     Raises:
         InvalidArgumentError: if a value is out of range.

@@ -10,19 +10,14 @@ from homeagent.models.types import Identifier, Label, Timestamp
 
 
 class Nonce(Table, table=True):
-    """A row of the table `nonces`.
-
-    `nonces.device_id` is not a foreign key, so the row stays when the device is deleted.
-    """
+    """A row of the table `nonces`. The row stays when the device is deleted."""
 
     __tablename__ = "nonces"
     __table_args__: ClassVar[Any] = (
-        # A nonce is unique for each device. If nonces were unique for all devices, one device could consume the nonces
-        # of another device.
+        # If nonces were unique for all devices, one device could consume the nonces of another device.
         PrimaryKeyConstraint("device_id", "nonce", name="pk_nonces"),
         Index("idx_nonces_expires", "expires_at"),
-        # The table has no rowid (https://sqlite.org/withoutrowid.html), because nearly all of a row's data is in the
-        # primary key. With a rowid, an insert would be slower by a quarter.
+        # With a rowid, an insert would be slower by a quarter (https://sqlite.org/withoutrowid.html).
         {"sqlite_with_rowid": False},
     )
 

@@ -9,8 +9,7 @@ from homeagent.errors import InvalidArgumentError
 MIN_ITERATIONS = 4_096
 """Minimum number of iterations in RFC 7677 section 4, which is enough for a generated secret."""
 
-# A proof with the maximum number of iterations takes a few seconds. A device refuses a number of iterations above the
-# maximum, so that a gateway cannot keep the device busy.
+# A proof with this number of iterations takes a few seconds. With more iterations, a gateway could keep a device busy.
 _MAX_ITERATIONS = 10_000_000
 _MIN_SALT_BYTES = 8
 _MAX_SALT_BYTES = 64
@@ -18,8 +17,7 @@ _MAX_SALT_BYTES = 64
 
 @dataclass(frozen=True, slots=True)
 class ProofParameters:
-    """Parameters with which a device computes its proofs. The parameters are public, because the gateway sends them to
-    any caller.
+    """Public parameters with which a device computes its proofs.
 
     Args:
         salt: random value of 8 to 64 bytes.

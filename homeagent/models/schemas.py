@@ -23,8 +23,7 @@ from homeagent.models.types import (
     check_new_secret,
 )
 
-# Keep `metadata_` as the first alias, because Pydantic tries the aliases in order. The attribute `metadata` of a row
-# belongs to SQLAlchemy.
+# Keep `metadata_` as the first alias, because the attribute `metadata` of a row belongs to SQLAlchemy.
 PublicMetadata = Annotated[
     Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
 ]
@@ -38,12 +37,9 @@ ChosenSecret = Annotated[
 
 
 class MetadataSchema(Model):
-    """A schema with the field `metadata_`, whose alias is `metadata`. SQLAlchemy uses the attribute `metadata` of a
-    class.
-    """
+    """A schema with the field `metadata_`, whose alias is `metadata`. SQLAlchemy uses the attribute `metadata`."""
 
-    # This property overrides SQLModel's class variable with the same name. SQLAlchemy reads the class variable only for
-    # a class with a table.
+    # SQLAlchemy reads SQLModel's class variable `metadata` only for a class with a table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""
@@ -51,7 +47,7 @@ class MetadataSchema(Model):
 
 
 class AgentCreate(Model):
-    """Request to create an agent. An application can use this model as a request body."""
+    """Request to create an agent."""
 
     id: Identifier
     name: Name
@@ -60,20 +56,17 @@ class AgentCreate(Model):
 
 
 class AgentUpdate(Model):
-    """Request to change an agent. An application can use this model as a request body.
-
-    Fields that the request leaves out keep their values. The value None of the field `config` clears the configuration.
+    """Request to change an agent. Fields that the request leaves out keep their values. The value None of the field
+    `config` clears the configuration.
     """
 
-    # The default None means that the request leaves out the field. Pydantic does not validate a default. A request that
-    # contains null is refused.
+    # Pydantic does not validate the default None, but refuses a request that contains null.
     name: Name = Field(default=None)
     workspace_path: WorkspacePath = Field(default=None)
     config: Json = None
 
 
-# Do not validate the texts of a reply. A stored row from an earlier version of homeagent can break the rules for new
-# texts.
+# Do not validate the texts of a reply, because a row of an earlier version can break the rules for new texts.
 
 
 class AgentPublic(Model):
@@ -87,9 +80,7 @@ class AgentPublic(Model):
 
 
 class DevicePair(MetadataSchema):
-    """Request of a device to pair. A route can accept the model as a request body, because the model has no field that
-    approves the device.
-    """
+    """Request of a device to pair. The request cannot approve the device."""
 
     id: Identifier
     role: Role
@@ -101,9 +92,7 @@ class DevicePair(MetadataSchema):
 
 
 class DeviceCreate(MetadataSchema):
-    """Request to create a device whose secret is already hashed. For a request body, use the class `DevicePair`
-    instead.
-    """
+    """Request to create a device whose secret is already hashed. For a request body, use `DevicePair` instead."""
 
     id: Identifier
     role: Role
@@ -138,7 +127,7 @@ class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
     Attributes:
         device: the stored device, which is not approved yet.
-        shared_secret: secret of the request, or the generated secret if the request had no secret.
+        shared_secret: secret of the request, or the generated secret.
     """
 
     device: Device
@@ -147,12 +136,10 @@ class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
 @dataclass(frozen=True, slots=True)
 class SecretCheck:
-    """The result of a check of a secret. In an if statement, the result counts as true only if the device is approved
-    and the secret is right.
+    """The result of a check of a secret. The result counts as true if the device is approved and the secret is right.
 
     Attributes:
-        status: status of the device if the secret is right. The status is "denied" if the secret is wrong or the device
-            is absent.
+        status: status of the device if the secret is right, or else "denied".
         device: device with the presented id; None if the secret is wrong.
     """
 
@@ -164,7 +151,7 @@ class SecretCheck:
 
 
 class AgentSessionCreate(MetadataSchema):
-    """Request to create a session. An application can use this model as a request body."""
+    """Request to create a session."""
 
     session_id: SessionId = Field(default_factory=new_session_id, description="Default: a new UUIDv7.")
     agent_id: Identifier
@@ -174,9 +161,8 @@ class AgentSessionCreate(MetadataSchema):
 
 
 class AgentSessionUpdate(MetadataSchema):
-    """Request to change a session. Fields that the request leaves out keep their values.
-
-    To change the agent, sender or channel, call `sessions.move()`.
+    """Request to change a session. Fields that the request leaves out keep their values. To change the agent, sender or
+    channel, call `sessions.move()`.
     """
 
     metadata_: Json = Field(default=None, alias="metadata")

@@ -1,6 +1,4 @@
-"""A session is a conversation of an agent. The application writes the transcripts of a session to JSONL files, and the
-table `sessions` is an index of the files.
-"""
+"""A session is a conversation of an agent."""
 
 import hashlib
 import os
@@ -23,10 +21,7 @@ ROUTE_INDEX = "idx_sessions_route"
 
 
 def new_session_id() -> str:
-    """Return a new UUIDv7 (RFC 9562, section 5.7), with the milliseconds since 1970 and 74 random bits.
-
-    A later id sorts after an earlier id, so SQLite adds a new row at the end of the index.
-    """
+    """Return a new UUIDv7 (RFC 9562, section 5.7). SQLite adds each new id at the end of the index."""
     stamp = (time.time_ns() // 1_000_000) & ((1 << 48) - 1)
     noise = int.from_bytes(os.urandom(10), "big")
     value = stamp << 80 | 0x7 << 76 | (noise >> 68 & 0xFFF) << 64 | 0b10 << 62 | noise & ((1 << 62) - 1)
@@ -34,11 +29,7 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return the SHA-256 hash that identifies the route of a session (the agent, the sender and the channel).
-
-    A unique index on the three columns would not work, because two NULLs count as different. The hash is computed from
-    a JSON array, so that a separator in a value does no harm.
-    """
+    """Return the hash of a route. In a unique index on the three columns, two NULLs would count as different."""
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
     return hashlib.sha256(
@@ -53,12 +44,12 @@ class AgentSession(Table, table=True):
     __table_args__: ClassVar[Any] = (
         Index("idx_sessions_agent", "agent_id"),
         Index("idx_sessions_sender", "sender_id"),
-        # The next four indexes sort the sessions by last activity and id, for the pages of lists.
+        # The next four indexes serve the pages of lists.
         Index("idx_sessions_active", "last_active_at", "session_id"),
         Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
         Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
         Index("idx_sessions_channel_active", "channel_id", "last_active_at", "session_id"),
-        # An index for finding the last active session of a route (agent, sender and channel).
+        # This index serves the search for the last active session of a route.
         Index("idx_sessions_agent_sender_channel", "agent_id", "sender_id", "channel_id"),
         Index(ROUTE_INDEX, "route_key", unique=True),
     )
@@ -88,8 +79,7 @@ class AgentSession(Table, table=True):
     )
 
 
-# SQLAlchemy's mapper events set `route_key` in sessions that `uow.session` writes. The statements of the stores set
-# `route_key` themselves, and cause no mapper event.
+# Only `uow.session` causes mapper events. The statements of the stores set `route_key` themselves.
 
 _ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
 
@@ -103,9 +93,7 @@ def _changes_route(session: AgentSession) -> bool:
 @event.listens_for(AgentSession, "before_insert")
 @event.listens_for(AgentSession, "before_update")
 def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Clear `route_key` of a session that the ORM adds or moves. Another session in the database can still have the new
-    `route_key`.
-    """
+    """Clear `route_key`, because another session in the database can still have the new `route_key`."""
     if _changes_route(session):
         session.route_key = None
 

@@ -5,8 +5,7 @@ from sqlalchemy import CheckConstraint, Column, Integer, Table, text
 from homeagent.models.base import metadata
 from homeagent.models.types import TimestampColumn, text_column
 
-# The table has no model class, because only homeagent reads the row. Creating a model class would take longer than all
-# reads of the row.
+# The table has no model class, because creating a model class would take longer than all reads of the row.
 store_table: Table = Table(
     "store",
     metadata,
@@ -42,4 +41,3 @@ store_table: Table = Table(
     CheckConstraint("id = 1", name="single"),
     CheckConstraint("epoch >= 1", name="epoch"),
 )
-"""The table `store`. A revision of the schema inserts the single row."""

@@ -1,7 +1,4 @@
-"""Types of fields and columns for text, timestamps, JSON, enums and flags.
-
-Both the models and the stores use the functions of this package to validate values.
-"""
+"""Types of fields and columns, and the functions by which models and stores validate values."""
 
 from homeagent.models.types.enums import EnumColumn, FlagColumn
 from homeagent.models.types.json_text import (

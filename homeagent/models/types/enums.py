@@ -14,9 +14,7 @@ from homeagent.models.types.stored_values import StoredColumn
 
 
 class EnumColumn(StoredColumn[StrEnum]):
-    """Column type that stores a StrEnum member as the text of its value. SQLAlchemy's column type Enum would store the
-    name of a member.
-    """
+    """Column type that stores the value of a StrEnum member. SQLAlchemy's column type Enum would store the name."""
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
     cache_ok: bool | None = True
@@ -29,9 +27,7 @@ class EnumColumn(StoredColumn[StrEnum]):
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the text to store for an enum member. A StrEnum member equals its text, so the dictionary with texts
-        as keys also finds an enum member.
-        """
+        """Return the text to store for a member, or for the text of a member."""
         try:
             return self._stored[value]
         except (KeyError, TypeError):
@@ -48,9 +44,7 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as INTEGER 0 or 1. Another program can store another value, which loads as the
-    value of the argument `otherwise`. Choose a value that grants no access.
-    """
+    """Column type for a bool, stored as 0 or 1. Another value loads as `otherwise`, which must grant no access."""
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
     cache_ok: bool | None = True

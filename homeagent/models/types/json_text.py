@@ -24,32 +24,24 @@ MAX_PAIRING_JSON_BYTES = 16 * 1024
 MAX_RESULT_BYTES = 1024 * 1024
 """Maximum length of the JSON text of a result."""
 
-# Under every setting, Python reads an integer with at most this number of digits. Python can refuse a longer integer
-# (see `sys.set_int_max_str_digits()`).
+# Python can refuse an integer with more digits (see `sys.set_int_max_str_digits()`).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 
 def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_BYTES) -> str:
-    """Return the value as JSON text. The text keeps the order of keys, the numbers and the Unicode characters.
-
-    Raises:
-        InvalidArgumentError: if the value is not a JSON value, or if its text has more bytes than the limit. For
-            example, JSON has no set, no key that is not text, no NaN, no lone surrogate and no cycle.
-    """
+    """Return the value as JSON text. Raise InvalidArgumentError if the text is too long or loses information."""
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     try:
         encoded = to_json(value, inf_nan_mode="null")
-        # Refuse a value that would differ after it is encoded as JSON and decoded again. For example, `to_json()` turns
-        # the key 1 into "1", and a tuple into a list. Pydantic's validator would take three times as long, because it
-        # calls a Python function for each value.
+        # For example, `to_json()` turns the key 1 into "1", and a tuple into a list. Pydantic's validator would take
+        # three times as long, because the validator calls a Python function for each value.
         decoded = json.loads(encoded) if len(encoded) > _READABLE_DIGITS else decode_json(encoded)
         is_json = bool(value == decoded)
     except (ValueError, RecursionError):
         is_json = False
     if not is_json:
-        # Do not raise the error in the `except` block, because its context would be the original error, which shows the
-        # value.
+        # Do not raise inside the `except` block, because the context of the error would show the value.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
         )
@@ -89,13 +81,8 @@ ResultJson = Annotated[JsonValue, _within(MAX_RESULT_BYTES)]
 
 
 class JsonColumn(StoredColumn[Any]):
-    """Column type for JSON, stored as text on both engines.
-
-    The JSON type of a database would change the order of keys, -0.0, large integers or NUL characters.
-
-    Args:
-        none_as_null: True (default) to store None as SQL NULL; False to store None as the JSON text `null`.
-        limit: maximum length of the JSON text in bytes.
+    """Column type for JSON, stored as text. The JSON type of a database would change the order of keys, -0.0, large
+    integers or NUL characters. With `none_as_null=False`, None is stored as the JSON text `null`.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text

@@ -1,5 +1,3 @@
-"""Checks of arguments: the number of rows that a caller can request, and collections of names."""
-
 from __future__ import annotations
 
 from collections.abc import Collection

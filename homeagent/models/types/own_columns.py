@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined
 from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
-# SQLModel has no public counterparts of the names in the next two imports. `FieldInfoMetadata` holds the arguments of
-# `Field()`. `get_sa_type_from_field()` returns the type of a field without None and annotations.
+# SQLModel has no public counterparts of these names. `FieldInfoMetadata` holds the arguments of `Field()`, and
+# `get_sa_type_from_field()` returns the type of a field without None and annotations.
 from sqlmodel._compat import get_sa_type_from_field
 from sqlmodel.main import FieldInfoMetadata
 
@@ -26,9 +26,7 @@ from homeagent.models.types.timestamps import TIMESTAMP_CHECK, TimestampColumn
 
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
-    """Choose the column type of a field that has neither `sa_type` nor `sa_column`, so that SQLite and PostgreSQL store
-    and sort all values equally. For a datetime other than `Timestamp`, raise InvalidArgumentError.
-    """
+    """Choose the type of a column without `sa_type` and `sa_column`, so that both engines sort values equally."""
     given = next((each for each in field.metadata if isinstance(each, FieldInfoMetadata)), None)
     if given is not None and not (given.sa_type is given.sa_column is PydanticUndefined):
         return
@@ -56,8 +54,7 @@ def _column_type(kind: Any, field: FieldInfo, what: str) -> TypeEngine[Any] | No
     if issubclass(kind, str):
         return text_column()
     if issubclass(kind, int):
-        # PostgreSQL's INTEGER has 32 bits. SQLite assigns the numbers of a primary key only if the column has the type
-        # INTEGER.
+        # PostgreSQL's INTEGER has 32 bits. SQLite numbers a primary key only if the type is INTEGER.
         return BigInteger().with_variant(Integer(), "sqlite")
     if issubclass(kind, datetime):
         if TIMESTAMP_CHECK not in _parts(field.rebuild_annotation()):

@@ -1,6 +1,4 @@
-"""Errors for unreadable values. An unreadable value is a stored value that the column type cannot convert, because
-another program wrote it.
-"""
+"""Errors for stored values that the column type cannot convert, because another program wrote the values."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from homeagent.errors import CorruptDatabaseError
 T = TypeVar("T")
 
 UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, ValueError)
-"""Exceptions that converting an unreadable value raises. TypeError is not included, because a TypeError shows a bug in
-the code.
-"""
+"""Exceptions that converting an unreadable value raises. A TypeError shows a bug in the code."""
 
 _REMEDY = (
     "another program wrote it, or the database is damaged: "
@@ -26,19 +22,12 @@ _REMEDY = (
 
 
 def naming_column(table: Table) -> str:
-    """Return the name of the column that identifies a row in error messages: `device_id`, or else the primary key.
-
-    Nonces and idempotency keys are secret, so an error must not show them.
-    """
+    """Return the column that identifies a row in errors, which must not show nonces and idempotency keys."""
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
 
 def problem_of_stored(column: Column[Any]) -> Callable[[Any], str | None]:
-    """Return a function that describes the problem of a stored value of this column.
-
-    For a value of the right form, the returned function returns None. The function does not convert the value.
-    """
-    # homeagent's column types are SQLAlchemy TypeDecorators around the stored type.
+    """Return a function that describes the problem of a stored value, or returns None."""
     stored: type = getattr(column.type, "impl_instance", column.type).python_type
     allowed = getattr(column.type, "allowed", None)
 
@@ -64,9 +53,7 @@ def unreadable() -> CorruptDatabaseError:
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. The key is the value in the column `naming_column()`. Pass None for an
-    unknown column or key.
-    """
+    """Return the error for an unreadable value. The row has the key in the column `naming_column()`."""
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
 
@@ -74,10 +61,9 @@ def unreadable_in(
 class StoredColumn(TypeDecorator[T]):
     """Base class of homeagent's column types, which convert values. NULL and None need no conversion.
 
-    The code that homeagent generates for each statement bypasses SQLAlchemy's layers, and calls the functions
-    `convert_bound()` and `convert_loaded()` of the column type. If a column type has a dictionary `loaded_values`, the
-    generated code looks values up in the dictionary. SQLAlchemy reads `cache_ok` only from the class itself, so each
-    column type sets `cache_ok`.
+    The code that homeagent generates for a statement calls `convert_bound()` and `convert_loaded()` directly, or looks
+    values up in a dictionary `loaded_values`. SQLAlchemy reads `cache_ok` only from the class itself, so each column
+    type sets `cache_ok`.
     """
 
     convert_bound: Callable[[Any], Any]
@@ -90,10 +76,9 @@ class StoredColumn(TypeDecorator[T]):
         return None if value is None else self.convert_bound(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> T | None:
-        """Return the Python value of a stored value. Raise CorruptDatabaseError if the value is unreadable."""
+        """Return the Python value of a stored value."""
         try:
             return None if value is None else self.convert_loaded(value)
         except UNREADABLE:
-            # Do not chain the original error, because an error of Python's JSON decoder shows the text, which can be a
-            # secret.
+            # Do not chain the original error, because an error of the JSON decoder shows the text.
             raise unreadable() from None

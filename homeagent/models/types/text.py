@@ -1,5 +1,3 @@
-"""Types for text of limited length, such as ids, labels and paths, and the column type of text."""
-
 from __future__ import annotations
 
 import re
@@ -68,23 +66,17 @@ def _check_id(value: str, what: str, octets: int) -> str:
     return value
 
 
-# A gateway uses the same few ids again and again. Only a plain str can be looked up, because another object can be
-# unhashable, or equal to a str.
+# Look up only a plain str in the cache, because another object can be unhashable, or equal to a str.
 _check_known = lru_cache(8192)(_check_id)
 
 
 def _is_visible(text: str, place: int) -> bool:
-    """Return True if an id can contain the character at the given position.
-
-    The joiners U+200C and U+200D must be between two letters or emoji. A variation selector (U+FE0E or U+FE0F) must
-    follow an emoji. A character that is neither a joiner nor a variation selector must be visible.
-    """
+    """Return True if an id can contain the character at the given position."""
     character = text[place]
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
         return True
     if character in _JOINERS:
-        # A letter can be followed by marks, such as the virama. An emoji can be followed by a variation selector and a
-        # skin tone.
+        # Marks, such as the virama, variation selectors and skin tones can precede a joiner.
         before = next((each for each in reversed(text[:place]) if not _is_modifier(each)), "")
         return _is_letter_or_emoji(before) and _is_letter_or_emoji(text[place + 1 : place + 2])
     return character in _EMOJI_STYLES and place > 0 and _is_emoji(text[place - 1])
@@ -104,12 +96,7 @@ def _is_letter_or_emoji(character: str) -> bool:
 
 
 def check_identifier(value: str, what: str = "an id") -> str:
-    """Return the value if it is a valid id of a new device or agent. Otherwise raise InvalidArgumentError.
-
-    An id has 1 to 512 bytes of UTF-8. An id can contain slashes. A segment between slashes must not consist of one or
-    two full stops. An id cannot contain a backslash, a control character or an invisible character. The joiners U+200C
-    and U+200D are allowed between letters or emoji.
-    """
+    """Return the value if it is a valid id of a new device or agent. The page on limits lists the rules."""
     return (_check_known if value.__class__ is str else _check_id)(value, what, MAX_ID_BYTES)
 
 
@@ -119,10 +106,8 @@ def check_session_id(value: str, what: str = "an id") -> str:
 
 
 def check_label(value: str, what: str = "a label") -> str:
-    """Return the value if it is valid as a new key, nonce, sender or channel. Otherwise raise InvalidArgumentError.
-
-    A label has 1 to 1,024 bytes of UTF-8 and no control character. Invisible characters are allowed, because a
-    telephone number that was copied from an address book can contain bidirectional marks.
+    """Return the value if it is valid as a new key, nonce, sender or channel. Invisible characters are allowed, because
+    a telephone number that was copied from an address book can contain bidirectional marks.
     """
     return _check_text(value, what, MAX_LABEL_BYTES)
 
@@ -133,9 +118,7 @@ def check_optional_label(value: str | None, what: str) -> str | None:
 
 
 def check_name(value: str, what: str = "a name") -> str:
-    """Return the value if it is valid as the name of a method or agent, as a reason or as a hash: 1 to 512 bytes of
-    UTF-8 without control characters and bidirectional controls. Otherwise raise InvalidArgumentError.
-    """
+    """Return the value if it is valid as a method, name, reason or hash. Otherwise raise InvalidArgumentError."""
     _check_text(value, what, MAX_ID_BYTES)
     if not value.isascii() and not _BIDIRECTIONAL.isdisjoint(value):
         raise InvalidArgumentError(f"{what} has a bidirectional control character: remove it")
@@ -143,9 +126,7 @@ def check_name(value: str, what: str = "a name") -> str:
 
 
 def check_searched(value: str, what: str) -> str:
-    """Return the value if it is a str. Otherwise raise InvalidArgumentError. A search accepts every str, because the
-    texts of stored rows can break the rules for new texts.
-    """
+    """Return the value if it is a str. A stored text can break the rules for new texts."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
     return value
@@ -156,7 +137,7 @@ MIN_SECRET_CHARACTERS = 8
 
 
 def check_new_secret(secret: SecretStr) -> SecretStr:
-    """Return the value if it is a SecretStr that is long enough. Otherwise raise InvalidArgumentError."""
+    """Return the value if it is a SecretStr that is long enough."""
     if not isinstance(secret, SecretStr):
         raise InvalidArgumentError(f"a secret must be a SecretStr, not {type(secret).__name__}")
     if len(secret) < MIN_SECRET_CHARACTERS:
@@ -181,19 +162,16 @@ _ID = r"\\"  # an id contains no backslash.
 _NAME = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # Bidirectional controls of Unicode.
 
 Identifier = Annotated[str, AfterValidator(check_identifier), _described(MAX_ID_BYTES, refused=_ID)]
-"""The id of a device or agent: see `check_identifier`."""
 
 SessionId = Annotated[str, AfterValidator(check_session_id), _described(MAX_LABEL_BYTES, refused=_ID)]
-"""The id of a session: see `check_session_id`."""
 
 Label = Annotated[str, AfterValidator(check_label), _described(MAX_LABEL_BYTES)]
-"""A key, nonce, sender or channel: see `check_label`."""
+"""A key, nonce, sender or channel."""
 
 Name = Annotated[str, AfterValidator(check_name), _described(MAX_ID_BYTES, refused=_NAME)]
-"""A method, name, reason or hash: see `check_name`."""
+"""A method, name, reason or hash."""
 
 WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
-"""The path of a directory, 1 to 4,096 bytes. homeagent stores the path and does not open the directory."""
 
 
 def text_column() -> TypeEngine[str]:

@@ -1,6 +1,4 @@
-"""Timestamps in UTC, and durations. Timestamps and durations are whole milliseconds. Do not compute with floats,
-because floats round.
-"""
+"""Timestamps in UTC, and durations, in whole milliseconds. Do not compute with floats, because floats round."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000)) 
 
 
 def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
-    """Return the value in UTC, floored to whole milliseconds. If the value has no time zone, or is outside the years 1
-    to 9999, raise InvalidArgumentError.
-    """
+    """Return the value in UTC, floored to milliseconds. Raise InvalidArgumentError if the value has no time zone."""
     if not isinstance(value, datetime):
         raise InvalidArgumentError(f"{what} must be a datetime, not {type(value).__name__}")
     if value.tzinfo is not UTC:
@@ -44,16 +40,12 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Check the time of a past event, and return the value. If the value is None or later than `now`, return `now`. A
-    value later than `now` means that the clock of the caller is ahead.
-    """
+    """Check the time of a past event. Return `now` if the value is None or in the future."""
     return now if value is None else min(check_timestamp(value, what), now)
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return the value if it is a duration of at least a millisecond, or with `zero=True` of at least zero. Otherwise
-    raise InvalidArgumentError.
-    """
+    """Return the value if it is a duration of at least a millisecond, or with `zero=True` of at least zero."""
     if not isinstance(value, timedelta):
         raise InvalidArgumentError(f"{what} must be a timedelta, not {type(value).__name__}")
     if value < timedelta(0) or (not zero and value < MILLISECOND):
@@ -62,14 +54,12 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Check the value by the function `check_duration()`. Return the value, but at most `LONGEST_WAIT`."""
+    """Check the duration. Return the value, but at most `LONGEST_WAIT`."""
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
 def later(timestamp: datetime, duration: timedelta, what: str) -> datetime:
-    """Return `timestamp + duration`, floored to whole milliseconds. If the resulting timestamp is after the year 9999,
-    raise InvalidArgumentError.
-    """
+    """Return `timestamp + duration`, floored to milliseconds. Raise InvalidArgumentError after the year 9999."""
     try:
         return check_timestamp(timestamp + duration)
     except OverflowError:
@@ -85,7 +75,7 @@ def earlier(timestamp: datetime, duration: timedelta) -> datetime:
 
 
 def to_milliseconds(value: datetime) -> int:
-    """Return the number of milliseconds from 1970 to `value`, rounded down. The number is negative before 1970."""
+    """Return the number of milliseconds from 1970 to `value`, rounded down."""
     return (value - EPOCH) // MILLISECOND
 
 
@@ -107,16 +97,14 @@ In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQL
 
 
 def from_milliseconds(milliseconds: float) -> datetime:
-    """Return the timestamp of a stored number. For another type, which another program can store, raise ValueError."""
+    """Return the timestamp of a stored number. Raise ValueError for another type."""
     if not isinstance(milliseconds, (int, float)):
         raise ValueError("a timestamp is stored as a number")
     return EPOCH + milliseconds * MILLISECOND
 
 
 class _TimestampCache(dict[int, datetime]):
-    """Cache of loaded timestamps by milliseconds, for pages that are read repeatedly. Reading a timestamp from the
-    cache takes a fifth of the time for creating the timestamp.
-    """
+    """Cache of loaded timestamps. A look-up takes a fifth of the time for creating the timestamp."""
 
     def __missing__(self, milliseconds: int) -> datetime:
         if len(self) >= _CACHED_TIMESTAMPS:
@@ -126,9 +114,7 @@ class _TimestampCache(dict[int, datetime]):
 
 
 class TimestampColumn(StoredColumn[datetime]):
-    """Column type for a timestamp in milliseconds since 1970. The column is INTEGER on SQLite and BIGINT on
-    PostgreSQL.
-    """
+    """Column type for a timestamp in milliseconds since 1970."""
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = BigInteger
     cache_ok: bool | None = True
