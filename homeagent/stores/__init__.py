@@ -1,4 +1,4 @@
-"""Stores, which hold the operations on the tables. A unit of work has one store of each kind."""
+"""Stores, which hold the operations on the tables."""
 
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore

@@ -1,5 +1,3 @@
-"""The store of agents."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -61,11 +59,7 @@ class AgentStore(Store):
 
     @writing()
     def create(self, agent: models.AgentCreate) -> Agent:
-        """Add an agent.
-
-        Raises:
-            AgentExistsError: if an agent with this id already exists.
-        """
+        """Add an agent. If an agent with this id already exists, raise `AgentExistsError`."""
         check_kind(agent, models.AgentCreate, "agent")
         created = self._unit.write_one(
             _CREATE,
@@ -81,10 +75,7 @@ class AgentStore(Store):
 
     @reading
     def find_by_id(self, agent_id: str) -> Agent | None:
-        """Return the agent, or None if the agent does not exist.
-
-        If the unit writes, no other writer can change the agent until the unit ends.
-        """
+        """Return the agent, or None if the agent does not exist."""
         return self._unit.one(_FIND, id=self._searched(agent_id, "agent_id"))
 
     @reading
@@ -101,7 +92,7 @@ class AgentStore(Store):
 
         Args:
             limit: maximum number of agents, 1 or more.
-            after: id of the last agent on the previous page. By default, the method returns the first page.
+            after: id of the last agent on the previous page. Default: the first page.
         """
         return self._unit.all(
             _list(after=after is not None),
@@ -111,12 +102,7 @@ class AgentStore(Store):
 
     @writing()
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
-        """Set the fields that the request contains, and return the changed agent. Fields that the request does not
-        contain keep their values.
-
-        Raises:
-            AgentNotFoundError: if the agent does not exist.
-        """
+        """Set the given fields, and return the agent. If the agent does not exist, raise `AgentNotFoundError`."""
         check_kind(changes, models.AgentUpdate, "changes")
         # A subclass of the application can have further fields, which are not columns.
         given = changes.model_fields_set & models.AgentUpdate.model_fields.keys()
@@ -133,19 +119,12 @@ class AgentStore(Store):
 
     @writing()
     def delete(self, agent_id: str, *, delete_sessions: bool = False) -> bool:
-        """Delete an agent.
-
-        With `delete_sessions=True`, also delete the agent's sessions. The files in the agent's workspace stay.
-
-        Returns:
-            False if the agent did not exist.
+        """Delete an agent, and with `delete_sessions=True` also its sessions. Return False if the agent did not exist.
 
         Raises:
             AgentInUseError: if the agent has sessions, and `delete_sessions` is False.
         """
-        # Lock the agent before counting its sessions. If another unit is adding a session, this unit waits for the end
-        # of the other unit, and counts the session. If a unit adds a session after this unit has the lock, the unit
-        # waits for the lock, and fails because the agent no longer exists.
+        # Lock the agent before counting its sessions, because a unit that adds a session also locks the agent.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:

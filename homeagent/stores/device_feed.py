@@ -1,8 +1,4 @@
-"""Methods for reading the feed of device changes, as a part of the store of devices.
-
-homeagent deletes the oldest rows of the change feed first, and always keeps the newest row. A reader has missed no
-change if the change feed still contains the last change that the reader has read.
-"""
+"""The part of the store of devices that reads the feed of device changes."""
 
 from __future__ import annotations
 
@@ -24,8 +20,8 @@ _after = bindparam("after", type_=_columns.number.type)
 _is_kept = select(constant(1, _columns.number.type)).where(_columns.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_columns.number)))
-# If the change feed contains the change with the given number, the statement selects this change and all later changes.
-# If the change feed does not contain the change, the statement selects only the newest row.
+# The statement selects the change with the given number and all later changes. If the feed no longer contains the
+# number, the reader can have missed changes, and the statement selects only the newest row.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_columns.number >= case((_is_kept, _after), else_=_newest))
@@ -43,23 +39,21 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the device changes after a number. Pass the rows that the SQL statement with the name `CHANGES` returned.
-    If the change feed does not contain the number, return one change of the kind `reset` with the newest number.
-    """
+    """Return the changes after a number from the rows of `CHANGES`, or a `reset` change if the number is not kept."""
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]
     return rows[1:]
 
 
 def check_number(after: int) -> int:
-    """Return the argument if it can be the number of a device change. Otherwise raise InvalidArgumentError."""
+    """Return the argument if it can be the number of a device change."""
     if type(after) is not int or not 0 <= after < 2**63:
         raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
     return after
 
 
 class DeviceFeed(Store):
-    """Base class of `DeviceStore` with the methods that read the feed of device changes."""
+    """Base class of `DeviceStore`."""
 
     __slots__ = ()
 
@@ -67,10 +61,8 @@ class DeviceFeed(Store):
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
         """Return the device changes after a number, oldest first.
 
-        If the change feed no longer contains the given number, the method returns a single change of the kind `reset`.
-        A restore of the database also causes a change of the kind `reset`. After a change of the kind `reset`, the
-        caller must read all devices again. The caller's next call then passes the number of the reset change as
-        `after=…`.
+        If the change feed no longer contains the number, the method returns a single change of the kind `reset`, and
+        the caller must read all devices again. Pass the number of this change to the next call.
 
         Args:
             after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.
@@ -86,11 +78,5 @@ class DeviceFeed(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete the oldest changes, and stop at the first change that is later than the given time.
-
-        One call deletes at most the given number of changes. The method does not delete the newest change.
-
-        Returns:
-            The number of deleted changes.
-        """
+        """Delete the oldest changes, up to the first change after `before`. Return the number of deleted changes."""
         return self._unit.write(DELETE_OLD, before=check_timestamp(before, "before"), limit=check_limit(limit))

@@ -15,12 +15,7 @@ from homeagent.models.store_record import store_table
 
 
 class SecretHashes(NamedTuple):
-    """Hashes of the current and the previous secret of a device. The fields have the same names as in the class
-    `Device`.
-
-    If the device does not exist, `shared_secret_hash` is an empty text, which matches no secret. For an absent device,
-    all fields except `shared_secret_hash` are None.
-    """
+    """Hashes of a device's secrets. The hash of an absent device is an empty text, which matches no secret."""
 
     shared_secret_hash: str
     previous_secret_hash: str | None
@@ -28,11 +23,7 @@ class SecretHashes(NamedTuple):
 
 
 class DeviceState(NamedTuple):
-    """State of a device, and whether the device still has the expected values.
-
-    `was_decided` is True if the device was approved or revoked at least once. If a program withdraws an approval by
-    `uow.session`, the device counts as revoked even without a time of revocation.
-    """
+    """State of a device. `was_decided` is True if the device was approved or revoked at least once."""
 
     approved: bool
     revoked: bool
@@ -47,7 +38,7 @@ _keys: Any = IdempotencyKey.__table__.c
 
 _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
-"""SQL condition for unapproved devices. Do not write `approved = 0`, which ignores a device with the value 2."""
+"""Do not write `approved = 0`, which ignores a device with the value 2."""
 
 FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
 PAIRED_AT = Statement[datetime](select(_columns.paired_at).where(_columns.id == bindparam("id")))
@@ -59,8 +50,8 @@ def _for_every_id(*columns: Any) -> Any:
     return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
 
 
-# Do not select the column `proof_verifier` in this statement. SQLite takes longer to read a column that comes after a
-# long value. In each row, the value of `devices.metadata` comes before the value of `proof_verifier`.
+# Do not select `proof_verifier` here. SQLite takes longer to read a column that comes after a long value, and in each
+# row the value of `devices.metadata` comes before the value of `proof_verifier`.
 SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
     _for_every_id(
         func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),
@@ -76,22 +67,18 @@ PROOF_SECRETS = Statement[tuple[str | None, str | None]](
 )
 COUNT_PENDING = Statement[int](
     select(func.count()).select_from(
-        # The statement reads only columns that the index contains.
+        # Select only columns that the index contains.
         select(_columns.paired_at)
         .where(PENDING, _columns.paired_at > bindparam("before"))
         .limit(bindparam("limit"))
         .subquery()
     )
 )
-# On PostgreSQL, two pairings at the same time do not see each other's device. Each pairing locks the only row of the
-# table with the name `store`, so a second pairing waits until the first pairing has ended. Therefore the second pairing
-# also counts the device of the first pairing.
+# On PostgreSQL, two pairings at the same time would not count each other's device. With this lock, the second pairing
+# waits until the first pairing has ended.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
-"""SQL condition for the pending devices that a sweep deletes.
-
-The parameter `before` is the current time minus `Limits.pending_ttl`.
-"""
+"""The parameter `before` is the current time minus `Limits.pending_ttl`."""
 
 DELETE_PENDING = Statement[Device](
     delete(Device).where(
@@ -149,8 +136,7 @@ REVOKE = Statement[Device](
         previous_secret_expires_at=None,
     )
 )
-# Compare the columns in SQL, because homeagent can't convert an unreadable value. An unreadable value must not prevent
-# an approval or a revocation. In SQL, the result of a comparison with NULL is NULL.
+# Compare the columns in SQL, so that an unreadable value does not prevent an approval or a revocation.
 STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
     select(
         _columns.approved,
@@ -165,8 +151,8 @@ STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]
 IS_ADMIN = Statement[bool](
     select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
 )
-# The statement locks all approved admins in a fixed order. Two admins can revoke each other at the same time. The
-# second revocation waits for the first revocation, and then finds only one approved admin.
+# The fixed order prevents a deadlock. If two admins revoke each other at the same time, the second revocation waits,
+# and then finds only one approved admin.
 APPROVED_ADMINS = Statement[bool](
     select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,
@@ -206,9 +192,7 @@ def page_of(
     newest_first: bool,
     after: bool,
 ) -> Statement[Device]:
-    """Return the statement that selects a page of devices. The arguments decide the conditions and the order of the
-    statement.
-    """
+    """Return the statement that selects a page of devices."""
     conditions = []
     if approved is not None:
         conditions.append(_APPROVED if approved else _UNAPPROVED)

@@ -1,5 +1,3 @@
-"""The store of devices. `homeagent/models/device.py` has a table of the states of a device."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -44,11 +42,7 @@ class DeviceStore(DeviceFeed):
     @writing()
     @clears_locals
     def create(self, device: models.DeviceCreate) -> Device:
-        """Add an unapproved device whose secret is already hashed. To add a device with a secret, use `Database.pair`.
-
-        Raises:
-            DeviceExistsError: if a device with this id already exists.
-        """
+        """Add an unapproved device whose secret is already hashed. If the id exists, raise `DeviceExistsError`."""
         check_kind(device, models.DeviceCreate, "device")
         created = self._unit.write_one(
             statements.CREATE,
@@ -65,10 +59,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def find_by_id(self, device_id: str) -> Device | None:
-        """Return the device, or None if the device does not exist.
-
-        If the unit writes, no other writer can change the device until the unit ends.
-        """
+        """Return the device, or None if the device does not exist."""
         return self._unit.one(statements.FIND, id=self._searched(device_id, "device_id"))
 
     @reading
@@ -81,9 +72,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
-        """Return the hashes of the device's secrets. The method takes the same time for an absent device and for a
-        stored device.
-        """
+        """Return the hashes of the device's secrets. The method takes the same time for an absent device."""
         row = self._unit.one(statements.SECRET_HASHES, id=self._searched(device_id, "device_id"))
         assert row is not None  # noqa: S101  the outer join has a row for every id
         return SecretHashes(*row)
@@ -95,14 +84,7 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
-        """Return the store's proof key, and the device's verifier.
-
-        The verifier is None if the device does not exist or has no verifier. The call takes the same time whether the
-        device exists or not.
-
-        Raises:
-            CorruptDatabaseError: if the store has no proof key.
-        """
+        """Return the store's proof key, and the device's verifier or None, in the same time for an absent device."""
         row = self._unit.one(statements.PROOF_SECRETS, id=self._searched(device_id, "device_id"))
         key, verifier = row or (None, None)
         if key is None:
@@ -111,32 +93,20 @@ class DeviceStore(DeviceFeed):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Return the number of pending devices. The count stops at the given maximum, which must be 1 or more.
-
-        The count does not include a device that has been pending for longer than `Limits.pending_ttl`, even if no sweep
-        has deleted the device yet.
-        """
+        """Return the number of pending devices that a sweep would keep, but at most the given limit."""
         before = earlier(self._unit.now(), self._unit.settings.limits.pending_ttl)
         return self._unit.one(statements.COUNT_PENDING, limit=check_limit(limit), before=before) or 0
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
-        """If more devices are pending than the limit allows, raise `PendingLimitError`.
-
-        Pairings in other units wait until the end of the unit that called the method.
-        """
+        """If too many devices are pending, raise `PendingLimitError`. Other pairings wait until the unit ends."""
         self._unit.one(statements.LOCK_STORE)
         if self.count_pending(limit=limit + 1) > limit:
             raise PendingLimitError(limit)
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. One call deletes at most
-        the given number of devices.
-
-        Returns:
-            The number of deleted devices.
-        """
+        """Delete devices that are pending since `paired_before` or earlier. Return the number of deleted devices."""
         before = check_timestamp(paired_before, "paired_before")
         return self._unit.write(statements.DELETE_PENDING, before=before, limit=check_limit(limit))
 
@@ -155,20 +125,18 @@ class DeviceStore(DeviceFeed):
         """Return a page of devices.
 
         Args:
-            approved: True to select approved devices, False to select unapproved devices. By default, the method
-                selects approved and unapproved devices.
+            approved: True to select approved devices, False to select unapproved devices. Default: all.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
-            seen_before: time before which the selected devices were last seen. By default, the method also returns
-                devices that were never seen.
+            seen_before: time before which the selected devices were last seen. Default: all devices, also devices that
+                were never seen.
             order: order of the devices: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
-            after: last device on the previous page, or the device's id. By default, the method returns the first
-                page.
+            after: last device on the previous page, or the device's id. Default: the first page.
 
         Raises:
-            DeviceNotFoundError: if `order="paired_at"`, and no device has the id that was passed as `after=…`. If the
-                last device of the previous page can have been deleted, pass the `Device` object and not the id.
+            DeviceNotFoundError: if `order="paired_at"`, and no device has the id `after`. If the last device can have
+                been deleted, pass the `Device` object.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -200,11 +168,7 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def update(self, device_id: str, changes: models.DeviceUpdate) -> Device:
-        """Set the fields that the request contains, and return the changed device.
-
-        Raises:
-            DeviceNotFoundError: if the device does not exist.
-        """
+        """Set the given fields, and return the device. If the device does not exist, raise `DeviceNotFoundError`."""
         check_kind(changes, models.DeviceUpdate, "changes")
         if "metadata_" not in changes.model_fields_set:
             return self.get(device_id)
@@ -226,19 +190,15 @@ class DeviceStore(DeviceFeed):
         expected_paired_at: datetime | None = None,
         expected_status: DeviceStatus | None = None,
     ) -> bool:
-        """Approve a device if the device still has the values that the administrator saw.
+        """Approve a device if the device still has the values that the administrator saw. If the device was already
+        approved, return False.
 
         Args:
             device_id: id of a pending or revoked device.
             expected_role: role that the device must have. Default: any role.
             expected_secret_hash: hash that the device's secret must have. Default: any hash.
-            expected_paired_at: time at which the device must have been paired. Default: any time. A second pairing with
-                the same id changes the time of pairing.
-            expected_status: expected status of a device that is not approved. Default: pending. To approve a revoked
-                device, pass `DeviceStatus.REVOKED`.
-
-        Returns:
-            False if the device was already approved.
+            expected_paired_at: time of pairing that the device must have. Default: any time.
+            expected_status: status that the device must have. Default: pending.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -271,14 +231,7 @@ class DeviceStore(DeviceFeed):
 
     @writing()
     def revoke(self, device_id: str, *, reason: str | None = None, force: bool = False) -> bool:
-        """Revoke a device. The device has no access until a call of `approve()`.
-
-        The nonces and idempotency keys of the device stay.
-
-        The reason is a text for administrators.
-
-        Returns:
-            False if the device was already revoked.
+        """Revoke a device, but keep its nonces and idempotency keys. Return False if the device was already revoked.
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
@@ -301,13 +254,7 @@ class DeviceStore(DeviceFeed):
         secret_hash: str | None = None,
         paired_at: datetime | None = None,
     ) -> DeviceState:
-        """Return the state of a device, and compare the device with each argument that is not None.
-
-        If the unit writes, the row is locked until the unit ends.
-
-        Raises:
-            DeviceNotFoundError: if the device does not exist.
-        """
+        """Lock the device, and compare the device with each argument that is not None."""
         device = self._searched(device_id, "device_id")
         found = self._unit.one(
             statements.STATE, device_id=device, role=role, secret_hash=secret_hash, paired_at=paired_at
@@ -319,9 +266,7 @@ class DeviceStore(DeviceFeed):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return a pair. The first value is True if `update_last_seen()` would change no row. The second value is
-        False, the result of `update_last_seen()` for an unchanged row.
-        """
+        """Return True and the result of `update_last_seen()` if `update_last_seen()` would change no row."""
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
@@ -330,32 +275,25 @@ class DeviceStore(DeviceFeed):
     def update_last_seen(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> bool:
-        """Store the time at which a device was last seen.
+        """Store the time at which a device was last seen. Return False if the method changed no row.
 
-        The caller can pass the time of the last contact as `at=…`. Without a time, or for a time in the future, the
-        method stores the current time. The method changes the row only if the new time is later than the stored time by
-        at least the granularity. If the method changed no row, the result is False.
+        Without `at=…`, or for a time in the future, the method stores the current time. The method changes the row only
+        if the new time is later than the stored time by at least the granularity.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
         return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
-        """Return two timestamps. The first timestamp is the new value, and replaces a stored value that is not later
-        than the second timestamp.
-        """
+        """Return the new value, and the latest stored value that the new value replaces."""
         check_duration(granularity, "granularity", zero=True)
         at = not_after(self._unit.now(), at, "at")
-        # Use a granularity of at least a millisecond. With a granularity of zero, several calls within one millisecond
-        # would all write the same timestamp.
+        # With a granularity of zero, several calls within one millisecond would write the same timestamp.
         return at, earlier(at, max(granularity, MILLISECOND))
 
     @writing()
     def delete(self, device_id: str, *, force: bool = False) -> bool:
-        """Delete a device and its idempotency keys. The device's nonces stay, so that no nonce can be used twice.
-
-        Returns:
-            False if the device did not exist.
+        """Delete a device and its idempotency keys, but not its nonces. Return False if the device did not exist.
 
         Raises:
             LastAdminError: if the device is the last approved admin, and `force=False`.
@@ -378,8 +316,8 @@ class DeviceStore(DeviceFeed):
         proof_verifier: str | None,
         previous_until: datetime | None = None,
     ) -> bool:
-        """Replace the hash of the secret if the stored hash is the expected hash. The method `Database.rotate_secret()`
-        also computes the new hash.
+        """Replace the hash of the secret if the stored hash is the expected hash. If the device does not exist or has a
+        different hash, return False. `Database.rotate_secret()` also computes the new hash.
 
         Args:
             device_id: id of the device.
@@ -388,13 +326,10 @@ class DeviceStore(DeviceFeed):
             proof_verifier: verifier of the new secret's proofs, or None if the device can't make proofs.
             previous_until: end of the overlap, during which the old secret also works. Default: no overlap.
 
-        Returns:
-            False if the device does not exist, or has a different hash.
-
         Raises:
-            DeviceNotApprovedError: if the device is pending or revoked, and the caller asks for an overlap.
-            InvalidArgumentError: if a hash or the verifier is not a valid text, or if the end of the overlap has no
-                time zone.
+            DeviceNotApprovedError: if the device is not approved, and the caller asks for an overlap.
+            InvalidArgumentError: if a hash or the verifier is not a valid text, or if `previous_until` has no time
+                zone.
         """
         values = {
             "device_id": self._searched(device_id, "device_id"),
@@ -414,10 +349,7 @@ class DeviceStore(DeviceFeed):
     @writing()
     @clears_locals
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
-        """Replace the hash by a hash that was computed from the same secret with the current parameters.
-
-        If the stored hash differs from `expected_secret_hash`, return False.
-        """
+        """Replace the expected hash by a new hash of the same secret. If the stored hash differs, return False."""
         return (
             self._unit.write(
                 statements.REHASH,

@@ -23,20 +23,19 @@ _SAME_SCOPE = and_(
     _columns.method == bindparam("method"),
     _columns.key == bindparam("key"),
 )
-# The row of an effect in progress does not expire. A row with an invalid state does not expire, because the effect
-# could run a second time after a deletion of the row.
+# A row with an invalid state does not expire, because the effect could run again after a deletion of the row.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for the records that count as absent and that a sweep deletes."""
 
-# To count all rows of a device, SQLite reads only the index of the primary key. To count only unexpired rows, SQLite
-# would also have to read the column `result`, which can be long and comes before `expires_at`.
+# The statement reads only the index of the primary key. To skip expired rows, SQLite would have to read the column
+# `result`, which can be long and comes before `expires_at`.
 COUNT = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
 )
-# Do not replace the expression `device_id + ""` by the column `device_id`. For the plain column `device_id`, the
-# database would use the primary key and not the index of `expires_at` (`test_expired_keys_are_counted_by_the_index`).
+# For the plain column `device_id` instead of `device_id + ""`, the database would use the primary key and not the index
+# of `expires_at` (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 )
@@ -56,8 +55,7 @@ INSERT = Statement[IdempotencyKey](
         )
     ).on_conflict_do_update(
         index_elements=["device_id", "method", "key"],
-        # An expired record counts as absent even before a sweep deletes the record. A new claim replaces each column of
-        # an expired record.
+        # Replace each column of an expired record, which counts as absent even before a sweep.
         set_={
             "result": statement.excluded.result,
             "created_at": statement.excluded.created_at,
@@ -98,7 +96,7 @@ CLAIM = Statement[IdempotencyKey](
     )
 )
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# The fence is an SQL condition, by which a statement changes the record of a key only if the attempt owns the key.
+# The fence: a statement changes the record of a key only if the attempt owns the key.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)
@@ -113,7 +111,6 @@ RECORD = Statement[IdempotencyKey](
     .where(_OWNED)
     .values(
         state=bindparam("state"),
-        # The parameter is text, because the store has already encoded the result as JSON to check its size.
         result=bindparam("json", type_=Text),
         omitted=bindparam("omitted"),
         expires_at=bindparam("expires_at"),

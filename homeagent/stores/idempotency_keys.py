@@ -1,5 +1,3 @@
-"""The store of idempotency keys. `homeagent/models/idempotency_key.py` has a table of the states of a key."""
-
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -54,9 +52,9 @@ class IdempotencyKeyStore(Store):
             ttl: time for which retries get the result, more than zero and at most `Limits.longest_ttl`.
 
         Raises:
-            IdempotencyKeyExistsError: if the key has a record that has not expired. The existing record stays.
+            IdempotencyKeyExistsError: if the key has a record that has not expired.
             KeyLimitError: if the device has `Limits.keys_per_device` records that have not expired.
-            InvalidArgumentError: if the result is too large or not JSON, or the `ttl` is out of range.
+            InvalidArgumentError: if an argument is out of range.
         """
         scope = _check_new(scope)
         json = encode_json(result, "result", limit=MAX_RESULT_BYTES)
@@ -73,7 +71,7 @@ class IdempotencyKeyStore(Store):
             expires_at=expires_at,
         ):
             raise IdempotencyKeyExistsError(scope.device_id, scope.method)
-        # Do not validate the instance here, because validation would take three times as long as the insert.
+        # A validation of the instance would take three times as long as the insert.
         return as_loaded(
             IdempotencyKey,
             {
@@ -100,7 +98,7 @@ class IdempotencyKeyStore(Store):
         return self._unit.one(statements.FIND, **self._search(scope), now=self._unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
-        """Return the parameters for a statement that searches for the record with this scope."""
+        """Return the parameters for a search, which accepts texts that break the rules for new texts."""
         if type(scope) is IdempotencyScope:
             return _parameters(scope)
         _check_scope(scope)
@@ -123,8 +121,7 @@ class IdempotencyKeyStore(Store):
         stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
         if stored < self._unit.settings.limits.keys_per_device:
             return stored
-        # Subtract the expired rows that no sweep has deleted yet. Count the expired rows only if the device has reached
-        # the limit, because counting the expired rows is slow.
+        # Count the expired rows only if the device has reached the limit, because this count is slow.
         return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
     # Methods that `run_once()` calls
@@ -141,7 +138,7 @@ class IdempotencyKeyStore(Store):
         rerun: bool = False,
         owner: str | None = None,
     ) -> Attempt | Outcome:
-        """Claim the right to run an effect, or return its stored outcome. Commit the claim before the effect begins.
+        """Return an `Attempt` to run the effect, or the stored `Outcome`. Commit the claim before the effect begins.
 
         Args:
             scope: device, method and key of the call.
@@ -151,15 +148,12 @@ class IdempotencyKeyStore(Store):
             rerun: True to take over an abandoned attempt, and to run the effect again.
             owner: random token of the caller. A second claim with this token returns the same attempt.
 
-        Returns:
-            An `Attempt` if the caller must run the effect, or the `Outcome` if the effect has completed.
-
         Raises:
             FingerprintMismatchError: if an earlier call used the key with different parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
             OutcomeUnknownError: if an attempt was abandoned, and `rerun=False`.
             EffectFailedError: if the effect has failed for good. The error contains the stored detail of the failure.
-            KeyLimitError: if the key is new, and the device already has the maximum number of keys (see `Limits`).
+            KeyLimitError: if the key is new, and the device has reached the maximum number of keys.
         """
         scope = _check_new(scope)
         _check_fingerprint(fingerprint)
@@ -202,12 +196,9 @@ class IdempotencyKeyStore(Store):
         owner: str,
         rerun: bool,
     ) -> Attempt:
-        """Return the next attempt of a key in progress.
-
-        Raise an error if the present attempt is not abandoned, or if `rerun=False`.
-        """
+        """Return the next attempt of a key in progress, if the present attempt is abandoned and `rerun=True`."""
         if row.owner == owner:
-            # The caller has already committed the same claim, but did not get the result of the commit.
+            # The caller has committed this claim before, but did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=row.lease_expires_at - now)
@@ -227,10 +218,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Let the lease end after the given duration from now. Return the attempt with the new lease.
-
-        Raises:
-            LeaseLostError: if the attempt no longer owns the key. The record stays.
+        """Let the lease end after the given duration from now, and return the attempt with the new lease. If the
+        attempt no longer owns the key, raise `LeaseLostError`.
         """
         check_kind(attempt, Attempt, "attempt")
         until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
@@ -240,14 +229,11 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
-        """Record the result of the effect, so that a retry gets the stored result.
-
-        Returns:
-            False if the result is not JSON or is over 1 MiB. If the method returns False, the record has `omitted=True`
-            and no result. A retry still does not run the effect again.
+        """Record the result of the effect, so that a retry gets the stored result. If the result is not JSON or is over
+        1 MiB, record `omitted=True` and no result, and return False.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. The record stays.
+            LeaseLostError: if the attempt no longer owns the key.
         """
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
@@ -262,11 +248,7 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
-        """Return the outcome that the attempt has recorded. If the attempt has recorded no outcome, return None.
-
-        After a commit with an unknown outcome, a caller can find out by `find_recorded()` whether the commit took
-        place.
-        """
+        """Return the outcome that the attempt has recorded, or None."""
         check_kind(attempt, Attempt, "attempt")
         row = self._unit.one(statements.ANY, **_parameters(attempt.scope))
         own = row is not None and row.owner == attempt.owner and row.state is not IdempotencyState.IN_PROGRESS
@@ -297,13 +279,11 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call the method only if the effect of the attempt did not begin.
 
-        If the attempt is the first attempt with the key, the method deletes the record. If the key had an earlier
-        attempt, whose outcome is unknown, the record stays and counts as abandoned. With `none_began=True`, the caller
-        states that no earlier attempt began its effect. With the argument `none_began=True`, the method deletes the
-        record in each case.
+        If an earlier attempt can have begun its effect, the record stays and counts as abandoned. Otherwise the method
+        deletes the record. With `none_began=True`, the caller states that no earlier attempt began its effect.
 
         Raises:
-            LeaseLostError: if the attempt no longer owns the key. The record stays.
+            LeaseLostError: if the attempt no longer owns the key.
         """
         check_kind(attempt, Attempt, "attempt")
         if attempt.number == 1 or none_began:
@@ -312,9 +292,7 @@ class IdempotencyKeyStore(Store):
             self._write_fenced(statements.RENEW, attempt, lease_expires_at=self._unit.now())
 
     def _write_fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
-        """Run a statement that changes the record with the key of this attempt. If the attempt does not own the key,
-        raise `LeaseLostError`.
-        """
+        """Run a statement that changes the record only if the attempt owns the key."""
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
             scope = attempt.scope
             raise LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)
@@ -324,18 +302,14 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return records of abandoned attempts. The record whose lease expired first comes first. The list contains at
-        most the given number of records.
-        """
+        """Return records of abandoned attempts. The record whose lease expired first comes first."""
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
     @writing()
     @clears_locals
     def resolve(self, scope: IdempotencyScope, result: JsonValue) -> bool:
-        """Record the result of an abandoned attempt, so that a retry gets the result.
-
-        Returns:
-            False if the store contains no abandoned attempt with this scope.
+        """Record the result of an abandoned attempt, so that a retry gets the result. If the store contains no
+        abandoned attempt with this scope, return False.
 
         Raises:
             IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
@@ -348,10 +322,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def forget(self, scope: IdempotencyScope) -> bool:
-        """Delete the record of an abandoned attempt, so that the next call runs the effect again.
-
-        Returns:
-            False if the store contains no abandoned attempt with this scope.
+        """Delete the record of an abandoned attempt, so that the next call runs the effect again. If the store contains
+        no abandoned attempt with this scope, return False.
 
         Raises:
             IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
@@ -362,10 +334,7 @@ class IdempotencyKeyStore(Store):
         return attempt is not None
 
     def _find_abandoned(self, scope: IdempotencyScope) -> Attempt | None:
-        """Return the abandoned attempt, or None if the key is not in progress.
-
-        If the lease has not expired, raise `IdempotencyInProgressError`.
-        """
+        """Return the abandoned attempt, or None if the key is not in progress."""
         row = self._unit.one(statements.ANY, **self._search(scope))
         if row is None or row.state is not IdempotencyState.IN_PROGRESS:
             return None
@@ -382,9 +351,7 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete expired records, oldest first, and return the number of deleted records. One call deletes at most the
-        given number of records.
-        """
+        """Delete expired records, oldest first. Return the number of deleted records, which is at most the limit."""
         return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
 
 
@@ -401,7 +368,7 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
 
 
 def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> Outcome | None:
-    """Return the outcome of a row, or None if the row is in progress. Raise EffectFailedError for a failed effect."""
+    """Return the outcome of a row, or None if the row is in progress."""
     if row.fingerprint is not None and row.fingerprint != fingerprint:
         raise FingerprintMismatchError(**_refusal(scope, row))
     if row.state is IdempotencyState.FAILED:
@@ -434,9 +401,7 @@ def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
 
 
 def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
-    """Check and return the scope for a new record. A scope from `IdempotencyScope.of_record()` can contain invalid
-    texts, so check the scope first.
-    """
+    """Check the scope for a new record. A scope from `IdempotencyScope.of_record()` can contain invalid texts."""
     if type(scope) is IdempotencyScope:
         return scope
     _check_scope(scope)

@@ -1,5 +1,3 @@
-"""The store of nonces, and the guard against replays."""
-
 from __future__ import annotations
 
 from datetime import datetime, timedelta
@@ -26,9 +24,7 @@ from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, reading, writing
 
 NONCE_GRACE = timedelta(hours=1)
-"""Time for which the row of an expired nonce stays. If the clock is set back by less than this time, the nonce stays
-unusable.
-"""
+"""Time for which the row of an expired nonce stays, in case the clock is set back."""
 
 _table: Any = Nonce.__table__
 _columns: Any = _table.c
@@ -55,8 +51,7 @@ _FIND = Statement[Nonce](
         _columns.expires_at > bindparam("now"),
     )
 )
-# An operator can exclude stored nonces from the limit. If the operator has excluded a nonce from the limit, the nonce's
-# column `created_at` is 0.
+# The column `created_at` has this value if an operator has excluded the nonce from the limit.
 _RELEASED = constant(0, Integer())
 _COUNTED = (
     _columns.device_id == bindparam("device_id"),
@@ -83,7 +78,6 @@ _DELETE_EXPIRED = Statement[Nonce](
 COUNT_EXPIRED = Statement[int](select(func.count()).select_from(Nonce).where(EXPIRED))
 
 FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch, store_table.c.restored_at))
-"""Statement that reads the epoch of the store, and the time at which the epoch began."""
 
 
 class Freshness(StrEnum):
@@ -106,7 +100,7 @@ class NonceStore(Store):
     @writing()
     @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int | None = None) -> bool:
-        """Consume a nonce. If several callers consume the same nonce, the method returns True for only one caller.
+        """Consume a nonce, and return True to only one caller. If the time `expires_at` has passed, return False.
 
         Call the method in a separate unit, after the check of the signature and before the device gets access. If the
         unit also contained unrelated work, a rollback of this work would make the nonce usable again.
@@ -116,16 +110,10 @@ class NonceStore(Store):
             nonce: nonce of the signed message.
             expires_at: time at which the message becomes too old: the signed timestamp plus the allowed skew.
             limit: maximum number of the device's unexpired nonces. A limit above `Limits.nonces_per_device` has no
-                effect. Several processes together can store up to twice the limit (see `homeagent.stores.room`).
-
-        Returns:
-            False if the nonce was used before, or if the time `expires_at` has passed. If the nonce was used before,
-            the method returns False and does not raise NonceLimitError.
+                effect.
 
         Raises:
-            NonceLimitError: if the nonce is new and the device has reached the limit. The store does not delete an
-                older nonce to make room, because a deleted nonce could be used again. An operator can make room by the
-                method `forget()`.
+            NonceLimitError: if the nonce is new and the device has reached the limit. The method `forget()` makes room.
             InvalidArgumentError: if `expires_at` is more than `Limits.longest_ttl` ahead.
         """
         check_identifier(device_id, "device_id")
@@ -154,25 +142,24 @@ class NonceStore(Store):
     def consume_signed(
         self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int | None = None
     ) -> Freshness:
-        """Check the timestamp of a signed message and consume the nonce. The method reads the clock only once.
+        """Check the timestamp of a signed message and consume the nonce.
 
         Args:
             device_id: id of the signer.
             nonce: nonce of the signed message.
             signed_at: timestamp of the signed message.
-            skew: allowed difference between the signer's clock and the gateway's clock.
+            skew: allowed difference between the signer's clock and the gateway's clock, at most `Limits.longest_ttl`.
             limit: see `consume()`.
 
         Raises:
             NonceLimitError: see `consume()`.
-            InvalidArgumentError: if the skew is longer than `Limits.longest_ttl`.
         """
         check_identifier(device_id, "device_id")
         check_label(nonce, "nonce")
         signed_at = check_timestamp(signed_at, "signed_at")
         self._check_ttl(skew, "skew")
         now = self._unit.now()
-        # First refuse a time in the future, because adding the skew to a time in the year 9999 would raise an error.
+        # First refuse a future time, because adding the skew to a time in the year 9999 would raise an error.
         if signed_at - now > skew:
             return Freshness.FUTURE
         expires_at = later(signed_at, skew, "skew")
@@ -186,12 +173,7 @@ class NonceStore(Store):
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        """Return the time of the last restore. The method reads the time once for each connection, because no restore
-        can take place while a connection is open.
-
-        On a new connection, for example after a restore on PostgreSQL, the method reads the time of the last restore
-        again.
-        """
+        """Return the time of the last restore. No restore can take place while a connection is open."""
         memory = self._unit.connection_memory
         if "restored_at" not in memory:
             record = self._unit.one(FIND_RECORD)
@@ -216,23 +198,15 @@ class NonceStore(Store):
     def forget(self, device_id: str) -> int:
         """Exclude the stored nonces of a device from its limit, and return the number of these nonces.
 
-        Call the method if a device has reached its limit, and its nonces expire too late. Before the call, shorten the
-        time for which new nonces are kept, so that the device does not reach the limit again.
-
-        The rows of the excluded nonces stay until the nonces expire. Until a nonce expires, `consume()` returns False
-        for the nonce, and `consume_signed()` returns REPLAYED. After the call, the table can contain more nonces of the
-        device than the limit allows.
+        The rows stay until the nonces expire, so that a replay is still refused. Before the call, shorten the time for
+        which new nonces are kept, so that the device does not reach the limit again.
         """
         device = self._searched(device_id, "device_id")
         return self._unit.write(_RELEASE, device_id=device, now=self._unit.now())
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete nonces that expired at least `NONCE_GRACE` ago, oldest first. One call deletes at most the given
-        number of nonces.
-
-        The number of deleted nonces.
-        """
+        """Delete nonces that expired at least an hour ago, oldest first. Return the number of deleted nonces."""
         return self._unit.write(
             _DELETE_EXPIRED, before=earlier(self._unit.now(), NONCE_GRACE), limit=check_limit(limit)
         )
@@ -242,9 +216,7 @@ class ReplayGuard:
     """Guard that accepts each signed message once, and only while the message is fresh.
 
     Args:
-        skew: allowed difference between a device's clock and the gateway's clock. A message is fresh if its timestamp
-            differs from the gateway's clock by less than the skew. The store keeps the nonce until the message is no
-            longer fresh.
+        skew: allowed difference between a device's clock and the gateway's clock.
         limit: maximum number of a device's unexpired nonces. A limit above `Limits.nonces_per_device` has no effect.
 
     Raises:
@@ -257,8 +229,7 @@ class ReplayGuard:
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
-        """Call `nonces.consume_signed()` with the skew and the limit of this guard, and return the result.
-
-        Call the method in a separate unit, after the check of the signature.
+        """Call `nonces.consume_signed()` with the skew and the limit of this guard, and return the result. Call the
+        method in a separate unit, after the check of the signature.
         """
         return nonces.consume_signed(device_id, nonce, signed_at=signed_at, skew=self.skew, limit=self.limit)

@@ -1,7 +1,5 @@
-"""SQL statements of the store of sessions.
-
-A route is the combination of agent, sender and channel. In each statement, the parameters `agent_id`, `sender_id` and
-`channel_id` name a route. The parameter `:route` holds the value of `route_key`.
+"""SQL statements of the store of sessions. A route is the combination of agent, sender and channel. The parameter
+`:route` holds the value of `route_key`.
 """
 
 from __future__ import annotations
@@ -35,11 +33,9 @@ _agents: Any = Agent.__table__.c
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# The method `move()` does not lock the session that holds the new route. If `move()` locked the session, two units that
-# move sessions to each other's route would deadlock.
+# With a lock on the session, two units that move sessions to each other's route would deadlock.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
-# The statement locks the row of the agent until the end of the unit. No other unit can delete the agent before this
-# unit adds a session.
+# With this lock, no other unit can delete the agent before this unit adds a session.
 AGENT = Statement[str](
     select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
@@ -52,8 +48,7 @@ _VALUES: dict[str, Any] = {
     "last_active_at": bindparam("last_active_at"),
     "metadata": bindparam("metadata_"),
 }
-# Do not add `index_elements=…`, because the statement must tolerate every conflict. The statement adds no row if the id
-# exists, or if another session has the route.
+# Do not add `index_elements=…`, because the statement must tolerate a conflict of the id and of the route.
 CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values({**_VALUES, "route_key": bindparam("route")}).on_conflict_do_nothing(),
     returning=AgentSession,
@@ -82,16 +77,13 @@ RELEASE = Statement[AgentSession](
     update(AgentSession).where(_columns.route_key == bindparam("route")).values(route_key=None)
 )
 
-# Routes
-
-# SQL condition for the sessions of a route. Do not compare the stored route key, because the key can be stale.
+# Do not compare the stored route key, because the key can be stale.
 _IS_ON_ROUTE: Any = and_(
     _columns.agent_id == bindparam("agent_id"),
     _columns.sender_id.is_not_distinct_from(bindparam("sender_id")),
     _columns.channel_id.is_not_distinct_from(bindparam("channel_id")),
 )
-# The route key of a session is stale if a program changed the session's sender or channel, but not the route key. A
-# bulk UPDATE by `uow.session` can also leave a stale route key.
+# A route key is stale if, for example, a bulk UPDATE changed a session's sender but not the route key.
 RELEASE_STALE = Statement[AgentSession](
     update(AgentSession).where(_columns.route_key == bindparam("route"), not_(_IS_ON_ROUTE)).values(route_key=None)
 )
@@ -119,15 +111,14 @@ INDEX = Statement[AgentSession](
 
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
-    """Return the columns for sorting the sessions of a route. The session that was active last comes last."""
-    # Do not sort by the plain column `last_active_at`. For the plain column, SQLite would read the index of
-    # `last_active_at`, which contains the sessions of all routes (`test_a_route_is_searched_by_its_index`).
+    """Return the columns for sorting. The session that was active last comes last."""
+    # For the plain column `last_active_at`, SQLite would read an index with the sessions of all routes
+    # (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
 def _last_active(*conditions: Any, has_sender: bool, has_channel: bool) -> Any:
-    # Do not replace the conditions for None by IS NOT DISTINCT FROM, because PostgreSQL uses no index for this
-    # operator.
+    # PostgreSQL would use no index for IS NOT DISTINCT FROM.
     return (
         select(_others.c.session_id)
         .where(
@@ -149,16 +140,14 @@ def last_active(*, has_sender: bool, has_channel: bool) -> Statement[str]:
 
 @cache
 def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return the statement that gives a free route to the session that was last active on the route.
-
-    On PostgreSQL the statement violates the unique index if another transaction takes the route at the same time.
+    """Return the statement that gives a free route to the session that was last active on the route. On PostgreSQL, the
+    statement violates the unique index if another transaction takes the route at the same time.
     """
     is_free = not_(exists().where(_columns.route_key == bindparam("route")).correlate(None))
     candidate = _last_active(is_free, has_sender=has_sender, has_channel=has_channel).correlate(None)
     return Statement(
         update(AgentSession)
-        # If another transaction has moved the session to a different route, PostgreSQL checks the condition
-        # `_IS_ON_ROUTE` on the changed row.
+        # PostgreSQL checks `_IS_ON_ROUTE` on the changed row if another transaction has moved the session.
         .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
         .values(route_key=bindparam("route"))
     )
@@ -180,7 +169,7 @@ def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSe
 
 @cache
 def page_of(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement[AgentSession]:
-    """Return the statement that lists a page of sessions. The arguments decide which filters the statement has."""
+    """Return the statement that lists a page of sessions."""
     conditions: list[Any] = []
     if agent:
         conditions.append(_columns.agent_id == bindparam("agent_id"))

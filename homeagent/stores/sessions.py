@@ -1,7 +1,4 @@
-"""The store of sessions.
-
-A route is the combination of agent, sender and channel. At most one session holds a route, and `resolve()` returns the
-holder. A route is free if no session holds the route.
+"""The store of sessions. At most one session holds a route, which is the combination of agent, sender and channel.
 
 | event | holder of the route afterwards |
 |---|---|
@@ -13,8 +10,7 @@ holder. A route is free if no session holds the route.
 | `delete()`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
 
 Of several sessions that were active at the same time, the session that was created last counts as the last active
-session. Of sessions with equal times of activity and creation, the session with the greatest id counts as the last
-active session.
+session, and then the session with the greatest id.
 """
 
 from __future__ import annotations
@@ -56,7 +52,7 @@ def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> P
 
 
 def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Call `_route_of()`, and raise InvalidArgumentError if a part of the route is not a text."""
+    """Return a route whose texts can break the rules for new texts."""
     check_searched(agent_id, "agent_id")
     for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
         if value is not None:
@@ -65,11 +61,8 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
-    """Return True if the session has the agent, the sender and the channel of the route. Do not compare the route keys,
-    because a key can be stale.
-    """
-    # A store has loaded the instance, so the instance's `__dict__` contains all values. Reading the values as
-    # attributes takes five times as long as reading the dictionary.
+    """Return True if the session is on the route. Do not compare the route keys, because a key can be stale."""
+    # Reading the values as attributes takes five times as long as reading the dictionary.
     values = session.__dict__
     return bool(
         values["agent_id"] == route["agent_id"]
@@ -79,20 +72,18 @@ def _is_on(session: AgentSession, route: Parameters) -> bool:
 
 
 def _shape(route: Parameters) -> dict[str, bool]:
-    """Return, for a route, the arguments `has_sender` and `has_channel` of functions that return statements."""
+    """Return the arguments by which the statements of a route differ."""
     return {"has_sender": route["sender_id"] is not None, "has_channel": route["channel_id"] is not None}
 
 
 class SessionStore(Store):
-    """Store of sessions. The table of sessions is an index of the transcripts. The method `index()` rebuilds the table
-    from the transcripts.
-    """
+    """Store of sessions. The table is an index of the application's transcripts."""
 
     __slots__ = ()
 
     @writing()
     def create(self, session: models.AgentSessionCreate) -> AgentSession:
-        """Add a session. The session takes the route of its agent, sender and channel if no session holds the route.
+        """Add a session. The session takes its route if no session holds the route.
 
         Raises:
             SessionExistsError: if a session with this id already exists.
@@ -124,10 +115,7 @@ class SessionStore(Store):
 
     @reading
     def find_by_id(self, session_id: str) -> AgentSession | None:
-        """Return the session, or None if the session does not exist.
-
-        If the unit writes, no other writer can change the session until the unit ends.
-        """
+        """Return the session, or None if the session does not exist."""
         return self._unit.one(statements.FIND, id=self._searched(session_id, "session_id"))
 
     @reading
@@ -141,9 +129,7 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return True and the session that holds the route. The value False means that no session holds the route, and
-        that the method `resolve()` must write.
-        """
+        """Return True and the session that holds the route. With False, the method `resolve()` must write."""
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
         return session is not None and _is_on(session, route), session
@@ -153,17 +139,13 @@ class SessionStore(Store):
         """Return the session that holds a route.
 
         If no session holds the route, the method gives the route to the last active session with this agent, sender and
-        channel. If no session has this agent, sender and channel, the method creates a session.
-
-        Callers that run at the same time get the same session. The arguments `sender_id` and `channel_id` can be None.
-        The returned session has the given agent, sender and channel, even if a program has changed rows by
-        `uow.session`.
+        channel, or else to a new session. Callers that run at the same time get the same session.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
-        # Repeat the statements, because another caller can change the sessions of the route between two statements.
+        # Another caller can change the sessions of the route between two statements.
         while True:
             session = self._unit.one(statements.BY_ROUTE, route=route["route"])
             if session is not None and _is_on(session, route):
@@ -179,8 +161,7 @@ class SessionStore(Store):
             if is_text and self._unit.one(statements.last_active(**_shape(route)), **route) is not None:
                 self._take(statements.give(**_shape(route)), route)
                 continue
-            # Check the texts after the search, because an existing session can have a text that a new session can't
-            # have.
+            # Check the texts after the search, because an existing session can break the rules for new texts.
             check_optional_label(sender_id, "sender_id")
             check_optional_label(channel_id, "channel_id")
             created = self._insert(route, new_session_id())
@@ -188,10 +169,7 @@ class SessionStore(Store):
                 return created
 
     def _take(self, statement: Statement[AgentSession], route: Parameters) -> bool:
-        """Run a statement that sets a route key, and return True if the statement changed a row.
-
-        On PostgreSQL, return False if another transaction takes the route at the same time.
-        """
+        """Run a statement that sets a route key. If another transaction has just taken the route, return False."""
         try:
             with self._unit.savepoint():
                 return self._unit.write(statement, **route) > 0
@@ -202,13 +180,8 @@ class SessionStore(Store):
 
     @writing()
     def start(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
-        """Begin a new conversation. Add a session that takes the route, even if another session holds the route.
-
-        The session that held the route before stays in the store. The methods `list()` and `get()` still return the
-        earlier session.
-
-        Raises:
-            AgentNotFoundError: if the agent does not exist.
+        """Begin a new conversation. Add a session that takes the route. The session that held the route before stays in
+        the store. If the agent does not exist, raise `AgentNotFoundError`.
         """
         check_optional_label(sender_id, "sender_id")
         check_optional_label(channel_id, "channel_id")
@@ -233,8 +206,7 @@ class SessionStore(Store):
         """Give a session a different agent, sender or channel, and return the session. The moved session takes the new
         route.
 
-        If the moved session held its old route, the old route passes to the other session that was active last on the
-        route. A session whose agent, sender and channel stay the same takes its route if the route is free.
+        If the moved session held its old route, the old route passes to the session that was active last on the route.
 
         Args:
             session_id: id of the session.
@@ -245,11 +217,9 @@ class SessionStore(Store):
         Raises:
             SessionNotFoundError: if the session does not exist.
             AgentNotFoundError: if the new agent does not exist.
-            RouteTakenError: if another session holds the new route. `error.session_id` is the id of the session that
-                holds the new route.
+            RouteTakenError: if the session `error.session_id` holds the new route.
         """
-        # Lock the agent before the session, in the same order as the method `agents.delete()`. A deadlock would be
-        # possible if the two methods took the locks in different orders.
+        # Lock the agent before the session, as the method `agents.delete()` does, to prevent a deadlock.
         agent = (
             None if agent_id is ... else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
         )
@@ -284,17 +254,15 @@ class SessionStore(Store):
         limit: int = 100,
         after: AgentSession | None = None,
     ) -> Sequence[AgentSession]:
-        """Return a page of sessions.
-
-        The session with the latest activity comes first. Sessions with equal times are ordered by id, descending.
+        """Return a page of sessions. The session with the latest activity comes first.
 
         Args:
             agent_id: agent of the selected sessions. Default: all agents.
             sender_id: sender of the selected sessions. Default: all senders.
             channel_id: channel of the selected sessions. Default: all channels.
             limit: maximum number of sessions, 1 or more.
-            after: last session of the previous page. By default, the method returns the first page. If a session is
-                added or becomes active between two calls, the next page neither repeats nor skips an unchanged session.
+            after: last session of the previous page. Default: the first page. The next page neither repeats nor skips a
+                session that did not change.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
@@ -316,21 +284,15 @@ class SessionStore(Store):
 
     @writing()
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
-        """Store the time of a session's last activity.
-
-        The caller can pass the time of the activity as `at=…`. Without a time, or for a time in the future, the method
-        stores the current time. Return True if the method changed the stored time.
+        """Store the time of a session's last activity. Without `at=…`, or for a time in the future, store the current
+        time. Return True if the method changed the stored time.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
 
     @writing()
     def update(self, session_id: str, changes: models.AgentSessionUpdate) -> AgentSession:
-        """Set the fields that the request contains, and return the changed session.
-
-        Raises:
-            SessionNotFoundError: if the session does not exist.
-        """
+        """Set the given fields, and return the session. If the session is absent, raise `SessionNotFoundError`."""
         check_kind(changes, models.AgentSessionUpdate, "changes")
         if "metadata_" not in changes.model_fields_set:
             return self.get(session_id)
@@ -343,27 +305,21 @@ class SessionStore(Store):
 
     @writing()
     def delete(self, session_id: str) -> bool:
-        """Delete a session but not its transcript. If the session did not exist, return False.
-
-        If the session held its route, the route is free after the deletion. The next call of `resolve()` gives the
-        route to the remaining session that was active last.
-        """
+        """Delete a session but not its transcript, and free its route. If the session is absent, return False."""
         return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
-        """Rebuild the index of transcripts: add many sessions, or move the last activity of existing sessions forward.
+        """Rebuild the index of transcripts: add sessions, or move the last activity of existing sessions forward.
+        Return the number of given sessions.
 
         An existing session keeps the agent, sender, channel, time of creation and metadata. Of the sessions of a route,
-        the session that was active last takes the route. The order of the given sessions has no effect.
+        the session that was active last takes the route.
 
         Args:
-            sessions: transient instances. The method reads the instances in batches, to limit the use of memory. If
-                `created_at` or `last_active_at` is in the future, the method stores the current time instead.
+            sessions: transient instances, which the method reads in batches. Times in the future count as the current
+                time.
             progress: function that the method calls after each batch, with the number of sessions so far.
-
-        Returns:
-            The number of sessions.
 
         Raises:
             InvalidArgumentError: if `sessions` is not an iterable, or an item is not a session. Roll back the unit
@@ -377,8 +333,7 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Pass a list to `write_many()`, and not the generator `_rows()`. While `write_many()` runs, the generator
-            # must not read agents from the database.
+            # Do not pass the generator to `write_many()`, because the generator reads agents from the database.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
             while not self._index_rows(rows):
                 pass  # try again, because another transaction has taken a route (only on PostgreSQL)
@@ -388,11 +343,8 @@ class SessionStore(Store):
         return total
 
     def _index_rows(self, rows: Sequence[Parameters]) -> bool:
-        """Write a batch, and return True. If another transaction has just taken a route of the batch, undo the batch,
-        and return False.
-
-        A new session takes its route if the route is free. Pass the sessions in descending order of `last_active_at`.
-        Of the sessions on one route, the first session in the batch takes the route.
+        """Write a batch. If another transaction has just taken a route of the batch, undo the batch, and return False.
+        Pass the sessions in descending order of `last_active_at`, so that the last active session takes the route.
         """
         routes: dict[tuple[bool, bool], dict[str, Parameters]] = {}
         for row in rows:
@@ -412,10 +364,7 @@ class SessionStore(Store):
         return True
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
-        """Check the sessions of a batch and yield the parameters of each session.
-
-        The caller passes a set with ids of existing agents, and the method adds further ids to the set.
-        """
+        """Check a batch and yield the parameters of each session. The set `known` collects ids of agents."""
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
                 raise InvalidArgumentError(f"number {number} is not an AgentSession but {type(session).__name__}")

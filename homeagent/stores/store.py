@@ -1,6 +1,4 @@
-"""Base class of the stores, and decorators that declare whether a store's method reads or writes. A store runs
-statements in a unit of work.
-"""
+"""Base class of the stores, and decorators that declare whether a store's method reads or writes."""
 
 from __future__ import annotations
 
@@ -24,24 +22,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def check_kind(value: T, kind: type[T], what: str) -> T:
-    """Return the value if it is an instance of the class.
-
-    If the value has a different type, for example dict, raise InvalidArgumentError.
-    """
+    """Return the value if it is an instance of the class. Otherwise raise InvalidArgumentError."""
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what} must be {kind.__name__}(…), not {type(value).__name__}")
     return value
 
 
 class Unit(Protocol):
-    """Methods of a unit of work that a store calls. After the end of the unit, each method raises UnitStateError.
-
-    Pass the value of each `bindparam()` of a statement as a keyword argument of the same name. If a value is absent,
-    the method raises InvalidArgumentError. If a row violates a constraint, the method raises ConflictError.
+    """Methods of a unit of work that a store calls. Pass the value of each `bindparam()` of a statement as a keyword
+    argument. If a value is absent, the method raises InvalidArgumentError.
     """
 
     settings: UnitSettings
-    """Settings of one `Database`."""
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
         """Run a SELECT. Return the result of the first row, or None if there is no row."""
@@ -53,49 +45,38 @@ class Unit(Protocol):
         """Run an INSERT, UPDATE or DELETE. Return the number of changed rows."""
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement that writes and returns rows. Return the first changed row, or None if the statement changed
-        no row.
-        """
+        """Run a statement that writes and returns rows. Return the first row, or None if no row was written."""
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a statement once for each set of parameters. Return the number of changed rows."""
 
     def savepoint(self) -> AbstractContextManager[None]:
-        """Return a context manager for a savepoint. An exception that leaves the block undoes only the changes of the
-        block.
-        """
+        """Return a context manager. An exception that leaves the block undoes only the changes of the block."""
 
     def now(self) -> datetime:
         """Return the current time as a timestamp in UTC, floored to milliseconds."""
 
     @property
     def connection_memory(self) -> dict[str, Any]:
-        """Dictionary that belongs to the unit's connection. Store in the dictionary only values that can't change while
-        the connection is open.
-        """
+        """Dictionary of the unit's connection, for values that can't change while the connection is open."""
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
     """Declares whether a method of a store reads or writes.
 
-    Attributes:
-        kind: see `Kind`.
-        unless: function that finds out, before a call of the store's method, whether the store's method would write a
-            row. The value is None if the store's method always writes. The function only reads, and gets the arguments
-            of the store's method. The function returns a pair of a boolean and a result. If the first value of the pair
-            is True, the caller gets the second value, and homeagent does not call the store's method.
+    A method with the function `unless` does not always write. Before a call, homeagent calls `unless` with the
+    arguments of the method. If the first value of the returned pair is True, the caller gets the second value.
     """
 
     class Kind(Enum):
         """Behaviour of a method that is called without a unit of work."""
 
         READ = auto()
-        """The method runs a single statement, which reads."""
         WRITE = auto()
-        """The method runs in a unit. If the database is busy, homeagent repeats the unit."""
+        """The method runs in a unit, which homeagent repeats if the database is busy."""
         STREAM = auto()
-        """The method runs in a unit, and reads an iterable. homeagent does not repeat the unit."""
+        """The method runs in a unit, which homeagent does not repeat, because an iterable can be read only once."""
 
     kind: Kind
     unless: Callable[..., tuple[bool, Any]] | None = None
@@ -113,13 +94,7 @@ def reading(method: F) -> F:
 
 
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
-    """Declare that a store's method writes.
-
-    Args:
-        unless: function that finds out whether the store's method would write a row (see the class `Access`). If the
-            argument is None, the store's method always writes.
-        stream: True if the method consumes an iterator. A second run would find the iterator empty.
-    """
+    """Declare that a store's method writes. If `stream` is True, the method consumes an iterable."""
 
     def declare(method: F) -> F:
         method.homeagent_access = Access(Access.Kind.STREAM if stream else Access.Kind.WRITE, unless)  # type: ignore[attr-defined]
@@ -129,17 +104,10 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
 
 class Store:
-    """Base class of the stores. A store belongs to one unit. After the end of the unit, the methods of the store raise
-    UnitStateError.
+    """Base class of the stores. An application derives a class for each of its own tables.
 
-    An application derives a class for each of its own tables. A method of a store runs statements by the methods of
-    `self.unit`. The application's subclass of `UnitOfWork` names each store in an annotation, such as `messages:
-    MessageStore`.
-
-    The method `Database.store()` returns a store for calls without a unit. Each call of a method of a store from
-    `Database.store()` is a separate unit. A method that sends a single SELECT takes no lock. Before a second statement
-    or a write, homeagent calls the method again in a unit of work. Because homeagent can call the method twice, the
-    method must have no side effect outside the unit.
+    A method of a store runs statements by the methods of `self.unit`. After the end of the unit, the methods raise
+    UnitStateError. homeagent can call a method twice, so a method must have no side effect outside the unit.
     """
 
     __slots__ = ("_unit",)
@@ -149,14 +117,12 @@ class Store:
 
     @property
     def unit(self) -> Unit:
-        """The unit of work of the store. A store uses the unit to run statements and to get the current time."""
+        """The unit of work of the store, which runs statements and returns the current time."""
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Check a text that a caller wants to find in the database, and return the text. If the database can't store
-        the text, return None, because a search for None finds no row.
-
-        No database can hold a lone surrogate, and PostgreSQL can't hold NUL.
+        """Return a text for a search. Return None, which finds no row, if the database can't store the text: no
+        database can hold a lone surrogate, and PostgreSQL can't hold NUL.
         """
         # The method `isprintable()` returns False for each text with a lone surrogate or NUL.
         if value.__class__ is str and value.isprintable():
