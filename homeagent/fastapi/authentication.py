@@ -25,7 +25,7 @@ _LONGEST_HEADER = 8_192
 
 
 class _BasicScheme(SecurityBase):
-    """Entry of `securitySchemes` in the OpenAPI document. `current_device` reads the header Authorization."""
+    """Entry of `securitySchemes` in the OpenAPI document."""
 
     scheme_name = "device-basic"
     model = HTTPBase(
@@ -48,12 +48,7 @@ def bearer_token(device_id: str, secret: SecretStr | str) -> str:
 
 
 class _CurrentDevice(SecurityBase):
-    """FastAPI dependency that returns the device of the request, and that the OpenAPI document lists as a security
-    scheme.
-
-    The class derives from `SecurityBase`, because FastAPI would call a separate security scheme again at each use of
-    the dependency.
-    """
+    """FastAPI dependency and security scheme. FastAPI would call a separate scheme at each use of the dependency."""
 
     scheme_name: str = "device-bearer"
     model: OpenAPIScheme = HTTPBase(
@@ -63,20 +58,14 @@ class _CurrentDevice(SecurityBase):
     async def __call__(
         self, connection: HTTPConnection, database: DatabaseDep, _basic: Annotated[None, Security(_BASIC)]
     ) -> Device:
-        """Return the approved device that sent the request. The check of the secret does not block the event loop.
-
-        Raises:
-            HTTPProblem: if the request has no approved device. The status is 401 if the credentials are absent or
-                wrong. The text of the reply does not show the cause. The status is 403 if the secret is right, but the
-                device is pending or revoked. The status is 429 if the device had too many failed checks.
-        """
+        """Return the approved device that sent the request, or raise HTTPProblem with status 401, 403 or 429."""
         presented = _credentials(connection.headers.getlist("authorization"))
         if presented is None:
             raise HTTPProblem(AuthenticationError("the request has no credentials that can be read"))
         try:
             checked = await database.acheck_secret(*presented)
         except InvalidArgumentError:
-            # Reply with status 401, because no device can have an invalid id or secret.
+            # No device can have an invalid id or secret.
             raise HTTPProblem(AuthenticationError("the id or the secret is invalid")) from None
         except HomeAgentError as error:
             raise as_http(error) from error
@@ -88,20 +77,15 @@ class _CurrentDevice(SecurityBase):
 
 
 current_device: _CurrentDevice = _CurrentDevice()
-"""Dependency: the approved device that sent the request. The reply to a request without such a device has status 401,
-403 or 429.
-"""
+"""Dependency: the approved device that sent the request. Otherwise the reply has the status 401, 403 or 429."""
 
 CurrentDevice = Annotated[Device, Security(current_device)]
 """Dependency: the approved device that sent the request."""
 
 
 def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
-    """Return a dependency that returns the device of the request. The dependency accepts only devices with one of the
-    roles.
-
-    Use the dependency as `Annotated[Device, Depends(require_role(Role.ADMIN))]`. A device without one of the roles gets
-    a reply with status 403.
+    """Return a dependency that returns the device of the request. Use the dependency as `Annotated[Device,
+    Depends(require_role(Role.ADMIN))]`. A device without one of the roles gets a reply with status 403.
     """
     allowed = frozenset(map(Role, roles))
 

@@ -1,5 +1,3 @@
-"""Open the database when the application starts, and close the database when the application ends."""
-
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
@@ -34,14 +32,15 @@ def lifespan(
     """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database at its start.
 
     Args:
-        target: path or URL of the database, or an open `Database`. The lifespan does not close a database that the
-            caller opened. The lifespan raises DatabaseClosedError if the given database was opened before the server
-            forked the worker process.
-        then: lifespan of the application. The application's lifespan runs while the database is open. In the
-            application's lifespan, `app.state.homeagent_database` is the database.
+        target: path or URL of the database, or an open `Database`, which the lifespan does not close.
+        then: lifespan of the application, which runs while the database is open. In the application's lifespan,
+            `app.state.homeagent_database` is the database.
         sweep_every: time between two sweeps in the background. With `sweep_every=None`, the lifespan does not sweep.
-        options: arguments of `Database.open`, such as `unit=`. If the target is an open database, the options
-            have no effect.
+        options: arguments of `Database.open`, such as `unit=`. If the target is an open database, the options have no
+            effect.
+
+    Raises (when the server starts):
+        DatabaseClosedError: if the target was opened before the server forked the worker process.
     """
     given = target if isinstance(target, Database) else conceal(target)
     del target
@@ -49,8 +48,7 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: _open(given, options))
-        # Raise an error if the database was opened before a fork, because every request would fail in the child
-        # process.
+        # If the database was opened before a fork, every request would fail, so raise an error now.
         await run_sync(database.ping)
         try:
             app.state.homeagent_database = database
@@ -71,11 +69,8 @@ def _open(given: Any, options: dict[str, Any]) -> Database:
 
 
 async def get_database(connection: HTTPConnection) -> Database:
-    """Return the open database of the application. Tests can replace the dependency by FastAPI's
-    `app.dependency_overrides`.
-
-    Raises:
-        UnitStateError: if the application runs without its lifespan.
+    """Return the open database of the application. If the application runs without its lifespan, raise UnitStateError.
+    Tests can replace the dependency by FastAPI's `app.dependency_overrides`.
     """
     database: Database | None = getattr(connection.app.state, "homeagent_database", None)
     if database is None:

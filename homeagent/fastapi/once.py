@@ -36,26 +36,22 @@ from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 
 MAX_BODY = 1024 * 1024
-"""Default for the size of the largest body in bytes. nginx also limits a body to 1 MiB by default."""
+"""Largest body in bytes by default, as in nginx."""
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
-# Errors after which the outcome of an effect is known. After an error that is not in this list, the outcome of the
-# effect is unknown.
+# After an error that is not in this list, the outcome of the effect is unknown.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
-# Store only headers that a client needs to read the body or to follow a redirection. Do not store headers such as
-# Set-Cookie, which can hold a secret.
+# Do not store headers such as Set-Cookie, which can hold a secret.
 _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 
 Effect = Callable[[Attempt], Any]
 
 
 class Once:
-    """Run the effect of a request once. A retry of the request gets the status and the body of the first answer.
-
-    The dependency `idempotent()` creates the `Once` object of a request. For a request without a key, the effect runs
-    without a record (`stored=False`).
+    """Run the effect of a request once. A retry of the request gets the status and the body of the first answer. The
+    dependency `idempotent()` creates the object.
     """
 
     def __init__(
@@ -82,27 +78,20 @@ class Once:
         self._is_called = False
 
     async def __call__(self, effect: Effect) -> Any:
-        """Run the effect, or return the answer of the first request with this key.
+        """Run the effect, or return the answer of the first request with this key. The HTTP endpoint must return the
+        answer.
 
         Args:
             effect: function that gets the attempt, and returns JSON, a model, or a Response. A coroutine function runs
-                in the event loop. A function that is not a coroutine function runs in a worker thread. If the function
-                raises an HTTPException with a status below 500, the reply is stored for retries. homeagent also stores
-                the reply for an error such as `AgentNotFoundError`.
-
-        Returns:
-            JSON value or Response of the effect. The HTTP endpoint must return this JSON value or Response.
+                in the event loop, and another function runs in a worker thread.
 
         Raises:
-            HTTPProblem: if the effect has no result. The status is 409 if an earlier request with the key is in
-                progress or has an unknown outcome. The status is 422 if a different request used the key, or if the
-                effect raised `EffectFailedError`. The status is 503 if the effect raised `EffectNotStartedError`.
+            HTTPProblem: if the effect has no result. The status is 409, 422 or 503.
             UnitStateError: if the `Once` object is called a second time.
         """
         check_function(effect, "effect")
         if self._is_called:
-            # A second call of the object would return the outcome of the first call, because both calls have the same
-            # key.
+            # A second call has the same key, so it would return the outcome of the first call.
             raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
         self._is_called = True
         try:
@@ -137,8 +126,8 @@ class Once:
             value = problem_response(error)
         self._first = value
         if not isinstance(value, Response):
-            # If FastAPI cannot encode the value, ignore the error here, so that `arun_once()` records the outcome
-            # without a value. FastAPI raises an error later, when FastAPI encodes the reply.
+            # If FastAPI cannot encode the value, let `arun_once()` record the outcome without a value. FastAPI raises
+            # an error later, when FastAPI encodes the reply.
             with suppress(Exception):
                 self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
@@ -168,7 +157,7 @@ class Once:
         return stored["value"]
 
     def _unstored_attempt(self) -> Attempt:
-        """Return an attempt without a record, for a request without a key."""
+        """Return an attempt without a record."""
         expires_at = self._database._clock() + self._ttl
         token = token_urlsafe(32)
         return Attempt(1, token, self._scope, expires_at, expires_at, self._ttl, token)
@@ -196,8 +185,7 @@ def idempotent(
         on_abandoned: see `Database.run_once()`. The argument also accepts a coroutine function.
         device: dependency that returns the device of the request.
         max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. If the route
-            declares a form or a model, FastAPI reads the whole body before the dependency runs. For a route with a form
-            or a model, also set FastAPI's argument `max_body_size`.
+            declares a form or a model, also set FastAPI's argument `max_body_size`.
     """
 
     async def once(
@@ -237,9 +225,7 @@ def _refused(detail: str) -> HTTPProblem:
 
 
 def _key_of(header: str) -> str:
-    """Return the key in the header Idempotency-Key. The key is a String of RFC 8941, as the header's draft standard
-    demands, or plain text, as in many APIs.
-    """
+    """Return the key, which is a String of RFC 8941, as in the draft standard, or plain text, as in many APIs."""
     quoted = _QUOTED.fullmatch(header)
     return header if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted[1])
 
@@ -248,9 +234,8 @@ def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
     # The result contains the path of a mounted application, but not a prefix that a proxy removed.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
-    # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context contains
-    # the whole path, but is not a public interface. Without the route context, the function `params_of()` still
-    # distinguishes two requests with different paths.
+    # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context, which is
+    # not public, has the whole path. Without the context, `params_of()` still distinguishes the paths.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route
@@ -264,11 +249,7 @@ def _outer_root(request: Request) -> str:
 
 
 async def read_body(request: Request, max_body: int) -> bytes:
-    """Return the body of a request. The HTTP endpoint can read the body again later.
-
-    Raises:
-        HTTPProblem: if the body has more bytes than `max_body`. The status is 413.
-    """
+    """Return the body of a request. Raise HTTPProblem with status 413 if the body has more bytes than `max_body`."""
     chunks, size = [], 0
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
@@ -277,8 +258,7 @@ async def read_body(request: Request, max_body: int) -> bytes:
                 detail = f"The body has more than {max_body:,} bytes."
                 raise HTTPProblem(InvalidArgumentError(detail), 413, detail)
             chunks.append(chunk)
-    # Store the body in the private attribute `_body`, as the method `Request.body()` does. Starlette has no public way
-    # to keep a body that was read by `request.stream()`.
+    # Let the HTTP endpoint read the body again. Starlette has no public way to keep a streamed body.
     request._body = b"".join(chunks)
     return request._body
 
@@ -286,7 +266,7 @@ async def read_body(request: Request, max_body: int) -> bytes:
 async def params_of(request: Request, max_body: int) -> JsonValue:
     """Return the values that a retry must repeat: path, query and a hash of the body."""
     if getattr(request, "_form", None) is not None:
-        # FastAPI has already parsed the form, so the bytes of the body are no longer available.
+        # FastAPI has parsed the form, so the bytes of the body are no longer available.
         form = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
         body: JsonValue = [list(pair) for pair in form]
     else:

@@ -1,7 +1,5 @@
-"""Convert errors to replies with problem details (RFC 9457). No reply shows a secret, an input or the name of a file.
-
-The texts of the replies are for clients. The messages of homeagent's errors are for operators, and contain commands,
-paths and ids.
+"""Convert errors to problem details (RFC 9457). The message of an error is for operators, and can contain paths and
+ids.
 """
 
 from __future__ import annotations
@@ -62,10 +60,9 @@ CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
 """Value of the header WWW-Authenticate (RFC 9110, section 11.6.1)."""
 
 _RETRY_AFTER = 1
-"""Value of the header Retry-After for an error without a known time, in seconds."""
+"""Seconds in the header Retry-After of an error without a known time."""
 
-# HTTP status and text of the reply for each class of errors. If the dictionary lacks an error class, the class has the
-# status and text of its base class.
+# HTTP status and text of the reply. A class that the dictionary lacks has the status and text of its base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     HomeAgentError: (500, "The server could not handle the request."),
     InvalidArgumentError: (422, "A value in the request is not allowed."),
@@ -85,8 +82,7 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     LastAdminError: (409, "The device is the last approved administrator."),
     ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     DeviceNotApprovedError: (409, "The device is not approved."),
-    # If an effect raises a LimitError, a retry with the idempotency key gets the stored reply. The reply for a
-    # LimitError asks the client for a new request.
+    # A retry with the same idempotency key gets the stored reply, so ask for a new request.
     LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
     PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     TooManyAttemptsError: (429, "Too many attempts: try again later."),
@@ -126,16 +122,12 @@ class ErrorReply(BaseModel):
 
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return a value for the argument `responses=` of a FastAPI route, so that the OpenAPI document lists the error
-    statuses of the route.
-    """
+    """Return a value for the argument `responses=` of a FastAPI route, so that OpenAPI lists the statuses."""
     return {status: {"model": ErrorReply} for status in statuses}
 
 
 class HTTPProblem(HTTPException):
-    """HTTPException for an error of homeagent, with the status and headers of the error. FastAPI can answer an
-    HTTPProblem even without homeagent's handlers.
-    """
+    """HTTPException for an error of homeagent. FastAPI can answer an HTTPProblem even without homeagent's handlers."""
 
     reply: ErrorReply
 
@@ -149,10 +141,7 @@ class HTTPProblem(HTTPException):
 
 
 def as_http(error: HomeAgentError) -> Exception:
-    """Return the error as an `HTTPProblem`. FastAPI answers an HTTPProblem even without `install_error_handlers()`.
-
-    Return an error with status 500 unchanged, so that the server logs the error.
-    """
+    """Return the error as an `HTTPProblem`. Return an error with status 500 unchanged, so that the server logs it."""
     return error if status_of(error) == 500 else HTTPProblem(error)
 
 
@@ -192,14 +181,13 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
         errors = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
     elif isinstance(error, StarletteHTTPException):
         headers.update(error.headers or {})
-        # The detail of FastAPI's HTTPException can be any JSON value.
-        given: Any = error.detail
+        given: Any = error.detail  # any JSON value in FastAPI's HTTPException
         status, detail = error.status_code, given if isinstance(given, str) else _title(error.status_code)
         data = None if isinstance(given, str) else given
     else:
         status, detail = _answer_for(error)
     if isinstance(error, (IdempotencyInProgressError, TooManyAttemptsError)):
-        # Round up to whole seconds, so that a retry is not too early.
+        # Round up, so that a retry is not too early.
         headers["Retry-After"] = str(max(0, math.ceil(error.retry_after.total_seconds())))
     elif isinstance(error, _RETRYABLE):
         headers["Retry-After"] = str(_RETRY_AFTER)
@@ -220,7 +208,7 @@ def _reason(line: Mapping[str, Any]) -> str:
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Install error handlers in an application. The handlers turn errors into problem details (`ErrorReply`).
+    """Install error handlers, which turn errors into problem details (`ErrorReply`).
 
     | error | status |
     |---|---|
@@ -233,12 +221,9 @@ def install_error_handlers(app: FastAPI) -> None:
     | `DatabaseBusyError`, `ConnectionLostError`, `EffectNotStartedError` | 503 |
     | `DatabaseClosedError`, `DiskFullError` | 503 |
 
-    A reply has the header Retry-After (RFC 9110, section 10.2.3) if a retry can succeed. The handlers also answer
-    FastAPI's `HTTPException` and `RequestValidationError`. FastAPI's own reply for a RequestValidationError repeats the
-    input, which can be a secret. The function also adds the problem details to the OpenAPI document.
-
-    Args:
-        app: the application. The function replaces the handlers that the application has installed for the errors.
+    A reply has the header Retry-After (RFC 9110, section 10.2.3) if a retry can succeed. The function replaces the
+    application's handlers for homeagent's errors, `HTTPException` and `RequestValidationError`. FastAPI's own reply for
+    a RequestValidationError repeats the input, which can be a secret.
     """
     # Starlette's types for handlers do not allow a handler for both requests and WebSockets.
     answer: Any = _answer
@@ -273,7 +258,7 @@ async def _ignore(connection: Request | WebSocket, error: Exception) -> None:
 
 
 def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
-    """Describe the problem details in an OpenAPI document. A second call for the same application changes nothing."""
+    """Describe the problem details in an OpenAPI document. A second call changes nothing."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schema = ErrorReply.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update({**schema.pop("$defs"), "ErrorReply": schema})

@@ -32,10 +32,7 @@ _OWNER_CHARACTERS = 22  # A text of 22 base64 characters has 132 random bits.
 
 class Webhook(Once):
     """Message with a right signature and time. Call the object with a function that handles the message. The function
-    runs once for each message.
-
-    A sender can repeat a message with the same id. An attacker can repeat a message while the gateway accepts the
-    message's time. Each repetition gets the answer of the first message, and the function does not run again.
+    runs once for each message. A repetition of the message gets the answer of the first message.
 
     Attributes:
         id: id of the message.
@@ -48,11 +45,7 @@ class Webhook(Once):
     body: bytes
 
     def json(self) -> Any:
-        """Return the body as JSON.
-
-        Raises:
-            HTTPProblem: if the body is not JSON. The status is 422.
-        """
+        """Return the body as JSON. If the body is not JSON, raise an HTTPProblem with the status 422."""
         try:
             return json.loads(self.body)
         except ValueError:
@@ -75,12 +68,11 @@ def signed_webhook(
 
     Args:
         secret: secret `whsec_…` from the sender, or several secrets during a rotation.
-        sender: name of the sender, at most 489 bytes. In the store, the idempotency keys of the messages have a
-            `device_id` that begins with the sender's name and `/`.
+        sender: name of the sender, at most 489 bytes. In the store, the `device_id` of the messages' idempotency keys
+            begins with the sender's name and `/`.
         tolerance: longest difference between the time of the message and the gateway's clock.
         lease: see `Database.run_once()`.
-        ttl: time for which a repetition gets the answer of the first message. The `ttl` must be longer than twice the
-            tolerance.
+        ttl: time for which a repetition gets the answer of the first message, longer than twice the tolerance.
         on_abandoned: see `Database.run_once()`.
         max_body: largest message in bytes, 1 MiB by default. A larger message gets a reply with status 413.
 
@@ -132,8 +124,7 @@ async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tup
     # Compare all signatures, so that the duration does not show the position of the right signature.
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]
     sent_at = _time_of(timestamp)
-    # The specification forbids a full stop in the id of a message. If an id could contain a full stop, an attacker
-    # could split a signed text into a false id, time and body.
+    # With a full stop in an id, an attacker could split a signed text into a false id, time and body.
     if not any(right) or sent_at is None or "." in message_id:
         raise _refused()
     return message_id, sent_at, body
@@ -166,11 +157,8 @@ def _time_of(timestamp: str) -> datetime | None:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the value of `device_id` under which the idempotency keys of a sender are stored. A stranger must not know
-    the returned id.
-
-    A stranger who knows the id could pair a device with the id. After `Database.pair()` has deleted the idempotency
-    keys of the id, the stranger could send a recorded message again.
+    """Return the `device_id` of a sender's idempotency keys. A stranger who knows the id could pair a device with the
+    id, so that `Database.pair()` deletes the keys, and then send a recorded message again.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
@@ -178,9 +166,7 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
-    """Return True if the store still contains the idempotency keys of messages that were signed at this time. After a
-    restore, the store can lack the idempotency key of a message that the gateway has handled.
-    """
+    """Return True if the time is right, and no restore can have lost the idempotency key of the message."""
     record = unit.one(FIND_RECORD)
     if record is None:
         raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")

@@ -1,17 +1,4 @@
-"""Accept WebSockets of devices, and close the WebSocket of a device that loses its access.
-
-| close code | reason |
-|---|---|
-| 4400 | a message of the handshake was invalid |
-| 4401 | the proof or the time was wrong, the device does not exist, or its secret or role was replaced |
-| 4403 | the device is pending or revoked |
-| 4408 | the handshake took too long |
-| 1013 | the database is busy, or a limit is reached: try again later |
-| 1011 | the database or its feed of changes could not be read |
-
-A reverse proxy is allowed to end the TLS connection. The proxy must pass on the headers `Upgrade` and `Connection`. The
-idle timeout of the proxy must be longer than the interval between the server's pings (uvicorn: 20 s).
-"""
+"""Accept WebSockets of devices, and close the WebSocket of a device that loses its access."""
 
 from __future__ import annotations
 
@@ -55,8 +42,8 @@ async def accept_device(
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
     If the device is revoked, is deleted, or gets a new secret or a different role, homeagent cancels the code in the
-    block, and closes the WebSocket. If the device changes can't be read, homeagent also cancels the code in the block,
-    and closes the WebSocket. The docstring of the module lists the close codes.
+    block, and closes the WebSocket. The same happens if the device changes can't be read. The page on FastAPI lists the
+    close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.
@@ -65,12 +52,10 @@ async def accept_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        WebSocketException: if the device has no access, or loses its access. Starlette closes the WebSocket after a
-            WebSocketException.
+        WebSocketException: if the device has no access, or loses its access. Starlette then closes the WebSocket.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
-    # Subscribe to the device changes before the handshake reads the approval. A subscription after the handshake could
-    # miss a revocation.
+    # A subscription after the handshake, which reads the approval, could miss a revocation.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()
 
@@ -110,13 +95,11 @@ async def _end_of_access(database: Database, admission: Admission, changes: Asyn
     """Wait until the device loses its access, or until the device changes can't be read. Return the reason."""
     try:
         async for change in changes:
-            # A change without a device id has the kind `reset`. After a change of the kind `reset`, check the device
-            # again.
+            # A change without a device id has the kind `reset`.
             if change.device_id not in {admission.device.id, None}:
                 continue
-            # After a revocation, do not read the device before the WebSocket is closed. The read waits while all worker
-            # threads of `arun()` are busy. While the read waits, the revoked device would stay connected
-            # (`test_a_revocation_while_the_workers_are_busy`).
+            # After a revocation, do not read the device. While the worker threads are busy, the read would wait, and
+            # the device would stay connected (`test_a_revocation_while_the_workers_are_busy`).
             if change.kind is DeviceChangeKind.REVOKED:
                 return AccessDeniedError(REFUSALS["revoked"])
             if change.kind is DeviceChangeKind.DELETED:
