@@ -142,12 +142,7 @@ class HTTPProblem(HTTPException):
 
 def as_http(error: HomeAgentError) -> Exception:
     """Return the error as an `HTTPProblem`. Return an error with status 500 unchanged, so that the server logs it."""
-    return error if status_of(error) == 500 else HTTPProblem(error)
-
-
-def status_of(error: HomeAgentError) -> int:
-    """Return the HTTP status of the reply for an error."""
-    return _answer_for(error)[0]
+    return error if _answer_for(error)[0] == 500 else HTTPProblem(error)
 
 
 def problem_response(error: Exception) -> JSONResponse:

@@ -156,7 +156,8 @@ class IdempotencyKeyStore(Store):
             KeyLimitError: if the key is new, and the device has reached the maximum number of keys.
         """
         scope = _check_new(scope)
-        _check_fingerprint(fingerprint)
+        if fingerprint != "":
+            check_name(fingerprint, "fingerprint")
         now = self._unit.now()
         lease_expires_at = later(now, check_duration(lease, "lease", zero=True), "lease")
         expires_at = later(now, self._check_ttl(ttl, "ttl"), "ttl")
@@ -386,12 +387,6 @@ def _refusal(scope: IdempotencyScope, row: IdempotencyKey) -> dict[str, Any]:
 
 def _parameters(scope: IdempotencyScope) -> dict[str, Any]:
     return {"device_id": scope.device_id, "method": scope.method, "key": scope.key}
-
-
-def _check_fingerprint(fingerprint: str) -> None:
-    """Raise InvalidArgumentError unless the fingerprint is empty or a valid name."""
-    if fingerprint != "":
-        check_name(fingerprint, "fingerprint")
 
 
 def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
