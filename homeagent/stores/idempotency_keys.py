@@ -95,12 +95,13 @@ class IdempotencyKeyStore(Store):
     @clears_locals
     def find(self, scope: IdempotencyScope) -> IdempotencyKey | None:
         """Return the record of a call, or None if the call has no record or the record has expired."""
-        return self._unit.one(statements.FIND, **self._search(scope), now=self._unit.now())
+        unit = self._unit
+        if type(scope) is not IdempotencyScope:
+            return unit.one(statements.FIND, **self._search(scope), now=unit.now())
+        return unit.one(statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
         """Return the parameters for a search, which accepts texts that break the rules for new texts."""
-        if type(scope) is IdempotencyScope:
-            return _parameters(scope)
         _check_scope(scope)
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
