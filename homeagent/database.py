@@ -284,7 +284,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
         # mypy does not see that the method `__enter__` of a `U` returns a `U`.
-        return self._unit(self._settings, read_only=read_only)  # type: ignore[return-value]
+        return self._unit(self._settings, read_only)  # type: ignore[return-value]
 
     def run(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Call your function inside a unit of work, and call the function again after an error that a retry can solve.
