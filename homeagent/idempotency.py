@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from secrets import token_hex
+from os import urandom
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from homeagent.callables import check_function, refuse_coroutine
@@ -61,7 +61,7 @@ class OnceCall:
     lease: timedelta
     ttl: timedelta
     on_abandoned: OnAbandoned
-    owner: str = field(default_factory=lambda: token_hex(16), repr=False)
+    owner: str = field(default_factory=lambda: urandom(16).hex(), repr=False)
 
     @classmethod
     def of(
@@ -99,33 +99,31 @@ class OnceCall:
         unit.idempotency_keys.renew(attempt, lease=self.lease)
 
 
-class _Once:
-    """A function that ends an attempt, and that can run again, for example after a commit with an unknown outcome.
-
-    With `leaves_record=False`, the function releases the key. A second run without a lease then counts as a success.
+def _once(
+    attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
+) -> Callable[[UnitOfWork], Any]:
+    """Return a function that ends an attempt, and that can run again, for example after a commit with an unknown
+    outcome. With `leaves_record=False`, the function releases the key. A second run without a lease then counts as a
+    success.
     """
+    begun = False
 
-    def __init__(
-        self, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
-    ) -> None:
-        self._attempt = attempt
-        self._write = write
-        self._leaves_record = leaves_record
-        self._begun = False
-
-    def __call__(self, unit: UnitOfWork) -> Any:
-        again, self._begun = self._begun, True
+    def end(unit: UnitOfWork) -> Any:
+        nonlocal begun
+        again, begun = begun, True
         try:
-            return self._write(unit.idempotency_keys)
+            return write(unit.idempotency_keys)
         except LeaseLostError:
             if not again:
                 raise
-            if not self._leaves_record:
+            if not leaves_record:
                 return None
-            record = unit.idempotency_keys.find_recorded(self._attempt)
+            record = unit.idempotency_keys.find_recorded(attempt)
             if record is None:
                 raise
             return not record.omitted
+
+    return end
 
 
 @dataclass(eq=False, slots=True)
@@ -230,20 +228,20 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
         end = timer.renew(call, attempt)
     except RuntimeError:
         # The effect has not begun. Release the key, so that the attempt does not count as abandoned.
-        run(_Once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
+        run(_once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
         # If a plain function returns a coroutine, raise an error, because the code of the coroutine has not run.
         value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
     except EffectFailedError as error:
         detail = error.detail
-        run(_Once(attempt, lambda keys: keys.fail(attempt, detail)))
+        run(_once(attempt, lambda keys: keys.fail(attempt, detail)))
         raise
     except EffectNotStartedError:
-        run(_Once(attempt, lambda keys: keys.release(attempt, none_began=is_substituted), leaves_record=False))
+        run(_once(attempt, lambda keys: keys.release(attempt, none_began=is_substituted), leaves_record=False))
         raise
     else:
-        stored = run(_Once(attempt, lambda keys: keys.complete(attempt, value)))
+        stored = run(_once(attempt, lambda keys: keys.complete(attempt, value)))
     finally:
         end()
     return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
@@ -287,7 +285,7 @@ class _AsyncUnits:
         """Run a unit to its end. A cancellation of the caller is raised only after the end of the unit."""
         import anyio
 
-        work = _Once(attempt, write, leaves_record=leaves_record)
+        work = _once(attempt, write, leaves_record=leaves_record)
         cancellation: BaseException | None = None
         shield: AbstractContextManager[Any] = nullcontext()
         while True:

@@ -64,7 +64,7 @@ class Runner:
             try:
                 if self._group_commit is not None and not read_only:
                     return self._group_commit.run(work)
-                with self._settings.unit(self._settings, read_only=read_only) as unit:
+                with self._settings.unit(self._settings, read_only) as unit:
                     return work(unit)
             except RETRIED as error:
                 retries = retries or _Retries(self._settings, begun, idempotent=idempotent)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
-from secrets import token_hex
+from os import urandom
 from typing import Any
 
 from pydantic import JsonValue
@@ -162,7 +162,8 @@ class IdempotencyKeyStore(Store):
         now = self._unit.now()
         lease_expires_at = later(now, check_duration(lease, "lease", zero=True), "lease")
         expires_at = later(now, self._check_ttl(ttl, "ttl"), "ttl")
-        owner, downstream_key = token_hex(16) if owner is None else check_name(owner, "owner"), token_hex(16)
+        owner = urandom(16).hex() if owner is None else check_name(owner, "owner")
+        downstream_key = urandom(16).hex()
         self._require_room(scope, now)
         while not self._unit.write(
             statements.CLAIM,
