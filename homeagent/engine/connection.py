@@ -253,9 +253,8 @@ class StoreConnection:
         clear_locals(failure)
         raise failure
 
-    def read_alone(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run one statement outside a unit. The statement must only read."""
-        return self.rows(statement, parameters)
+    read_alone = rows
+    """Run one statement outside a unit. The statement must only read."""
 
     def look_for_commits(self) -> bool:
         """Return True if another connection can have committed since the last call of this method."""
