@@ -239,14 +239,14 @@ class IdempotencyKeyStore(Store):
             LeaseLostError: if the attempt no longer owns the key.
         """
         check_kind(attempt, Attempt, "attempt")
-        return self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=attempt.owner)
+        return self._record(attempt, IdempotencyState.COMPLETED, result, self._unit.now(), recorded_by=attempt.owner)
 
     @writing()
     @clears_locals
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
         """Record that the effect failed for good. A retry raises `EffectFailedError` with the given detail."""
         check_kind(attempt, Attempt, "attempt")
-        return self._record(attempt, IdempotencyState.FAILED, error, recorded_by=attempt.owner)
+        return self._record(attempt, IdempotencyState.FAILED, error, self._unit.now(), recorded_by=attempt.owner)
 
     @reading
     @clears_locals
@@ -257,13 +257,14 @@ class IdempotencyKeyStore(Store):
         own = row is not None and row.owner == attempt.owner and row.state is not IdempotencyState.IN_PROGRESS
         return row if own else None
 
-    def _record(self, attempt: Attempt, state: IdempotencyState, result: JsonValue, *, recorded_by: str | None) -> bool:
+    def _record(
+        self, attempt: Attempt, state: IdempotencyState, result: JsonValue, now: datetime, *, recorded_by: str | None
+    ) -> bool:
         """Record an outcome, and return True if the result could be stored."""
         try:
             json, omitted = encode_json(result, limit=MAX_RESULT_BYTES), False
         except InvalidArgumentError:
             json, omitted = encode_json(None), True
-        now = self._unit.now()
         # If the effect took longer than the `ttl`, a record with the old `expires_at` would expire at once.
         expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
         self._write_fenced(
@@ -319,8 +320,9 @@ class IdempotencyKeyStore(Store):
             InvalidArgumentError: if the result is over 1 MiB or not JSON.
         """
         encode_json(result, "result", limit=MAX_RESULT_BYTES)
-        attempt = self._find_abandoned(scope)
-        return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, recorded_by=None)
+        now = self._unit.now()
+        attempt = self._find_abandoned(scope, now)
+        return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, now, recorded_by=None)
 
     @writing()
     @clears_locals
@@ -331,17 +333,16 @@ class IdempotencyKeyStore(Store):
         Raises:
             IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
         """
-        attempt = self._find_abandoned(scope)
+        attempt = self._find_abandoned(scope, self._unit.now())
         if attempt is not None:
             self._write_fenced(statements.DELETE_OWNED, attempt)
         return attempt is not None
 
-    def _find_abandoned(self, scope: IdempotencyScope) -> Attempt | None:
+    def _find_abandoned(self, scope: IdempotencyScope, now: datetime) -> Attempt | None:
         """Return the abandoned attempt, or None if the key is not in progress."""
         row = self._unit.one(statements.ANY, **self._search(scope))
         if row is None or row.state is not IdempotencyState.IN_PROGRESS:
             return None
-        now = self._unit.now()
         lease_end = row.lease_expires_at or now
         if lease_end > now:
             raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=lease_end - now)

@@ -91,20 +91,22 @@ class SessionStore(Store):
         """
         check_kind(session, models.AgentSessionCreate, "session")
         self._require_agent(session.agent_id)
+        now = self._unit.now()
         route = _route_of(session.agent_id, session.sender_id, session.channel_id)
-        created = self._insert(route, session.session_id, session.metadata_)
+        created = self._insert(route, session.session_id, now, session.metadata_)
         if created is None and self._unit.one(statements.FIND, id=session.session_id) is None:
             if self._unit.write(statements.RELEASE_STALE, **route):
-                created = self._insert(route, session.session_id, session.metadata_)
+                created = self._insert(route, session.session_id, now, session.metadata_)
             if created is None:
-                created = self._insert({**route, "route": None}, session.session_id, session.metadata_)
+                created = self._insert({**route, "route": None}, session.session_id, now, session.metadata_)
         if created is None:
             raise SessionExistsError(session.session_id)
         return created
 
-    def _insert(self, route: Parameters, session_id: str, metadata: JsonValue = None) -> AgentSession | None:
+    def _insert(
+        self, route: Parameters, session_id: str, now: datetime, metadata: JsonValue = None
+    ) -> AgentSession | None:
         """Add a session that holds the route. If the id exists or another session holds the route, return None."""
-        now = self._unit.now()
         return self._unit.write_one(
             statements.CREATE, session_id=session_id, metadata_=metadata, created_at=now, last_active_at=now, **route
         )
@@ -164,7 +166,7 @@ class SessionStore(Store):
             # Check the texts after the search, because an existing session can break the rules for new texts.
             check_optional_label(sender_id, "sender_id")
             check_optional_label(channel_id, "channel_id")
-            created = self._insert(route, new_session_id())
+            created = self._insert(route, new_session_id(), self._unit.now())
             if created is not None:
                 return created
 
@@ -187,10 +189,11 @@ class SessionStore(Store):
         check_optional_label(channel_id, "channel_id")
         route = _searched_route(agent_id, sender_id, channel_id)
         self._require_agent(agent_id)
+        now = self._unit.now()
         while True:
             self._unit.write(statements.RELEASE, route=route["route"])
             # If the insert adds no row, another caller took the free route before the insert.
-            started = self._insert(route, new_session_id())
+            started = self._insert(route, new_session_id(), now)
             if started is not None:
                 return started
 

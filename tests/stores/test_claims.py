@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from homeagent import Attempt, Database, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
+from homeagent import (
+    AgentSessionCreate,
+    Attempt,
+    Database,
+    IdempotencyKey,
+    IdempotencyScope,
+    IdempotencyState,
+    Outcome,
+)
 from homeagent.errors import (
     CorruptDatabaseError,
     FingerprintMismatchError,
@@ -19,7 +27,7 @@ from homeagent.errors import (
     OutcomeUnknownError,
 )
 from homeagent.stores import IdempotencyKeyStore
-from tests.conftest import START, FakeClock, dump, write_past_checks
+from tests.conftest import START, FakeClock, add_agent, dump, write_past_checks
 
 SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
 MINUTE = timedelta(minutes=1)
@@ -167,8 +175,8 @@ def test_expiry(database: Database, clock: FakeClock, swept: bool) -> None:
     assert (row.result, row.created_at, row.attempt, row.fingerprint) == (None, clock.now, 1, "g")
 
 
-def test_claim_reads_the_clock_once(target: str) -> None:
-    """If a record expires during a claim, the claim returns the whole record, since a claim reads the clock once."""
+def test_a_method_reads_the_clock_once(target: str) -> None:
+    """If a record expires during a claim, the claim returns the whole record, since a method reads the clock once."""
     readings: list[datetime] = []
 
     def clock() -> datetime:
@@ -186,6 +194,17 @@ def test_claim_reads_the_clock_once(target: str) -> None:
         now = START + DAY - TICK
         readings.clear()
         assert claim(database) == Outcome("done", True, 1)
+        assert len(readings) == 1
+        abandoned = IdempotencyScope("lamp", "orders.create", "abandoned")
+        readings.clear()
+        begin(database, abandoned, lease=timedelta(0))
+        readings.clear()
+        assert database.idempotency_keys.resolve(abandoned, "done")
+        assert len(readings) == 1
+        session = AgentSessionCreate(agent_id=add_agent(database).id, session_id="first")
+        database.sessions.create(session)
+        readings.clear()
+        database.sessions.create(session.model_copy(update={"session_id": "second"}))  # the first has the route
         assert len(readings) == 1
 
 
