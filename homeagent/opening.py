@@ -39,7 +39,7 @@ def open_engine(
     if check_limit(pool_size, "pool_size") > 1000:
         raise InvalidArgumentError("pool_size must be 1 to 1000")
     application = Application.of(migrations, acknowledged)
-    if isinstance(metadata, MetaData) or not all(isinstance(one, MetaData) for one in metadata):
+    if not isinstance(metadata, Collection) or not all(isinstance(one, MetaData) for one in metadata):
         raise InvalidArgumentError("metadata must be a list of MetaData objects, such as [SQLModel.metadata]")
     where = resolve_target(target)
     engine: Engine

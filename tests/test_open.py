@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import URL
+from sqlalchemy import URL, MetaData
 
 from homeagent import AgentCreate, Database, diagnose
 from homeagent.cli import main
@@ -174,6 +174,16 @@ def test_invalid_targets(target: Any) -> None:
     for open_or_look in (Database.open, Database.begin_epoch, diagnose):
         with pytest.raises(InvalidArgumentError):
             open_or_look(target)
+
+
+@pytest.mark.parametrize("value", [None, 5, "audit_devices", MetaData(), [None]], ids=repr)
+@pytest.mark.parametrize("option", ["metadata", "acknowledged"])
+def test_an_invalid_collection(tmp_path: Path, option: str, value: Any) -> None:
+    """An argument that is not a collection of the right objects is refused before a directory is created."""
+    options: Any = {option: value}
+    with pytest.raises(InvalidArgumentError, match=f"{option} must be"):
+        Database.open(tmp_path / "new" / "homeagent.db", **options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_invalid_target_names_its_remedy(tmp_path: Path) -> None:
