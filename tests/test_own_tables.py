@@ -357,6 +357,18 @@ def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
             assert "geheim" not in str(caught.value)
 
 
+def test_a_statement_of_text_returns_its_rows(hub: Database[HubUnit]) -> None:
+    """The rows of a text, whose columns only the database knows, are tuples. A text without rows returns none."""
+    change = "UPDATE own_messages SET text = :text WHERE session_id = 's'"
+    with hub.unit_of_work() as unit:
+        unit.messages.add("s", "first")
+        assert unit.all(Statement(text("SELECT session_id, text FROM own_messages"))) == [("s", "first")]
+        assert unit.one(Statement(text(change + " RETURNING text")), text="second") == ("second",)
+        assert unit.write(Statement(text(change)), text="third") == 1
+        assert unit.all(Statement(text(change)), text="fourth") == []
+    assert [each.text for each in hub.store(MessageStore).of_session("s")] == ["fourth"]
+
+
 def test_an_unreadable_value_names_its_row_without_a_secret(hub: Database[HubUnit]) -> None:
     """The error for an unreadable value names table and column, and only a numeric key, as a text can be a secret."""
     with hub.unit_of_work() as unit:

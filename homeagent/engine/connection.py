@@ -239,6 +239,8 @@ class StoreConnection:
             # the number of changed rows only after the last row of RETURNING.
             if compiled.columns:
                 stored = cursor.fetchall()
+            elif compiled.is_text:
+                stored = self._rows_of_text(cursor)
         except HomeAgentError as error:
             failure = error
         except self._driver_errors as error:
@@ -255,6 +257,11 @@ class StoreConnection:
 
     read_alone = rows
     """Run one statement outside a unit. The statement must only read."""
+
+    def _rows_of_text(self, cursor: Any) -> Sequence[Row]:
+        """Return the rows of a statement that was made from text(), or no rows if the statement has no result."""
+        rows: Sequence[Row] = cursor.fetchall()
+        return rows
 
     def look_for_commits(self) -> bool:
         """Return True if another connection can have committed since the last call of this method."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 import sqlalchemy
 from pydantic import BaseModel
-from sqlalchemy import ColumnElement, CompoundSelect, Dialect, Float, Insert, Select, inspect
+from sqlalchemy import ColumnElement, CompoundSelect, Dialect, Float, Insert, Select, TextClause, inspect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import configure_mappers
 from sqlalchemy.sql.expression import ColumnClause
@@ -54,7 +54,7 @@ class Compiled(Generic[R]):
     The attribute `cascade` names the attribute of SQLAlchemy's ForeignKey that declares the effect on referencing rows.
     """
 
-    __slots__ = ("_dialect", "bind", "cascade", "columns", "load", "sql", "target", "writes")
+    __slots__ = ("_dialect", "bind", "cascade", "columns", "is_text", "load", "sql", "target", "writes")
 
     def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
         # Each expression of a `Statement` is also a ClauseElement, which has the method compile().
@@ -68,6 +68,8 @@ class Compiled(Generic[R]):
             _loader(expression, dialect) if returning is None else _model_loader(returning, dialect)
         )
         self.columns: list[Any] = _columns(expression, returning)
+        self.is_text: bool = isinstance(expression, TextClause)
+        """True if only the database knows whether the statement has rows."""
         self.target: str | None = getattr(getattr(expression, "table", None), "fullname", None)
         self.cascade: str | None = {"delete": "ondelete", "update": "onupdate"}.get(expression.__visit_name__)
         self._dialect = dialect
@@ -114,8 +116,8 @@ class Statement(Generic[R]):
 
     Create a `Statement` once, for example as a constant of a module. Each engine compiles the statement at its first
     use. A SELECT of one model gives instances of the model. The model must derive from `homeagent.Table`. A SELECT of
-    one column gives values, and a SELECT of several columns gives tuples. An INSERT without values has a parameter for
-    each column, except for the key that the database assigns.
+    one column gives values, and a SELECT of several columns gives tuples. A statement of SQLAlchemy's text() gives
+    tuples. An INSERT without values has a parameter for each column, except for the key that the database assigns.
 
     Args:
         make: expression of the statement or, for an upsert, a function that gets the dialect's `insert()` and returns

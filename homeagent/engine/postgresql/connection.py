@@ -86,6 +86,9 @@ class PostgreSQLConnection(StoreConnection):
         self.commit()
         return found
 
+    def _rows_of_text(self, cursor: Any) -> Sequence[Row]:
+        return () if cursor.description is None else super()._rows_of_text(cursor)
+
     def _command(self, sql: str) -> None:
         """Run an SQL command that has no parameters and no result, or raise psycopg's error."""
         if self._has_listeners:
