@@ -184,6 +184,8 @@ class Pairing:
     ) -> SecretStr:
         """Give a device a new secret (see `Database.rotate_secret`)."""
         check_duration(overlap, "overlap", zero=True)
+        if expected_paired_at is not None:
+            expected_paired_at = check_timestamp(expected_paired_at, "expected_paired_at")
         secret = generate_secret() if shared_secret is None else check_new_secret(shared_secret)
         while True:
             current = self._find_device(device_id)

@@ -327,7 +327,10 @@ def test_a_new_secret_has_eight_characters(database: Database) -> None:
     wrong: Any = "a plain text of the right length"
     with pytest.raises(InvalidArgumentError, match="must be a SecretStr, not str"):
         database.rotate_secret("lamp", wrong)
+    with pytest.raises(InvalidArgumentError, match="expected_paired_at must be aware"):
+        database.rotate_secret("lamp", expected_paired_at=START.replace(tzinfo=None))
     assert dump(database) == before
+    assert database.rotate_secret("lamp", expected_paired_at=START + timedelta(microseconds=999))
 
 
 def test_a_shorter_secret_that_is_stored_already_serves(database: Database) -> None:
