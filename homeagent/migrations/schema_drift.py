@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from sqlalchemy import CheckConstraint, ForeignKeyConstraint, text
+from sqlalchemy import CheckConstraint, ForeignKeyConstraint, MetaData, text
 from sqlalchemy.schema import CreateIndex
+from sqlalchemy.types import NullType
 
 from homeagent.engine.sqlite.inspection import reaches, scratch_sqlite
 from homeagent.errors import SchemaChangedError, SchemaTooNewError
@@ -21,7 +22,7 @@ from homeagent.migrations.revisions import REVISION, known_revisions, server_tri
 from homeagent.models import SCHEMA, TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Table
+    from sqlalchemy import Connection, Dialect, Table
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def schema_differences(connection: Connection) -> list[Difference]:
     """Compare a schema at this version's revision with the schema that homeagent's revisions create."""
     if connection.dialect.name == "sqlite":
         return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
-    wanted = {table.name: _modelled(connection, table) for table in SCHEMA}
+    wanted = {table.name: dict(_parts(table, connection.dialect)) for table in SCHEMA}
     return [
         *_compare(wanted, _postgresql_tables(connection)),
         *_postgresql_triggers(connection, REVISION),
@@ -244,23 +245,6 @@ def _clauses(body: str) -> Iterator[str]:
 
 # PostgreSQL
 
-_COLUMNS = text(
-    "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, pg_get_expr(d.adbin, d.adrelid),"
-    " co.collname, ty.typcollation <> a.attcollation"
-    " FROM pg_attribute a JOIN pg_type ty ON ty.oid = a.atttypid"
-    " LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum"
-    " LEFT JOIN pg_collation co ON co.oid = a.attcollation"
-    " WHERE a.attrelid = to_regclass(:name) AND a.attnum > 0 AND NOT a.attisdropped"
-)
-_CONSTRAINTS = text(
-    "SELECT conname, contype, pg_get_constraintdef(oid) FROM pg_constraint"
-    " WHERE conrelid = to_regclass(:name) AND contype NOT IN ('n', 't')"
-)
-_INDEXES = text(
-    "SELECT c.relname, i.indisunique, pg_get_indexdef(i.indexrelid), i.indisvalid FROM pg_index i"
-    " JOIN pg_class c ON c.oid = i.indexrelid WHERE i.indrelid = to_regclass(:name)"
-    " AND NOT EXISTS (SELECT 1 FROM pg_constraint k WHERE k.conindid = i.indexrelid)"
-)
 # The definition of a trigger is null if the trigger is disabled, or if its function has unexpected settings.
 _TRIGGERS = text(
     "SELECT 'trigger', tgname, tgtype & 2 = 2, CASE WHEN tgenabled IN ('O', 'A') AND p.prosecdef"
@@ -303,59 +287,36 @@ def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Diff
 
 
 def _postgresql_tables(connection: Connection) -> _Tables:
-    found: _Tables = {}
-    for table in TABLES:
-        parts = {}
-        for name, kind, not_null, default, collation, is_own in connection.execute(_COLUMNS, {"name": table}):
-            definition = _column(kind, collation if is_own else None, default, not_null)
-            parts[f"column {table}.{name}"] = _Part(definition, not_null and default is None)
-        for name, kind, definition in connection.execute(_CONSTRAINTS, {"name": table}):
-            parts[f"constraint {name} of {table}"] = _Part(_normalised(definition) if kind == "c" else definition)
-        for name, unique, sql, valid in connection.execute(_INDEXES, {"name": table}):
-            definition = _index(unique, sql.partition(" USING btree ")[2] if valid else "invalid")
-            parts[f"index {name} of {table}"] = _Part(definition, unique, name, sql)
-        if parts:
-            found[table] = parts
-    return found
+    found = MetaData()
+    found.reflect(connection, only=lambda name, _: name in TABLES, resolve_fks=False)
+    return {table.name: dict(_parts(table, connection.dialect)) for table in found.tables.values()}
 
 
-def _modelled(connection: Connection, table: Table) -> dict[str, _Part]:
-    dialect = connection.dialect
-    parts = {}
+def _parts(table: Table, dialect: Dialect) -> Iterator[tuple[str, _Part]]:
+    """Yield the parts of a table of homeagent's models, or of a table that SQLAlchemy read from the server."""
     for column in table.columns:
-        kind, _, collation = column.type.compile(dialect).partition(" COLLATE ")
+        kind = "unknown" if isinstance(column.type, NullType) else column.type.compile(dialect)
         default: Any = column.server_default
-        default = None if default is None else str(default.arg)
-        definition = _column(kind.lower(), collation.strip('"') or None, default, not column.nullable)
-        parts[f"column {table.name}.{column.name}"] = _Part(definition)
+        default = default and re.sub(r"::[\w ]+$", "", str(getattr(default, "arg", default)))
+        definition = f"{kind}{f' DEFAULT {default}' if default else ''} {'NULL' if column.nullable else 'NOT NULL'}"
+        yield f"column {table.name}.{column.name}", _Part(definition, not column.nullable and default is None)
     for constraint in table.constraints:
-        name = str(dialect.identifier_preparer.format_constraint(constraint))
         columns = ", ".join(column.name for column in getattr(constraint, "columns", ()))
         if isinstance(constraint, CheckConstraint):
-            definition = _normalised(f"CHECK ({constraint.sqltext})")
+            definition = f"CHECK {_normalised(str(constraint.sqltext))}"
         elif isinstance(constraint, ForeignKeyConstraint):
-            (element,) = constraint.elements
-            definition = f"FOREIGN KEY ({columns}) REFERENCES {element.column.table.name}({element.column.name})"
+            targets = ", ".join(element.target_fullname for element in constraint.elements)
+            actions = (constraint.ondelete, constraint.onupdate, constraint.deferrable, constraint.initially)
+            definition = " ".join(map(str, (f"FOREIGN KEY ({columns}) REFERENCES {targets}", *filter(None, actions))))
+        elif columns:
+            definition = f"{type(constraint).__name__} ({columns})"
         else:
-            definition = f"PRIMARY KEY ({columns})"
-        parts[f"constraint {name} of {table.name}"] = _Part(definition)
+            continue  # SQLAlchemy adds an empty primary key to a table without a primary key
+        name = dialect.identifier_preparer.format_constraint(constraint)
+        yield f"constraint {name} of {table.name}", _Part(definition)
     for index in table.indexes:
-        where = index.dialect_options["postgresql"]["where"]
-        columns = f"({', '.join(column.name for column in index.columns)})"
-        definition = _index(index.unique, columns if where is None else f"{columns} WHERE {where}")
         sql = " ".join(str(CreateIndex(index).compile(dialect=dialect)).split())
-        parts[f"index {index.name} of {table.name}"] = _Part(definition, bool(index.unique), index.name, sql)
-    return parts
-
-
-def _index(unique: bool | None, written: str) -> str:
-    return f"{'UNIQUE ' if unique else ''}{_normalised(written)}"
-
-
-def _column(kind: str, collation: str | None, default: str | None, not_null: bool) -> str:
-    default = None if default is None else re.sub(r"::[\w ]+$", "", default)
-    parts = [kind, f"COLLATE {collation}" if collation else "", f"DEFAULT {default}" if default else ""]
-    return " ".join([*filter(None, parts), "NOT NULL" if not_null else "NULL"])
+        yield f"index {index.name} of {table.name}", _Part(_normalised(sql), bool(index.unique), index.name, sql)
 
 
 def _normalised(written: str) -> str:
