@@ -17,7 +17,6 @@ from homeagent.engine.engine import Engine
 from homeagent.engine.target import conceal
 from homeagent.errors import CorruptDatabaseError, DatabaseClosedError, InvalidArgumentError
 from homeagent.frame_locals import clears_locals
-from homeagent.models.limits import Limits
 from homeagent.models.types import check_duration, check_names
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
@@ -31,9 +30,6 @@ class DatabaseMaintenance:
     """Base class of `Database` with the methods for maintenance. `Database.__init__` sets the attributes."""
 
     _engine: Engine
-    _clock: Clock
-    _limits: Limits
-    _timeout: float
     _settings: UnitSettings
     _mutex: threading.RLock
     _sweepers: list[maintenance.Sweeper]
@@ -62,30 +58,9 @@ class DatabaseMaintenance:
             time_budget: maximum duration. With `time_budget=None`, the sweep continues until no expired row is left.
             dry_run: True to count the rows without deleting the rows.
         """
-        return self._sweep(batch_size, time_budget, dry_run=dry_run)
-
-    def _sweep(
-        self,
-        batch_size: int = 100,
-        time_budget: timedelta | None = None,
-        *,
-        dry_run: bool = False,
-        stop: threading.Event | None = None,
-    ) -> maintenance.SweepReport:
         from homeagent.maintenance.sweep import sweep
 
-        report = sweep(
-            self._settings,
-            batch_size=batch_size,
-            time_budget=time_budget,
-            pending_ttl=self._limits.pending_ttl,
-            changes_kept=self._limits.changes_kept,
-            dry_run=dry_run,
-            stop=stop,
-        )
-        if not dry_run:
-            self._engine.counters.cleaned(report.deleted)
-        return report
+        return sweep(self._settings, batch_size=batch_size, time_budget=time_budget, dry_run=dry_run)
 
     def sweeper(
         self,
@@ -111,7 +86,7 @@ class DatabaseMaintenance:
             DatabaseError: if a schedule of backups is given, and the database is on PostgreSQL.
             DatabaseClosedError: if the database was closed.
         """
-        from homeagent.maintenance.sweep import Sweeper
+        from homeagent.maintenance.sweep import Sweeper, sweep
 
         if backups is not None:
             from homeagent.maintenance.backups import back_up_on_schedule, require_file
@@ -124,9 +99,9 @@ class DatabaseMaintenance:
             check = ContentCheck(self._engine, every=check_duration(check_every, "check_every"))
 
         def run(stop: threading.Event) -> maintenance.SweepReport:
-            report = self._sweep(stop=stop)
+            report = sweep(self._settings, stop=stop)
             if backups is not None:
-                back_up_on_schedule(self._engine, backups, clock=self._clock, stop=stop.is_set)
+                back_up_on_schedule(self._settings, backups, stop.is_set)
             if check is not None:
                 check.run_if_due(stop.is_set)
             return report
@@ -173,14 +148,7 @@ class DatabaseMaintenance:
         from homeagent.maintenance.backups import back_up
 
         self._require_open()
-        return back_up(
-            self._engine,
-            destination,
-            clock=self._clock,
-            keep=keep,
-            replace=replace,
-            timeout=timedelta(seconds=self._timeout),
-        )
+        return back_up(self._settings, destination, keep=keep, replace=replace)
 
     @clears_locals
     def copy_to(
@@ -227,9 +195,8 @@ class DatabaseMaintenance:
                 f"target must be an open Database, not {type(target).__name__}: see Database.open"
             )
         return copy_store(
-            (self._engine, target._engine),
-            lambda: UnitOfWork(self._settings, read_only=True),
-            lambda: UnitOfWork(target._settings, read_only=False),
+            self._settings,
+            target._settings,
             live=live,
             leave=check_names(leave, "leave", "notes"),
             progress=progress,
@@ -248,13 +215,7 @@ class DatabaseMaintenance:
         from homeagent.maintenance.doctor.diagnosis import diagnose_open
 
         self._require_open()
-        return diagnose_open(
-            self._engine,
-            lambda: UnitOfWork(self._settings, read_only=True),
-            clock=self._clock,
-            thorough=thorough,
-            fix=fix,
-        )
+        return diagnose_open(self._settings, thorough=thorough, fix=fix)
 
     def counters(self) -> maintenance.DatabaseCounters:
         """Return the counters of this process since the database was opened. A program can call the method every

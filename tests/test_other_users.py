@@ -248,7 +248,7 @@ def test_an_unsafe_backup_does_not_count(sqlite_path: Path, tmp_path: Path, cloc
         assert newest_backup(sqlite_path) == good
         clock.advance(hours=1)
         due = BackupSchedule(f"{backups}/", every=timedelta(minutes=90))
-        newest = back_up_if_due(database._engine, due, clock=clock, stop=lambda: False)
+        newest = back_up_if_due(database._settings, due)
         assert newest is not None
         clock.advance(hours=1)
         database.backup(f"{backups}/", keep=2)

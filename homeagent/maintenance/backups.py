@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from homeagent.engine.files.database_file import inspect_file, locate_file, side
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import explained, quoted
-from homeagent.engine.sqlite.backup import Stop, backup_name, discard, write_backup
+from homeagent.engine.sqlite.backup import Stop, backup_name, discard, never_stop, write_backup
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, note_path, remember_backup
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from homeagent.clock import Clock
     from homeagent.engine.engine import Engine
     from homeagent.maintenance.sweep import BackupSchedule
+    from homeagent.unit_settings import UnitSettings
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -42,18 +44,9 @@ def require_file(engine: Engine) -> SQLiteEngine:
     return engine
 
 
-def back_up(
-    engine: Engine,
-    destination: str | os.PathLike[str],
-    *,
-    clock: Clock,
-    keep: int | None = None,
-    replace: bool = False,
-    timeout: timedelta,
-    stop: Stop = lambda: False,
-) -> Path:
+def back_up(settings: UnitSettings, destination: str | os.PathLike[str], *, keep: int | None, replace: bool) -> Path:
     """Make a verified backup, and return its path (see `Database.backup`)."""
-    engine = require_file(engine)
+    engine = require_file(settings.engine)
     if keep is not None:
         check_limit(keep, "keep")
     refuse_address(destination)
@@ -62,41 +55,37 @@ def back_up(
     into_directory = where.is_dir() or given.endswith(("/", os.sep))
     directory = where if into_directory else where.parent
     prepare_directory(directory)
-    with FileLock(directory / _LOCK, timeout=timeout):
+    with FileLock(directory / _LOCK, timeout=timedelta(seconds=settings.timeout)):
         if into_directory:
-            return _make_in(directory, engine, clock=clock, keep=keep, stop=stop)
+            return _make_in(directory, engine, settings.now, keep)
         _refuse_files_in_use(engine.path, where)
         if replace:
             inspect_file(where, is_database=False, repair=False)
         discard(_partial(where))
-        return _make(where, engine, taken_at=clock(), keep=keep, replace=replace, stop=stop)
+        return _make(where, engine, settings.now(), keep, replace=replace)
 
 
-def back_up_if_due(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> Path | None:
+def back_up_if_due(settings: UnitSettings, schedule: BackupSchedule, stop: Stop = never_stop) -> Path | None:
     """Make a backup if the schedule requires a backup. Return None if this process makes no backup."""
-    engine = require_file(engine)
+    engine, clock = require_file(settings.engine), settings.now
     directory = locate_file(schedule.directory)
     if not _is_due(engine.path, directory, schedule, clock()):
         return None
     prepare_directory(directory)
-    lock = FileLock(directory / _LOCK, timeout=timedelta(0))
-    try:
-        lock.acquire()
-    except DatabaseBusyError:
-        return None
-    try:
-        # Check again under the lock, because another process can have made the backup before this process got the lock.
-        if not _is_due(engine.path, directory, schedule, clock()):
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(FileLock(directory / _LOCK, timeout=timedelta(0)))
+        except DatabaseBusyError:
             return None
-        return _make_in(directory, engine, clock=clock, keep=schedule.keep, stop=stop)
-    finally:
-        lock.release()
+        # Check again under the lock, because another process can have made the backup before this process got the lock.
+        due = _is_due(engine.path, directory, schedule, clock())
+        return _make_in(directory, engine, clock, schedule.keep, stop) if due else None
 
 
-def back_up_on_schedule(engine: Engine, schedule: BackupSchedule, *, clock: Clock, stop: Stop) -> None:
+def back_up_on_schedule(settings: UnitSettings, schedule: BackupSchedule, stop: Stop) -> None:
     """Make a scheduled backup if it is due. Log the error of a failed backup, so that the caller continues."""
     try:
-        back_up_if_due(engine, schedule, clock=clock, stop=stop)
+        back_up_if_due(settings, schedule, stop)
     except HomeAgentError as error:
         if not stop():
             logger.warning(
@@ -106,17 +95,23 @@ def back_up_on_schedule(engine: Engine, schedule: BackupSchedule, *, clock: Cloc
             )
 
 
-def _make_in(directory: Path, engine: SQLiteEngine, *, clock: Clock, keep: int | None, stop: Stop) -> Path:
+def _make_in(directory: Path, engine: SQLiteEngine, clock: Clock, keep: int | None, stop: Stop = never_stop) -> Path:
     _remove_stale(directory, engine.path)
     with engine.reading() as connection:
         revision = revision_of(connection) or "none"
     taken_at = clock()
     target = _free_name(directory / backup_name(engine.path, revision, taken_at))
-    return _make(target, engine, taken_at=taken_at, keep=keep, replace=False, stop=stop)
+    return _make(target, engine, taken_at, keep, stop=stop)
 
 
 def _make(
-    target: Path, engine: SQLiteEngine, *, taken_at: datetime, keep: int | None, replace: bool, stop: Stop
+    target: Path,
+    engine: SQLiteEngine,
+    taken_at: datetime,
+    keep: int | None,
+    *,
+    replace: bool = False,
+    stop: Stop = never_stop,
 ) -> Path:
     manifest = write_backup(
         engine, target, partial=_partial(target), taken_at=taken_at, kind="backup", replace=replace, stop=stop

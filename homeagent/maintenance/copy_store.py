@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -33,6 +33,7 @@ from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.models import store_table
 from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings
 
 
 class CopyReport(BaseModel, frozen=True):
@@ -65,16 +66,16 @@ class CopyProgress:
 
 
 def copy_store(
-    engines: tuple[Engine, Engine],
-    open_source: Callable[[], AbstractContextManager[UnitOfWork]],
-    open_target: Callable[[], AbstractContextManager[UnitOfWork]],
+    read: UnitSettings,
+    written: UnitSettings,
     *,
     live: bool,
     leave: Collection[str] = (),
     progress: Callable[[CopyProgress], object] | None,
 ) -> CopyReport:
-    """Copy all rows of the first engine's store into the empty store of the second engine (see `Database.copy_to`)."""
-    with open_target() as target, open_source() as source:
+    """Copy all rows of one store into another store, which is empty (see `Database.copy_to`)."""
+    engines = read.engine, written.engine
+    with UnitOfWork(written, read_only=False) as target, UnitOfWork(read, read_only=True) as source:
         origin, destination = source.session.connection(), target.session.connection()
         acknowledged = engines[0].acknowledged | engines[1].acknowledged
         for connection, location in ((origin, "the source"), (destination, "the target")):
@@ -95,7 +96,7 @@ def copy_store(
         _copy(origin, target, tables, own, step("copying"))
         _analyze(destination, tables)
         # Compare the target with a new snapshot of the source, to find rows that were written during the copy.
-        with nullcontext(source) if live else open_source() as later:
+        with nullcontext(source) if live else UnitOfWork(read, read_only=True) as later:
             differing = _first_difference(later.session.connection(), destination, tables, step("comparing"))
         if differing is not None:
             if not live and _first_difference(origin, destination, tables, lambda table, rows: None) is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tuple_
 
@@ -27,6 +27,7 @@ from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
 Kind = Literal["nonces", "idempotency_keys", "pending_devices", "device_changes"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _FIRST = datetime.min.replace(tzinfo=UTC)
 

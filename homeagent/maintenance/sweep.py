@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from homeagent.clock import monotonic
 from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
-from homeagent.maintenance.expired_rows import ExpiredRows, Kind
+from homeagent.maintenance.expired_rows import KINDS, ExpiredRows, Kind
 from homeagent.models.types import check_duration, check_limit, check_wait
 from homeagent.stores.nonces import NONCE_GRACE
 from homeagent.unit_settings import UnitSettings
@@ -97,35 +97,30 @@ class SweepReport(BaseModel, frozen=True):
 def sweep(
     settings: UnitSettings,
     *,
-    batch_size: int,
-    time_budget: timedelta | None,
-    pending_ttl: timedelta | None = None,
-    changes_kept: timedelta | None = None,
+    batch_size: int = 100,
+    time_budget: timedelta | None = None,
     dry_run: bool = False,
     stop: threading.Event | None = None,
+    kinds: Collection[Kind] = KINDS,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
-    """Delete expired rows in batches (see `Database.sweep`). With `pending_ttl=None`, the sweep deletes no device."""
+    """Delete expired rows of the given kinds in batches (see `Database.sweep`)."""
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
     stopped = stop or threading.Event()
     pace = Pace(batch_size)
-    tables: dict[Kind, timedelta | None] = {
-        "nonces": NONCE_GRACE,
-        "idempotency_keys": timedelta(0),
-        "pending_devices": pending_ttl,
-        "device_changes": changes_kept,
-    }
-    removed = dict.fromkeys(tables, 0)
+    limits = settings.limits
+    graces = dict(zip(KINDS, (NONCE_GRACE, timedelta(0), limits.pending_ttl, limits.changes_kept), strict=True))
+    removed = dict.fromkeys(KINDS, 0)
     skipped: Counter[str] = Counter()
 
     def paused(seconds: float) -> bool:
         return (deadline is None or monotonic() + seconds < deadline) and not stopped.wait(seconds)
 
     done = True
-    for kind, grace in tables.items():
-        if done and grace is not None:
-            rows = ExpiredRows(settings, kind, grace, monotonic)
+    for kind in kinds:
+        if done:
+            rows = ExpiredRows(settings, kind, graces[kind], monotonic)
             if dry_run:
                 removed[kind] = rows.count()
                 continue
@@ -134,6 +129,8 @@ def sweep(
     report = SweepReport.model_validate(
         {**removed, "more": not done, "skipped": skipped.total(), "constraints": tuple(sorted(skipped))}
     )
+    if not dry_run:
+        settings.engine.counters.cleaned(report.deleted)
     if report.skipped:
         logger.warning(
             "%d expired row(s) were skipped, because a constraint of an application's table keeps them: %s",

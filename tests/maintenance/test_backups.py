@@ -525,7 +525,7 @@ def test_schedule(sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
     schedule = BackupSchedule(tmp_path / "backups", every=DAY, keep=2)
 
     def due(database: Database) -> bool:
-        return back_up_if_due(database._engine, schedule, clock=clock, stop=lambda: False) is not None
+        return back_up_if_due(database._settings, schedule) is not None
 
     with Database.open(sqlite_path, clock=clock) as database:
         assert due(database)
@@ -588,14 +588,14 @@ def test_stopped_sweeper_ends_its_backup(
     assert names(directory) == set()
 
 
-def test_two_schedules_make_one(sqlite_database: Database, clock: FakeClock, tmp_path: Path) -> None:
+def test_two_schedules_make_one(sqlite_database: Database, tmp_path: Path) -> None:
     """If one process makes a due backup, another process with the same schedule makes none."""
     from homeagent.engine.files.locks import FileLock
 
     directory = tmp_path / "backups"
     directory.mkdir()
     with FileLock(directory / ".homeagent-backups.lock"):
-        made = back_up_if_due(sqlite_database._engine, BackupSchedule(directory), clock=clock, stop=lambda: False)
+        made = back_up_if_due(sqlite_database._settings, BackupSchedule(directory))
     assert made is None
     assert names(directory) == set()
 
@@ -609,9 +609,7 @@ from homeagent.maintenance.backups import back_up_on_schedule
 with Database.open(sys.argv[1]) as database:
     print("ready", flush=True)
     sys.stdin.readline()
-    back_up_on_schedule(
-        database._engine, BackupSchedule(sys.argv[2]), clock=database._clock, stop=lambda: False
-    )
+    back_up_on_schedule(database._settings, BackupSchedule(sys.argv[2]), stop=lambda: False)
 """
 
 
@@ -622,7 +620,7 @@ def test_processes_share_a_schedule(sqlite_path: Path, tmp_path: Path, children:
 
 
 def test_backup_made_meanwhile_is_enough(
-    sqlite_database: Database, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If another process made the due backup before the lock was free, no second backup is made."""
     from homeagent.maintenance import backups
@@ -635,5 +633,5 @@ def test_backup_made_meanwhile_is_enough(
         sqlite_database.backup(f"{directory}/")
 
     monkeypatch.setattr(backups, "prepare_directory", others_first)
-    assert back_up_if_due(sqlite_database._engine, schedule, clock=clock, stop=lambda: False) is None
+    assert back_up_if_due(sqlite_database._settings, schedule) is None
     assert len(list((tmp_path / "backups").glob("*.backup"))) == 1

@@ -21,8 +21,7 @@ from sqlalchemy import make_url, text
 from homeagent import Database, DeviceChange, IdempotencyScope, UnitOfWork, errors
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.maintenance import CopyProgress
-from homeagent.maintenance.copied_tables import PAGE, PAGE_WITH_JSON
-from homeagent.maintenance.copy_store import copy_store
+from homeagent.maintenance.copied_tables import PAGE, PAGE_WITH_JSON, CopiedTable
 from homeagent.models import DATA_TABLES, SCHEMA
 from tests.conftest import (
     Administer,
@@ -457,31 +456,24 @@ TRIGGERS = {
 
 
 @pytest.mark.parametrize("target", BOTH)
-def test_differing_rows_are_detected(target: str, make_store: MakeStore, clock: FakeClock) -> None:
+def test_differing_rows_are_detected(
+    target: str, make_store: MakeStore, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If one number in one of two thousand rows differs in the target, the copy raises an error and is undone."""
     with Database.open(make_store("sqlite"), clock=clock) as ours, Database.open(make_store(target)) as theirs:
         fill(ours)
         empty = stored(theirs)
-        writing: list[UnitOfWork] = []
+        insert, statements = CopiedTable.insert, list(TRIGGERS[target])
 
-        def open_target() -> UnitOfWork:
-            writing.append(theirs.unit_of_work())
-            return writing[0]
-
-        def meddle(progress: CopyProgress) -> None:
+        def meddle(table: CopiedTable, unit: UnitOfWork, page: Any) -> None:
             # Create the trigger in the copy's own transaction: an existing trigger would be refused before.
-            if progress.step == "copying" and progress.table == "agents":
-                for statement in TRIGGERS[target]:
-                    writing[0].session.connection().exec_driver_sql(statement)
+            while statements and table.name == "nonces":
+                unit.session.connection().exec_driver_sql(statements.pop(0))
+            insert(table, unit, page)
 
+        monkeypatch.setattr(CopiedTable, "insert", meddle)
         with pytest.raises(errors.DatabaseError, match="nonces is not the same on both sides"):
-            copy_store(
-                (ours._engine, theirs._engine),
-                lambda: ours.unit_of_work(read_only=True),
-                open_target,
-                live=False,
-                progress=meddle,
-            )
+            ours.copy_to(theirs)
         assert stored(theirs) == empty
 
 

@@ -50,6 +50,11 @@ _STOPPED = "the backup was stopped before it was complete: the partial copy was 
 Stop = Callable[[], bool]
 
 
+def never_stop() -> bool:
+    """Let a backup run to its end."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Contents:
     """Those attributes of a manifest that a connection reads from the database."""
@@ -74,7 +79,7 @@ def write_backup(
     taken_at: datetime,
     kind: Kind,
     replace: bool = False,
-    stop: Stop = lambda: False,
+    stop: Stop = never_stop,
 ) -> Manifest:
     """Copy an open database to a new file in rollback mode, which needs no WAL, and write the manifest next to the
     copy. Until the end of the verification, the copy has the path `partial`, which must be in the directory of the

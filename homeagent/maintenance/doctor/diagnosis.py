@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from os import PathLike
 from typing import TYPE_CHECKING
 
 from homeagent.clock import Clock, system_clock
-from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.target import Target, conceal, resolve_target
@@ -21,15 +20,13 @@ from homeagent.maintenance.doctor.repair import repair
 from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair
 from homeagent.maintenance.doctor.sqlite import check_sqlite
 from homeagent.models.types import check_timestamp
+from homeagent.unit_of_work import UnitOfWork
+from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
 logger: logging.Logger = logging.getLogger("homeagent")
-
-OpenUnit = Callable[[], AbstractContextManager[object]]
-
-_NO_READER: OpenUnit = nullcontext
 
 QUICK = timedelta(seconds=10)
 """Longest time for one check, unless the diagnosis is thorough."""
@@ -72,20 +69,19 @@ def diagnose(
     return _diagnose(where, clock, frozenset(acknowledged), thorough=thorough, fix=fix)
 
 
-def diagnose_open(engine: Engine, read: OpenUnit, *, clock: Clock, thorough: bool, fix: bool) -> Diagnosis:
+def diagnose_open(settings: UnitSettings, *, thorough: bool, fix: bool) -> Diagnosis:
     """Check a database that the calling process has open (see `Database.doctor`)."""
-    target, reader = Target(url=engine.sa_engine.url), _NO_READER
-    if isinstance(engine, SQLiteEngine):
-        target, reader = Target(path=engine.path), read
-    return _diagnose(target, clock, engine.acknowledged, thorough=thorough, fix=fix, engine=engine, read=reader)
+    engine = settings.engine
+    target = Target(path=engine.path) if isinstance(engine, SQLiteEngine) else Target(url=engine.sa_engine.url)
+    return _diagnose(target, settings.now, engine.acknowledged, thorough=thorough, fix=fix, settings=settings)
 
 
 @contextmanager
-def _reading(read: OpenUnit) -> Iterator[None]:
+def _reading(settings: UnitSettings) -> Iterator[None]:
     """Hold a read-only unit open if possible, so that SQLite keeps the WAL index and the doctor creates no file."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(read())
+            stack.enter_context(UnitOfWork(settings, read_only=True))
         except DatabaseClosedError:
             raise
         except DatabaseError as error:
@@ -104,22 +100,21 @@ def _diagnose(
     *,
     thorough: bool,
     fix: bool,
-    engine: Engine | None = None,
-    read: OpenUnit = _NO_READER,
+    settings: UnitSettings | None = None,
 ) -> Diagnosis:
     def check(repairs: Sequence[Repair]) -> Diagnosis:
         limit = None if thorough else QUICK
         now = check_timestamp(clock(), "the clock's time")
         collector = Collector(now, acknowledged, thorough=thorough, watch=Stopwatch(limit))
-        with _reading(read):
-            if target.path is not None:
-                collector.database_option = f" --database {shlex.quote(str(target.path))}"
+        if target.path is not None:
+            collector.database_option = f" --database {shlex.quote(str(target.path))}"
+            with nullcontext() if settings is None else _reading(settings):
                 check_sqlite(collector, target.path)
-            elif target.url is not None:
-                check_postgresql(collector, target.url, limit=limit)
+        elif target.url is not None:
+            check_postgresql(collector, target.url, limit=limit)
         kind = "postgresql" if target.path is None else "sqlite"
         return collector.diagnosis(location=target.location, engine=kind, repairs=repairs)
 
     found = check(())
-    repairs = repair(found, target, clock=clock, engine=engine) if fix else []
+    repairs = repair(found, target, clock, settings) if fix else []
     return check(repairs) if repairs else found

@@ -12,7 +12,6 @@ from typing import Any
 from sqlalchemy import bindparam, exists, or_, update
 
 from homeagent.clock import Clock
-from homeagent.engine.engine import Engine
 from homeagent.engine.files.permissions import FILE_MODE, change_mode
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
@@ -67,7 +66,7 @@ _HANDS_OFF = (
 )
 
 
-def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine | None) -> list[Repair]:
+def repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSettings | None) -> list[Repair]:
     """Make the repairs that the findings of the diagnosis allow. Return all repairs, including failed repairs."""
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
@@ -81,15 +80,15 @@ def repair(diagnosis: Diagnosis, target: Target, *, clock: Clock, engine: Engine
     present = "schema_revision" in found and "schema_revision" not in bad
     if not present or any(bad.get(check) is Severity.CRITICAL for check in _HANDS_OFF):
         return done
-    if target.path is not None and engine is None and "wal" in bad and "mode" in found["wal"].facts:
+    if target.path is not None and settings is None and "wal" in bad and "mode" in found["wal"].facts:
         with _noted(done, "wal"):
             _switch_to_wal(target.path, done)
     needed = [check for check in _REPAIRS if check in bad and "mode" not in found[check].facts]
     if needed:
-        with _noted(done, needed[0]), _opened(target, clock, engine) as settings:
+        with _noted(done, needed[0]), _opened(target, clock, settings) as used:
             for check in needed:
                 with _noted(done, check):
-                    done += [Repair(check=check, action=action) for action in _REPAIRS[check](settings)]
+                    done += [Repair(check=check, action=action) for action in _REPAIRS[check](used)]
     return done
 
 
@@ -128,17 +127,16 @@ def _switch_to_wal(path: Path, done: list[Repair]) -> None:
 
 
 @contextmanager
-def _opened(target: Target, clock: Clock, engine: Engine | None) -> Iterator[UnitSettings]:
-    used = engine or open_engine(target.url or target.path, clock=clock, migrate=False)
-    try:
-        yield UnitSettings(used, clock, BUSY_TIMEOUT.total_seconds(), UnitOfWork)
-    finally:
-        if engine is None:
-            used.close()
+def _opened(target: Target, clock: Clock, settings: UnitSettings | None) -> Iterator[UnitSettings]:
+    if settings is not None:
+        yield settings
+        return
+    with closing(open_engine(target.url or target.path, clock=clock, migrate=False)) as engine:
+        yield UnitSettings(engine, clock, BUSY_TIMEOUT.total_seconds(), UnitOfWork)
 
 
 def _sweep(settings: UnitSettings) -> Iterator[str]:
-    report = sweep(settings, batch_size=100, time_budget=None)
+    report = sweep(settings, kinds=("nonces", "idempotency_keys"))
     yield f"swept {report.nonces:,} nonces and {report.idempotency_keys:,} idempotency keys that had expired"
 
 
