@@ -25,7 +25,7 @@ from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.in_use import kept_from_sqlite
-from homeagent.engine.sqlite.inspection import Stopwatch, inspect_sqlite
+from homeagent.engine.sqlite.inspection import inspect_sqlite
 from homeagent.engine.target import Target, conceal, resolve_target
 from homeagent.environment import BUSY_TIMEOUT
 from homeagent.errors import DatabaseBusyError, ForeignDatabaseError, InvalidArgumentError
@@ -129,7 +129,7 @@ def preview_adoption(
         file = SQLiteEngine(path, busy_timeout=busy_timeout, durability="full")
         with closing(file), file.translated(), file.driver_connection() as raw:
             raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
-    with inspect_sqlite(path, watch=Stopwatch(None)) as connection:
+    with inspect_sqlite(path) as connection:
         report = _examine(connection, application, where.location)
         if report is not None and report.application_id != APPLICATION_ID:
 

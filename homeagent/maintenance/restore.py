@@ -10,10 +10,10 @@ import logging
 import os
 import stat
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
@@ -23,7 +23,6 @@ from homeagent.engine.files.database_file import (
     look_at,
     refuse_insecure,
     secure_sidecars,
-    sidecars,
     size_of,
 )
 from homeagent.engine.files.directories import prepare_directory
@@ -31,10 +30,10 @@ from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.owners import backup_owners
 from homeagent.engine.files.system_errors import quoted
-from homeagent.engine.sqlite.backup import discard
-from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, connect
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path, sidecar_lock
 from homeagent.engine.sqlite.in_use import alone, in_use_path, kept_from_sqlite
+from homeagent.engine.sqlite.inspection import inspect_sqlite
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest
 from homeagent.engine.sqlite.replacement import epoch_of_marker, quarantine_path, replace_database
 from homeagent.engine.target import Given, refuse_address, resolve_target
@@ -49,7 +48,6 @@ from homeagent.errors import (
 from homeagent.maintenance.staging import (
     SQLITE_HEADER,
     Devices,
-    copy_file,
     damaged,
     devices_of,
     header_of,
@@ -155,25 +153,17 @@ def restore(
 
 def _read_old_database(database: Path) -> tuple[int, Devices | None]:
     """Return the epoch and the devices of the old database. For a value that can't be read, return 0 or None."""
-    if not os.path.lexists(database):
-        return 0, None
-    # Read a copy, because SQLite would checkpoint and remove the original's WAL at close.
-    copy = database.with_name(f"{database.name}.before.restoring")
-    discard(copy)
     epoch = 0
+    if not size_of(database):
+        return epoch, None
     try:
-        for original, target in zip((database, *sidecars(database)), (copy, *sidecars(copy)), strict=True):
-            if os.path.lexists(original) and not original.name.endswith("-shm"):
-                copy_file(original, target, database=database)
-        with closing(connect(str(copy))) as raw:
-            raw.execute("PRAGMA trusted_schema=OFF")
+        with inspect_sqlite(database, is_closed=True) as connection:
+            raw: Any = connection.connection.driver_connection
             with suppress(*DRIVER_ERRORS, TypeError, ValueError):  # the file is damaged, or has no epoch column
                 epoch = int(raw.execute("SELECT epoch FROM store").get)
             return epoch, devices_of(raw)
     except (*DRIVER_ERRORS, DatabaseError, TypeError, ValueError):  # the database is damaged, or the disk failed
         return epoch, None
-    finally:
-        discard(copy)
 
 
 def _compared(before: Devices | None, now: Devices) -> tuple[list[str] | None, list[str] | None]:

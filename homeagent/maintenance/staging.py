@@ -5,9 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-import shutil
 from collections.abc import Collection
-from contextlib import closing
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from homeagent.engine.files.database_file import OPEN_FLAGS, create_descriptor, 
 from homeagent.engine.files.owners import backup_owners
 from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
-from homeagent.engine.sqlite.backup import Contents, discard, has_broken_reference, read_contents
-from homeagent.engine.sqlite.dialect import connect
+from homeagent.engine.sqlite.backup import Contents, discard, find_damage, read_contents, require_room
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine, lock_path
 from homeagent.engine.sqlite.manifests import Manifest
 from homeagent.engine.sqlite.replacement import new_path
-from homeagent.errors import CorruptDatabaseError, DatabaseError, DiskFullError, HomeAgentError
+from homeagent.errors import CorruptDatabaseError, DatabaseError, HomeAgentError
 from homeagent.migrations import revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import open_sqlite
@@ -107,15 +104,8 @@ def stage(
 
 
 def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path) -> None:
-    needed = source.stat().st_size
-    with explained("look for room in", new.parent):
-        free = shutil.disk_usage(new.parent).free
-    if free < needed:
-        raise DiskFullError(
-            f"there is no room to restore in {quoted(new.parent)}: the new database takes {needed:,} bytes next to the "
-            f"old one, and {free:,} are free; free some space"
-        )
-    digest = copy_file(source, new, database=database)
+    require_room(source.stat().st_size, new.parent, "a second database")
+    digest = _copy_file(source, new, database=database)
     if manifest is not None:
         if digest != manifest.sha256:
             raise damaged(source, "its SHA-256 is not the one in its manifest")
@@ -125,11 +115,11 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
     has_wal_format = header_of(source, database)[18:20] == _WAL_FORMAT
     sidecar, new_sidecar = (log, new_log) if has_wal_format else (journal, new_journal)
     if os.path.lexists(sidecar):
-        copy_file(sidecar, new_sidecar, database=database)
+        _copy_file(sidecar, new_sidecar, database=database)
 
 
-def copy_file(source: Path, new: Path, *, database: Path) -> str:
-    """Copy a database or a backup to a new private file, and return the SHA-256."""
+def _copy_file(source: Path, new: Path, *, database: Path) -> str:
+    """Copy a backup or its sidecar file to a new private file, and return the SHA-256."""
     digest = hashlib.sha256()
     with explained("copy the backup to", new):
         descriptor = create_descriptor(new)
@@ -143,14 +133,10 @@ def copy_file(source: Path, new: Path, *, database: Path) -> str:
 
 
 def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Contents:
-    with closing(connect(str(engine.path))) as raw:
-        raw.execute("PRAGMA trusted_schema=OFF")
-        raw.execute("PRAGMA cell_size_check=ON")
-        verdict = str(raw.execute("PRAGMA integrity_check(1)").get)
-        if verdict != "ok":
-            raise damaged(source, verdict.splitlines()[0])
-        if has_broken_reference(raw):
-            raise damaged(source, "a row refers to a row that does not exist")
+    with engine.driver_connection() as raw:
+        problem = find_damage(raw)
+        if problem is not None:
+            raise damaged(source, problem)
         found = read_contents(raw)
     if found.schema_revision is None:
         raise damaged(source, "it contains no homeagent tables")

@@ -426,7 +426,7 @@ def small_disk(tmp_path: Path) -> Any:
 def test_full_disk(sqlite_database: Database, small_disk: Path, monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
     """If the disk is full before or during a backup, an error is raised and no file is left."""
     if not asked:
-        monkeypatch.setattr(engine_backup, "_require_room", lambda *_: None)
+        monkeypatch.setattr(engine_backup, "require_room", lambda *_: None)
     with sqlite_database.unit_of_work() as unit:
         for number in range(300):
             unit.agents.create(AgentCreate(id=str(number), name="A", workspace_path="/a", config={"x": "y" * 1000}))
@@ -571,14 +571,14 @@ def test_stopped_sweeper_ends_its_backup(
     """If a sweeper is stopped, a running backup ends and no file is left."""
     directory = tmp_path / "backups"
     begun, go_on = threading.Event(), threading.Event()
-    require_room = engine_backup._require_room
+    require_room = engine_backup.require_room
 
     def wait(*arguments: Any) -> None:
         begun.set()
         go_on.wait(30)
         require_room(*arguments)
 
-    monkeypatch.setattr(engine_backup, "_require_room", wait)
+    monkeypatch.setattr(engine_backup, "require_room", wait)
     sweeper = sqlite_database.sweeper(backups=BackupSchedule(directory))
     sweeper.start()
     assert begun.wait(30)

@@ -5,7 +5,6 @@ SQLite only: PostgreSQL has its own tools, and a restore replaces files.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -22,7 +21,6 @@ from typing import Any
 import pytest
 
 from homeagent import Database, DevicePair, Role, errors
-from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.in_use import hold_in_use_lock
 from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.engine.sqlite.replacement import new_path, quarantine_path
@@ -497,11 +495,10 @@ def test_database_in_a_snapshot(sqlite_path: Path, tmp_path: Path, in_use: bool)
 def test_target_that_the_disk_can_not_read(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the disk cannot read the target, the target is replaced like any damaged database."""
 
-    def fail(source: Path, new: Path, **_: Any) -> str:
-        with explained("copy the backup to", new):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def fail(path: Path, **_: Any) -> Any:
+        raise errors.DatabaseIOError(f"{path} can't be read")
 
-    monkeypatch.setattr(restore, "copy_file", fail)
+    monkeypatch.setattr(restore, "inspect_sqlite", fail)
     report = Database.restore(backup, sqlite_path)
     assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
     assert report.kept_aside is not None
@@ -513,7 +510,7 @@ def test_no_room_for_two_databases(sqlite_path: Path, backup: Path, monkeypatch:
     """If the disk has no room for both databases, the error is raised before a byte is written."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     before = listing(sqlite_path.parent)
-    with pytest.raises(errors.DiskFullError, match="no room to restore"):
+    with pytest.raises(errors.DiskFullError, match="no room for a second database"):
         Database.restore(backup, sqlite_path)
     assert listing(sqlite_path.parent) == before
 

@@ -162,8 +162,13 @@ def read_contents(raw: Any) -> Contents:
     )
 
 
-def has_broken_reference(raw: Any) -> bool:
-    """Return True if homeagent's tables refer to a missing row. For the application's tables, only log a warning."""
+def find_damage(raw: Any) -> str | None:
+    """Return the first problem of SQLite's integrity check or of the references of homeagent's tables, or None. For
+    missing rows to which the application's tables refer, only log a warning.
+    """
+    verdict = str(raw.execute("PRAGMA integrity_check(1)").get)
+    if verdict != "ok":
+        return verdict.splitlines()[0]
     children = {str(row[0]) for row in raw.execute("PRAGMA foreign_key_check").fetchall()}
     own = sorted(children.difference(TABLES))
     if own:
@@ -172,7 +177,7 @@ def has_broken_reference(raw: Any) -> bool:
             ", ".join(own),
             extra={"event": "application_orphans", "tables": own},
         )
-    return not children.isdisjoint(TABLES)
+    return None if children.isdisjoint(TABLES) else "a row refers to a row that does not exist"
 
 
 def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool) -> Contents:
@@ -189,7 +194,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")
         contents = read_contents(source)
-        _require_room(_size(source), partial.parent)
+        require_room(_size(source), partial.parent)
         with copy.backup("main", source, "main") as steps:
             while not steps.done:
                 steps.step(_STEP)
@@ -207,16 +212,12 @@ def _raise_if_stopped(stop: Stop) -> None:
 
 
 def _verify(source: Path, copy: Any, expected: Contents, *, needs_schema: bool) -> None:
-    verdict = str(copy.execute("PRAGMA integrity_check(1)").get)
-    if verdict != "ok":
-        problem = verdict.splitlines()[0]
-    elif has_broken_reference(copy):
-        problem = "a row refers to a row that does not exist"
-    elif read_contents(copy) != expected:
+    problem = find_damage(copy)
+    if problem is None and read_contents(copy) != expected:
         problem = "the row counts of the copy and of the snapshot differ"
-    elif needs_schema and expected.schema_revision is None:
+    if problem is None and needs_schema and expected.schema_revision is None:
         problem = "the schema is missing"
-    else:
+    if problem is None:
         return
     raise CorruptDatabaseError(
         f"{quoted(source)} is damaged ({problem}), so the copy was removed: stop, move the file and its -wal and -shm "
@@ -251,13 +252,13 @@ def _describe(
     )
 
 
-def _require_room(size: int, directory: Path) -> None:
-    # The copy must not fill the disk, because the database can be on the same disk.
+def require_room(size: int, directory: Path, what: str = "a backup") -> None:
+    """Raise DiskFullError if a copy would fill the disk, on which the database can be too."""
     with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:
         raise DiskFullError(
-            f"there is no room for a backup in {quoted(directory)}: it takes {size:,} bytes and {free:,} are free. "
+            f"there is no room for {what} in {quoted(directory)}: it takes {size:,} bytes and {free:,} are free. "
             "Free some space, or name another directory"
         )
 

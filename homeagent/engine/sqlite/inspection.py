@@ -5,7 +5,7 @@ damaged file, because SQLite removes the WAL when the last connection closes.
 from __future__ import annotations
 
 from collections.abc import Container, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ class Stopwatch:
 
 @contextmanager
 def inspect_sqlite(
-    path: Path, *, watch: Stopwatch, assume_closed: bool = True, is_closed: bool = False
+    path: Path, *, watch: Stopwatch | None = None, assume_closed: bool = True, is_closed: bool = False
 ) -> Iterator[Connection]:
     """Open an existing file for reading. All statements see one snapshot. SQLite creates no file except a WAL index.
 
@@ -94,7 +94,7 @@ def inspect_sqlite(
         connection.close()
 
 
-def _open(path: Path, option: str, watch: Stopwatch) -> Connection:
+def _open(path: Path, option: str, watch: Stopwatch | None) -> Connection:
     with translated(DRIVER_ERRORS, sqlite_error):
         # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
         raw: Any = open_guarded(path, f"file:{quote(str(path))}?mode=ro&{option}", timeout=1)
@@ -139,23 +139,17 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
             used.append((action, table))
         return apsw.SQLITE_OK
 
-    seen = False
     raw.set_authorizer(note)
     try:
         for statement in _using(raw, kind, '"' + on.replace('"', '""') + '"'):
-            used.clear()
-            try:
-                with closing(raw.execute(f"EXPLAIN {statement}", can_cache=False)):
-                    pass
-            except apsw.Error:
-                if used:
-                    return True
-            seen = seen or bool(used)
-            if any(table in tables for action, table in used if kind == "view" or action in writes):
-                return True
+            failed = True
+            with suppress(apsw.Error), closing(raw.execute(f"EXPLAIN {statement}", can_cache=False)):
+                failed = False
+            if used:  # only one of the statements fires a trigger
+                return failed or any(table in tables for action, table in used if kind == "view" or action in writes)
     finally:
         raw.set_authorizer(None)
-    return not seen
+    return True
 
 
 def _using(raw: Any, kind: str, place: str) -> list[str]:

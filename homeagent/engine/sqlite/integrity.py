@@ -15,7 +15,7 @@ from homeagent.engine.driver_errors import RESTORE
 from homeagent.engine.files.database_file import look_at, sidecars, size_of
 from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.diagnosis import newest_backup_hint
-from homeagent.engine.sqlite.inspection import Stopwatch, inspect_sqlite
+from homeagent.engine.sqlite.inspection import inspect_sqlite
 from homeagent.engine.sqlite.write_ahead_log import find_lost_commits, open_without_locks
 from homeagent.errors import CorruptDatabaseError
 
@@ -81,7 +81,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
 def _is_sound(engine: SQLiteEngine) -> bool:
     """Check with locks a file that looked damaged without locks. Another program can have written to the file."""
     with suppress(CorruptDatabaseError):
-        with inspect_sqlite(engine.path, watch=Stopwatch(None), is_closed=True) as connection, engine.translated():
+        with inspect_sqlite(engine.path, is_closed=True) as connection, engine.translated():
             check_content(engine.path, connection.connection.driver_connection, always=True)
         return True
     return False
@@ -104,33 +104,21 @@ def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]
     """Check a table and its indexes. If the table is damaged, later units raise CorruptDatabaseError too. Return False
     if `give_up()` ended the check. SQLite calls `give_up()` every few milliseconds.
     """
-    connection = engine.begin(read_only=True, timeout=engine.busy_seconds)
     try:
-        raw = connection.driver_connection
-        raw.set_progress_handler(give_up, _INSTRUCTIONS)
-        try:
-            with engine.translated():
-                return _check_table(engine, raw, table)
-        except CorruptDatabaseError as error:
-            engine.identity_check.marked_corrupt = str(error)
-            raise
-        finally:
-            raw.set_progress_handler(None, 0)
-            connection.rollback()
-    finally:
-        engine.readers.release(connection)
-
-
-def _check_table(engine: SQLiteEngine, raw: Any, table: str) -> bool:
-    try:
-        found = raw.execute(f"PRAGMA integrity_check({table})").fetchall()
-    except apsw.InterruptError:
-        return False
-    _refuse(engine.path, found)
+        with engine.translated(), engine.driver_connection() as raw:
+            raw.set_progress_handler(give_up, _INSTRUCTIONS)
+            try:
+                found = raw.execute(f"PRAGMA integrity_check({table})").fetchall()
+            except apsw.InterruptError:
+                return False
+        _refuse(engine.path, found)
+    except CorruptDatabaseError as error:
+        engine.identity_check.marked_corrupt = str(error)
+        raise
     return True
 
 
-def _refuse(path: Path, found: list[tuple[str]]) -> None:
+def _refuse(path: Path, found: list[Any]) -> None:
     if found and found[0][0] != "ok":
         # The result of SQLite's check contains numbers of rows and names of columns, but no values.
         raise _damaged(path, found[0][0].splitlines()[-1])
