@@ -97,19 +97,8 @@ class CopiedTable:
         return count_rows(connection, [self.name])[self.name]
 
     def pages(self, connection: Connection) -> Iterator[list[_Row]]:
-        """Yield all rows of the source in pages, in the order of the primary key."""
-        columns = list(self.source.columns)
-        key = [columns[place] for place in self._key]
-        rows = select(*columns).order_by(*key).limit(self.page)
-        page = self._read(connection, rows)
-        while page:
-            yield page
-            if len(page) < self.page:
-                return
-            last = self._key_of(page[-1])
-            page = self._read(
-                connection, rows.where(tuple_(*key) > tuple_(*last) if len(key) > 1 else key[0] > last[0])
-            )
+        """Yield all rows of the source in pages."""
+        return self._read(connection, select(*self.source.columns))
 
     def _key_of(self, row: _Row) -> _Row:
         return tuple(row[place] for place in self._key)
@@ -163,7 +152,8 @@ class CopiedTable:
         key = [columns[place] for place in self._key]
         keys = [self._key_of(row) for row in page]
         chosen = tuple_(*key).in_(keys) if len(key) > 1 else key[0].in_([one for (one,) in keys])
-        copied = {self._key_of(row): row for row in self._read(target, select(*columns).where(chosen))}
+        found = self._read(target, select(*columns).where(chosen))
+        copied = {self._key_of(row): row for rows in found for row in rows}
         return all(self._is_same(row, copied.get(one)) for one, row in zip(keys, page, strict=True))
 
     def _is_same(self, row: _Row, other: _Row | None) -> bool:
@@ -177,9 +167,10 @@ class CopiedTable:
             for column, one, two in zip(self.source.columns, row, other, strict=True)
         )
 
-    def _read(self, connection: Connection, rows: Any) -> list[_Row]:
+    def _read(self, connection: Connection, rows: Any) -> Iterator[list[_Row]]:
         try:
-            return [tuple(row) for row in connection.execute(rows)]
+            for page in connection.execute(rows, execution_options={"yield_per": self.page}).partitions():
+                yield [tuple(row) for row in page]
         except HomeAgentError:
             raise
         except Exception as error:  # noqa: BLE001  a column type of the application can raise any error

@@ -248,18 +248,14 @@ class Sweeper:
             except DatabaseClosedError:
                 logger.info("the sweeper ends, because the database was closed", extra={"event": "sweeper_ended"})
                 return
-            except HomeAgentError as error:
-                logger.warning(
+            except Exception as error:
+                is_expected = isinstance(error, HomeAgentError)
+                logger.log(
+                    logging.WARNING if is_expected else logging.ERROR,
                     "a sweep failed and will be tried again in %g s: %s",
                     self._every,
-                    error,
-                    extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
-                )
-            except Exception as error:
-                # An unexpected error, such as an error of an injected clock, must not end all later sweeps.
-                logger.exception(
-                    "a sweep failed and will be tried again in %g s",
-                    self._every,
+                    error if is_expected else type(error).__name__,
+                    exc_info=not is_expected,
                     extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
                 )
             else:

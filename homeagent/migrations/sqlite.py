@@ -225,11 +225,7 @@ def _make_or_upgrade(
         raw.execute("PRAGMA foreign_keys=OFF")
         # A revision can recreate a table. Let SQLite overwrite the deleted rows of the old table, which hold hashes.
         raw.execute("PRAGMA secure_delete=ON")
-        try:
-            _upgrade(engine, connection, application, None if temporary else clock)
-        finally:
-            if not connection.invalidated:
-                raw.execute("PRAGMA foreign_keys=ON")
+        _upgrade(engine, connection, application, None if temporary else clock)
     if not initialised and not temporary:
         lock.write_marker("initialised")
 
