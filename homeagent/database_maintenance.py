@@ -23,7 +23,7 @@ from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
-    from homeagent.maintenance.content_check import ContentCheck
+    from homeagent.engine.sqlite.integrity import ContentCheck
 
 
 class DatabaseMaintenance:
@@ -94,7 +94,7 @@ class DatabaseMaintenance:
             require_file(self._engine)
         check: ContentCheck | None = None
         if check_every is not None:
-            from homeagent.maintenance.content_check import ContentCheck
+            from homeagent.engine.sqlite.integrity import ContentCheck
 
             check = ContentCheck(self._engine, every=check_duration(check_every, "check_every"))
 

@@ -17,9 +17,8 @@ import pytest
 from homeagent import Database, diagnose
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.sqlite.dialect import connect
-from homeagent.engine.sqlite.in_use import in_use_path
+from homeagent.engine.sqlite.in_use import in_use_path, new_path
 from homeagent.engine.sqlite.manifests import PARTIAL
-from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.migrations import REVISION
 from tests.conftest import FakeClock

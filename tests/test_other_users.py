@@ -15,9 +15,8 @@ import pytest
 from pydantic import SecretStr
 
 from homeagent import Database, DevicePair, Role, diagnose
-from homeagent.engine.sqlite.in_use import in_use_path
+from homeagent.engine.sqlite.in_use import in_use_path, new_path
 from homeagent.engine.sqlite.manifests import manifest_path, newest_backup
-from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, InsecureFileError
 from homeagent.maintenance import BackupSchedule, Diagnosis
 from homeagent.maintenance.backups import back_up_if_due

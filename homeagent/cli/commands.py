@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from homeagent.cli import schema, migrations, status, doctor, sweep, backup, copy  # isort: skip  # noqa: F401
+from homeagent.cli import schema, status, doctor, backup  # isort: skip  # noqa: F401
 from homeagent.cli import devices, agents, sessions, keys  # isort: skip  # noqa: F401
 from homeagent.cli.application import app
 

@@ -12,8 +12,7 @@ from sqlalchemy import URL, select, text, update
 
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
-from homeagent.engine.sqlite.in_use import alone, kept_from_sqlite
-from homeagent.engine.sqlite.replacement import epoch_of_marker, marker_of_epoch
+from homeagent.engine.sqlite.in_use import alone, epoch_of_marker, kept_from_sqlite, marker_of_epoch
 from homeagent.engine.target import Given, resolve_target
 from homeagent.errors import (
     ConflictError,

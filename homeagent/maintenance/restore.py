@@ -32,10 +32,16 @@ from homeagent.engine.files.owners import backup_owners
 from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path, sidecar_lock
-from homeagent.engine.sqlite.in_use import alone, in_use_path, kept_from_sqlite
+from homeagent.engine.sqlite.in_use import (
+    alone,
+    epoch_of_marker,
+    in_use_path,
+    kept_from_sqlite,
+    quarantine_path,
+    replace_database,
+)
 from homeagent.engine.sqlite.inspection import inspect_sqlite
 from homeagent.engine.sqlite.manifests import Manifest, read_manifest
-from homeagent.engine.sqlite.replacement import epoch_of_marker, quarantine_path, replace_database
 from homeagent.engine.target import Given, refuse_address, resolve_target
 from homeagent.errors import (
     ConflictError,

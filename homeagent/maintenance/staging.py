@@ -19,8 +19,8 @@ from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.backup import Contents, discard, find_damage, read_contents, require_room
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine, lock_path
+from homeagent.engine.sqlite.in_use import new_path
 from homeagent.engine.sqlite.manifests import Manifest
-from homeagent.engine.sqlite.replacement import new_path
 from homeagent.errors import CorruptDatabaseError, DatabaseError, HomeAgentError
 from homeagent.migrations import revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema

@@ -1,4 +1,8 @@
-"""Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly."""
+"""Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly.
+
+After a constraint has refused a batch, each batch names its rows by key, and a refused batch is halved. The next batch
+starts after the last row of the previous batch, so a sweep tries to delete each skipped row only once.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,168 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import BaseModel
+from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tuple_
 
 from homeagent.clock import monotonic
+from homeagent.engine.statements import Statement
 from homeagent.engine.target import refuse_address
-from homeagent.errors import DatabaseClosedError, HomeAgentError, UnitStateError
-from homeagent.maintenance.expired_rows import KINDS, ExpiredRows, Kind
-from homeagent.models.types import check_duration, check_limit, check_wait
+from homeagent.errors import ConflictError, DatabaseClosedError, HomeAgentError, UnitStateError
+from homeagent.models.device import PENDING, Device
+from homeagent.models.idempotency_key import IdempotencyKey
+from homeagent.models.nonce import Nonce
+from homeagent.models.types import check_duration, check_limit, check_wait, earlier
+from homeagent.stores.device_feed import COUNT_OLD
+from homeagent.stores.device_statements import OVERDUE
+from homeagent.stores.idempotency_key_statements import EXPIRED as EXPIRED_KEY
+from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
 from homeagent.stores.nonces import NONCE_GRACE
+from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
 logger: logging.Logger = logging.getLogger("homeagent")
+
+Kind = Literal["nonces", "idempotency_keys", "pending_devices", "device_changes"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_FIRST = datetime.min.replace(tzinfo=UTC)
+
+
+class _Statements:
+    def __init__(self, model: Any, expired: ColumnElement[bool], time: str = "expires_at") -> None:
+        table = model.__table__
+        key = list(table.primary_key.columns)
+        order = [table.c[time], *key]
+        self.names = [column.name for column in order]
+        """Names of the columns of a page. Each name is also a parameter of the statements."""
+        after = tuple_(*(bindparam(column.name, type_=column.type) for column in order))
+        self.page = Statement[tuple[Any, ...]](
+            select(*order).where(expired, tuple_(*order) > after).order_by(*order).limit(bindparam("limit"))
+        )
+        same = and_(*(column == bindparam(column.name, type_=column.type) for column in key))
+        self.delete = Statement[Any](delete(table).where(same, expired))
+        self.count = Statement[int](select(func.count()).select_from(table).where(expired))
+        self.first = {column.name: _FIRST if column is table.c[time] else "" for column in order}
+
+
+_STATEMENTS = {
+    "nonces": _Statements(Nonce, EXPIRED_NONCE),
+    "idempotency_keys": _Statements(IdempotencyKey, EXPIRED_KEY),
+    "pending_devices": _Statements(Device, and_(PENDING, OVERDUE), "paired_at"),
+}
+
+
+class Batch(NamedTuple):
+    """Result of a batch, with times in seconds. The count `found` includes skipped rows; `held` includes the commit."""
+
+    deleted: int
+    found: int
+    worked: float
+    held: float
+
+
+class ExpiredRows:
+    """The expired rows of one table. `rows.skipped` counts the skipped rows of each constraint."""
+
+    def __init__(self, settings: UnitSettings, kind: Kind, grace: timedelta, monotonic: Callable[[], float]) -> None:
+        self._settings = settings
+        self._kind = kind
+        self._grace = grace
+        self._statements: Any = _STATEMENTS.get(kind)
+        self._monotonic = monotonic
+        self._after: dict[str, Any] | None = None
+        self.skipped: Counter[str] = Counter()
+
+    def count(self) -> int:
+        """Return the number of expired rows, including the rows to which an application's table refers."""
+        with UnitOfWork(self._settings, read_only=True) as unit:
+            statement = COUNT_OLD if self._statements is None else self._statements.count
+            return unit.one(statement, **self._times()) or 0
+
+    def delete(self, limit: int) -> Batch:
+        """Delete the next batch. The batch has at most the given number of rows."""
+        if self._after is None:
+            try:
+                with UnitOfWork(self._settings, read_only=False) as unit:
+                    begun = self._monotonic()
+                    count = self._delete_batch(unit, limit)
+                    worked = self._monotonic() - begun
+                return Batch(count, count, worked, self._monotonic() - begun)
+            except ConflictError:
+                if self._statements is None:
+                    # If the sweep skipped a device change, readers would not notice the deletion of later changes.
+                    raise
+                self._after = self._statements.first
+        with UnitOfWork(self._settings, read_only=True) as unit:
+            rows = unit.all(self._statements.page, **self._after, **self._times(), limit=limit)
+        page = [dict(zip(self._statements.names, row, strict=True)) for row in rows]
+        begun = self._monotonic()
+        deleted = self._delete_each(page)
+        self._after = page[-1] if page else self._after
+        held = self._monotonic() - begun
+        return Batch(deleted, len(page), held, held)
+
+    def _delete_batch(self, unit: UnitOfWork, limit: int) -> int:
+        if self._kind == "nonces":
+            return unit.nonces.delete_expired(limit=limit)
+        if self._kind == "idempotency_keys":
+            return unit.idempotency_keys.delete_expired(limit=limit)
+        if self._kind == "device_changes":
+            return unit.devices.delete_changes(before=self._times()["before"], limit=limit)
+        return unit.devices.delete_pending(paired_before=self._times()["before"], limit=limit)
+
+    def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
+        if not page:
+            return 0
+        try:
+            with UnitOfWork(self._settings, read_only=False) as unit:
+                return sum(unit.write(self._statements.delete, **row, **self._times()) for row in page)
+        except ConflictError as error:
+            if len(page) == 1:
+                self.skipped[_name(error)] += 1
+                return 0
+        half = len(page) // 2
+        return self._delete_each(page[:half]) + self._delete_each(page[half:])
+
+    def delete_all(self, pace: Pace, paused: Callable[[float], bool]) -> tuple[int, bool]:
+        """Delete the rows in batches until no row is left, or until `paused()` returns False. Return the number of
+        deleted rows, and whether the method reached the last row.
+        """
+        engine = self._settings.engine
+        deleted = in_log = 0
+        while True:
+            contention, asked = engine.contention, pace.rows
+            batch = self.delete(asked)
+            deleted += batch.deleted
+            if batch.found < asked:
+                return deleted, True
+            contended = engine.contention != contention
+            if not paused(pace.after_batch(worked=batch.worked, held=batch.held, contended=contended)):
+                return deleted, False
+            in_log = in_log + batch.deleted if contended else 0
+            if in_log >= _ROWS_IN_LOG:
+                in_log = 0
+                begun = self._monotonic()
+                engine.empty_log(self._settings.timeout)
+                if not paused(pace.rest_after(self._monotonic() - begun)):
+                    return deleted, False
+
+    def _times(self) -> dict[str, datetime]:
+        now = self._settings.now()
+        return {"now": now, "before": earlier(now, self._grace)}
+
+
+def _name(error: ConflictError) -> str:
+    if error.table is None:
+        return "a constraint"
+    return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"
+
 
 # Number of deleted rows after which a sweep empties the WAL, if other writers wait. Most deleted rows are in separate
 # database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
@@ -124,7 +273,7 @@ def sweep(
             if dry_run:
                 removed[kind] = rows.count()
                 continue
-            removed[kind], done = _delete(rows, settings, pace, paused, monotonic)
+            removed[kind], done = rows.delete_all(pace, paused)
             skipped.update(rows.skipped)
     report = SweepReport.model_validate(
         {**removed, "more": not done, "skipped": skipped.total(), "constraints": tuple(sorted(skipped))}
@@ -161,33 +310,6 @@ class Pace:
     def rest_after(self, held: float) -> float:
         """Return the pause in seconds after a batch that held the write lock for the given time, in seconds."""
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)
-
-
-def _delete(
-    rows: ExpiredRows,
-    settings: UnitSettings,
-    pace: Pace,
-    paused: Callable[[float], bool],
-    monotonic: Callable[[], float],
-) -> tuple[int, bool]:
-    engine = settings.engine
-    deleted = in_log = 0
-    while True:
-        contention, asked = engine.contention, pace.rows
-        batch = rows.delete(asked)
-        deleted += batch.deleted
-        if batch.found < asked:
-            return deleted, True
-        contended = engine.contention != contention
-        if not paused(pace.after_batch(worked=batch.worked, held=batch.held, contended=contended)):
-            return deleted, False
-        in_log = in_log + batch.deleted if contended else 0
-        if in_log >= _ROWS_IN_LOG:
-            in_log = 0
-            begun = monotonic()
-            engine.empty_log(settings.timeout)
-            if not paused(pace.rest_after(monotonic() - begun)):
-                return deleted, False
 
 
 class Sweeper:
@@ -248,14 +370,18 @@ class Sweeper:
             except DatabaseClosedError:
                 logger.info("the sweeper ends, because the database was closed", extra={"event": "sweeper_ended"})
                 return
-            except Exception as error:
-                is_expected = isinstance(error, HomeAgentError)
-                logger.log(
-                    logging.WARNING if is_expected else logging.ERROR,
+            except HomeAgentError as error:
+                logger.warning(
                     "a sweep failed and will be tried again in %g s: %s",
                     self._every,
-                    error if is_expected else type(error).__name__,
-                    exc_info=not is_expected,
+                    error,
+                    extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
+                )
+            except Exception as error:
+                # An unexpected error, such as an error of an injected clock, must not end all later sweeps.
+                logger.exception(
+                    "a sweep failed and will be tried again in %g s",
+                    self._every,
                     extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
                 )
             else:

@@ -12,8 +12,8 @@ import pytest
 
 from homeagent import Database
 from homeagent.engine.sqlite.dialect import connect
+from homeagent.engine.sqlite.integrity import ContentCheck
 from homeagent.errors import CorruptDatabaseError
-from homeagent.maintenance.content_check import ContentCheck
 from tests.conftest import FakeClock, add_agent
 
 

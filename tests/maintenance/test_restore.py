@@ -21,9 +21,8 @@ from typing import Any
 import pytest
 
 from homeagent import Database, DevicePair, Role, errors
-from homeagent.engine.sqlite.in_use import hold_in_use_lock
+from homeagent.engine.sqlite.in_use import hold_in_use_lock, new_path, quarantine_path
 from homeagent.engine.sqlite.manifests import manifest_path
-from homeagent.engine.sqlite.replacement import new_path, quarantine_path
 from homeagent.maintenance import restore
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests import fork_server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,14 @@ from homeagent.engine.driver_errors import RESTORE
 from homeagent.engine.files.database_file import look_at, sidecars, size_of
 from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.diagnosis import newest_backup_hint
+from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.sqlite.inspection import inspect_sqlite
 from homeagent.engine.sqlite.write_ahead_log import find_lost_commits, open_without_locks
 from homeagent.errors import CorruptDatabaseError
+from homeagent.models import TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
-    from homeagent.engine.sqlite.engine import SQLiteEngine
+    from homeagent.engine.engine import Engine
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -28,6 +31,9 @@ logger: logging.Logger = logging.getLogger("homeagent")
 # opened. The quick check does not compare indexes with tables.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
+
+# Longest time for one periodic check of an open file, in seconds.
+_BUDGET = 30.0
 
 # Number of instructions of SQLite's virtual machine between two calls of the function `give_up()`.
 _INSTRUCTIONS = 100_000
@@ -100,22 +106,66 @@ def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
     _refuse(path, found)
 
 
-def check_table(engine: SQLiteEngine, table: str, *, give_up: Callable[[], bool]) -> bool:
-    """Check a table and its indexes. If the table is damaged, later units raise CorruptDatabaseError too. Return False
-    if `give_up()` ended the check. SQLite calls `give_up()` every few milliseconds.
-    """
-    try:
-        with engine.translated(), engine.driver_connection() as raw:
-            raw.set_progress_handler(give_up, _INSTRUCTIONS)
-            try:
-                found = raw.execute(f"PRAGMA integrity_check({table})").fetchall()
-            except apsw.InterruptError:
-                return False
-        _refuse(engine.path, found)
-    except CorruptDatabaseError as error:
-        engine.identity_check.marked_corrupt = str(error)
-        raise
-    return True
+class ContentCheck:
+    """Object that periodically checks each table of an open SQLite file. The first check is due at once."""
+
+    def __init__(self, engine: Engine, *, every: timedelta, monotonic: Callable[[], float] = monotonic) -> None:
+        self._engine = engine
+        self._every = every.total_seconds()
+        self._monotonic = monotonic
+        self._due = monotonic()
+        self._left: list[str] = []
+
+    def run_if_due(self, stop: Callable[[], bool]) -> None:
+        """If a check is due, check the remaining tables. If a table is damaged, raise CorruptDatabaseError."""
+        engine = self._engine
+        now = self._monotonic()
+        if not isinstance(engine, SQLiteEngine) or now < self._due:
+            return
+        self._left = self._left or [*TABLES, VERSION_TABLE]
+        first = self._left[0]
+        while (
+            self._left
+            and not stop()
+            and self._check(engine, self._left[0], lambda: stop() or self._monotonic() >= now + _BUDGET)
+        ):
+            del self._left[0]
+        if stop():
+            return
+        if self._left and self._left[0] == first:
+            logger.warning(
+                "%s: the check of table %s was stopped after %g s: run homeagent doctor --thorough",
+                engine.path,
+                first,
+                _BUDGET,
+                extra={
+                    "event": "content_check_gave_up",
+                    "path": str(engine.path),
+                    "table": first,
+                    "seconds": _BUDGET,
+                },
+            )
+            del self._left[0]
+        self._due = self._monotonic() + self._every
+
+    @staticmethod
+    def _check(engine: SQLiteEngine, table: str, give_up: Callable[[], bool]) -> bool:
+        """Check a table and its indexes. If the table is damaged, later units raise CorruptDatabaseError too. Return
+        False if `give_up()` ended the check. SQLite calls `give_up()` every few milliseconds.
+        """
+        try:
+            with engine.translated(), engine.driver_connection() as raw:
+                raw.set_progress_handler(give_up, _INSTRUCTIONS)
+                try:
+                    found = raw.execute(f"PRAGMA integrity_check({table})").fetchall()
+                except apsw.InterruptError:
+                    return False
+            _refuse(engine.path, found)
+        except CorruptDatabaseError as error:
+            engine.identity_check.marked_corrupt = str(error)
+            logger.error("%s", error, extra={"event": "content_damaged", "path": str(engine.path)})
+            raise
+        return True
 
 
 def _refuse(path: Path, found: list[Any]) -> None:

@@ -1,4 +1,4 @@
 """The doctor checks a database without changing the database, and repairs problems only on request."""
 
-from homeagent.maintenance.doctor.diagnosis import diagnose
-from homeagent.maintenance.doctor.report import CHECKS, Diagnosis, Finding, Severity
+from homeagent.maintenance.doctor.diagnosis import CHECKS, diagnose
+from homeagent.maintenance.doctor.report import Diagnosis, Finding, Severity

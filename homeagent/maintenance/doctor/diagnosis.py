@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+import stat
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from datetime import timedelta
 from os import PathLike
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, exists, or_, update
 
 from homeagent.clock import Clock, system_clock
-from homeagent.engine.sqlite.engine import SQLiteEngine
+from homeagent.engine.files.permissions import FILE_MODE, change_mode
+from homeagent.engine.files.system_errors import explained
+from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.inspection import Stopwatch
+from homeagent.engine.statements import Statement
 from homeagent.engine.target import Target, conceal, resolve_target
-from homeagent.errors import DatabaseClosedError, DatabaseError, InvalidArgumentError
+from homeagent.environment import BUSY_TIMEOUT
+from homeagent.errors import DatabaseClosedError, DatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.maintenance.doctor.files import megabytes, public_files, stale_partials
 from homeagent.maintenance.doctor.postgresql import check_postgresql
-from homeagent.maintenance.doctor.repair import repair
-from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair
+from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.sqlite import check_sqlite
+from homeagent.maintenance.doctor.store import SECRETS_GRACE, STORE_CHECKS, stale_routes
+from homeagent.maintenance.sweep import sweep
+from homeagent.models import AgentSession, Device
 from homeagent.models.types import check_timestamp
+from homeagent.opening import open_engine
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.unit_settings import UnitSettings
 
@@ -27,6 +39,10 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 logger: logging.Logger = logging.getLogger("homeagent")
+
+_FILE_CHECKS = ("directory", "files", "leftovers", "backup", "filesystem", "disk_space", "wal", "integrity")
+CHECKS: tuple[str, ...] = ("database", *STORE_CHECKS, *_FILE_CHECKS, "durability", "write_access")
+"""The names of all checks, in the order of the report. The last two checks are for PostgreSQL."""
 
 QUICK = timedelta(seconds=10)
 """Longest time for one check, unless the diagnosis is thorough."""
@@ -112,9 +128,161 @@ def _diagnose(
                 check_sqlite(collector, target.path)
         elif target.url is not None:
             check_postgresql(collector, target.url, limit=limit)
-        kind = "postgresql" if target.path is None else "sqlite"
-        return collector.diagnosis(location=target.location, engine=kind, repairs=repairs)
+        findings = [collector.findings[check] for check in CHECKS if check in collector.findings]
+        return Diagnosis(
+            location=target.location,
+            engine="postgresql" if target.path is None else "sqlite",
+            checked_at=now,
+            thorough=thorough,
+            severity=max((finding.severity for finding in findings), key=list(Severity).index, default=Severity.OK),
+            findings=findings,
+            not_checked={check: collector.not_checked[check] for check in CHECKS if check in collector.not_checked},
+            repairs=list(repairs),
+        )
 
     found = check(())
-    repairs = repair(found, target, clock, settings) if fix else []
+    repairs = _repair(found, target, clock, settings) if fix else []
     return check(repairs) if repairs else found
+
+
+# Repairs without loss of data
+
+_device: Any = Device.__table__.c
+_session: Any = AgentSession.__table__.c
+
+_FORGET_PREVIOUS = Statement[Device](
+    update(Device)
+    .where(
+        _device.previous_secret_hash.is_not(None),
+        or_(_device.previous_secret_expires_at.is_(None), _device.previous_secret_expires_at <= bindparam("before")),
+    )
+    .values(previous_secret_hash=None, previous_secret_expires_at=None)
+)
+
+_RELEASE_ROUTE = Statement[AgentSession](
+    update(AgentSession).where(_session.session_id == bindparam("id")).values(route_key=None)
+)
+_TAKE_ROUTE = Statement[AgentSession](
+    update(AgentSession)
+    .where(
+        _session.session_id == bindparam("id"),
+        ~exists().where(_session.route_key == bindparam("route")).correlate(None),
+    )
+    .values(route_key=bindparam("route"))
+)
+
+# After a critical finding of these checks, the doctor changes no rows: the rows can be damaged, or the clock wrong.
+_HANDS_OFF = (
+    "database",
+    "integrity",
+    "references",
+    "rows",
+    "schema",
+    "schema_revision",
+    "store_record",
+    "clock",
+    "wal",
+)
+
+
+def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSettings | None) -> list[Repair]:
+    """Make the repairs that the findings of the diagnosis allow. Return all repairs, including failed repairs."""
+    done: list[Repair] = []
+    found = {finding.check: finding for finding in diagnosis.findings}
+    bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
+    # Do not change a database file that can belong to another application, or the files next to the database file.
+    if target.path is not None and bad.get("database") is not Severity.CRITICAL:
+        with _noted(done, "files"):
+            _make_private(target.path, done)
+        with _noted(done, "leftovers"):
+            _remove_partials(target.path, diagnosis, done)
+    present = "schema_revision" in found and "schema_revision" not in bad
+    if not present or any(bad.get(check) is Severity.CRITICAL for check in _HANDS_OFF):
+        return done
+    if target.path is not None and settings is None and "wal" in bad and "mode" in found["wal"].facts:
+        with _noted(done, "wal"):
+            _switch_to_wal(target.path, done)
+    needed = [check for check in _REPAIRS if check in bad and "mode" not in found[check].facts]
+    if needed:
+        with _noted(done, needed[0]), _opened(target, clock, settings) as used:
+            for check in needed:
+                with _noted(done, check):
+                    done += [Repair(check=check, action=action) for action in _REPAIRS[check](used)]
+    return done
+
+
+@contextmanager
+def _noted(done: list[Repair], check: str) -> Iterator[None]:
+    try:
+        yield
+    except HomeAgentError as error:
+        done.append(Repair(check=check, action=f"gave up: {error}"))
+
+
+def _make_private(path: Path, done: list[Repair]) -> None:
+    for file in public_files(path):
+        mode = stat.S_IMODE(file.lstat().st_mode)
+        with explained("make private", file):
+            change_mode(file, mode & FILE_MODE)
+        action = f"gave {file.name!r} mode {mode & FILE_MODE:04o}; it had {mode:04o}"
+        done.append(Repair(check="files", action=action))
+
+
+def _remove_partials(path: Path, diagnosis: Diagnosis, done: list[Repair]) -> None:
+    for file, status in stale_partials(path, diagnosis.checked_at).items():
+        with explained("remove", file):
+            file.unlink()
+        action = f"removed {file.name!r}, {megabytes(status.st_size)} of half a copy"
+        done.append(Repair(check="leftovers", action=action))
+
+
+def _switch_to_wal(path: Path, done: list[Repair]) -> None:
+    with (
+        closing(SQLiteEngine(path, busy_timeout=timedelta(seconds=5), durability="full")) as engine,
+        sidecar_lock(path, timeout=timedelta(seconds=5)),
+    ):
+        engine.prepare_header()
+    done.append(Repair(check="wal", action="switched the file to a write-ahead log"))
+
+
+@contextmanager
+def _opened(target: Target, clock: Clock, settings: UnitSettings | None) -> Iterator[UnitSettings]:
+    if settings is not None:
+        yield settings
+        return
+    with closing(open_engine(target.url or target.path, clock=clock, migrate=False)) as engine:
+        yield UnitSettings(engine, clock, BUSY_TIMEOUT.total_seconds(), UnitOfWork)
+
+
+def _sweep(settings: UnitSettings) -> Iterator[str]:
+    report = sweep(settings, kinds=("nonces", "idempotency_keys"))
+    yield f"swept {report.nonces:,} nonces and {report.idempotency_keys:,} idempotency keys that had expired"
+
+
+def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
+    with UnitOfWork(settings, read_only=False) as unit:
+        count = unit.write(_FORGET_PREVIOUS, before=unit.now() - SECRETS_GRACE)
+    yield f"removed the hash of a previous secret from {count:,} devices"
+
+
+def _correct_routes(settings: UnitSettings) -> Iterator[str]:
+    with UnitOfWork(settings, read_only=False) as unit:
+        stale = list(stale_routes(unit.session.connection()))
+        # First release all stale keys, because the stale key of one session can be the right key of another session.
+        for session_id, _ in stale:
+            unit.write(_RELEASE_ROUTE, id=session_id)
+        taken = sum(unit.write(_TAKE_ROUTE, id=session_id, route=route) for session_id, route in stale)
+    yield f"gave {taken:,} sessions the key of their route, and left {len(stale) - taken:,} without a route"
+
+
+def _truncate_log(settings: UnitSettings) -> Iterator[str]:
+    if settings.engine.empty_log(settings.timeout, truncate=True):
+        yield "moved the write-ahead log into the file and gave its room back"
+
+
+_REPAIRS: dict[str, Callable[[UnitSettings], Iterator[str]]] = {
+    "expired_backlog": _sweep,
+    "previous_secrets": _forget_previous_secrets,
+    "routes": _correct_routes,
+    "wal": _truncate_log,
+}

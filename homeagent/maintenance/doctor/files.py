@@ -14,12 +14,12 @@ import stat
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from homeagent.engine.files.database_file import sidecars
+from homeagent.engine.files.database_file import refuse_insecure, sidecars
 from homeagent.engine.files.filesystems import filesystem_kind, is_network_filesystem
 from homeagent.engine.files.owners import backup_owners, is_replaceable, trusted_owners
-from homeagent.engine.sqlite.in_use import in_use_path
+from homeagent.engine.sqlite.in_use import in_use_path, new_path, quarantine_path
 from homeagent.engine.sqlite.manifests import newest_backup, read_manifest, remembered_backup
-from homeagent.engine.sqlite.replacement import new_path, quarantine_path
+from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.report import Collector, Severity
 
 OLD_BACKUP = timedelta(days=7)
@@ -132,19 +132,16 @@ def _check_directory(collector: Collector, directory: Path) -> None:
 
 def _check_names(collector: Collector, files: Files) -> bool:
     for file, status in files.items():
-        named = shlex.quote(str(file))
-        if stat.S_ISLNK(status.st_mode):
-            what, remedy, command = "is a symbolic link", "replace the link by the file", f"readlink {named}"
-        elif not stat.S_ISREG(status.st_mode):
-            what, remedy, command = "is not a regular file", "name a regular file", f"ls -ld {named}"
-        elif status.st_nlink > 1:
-            what, remedy = f"has {status.st_nlink} names (hard links)", "remove the other names"
-            command = f"find {shlex.quote(str(file.parent))} -xdev -inum {status.st_ino}"
-        else:
-            continue
-        meaning = "homeagent refuses it: under another name the file has another WAL, or another user may replace it"
-        collector.critical("files", f"{str(file)!r} {what}.", meaning, remedy, command, names=status.st_nlink)
-        return False
+        try:
+            refuse_insecure(file, status, frozenset({status.st_uid}))  # another check reports the owner
+        except HomeAgentError as error:
+            summary, _, remedy = str(error).rpartition(": ")
+            meaning = (
+                "homeagent refuses it: under another name the file has another WAL, or another user may replace it"
+            )
+            command = f"ls -ld {shlex.quote(str(file))}"
+            collector.critical("files", f"{summary}.", meaning, remedy, command, names=status.st_nlink)
+            return False
     return True
 
 
@@ -230,7 +227,7 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
         summary = "A restore was interrupted and is not finished."
         meaning = "the next program that opens the database finishes the restore first"
         remedy = "open the database once"
-        collector.warn("leftovers", summary, meaning, remedy, f"homeagent status --database {shlex.quote(str(path))}")
+        collector.warn("leftovers", summary, meaning, remedy, "homeagent status")
     if partial:
         summary = f"Partial copies whose writer has ended: {len(partial)}, such as {next(iter(partial)).name!r}."
         meaning = "a partial copy is useless and takes up space"
@@ -261,8 +258,7 @@ def _check_backup(collector: Collector, path: Path) -> None:
         # A missing backup is not a warning, because the administrator can use another backup tool.
         collector.ok("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
         return
-    database = shlex.quote(str(path))
-    collector.restore_command = f"homeagent restore {shlex.quote(str(backup))} --database {database}"
+    collector.restore_command = f"homeagent restore {shlex.quote(str(backup))}"
     age = collector.now - manifest.taken_at
     collector.add(
         Severity.WARNING if age > OLD_BACKUP else Severity.OK,
@@ -270,7 +266,7 @@ def _check_backup(collector: Collector, path: Path) -> None:
         f"The newest backup is {str(backup)!r}, of {manifest.taken_at:%Y-%m-%d %H:%M} UTC, {age.days} days ago.",
         "if the file is lost, all changes since the backup are lost, including revocations and used nonces",
         "make a backup now, and let the gateway or a timer make regular backups",
-        f"homeagent backup --database {database}",
+        "homeagent backup",
         age_seconds=round(age.total_seconds(), 3),
     )
 

@@ -11,8 +11,8 @@ from sqlalchemy import URL, text
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.target import presentable_url
 from homeagent.errors import HomeAgentError, InvalidArgumentError
-from homeagent.maintenance.doctor.report import STORE_CHECKS, Collector, Severity
-from homeagent.maintenance.doctor.store import check_store
+from homeagent.maintenance.doctor.report import Collector, Severity
+from homeagent.maintenance.doctor.store import STORE_CHECKS, check_store
 from homeagent.migrations.postgresql import refuse_second_store
 from homeagent.models import TABLES
 

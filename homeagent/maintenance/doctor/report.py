@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from enum import StrEnum
@@ -16,41 +16,6 @@ from homeagent.errors import CorruptDatabaseError, HomeAgentError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-
-STORE_CHECKS = (
-    "schema_revision",
-    "schema",
-    "application",
-    "rows",
-    "references",
-    "routes",
-    "store_record",
-    "clock",
-    "expired_backlog",
-    "abandoned_effects",
-    "previous_secrets",
-    "pending_devices",
-    "admins",
-)
-"""Names of the checks of a readable store, on SQLite and PostgreSQL."""
-
-CHECKS: tuple[str, ...] = (
-    "database",
-    *STORE_CHECKS,
-    # SQLite
-    "directory",
-    "files",
-    "leftovers",
-    "backup",
-    "filesystem",
-    "disk_space",
-    "wal",
-    "integrity",
-    # PostgreSQL
-    "durability",
-    "write_access",
-)
-"""The names of all checks, in the order of the report."""
 
 RESTORE = "stop the gateway, keep the file aside with its -wal and -shm, and restore the newest good backup"
 TOO_LONG = "the check takes longer than the time limit: use --thorough"
@@ -216,20 +181,6 @@ class Collector:
         finally:
             if on is not None and guarded:
                 on.exec_driver_sql("ROLLBACK TO SAVEPOINT doctor")
-
-    def diagnosis(self, *, location: str, engine: str, repairs: Sequence[Repair]) -> Diagnosis:
-        """Return the report."""
-        severities = [finding.severity for finding in self.findings.values()]
-        return Diagnosis(
-            location=location,
-            engine=engine,
-            checked_at=self.now,
-            thorough=self.thorough,
-            severity=max(severities, key=lambda severity: severity.exit_status, default=Severity.OK),
-            findings=[self.findings[check] for check in CHECKS if check in self.findings],
-            not_checked={check: self.not_checked[check] for check in CHECKS if check in self.not_checked},
-            repairs=list(repairs),
-        )
 
 
 def _combined(one: Finding, other: Finding) -> Finding:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -20,8 +19,8 @@ from homeagent.engine.sqlite.write_ahead_log import find_lost_commits, open_with
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentError
 from homeagent.maintenance.doctor.application import report_orphans
 from homeagent.maintenance.doctor.files import check_files, megabytes
-from homeagent.maintenance.doctor.report import RESTORE, STORE_CHECKS, Collector, Severity
-from homeagent.maintenance.doctor.store import check_store
+from homeagent.maintenance.doctor.report import RESTORE, Collector, Severity
+from homeagent.maintenance.doctor.store import STORE_CHECKS, check_store
 from homeagent.migrations.revisions import broken_references
 from homeagent.models import TABLES
 
@@ -116,7 +115,7 @@ def _may_hold_database(collector: Collector, path: Path) -> bool:
         summary = f"There is no database at {str(path)!r}."
         meaning = "the gateway can't open it"
         remedy = "check the path, or create the database"
-        collector.critical("database", summary, meaning, remedy, f"homeagent init --database {shlex.quote(str(path))}")
+        collector.critical("database", summary, meaning, remedy, "homeagent init")
     elif sizes[path] < SMALLEST_DATABASE:
         summary = f"{str(path)!r} has {sizes[path]} bytes, too few for a database."
         meaning = "the file was truncated, or is another kind of file"
@@ -125,7 +124,7 @@ def _may_hold_database(collector: Collector, path: Path) -> bool:
         summary = "A transaction was interrupted and must be rolled back: there is a rollback journal with content."
         meaning = "SQLite rolls it back when the file is opened for writing; until then the checks can't read the file"
         remedy = "open the database once, then check again"
-        collector.warn("database", summary, meaning, remedy, f"homeagent status --database {shlex.quote(str(path))}")
+        collector.warn("database", summary, meaning, remedy, "homeagent status")
     else:
         return True
     return False

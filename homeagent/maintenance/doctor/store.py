@@ -12,7 +12,7 @@ from sqlalchemy import table as sql_table
 from homeagent.engine.sqlite.dialect import Undecodable, decoded_row, undecoded_columns
 from homeagent.errors import CorruptDatabaseError
 from homeagent.maintenance.doctor.application import check_application, check_schema
-from homeagent.maintenance.doctor.report import RESTORE, STORE_CHECKS, TOO_LONG, Collector, Severity
+from homeagent.maintenance.doctor.report import RESTORE, TOO_LONG, Collector, Severity
 from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
 from homeagent.models import SCHEMA, Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyState
@@ -353,3 +353,6 @@ _CHECKS: dict[str, Callable[[Collector, Connection], None]] = {
     "pending_devices": _check_pending,
     "admins": _check_admins,
 }
+
+STORE_CHECKS: tuple[str, ...] = ("schema_revision", *_CHECKS)
+"""Names of the checks of a readable store, on SQLite and PostgreSQL."""
