@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
-from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
@@ -169,8 +168,9 @@ class CopiedTable:
 
     def _read(self, connection: Connection, rows: Any) -> Iterator[list[_Row]]:
         try:
-            for page in connection.execute(rows, execution_options={"yield_per": self.page}).partitions():
-                yield [tuple(row) for row in page]
+            with connection.execute(rows, execution_options={"yield_per": self.page}) as found:
+                for page in found.partitions():
+                    yield [tuple(row) for row in page]
         except HomeAgentError:
             raise
         except Exception as error:  # noqa: BLE001  a column type of the application can raise any error
@@ -306,15 +306,8 @@ def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> It
 
 
 def _in_order(connection: Connection, names: set[str]) -> list[str]:
-    inspector = inspect(connection)
-    parents = {
-        name: {key["referred_table"] for key in inspector.get_foreign_keys(name)} & names - {name}
-        for name in sorted(names)
-    }
-    try:
-        return list(TopologicalSorter(parents).static_order())
-    except CycleError:
-        return sorted(names)  # the function `late_references()` defers the foreign keys
+    # SQLAlchemy leaves out the foreign keys of a circle, which the function `late_references()` defers.
+    return [str(name) for name, _ in inspect(connection).get_sorted_table_and_fkc_names() if name in names]
 
 
 def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> CopiedTable:

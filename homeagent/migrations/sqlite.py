@@ -85,14 +85,19 @@ def _open_sqlite(
 ) -> None:
     path = engine.path
     identified = identify_or_wait(engine)
-    if not temporary and in_use_path(path).exists():
-        # First take the in-use lock. The function that takes the lock also finishes an interrupted restore.
+    if not temporary and (in_use_path(path).exists() or database_file.size_of(path)):
+        # First take the in-use lock. The function that takes the lock also finishes an interrupted restore. If the file
+        # has sidecar files, do not take a shared lock, because another process would skip the check of an unclean file
+        # (see `test_no_process_skips_the_check_of_another_process`).
         has_sidecars = any(map(os.path.lexists, database_file.sidecars(path)))
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout, exclusive_if_free=has_sidecars))
     state = database_file.look_at(path) if identified else identify(engine)
     if state is not None and state.st_size:
         database_file.inspect_file(path)
-        is_checked = database_file.secure_sidecars(path) and not temporary and _check_unclean_end(engine, timeout)
+        # If the lock is exclusive, no process has the file open. In a read-only directory, SQLite can't write the file.
+        lock = engine.in_use_lock
+        is_unclean = database_file.secure_sidecars(path) and lock is not None and lock.is_exclusive
+        is_checked = is_unclean and os.access(path.parent, os.W_OK) and refuse_unclean_damage(engine)
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
         with engine.translated(), engine.driver_connection() as raw:
             if not is_checked:
@@ -125,8 +130,8 @@ def _open_sqlite(
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
-    with sidecar_lock(path, timeout=timeout) as lock:
-        _make_or_upgrade(engine, lock, application, clock=clock, temporary=temporary)
+    with sidecar_lock(path, timeout=timeout) as marked:
+        _make_or_upgrade(engine, marked, application, clock=clock, temporary=temporary)
 
 
 def identify(engine: SQLiteEngine) -> os.stat_result | None:
@@ -148,18 +153,6 @@ def identify_or_wait(engine: SQLiteEngine) -> bool:
             raise
         return False  # a restore that is replacing the file can make the file look damaged
     return True
-
-
-def _check_unclean_end(engine: SQLiteEngine, timeout: timedelta) -> bool:
-    """Check a file that has a WAL although no process has the file open. Return True if the file was checked."""
-    if not os.access(engine.path.parent, os.W_OK):
-        return False  # in a read-only directory, SQLite can't write the database
-    if engine.in_use_lock is None:
-        # Do not take a shared lock, because another process would skip the check (see
-        # `test_no_process_skips_the_check_of_another_process`).
-        engine.keep_in_use_lock(hold_in_use_lock(engine.path, timeout=timeout, exclusive_if_free=True))
-    # If the lock is shared, another process has the database open and uses the WAL.
-    return engine.in_use_lock is not None and engine.in_use_lock.is_exclusive and refuse_unclean_damage(engine)
 
 
 def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bool) -> None:

@@ -1,8 +1,16 @@
-"""A long-lived connection to a SQLite file."""
+"""Connections to a SQLite file: a store's long-lived connection, and the end of an ORM session's transactions.
+
+In SQLite a statement with unfetched rows keeps the read snapshot after COMMIT and ROLLBACK, so the next unit of work
+would read old rows. Therefore the unfinished statements of an ORM session are closed at the end of its transaction.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
+
+from sqlalchemy import event
+from sqlalchemy.engine.default import DefaultExecutionContext
 
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.sqlite.constraints import named_conflict
@@ -63,3 +71,28 @@ class SQLiteConnection(StoreConnection):
             if found:
                 return compiled.unreadable_at(found[-1], row, parameters, _NOT_UTF8)
         return None
+
+
+_KEY = "homeagent_cursors"
+
+
+def end_with_transactions(connection: Connection) -> None:
+    """Close the unfinished statements of an ORM session at each commit and rollback of its connection."""
+    if _KEY in connection.info:
+        return
+    cursors: WeakSet[Any] = WeakSet()
+    connection.info[_KEY] = cursors
+
+    def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
+        # Do not close a store's cursor, which the connection uses for later statements.
+        if isinstance(context, DefaultExecutionContext):
+            cursors.add(cursor)
+
+    def end(connection: Connection) -> None:
+        for cursor in list(cursors):
+            cursor.close()
+        cursors.clear()
+
+    event.listen(connection, "before_cursor_execute", note)
+    event.listen(connection, "commit", end)
+    event.listen(connection, "rollback", end)
