@@ -4,9 +4,9 @@ revision of the application's own tables (`homeagent migrations new`).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Iterator
-from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
 from typing import Annotated
@@ -25,7 +25,7 @@ from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
 from homeagent.maintenance.adoption import AdoptionReport, preview_adoption
 from homeagent.maintenance.adoption import adopt as take_over
 from homeagent.migrations import REVISION
-from homeagent.migrations.application import Application
+from homeagent.migrations.application import Application, named_folder
 
 
 def _backups(path: Path | None) -> set[Path]:
@@ -181,8 +181,8 @@ def new(
     """
     if migrations is None:
         raise typer.BadParameter("name the folder of the revisions: --migrations PACKAGE:FOLDER.")
-    named, folder = _named_folder(migrations)
-    package = package or named
+    named, place = named_folder(migrations)
+    package, folder = package or named, Path(str(place))
     if not package:
         raise typer.BadParameter("name the package with the tables: --package PACKAGE.")
     with explained("create the folder", folder / "versions"):
@@ -196,9 +196,9 @@ def new(
 
 def import_tables(migrations: str | None) -> None:
     """Import the modules of the package that --migrations names, because the modules define the column types."""
-    named, folder = _named_folder(migrations or "")
+    named, folder = named_folder(migrations or "")
     if named:
-        _application_tables(named, folder)
+        _application_tables(named, Path(str(folder)))
 
 
 def _application_tables(package: str, folder: Path) -> Collection[str]:
@@ -207,34 +207,13 @@ def _application_tables(package: str, folder: Path) -> Collection[str]:
     try:
         return application_tables(package, scripts=folder.resolve())
     except Exception as error:
-        package_directory = str(_directory_of(package.partition(".")[0]))
-        lines = [each for each in extract_tb(error.__traceback__) if each.filename.startswith(package_directory)]
+        directory = f"{os.sep}{package.partition('.')[0]}{os.sep}"
+        lines = [each for each in extract_tb(error.__traceback__) if directory in each.filename]
         place = f"{lines[-1].filename}, line {lines[-1].lineno}: " if lines else ""
         raise InvalidArgumentError(
             f"a module of the package {package!r} can't be imported ({place}{type(error).__name__}: {error}), so its "
             "tables are unknown: correct the module, or install what the module imports"
         ) from error
-
-
-def _named_folder(migrations: str) -> tuple[str, Path]:
-    """Return the package and the folder in the value of --migrations. The name of the package can be empty."""
-    named, _, inner = migrations.rpartition(":")
-    return named, _directory_of(named) / inner if named else Path(inner)
-
-
-def _directory_of(package: str) -> Path:
-    try:
-        path = getattr(import_module(package), "__path__", None)
-    except ImportError as error:
-        raise InvalidArgumentError(
-            f"the package {package!r} can't be imported ({type(error).__name__}: {error}): correct its name, or run "
-            "the command in the directory that contains the package"
-        ) from None
-    if path is None:
-        raise InvalidArgumentError(
-            f"{package!r} is a module without a directory: pass --migrations FOLDER and --package"
-        )
-    return Path(next(iter(path)))
 
 
 def _write(application: Application, folder: Path, package: str, message: str, *, empty: bool) -> Path | None:

@@ -152,28 +152,30 @@ class Application:
                 ) from error
 
 
-def _folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
+def named_folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
+    """Return the package and the folder in the argument `migrations=`. For a path, the package is an empty text."""
+    if not isinstance(given, (str, os.PathLike)):
+        raise InvalidArgumentError(f"migrations must be 'package:folder' or a path, not {type(given).__name__}")
     named = _PACKAGE.fullmatch(given) if isinstance(given, str) else None
-    folder: Traversable
     if named is None:
-        if not isinstance(given, (str, os.PathLike)):
-            raise InvalidArgumentError(f"migrations must be 'package:folder' or a path, not {type(given).__name__}")
-        name, folder = os.fspath(given), Path(given)
-    else:
-        name = named[1]
-        try:
-            folder = files(name).joinpath(*named[2].split("/"))
-        except Exception as error:
-            raise InvalidArgumentError(
-                f"migrations={given!r}: the package {name!r} can't be imported ({type(error).__name__}). Install the "
-                "package, correct its name, or pass the path of the folder"
-            ) from error
+        return "", Path(given)
+    try:
+        return named[1], files(named[1]).joinpath(*named[2].split("/"))
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"migrations={given!r}: the package {named[1]!r} can't be imported ({type(error).__name__}). Install the "
+            "package, correct its name, or pass the path of the folder"
+        ) from error
+
+
+def _folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
+    package, folder = named_folder(given)
     if not (folder / "versions").is_dir():
         raise InvalidArgumentError(
             f"migrations={os.fspath(given)!r}: there is no folder {str(folder / 'versions')!r}. Correct the name, "
             "or create the first revision with 'homeagent migrations new'"
         )
-    return name, folder
+    return package or os.fspath(given), folder
 
 
 def _read_scripts(name: str, folder: Traversable) -> dict[str, _Script]:

@@ -532,7 +532,7 @@ from pathlib import Path
 
 from homeagent import Database
 from homeagent.engine.files import locks
-from homeagent.engine.sqlite import replacement
+from homeagent.engine.sqlite import in_use
 
 backup, database, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 left = step

@@ -100,13 +100,7 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
     rows = 0
     for described in SCHEMA:
         try:
-            try:
-                count, found = _read(described, connection, collector.watch)
-            except CorruptDatabaseError:
-                if connection.dialect.name != "sqlite":
-                    raise
-                # Read texts as bytes, because the driver raises an error for a page of rows with invalid UTF-8.
-                count, found = _read(described, connection, collector.watch, undecoded=True)
+            count, found = _read(described, connection, collector.watch)
         except CorruptDatabaseError as error:
             count, found = 0, [f"table {described.name} can't be read to its end ({error})"]
         rows += count
@@ -128,9 +122,7 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
         collector.ok("rows", f"Rows that can be read: {rows:,} of {rows:,}.", rows=rows, unreadable=0)
 
 
-def _read(
-    described: Table, connection: Connection, watch: Callable[[], bool], *, undecoded: bool = False
-) -> tuple[int, list[str]]:
+def _read(described: Table, connection: Connection, watch: Callable[[], bool]) -> tuple[int, list[str]]:
     """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row."""
     columns = list(described.columns)
     names = [c.name for c in columns]
@@ -138,7 +130,7 @@ def _read(
     named = names.index(naming_column(described))
     tests = [_test(c, connection.dialect) for c in columns]
     count, faults = 0, []
-    for page in _pages(described, connection, undecoded=undecoded):
+    for page in _pages(described, connection):
         for row in page:
             odd = next(((at, what) for at, test in enumerate(tests) if (what := test(row[at])) is not None), None)
             if odd is not None:
@@ -150,9 +142,11 @@ def _read(
     return count, faults
 
 
-def _pages(described: Table, connection: Connection, *, undecoded: bool) -> Iterator[Sequence[Sequence[Any]]]:
+def _pages(described: Table, connection: Connection) -> Iterator[Sequence[Sequence[Any]]]:
     quote = connection.dialect.identifier_preparer.quote
     rows: Any = select(*(column(c.name) for c in described.columns)).select_from(sql_table(described.name))
+    # On SQLite, read texts as bytes, because the driver raises an error for a page of rows with invalid UTF-8.
+    undecoded = connection.dialect.name == "sqlite"
     if undecoded:
         names = undecoded_columns(quote(c.name) for c in described.columns)
         rows = text(f"SELECT {names} FROM {quote(described.name)}")  # noqa: S608  quoted
