@@ -80,7 +80,6 @@ class Engine:
         self._closed = False
         self.is_forked_copy = False
         """True if a fork copied this object into a child process. The child can't use the copy."""
-        _engines.add(self)
         register(self)
 
     @property
@@ -225,7 +224,6 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        _engines.discard(self)
         if self.is_forked_copy:
             return
         self.writers.close()
@@ -255,11 +253,3 @@ class Engine:
 
 def _invalidated() -> DatabaseClosedError:
     return DatabaseClosedError("this database was opened before the process was forked: open it again in the child")
-
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def open_engines() -> list[Engine]:
-    """Return the engines that this process has open."""
-    return list(_engines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Iterator
@@ -169,11 +170,8 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
 
 def _remove_stale(directory: Path, database: Path) -> None:
     """Remove incomplete files of killed backups. The caller holds the lock of the directory."""
-    with explained("look into the directory", directory):
-        names = [entry.name for entry in os.scandir(directory)]
-    for name in names:
-        if name.startswith(f".{database.name}.") and name.endswith(f".backup{PARTIAL}"):
-            discard(directory / name)
+    for partial in directory.glob(f".{glob.escape(database.name)}.*.backup{PARTIAL}"):
+        discard(partial)
 
 
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:

@@ -17,11 +17,10 @@ from sqlalchemy.pool import NullPool
 
 from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import sqlite_error, translated
-from homeagent.engine.engine import open_engines
 from homeagent.engine.files.database_file import look_at, sidecars
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
 from homeagent.engine.sqlite.foreign_access import open_guarded
-from homeagent.engine.sqlite.write_ahead_log import has_frames, read_start
+from homeagent.engine.sqlite.write_ahead_log import has_frames
 from homeagent.errors import ReadOnlyError
 
 if TYPE_CHECKING:
@@ -112,17 +111,13 @@ def _open(path: Path, option: str, watch: Stopwatch | None) -> Connection:
         raise
 
 
-def journal_mode(path: Path, connection: Connection) -> str | None:
-    """Return the journal mode of a file that `inspect_sqlite()` opened, or None for an unknown mode."""
-    mode = str(connection.exec_driver_sql("PRAGMA journal_mode").scalar_one())
-    if mode == "wal":
-        return mode
-    # A connection without locks does not report the journal mode "wal", so read the header. In a process with the file
-    # open, the close would drop SQLite's locks (https://sqlite.org/howtocorrupt.html, section 2.2).
-    if any(str(engine.sa_engine.url.database) == str(path) for engine in open_engines()):
-        return None
+def journal_mode(connection: Connection) -> str:
+    """Return the journal mode in the header of a file that `inspect_sqlite()` opened, because SQLite does not report
+    the mode "wal" on a connection without locks.
+    """
+    raw: Any = connection.connection.driver_connection
     # https://sqlite.org/fileformat2.html#file_format_version_numbers
-    return "wal" if read_start(path, 20)[18:] == b"\x02\x02" else "delete"
+    return "wal" if raw.read("main", 0, 0, 20)[1][18:] == b"\x02\x02" else "delete"
 
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:

@@ -160,7 +160,7 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
     versions = {"sqlite_version": SQLITE_VERSION, "apsw_version": APSW_VERSION}
     collector.ok("database", summary, pages=pages, free_pages=free, page_size=size, **versions)
     with collector.attempt("wal"):
-        _check_journal_mode(collector, path, connection)
+        _check_journal_mode(collector, connection)
     with collector.attempt("integrity"):
         _check_integrity(collector, connection)
     with collector.attempt("references"):
@@ -168,10 +168,9 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
     check_store(collector, connection)
 
 
-def _check_journal_mode(collector: Collector, path: Path, connection: Connection) -> None:
-    mode = journal_mode(path, connection)
-    # For a file that this process has open, `journal_mode()` returns None. Such a file is in WAL mode.
-    if mode in ("wal", None):
+def _check_journal_mode(collector: Collector, connection: Connection) -> None:
+    mode = journal_mode(connection)
+    if mode == "wal":
         return
     summary = f"The journal mode is {mode!r} and not 'wal'."
     meaning = "readers and the writer wait for each other; a copy made by another tool may be in this mode"
