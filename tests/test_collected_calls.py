@@ -34,21 +34,6 @@ def turn(loop: asyncio.AbstractEventLoop, *acts: Callable[[], object]) -> None:
     loop.run_forever()
 
 
-def test_calls_are_handed_over_after_a_turn_without_a_new_call(loop: asyncio.AbstractEventLoop) -> None:
-    """The calls of several turns are handed over together, in their order. The next call begins a new collection."""
-    handed: list[list[int]] = []
-    calls = CollectedCalls(handed.append)
-    turn(loop, *(lambda number=number: calls.add(loop, number) for number in (1, 2)))
-    turn(loop, lambda: calls.add(loop, 3))
-    turn(loop)
-    assert handed == []
-    turn(loop)
-    assert handed == [[1, 2, 3]]
-    turn(loop, lambda: calls.add(loop, 4))
-    turn(loop)
-    assert handed == [[1, 2, 3], [4]]
-
-
 @pytest.mark.parametrize(("most", "time", "turns"), [(5, 0.0, 3), (256, 0.05, 2)], ids=["number", "time"])
 def test_a_busy_event_loop_does_not_delay_calls(
     loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch, most: int, time: float, turns: int

@@ -21,7 +21,7 @@ from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
 from homeagent.errors import AgentExistsError, ConflictError, DiskFullError, UnitStateError
 from tests.batches import Work, agents_of, counted_commits, create, creating, group_commit_of, held, run_together
-from tests.conftest import START, Children, dump
+from tests.conftest import START, Children
 
 BOTH = pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "coroutines"])
 
@@ -75,53 +75,6 @@ def test_a_lone_caller_runs_its_unit_in_its_own_thread(sqlite_database: Database
     assert agents_of(sqlite_database) == ["ada"]
 
 
-def test_many_coroutines_share_few_commits(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two hundred coroutines have their units in a few commits, each with a separate result or error."""
-
-    def work(unit: UnitOfWork, number: int) -> str:
-        agent_id = create(unit, f"a{number:03}")
-        if number % 10 == 9:
-            raise LookupError(agent_id)
-        return agent_id
-
-    async def main() -> list[Any]:
-        calls = [sqlite_database.arun(functools.partial(work, number=number)) for number in range(200)]
-        return await asyncio.gather(*calls, return_exceptions=True)
-
-    with counted_commits(monkeypatch) as count:
-        results = asyncio.run(main())
-    for number, result in enumerate(results):
-        if number % 10 == 9:
-            assert isinstance(result, LookupError)
-            assert result.args == (f"a{number:03}",)
-        else:
-            assert result == f"a{number:03}"
-    assert len(dump(sqlite_database)["agents"]) == 180
-    assert count[0] < 20
-
-
-def test_an_event_loop_is_notified_once_for_a_batch(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a batch has many coroutines of an event loop, the loop is notified once."""
-    notified: list[int] = []
-    notify = asyncio.BaseEventLoop.call_soon_threadsafe
-
-    def counting(loop: Any, callback: Any, *arguments: Any, **options: Any) -> Any:
-        if callback.__module__ == "homeagent.group_commit":
-            notified.append(len(arguments[0]))
-        return notify(loop, callback, *arguments, **options)
-
-    monkeypatch.setattr(asyncio.BaseEventLoop, "call_soon_threadsafe", counting)
-    run_together(sqlite_database, [creating(f"a{number}") for number in range(20)], coroutines=True)
-    assert notified == [20]
-
-
-def test_postgresql_groups_by_itself(empty_postgres_url: str) -> None:
-    """On PostgreSQL, which has many writers and groups commits, each unit has a separate connection."""
-    with Database.open(empty_postgres_url) as database:
-        assert database._runner._group_commit is None
-        assert database.run(creating("ada")) == "ada"
-
-
 def test_a_batch_is_bounded(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A batch ends after its maximum of units or its maximum duration, and the next batch begins."""
     monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_UNITS", 4)
@@ -137,7 +90,6 @@ def test_a_batch_is_bounded(sqlite_database: Database, monkeypatch: pytest.Monke
 
 
 def raising(unit: UnitOfWork, error: BaseException) -> None:
-    """Write a row, and raise."""
     create(unit, "raised")
     raise error
 
@@ -222,17 +174,6 @@ def test_an_undone_unit_undoes_no_other_unit(sqlite_path: Path, bad: Work, expec
             assert result == expected or isinstance(result, expected)
             assert results == [f"ada {position}", f"bob {position}"]
             assert len(agents_of(database)) == 2 * (position + 1)
-
-
-@pytest.mark.parametrize("position", [0, 1, 2], ids=["first", "middle", "last"])
-def test_open_savepoints_end_with_their_unit(sqlite_database: Database, position: int) -> None:
-    """If a unit leaves savepoints open, their rows are kept, and no other unit is inside the savepoints."""
-    works = [creating("ada"), functools.partial(raising, error=LookupError())]
-    works.insert(position, leaving_savepoints)
-    results = run_together(sqlite_database, works)
-    assert results[position] == "left"
-    left_open.clear()  # the generators behind the savepoints end here and must not change the database
-    assert agents_of(sqlite_database) == ["ada", "in savepoint 0", "in savepoint 1"]
 
 
 @BOTH
@@ -334,27 +275,6 @@ def test_a_unit_in_a_unit_is_refused(sqlite_database: Database) -> None:
 
 
 # Commits that fail
-
-
-@BOTH
-def test_units_of_a_failed_commit_run_again_alone(
-    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
-) -> None:
-    """If the commit of a batch fails, each unit runs again and succeeds in a separate transaction."""
-    runs: list[str] = []
-
-    def work(unit: UnitOfWork, agent_id: str) -> str:
-        runs.append(agent_id)
-        return create(unit, agent_id)
-
-    works = [functools.partial(work, agent_id=name) for name in ("a", "b", "c")]
-    with counted_commits(monkeypatch, DiskFullError("no room")) as count:
-        results = run_together(sqlite_database, works, coroutines=coroutines)
-    assert results == ["a", "b", "c"]
-    assert runs[:3] == ["a", "b", "c"]
-    assert sorted(runs[3:]) == ["a", "b", "c"]
-    assert count == [4]
-    assert agents_of(sqlite_database) == ["a", "b", "c"]
 
 
 FULL_DISK = """

@@ -9,7 +9,7 @@ import asyncio
 import functools
 import itertools
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -70,43 +70,6 @@ def test_a_caller_that_is_cancelled_in_the_queue_leaves_the_others_alone(
     assert asyncio.run(main()) == ["a", "b"]
     holder.join()
     assert ran == ["a", "b"]
-
-
-@pytest.mark.parametrize("scoped", [False, True], ids=["Task.cancel", "scope"])
-def test_a_caller_that_is_cancelled_while_its_unit_runs_waits(sqlite_database: Database, scoped: bool) -> None:
-    """If a caller is cancelled while its unit runs, unit and callbacks end first, and then the caller is cancelled."""
-    began, go_on = threading.Event(), threading.Event()
-    seen: list[str] = []
-
-    def work(unit: UnitOfWork) -> None:
-        began.set()
-        assert go_on.wait(10)
-        create(unit, "ada")
-        unit.after_commit(lambda: seen.append("durable"))
-
-    async def turned(act: Callable[[], Any]) -> None:
-        assert await anyio.to_thread.run_sync(began.wait, 30)
-        act()
-        for _ in range(5):
-            await asyncio.sleep(0)
-        go_on.set()
-
-    async def main() -> None:
-        if scoped:
-            with anyio.CancelScope() as scope:
-                other = asyncio.ensure_future(turned(scope.cancel))
-                await sqlite_database.arun(work)
-            assert scope.cancelled_caught
-            await other
-            return
-        task = asyncio.ensure_future(sqlite_database.arun(work))
-        await turned(task.cancel)
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(main())
-    assert seen == ["durable"]
-    assert agents_of(sqlite_database) == ["ada"]
 
 
 def test_a_closed_loop_delays_no_other_caller(sqlite_database: Database) -> None:

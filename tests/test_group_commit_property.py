@@ -78,7 +78,6 @@ def play(unit: UnitOfWork, script: Sequence[tuple[str, str]], end: str, called: 
 
 
 def comparable(outcome: Any) -> Any:
-    """Return the part of an outcome to compare."""
     return (type(outcome), str(outcome)) if isinstance(outcome, BaseException) else outcome
 
 

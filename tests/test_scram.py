@@ -56,17 +56,13 @@ RFC_PROOF = base64.b64decode("dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=")
 RFC_SIGNATURE = base64.b64decode("6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=")
 
 
-def test_client_proof_of_the_rfc() -> None:
-    """The device's side computes the ClientProof of RFC 7677's example."""
-    assert make_proof("pencil", ProofParameters(RFC_SALT, 4096), RFC_MESSAGE) == RFC_PROOF
-
-
-def test_gateway_accepts_the_proof_of_the_rfc() -> None:
-    """The gateway, which holds only the verifier, accepts the RFC's proof and gives the RFC's ServerSignature."""
+def test_proof_and_signature_of_the_rfc() -> None:
+    """The device computes the RFC's proof; the gateway, which holds only the verifier, accepts the proof and signs."""
     verifier = make_verifier("pencil", iterations=4096, salt=RFC_SALT)
     assert check_proof(verifier, RFC_MESSAGE, RFC_PROOF)
     assert server_signature(verifier, RFC_MESSAGE) == RFC_SIGNATURE
     assert check_server_signature("pencil", ProofParameters(RFC_SALT, 4096), RFC_MESSAGE, RFC_SIGNATURE)
+    assert make_proof("pencil", ProofParameters(RFC_SALT, 4096), RFC_MESSAGE) == RFC_PROOF
 
 
 # Verifiers
@@ -168,16 +164,6 @@ def test_damaged_verifier_accepts_no_proof_and_signs_no_message() -> None:
 # Proofs
 
 
-def test_device_and_gateway_recognise_each_other() -> None:
-    """A right proof convinces the gateway, the signature convinces the device, and derived keys do both."""
-    assert make_proof(SECRET, PARAMETERS, MESSAGE) == PROOF
-    assert len(PROOF) == 32
-    assert check_proof(VERIFIER, MESSAGE, PROOF)
-    signature = server_signature(VERIFIER, MESSAGE)
-    assert check_server_signature(SECRET, PARAMETERS, MESSAGE, signature)
-    assert KEYS.recognises(MESSAGE, signature)
-
-
 @given(st.binary(max_size=200), st.binary(max_size=200))
 def test_a_proof_is_valid_for_its_own_message_only(message: bytes, other: bytes) -> None:
     """If the message differs, the proof and the gateway's signature are false."""
@@ -214,13 +200,6 @@ def test_the_stored_keys_make_no_proof() -> None:
             assert not check_proof(VERIFIER, MESSAGE, ProofKeys(key, other).prove(MESSAGE))
     # The gateway's own signature, sent back to the gateway, is not a proof either.
     assert not check_proof(VERIFIER, MESSAGE, server_signature(VERIFIER, MESSAGE))
-
-
-def test_stolen_verifier_and_overheard_proof_reveal_the_client_key() -> None:
-    """A stolen verifier and an overheard proof together reveal the client key: this known weakness requires TLS."""
-    stored = base64.b64decode(VERIFIER.split("$")[2].split(":")[0])
-    signature = hmac.digest(stored, MESSAGE, "sha256")
-    assert bytes(a ^ b for a, b in zip(PROOF, signature, strict=True)) == KEYS.client_key
 
 
 def test_other_secrets_or_parameters_give_false_proofs() -> None:
@@ -291,13 +270,6 @@ def test_device_may_insist_on_iterations() -> None:
     assert make_proof(SECRET, PARAMETERS, MESSAGE, minimum_iterations=4096) == PROOF
 
 
-@pytest.mark.parametrize(("salt", "iterations"), [(bytes(7), 4096), (bytes(16), 1), (bytes(16), 10**9)])
-def test_device_refuses_extreme_parameters(salt: bytes, iterations: int) -> None:
-    """If received parameters make guessing cheap or keep the device busy, the device refuses them."""
-    with pytest.raises(InvalidArgumentError):
-        ProofParameters(salt, iterations)
-
-
 # The message
 
 
@@ -324,13 +296,6 @@ def test_message_is_injective(one: tuple[str, str, datetime], other: tuple[str, 
     assert (first == second) == (first_values == second_values)
 
 
-@pytest.mark.parametrize(("one", "other"), [(("a", "b,c"), ("a,b", "c")), (('a","b', "c"), ("a", 'b","c'))])
-def test_separators_in_a_message_never_collide(one: tuple[str, str], other: tuple[str, str]) -> None:
-    """If an id or nonce contains a separator, the message still differs from every other pair."""
-    messages = {proof_message(device_id=id_, nonce=nonce, timestamp=NOON) for id_, nonce in (one, other)}
-    assert len(messages) == 2
-
-
 def test_message_does_not_depend_on_the_time_zone() -> None:
     """Equal timestamps in different time zones give the same message, also at the ends of the calendar."""
     there = NOON.astimezone(timezone(timedelta(hours=-9, minutes=-30)))
@@ -346,10 +311,20 @@ def test_naive_timestamp_is_refused(timestamp: Any) -> None:
         proof_message(device_id="d", nonce="n", timestamp=timestamp)
 
 
-@pytest.mark.parametrize("wrong", [{"salt": "x" * 16}, {"iterations": 4096.5}, {"iterations": "4096"}], ids=str)
-def test_parameters_that_were_not_decoded_are_refused(wrong: dict[str, Any]) -> None:
-    """If received parameters were not decoded, the device refuses them on receipt, not during the derivation."""
-    with pytest.raises(InvalidArgumentError, match="decode"):
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        *(({name: value}, name) for name, value in (("salt", bytes(7)), ("iterations", 1), ("iterations", 10**9))),
+        *(
+            ({name: value}, "decode")
+            for name, value in (("salt", "x" * 16), ("iterations", 4.5), ("iterations", "4096"))
+        ),
+    ],
+    ids=str,
+)
+def test_device_refuses_invalid_parameters(wrong: dict[str, Any], words: str) -> None:
+    """If received parameters make guessing cheap, keep the device busy or were not decoded, the device refuses them."""
+    with pytest.raises(InvalidArgumentError, match=words):
         ProofParameters(**{"salt": bytes(16), "iterations": 4096, **wrong})
 
 

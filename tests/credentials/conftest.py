@@ -10,7 +10,7 @@ import pytest
 from argon2.low_level import hash_secret
 from hypothesis import strategies as st
 
-from homeagent.credentials import MAX_SECRET_BYTES, SecretHasher, generate_secret
+from homeagent.credentials import MAX_SECRET_BYTES, SecretHasher, generate_secret, hashing
 
 HUMAN = "correct horse battery staple"
 OTHER = "Tr0ub4dor&3"
@@ -48,8 +48,13 @@ class Runs:
 
 
 @pytest.fixture
+def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the default hasher the lowest possible costs, for tests that do not need slow hashes."""
+    monkeypatch.setattr(hashing, "_default", cheap)
+
+
+@pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """Every Argon2 run of this test."""
     counted = Runs()
     monkeypatch.setattr("argon2.low_level.hash_secret", counted)
     return counted

@@ -80,13 +80,6 @@ def test_queue_length_is_bounded(runs: Runs) -> None:
     assert hasher.hash(OTHER, waiting=0)
 
 
-def test_all_places_are_used(runs: Runs) -> None:
-    """As many runs as there are places take place at the same time."""
-    hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=3, timeout=timedelta(0))
-    with _held(runs, *[lambda: hasher.hash(HUMAN)] * 3):
-        assert runs.count == 3
-
-
 def test_callers_wait_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
     """Callers get their places in order of arrival, and each caller gets a place."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))

@@ -19,25 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from homeagent.credentials import (
-    SecretHasher,
-    SecretMatch,
-    check_secret,
-    generate_secret,
-    hash_secret,
-)
+from homeagent.credentials import SecretHasher, SecretMatch, check_secret, generate_secret, hash_secret
 from tests.credentials.conftest import HUMAN, OTHER, Runs, cheap, dearer, generated, usable
 
 # Hashes
-
-
-def test_generated_secret_is_hashed_with_sha256(runs: Runs) -> None:
-    """A generated secret is hashed with SHA-256: 256 random bits need no slow hash."""
-    secret = generate_secret()
-    stored = cheap.hash(secret)
-    assert stored == "sha256$" + hashlib.sha256(secret.get_secret_value().encode()).hexdigest()
-    assert cheap.check(secret, [stored]) == SecretMatch(0)
-    assert runs.count == 0
 
 
 def test_human_secret_is_hashed_with_argon2id_that_others_can_verify() -> None:
@@ -80,18 +65,19 @@ def test_only_the_same_secret_matches(secret: str, other: str) -> None:
     assert bool(cheap.check(SecretStr(other), stored)) == (secret == other)
 
 
-def test_default_costs_are_those_of_rfc_9106() -> None:
-    """The public functions use the second recommended option of RFC 9106, independent of a library's defaults."""
-    assert argon2.extract_parameters(hash_secret(HUMAN)) == RFC_9106_LOW_MEMORY
-
-
 def test_public_functions_hash_and_check() -> None:
-    """`hash_secret` and `check_secret` work together, for both kinds of secret and both types of argument."""
+    """`hash_secret` and `check_secret` work together for both kinds of secret, with a recommended option of RFC 9106.
+
+    The costs do not depend on the defaults of a library.
+    """
     for secret in (HUMAN, generated()):
         stored = hash_secret(SecretStr(secret))
         assert len(stored) <= 256
         assert check_secret(secret, [stored]) == SecretMatch(0)
-        assert not check_secret(SecretStr(OTHER), [stored])
+        assert not check_secret(generate_secret(), [stored])
+        if secret == HUMAN:
+            assert argon2.extract_parameters(stored) == RFC_9106_LOW_MEMORY
+            assert not check_secret(SecretStr(OTHER), [stored])
 
 
 # Costs of a check
@@ -228,13 +214,6 @@ def test_first_hash_is_named_if_both_match() -> None:
     """If both hashes match, as after a rotation to the same secret, the result has the index 0."""
     previous = cheap.hash(HUMAN)
     assert cheap.check(HUMAN, [cheap.hash(HUMAN, beside=previous), previous]).matched == 0
-
-
-def test_second_hash_shares_the_salt() -> None:
-    """Two hashes of one device share a salt, so that one run checks both."""
-    previous = cheap.hash(HUMAN)
-    assert cheap.hash(OTHER, beside=previous).split("$")[:5] == previous.split("$")[:5]
-    assert cheap.hash(OTHER).split("$")[4] != previous.split("$")[4]
 
 
 @pytest.mark.parametrize("beside", ["", "sha256$" + "0" * 64, "$argon2id$v=19$m=8,t=1,p=1$", "nonsense"])

@@ -32,9 +32,6 @@ UNUSABLE = {
 unusable = pytest.mark.parametrize("secret", UNUSABLE.values(), ids=UNUSABLE.keys())
 
 
-# The form of a secret
-
-
 def test_generated_secret_is_random_and_known_by_its_form() -> None:
     """Two generated secrets differ, hold 256 random bits, and are recognised by their form."""
     first, second = generate_secret(), generate_secret()
@@ -101,9 +98,6 @@ def _spell(payload: bytes) -> str:
     return "ha1_" + base64.urlsafe_b64encode(payload).decode()
 
 
-# Bounds
-
-
 @unusable
 def test_unusable_secret_is_not_hashed(secret: str, runs: Runs) -> None:
     """If a secret is invalid, an error is raised before a hash is computed, and the error omits the secret."""
@@ -143,9 +137,6 @@ def test_secret_is_not_normalised() -> None:
     stored = [cheap.hash("caf\N{LATIN SMALL LETTER E WITH ACUTE}")]
     assert not cheap.check("cafe\N{COMBINING ACUTE ACCENT}", stored)
     assert not cheap.check("caf\N{LATIN SMALL LETTER E WITH ACUTE} ", stored)
-
-
-# Costs of an import
 
 
 def test_package_costs_little_to_import() -> None:

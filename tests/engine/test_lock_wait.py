@@ -82,7 +82,6 @@ class Time:
         monkeypatch.setattr(lock_wait, "sleep", self.sleep)
 
     def sleep(self, seconds: float) -> None:
-        """Advance the clock."""
         self.slept.append(seconds)
         self.now += seconds
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from homeagent.engine.pool import ConnectionPool
-from homeagent.errors import DatabaseBusyError, DatabaseClosedError
+from homeagent.errors import DatabaseClosedError
 from tests.conftest import in_threads
 from tests.interrupts import interrupt_at
 
@@ -17,18 +17,14 @@ LANES = ("homeagent.engine.pool",)
 
 
 class Resource:
-    """A resource that can be closed."""
-
     def __init__(self) -> None:
         self.closed = False
 
     def close(self) -> None:
-        """Record the call."""
         self.closed = True
 
 
 def lanes_of(size: int, make: Callable[[], Resource] = Resource) -> ConnectionPool[Resource]:
-    """Return a pool of this size."""
     return ConnectionPool(size, make, name="the write lock")
 
 
@@ -60,31 +56,6 @@ def test_longest_waiter_is_next() -> None:
         thread.join()
     assert order == list(range(10))
     assert lanes.waits == 10
-
-
-def test_timeout_names_the_holder() -> None:
-    """If a wait times out, the error names the holder's thread and how long the thread has held the connection."""
-    lanes = lanes_of(1)
-    held = lanes.acquire(1)
-    with pytest.raises(DatabaseBusyError, match=r"thread 'MainThread' has held it for \d"):
-        lanes.acquire(0.01)
-    lanes.release(held)
-    assert lanes.acquire(0) is held
-
-
-def test_failed_open_frees_the_place() -> None:
-    """If opening a resource fails, the caller gets the error and the next caller can open one."""
-    tries = iter([OSError("no"), None])
-
-    def make() -> Resource:
-        if error := next(tries):
-            raise error
-        return Resource()
-
-    lanes = lanes_of(1, make)
-    with pytest.raises(OSError, match="no"):
-        lanes.acquire(0)
-    assert lanes.acquire(0)
 
 
 def test_discarded_resource_is_replaced() -> None:

@@ -84,7 +84,6 @@ def make(path: Path, content: bytes = DATABASE, mode: int = 0o600) -> Path:
 
 @pytest.fixture
 def database_file(tmp_path: Path) -> Path:
-    """Return a path for a database file, in an empty directory."""
     directory = tmp_path / "data"
     directory.mkdir(0o700)
     return directory / "homeagent.db"

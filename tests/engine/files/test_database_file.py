@@ -5,33 +5,15 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from homeagent import errors
 from homeagent.engine.files import database_file as files
-from homeagent.engine.files.database_file import (
-    create_file,
-    inspect_file,
-    locate_file,
-    refuse_orphaned_log,
-    secure_sidecars,
-    sidecars,
-)
+from homeagent.engine.files.database_file import create_file, inspect_file, locate_file, secure_sidecars, sidecars
 from homeagent.engine.files.directories import prepare_directory
-from homeagent.engine.files.filesystems import refuse_network_filesystem
-from homeagent.engine.files.sync import fsync_directory
-from homeagent.errors import (
-    DatabaseError,
-    DiskFullError,
-    InsecureFileError,
-    InvalidArgumentError,
-    ReadOnlyError,
-    TooManyFilesError,
-)
 from tests.engine.files.conftest import (
     DATABASE,
     NOBODY,
@@ -62,14 +44,14 @@ class TestPaths:
     )
     def test_path_that_names_no_file_is_refused(self, path: str) -> None:
         """If a path cannot be a file name, the error reports a wrong argument."""
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(errors.InvalidArgumentError):
             locate_file(path)
 
     def test_linked_directory_whose_name_is_not_utf8_is_refused(self, tmp_path: Path) -> None:
         """If a linked directory's name is not UTF-8, an error is raised, since no manifest could name the file."""
         (tmp_path / "\udcff").mkdir()
         (tmp_path / "linked").symlink_to(tmp_path / "\udcff")
-        with pytest.raises(InvalidArgumentError, match="its directory is not UTF-8"):
+        with pytest.raises(errors.InvalidArgumentError, match="its directory is not UTF-8"):
             locate_file(tmp_path / "linked" / "a.db")
 
     def test_circle_of_links_is_refused(self, tmp_path: Path) -> None:
@@ -77,18 +59,10 @@ class TestPaths:
         (tmp_path / "a").symlink_to(tmp_path / "b")
         (tmp_path / "b").symlink_to(tmp_path / "a")
         path = locate_file(tmp_path / "a" / "homeagent.db")
-        with pytest.raises(InsecureFileError, match="circle"):
+        with pytest.raises(errors.InsecureFileError, match="circle"):
             inspect_file(path)
-        with pytest.raises(InsecureFileError, match="circle"):
+        with pytest.raises(errors.InsecureFileError, match="circle"):
             prepare_directory(path.parent)
-
-    def test_sidecars_are_next_to_the_database(self) -> None:
-        """SQLite appends its suffixes to the whole file name, dots included."""
-        assert sidecars(Path("/data/a.b.db")) == [
-            Path("/data/a.b.db-wal"),
-            Path("/data/a.b.db-shm"),
-            Path("/data/a.b.db-journal"),
-        ]
 
 
 class TestInspecting:
@@ -129,7 +103,7 @@ class TestInspecting:
         os.chown(make(database_file, mode=0o644), NOBODY, NOBODY)
         os.chown(database_file.parent, NOBODY, NOBODY)
         before = snapshot(database_file.parent)
-        with pytest.raises(InsecureFileError, match=f"belongs to user {NOBODY}"):
+        with pytest.raises(errors.InsecureFileError, match=f"belongs to user {NOBODY}"):
             inspect_file(database_file)
         assert snapshot(database_file.parent) == before
 
@@ -146,7 +120,7 @@ class TestInspecting:
         make(database_file, mode=0o644)
         before = snapshot(database_file.parent)
         monkeypatch.setattr(Path, "chmod", chmod)
-        with pytest.raises(InsecureFileError, match="can't be made private"):
+        with pytest.raises(errors.InsecureFileError, match="can't be made private"):
             inspect_file(database_file)
         assert snapshot(database_file.parent) == before
 
@@ -164,7 +138,7 @@ class TestInspecting:
             change_mode(path, mode)
 
         monkeypatch.setattr(files, "change_mode", swap)
-        with pytest.raises(InsecureFileError, match="symbolic link"):
+        with pytest.raises(errors.InsecureFileError, match="symbolic link"):
             inspect_file(database_file)
         assert mode_of(victim) == 0o644
 
@@ -193,7 +167,7 @@ class TestInspecting:
             make(path, mode=0o644)
 
         monkeypatch.setattr(files, "change_mode", replace)
-        with pytest.raises(DatabaseError, match="another program replaced"):
+        with pytest.raises(errors.DatabaseError, match="another program replaced"):
             inspect_file(database_file)
         assert 1 < len(kept) < 100
 
@@ -202,7 +176,12 @@ class TestSidecars:
     @pytest.mark.parametrize("suffix", ["-wal", "-shm", "-journal"])
     @pytest.mark.parametrize(("put", "error", "words"), NOT_A_FILE_OF_OURS)
     def test_untrusted_file_is_refused(
-        self, database_file: Path, suffix: str, put: Callable[[Path], None], error: type[DatabaseError], words: str
+        self,
+        database_file: Path,
+        suffix: str,
+        put: Callable[[Path], None],
+        error: type[errors.DatabaseError],
+        words: str,
     ) -> None:
         """SQLite would follow a link, so each sidecar file must pass the same checks as the database."""
         make(database_file)
@@ -227,38 +206,6 @@ class TestSidecars:
         monkeypatch.setattr(files, "change_mode", remove)
         assert secure_sidecars(database_file) == []
 
-    @pytest.mark.parametrize("journal_mode", ["delete", "wal"])
-    def test_checks_keep_the_locks_of_an_open_connection(self, database_file: Path, journal_mode: str) -> None:
-        """No check opens and closes SQLite's files, so this process keeps its write lock."""
-        with closing(sqlite3.connect(database_file, isolation_level=None)) as connection:
-            connection.execute(f"PRAGMA journal_mode={journal_mode}")
-            connection.execute("CREATE TABLE t (a)")
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("INSERT INTO t VALUES (1)")
-            for path in (database_file, *sidecars(database_file)):
-                if path.exists():
-                    path.chmod(0o644)
-            prepare_directory(database_file.parent)
-            assert inspect_file(database_file) is not None
-            assert len(secure_sidecars(database_file)) == (2 if journal_mode == "wal" else 1)
-            assert create_file(database_file) is False
-            refuse_orphaned_log(database_file)
-            refuse_network_filesystem(database_file)
-            fsync_directory(database_file.parent)
-            output = run(
-                """
-                import sqlite3, sys
-                connection = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)
-                try:
-                    connection.execute("BEGIN IMMEDIATE")
-                except sqlite3.OperationalError as error:
-                    print(error)
-                """,
-                arguments=[str(database_file)],
-            )
-            assert output.strip() == "database is locked"
-            connection.execute("COMMIT")
-
 
 class TestCreating:
     @pytest.mark.parametrize("put", [symlink, dangling_symlink, directory, fifo])
@@ -271,21 +218,26 @@ class TestCreating:
 
     def test_too_long_name_is_refused(self, database_file: Path) -> None:
         """If the file system cannot hold the name, the error reports a wrong argument."""
-        with pytest.raises(InvalidArgumentError, match="too long"):
+        with pytest.raises(errors.InvalidArgumentError, match="too long"):
             create_file(database_file.with_name("x" * 300))
 
     @pytest.mark.parametrize(
         ("number", "kind", "words"),
         [
-            (errno.ENOSPC, DiskFullError, "free some space"),
-            (errno.EDQUOT, DiskFullError, "free some space"),
-            (errno.EROFS, ReadOnlyError, "read-only file system"),
-            (errno.EACCES, DatabaseError, "no permission to create"),
-            (errno.EMFILE, TooManyFilesError, "open no more files"),
+            (errno.ENOSPC, errors.DiskFullError, "free some space"),
+            (errno.EDQUOT, errors.DiskFullError, "free some space"),
+            (errno.EROFS, errors.ReadOnlyError, "read-only file system"),
+            (errno.EACCES, errors.DatabaseError, "no permission to create"),
+            (errno.EMFILE, errors.TooManyFilesError, "open no more files"),
         ],
     )
     def test_system_errors_become_homeagent_errors(
-        self, database_file: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[DatabaseError], words: str
+        self,
+        database_file: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        number: int,
+        kind: type[errors.DatabaseError],
+        words: str,
     ) -> None:
         """A full disk, a read-only disk and a missing permission raise separate errors that name the path."""
 
@@ -293,7 +245,7 @@ class TestCreating:
             raise OSError(number, os.strerror(number))
 
         monkeypatch.setattr(os, "open", fail)
-        with pytest.raises(DatabaseError, match=words) as refusal:
+        with pytest.raises(errors.DatabaseError, match=words) as refusal:
             create_file(database_file)
         assert type(refusal.value) is kind
         assert str(database_file) in str(refusal.value)
@@ -311,7 +263,7 @@ class TestCreating:
 
         change = os.fchmod
         monkeypatch.setattr(os, "fchmod", fchmod)
-        with pytest.raises(InsecureFileError, match="can't be made private"):
+        with pytest.raises(errors.InsecureFileError, match="can't be made private"):
             create_file(database_file)
 
     def test_missing_permission_names_the_path(self, open_directory: Path) -> None:

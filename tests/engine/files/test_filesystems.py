@@ -20,7 +20,6 @@ def mount(point: Path | str, kind: str, device: str = "0:99", optional: str = "s
 
 class TestFileSystems:
     def table(self, tmp_path: Path, *lines: str) -> Path:
-        """Write a mount table."""
         path = tmp_path / "mountinfo"
         path.write_text("".join(lines))
         return path

@@ -47,7 +47,6 @@ class Waiting:
 
 @pytest.fixture
 def lock_file(database_file: Path) -> Path:
-    """Return a path for a lock file."""
     return database_file.with_name("homeagent.lock")
 
 
@@ -108,24 +107,6 @@ class TestLocking:
         assert waiting.pauses[:3] == [0.001, 0.002, 0.004]
         assert max(waiting.pauses) == 0.05
         assert not patient.held
-
-    def test_zero_timeout_tries_once(self, lock_file: Path) -> None:
-        """With a timeout of zero, the lock is tried once, without a pause."""
-        waiting = Waiting()
-        hasty = FileLock(lock_file, timeout=AT_ONCE, monotonic=waiting.monotonic, pause=waiting.pause)
-        with FileLock(lock_file, timeout=AT_ONCE), pytest.raises(DatabaseBusyError):
-            hasty.acquire()
-        assert waiting.pauses == []
-
-    def test_waiter_gets_the_lock_once_it_is_free(self, lock_file: Path) -> None:
-        """If the holder releases the lock during a wait, the waiter gets the lock."""
-        waiting = Waiting()
-        holder = FileLock(lock_file, timeout=AT_ONCE)
-        holder.acquire()
-        waiting.on_pause = holder.release
-        with FileLock(lock_file, monotonic=waiting.monotonic, pause=waiting.pause) as lock:
-            assert lock.held
-        assert len(waiting.pauses) == 1
 
     def test_interrupted_wait_holds_no_lock(self, lock_file: Path) -> None:
         """Ctrl-C during a wait leaves no lock and no open file."""
@@ -250,35 +231,25 @@ class TestLocking:
 
 class TestMarker:
     def test_marker_is_found_by_the_next_holder(self, lock_file: Path) -> None:
-        """A new lock file has no marker; a stored marker is read by each later holder, also a shared one."""
+        """A new lock file has no marker. A marker replaces a shorter or longer one, and each later holder reads it."""
         with FileLock(lock_file) as lock:
             assert lock.read_marker() is None
-            lock.write_marker("initialised é")
-            assert lock.read_marker() == "initialised é"
+            for text in ("x", "a longer text", "initialised é"):
+                lock.write_marker(text)
+                assert lock.read_marker() == text
+        assert lock_file.read_text() == "initialised é\n"
         with FileLock(lock_file, shared=True) as lock:
             assert lock.read_marker() == "initialised é"
         assert mode_of(lock_file) == 0o600
 
-    @pytest.mark.parametrize("text", ["x", "a longer text than before"])
-    def test_marker_is_replaced(self, lock_file: Path, text: str) -> None:
-        """A new marker replaces an old one, shorter or longer."""
+    @pytest.mark.parametrize(
+        ("content", "found"), [(b"new\nd of an older text\n", "new"), (b"\xff\xfe", "\N{REPLACEMENT CHARACTER}" * 2)]
+    )
+    def test_marker_of_a_power_cut(self, lock_file: Path, content: bytes, found: str) -> None:
+        """A marker can be read before the rest of an older text is cut off; damaged bytes still count as a marker."""
+        make(lock_file, content)
         with FileLock(lock_file) as lock:
-            lock.write_marker("first text")
-            lock.write_marker(text)
-            assert lock.read_marker() == text
-        assert lock_file.read_text() == f"{text}\n"
-
-    def test_rest_of_an_older_marker_is_ignored(self, lock_file: Path) -> None:
-        """If a power cut comes between the write and the truncation of the file, the new marker can still be read."""
-        make(lock_file, b"new\nd of an older text\n")
-        with FileLock(lock_file) as lock:
-            assert lock.read_marker() == "new"
-
-    def test_unreadable_marker_is_returned_as_text(self, lock_file: Path) -> None:
-        """If a marker's bytes are damaged, the result is a text, since the database was initialised."""
-        make(lock_file, b"\xff\xfe")
-        with FileLock(lock_file) as lock:
-            assert lock.read_marker() is not None
+            assert lock.read_marker() == found
 
     def test_marker_on_a_full_disk(self, lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """If the disk stores only half of a marker, DiskFullError is raised."""
