@@ -83,24 +83,15 @@ def test_document() -> None:
     )
 
 
-def test_keys_are_sorted_at_every_depth() -> None:
-    """Inside lists and dicts, the order of keys does not change the text; the order of a list does."""
-    one: Any = {"b": [{"y": 1, "x": 2}], "a": {"d": 1, "c": 2}}
-    other: Any = {"a": {"c": 2, "d": 1}, "b": [{"x": 2, "y": 1}]}
-    assert fingerprint_of(one) == fingerprint_of(other)
-    assert fingerprint_of([1, 2]) != fingerprint_of([2, 1])
-
-
 def test_large_ids_have_different_fingerprints() -> None:
     """If two ints are the same double, their fingerprints differ: an intended difference from the RFC."""
     assert fingerprint_of(2**53) != fingerprint_of(2**53 + 1)
     assert fingerprint_of(1) == fingerprint_of(1.0)
-    values: Any = (1, True, "1", [1], None, 0, False, "")
-    assert len({fingerprint_of(value) for value in values}) == 8
+    values: Any = (1, True, "1", [1], None, 0, False, "", [1, 2], [2, 1])
+    assert len({fingerprint_of(value) for value in values}) == len(values)
 
 
 def nested(depth: int) -> Any:
-    """Return a list with `depth` levels."""
     value: Any = []
     for _ in range(depth):
         value = [value]

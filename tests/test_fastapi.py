@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import anyio
 import httpx
 import pytest
 from fastapi import FastAPI, HTTPException
@@ -14,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from homeagent import errors
 from homeagent.fastapi import error_replies, install_error_handlers
+from tests.asgi import Client
 
 CALL = {"device_id": "d-private", "method": "door.open"}
 ANSWERS: list[tuple[errors.HomeAgentError, int, str | None]] = [
@@ -51,16 +51,6 @@ ANSWERS: list[tuple[errors.HomeAgentError, int, str | None]] = [
 NAMES = [f"{type(error).__name__}-{number}" for number, (error, _, _) in enumerate(ANSWERS)]
 
 
-def ask(app: FastAPI, method: str = "GET", path: str = "/", **request: Any) -> httpx.Response:
-    """Send a request to an application."""
-
-    async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
-            return await client.request(method, path, **request)
-
-    return anyio.run(send)
-
-
 def answer_to(error: Exception) -> httpx.Response:
     """Return the response of an application whose only route raises this error."""
     app = FastAPI()
@@ -70,7 +60,7 @@ def answer_to(error: Exception) -> httpx.Response:
     def fail() -> None:
         raise error
 
-    return ask(app)
+    return Client(app).get("/")
 
 
 @pytest.mark.parametrize(("error", "status", "retry_after"), ANSWERS, ids=NAMES)
@@ -104,7 +94,7 @@ def test_http_exceptions_have_the_same_form() -> None:
     assert (response.json()["data"], response.json()["error"]) == ({"pot": 1}, "HTTPException")
     app = FastAPI()
     install_error_handlers(app)
-    assert ask(app).json()["detail"] == "Not Found"
+    assert Client(app).get("/").json()["detail"] == "Not Found"
     assert answer_to(HTTPException(304)).content == b""
 
 
@@ -129,14 +119,14 @@ def test_invalid_request_and_document() -> None:
     def order(order: Order) -> None: ...
 
     install_error_handlers(app)
-    response = ask(app, "POST", json={"pet": {"kind": "private"}, "count": "private"})
+    response = Client(app).post("/", json={"pet": {"kind": "private"}, "count": "private"})
     assert (response.status_code, response.headers["content-type"]) == (422, "application/problem+json")
     assert [line["loc"] for line in response.json()["errors"]] == [["body", "pet"], ["body", "count"]]
     assert response.json()["error"] == "RequestValidationError"
     assert "private" not in response.text
 
     for _ in range(2):
-        document = ask(app, path="/openapi.json").json()
+        document = Client(app).get("/openapi.json").json()
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
     responses = document["paths"]["/"]["post"]["responses"]
     assert {status: reply["content"] for status, reply in responses.items() if status != "200"} == dict.fromkeys(

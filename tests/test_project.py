@@ -76,18 +76,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the tree."""
     return build("build_wheel", tree, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist, built from the tree."""
     return build("build_sdist", tree, tmp_path_factory.mktemp("sdist"))
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
-    """Return the files of a wheel by name."""
     with ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
@@ -112,8 +109,8 @@ def check_contracts(tree: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_readme_first_runs_the_example_then_the_tests() -> None:
-    """The README's first two commands run the example and then the tests."""
+def test_readme_and_ci_name_the_same_commands() -> None:
+    """The README's first commands run the example and then the tests, by the same line as the CI script."""
     example, tests = shell_blocks(ROOT / "README.md")[:2]
     program = re.fullmatch(
         r"python3 -m venv \.venv && \.venv/bin/pip install --quiet --editable \. && \.venv/bin/python (\S+)\n", example
@@ -121,33 +118,20 @@ def test_readme_first_runs_the_example_then_the_tests() -> None:
     assert program is not None
     assert (ROOT / program[1]).is_file()
     assert tests.endswith("-m pytest\n")
+    assert f"test_command='{tests.strip()}'\n" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
-def test_ci_runs_the_readme_command() -> None:
-    """The CI script runs the tests by the same line as the README."""
-    command = re.search(r"^test_command='(.*)'$", (ROOT / ".ci/run").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert command is not None
-    assert command[1] + "\n" == shell_blocks(ROOT / "README.md")[1]
-
-
-def test_ci_script_is_a_program() -> None:
-    """The script is executable, and refuses an unknown step."""
-    assert os.access(ROOT / ".ci/run", os.X_OK)
-    refused = subprocess.run([ROOT / ".ci/run", "deploy"], capture_output=True, text=True)
-    assert refused.returncode == 2
-    assert "deploy" in refused.stderr
-
-
-def test_workflow_runs_only_known_steps() -> None:
-    """Each step of the hosted workflow can also be run by hand."""
+def test_workflow_runs_the_steps_of_the_ci_script() -> None:
+    """Each step of the hosted workflow can be run by hand with the script, which refuses an unknown step."""
     script = (ROOT / ".ci/run").read_text(encoding="utf-8")
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     matrix = re.search(r"^ +step: \[(.+)\]$", workflow, flags=re.MULTILINE)
-    assert matrix is not None
-    steps = {"test", *matrix[1].split(", ")}
     known = re.search(r'^known="([a-z0-9 ]+)"$', script, flags=re.MULTILINE)
+    assert matrix is not None
     assert known is not None
-    assert steps == set(known[1].split())
+    assert {"test", *matrix[1].split(", ")} == set(known[1].split())
+    refused = subprocess.run([ROOT / ".ci/run", "deploy"], capture_output=True, text=True)
+    assert (refused.returncode, "deploy" in refused.stderr) == (2, True)
 
 
 def test_every_promised_python_is_tested() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import socket
 import sys
@@ -24,8 +25,9 @@ EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "api.py"
 SECRET = "correct horse battery staple"
 
 
+@functools.cache
 def load_example() -> Any:
-    """Import the example from its file."""
+    """Import the example from its file, once for all tests."""
     spec = importlib.util.spec_from_file_location("example_api", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None

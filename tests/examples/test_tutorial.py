@@ -152,7 +152,6 @@ class Reader:
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Iterator[Reader]:
-    """A reader with an empty folder."""
     reader = Reader(tmp_path)
     yield reader
     reader.stop()
