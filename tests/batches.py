@@ -21,23 +21,19 @@ Work = Callable[[UnitOfWork], Any]
 
 
 def create(unit: UnitOfWork, agent_id: str) -> str:
-    """Create an agent in this unit."""
     return unit.agents.create(AgentCreate(id=agent_id, name=agent_id, workspace_path="/srv")).id
 
 
 def creating(agent_id: str) -> Work:
-    """Return a function that creates an agent."""
     return functools.partial(create, agent_id=agent_id)
 
 
 def agents_of(database: Database) -> list[str]:
-    """Return the ids of the committed agents."""
     with database.unit_of_work(read_only=True) as unit:
         return [agent.id for agent in unit.agents.list()]
 
 
 def group_commit_of(database: Database) -> GroupCommit:
-    """Return the group commit of a database."""
     group_commit = database._runner._group_commit
     assert group_commit is not None
     return group_commit

@@ -118,7 +118,6 @@ def unusable(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(prepared: Path, tmp_path: Path) -> Path:
-    """A fresh copy of the prepared store."""
     shutil.copytree(prepared, tmp_path / "private")
     (tmp_path / "private").chmod(0o700)
     return tmp_path / "private" / "h.db"

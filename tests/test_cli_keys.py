@@ -25,7 +25,6 @@ def invoke(path: Path, *arguments: str, input: str = "") -> Result:
 
 
 def parts(scope: IdempotencyScope) -> Sequence[str]:
-    """Return a scope as arguments of the commands."""
     return scope.device_id, scope.method, scope.key
 
 

@@ -61,10 +61,10 @@ def fill(part, count):
                 unit.nonces.consume(f"d-{name}", chance.randbytes(16).hex(), expires_at=now + timedelta(days=each + 1))
             unit.idempotency_keys.insert(IdempotencyScope(device_id=f"d-{name}", method="door.open", key=name),
                 {"answer": chance.randrange(10**9)}, ttl=timedelta(days=1))
-fill("moved", 25)
+fill("moved", 12)
 with database._engine.connect() as connection:
     connection.connection.driver_connection.execute("PRAGMA wal_checkpoint(RESTART)")
-fill("logged", 12)
+fill("logged", 6)
 if end == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 database.close()
@@ -221,7 +221,6 @@ def stale_index(files: Files, chance: random.Random, samples: dict[str, Sample])
 
 
 def lose(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
-    """Delete one of the files."""
     which = chance.choice([name for name in files if name != ".lock"])
     del files[which]
     return f"lost {which or 'db'}"

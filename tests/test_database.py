@@ -15,32 +15,17 @@ import anyio
 import pytest
 from pydantic import SecretStr
 
-from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencyScope, Role, UnitOfWork
+from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencyScope, Role, UnitOfWork, errors
 from homeagent.credentials import hashing
-from homeagent.errors import (
-    ConflictError,
-    CorruptDatabaseError,
-    DatabaseBusyError,
-    DatabaseClosedError,
-    DeviceExistsError,
-    DeviceNotApprovedError,
-    DeviceNotFoundError,
-    InvalidArgumentError,
-    TransientError,
-    UnitStateError,
-)
 from homeagent.scram import make_verifier
 from tests.batches import held
 from tests.conftest import START, FakeClock, dump, write_past_checks
+from tests.credentials.conftest import cheap_hashes as cheap_hashes
+
+pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
 HUMAN = SecretStr("correct horse battery staple")
 MINUTE = timedelta(minutes=1)
-
-
-@pytest.fixture(autouse=True)
-def cheap_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Argon2 with the lowest possible costs, as these tests do not need its slowness."""
-    monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=1, memory_cost=8, parallelism=1))
 
 
 @pytest.fixture(params=[HUMAN, None], ids=["human", "generated"])
@@ -50,7 +35,6 @@ def secret(request: pytest.FixtureRequest) -> Any:
 
 
 def approve(database: Database, device_id: str = "lamp") -> None:
-    """Approve a device in a separate unit."""
     with database.unit_of_work() as unit:
         unit.devices.approve(device_id)
 
@@ -110,7 +94,7 @@ def test_rotated_secret_and_its_overlap(database: Database, secret: SecretStr | 
     database.rotate_secret("lamp", overlap=MINUTE)
     database.devices.revoke("lamp")
     assert database.check_secret("lamp", third).status == "denied"
-    with pytest.raises(DeviceNotFoundError):
+    with pytest.raises(errors.DeviceNotFoundError):
         database.rotate_secret("nobody")
 
 
@@ -127,7 +111,7 @@ def test_a_device_revoked_during_its_rotation_gets_no_overlap(
         return make_verifier(secret)
 
     monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
-    with pytest.raises(DeviceNotApprovedError):
+    with pytest.raises(errors.DeviceNotApprovedError):
         database.rotate_secret("lamp", overlap=MINUTE)
     database.run(lambda unit: unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED))
     assert database.verify_secret("lamp", secret) is not None
@@ -152,13 +136,14 @@ def test_a_rotation_expects_the_device_that_was_read(
         return make_verifier(secret)
 
     monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
-    with pytest.raises(ConflictError, match="paired at another time" if is_paired_again else "another secret"):
+    with pytest.raises(errors.ConflictError, match="paired at another time" if is_paired_again else "another secret"):
         database.rotate_secret(
             "lamp", expected_secret_hash=device.shared_secret_hash, expected_paired_at=device.paired_at
         )
     assert database.check_secret("lamp", others[0]).status == "pending"
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 @pytest.mark.parametrize("made", [True, False], ids=["generated", "human"])
 @pytest.mark.parametrize("overlap", [timedelta(0), MINUTE], ids=["at once", "overlapping"])
 def test_rotating_to_the_present_secret_ends_the_overlap(database: Database, made: bool, overlap: timedelta) -> None:
@@ -185,10 +170,11 @@ def test_of_two_pairings_with_the_same_secret_the_second_is_refused(
         return make_verifier(secret)
 
     monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
-    with pytest.raises(DeviceExistsError):
+    with pytest.raises(errors.DeviceExistsError):
         database.pair(DevicePair(id="lamp", role=Role.ADMIN, shared_secret=secret))
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_a_malformed_proof_is_refused_for_every_device(database: Database) -> None:
     """If a proof is malformed, the error is a bad argument, equal for an existing and an absent device."""
     database.pair(DevicePair(id="lamp", role=Role.NODE))
@@ -201,7 +187,7 @@ def test_a_malformed_proof_is_refused_for_every_device(database: Database) -> No
             said = set()
             for device_id in ("lamp", "nobody"):
                 given: Any = {"nonce": "n", "timestamp": START, "proof": bytes(32), name: bad}
-                with pytest.raises(InvalidArgumentError) as caught:
+                with pytest.raises(errors.InvalidArgumentError) as caught:
                     database.verify_proof(device_id, **given)
                 said.add(str(caught.value))
             assert len(said) == 1
@@ -218,7 +204,7 @@ def test_run_repeats_a_unit_after_a_transient_error(database: Database) -> None:
         runs.append(len(runs))
         assert unit.nonces.consume("lamp", "n", expires_at=START + MINUTE)
         if len(runs) < 3:
-            raise TransientError("again")
+            raise errors.TransientError("again")
         return "done"
 
     assert database.run(work) == "done"
@@ -226,6 +212,7 @@ def test_run_repeats_a_unit_after_a_transient_error(database: Database) -> None:
     assert len(dump(database)["nonces"]) == 1
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read only"])
 def test_work_that_is_not_an_ordinary_function(database: Database, read_only: bool) -> None:
     """If the work is no function, or a coroutine or generator function, no unit begins, and nothing stays unawaited."""
@@ -238,14 +225,15 @@ def test_work_that_is_not_an_ordinary_function(database: Database, read_only: bo
 
     works: Any = {"ordinary function": coroutine, "a generator function": generator, "a function": None}
     for words, work in works.items():
-        with pytest.raises(InvalidArgumentError, match=words):
+        with pytest.raises(errors.InvalidArgumentError, match=words):
             database.run(work, read_only=read_only)
         for backend in ("asyncio", "trio"):
-            with pytest.raises(InvalidArgumentError, match=words):
+            with pytest.raises(errors.InvalidArgumentError, match=words):
                 anyio.run(partial(database.arun, work, read_only=read_only), backend=backend)
     assert database.counters().units == 0
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_work_may_return_a_coroutine(database: Database) -> None:
     """If an ordinary function returns a coroutine, `run` returns the coroutine to the caller."""
 
@@ -267,8 +255,8 @@ def test_run_repeats_only_transient_errors_until_its_deadline(target: str, clock
         raise error
 
     with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=300)) as database:
-        error: Exception = TransientError("again")
-        with pytest.raises(DatabaseBusyError):
+        error: Exception = errors.TransientError("again")
+        with pytest.raises(errors.DatabaseBusyError):
             database.run(fail)
         assert len(runs) > 1
         runs.clear()
@@ -322,7 +310,7 @@ def test_sweep_ends_at_its_budget(database: Database, clock: FakeClock) -> None:
         pass
     assert database.status().rows["nonces"] == database.status().rows["idempotency_keys"] == 0
     for options in ({"batch_size": 0}, {"time_budget": timedelta(0)}):
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(errors.InvalidArgumentError):
             database.sweep(**options)  # type: ignore[arg-type]
 
 
@@ -367,17 +355,18 @@ def test_a_naive_clock_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
     """If the clock returns a naive datetime, the check of a chosen secret and a backup refuse the time."""
     with Database.open(sqlite_path, clock=lambda: START.replace(tzinfo=None)) as database:
         for act in (lambda: database.check_secret("lamp", "a chosen secret"), lambda: database.backup(tmp_path)):
-            with pytest.raises(InvalidArgumentError, match="aware"):
+            with pytest.raises(errors.InvalidArgumentError, match="aware"):
                 act()
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_sweeper_survives_errors_and_stops_at_once(
     database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """If a sweep fails, the sweeper logs the error and the next sweep works; stopping takes less than a second."""
     fill(database, 3)
     clock.advance(hours=2)
-    faults: Iterator[Exception] = iter([RuntimeError("clock broke"), TransientError("locked")])
+    faults: Iterator[Exception] = iter([RuntimeError("clock broke"), errors.TransientError("locked")])
     both = threading.Event()
 
     def unreliable() -> Any:
@@ -392,7 +381,7 @@ def test_sweeper_survives_errors_and_stops_at_once(
         sweeper = database.sweeper(timedelta(milliseconds=1))
         with sweeper:
             assert sweeper.running
-            with pytest.raises(UnitStateError):
+            with pytest.raises(errors.UnitStateError):
                 sweeper.start()
             assert both.wait(30)
             while database.status().rows["idempotency_keys"]:
@@ -405,13 +394,14 @@ def test_sweeper_survives_errors_and_stops_at_once(
     sweeper.stop()
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_closing_stops_the_sweepers(database: Database) -> None:
     """If the database closes, a waiting sweeper ends, and a closed database starts no sweeper."""
     sweeper = database.sweeper(timedelta(hours=1))
     sweeper.start()
     database.close()
     assert not sweeper.running
-    with pytest.raises(DatabaseClosedError):
+    with pytest.raises(errors.DatabaseClosedError):
         database.sweeper()
 
 
@@ -450,6 +440,7 @@ def test_a_hash_under_old_costs_is_replaced_when_it_verifies(
     assert stored() == new
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_a_hash_that_cannot_be_replaced_still_verifies(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -463,13 +454,14 @@ def test_a_hash_that_cannot_be_replaced_still_verifies(
     def busy(work: Any, **options: Any) -> Any:
         if options.get("read_only"):
             return run(work, **options)
-        raise DatabaseBusyError("could not get the write lock")
+        raise errors.DatabaseBusyError("could not get the write lock")
 
     monkeypatch.setattr(database._runner, "run", busy)
     assert database.verify_secret("lamp", HUMAN) is not None
     assert "could not be replaced by a hash with newer parameters" in caplog.text
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_a_hash_is_not_replaced_during_a_unit_of_the_same_thread(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,8 +501,8 @@ def test_ping(database: Database, target: str) -> None:
     """`ping` returns nothing while the database answers, and raises a DatabaseError if it does not."""
     database.ping()
     write_past_checks(target, "DELETE FROM store")
-    with pytest.raises(CorruptDatabaseError, match="has lost its row"):
+    with pytest.raises(errors.CorruptDatabaseError, match="has lost its row"):
         database.ping()
     database.close()
-    with pytest.raises(DatabaseClosedError):
+    with pytest.raises(errors.DatabaseClosedError):
         database.ping()

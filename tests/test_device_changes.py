@@ -135,6 +135,7 @@ def test_a_truncated_table_gives_a_reset(target: str) -> None:
         assert change.kind == "reset"
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_arguments_are_checked(database: Database) -> None:
     """A number that no change can have raises InvalidArgumentError."""
     bad: Any

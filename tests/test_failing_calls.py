@@ -54,7 +54,6 @@ Failing = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The compiled library."""
     library = tmp_path_factory.mktemp("failing_calls") / "failing_calls.so"
     source = Path(__file__).with_name("failing_calls.c")
     subprocess.run(["gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)

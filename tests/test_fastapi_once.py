@@ -30,6 +30,9 @@ from homeagent.fastapi import (
 from homeagent.testing import DatabaseFactory, FakeClock
 from tests.asgi import Client
 from tests.conftest import ROOT
+from tests.credentials.conftest import cheap_hashes as cheap_hashes
+
+pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
 Key = Annotated[Once, Depends(idempotent())]
 
@@ -137,7 +140,6 @@ def client(homeagent_database: Database, house: House) -> Client:
 
 
 def post(client: Client, path: str, key: str | None = "k-1", **request: Any) -> httpx.Response:
-    """Send a request with a key."""
     headers = {**request.pop("headers", {}), **({} if key is None else {"Idempotency-Key": key})}
     return client.post(path, headers=headers, **request)
 

@@ -5,7 +5,6 @@ SQLite only: on PostgreSQL the server owns the files.
 
 from __future__ import annotations
 
-import hashlib
 import stat
 from collections.abc import Callable
 from contextlib import closing
@@ -22,21 +21,7 @@ from homeagent.engine.sqlite.manifests import PARTIAL
 from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.migrations import REVISION
 from tests.conftest import FakeClock
-
-State = dict[str, tuple[str, int, str]]
-
-
-def state_of(directory: Path) -> State:
-    """Return the mode, inode and content of every file in a directory."""
-    return {
-        path.name: (
-            stat.filemode(path.lstat().st_mode),
-            path.lstat().st_ino,
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-        )
-        for path in directory.iterdir()
-        if path.is_file()
-    }
+from tests.engine.files.conftest import snapshot
 
 
 def sqlite(path: Path, *statements: str) -> None:
@@ -87,21 +72,21 @@ CALLS: dict[str, Callable[[Path, Path], Any]] = {
 @pytest.mark.parametrize("call", CALLS)
 def test_a_foreign_file_stays_as_it_was(other: Path, sqlite_path: Path, call: str) -> None:
     """If a foreign file is refused, no mode, byte or name changes in its directory."""
-    before, ours = state_of(other.parent), state_of(sqlite_path.parent)
+    before, ours = snapshot(other.parent), snapshot(sqlite_path.parent)
     with pytest.raises((ForeignDatabaseError, CorruptDatabaseError)):
         CALLS[call](other, sqlite_path)
-    assert state_of(other.parent) == before
-    assert state_of(sqlite_path.parent) == ours
+    assert snapshot(other.parent) == before
+    assert snapshot(sqlite_path.parent) == ours
 
 
 def test_the_doctor_repairs_no_foreign_file(other: Path, clock: FakeClock) -> None:
     """If a file is not homeagent's, `--fix` changes neither its mode nor the modes of the files next to it."""
     stale = other.with_name("other.db.copy.partial")
     stale.write_text("")
-    before = state_of(other.parent)
+    before = snapshot(other.parent)
     clock.advance(days=10_000)
     assert diagnose(other, clock=clock, fix=True).repairs == []
-    assert state_of(other.parent) == before
+    assert snapshot(other.parent) == before
 
 
 def test_an_empty_file_stays_as_it_was(tmp_path: Path) -> None:
@@ -109,10 +94,10 @@ def test_an_empty_file_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "empty.db"
     path.touch()
     path.chmod(0o664)
-    before = state_of(tmp_path)
+    before = snapshot(tmp_path)
     with pytest.raises(DatabaseError):
         Database.open(path, migrate=False)
-    assert state_of(tmp_path) == before
+    assert snapshot(tmp_path) == before
     Database.open(path).close()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
@@ -120,10 +105,10 @@ def test_an_empty_file_stays_as_it_was(tmp_path: Path) -> None:
 def test_a_failed_backup_leaves_the_file_that_it_would_replace(other: Path, sqlite_database: Database) -> None:
     """If a backup that would replace a file fails, the file stays unchanged, and only the lock file is new."""
     other.with_name(f".other.db{PARTIAL}").mkdir()
-    before = state_of(other.parent)
+    before = snapshot(other.parent)
     with pytest.raises(HomeAgentError):
         sqlite_database.backup(other, replace=True)
-    after = state_of(other.parent)
+    after = snapshot(other.parent)
     del after[".homeagent-backups.lock"]
     assert after == before
 

@@ -15,6 +15,9 @@ from pydantic import SecretStr
 import homeagent
 from homeagent import Agent, Database, DevicePair, IdempotencyScope, ReplayGuard, Role, errors, hash_secret, scram
 from tests.conftest import START, add_device
+from tests.credentials.conftest import cheap_hashes as cheap_hashes
+
+pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
 PACKAGE = str(Path(homeagent.__file__).parent)
 SECRET = "the-secret-0123456789"
@@ -41,12 +44,10 @@ def shown(error: BaseException) -> list[str]:
 
 
 def scope(key: str = SECRET) -> IdempotencyScope:
-    """Return a scope with the secret as its key."""
     return IdempotencyScope("lamp", "open", key)
 
 
 def refused_by_orm(database: Database) -> None:
-    """Insert a refused row by the ORM."""
     with database.unit_of_work() as unit:
         for _ in range(2):
             unit.session.add(Agent(id="ada", name=SECRET, workspace_path="/srv", created_at=START))

@@ -18,6 +18,9 @@ from homeagent.handshake import MAX_MESSAGE, Admission, authenticate_device, gat
 from homeagent.handshake.client import authenticate
 from homeagent.testing import FakeClock
 from tests.conftest import pair
+from tests.credentials.conftest import cheap_hashes as cheap_hashes
+
+pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
 
 class Pipe:

@@ -17,17 +17,7 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from homeagent import AgentCreate, Attempt, Database, IdempotencyKey, IdempotencyScope, Outcome
-from homeagent.errors import (
-    EffectFailedError,
-    EffectNotStartedError,
-    FingerprintMismatchError,
-    HomeAgentError,
-    IdempotencyInProgressError,
-    InvalidArgumentError,
-    LeaseLostError,
-    OutcomeUnknownError,
-)
+from homeagent import AgentCreate, Attempt, Database, IdempotencyKey, IdempotencyScope, Outcome, errors
 from homeagent.idempotency import OnceCall
 from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import Children, FakeClock, add_device
@@ -42,7 +32,6 @@ class Odd(BaseException):
 
 
 def row_of(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey | None:
-    """Return the unexpired record of a scope."""
     with database.unit_of_work(read_only=True) as unit:
         return unit.idempotency_keys.find(scope)
 
@@ -90,7 +79,7 @@ def test_threads(database: Database) -> None:
             while True:
                 try:
                     outcome = database.run_once(scope, effect)
-                except IdempotencyInProgressError:
+                except errors.IdempotencyInProgressError:
                     continue
                 assert outcome.value == scope.key
                 answers[outcome.replayed] += 1
@@ -149,7 +138,7 @@ def test_tasks(database: Database, backend: str) -> None:
         nonlocal told
         try:
             outcome = await database.arun_once(SCOPE, effect)
-        except IdempotencyInProgressError:
+        except errors.IdempotencyInProgressError:
             told += 1
         else:
             assert outcome.value == 7
@@ -172,19 +161,20 @@ def test_duplicate_in_flight(database: Database, clock: FakeClock) -> None:
 
     def effect(attempt: Attempt) -> str:
         clock.advance(seconds=20)
-        with pytest.raises(IdempotencyInProgressError) as refusal:
+        with pytest.raises(errors.IdempotencyInProgressError) as refusal:
             database.run_once(SCOPE, never, params={"n": 1}, lease=MINUTE)
         assert refusal.value.retry_after == timedelta(seconds=40)
-        with pytest.raises(FingerprintMismatchError):
+        with pytest.raises(errors.FingerprintMismatchError):
             database.run_once(SCOPE, never, params={"n": 2}, lease=MINUTE)
         return "done"
 
     assert database.run_once(SCOPE, effect, params={"n": 1}, lease=MINUTE) == Outcome("done", False, 1)
-    with pytest.raises(FingerprintMismatchError):
+    with pytest.raises(errors.FingerprintMismatchError):
         database.run_once(SCOPE, never, params={"n": 2})
     assert database.run_once(SCOPE, never, params={"n": 1}) == Outcome("done", True, 1)
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_effect_changes_its_parameters(database: Database) -> None:
     """If an effect changes its nested parameters, the fingerprint still covers the original parameters."""
     params: Any = {"order": {"lines": [1]}}
@@ -194,10 +184,11 @@ def test_effect_changes_its_parameters(database: Database) -> None:
 
     database.run_once(SCOPE, effect, params=params)
     assert database.run_once(SCOPE, never, params={"order": {"lines": [1]}}).replayed
-    with pytest.raises(FingerprintMismatchError):
+    with pytest.raises(errors.FingerprintMismatchError):
         database.run_once(SCOPE, never, params=params)
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_bad_arguments(database: Database) -> None:
     """If an argument is invalid, `run_once` raises before it claims a key."""
     for arguments in (
@@ -206,7 +197,7 @@ def test_bad_arguments(database: Database) -> None:
         {"lease": timedelta(seconds=-1)},
         {"ttl": timedelta(0)},
     ):
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(errors.InvalidArgumentError):
             database.run_once(SCOPE, never, **arguments)  # type: ignore[arg-type]
     assert row_of(database) is None
 
@@ -223,35 +214,37 @@ def generator(attempt: Attempt) -> Iterator[int]:
     yield 1
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_effect_that_is_not_a_function(database: Database) -> None:
     """If an effect is not callable, needs awaiting or is a generator function, no call claims the key."""
     wrong: list[Any] = [anever, functools.partial(anever), 5, None, generator]
     for effect in wrong:
         words = "effect is a generator function" if effect is generator else "effect"
-        with pytest.raises(InvalidArgumentError, match=words):
+        with pytest.raises(errors.InvalidArgumentError, match=words):
             database.run_once(SCOPE, effect)
-        with pytest.raises(InvalidArgumentError, match=words), database.unit_of_work() as unit:
+        with pytest.raises(errors.InvalidArgumentError, match=words), database.unit_of_work() as unit:
             unit.run_once(SCOPE, effect)
         if effect in (5, generator):
-            with pytest.raises(InvalidArgumentError, match=words):
+            with pytest.raises(errors.InvalidArgumentError, match=words):
                 anyio.run(functools.partial(database.arun_once, SCOPE, effect))
-    with pytest.raises(InvalidArgumentError, match="arun_once"):
+    with pytest.raises(errors.InvalidArgumentError, match="arun_once"):
         database.run_once(SCOPE, never, on_abandoned=anever)
     assert row_of(database) is None
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_effect_that_returns_a_coroutine(database: Database, clock: FakeClock) -> None:
     """If an effect returns an unawaited coroutine, the coroutine is never recorded as the result."""
     effects: dict[str, Any] = {"object": Awaited(), "lambda": lambda attempt: anever(attempt)}
     for name, effect in effects.items():
         scope = IdempotencyScope("lamp", "m", name)
-        with pytest.raises(InvalidArgumentError, match="coroutine"), database.unit_of_work() as unit:
+        with pytest.raises(errors.InvalidArgumentError, match="coroutine"), database.unit_of_work() as unit:
             unit.run_once(scope, effect)
         assert row_of(database, scope) is None
-        with pytest.raises(InvalidArgumentError, match="arun_once"):
+        with pytest.raises(errors.InvalidArgumentError, match="arun_once"):
             database.run_once(scope, effect)
         clock.advance(minutes=2)
-        with pytest.raises(OutcomeUnknownError):
+        with pytest.raises(errors.OutcomeUnknownError):
             database.run_once(scope, never)
 
 
@@ -287,11 +280,11 @@ def test_permanent_failure(database: Database) -> None:
     """If the effect raises EffectFailedError, its caller and every later caller get the error."""
 
     def effect(attempt: Attempt) -> None:
-        raise EffectFailedError({"reason": "no stock"})
+        raise errors.EffectFailedError({"reason": "no stock"})
 
-    with pytest.raises(EffectFailedError) as first:
+    with pytest.raises(errors.EffectFailedError) as first:
         database.run_once(SCOPE, effect)
-    with pytest.raises(EffectFailedError) as second:
+    with pytest.raises(errors.EffectFailedError) as second:
         database.run_once(SCOPE, never)
     assert (first.value.replayed, second.value.replayed) == (False, True)
     assert first.value.detail == second.value.detail == {"reason": "no stock"}
@@ -308,25 +301,26 @@ def test_any_other_exception(database: Database, clock: FakeClock) -> None:
         with pytest.raises(type(error)) as raised:
             database.run_once(scope, effect, lease=MINUTE)
         assert raised.value is error
-        with pytest.raises(IdempotencyInProgressError):
+        with pytest.raises(errors.IdempotencyInProgressError):
             database.run_once(scope, never)
         clock.advance(MINUTE)
-        with pytest.raises(OutcomeUnknownError):
+        with pytest.raises(errors.OutcomeUnknownError):
             database.run_once(scope, never)
     clock.advance(days=400)
     database.sweep()
-    with pytest.raises(OutcomeUnknownError) as refusal:
+    with pytest.raises(errors.OutcomeUnknownError) as refusal:
         database.run_once(scope, never)
     assert refusal.value.attempt == 1
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 @BACKENDS
 def test_exceptions_of_coroutines(database: Database, backend: str) -> None:
     """`arun_once` raises an exception without a group around it, with the same effect on the key as `run_once`."""
     for error, expected in (
         (RuntimeError("x"), "in_progress"),
-        (EffectFailedError(1), "failed"),
-        (EffectNotStartedError(), None),
+        (errors.EffectFailedError(1), "failed"),
+        (errors.EffectNotStartedError(), None),
         (SystemExit(3), "in_progress"),
         (Odd(), "in_progress"),
     ):
@@ -358,8 +352,8 @@ def test_coroutine_that_lost_its_key(database: Database, backend: str) -> None:
         return 1
 
     async def main() -> None:
-        for error in (None, EffectFailedError(1), EffectNotStartedError()):
-            with pytest.raises(LeaseLostError):
+        for error in (None, errors.EffectFailedError(1), errors.EffectNotStartedError()):
+            with pytest.raises(errors.LeaseLostError):
                 await database.arun_once(SCOPE, functools.partial(effect, error=error))
 
     anyio.run(main, backend=backend)
@@ -394,7 +388,7 @@ def test_on_abandoned_function_decides_the_outcome(database: Database, clock: Fa
 
     assert database.run_once(IdempotencyScope("a", "b", "c"), lambda attempt: 1, on_abandoned=find_out).value == 1
     abandon(database)
-    with pytest.raises(IdempotencyInProgressError):
+    with pytest.raises(errors.IdempotencyInProgressError):
         database.run_once(SCOPE, never, on_abandoned=find_out)
     clock.advance(MINUTE)
     assert database.run_once(SCOPE, never, on_abandoned=find_out) == Outcome({"found": 2}, False, 2)
@@ -405,7 +399,7 @@ def test_on_abandoned_function_without_an_outcome(database: Database, clock: Fak
     """The function frees the key if the effect did not happen, and leaves the outcome unknown if it can't decide."""
 
     def none_began(attempt: Attempt) -> None:
-        raise EffectNotStartedError
+        raise errors.EffectNotStartedError
 
     def cannot_tell(attempt: Attempt) -> None:
         raise ConnectionError
@@ -415,9 +409,9 @@ def test_on_abandoned_function_without_an_outcome(database: Database, clock: Fak
     with pytest.raises(ConnectionError):
         database.run_once(SCOPE, never, on_abandoned=cannot_tell, lease=MINUTE)
     clock.advance(MINUTE)
-    with pytest.raises(OutcomeUnknownError):
+    with pytest.raises(errors.OutcomeUnknownError):
         database.run_once(SCOPE, never)
-    with pytest.raises(EffectNotStartedError):
+    with pytest.raises(errors.EffectNotStartedError):
         database.run_once(SCOPE, never, on_abandoned=none_began)
     assert row_of(database) is None
 
@@ -426,16 +420,17 @@ def test_rerun_that_did_not_start(database: Database, clock: FakeClock) -> None:
     """If a second attempt did not start, the outcome of the first attempt stays unknown."""
 
     def effect(attempt: Attempt) -> None:
-        raise EffectNotStartedError
+        raise errors.EffectNotStartedError
 
     abandon(database)
     clock.advance(MINUTE)
-    with pytest.raises(EffectNotStartedError):
+    with pytest.raises(errors.EffectNotStartedError):
         database.run_once(SCOPE, effect, on_abandoned="rerun")
-    with pytest.raises(OutcomeUnknownError):
+    with pytest.raises(errors.OutcomeUnknownError):
         database.run_once(SCOPE, never)
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 @BACKENDS
 def test_on_abandoned_coroutine_decides_the_outcome(database: Database, clock: FakeClock, backend: str) -> None:
     """`on_abandoned` may be a coroutine function."""
@@ -467,7 +462,7 @@ def test_recreated_device(database: Database) -> None:
         return "old"
 
     other = IdempotencyScope("lamp", "orders.create", "k-2")
-    with pytest.raises(LeaseLostError):
+    with pytest.raises(errors.LeaseLostError):
         database.run_once(other, effect)
     assert database.run_once(other, never).value == "new"
 
@@ -502,7 +497,7 @@ def test_long_effect_keeps_its_lease(database: Database, clock: FakeClock, renew
         for _ in range(6):
             clock.advance(MINUTE / 2)
             assert renewed(2)
-        with pytest.raises(IdempotencyInProgressError) as refusal:
+        with pytest.raises(errors.IdempotencyInProgressError) as refusal:
             database.run_once(SCOPE, never, on_abandoned="rerun")
         assert refusal.value.retry_after == MINUTE
         return "long"
@@ -510,6 +505,7 @@ def test_long_effect_keeps_its_lease(database: Database, clock: FakeClock, renew
     assert database.run_once(SCOPE, effect, lease=MINUTE).value == "long"
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 @BACKENDS
 def test_long_coroutine_keeps_its_lease(
     database: Database, clock: FakeClock, renewed: Callable[[int], bool], backend: str
@@ -528,6 +524,7 @@ def test_long_coroutine_keeps_its_lease(
     anyio.run(main, backend=backend)
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_an_interrupt_while_the_renewing_thread_starts(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """If an interrupt arrives while the renewing thread starts, the thread ends, so the lease can expire."""
     start = threading.Thread.start
@@ -547,6 +544,7 @@ def test_an_interrupt_while_the_renewing_thread_starts(database: Database, monke
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the system can't start the renewing thread, the effect does not begin, and the key is free."""
 
@@ -610,7 +608,7 @@ class Scoped:
             except anyio.get_cancelled_exc_class():
                 ended = True
                 raise
-            except HomeAgentError:
+            except errors.HomeAgentError:
                 pass  # the effect's error, which the test finds in the store
 
         async with anyio.create_task_group() as group:
@@ -646,9 +644,9 @@ def test_cancelled_effect(database: Database, canceller: Native | Scoped) -> Non
                     if end == "return":
                         return "undone"
                     if end == "fail":
-                        raise EffectFailedError("cancelled") from None
+                        raise errors.EffectFailedError("cancelled") from None
                     if end == "free":
-                        raise EffectNotStartedError from None
+                        raise errors.EffectNotStartedError from None
                     raise
 
             scope = IdempotencyScope("lamp", "m", key)
@@ -855,22 +853,23 @@ def test_arun_raises_exceptions_of_the_work(database: Database, backend: str) ->
 
 
 def test_one_commit(database: Database) -> None:
-    """Key, effect and result are a single commit: all three are stored, and the effect does not run again."""
+    """Key, effect and result are a single commit, and neither the effect nor its callback runs again."""
+    told: list[str] = []
 
     def effect(attempt: Attempt) -> Any:
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
+        unit.after_commit(lambda: told.append("durable"))
         return {"made": "ada"}
 
-    told: list[str] = []
     with database.unit_of_work() as unit:
-        unit.after_commit(lambda: told.append("durable"))
         assert unit.run_once(SCOPE, effect, params=1) == Outcome({"made": "ada"}, False, 1)
         assert not told
     assert told == ["durable"]
     with database.unit_of_work() as unit:
         assert unit.run_once(SCOPE, never, params=1).replayed
-        with pytest.raises(FingerprintMismatchError):
+        with pytest.raises(errors.FingerprintMismatchError):
             unit.run_once(SCOPE, never, params=2)
+    assert told == ["durable"]
 
 
 def test_all_undone(database: Database) -> None:
@@ -895,7 +894,7 @@ def test_effect_undone_alone(database: Database) -> None:
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
         raise error
 
-    for error in (EffectNotStartedError(), RuntimeError(), EffectFailedError("no")):
+    for error in (errors.EffectNotStartedError(), RuntimeError(), errors.EffectFailedError("no")):
         scope = IdempotencyScope("lamp", "m", type(error).__name__)
         with database.unit_of_work() as unit:
             unit.agents.create(AgentCreate(id=scope.key, name="Bob", workspace_path="/srv"))
@@ -905,10 +904,10 @@ def test_effect_undone_alone(database: Database) -> None:
         with database.unit_of_work() as unit:
             assert unit.agents.get(scope.key).name == "Bob"
             assert unit.agents.find_by_id("ada") is None
-            if not isinstance(error, EffectFailedError):
+            if not isinstance(error, errors.EffectFailedError):
                 assert unit.run_once(scope, lambda attempt: 1).attempt == 1
                 continue
-            with pytest.raises(EffectFailedError) as replay:
+            with pytest.raises(errors.EffectFailedError) as replay:
                 unit.run_once(scope, never)
             assert (replay.value.detail, replay.value.replayed) == ("no", True)
 
@@ -917,20 +916,8 @@ def test_unknown_outcome_in_a_unit(database: Database, clock: FakeClock) -> None
     """If a key's outcome is unknown or in progress, `run_once` inside a unit refuses the key too."""
     abandon(database)
     with database.unit_of_work() as unit:
-        with pytest.raises(IdempotencyInProgressError):
+        with pytest.raises(errors.IdempotencyInProgressError):
             unit.run_once(SCOPE, never)
         clock.advance(MINUTE)
-        with pytest.raises(OutcomeUnknownError):
+        with pytest.raises(errors.OutcomeUnknownError):
             unit.run_once(SCOPE, never)
-
-
-def test_callback_runs_once_for_all_calls(database: Database) -> None:
-    """If the effect requests a callback, it runs after the commit of the only call that ran the effect."""
-    told: list[int] = []
-
-    def call() -> Outcome:
-        with database.unit_of_work() as unit:
-            return unit.run_once(SCOPE, lambda attempt: unit.after_commit(lambda: told.append(1)))
-
-    assert [call().replayed for _ in range(3)] == [False, True, True]
-    assert told == [1]

@@ -20,7 +20,6 @@ SECRET = "the-bound-parameter"
 
 
 def by_name(kinds: dict[type[errors.HomeAgentError], str], prefix: str = "") -> dict[str, type[errors.HomeAgentError]]:
-    """Return the error for each code."""
     return {prefix + name: kind for kind, names in kinds.items() for name in names.split()}
 
 

@@ -23,12 +23,10 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def scope_of(key: str) -> IdempotencyScope:
-    """Return the scope of a key."""
     return IdempotencyScope("lamp", "orders.create", key)
 
 
 def lease_threads() -> list[threading.Thread]:
-    """Return the threads that renew leases."""
     return [thread for thread in threading.enumerate() if thread.name == "homeagent-lease"]
 
 
@@ -70,6 +68,7 @@ def test_one_thread_for_all_effects(
     assert not lease_threads()
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_short_effects_share_a_thread_that_sleeps(
     database: Database, monkeypatch: pytest.MonkeyPatch, renewals: Callable[[str], threading.Semaphore]
 ) -> None:
@@ -107,6 +106,7 @@ def test_short_effects_share_a_thread_that_sleeps(
     assert not any(renewals(f"{kind}-{number}").acquire(blocking=False) for kind in "ak" for number in range(20))
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_a_shorter_lease_wakes_the_thread(database: Database, renewals: Callable[[str], threading.Semaphore]) -> None:
     """While the thread sleeps until the renewal of a long lease, a short lease is still renewed in time."""
 

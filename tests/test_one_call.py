@@ -96,25 +96,13 @@ def test_an_iterable_is_read_once(database: Database, clock: FakeClock) -> None:
     assert len(database.sessions.list(limit=1000)) == 300
 
 
-def test_a_closed_database_is_refused(database: Database) -> None:
-    """If the database is closed, reading and writing calls raise DatabaseClosedError."""
-    devices = database.devices
-    database.close()
-    with pytest.raises(errors.DatabaseClosedError):
-        devices.find_by_id("lamp")
-    with pytest.raises(errors.DatabaseClosedError):
-        devices.revoke("lamp")
-
-
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_only_a_stores_class_is_taken(database: Database) -> None:
     """`store` accepts only the class of a store."""
     assert isinstance(database.store(stores.NonceStore), stores.NonceStore)
     for wrong in (object, database.devices, "DeviceStore"):
         with pytest.raises(errors.InvalidArgumentError, match="store"):
             database.store(wrong)  # type: ignore[type-var]
-
-
-# Read connections
 
 
 def test_a_read_connection_has_one_snapshot_and_cannot_write(database: Database) -> None:

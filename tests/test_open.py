@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
 import sqlite3
-import stat
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,23 +18,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import URL, MetaData
 
-from homeagent import AgentCreate, Database, diagnose
+from homeagent import AgentCreate, Database, diagnose, errors
 from homeagent.cli import main
 from homeagent.engine.sqlite.engine import APPLICATION_ID
-from homeagent.errors import (
-    CorruptDatabaseError,
-    DatabaseError,
-    ForeignDatabaseError,
-    InsecureFileError,
-    InvalidArgumentError,
-    MigrationError,
-    SchemaOutdatedError,
-    SchemaTooNewError,
-)
 from homeagent.maintenance import BackupSchedule
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import START
+from tests.engine.files.conftest import snapshot
 from tests.migrations.old_databases import sqlite
 
 if TYPE_CHECKING:
@@ -46,27 +35,9 @@ FIXTURES = Path(__file__).parent / "fixtures" / "revisions"
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can drop to another user")
 
-Listing = dict[str, tuple[str, int, int, str]]
-
-
-def listing(directory: Path) -> Listing:
-    """Return the names, kinds, modes, times and content of all files in a directory."""
-    found: Listing = {}
-    for path in sorted(directory.rglob("*")):
-        status = path.lstat()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(status.st_mode) else ""
-        found[str(path.relative_to(directory))] = (
-            stat.filemode(status.st_mode),
-            status.st_mtime_ns,
-            status.st_ino,
-            digest,
-        )
-    return found
-
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Return an empty private directory."""
     made = tmp_path / "data"
     made.mkdir(0o700)
     return made
@@ -82,7 +53,6 @@ def path(directory: Path) -> Path:
 
 
 def location(database: Database) -> Path:
-    """Return the file of a database."""
     return Path(database.status().location)
 
 
@@ -131,6 +101,7 @@ def test_every_spelling_is_one_file(
     monkeypatch.setenv("USERPROFILE", str(directory))
     monkeypatch.chdir(directory)
     path = directory / "é 100%#.db"
+    ours(path)
     with Database.open(spell(path)) as database, database.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/a"))
     with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
@@ -157,10 +128,10 @@ def test_memory_without_a_directory_for_temporary_files(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", None)
         patch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "absent")])
-        with pytest.raises(DatabaseError, match="set TMPDIR"):
+        with pytest.raises(errors.DatabaseError, match="set TMPDIR"):
             Database.open(":memory:")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
-    with pytest.raises(DatabaseError, match=r"make a temporary directory in .*absent"):
+    with pytest.raises(errors.DatabaseError, match=r"make a temporary directory in .*absent"):
         Database.open(":memory:")
 
 
@@ -172,7 +143,7 @@ def test_memory_without_a_directory_for_temporary_files(tmp_path: Path, monkeypa
 def test_invalid_targets(target: Any) -> None:
     """If a target names no database, each entry point refuses the target as an argument."""
     for open_or_look in (Database.open, Database.begin_epoch, diagnose):
-        with pytest.raises(InvalidArgumentError):
+        with pytest.raises(errors.InvalidArgumentError):
             open_or_look(target)
 
 
@@ -193,7 +164,7 @@ def test_invalid_target_names_its_remedy(tmp_path: Path) -> None:
         (f"sqlite:///{tmp_path}/data/", "names a directory: name a file in it"),
         ("postgres://u:hidden@127.0.0.1/x", "use a path, sqlite:/// or postgresql://"),
     ):
-        with pytest.raises(InvalidArgumentError, match=remedy) as caught:
+        with pytest.raises(errors.InvalidArgumentError, match=remedy) as caught:
             Database.open(target)
         assert "hidden" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -208,7 +179,7 @@ def test_control_character_makes_no_file(tmp_path: Path, monkeypatch: pytest.Mon
     """If a path has a control character, opening refuses the path in every type and creates no file."""
     monkeypatch.chdir(tmp_path)
     for open_or_look in (Database.open, Database.begin_epoch, diagnose):
-        with pytest.raises(InvalidArgumentError, match="a control character, such as a line break: remove"):
+        with pytest.raises(errors.InvalidArgumentError, match="a control character, such as a line break: remove"):
             open_or_look(target)
     assert list(tmp_path.iterdir()) == []
 
@@ -219,7 +190,7 @@ def test_control_character_makes_no_file(tmp_path: Path, monkeypatch: pytest.Mon
 def test_uri_of_sqlite_names_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     """If the target is SQLite's own URI, the error names the remedy; `./file:` opens a path of this form."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InvalidArgumentError, match=r"SQLite URI.*read_only=True"):
+    with pytest.raises(errors.InvalidArgumentError, match=r"SQLite URI.*read_only=True"):
         Database.open(target)
     assert list(tmp_path.iterdir()) == []
     Database.open("./file:home.db").close()
@@ -246,12 +217,12 @@ def test_mistyped_address_makes_no_file(
     monkeypatch.chdir(tmp_path)
     messages = []
     for open_or_look in (Database.open, Database.begin_epoch, diagnose):
-        with pytest.raises(InvalidArgumentError) as caught:
+        with pytest.raises(errors.InvalidArgumentError) as caught:
             open_or_look(target)
         messages.append(str(caught.value))
     if "\0" not in target:
         monkeypatch.setenv("HOMEAGENT_DATABASE", target)
-        with pytest.raises(InvalidArgumentError) as caught:
+        with pytest.raises(errors.InvalidArgumentError) as caught:
             Database.open()
         messages.append(str(caught.value))
     for arguments in (["status", "--database", target], ["init", "--database", target], ["copy", target, "new.db"]):
@@ -276,52 +247,52 @@ def test_address_is_not_a_backup_path(
         lambda: Database.restore(path, "restored.db"),
         lambda: BackupSchedule(path),
     ):
-        with pytest.raises(InvalidArgumentError) as caught:
+        with pytest.raises(errors.InvalidArgumentError) as caught:
             call()
         assert "S3CRET" not in str(caught.value)
     assert list(Path.cwd().iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "./a:b.db",
-        "../here/a:b.db",
-        "~/a:b.db",
-        "here/a:b.db",
-        "{directory}/host=x user=y.db",
-        "sqlite:///a:b.db",
-        "anna@home.db",
-        "postgres/host.db",
-        Path("host=db password=x"),
-        Path("postgresql:/gateway:x@db/home"),
-    ],
-    ids=repr,
-)
-def test_path_that_resembles_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str | Path) -> None:
+RESEMBLING: dict[str | Path, str] = {
+    "./a:b.db": "a:b.db",
+    "../here/a:b.db": "a:b.db",
+    "~/a:b.db": "a:b.db",
+    "here/a:b.db": "here/a:b.db",
+    "{directory}/host=x user=y.db": "host=x user=y.db",
+    "sqlite:///a:b.db": "a:b.db",
+    "anna@home.db": "anna@home.db",
+    "postgres/host.db": "postgres/host.db",
+    Path("host=db password=x"): "host=db password=x",
+    Path("postgresql:/gateway:x@db/home"): "postgresql:/gateway:x@db/home",
+}
+
+
+def test_path_that_resembles_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a path only resembles an address (a PathLike, a late colon or `@`), opening treats it as a path."""
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.setenv("USERPROFILE", str(here))
-    with Database.open(target.format(directory=here) if isinstance(target, str) else target) as database:
-        assert location(database).is_relative_to(here)
-        assert location(database).is_file()
+    for target, name in RESEMBLING.items():
+        (here / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ours(here / name)
+        with Database.open(target.format(directory=here) if isinstance(target, str) else target) as database:
+            assert location(database) == here / name
 
 
 @pytest.mark.parametrize("path", [None, 5, b"x.db"], ids=repr)
 def test_invalid_paths(sqlite_database: Database, tmp_path: Path, path: Any) -> None:
     """If the argument is not a path, making and restoring a backup refuse the argument."""
-    with pytest.raises(InvalidArgumentError, match="path"):
+    with pytest.raises(errors.InvalidArgumentError, match="path"):
         sqlite_database.backup(path)
-    with pytest.raises(InvalidArgumentError, match="path"):
+    with pytest.raises(errors.InvalidArgumentError, match="path"):
         Database.restore(path, tmp_path / "restored.db")
 
 
 def test_invalid_clock(path: Path) -> None:
     """If the clock is not callable, opening refuses the clock and creates no database."""
-    with pytest.raises(InvalidArgumentError, match="clock"):
+    with pytest.raises(errors.InvalidArgumentError, match="clock"):
         Database.open(path, clock=START)  # type: ignore[arg-type]  # on purpose
     assert not path.exists()
 
@@ -355,7 +326,6 @@ def foreign(path: Path, *, wal: bool) -> None:
 
 
 def ours(path: Path, revision: str = REVISION) -> None:
-    """Create the database of a revision."""
     shutil.copyfile(FIXTURES / f"{revision}.db", path)
     path.chmod(0o600)
 
@@ -393,29 +363,29 @@ def linked_twice(path: Path) -> None:
     path.with_name("second.db").hardlink_to(path)
 
 
-REFUSED: dict[str, tuple[Callable[[Path], object], type[DatabaseError], str]] = {
-    "foreign": (lambda path: foreign(path, wal=False), ForeignDatabaseError, "another application"),
-    "foreign, with a log": (lambda path: foreign(path, wal=True), ForeignDatabaseError, "another application"),
-    "newer": (from_the_future, SchemaTooNewError, "upgrade homeagent"),
-    "two versions": (two_versions, CorruptDatabaseError, "restore"),
+REFUSED: dict[str, tuple[Callable[[Path], object], type[errors.DatabaseError], str]] = {
+    "foreign": (lambda path: foreign(path, wal=False), errors.ForeignDatabaseError, "another application"),
+    "foreign, with a log": (lambda path: foreign(path, wal=True), errors.ForeignDatabaseError, "another application"),
+    "newer": (from_the_future, errors.SchemaTooNewError, "upgrade homeagent"),
+    "two versions": (two_versions, errors.CorruptDatabaseError, "restore"),
     "text": (
         lambda path: path.write_text("dear diary, " * 100),
-        CorruptDatabaseError,
+        errors.CorruptDatabaseError,
         r"is not a SQLite database: check the path.*homeagent\.db",
     ),
-    "1 byte": (lambda path: path.write_bytes(b"S"), CorruptDatabaseError, "1 bytes"),
-    "a blank": (lambda path: path.write_bytes(b"\n"), CorruptDatabaseError, "backup"),
-    "100 bytes": (lambda path: cut(path, 100), CorruptDatabaseError, "100 bytes"),
-    "511 bytes": (lambda path: cut(path, 511), CorruptDatabaseError, "511 bytes"),
-    "512 bytes": (lambda path: cut(path, 512), CorruptDatabaseError, "backup"),
-    "one page": (lambda path: cut(path, 4096), CorruptDatabaseError, "backup"),
-    "all but a page": (lambda path: cut(path, 86016), CorruptDatabaseError, "backup"),
-    "zeros": (lambda path: path.write_bytes(bytes(8192)), CorruptDatabaseError, "backup"),
-    "directory": (lambda path: path.mkdir(), ForeignDatabaseError, "a directory"),
-    "symbolic link": (linked, InsecureFileError, "symbolic link"),
-    "dangling link": (lambda path: path.symlink_to("nowhere"), InsecureFileError, "symbolic link"),
-    "hard link": (linked_twice, InsecureFileError, "2 names"),
-    "pipe": (lambda path: os.mkfifo(path), ForeignDatabaseError, "pipe"),
+    "1 byte": (lambda path: path.write_bytes(b"S"), errors.CorruptDatabaseError, "1 bytes"),
+    "a blank": (lambda path: path.write_bytes(b"\n"), errors.CorruptDatabaseError, "backup"),
+    "100 bytes": (lambda path: cut(path, 100), errors.CorruptDatabaseError, "100 bytes"),
+    "511 bytes": (lambda path: cut(path, 511), errors.CorruptDatabaseError, "511 bytes"),
+    "512 bytes": (lambda path: cut(path, 512), errors.CorruptDatabaseError, "backup"),
+    "one page": (lambda path: cut(path, 4096), errors.CorruptDatabaseError, "backup"),
+    "all but a page": (lambda path: cut(path, 86016), errors.CorruptDatabaseError, "backup"),
+    "zeros": (lambda path: path.write_bytes(bytes(8192)), errors.CorruptDatabaseError, "backup"),
+    "directory": (lambda path: path.mkdir(), errors.ForeignDatabaseError, "a directory"),
+    "symbolic link": (linked, errors.InsecureFileError, "symbolic link"),
+    "dangling link": (lambda path: path.symlink_to("nowhere"), errors.InsecureFileError, "symbolic link"),
+    "hard link": (linked_twice, errors.InsecureFileError, "2 names"),
+    "pipe": (lambda path: os.mkfifo(path), errors.ForeignDatabaseError, "pipe"),
 }
 
 
@@ -427,34 +397,34 @@ def test_refused_files_stay_unchanged(directory: Path, path: Path, kind: str, mi
     make(path)
     if path.is_file() and not path.is_symlink():
         path.chmod(0o600)
-    before = listing(directory)
+    before = snapshot(directory)
     with pytest.raises(error, match=says) as caught:
         Database.open(path, migrate=migrate)
     assert type(caught.value) is error
-    assert listing(directory) == before
+    assert snapshot(directory) == before
 
 
 @pytest.mark.parametrize("revision", ["0001", "0003"])
 def test_migrate_false_keeps_an_outdated_schema(directory: Path, path: Path, revision: str) -> None:
     """With migrate=False an older schema is refused by name and stays unchanged."""
     ours(path, revision)
-    before = listing(directory)
-    with pytest.raises(SchemaOutdatedError) as caught:
+    before = snapshot(directory)
+    with pytest.raises(errors.SchemaOutdatedError) as caught:
         Database.open(path, migrate=False)
     assert (caught.value.revision, caught.value.needed) == (revision, REVISION)
-    assert listing(directory) == before
+    assert snapshot(directory) == before
 
 
 def test_absent_database_is_named(tmp_path: Path) -> None:
     """Without a database, migrate=False and `begin_epoch` name the path, and create neither a file nor a directory."""
     path = tmp_path / "absent" / "homeagent.db"
     for open_or_begin in (lambda: Database.open(path, migrate=False), lambda: Database.begin_epoch(path)):
-        with pytest.raises(SchemaOutdatedError, match=r"there is no database yet at .*check the name") as caught:
+        with pytest.raises(errors.SchemaOutdatedError, match=r"there is no database yet at .*check the name") as caught:
             open_or_begin()
         assert (caught.value.revision, caught.value.location) == (None, str(path))
         assert str(path) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(InvalidArgumentError):
+    with pytest.raises(errors.InvalidArgumentError):
         Database.begin_epoch(":memory:")
 
 
@@ -487,11 +457,11 @@ def test_missing_permission(children: Children, public_directory: Path, mode: in
     inner.mkdir()
     ours(inner / "homeagent.db")
     inner.chmod(mode)
-    before = listing(inner)
+    before = snapshot(inner)
     answer = children.run(DENIED, inner / "homeagent.db")
     assert answer.startswith(f"{error} ")
     assert says in answer
-    assert listing(inner) == before
+    assert snapshot(inner) == before
 
 
 @needs_root
@@ -521,7 +491,6 @@ def lose_schema(path: Path) -> None:
 
 
 def replace_by_empty(path: Path) -> None:
-    """Replace a database with an empty file."""
     path.unlink()
     path.touch(0o600)
 
@@ -539,10 +508,10 @@ def test_lost_database_is_not_recreated(directory: Path, path: Path, kind: str) 
     """If a database lost its file or content, opening raises, as a new file would forget every revocation."""
     initialised(path)
     LOST[kind](path)
-    before = {name: entry[3] for name, entry in listing(directory).items()}
-    with pytest.raises(CorruptDatabaseError, match="restore"):
+    before = {name: entry[-1] for name, entry in snapshot(directory).items()}
+    with pytest.raises(errors.CorruptDatabaseError, match="restore"):
         Database.open(path)
-    after = {name: entry[3] for name, entry in listing(directory).items() if not name.endswith(("-wal", "-shm"))}
+    after = {name: entry[-1] for name, entry in snapshot(directory).items() if not name.endswith(("-wal", "-shm"))}
     assert after == before
 
 
@@ -552,7 +521,7 @@ def test_restored_file_is_remembered(path: Path, revision: str) -> None:
     ours(path, revision)
     Database.open(path).close()
     path.unlink()
-    with pytest.raises(CorruptDatabaseError):
+    with pytest.raises(errors.CorruptDatabaseError):
         Database.open(path)
 
 
@@ -563,7 +532,7 @@ def test_orphaned_wal_is_kept(path: Path, database: str) -> None:
     for file in files:
         file.write_bytes(b"x" * 4096 if file != path else b"")
         file.chmod(0o600)
-    with pytest.raises(CorruptDatabaseError, match="restore a backup"):
+    with pytest.raises(errors.CorruptDatabaseError, match="restore a backup"):
         Database.open(path)
     assert files[0].read_bytes() == b"x" * 4096
     assert path.exists() == (database == "empty")
@@ -603,7 +572,7 @@ def test_a_damaged_database_is_not_taken_for_a_half_made_one(path: Path) -> None
     marker = path.with_name("homeagent.db.lock").read_bytes()
     half_made(path, content)
     path.with_name("homeagent.db.lock").write_bytes(marker)
-    with pytest.raises(CorruptDatabaseError):
+    with pytest.raises(errors.CorruptDatabaseError):
         Database.open(path)
     assert path.read_bytes() == content
 
@@ -612,7 +581,7 @@ def test_deleting_the_lock_file_allows_a_new_database(directory: Path, path: Pat
     """If the lock file is deleted, as the error advises, opening creates an empty database."""
     initialised(path)
     path.unlink()
-    with pytest.raises(CorruptDatabaseError, match=r"remove homeagent\.db\.lock"):
+    with pytest.raises(errors.CorruptDatabaseError, match=r"remove homeagent\.db\.lock"):
         Database.open(path)
     (directory / "homeagent.db.lock").unlink()
     with Database.open(path) as database, database.unit_of_work(read_only=True) as unit:
@@ -786,10 +755,10 @@ def test_new_database(path: Path) -> None:
 def test_opening_again_changes_nothing(directory: Path, path: Path) -> None:
     """If an up-to-date database is opened and closed, all files stay unchanged."""
     initialised(path)
-    before = listing(directory)
+    before = snapshot(directory)
     for migrate in (True, False):
         Database.open(path, migrate=migrate).close()
-        assert listing(directory) == before
+        assert snapshot(directory) == before
 
 
 def test_existing_file_with_the_name_of_the_backup(path: Path, clock: Any) -> None:
@@ -798,7 +767,7 @@ def test_existing_file_with_the_name_of_the_backup(path: Path, clock: Any) -> No
     taken = path.with_name("homeagent.db.0001-20260102T030405678000Z.backup")
     taken.write_text("mine")
     taken.chmod(0o600)
-    with pytest.raises(MigrationError, match="exists already"):
+    with pytest.raises(errors.MigrationError, match="exists already"):
         Database.open(path, clock=clock)
     assert taken.read_text() == "mine"
     clock.advance(seconds=1)

@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
 
 from homeagent import Database, DevicePair, Role, diagnose
 from homeagent.engine.sqlite.in_use import in_use_path, new_path
@@ -22,7 +21,7 @@ from homeagent.maintenance import BackupSchedule, Diagnosis
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION
-from tests.conftest import ROOT, STRANGER, Children, FakeClock, add_agent
+from tests.conftest import ROOT, STRANGER, Children, FakeClock, add_agent, copy_template
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can act as two users")
 
@@ -41,7 +40,6 @@ def plant(path: Path, content: bytes = b"") -> Path:
 
 
 def owners(directory: Path) -> set[int]:
-    """Return the owners of the files in a directory, and the directory's owner."""
     return {path.lstat().st_uid for path in (directory, *directory.rglob("*"))}
 
 
@@ -51,7 +49,6 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def devices(path: Path) -> list[str]:
-    """Return the ids of the devices in a database."""
     with Database.open(path) as database:
         return database.run(lambda unit: [device.id for device in unit.devices.list()], read_only=True)
 
@@ -72,19 +69,20 @@ def shared(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def path(shared: Path) -> Path:
+def path(shared: Path, sqlite_template: Path) -> Path:
     """Root's database in the shared directory, with the device `lamp`."""
+    shutil.copy(sqlite_template, shared / "h.db")
     with Database.open(shared / "h.db") as database:
         database.pair(DevicePair(id="lamp", role=Role.NODE))
     return shared / "h.db"
 
 
 @pytest.fixture
-def intruders(tmp_path: Path) -> bytes:
+def intruders(tmp_path: Path, sqlite_template: Path) -> bytes:
     """The content of a database in which the other user's device is an approved admin."""
-    made = tmp_path / "elsewhere" / "h.db"
+    made = copy_template(sqlite_template, tmp_path / "elsewhere")
     with Database.open(made) as database:
-        database.pair(DevicePair(id="intruder", role=Role.ADMIN, shared_secret=SecretStr("letmein-letmein")))
+        database.pair(DevicePair(id="intruder", role=Role.ADMIN))
         database.run(lambda unit: unit.devices.approve("intruder") and None)
     return made.read_bytes()
 
@@ -197,7 +195,6 @@ def test_a_directory_in_which_others_can_replace_files(path: Path, shared: Path,
 
 @pytest.fixture
 def backups(shared: Path) -> Path:
-    """A shared directory for backups."""
     directory = shared / "backups"
     directory.mkdir()
     directory.chmod(0o1777)
@@ -211,18 +208,15 @@ def by_owner(backup: Path) -> None:
 
 
 def by_manifests_owner(backup: Path) -> None:
-    """Change the owner of the manifest only."""
     give(manifest_path(backup))
 
 
 def by_link(backup: Path) -> None:
-    """Replace the backup with a symbolic link."""
     backup.rename(backup.with_name("real"))
     backup.symlink_to(backup.with_name("real"))
 
 
 def by_second_name(backup: Path) -> None:
-    """Give the backup a second name."""
     backup.with_name("second").hardlink_to(backup)
 
 

@@ -48,8 +48,6 @@ def own(database: Database) -> Database:
 
 
 def execute(statement: str) -> Callable[[UnitOfWork], None]:
-    """Return a function that runs a statement in a unit."""
-
     def work(unit: UnitOfWork) -> None:
         unit.session.execute(text(statement))
 

@@ -35,8 +35,6 @@ from tests.conftest import START, FakeClock, add_agent
 
 
 class Message(Table, table=True):
-    """A message of a session."""
-
     __tablename__ = "own_messages"
     id: int | None = Field(default=None, primary_key=True)
     session_id: str = Field(foreign_key="sessions.session_id", ondelete="CASCADE", index=True)
@@ -45,8 +43,6 @@ class Message(Table, table=True):
 
 
 class Mood(StrEnum):
-    """The mood of a preference."""
-
     CALM = "calm"
     LOUD = "loud"
 
@@ -97,10 +93,7 @@ SET = Statement[None](lambda insert: insert(Preference).values(name=bindparam("n
 
 
 class MessageStore(Store):
-    """The messages."""
-
     def add(self, session_id: str, text: str) -> Message:
-        """Add a message."""
         added = self.unit.write_one(ADD, session_id=session_id, text=text, sent_at=self.unit.now())
         assert added is not None
         return added
@@ -111,7 +104,6 @@ class MessageStore(Store):
         return self.unit.write_many(ADD, rows)
 
     def of_session(self, session_id: str) -> list[Message]:
-        """Return the messages of a session."""
         return self.unit.all(OF_SESSION, session_id=session_id)
 
     def count_twice(self) -> tuple[int | None, int | None]:
@@ -126,13 +118,10 @@ class MessageStore(Store):
         return count
 
     def lazily(self) -> Iterator[Message]:
-        """Yield the messages."""
         yield from self.unit.all(OF_SESSION, session_id="s")
 
 
 class HubUnit(UnitOfWork):
-    """A unit with an own store."""
-
     messages: MessageStore
     limit: ClassVar[int] = 5
 
@@ -409,29 +398,6 @@ def test_a_wrong_unit_is_refused(sqlite_path: Path) -> None:
 
 
 # Errors
-
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "unique": ({"name": "taken"}, "uq_own_tags_name"),
-    "check": ({"size": 0}, "ck_own_tags_size"),
-    "foreign_key": ({"session_id": "absent"}, "fk_own_tags_session_id_sessions"),
-    "not_null": ({"name": None}, "name"),
-}
-
-
-def test_a_refused_row_names_the_constraint(hub: Database[HubUnit]) -> None:
-    """If the engine refuses a row of a statement, the error has the table, the constraint and the kind."""
-    add = Statement[None](insert(Tag))
-    for kind, (changed, constraint) in REFUSED.items():
-
-        def work(unit: HubUnit, changed: dict[str, Any] = changed) -> None:
-            unit.write(add, session_id="s", name="taken", note="", size=1)
-            unit.write(add, **{"session_id": "s", "name": "geheim", "note": "", "size": 1, **changed})
-
-        with pytest.raises(ConflictError) as caught:
-            hub.run(work)
-        error = caught.value
-        assert (error.table, error.constraint, error.kind) == ("own_tags", constraint, kind)
-        assert "geheim" not in str(error)
 
 
 @pytest.mark.parametrize("length", [3000, 20_000])

@@ -179,6 +179,7 @@ def test_a_wrong_proof_costs_the_same_for_every_device_and_for_none(database: Da
     assert "secret_hash" not in select
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 @pytest.mark.parametrize("there", [True, False], ids=["known", "unknown"])
 def test_wrong_secrets_of_an_id_are_limited_per_minute(
     database: Database, clock: FakeClock, runs: Runs, there: bool
@@ -200,6 +201,7 @@ def test_wrong_secrets_of_an_id_are_limited_per_minute(
     assert bool(database.check_secret("lamp", HUMAN)) == there
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_a_generated_secret_is_never_refused(database: Database, runs: Runs) -> None:
     """A generated secret is never refused, whatever wrong secrets were tried for the device."""
     secret = pair(database, "lamp")
@@ -211,6 +213,7 @@ def test_a_generated_secret_is_never_refused(database: Database, runs: Runs) -> 
     assert runs.count == before
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_threads_do_not_exceed_the_bound_together(
     database: Database, runs: Runs, cheap_hashes: Callable[[int], None]
 ) -> None:
@@ -275,6 +278,7 @@ def test_a_flood_of_guesses_delays_no_generated_secret(database: Database, runs:
     assert database.check_secret("door", human)
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_coroutines_that_hash_take_no_thread_from_the_others(
     database: Database, runs: Runs, backend: str, monkeypatch: pytest.MonkeyPatch, cheap_hashes: Callable[[int], None]
@@ -314,6 +318,7 @@ def test_coroutines_that_hash_take_no_thread_from_the_others(
 # Chosen secrets
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_a_new_secret_has_eight_characters(database: Database) -> None:
     """If a new secret is shorter than 8 characters, pairing and rotation refuse it without showing or storing it."""
     short, long_enough = SecretStr("sev3n7!"), SecretStr("e1ght!88")

@@ -15,7 +15,7 @@ import pytest
 import trio
 from sqlalchemy import make_url
 
-from homeagent import Database, DeviceChange, DeviceUpdate
+from homeagent import Database, DeviceChange, DeviceUpdate, device_changes
 from homeagent.device_changes import PATIENCE, DeviceWatcher, _Subscription
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from tests.conftest import Children, MakeDatabase, RecordProperty, add_device, postgres_execute
@@ -23,6 +23,13 @@ from tests.feed_load import FeedLoad
 from tests.interrupts import interrupt_at
 
 THREAD = "homeagent-device-changes"
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read the feed every 20 ms, so that the tests wait less. Child processes have the interval of the package."""
+    monkeypatch.setattr(device_changes, "_INTERVAL", 0.02)
+
 
 WRITE = """
 import sys
@@ -51,7 +58,6 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def watcher_threads() -> list[threading.Thread]:
-    """Return the threads that read a feed."""
     return [thread for thread in threading.enumerate() if thread.name == THREAD]
 
 
@@ -79,6 +85,7 @@ def test_iterators_get_the_changes_of_all_processes(database: Database, target: 
     asyncio.run(watch())
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_a_cancelled_wait_loses_no_change(database: Database) -> None:
     """After a wait was cancelled, the iterator continues with the next change."""
 
@@ -92,20 +99,21 @@ def test_a_cancelled_wait_loses_no_change(database: Database) -> None:
     asyncio.run(watch())
 
 
-def test_a_long_backlog_arrives_complete(database: Database) -> None:
+def test_a_long_backlog_arrives_complete(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """More changes than an iterator holds arrive in order, because the thread continues when the iterator has room."""
+    monkeypatch.setattr(device_changes, "_WAITING", 200)
     with database.unit_of_work() as unit:
         add = "INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('{0:04}', 'node', 'h', {0})"
-        for number in range(1500):
+        for number in range(500):
             unit.session.connection().exec_driver_sql(add.format(number))
 
     async def watch() -> list[tuple[str | None, str]]:
-        changes = database.watch_devices(after=0)
+        changes: Any = database.watch_devices(after=0)
         first = await following(changes)
-        await asyncio.sleep(0.3)  # the thread fills the iterator meanwhile
-        return first + await following(changes, 1499)
+        await until(lambda: not changes._subscription.has_room)
+        return first + await following(changes, 499)
 
-    assert asyncio.run(watch()) == [(f"{number:04}", "paired") for number in range(1500)]
+    assert asyncio.run(watch()) == [(f"{number:04}", "paired") for number in range(500)]
 
 
 def test_the_thread_ends_with_the_last_iterator(database: Database) -> None:
@@ -270,15 +278,16 @@ def test_a_killed_watcher(database: Database, target: str, children: Children) -
 
 FORK = """
 import asyncio, os, sys
-from homeagent import Database, DevicePair, Role
+from homeagent import Database, DevicePair, Role, device_changes
 from homeagent.errors import DatabaseClosedError
+device_changes._INTERVAL = 0.01  # the thread is busier at the forks
 
 async def main():
     database = Database.open(sys.argv[1])
     changes = database.watch_devices()
     database.pair(DevicePair(id="a", role=Role.NODE))
     print((await anext(changes)).device_id)
-    for number in range(20):
+    for number in range(10):
         child = os.fork()
         if not child:
             try:

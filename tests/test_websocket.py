@@ -79,7 +79,6 @@ class Gateway:
         return self.connect(run)
 
     def close(self) -> None:
-        """Stop the server."""
         self._server.should_exit = True
         self._thread.join()
         self._listening.close()
@@ -95,7 +94,6 @@ def database(homeagent_factory: DatabaseFactory) -> Database:
 
 @pytest.fixture
 def gateway(database: Database) -> Iterator[Gateway]:
-    """The running server."""
     gateway = Gateway(database)
     yield gateway
     gateway.close()
