@@ -21,7 +21,6 @@ FIGURES = ROOT / "docs" / "figures.json"
 
 
 def describe_run(command: str) -> dict[str, str]:
-    """Return the date, the command, the revision and the machine of a run."""
     revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     busy = f". Other programs also ran (load average {load:.1f}), so the figures are rough" if load > 1 else ""

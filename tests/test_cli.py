@@ -54,9 +54,6 @@ def ready(sqlite_path: Path) -> Path:
     return sqlite_path
 
 
-# Create and upgrade
-
-
 def test_init_status_and_sweep_as_processes(path: Path) -> None:
     """If a process creates the file, other processes find it through the option and through the environment."""
     made = _run("--database", str(path), "init", "--json")
@@ -136,9 +133,6 @@ def test_a_server_is_made_and_shown_without_its_password(empty_postgres_url: str
     assert "geheim" not in shown.output
 
 
-# Refusals
-
-
 def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
     """A repaired file mode causes a warning if the command succeeds, and no second line if the command is refused."""
     ready.chmod(0o644)
@@ -195,9 +189,6 @@ def test_no_message_shows_a_password(arguments: list[str]) -> None:
     assert "heim" not in done.output
 
 
-# Status and sweep
-
-
 def test_status_reads_well(ready: Path) -> None:
     """`status` prints the file, the engine, the schema, each table, the settings and the file modes."""
     shown = invoke("status", "--database", ready, env={"COLUMNS": "200"}).stdout
@@ -224,9 +215,6 @@ def test_sweep_removes_expired_rows(ready: Path) -> None:
         "constraints": [],
     }
     assert invoke("sweep", "--database", ready).stdout == "Removed 0 nonces and 0 idempotency keys.\n"
-
-
-# Devices
 
 
 def _devices(path: Path) -> Any:

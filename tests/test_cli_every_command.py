@@ -99,7 +99,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unusable(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a directory for each unusable database."""
     directory = tmp_path_factory.mktemp("unusable")
     for state in ("damaged", "newer", "foreign"):
         (directory / state).mkdir(mode=0o700)
@@ -415,9 +414,6 @@ runpy.run_module("homeagent", run_name="__main__")
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
-
-
-# Texts
 
 
 def test_phrases_of_errors_exist() -> None:

@@ -20,7 +20,6 @@ LIVE = IdempotencyScope("lamp", "orders.create", "live")
 
 
 def invoke(path: Path, *arguments: str, input: str = "") -> Result:
-    """Run a command on a database."""
     return command_line.invoke("--database", path, "keys", *arguments, input=input)
 
 

@@ -36,9 +36,6 @@ def store(sqlite_path: Path) -> Path:
     return sqlite_path
 
 
-# Form of the output
-
-
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_a_table_fits_the_terminal(store: Path, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At a terminal no line is wider than the terminal, and each word of an id is whole."""
@@ -80,9 +77,6 @@ def test_times_and_forms_of_a_list(store: Path, monkeypatch: pytest.MonkeyPatch)
         [LONG_ID, "node", "pending", "2026-01-02T03:04:05.678Z", ""],
         ["lamp", "node", "pending", "2026-01-02T03:04:05.678Z", ""],
     ]
-
-
-# Decisions
 
 
 def test_the_first_admin_in_one_command(sqlite_path: Path) -> None:

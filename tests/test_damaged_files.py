@@ -92,7 +92,6 @@ def content(path: Path) -> Files:
 
 
 def put(files: Files, path: Path) -> None:
-    """Write a database's files."""
     for suffix, content in files.items():
         each = path.with_name(path.name + suffix)
         each.write_bytes(content)
@@ -100,7 +99,6 @@ def put(files: Files, path: Path) -> None:
 
 
 def read(path: Path, opened: Callable[[], None] = lambda: None) -> Rows:
-    """Open a database and return every row of it as the application reads the row."""
     with Database.open(path, clock=FakeClock(), busy_timeout=timedelta(seconds=2)) as database:
         opened()
         rows: Rows = {}
@@ -138,9 +136,6 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
     finally:
         children.close()
     return made
-
-
-# Kinds of damage
 
 
 def flip(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
@@ -276,7 +271,6 @@ def attempt(number: int, tmp_path: Path, samples: dict[str, Sample]) -> tuple[st
 
 
 def attempts(numbers: range, tmp_path: Path, samples: dict[str, Sample]) -> Counter[str]:
-    """Return the number of outcomes by kind of damage."""
     return Counter(": ".join(attempt(number, tmp_path, samples)) for number in numbers)
 
 

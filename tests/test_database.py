@@ -266,9 +266,6 @@ def test_run_repeats_only_transient_errors_until_its_deadline(target: str, clock
     assert len(runs) == 1
 
 
-# Cleanup
-
-
 def fill(database: Database, count: int) -> None:
     """Add nonces and keys that expire after a minute."""
     with database.unit_of_work() as unit:

@@ -78,9 +78,6 @@ def names(path: Path) -> list[str]:
         return database.run(lambda unit: [agent.id for agent in unit.agents.list()], read_only=True)
 
 
-# A commit whose sync fails
-
-
 @pytest.mark.parametrize(
     ("way", "end"), [("run", "go on"), ("run", "close"), ("run", "kill"), ("session", "close"), ("fresh log", "kill")]
 )
@@ -233,9 +230,6 @@ print(json.dumps([refused(lambda: Database.open(path)), failures()]))
     Database.open(sqlite_path).close()
 
 
-# A lock that can't be released
-
-
 @pytest.mark.parametrize(
     ("kind", "part"),
     [("unlock", ".lock"), ("unlock", ".open"), ("unlock", "-shm"), ("close", ".lock"), ("close", ".open")],
@@ -275,9 +269,6 @@ print("null")
         part,
         sqlite_path.parent / "kept.backup",
     )
-
-
-# A backup that fails
 
 
 @pytest.mark.parametrize("replace", [False, True])

@@ -122,7 +122,6 @@ def make_app(house: House) -> FastAPI:
 
 @pytest.fixture
 def house() -> House:
-    """The application's effects."""
     return House()
 
 
@@ -328,7 +327,6 @@ def sign(secret: str, message_id: str, at: int, body: bytes) -> dict[str, str]:
 
 @pytest.fixture
 def hooks(homeagent_database: Database, house: House) -> Client:
-    """A client of an application that accepts webhooks."""
     app = FastAPI()
     install_error_handlers(app)
 

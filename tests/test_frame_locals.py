@@ -25,7 +25,6 @@ MINUTE = timedelta(minutes=1)
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, its causes and its contexts."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

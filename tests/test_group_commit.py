@@ -36,9 +36,6 @@ class Odd(BaseException):
     """An exception that is neither an Exception nor raised by Python itself."""
 
 
-# Batches
-
-
 @BOTH
 def test_units_that_wait_share_one_commit(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
@@ -86,9 +83,6 @@ def test_a_batch_is_bounded(sqlite_database: Database, monkeypatch: pytest.Monke
     assert count == [4]
 
 
-# Independence of units
-
-
 def raising(unit: UnitOfWork, error: BaseException) -> None:
     create(unit, "raised")
     raise error
@@ -116,7 +110,6 @@ def leave_open(unit: UnitOfWork) -> None:
 
 
 def leaving_savepoints(unit: UnitOfWork) -> str:
-    """Open savepoints without ending the savepoints."""
     for number in range(2):
         leave_open(unit)
         create(unit, f"in savepoint {number}")
@@ -124,7 +117,6 @@ def leaving_savepoints(unit: UnitOfWork) -> str:
 
 
 def leaving_and_raising(unit: UnitOfWork) -> None:
-    """Raise within open savepoints."""
     leaving_savepoints(unit)
     create(unit, "raised")
     raise LookupError
@@ -367,9 +359,6 @@ def test_an_error_after_the_commit_repeats_no_unit(
     # The writer thread runs this unit after it has logged the error.
     assert asyncio.run(sqlite_database.arun(creating("c"))) == "c"
     assert [getattr(record, "event", None) for record in caplog.records] == ["writer_failed"]
-
-
-# After the commit
 
 
 @BOTH

@@ -35,9 +35,6 @@ def impatient(sqlite_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPat
         yield database
 
 
-# Order of turns
-
-
 def test_a_waiting_block_gets_its_turn_between_batches(sqlite_database: Database) -> None:
     """While 8 threads run units without a pause, a thread that uses blocks gets its turns between their batches."""
     stop = threading.Event()
@@ -57,9 +54,6 @@ def test_a_waiting_block_gets_its_turn_between_batches(sqlite_database: Database
         for thread in threads:
             thread.join(30)
     assert len(agents_of(sqlite_database)) == 20
-
-
-# Timeouts
 
 
 @pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "coroutines"])
@@ -264,9 +258,6 @@ def test_a_unit_whose_caller_got_busy_is_not_stored(sqlite_path: Path) -> None:
         assert {row[0] for row in dump(database)["agents"]} == set(returned)
 
 
-# The writer thread
-
-
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["thread", "memory"])
 def test_units_of_threads_run_without_a_writer_thread(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -333,9 +324,6 @@ def test_a_loop_that_cannot_be_notified_delays_no_other_caller(
         assert asyncio.run(main()) == "ab"
         assert database.run(creating("c")) == "c"
     assert [getattr(record, "event", None) for record in caplog.records] == ["writer_failed"]
-
-
-# Closing
 
 
 def test_closing_waits_for_a_hanging_function_until_the_timeout(

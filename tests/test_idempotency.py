@@ -56,9 +56,6 @@ def abandon(database: Database, scope: IdempotencyScope = SCOPE, *, params: Any 
         database.run_once(scope, dies, params=params, lease=MINUTE)
 
 
-# Concurrent callers
-
-
 def test_threads(database: Database) -> None:
     """If 8 threads call the same 200 keys, each effect runs once, and all threads get its result in the end."""
     ran: Counter[str] = Counter()
@@ -153,9 +150,6 @@ def test_tasks(database: Database, backend: str) -> None:
     assert (ran, told) == (1, 255)
 
 
-# Duplicates
-
-
 def test_duplicate_in_flight(database: Database, clock: FakeClock) -> None:
     """A duplicate call gets the remaining time of the lease; a call with other parameters is refused."""
 
@@ -246,9 +240,6 @@ def test_effect_that_returns_a_coroutine(database: Database, clock: FakeClock) -
         clock.advance(minutes=2)
         with pytest.raises(errors.OutcomeUnknownError):
             database.run_once(scope, never)
-
-
-# Ends of an effect
 
 
 def test_replay(database: Database) -> None:
@@ -359,9 +350,6 @@ def test_coroutine_that_lost_its_key(database: Database, backend: str) -> None:
     anyio.run(main, backend=backend)
 
 
-# Attempts whose lease expired
-
-
 def test_rerun(database: Database, clock: FakeClock) -> None:
     """With `rerun` a second attempt begins, and passes the same key to downstream services."""
     keys: list[str] = []
@@ -467,9 +455,6 @@ def test_recreated_device(database: Database) -> None:
     assert database.run_once(other, never).value == "new"
 
 
-# The lease
-
-
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Renew leases every 2 ms, whatever their length."""
@@ -556,9 +541,6 @@ def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyP
         with pytest.raises(RuntimeError, match="new thread"):
             database.run_once(SCOPE, never)
     assert row_of(database) is None
-
-
-# Coroutines
 
 
 async def turns() -> None:
@@ -847,9 +829,6 @@ def test_arun_raises_exceptions_of_the_work(database: Database, backend: str) ->
         assert await database.arun(lambda unit: unit.agents.list(), read_only=True) == []
 
     anyio.run(main, backend=backend)
-
-
-# In a unit of work
 
 
 def test_one_commit(database: Database) -> None:

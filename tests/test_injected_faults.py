@@ -222,22 +222,3 @@ def test_each_driver_error_has_its_error(
             monkeypatch.setattr(plan, "meet", lambda sql: None)
             assert dump(database) == before
         in_a_block(database)
-
-
-def test_connection_is_replaced_after_a_failure_of_the_system(
-    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After an I/O error the connection is replaced, and the new connection sees no row of the failed unit."""
-    with failing(sqlite_database, monkeypatch) as plan:
-        add_agent(sqlite_database, "before")
-        with sqlite_database.unit_of_work(read_only=True) as unit:
-            unit.agents.list()
-        links = set(sqlite_database._engine._connections)
-        plan.error, plan.at = driver_error(sqlite_database._engine, "SQLITE_IOERR_READ"), 2
-        with pytest.raises(errors.DatabaseIOError):
-            add_agent(sqlite_database, "lost")
-        plan.error = None
-        add_agent(sqlite_database, "after")
-        with sqlite_database.unit_of_work(read_only=True) as unit:
-            assert [agent.id for agent in unit.agents.list()] == ["after", "before"]
-        assert not links & {link for link in sqlite_database._engine._connections if not link.needs_reconnect}

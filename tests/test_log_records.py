@@ -48,7 +48,6 @@ def calls() -> list[tuple[str, ast.Call]]:
 
 
 def fields_of(place: str, call: ast.Call) -> dict[str, ast.expr]:
-    """Return the structured fields of a record, with the event."""
     extra = next((keyword.value for keyword in call.keywords if keyword.arg == "extra"), None)
     assert isinstance(extra, ast.Dict), f"{place} has no extra={{...}} with its event"
     names = [key.value for key in extra.keys if isinstance(key, ast.Constant)]

@@ -19,7 +19,6 @@ HASH = "sha256$" + "ab" * 32
 
 
 def statements(database: Database) -> list[str]:
-    """Return a list that receives the SQL of each later statement."""
     told: list[str] = []
     event.listen(
         database._engine.sa_engine,

@@ -45,11 +45,7 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def path(directory: Path) -> Path:
-    """Return a path at which a database can be created."""
     return directory / "homeagent.db"
-
-
-# The choice of the file
 
 
 def location(database: Database) -> Path:
@@ -305,9 +301,6 @@ def test_linked_directory_is_followed(tmp_path: Path, directory: Path) -> None:
         assert location(database) == directory / "homeagent.db"
 
 
-# Refused files stay unchanged
-
-
 def foreign(path: Path, *, wal: bool) -> None:
     """Create another application's database, with its WAL if the database is in WAL mode."""
     with closing(sqlite3.connect(path, isolation_level=None)) as raw:
@@ -331,7 +324,6 @@ def ours(path: Path, revision: str = REVISION) -> None:
 
 
 def from_the_future(path: Path) -> None:
-    """Create a database of a future version."""
     ours(path)
     with closing(sqlite(path)) as raw:
         raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
@@ -352,7 +344,6 @@ def cut(path: Path, size: int) -> None:
 
 
 def linked(path: Path) -> None:
-    """Create a symbolic link to a database."""
     ours(path.with_name("real.db"))
     path.symlink_to("real.db")
 
@@ -472,11 +463,7 @@ def test_file_that_may_not_be_written(children: Children, public_directory: Path
     assert list(public_directory.iterdir()) == []
 
 
-# A lost database is not recreated
-
-
 def initialised(path: Path) -> None:
-    """Create a database with a row."""
     with Database.open(path) as database, database.unit_of_work() as unit:
         unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/a"))
 
@@ -734,9 +721,6 @@ def test_opening_waits_for_no_writer(path: Path) -> None:
         unit.agents.create(AgentCreate(id="b", name="B", workspace_path="/b"))
         with Database.open(path, busy_timeout=timedelta(0)) as other, other.unit_of_work(read_only=True) as reader:
             assert [agent.id for agent in reader.agents.list()] == ["a"]
-
-
-# A new database
 
 
 def test_new_database(path: Path) -> None:

@@ -19,7 +19,6 @@ from opentelemetry.trace import StatusCode
 from sqlalchemy import event, text
 
 from homeagent import Agent, AgentCreate, AgentSession, Database, IdempotencyScope, errors
-from homeagent.engine.instrumented_cursor import InstrumentedCursor
 from tests.conftest import FakeClock, add_agent
 
 Spans = Callable[[], list[ReadableSpan]]
@@ -27,7 +26,6 @@ Spans = Callable[[], list[ReadableSpan]]
 
 @pytest.fixture
 def provider() -> TracerProvider:
-    """A tracer provider that keeps the spans in memory."""
     return TracerProvider()
 
 
@@ -56,7 +54,6 @@ def traced(spans: Spans, target: str, clock: FakeClock) -> Iterator[Database]:
 
 
 def statements(found: list[ReadableSpan]) -> list[str]:
-    """Return the first word of each statement, in order."""
     return [str(_attribute(span, "db.statement")).split()[0] for span in found if _attribute(span, "db.statement")]
 
 
@@ -192,12 +189,6 @@ def test_a_bulk_insert_is_one_statement(traced: Database, spans: Spans) -> None:
         assert bulk.name.split()[0] == ("INSERT" if engine.dialect_name == "sqlite" else "COPY")
         assert (bulk.status.status_code is StatusCode.ERROR) is fails
         assert "geheim" not in "".join(span.to_json() for span in found)
-
-
-def test_no_cursor_is_wrapped_without_a_listener(database: Database) -> None:
-    """Without a listener a connection uses the driver's own cursor."""
-    with database.unit_of_work() as unit:
-        assert not isinstance(unit._require_connection()._cursor, InstrumentedCursor)
 
 
 def test_any_listener_of_sqlalchemy_is_called(target: str) -> None:

@@ -102,9 +102,6 @@ def hot_journal(content: bytes) -> bytes:
     return journal
 
 
-# The files next to a database
-
-
 @needs_root
 def test_a_rollback_journal_that_another_user_put_there(path: Path, shared: Path, intruders: bytes) -> None:
     """If a rollback journal belongs to another user, opening refuses the journal before SQLite replays it."""
@@ -188,9 +185,6 @@ def test_a_directory_in_which_others_can_replace_files(path: Path, shared: Path,
     assert finding is not None
     assert (finding.severity, "chmod" in str(finding.command)) == (Severity.WARNING, False)
     assert devices(path) == ["lamp"]
-
-
-# Backups
 
 
 @pytest.fixture

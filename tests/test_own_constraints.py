@@ -40,7 +40,6 @@ REFUSED = {
 
 @pytest.fixture
 def own(database: Database) -> Database:
-    """A database with an application's own tables."""
     with database.unit_of_work() as unit:
         for statement in TABLES:
             unit.session.execute(text(statement))

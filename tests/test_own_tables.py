@@ -64,8 +64,6 @@ class Preference(Table, table=True):
 
 
 class Tag(Table, table=True):
-    """A table with a constraint of each kind."""
-
     __tablename__ = "own_tags"
     __table_args__ = (CheckConstraint("size > 0", name="size"),)
     id: int | None = Field(default=None, primary_key=True)
@@ -76,8 +74,6 @@ class Tag(Table, table=True):
 
 
 class PlainNote(SQLModel, table=True):
-    """A table in the MetaData of SQLModel."""
-
     __tablename__ = "own_plain_notes"
     id: int | None = Field(default=None, primary_key=True)
     text: str
@@ -99,7 +95,6 @@ class MessageStore(Store):
         return added
 
     def add_all(self, texts: Iterable[str]) -> int:
-        """Add a message of the session `s` for each text."""
         rows = [{"session_id": "s", "text": text, "sent_at": self.unit.now()} for text in texts]
         return self.unit.write_many(ADD, rows)
 
@@ -146,11 +141,7 @@ def prepare(database: Database) -> None:
 
 
 def message(text: str = "hello") -> Message:
-    """Return a new message of the session `s`."""
     return Message(session_id="s", text=text, sent_at=START)
-
-
-# Tables
 
 
 def test_an_own_table_validates() -> None:
@@ -240,9 +231,6 @@ def test_a_plain_datetime_is_refused() -> None:
         class Naive(Table, table=True):
             id: int = Field(primary_key=True)
             sent_at: datetime | None = None
-
-
-# Stores
 
 
 def test_an_own_store_writes_in_the_unit(hub: Database[HubUnit]) -> None:
@@ -397,9 +385,6 @@ def test_a_wrong_unit_is_refused(sqlite_path: Path) -> None:
             Database.open(sqlite_path, unit=unit)
 
 
-# Errors
-
-
 @pytest.mark.parametrize("length", [3000, 20_000])
 @pytest.mark.parametrize("by", ["statement", "session"])
 @pytest.mark.parametrize("engine_name", ["postgresql"])
@@ -416,9 +401,6 @@ def test_a_value_too_long_for_an_index_names_the_index(hub: Database[HubUnit], b
     with pytest.raises(InvalidArgumentError, match=r"'idx_own_tags_note'.* of table 'own_tags'") as caught:
         hub.run(work)
     assert note not in str(caught.value)
-
-
-# The ORM session
 
 
 def test_own_rows_stay_usable(hub: Database[HubUnit]) -> None:

@@ -15,7 +15,6 @@ from tests.conftest import FakeClock, MakeDatabase, add_device, plan_of
 
 
 def pair(database: Database, device_id: str) -> bool:
-    """Pair a device, and return whether the device is stored as pending."""
     try:
         database.pair(DevicePair(id=device_id, role=Role.NODE))
     except PendingLimitError as error:

@@ -59,9 +59,6 @@ def names(path: Path | str) -> list[str]:
         return sorted(agent.id for agent in unit.agents.list(limit=100_000))
 
 
-# Forks
-
-
 @needs_fork
 @pytest.mark.parametrize("orm", [False, True], ids=["stores", "ORM session"])
 def test_fork_in_the_middle_of_a_unit(target: str, children: Children, orm: bool) -> None:

@@ -40,7 +40,6 @@ def many_sessions() -> Iterator[AgentSession]:
 
 @pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    """Open a database with a million sessions in it."""
     path: Path = tmp_path_factory.mktemp("scale") / "homeagent.db"
     seen: list[int] = []
     with Database.open(path, durability="normal", clock=lambda: BEGINNING + timedelta(days=30)) as database:
@@ -54,7 +53,6 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
 
 
 def plan_of(unit: UnitOfWork, statement: Statement[Any], **parameters: Any) -> str:
-    """Return SQLite's query plan for a statement."""
     connection: Any = unit.session.connection().connection.driver_connection
     compiled = statement.compiled(unit.session.connection().dialect, read_only=True)
     rows = connection.execute(f"EXPLAIN QUERY PLAN {compiled.sql}", compiled.bind(parameters)).fetchall()

@@ -219,7 +219,6 @@ def archive_of(revision: str) -> bytes:
 
 @pytest.fixture
 def targets(sqlite_path: Path, empty_postgres_url: str) -> list[str]:
-    """A new database of each engine."""
     Database.open(empty_postgres_url).close()
     return [str(sqlite_path), empty_postgres_url]
 

@@ -65,9 +65,6 @@ def test_proof_and_signature_of_the_rfc() -> None:
     assert make_proof("pencil", ProofParameters(RFC_SALT, 4096), RFC_MESSAGE) == RFC_PROOF
 
 
-# Verifiers
-
-
 def test_verifier_has_the_form_that_postgresql_documents() -> None:
     """A verifier holds iterations, salt, StoredKey and ServerKey, as computed here from RFC 5802 section 3."""
     verifier = make_verifier("pencil", iterations=5000, salt=b"sixteen bytes ok")
@@ -159,9 +156,6 @@ def test_damaged_verifier_accepts_no_proof_and_signs_no_message() -> None:
             assert VERIFIER[-20:-1] not in str(refused.value)
     with pytest.raises(InvalidArgumentError, match="this is not a verifier"):
         verifier_parameters(None)  # of a device whose secret a human chose
-
-
-# Proofs
 
 
 @given(st.binary(max_size=200), st.binary(max_size=200))
@@ -268,9 +262,6 @@ def test_device_may_insist_on_iterations() -> None:
             work("swordfish", PARAMETERS, MESSAGE, minimum_iterations=600_000)
         assert "swordfish" not in str(refused.value)
     assert make_proof(SECRET, PARAMETERS, MESSAGE, minimum_iterations=4096) == PROOF
-
-
-# The message
 
 
 def test_message_has_the_documented_form() -> None:
@@ -391,9 +382,6 @@ def test_made_up_parameters_need_a_key_and_a_share(device_id: str, key: bytes, s
     """If the key is guessable or the share is invalid, making up parameters raises."""
     with pytest.raises(InvalidArgumentError, match=message):
         fake_parameters(device_id, key, human_share=share)
-
-
-# Secrets stay hidden
 
 
 def test_keys_are_in_no_repr() -> None:

@@ -27,7 +27,6 @@ MINUTE = timedelta(minutes=1)
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """A list of every Argon2 run of the test."""
     counted = Runs()
     monkeypatch.setattr("argon2.low_level.hash_secret", counted)
     return counted
@@ -49,9 +48,6 @@ def fail(database: Database, device_id: str, times: int) -> None:
     """Present wrong secrets of the kind that people choose."""
     for number in range(times):
         assert database.verify_secret(device_id, f"guess {number}") is None
-
-
-# Results
 
 
 @pytest.mark.parametrize("secret", [HUMAN, None], ids=["human", "generated"])
@@ -120,12 +116,8 @@ def test_proof_parameters_do_not_tell_which_devices_exist(
     assert again.proof_parameters("nul\0").iterations == 4096
 
 
-# Cost
-
-
 @pytest.fixture
 def statements(database: Database) -> list[str]:
-    """The text of every statement, in order."""
     seen: list[str] = []
 
     def before(connection: Any, cursor: Any, statement: str, *rest: Any) -> None:
@@ -233,9 +225,6 @@ def test_threads_do_not_exceed_the_bound_together(
     assert (refused, runs.count) == (60 - FAILED_CHECKS_PER_MINUTE, FAILED_CHECKS_PER_MINUTE)
 
 
-# A flood of guesses
-
-
 def test_a_flood_of_guesses_delays_no_generated_secret(database: Database, runs: Runs) -> None:
     """If every slow hash hangs, 2 run, 16 wait, all others are refused, and a generated secret is still checked."""
     secret, human = pair(database, "lamp"), pair(database, "door", HUMAN)
@@ -313,9 +302,6 @@ def test_coroutines_that_hash_take_no_thread_from_the_others(
             assert await database.acheck_secret("lamp", paired.shared_secret)
 
     anyio.run(work, backend=backend)
-
-
-# Chosen secrets
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])

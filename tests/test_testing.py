@@ -18,7 +18,6 @@ from tests.conftest import ROOT
 
 @pytest.fixture(params=[None, "postgresql"])
 def homeagent_server(request: pytest.FixtureRequest) -> str | None:
-    """Run the tests of this module on each engine."""
     return str(request.getfixturevalue("postgres_url")) if request.param else None
 
 

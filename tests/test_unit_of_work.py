@@ -28,9 +28,6 @@ class Odd(BaseException):
     """An exception that is neither an Exception nor raised by Python itself."""
 
 
-# Commit and rollback
-
-
 def test_unit_leaves_no_reference_cycle(database: Database) -> None:
     """When the block ends, Python frees the unit and its stores without the garbage collector."""
     add_agent(database)
@@ -80,15 +77,11 @@ def test_rollback_abandons_the_unit(database: Database) -> None:
     add_agent(database)
 
 
-# Savepoints
-
-
 def open_session_before(unit: UnitOfWork) -> None:
     unit.session.add(Agent(id="before", name="B", workspace_path="/b", created_at=START))
 
 
 def open_nothing(unit: UnitOfWork) -> None:
-    """Use only a store."""
     create(unit, "before")
 
 
@@ -145,9 +138,6 @@ def test_savepoint_survives_a_constraint(database: Database) -> None:
             )
         create(unit, "bob")
     assert agents_of(database) == ["ada", "bob"]
-
-
-# After the commit
 
 
 def test_after_commit_runs_once_in_order(database: Database) -> None:
@@ -212,9 +202,6 @@ def test_failing_callback_is_logged_and_hides_nothing(database: Database, caplog
     assert "callback broke" in caplog.text
 
 
-# Read-only units
-
-
 def test_read_only_unit_is_one_snapshot(database: Database, reopen: MakeDatabase) -> None:
     """Commits of other connections during a read-only unit are visible neither to its stores nor to its ORM session."""
     add_agent(database)
@@ -263,9 +250,6 @@ def test_read_only_unit_cannot_write(database: Database) -> None:
     with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
         unit.session.connection().execute(text("DELETE FROM agents"))
     assert dump(database) == before
-
-
-# The ORM session
 
 
 def test_stores_and_session_see_the_same_rows(database: Database) -> None:
@@ -344,9 +328,6 @@ def test_session_commit_only_flushes(database: Database) -> None:
         assert unit.agents.get("ada").name == "Ada"
         raise ValueError
     assert agents_of(database) == []
-
-
-# States of a unit
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
@@ -433,9 +414,6 @@ def test_closed_database_refuses(database: Database) -> None:
             call("lamp")
 
 
-# Errors
-
-
 def chain(error: BaseException | None) -> Iterator[BaseException]:
     """Return every exception that a traceback of this error would show, with the suppressed exceptions."""
     if error is not None:
@@ -454,13 +432,11 @@ def duplicate_device(unit: UnitOfWork) -> None:
 
 
 def missing_agent(unit: UnitOfWork) -> None:
-    """Flush a session of an absent agent."""
     unit.session.add(AgentSession(session_id=SECRET, agent_id="nobody", created_at=START, last_active_at=START))
     unit.session.flush()
 
 
 def bad_role(unit: UnitOfWork) -> None:
-    """Insert a role that a CHECK refuses."""
     unit.session.connection().execute(
         text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('x', 'bogus', :hash, 0)"),
         {"hash": SECRET},

@@ -41,7 +41,6 @@ with Database.open(sys.argv[1]) as database:
 
 
 async def following(changes: AsyncIterator[DeviceChange], count: int = 1) -> list[tuple[str | None, str]]:
-    """Return the ids and kinds of the next changes."""
     async with asyncio.timeout(20):
         found = [await anext(changes) for _ in range(count)]
     return [(change.device_id, change.kind.value) for change in found]
@@ -339,9 +338,6 @@ def test_another_open_database_has_its_own_thread(database: Database, reopen: Ma
         assert await following(mine) == [("phone", "paired")]
 
     asyncio.run(watch())
-
-
-# Loads
 
 
 @pytest.mark.parametrize(

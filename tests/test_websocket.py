@@ -59,8 +59,6 @@ class Gateway:
         self._thread.start()
 
     def connect(self, use: Use) -> Any:
-        """Open a WebSocket, and return the result of `use`."""
-
         async def run() -> Any:
             from websockets.asyncio.client import connect
 

@@ -22,7 +22,6 @@ usable = st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max
 
 
 def generated() -> str:
-    """Make a secret of the generated kind."""
     return generate_secret().get_secret_value()
 
 

@@ -14,8 +14,6 @@ MINUTE = timedelta(minutes=1)
 
 
 class Ticks:
-    """A monotonic clock that a test moves."""
-
     def __init__(self) -> None:
         self.now = 0.0
 

@@ -22,8 +22,6 @@ from pydantic import SecretStr
 from homeagent.credentials import SecretHasher, SecretMatch, check_secret, generate_secret, hash_secret
 from tests.credentials.conftest import HUMAN, OTHER, Runs, cheap, dearer, generated, usable
 
-# Hashes
-
 
 def test_human_secret_is_hashed_with_argon2id_that_others_can_verify() -> None:
     """The stored text has Argon2's standard form, so that argon2-cffi can verify it and read its parameters."""
@@ -195,9 +193,6 @@ def test_no_stored_text_raises(stored: list[str]) -> None:
     assert not cheap.check(generate_secret(), [*stored[:1], "sha256$\ud800"])
 
 
-# Two hashes at once
-
-
 @pytest.mark.parametrize("old", [HUMAN, generated()], ids=["human's", "generated"])
 @pytest.mark.parametrize("new", [OTHER, generated()], ids=["human's", "generated"])
 def test_either_secret_matches_during_an_overlap(old: str, new: str) -> None:
@@ -240,9 +235,6 @@ def test_hashes_with_two_salts_cost_two_runs(runs: Runs) -> None:
     runs.count = 0
     assert cheap.check(HUMAN, stored) == SecretMatch(1)
     assert runs.count == 2
-
-
-# Costs other than the hasher's
 
 
 def test_hash_with_older_costs_is_replaced_once() -> None:
@@ -304,9 +296,6 @@ def test_default_concurrency_follows_the_processors(monkeypatch: pytest.MonkeyPa
     for processors, expected in ((1, 1), (3, 3), (64, 4), (None, 1)):
         monkeypatch.setattr("os.cpu_count", lambda count=processors: count)
         assert SecretHasher().concurrency == expected
-
-
-# Secrets in texts
 
 
 def test_a_check_is_frozen_and_hides_its_replacement() -> None:

@@ -39,7 +39,6 @@ def load_example() -> Any:
 
 @pytest.fixture
 def database(sqlite_path: Path) -> Iterator[Database]:
-    """The store behind the API."""
     with Database.open(sqlite_path, busy_timeout=timedelta(seconds=20)) as database:
         yield database
 

@@ -22,7 +22,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("podman") is Non
 
 
 def run(*command: str, status: int = 0, directory: Path = ROOT) -> str:
-    """Run a command, and return its standard output."""
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=600)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout

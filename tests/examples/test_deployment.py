@@ -70,7 +70,6 @@ class Server:
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
-    """The database of the servers, with an agent."""
     target = tmp_path / "data" / "homeagent.db"
     with Database.open(target) as database:
         database.agents.create(AgentCreate(id="butler", name="Butler", workspace_path="/srv"))

@@ -109,7 +109,6 @@ class Reader:
         shutil.copy(stored, expected)
 
     def run(self, line: str) -> str:
-        """Run a command of a page, and return its output."""
         if match := re.fullmatch(r"export (\w+)=(?:\$\((.*)\)|(.*))", line):
             self.environment[match[1]] = self.run(match[2]).strip() if match[2] else match[3]
             return ""
@@ -137,11 +136,9 @@ class Reader:
         return output + errors
 
     def start(self, *arguments: str) -> fork_server.Child:
-        """Start Python in the folder of the reader."""
         return fork_server.Child(PROGRAM, self.folder, *arguments, environment=self.environment)
 
     def stop(self) -> None:
-        """Stop the server by Ctrl-C."""
         if self.server is not None:
             server, self.server = self.server, None
             server.send_signal(signal.SIGINT)

@@ -71,12 +71,10 @@ def snapshot(root: Path) -> Snapshot:
 
 
 def mode_of(path: Path) -> int:
-    """Return the permission bits of a file."""
     return stat.S_IMODE(path.lstat().st_mode)
 
 
 def make(path: Path, content: bytes = DATABASE, mode: int = 0o600) -> Path:
-    """Create a file with exactly this mode."""
     path.write_bytes(content)
     path.chmod(mode)
     return path
@@ -119,7 +117,6 @@ def hard_link(path: Path) -> None:
 
 
 def directory(path: Path) -> None:
-    """Put a directory in the path's place."""
     path.mkdir()
 
 
@@ -129,7 +126,6 @@ def fifo(path: Path) -> None:
 
 
 def unix_socket(path: Path) -> None:
-    """Put a socket in the path's place."""
     # A socket's address is short, so bind the socket from inside the directory with the long name.
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:

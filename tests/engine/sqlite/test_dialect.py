@@ -70,9 +70,6 @@ def driver_connection(connection: sa.Connection) -> Connection:
     return found  # type: ignore[no-any-return]
 
 
-# Result codes that SQLite can be made to return
-
-
 def send(*statements: str) -> Callable[[sa.Connection, Path], None]:
     """Return a function that runs these statements; the last statement is expected to fail."""
 
@@ -143,7 +140,6 @@ def interrupted(connection: sa.Connection, path: Path) -> None:
 
 
 def denied(connection: sa.Connection, path: Path) -> None:
-    """Run a statement that an authorizer denies."""
     driver_connection(connection).authorizer = lambda *arguments: apsw.SQLITE_DENY
     connection.exec_driver_sql("SELECT * FROM room")
 
@@ -253,9 +249,6 @@ def test_every_apsw_class_is_translated() -> None:
         assert isinstance(sqlite_error(kind("x")), errors.HomeAgentError)
 
 
-# Invalid values and objects
-
-
 @pytest.mark.parametrize(
     ("statement", "values", "kind", "ours"),
     [
@@ -308,9 +301,6 @@ def test_closed_connection_or_cursor(path: Path) -> None:
     for raised in (closed_cursor, closed_connection, cursor_of_closed):
         assert type(as_sqlalchemy_raises(raised.value)) is exc.ProgrammingError
         assert type(sqlite_error(raised.value)) is errors.DatabaseClosedError
-
-
-# Cursors
 
 
 def test_rows_are_fetched_in_parts(raw: Connection) -> None:
@@ -376,9 +366,6 @@ def test_orm_updates_many_rows_with_a_trigger(engine: sa.Engine, raw: Connection
             room.name += "!"
         session.commit()
     assert raw.execute("SELECT name FROM room ORDER BY id").fetchall() == [("hall!",), ("attic!",)]
-
-
-# The dialect
 
 
 def test_regexp_match(engine: sa.Engine) -> None:

@@ -75,7 +75,6 @@ connection.close()
 
 
 def agents(path: Path) -> set[str]:
-    """Open the database and return the ids of its agents."""
     with Database.open(path) as database:
         return {agent.id for agent in database.agents.list()}
 
