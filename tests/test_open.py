@@ -148,7 +148,7 @@ def test_invalid_targets(target: Any) -> None:
 def test_an_invalid_collection(tmp_path: Path, option: str, value: Any) -> None:
     """An argument that is not a collection of the right objects is refused before a directory is created."""
     options: Any = {option: value}
-    with pytest.raises(InvalidArgumentError, match=f"{option} must be"):
+    with pytest.raises(errors.InvalidArgumentError, match=f"{option} must be"):
         Database.open(tmp_path / "new" / "homeagent.db", **options)
     assert not (tmp_path / "new").exists()
 
