@@ -25,8 +25,8 @@ BEGINNING = """\
 This page is for engineers who read the tables by SQL, or whose own tables refer to homeagent's tables. A program
 generates the page from the models. Timestamps are milliseconds since 1970-01-01 in UTC.
 
-The line from `agents` to `sessions` is a foreign key. The columns `device_id` of nonces, idempotency keys and changes
-are not foreign keys, so their rows stay when the device is deleted.
+In the diagram, the line from `agents` to `sessions` stands for a foreign key. The columns `device_id` of nonces,
+idempotency keys and changes are not foreign keys, so their rows stay when the device is deleted.
 """
 
 

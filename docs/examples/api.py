@@ -2,8 +2,8 @@
 
     uvicorn --factory --app-dir docs/examples api:create_app
 
-Each device may pair. Approve the first administrator with `homeagent devices approve`. Administrators manage devices
-and agents, and every approved device uses sessions, over HTTP or over a WebSocket.
+Any client can pair a device. Approve the first administrator with `homeagent devices approve`. Administrators manage
+devices and agents, and every approved device uses sessions, over HTTP or over a WebSocket.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ for_admins = APIRouter(
     dependencies=[Depends(require_role(Role.ADMIN))], responses=error_replies(401, 403, 404, 409, 429, 503)
 )
 
-# Starlette decodes `%2F` before it searches the route. So the id is the last part of each route, as a `:path`.
+# Starlette decodes `%2F` before it searches the route, so each route ends with the id as a `:path` parameter.
 
 Limit = Annotated[int, Query(ge=1, le=1000)]
 
@@ -103,8 +103,8 @@ def approve_device(
     expected_paired_at: AwareDatetime,
     expected_status: DeviceStatus = DeviceStatus.PENDING,
 ) -> Changed:
-    # The `expected_` arguments hold the state that the admin saw. If this state has changed, because the device was
-    # replaced or revoked, the reply has status 409.
+    # The `expected_` arguments contain the state of the device that the admin saw. If the device was replaced or
+    # revoked since then, the reply has status 409.
     changed = database.devices.approve(
         device_id,
         expected_role=expected_role,
@@ -168,7 +168,7 @@ def list_sessions(
 ) -> Any:
     last = None if after is None else database.sessions.get(after)
     if last is not None and after_active_at is not None:
-        # The previous page ended at this time. The session may have been active since then.
+        # Use the time from the previous page, because the session can have a later activity now.
         last = last.model_copy(update={"last_active_at": after_active_at})
     return database.sessions.list(
         agent_id=agent_id, sender_id=sender_id, channel_id=channel_id, limit=limit, after=last
@@ -182,7 +182,7 @@ def get_session(session_id: str, database: DatabaseDep) -> Any:
 
 @for_devices.post("/sessions/touch/{session_id:path}")
 def touch_session(session_id: str, database: DatabaseDep) -> Changed:
-    # A block is one unit: the session that was found can't be deleted before it is touched.
+    # In a unit, no other writer can delete the session between `get()` and `touch()`.
     with database.unit_of_work() as unit:
         unit.sessions.get(session_id)
         return Changed(changed=unit.sessions.touch(session_id))
@@ -190,7 +190,7 @@ def touch_session(session_id: str, database: DatabaseDep) -> Changed:
 
 @for_all.websocket("/ws")
 async def resolve_sessions(websocket: WebSocket, database: DatabaseDep) -> None:
-    """Answer each message of a device, which is the id of an agent, with the device's session with this agent."""
+    """Receive the id of an agent, and answer with the session of the device and the agent."""
     async with accept_device(websocket, database) as device:
         async for agent_id in websocket.iter_text():
             session = await database.arun(partial(find_session, agent_id=agent_id, device_id=device.id))

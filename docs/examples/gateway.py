@@ -3,8 +3,8 @@
     python docs/examples/gateway.py [--trace FILE] [--database FILE]
 
 Without `--database` the example uses a temporary database. A second run with the same `--database` starts its clock at
-the beginning of the trace again. The store then refuses the messages whose nonces are still stored. The store accepts
-the messages whose nonces were swept, but with a real clock these messages would be too old.
+the beginning of the trace again. The store then refuses each message whose nonce is still stored. The store accepts the
+other messages, although these messages would be too old for a real clock.
 
 The trace has no signatures. A real gateway calls `verify_secret` or `verify_proof` before it consumes a nonce.
 """
@@ -54,7 +54,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Event(TypedDict):
-    """One line of the trace, which is a received message."""
+    """A received message, which is one line of the trace."""
 
     at: int
     """Time at which the message was signed and received, in milliseconds since 1970."""
@@ -108,7 +108,7 @@ class Gateway:
         self._next_sweep: datetime | None = None
 
     def handle(self, event: Event) -> None:
-        """Handle one message. If the device is known, this takes two units of work."""
+        """Handle one message. For a known device, this method uses two units of work."""
         now = self.clock.now = EPOCH + timedelta(milliseconds=event["at"])
         self.tally.events += 1
         if self._next_sweep is None:
@@ -136,7 +136,7 @@ class Gateway:
             self.tally.paired += 1
         if not device.approved:
             try:
-                # Approve only the device that was read above, and only while it is pending.
+                # Approve the device only if the device is still pending and was not paired again.
                 self.database.devices.approve(
                     device_id,
                     expected_role=Role.CLIENT,
@@ -149,7 +149,7 @@ class Gateway:
         return True
 
     def _answer(self, unit: UnitOfWork, event: Event) -> None:
-        """Create the agent and the session if they are absent, and store the answer, all in one commit."""
+        """In one commit, create the agent and the session if they are absent, and store the answer."""
         unit.devices.update_last_seen(event["device"])
         scope = IdempotencyScope(device_id=event["device"], method=METHOD, key=event["key"])
         if unit.agents.find_by_id(event["agent"]) is None:

@@ -96,6 +96,6 @@ AcknowledgeOption = Annotated[
     list[str] | None,
     option(
         metavar="TRIGGER",
-        help="Trigger of an application on homeagent's tables that the command accepts. Can be repeated.",
+        help="Accept the application's trigger with this name on homeagent's tables. Can be repeated.",
     ),
 ]

@@ -168,9 +168,9 @@ def begin_epoch(
     ] = None,
     yes: YesOption = False,
 ) -> None:
-    """Begin a new epoch after the database was restored by other means than 'homeagent restore'.
+    """Begin a new epoch after a program other than homeagent has restored the database.
 
-    Run the command, for example, after the tools of a server or a snapshot of a disk restored the database. Stop the
+    Run the command, for example, after a tool of the server or a disk snapshot has restored the database. Stop the
     gateways first. In the new epoch, gateways refuse messages that were signed before the epoch began. The beginning of
     an epoch cannot be undone, so the command shows the current epoch and asks for a confirmation. The option --yes
     needs --epoch.
@@ -205,7 +205,7 @@ def copy(
         bool,
         typer.Option(
             "--live",
-            help="For a trial: allow programs to use SOURCE during the copy. Changes after the start are not copied.",
+            help="For a trial: allow programs to change SOURCE during the copy. The copy lacks these changes.",
         ),
     ] = False,
     migrations: MigrationsOption = None,

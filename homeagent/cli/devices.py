@@ -142,7 +142,7 @@ def revoke(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
     reason: Annotated[str | None, arguments.option(metavar="TEXT", help="Reason, stored with the device.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Revoke even the last approved admin.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow the revocation of the last approved admin.")] = False,
 ) -> None:
     """Revoke a device. After the command, the device has no access until an administrator approves the device again."""
     with open_named(context) as opened:
@@ -159,7 +159,7 @@ def delete(
     before: Annotated[
         str | None, arguments.timestamp_option(help="Delete the pending devices that were paired before this time.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Delete even the last approved admin.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow the deletion of the last approved admin.")] = False,
     paired_at: arguments.PairedAtOption = None,
     dry_run: arguments.DryRunOption = False,
     yes: arguments.YesOption = False,
@@ -278,7 +278,7 @@ def rotate(
             min=0,
             max=366 * 24 * 3600,
             metavar="SECONDS",
-            help="Time for which the old secret also works. Only for an approved device.",
+            help="Time for which the old secret also works. The device must be approved.",
         ),
     ] = 0,
     paired_at: arguments.PairedAtOption = None,

@@ -95,7 +95,7 @@ def sweep(
     time_budget: Annotated[
         float | None,
         typer.Option(
-            callback=_budget, metavar="SECONDS", help="Longest time for the command.", show_default="until all is done"
+            callback=_budget, metavar="SECONDS", help="Longest time for the command.", show_default="no limit"
         ),
     ] = None,
     dry_run: DryRunOption = False,

@@ -96,8 +96,8 @@ class Device(Table, table=True):
         repr=False,
         exclude=True,
         description=(
-            "Hash of the secret before the last rotation. Null if the rotation had no overlap. The hash stays after the"
-            " overlap until the next rotation, a revocation or a repair, but the secret no longer works."
+            "Hash of the secret before the last rotation. Null if the rotation had no overlap. After the overlap, the"
+            " secret no longer works, but the hash stays until the next rotation, a revocation or a repair."
         ),
     )
     previous_secret_expires_at: Timestamp | None = Field(

@@ -78,7 +78,7 @@ class IdempotencyKey(Table, table=True):
         repr=False,
         sa_column=Column("result", JsonColumn(none_as_null=False, limit=MAX_RESULT_BYTES), nullable=False),
         description=(
-            "Return value of the effect, or detail of its failure. JSON null while the effect runs, or if the"
+            "Return value of the effect, or detail of the failed effect. JSON null while the effect runs, or if the"
             " return value could not be stored."
         ),
     )
@@ -101,7 +101,7 @@ class IdempotencyKey(Table, table=True):
         repr=False,
         exclude=True,
         description=(
-            "Random token of the attempt that can record, or has recorded, the outcome. Null if no attempt"
+            "Random token of the attempt that can record the outcome or has recorded the outcome. Null if no attempt"
             " has claimed the key."
         ),
     )

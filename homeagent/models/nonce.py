@@ -25,8 +25,8 @@ class Nonce(Table, table=True):
     device_id: Identifier = Field(description="Device that signed the value.")
     created_at: Timestamp = Field(
         description=(
-            "Time at which the nonce was consumed. 1970-01-01 if an operator excluded the nonce from the"
-            " limit by `nonces.forget()`."
+            "Time at which the nonce was consumed. 1970-01-01 if a call of `nonces.forget()` excluded the nonce"
+            " from the limit."
         )
     )
     expires_at: Timestamp = Field(

@@ -15,9 +15,7 @@ store_table: Table = Table(
         Integer,
         server_default=text("1"),
         nullable=False,
-        info={
-            "description": "Counter from 1 that a restore increments. A value read in an earlier epoch can be wrong."
-        },
+        info={"description": "Counter from 1 that a restore increments. A cache from an earlier epoch can be wrong."},
     ),
     Column(
         "restored_at", TimestampColumn, info={"description": "Time at which the epoch began. Null in the first epoch."}
@@ -28,7 +26,7 @@ store_table: Table = Table(
         nullable=False,
         info={
             "description": "Oldest revision whose code can use the schema. A revision that only adds to"
-            " the schema does not change the value."
+            " the schema does not change `oldest_revision`."
         },
     ),
     Column(

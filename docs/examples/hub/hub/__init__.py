@@ -1,6 +1,7 @@
 """A hub that stores the messages and the preferences of devices in the same database as homeagent's tables.
 
-Run these commands in the directory of `pyproject.toml`. They need `homeagent[fastapi]`, uvicorn, websockets and pytest:
+Install `homeagent[fastapi]`, uvicorn, websockets and pytest, and run these commands in the directory of
+`pyproject.toml`:
 
     export HOMEAGENT_DATABASE=data/hub.db
     uvicorn --factory hub.app:create_app          # creates the database, and serves /ws

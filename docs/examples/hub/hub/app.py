@@ -84,7 +84,7 @@ async def receive_messages(websocket: WebSocket, database: HubDatabase) -> None:
             reply: dict[str, JsonValue] = {"key": message.key}
             try:
                 store = partial(store_once, device_id=device.id, message=message)
-                # The key makes it safe to run the unit again after a commit with an unknown outcome.
+                # With the key, a second run of the unit does no harm after a commit with an unknown outcome.
                 outcome = await database.arun(store, idempotent=True)
                 reply["id"] = outcome.value
             except HomeAgentError as error:
@@ -93,7 +93,7 @@ async def receive_messages(websocket: WebSocket, database: HubDatabase) -> None:
 
 
 def store_once(uow: HubUnit, device_id: str, message: SentMessage) -> Outcome:
-    """Store a message, or return the id of the stored message if the key was used before. All rows are one commit."""
+    """In one commit, store a message, or return the id of the stored message if the key was used before."""
 
     def store(_: object) -> int | None:
         session = uow.sessions.resolve(agent_id=AGENT, sender_id=device_id)

@@ -17,7 +17,7 @@ OF_SENDER = Statement(
     .order_by(col(Message.id))
     .limit(bindparam("limit"))
 )
-# An upsert needs the dialect's `insert()`, which the statement passes to the function.
+# An upsert needs the `insert()` of the dialect. The statement passes this `insert()` to the function.
 SET = Statement(
     lambda insert: insert(Preference).on_conflict_do_update(
         index_elements=["device_id", "name"], set_={"value": literal_column("excluded.value")}
@@ -32,7 +32,7 @@ class MessageStore(Store):
 
     def add(self, session_id: str, text: str) -> Message:
         """Add a message to a session, and return the stored message with its id."""
-        # The model validates the values. The statement alone would not.
+        # The model validates the values, but the statement does not.
         values = Message.model_values(session_id=session_id, text=text, sent_at=self.unit.now())
         added = self.unit.write_one(ADD, **values)
         assert added is not None  # an INSERT always returns its row

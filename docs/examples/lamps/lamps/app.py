@@ -26,7 +26,7 @@ router = APIRouter()
 
 
 class Call(BaseModel):
-    """A call over the WebSocket. A device repeats a call without a reply, with the same id."""
+    """A call over the WebSocket. If a device gets no reply, the device sends the call again with the same id."""
 
     id: str = Field(min_length=1, max_length=100)
     lamp: str
@@ -80,7 +80,7 @@ async def answer_calls(websocket: WebSocket, database: LampDatabase) -> None:
 
 
 def switch_once(uow: LampUnit, device_id: str, call: Call) -> Outcome:
-    """Switch a lamp, unless the device has made the same call before. The row and the result are one commit."""
+    """Switch a lamp, unless the device has made the same call before. One commit stores the row and the result."""
 
     def effect(attempt: Attempt) -> JsonValue:
         uow.switches.add(device_id, call.lamp, call.on)
