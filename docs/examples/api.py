@@ -103,8 +103,8 @@ def approve_device(
     expected_paired_at: AwareDatetime,
     expected_status: DeviceStatus = DeviceStatus.PENDING,
 ) -> Changed:
-    # The `expected_` arguments contain the state of the device that the admin saw. If the device was replaced or
-    # revoked since then, the reply has status 409.
+    # The `expected_` arguments contain the state of the device that the admin saw. If the device has been replaced
+    # or revoked since then, the reply has status 409.
     changed = database.devices.approve(
         device_id,
         expected_role=expected_role,
