@@ -540,7 +540,9 @@ database.close()
 
 
 def test_a_running_unit_keeps_the_in_use_lock(sqlite_path: Path) -> None:
-    """While a unit runs in a closed database, a restore finds the file in use, and a second open works."""
+    """While a unit runs in a closed database, a restore finds the file in use, and a second open works. The end of the
+    unit releases the lock.
+    """
     database = Database.open(sqlite_path)
     lock = FileLock(in_use_path(sqlite_path), timeout=timedelta(0))
     with database.unit_of_work() as unit:
@@ -549,3 +551,5 @@ def test_a_running_unit_keeps_the_in_use_lock(sqlite_path: Path) -> None:
         with pytest.raises(DatabaseBusyError):
             lock.acquire()
         Database.open(sqlite_path).close()
+    with lock:
+        pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
@@ -47,6 +48,18 @@ def test_unit_leaves_no_reference_cycle(database: Database) -> None:
         gc.garbage.clear()
         gc.enable()
         gc.unfreeze()
+
+
+def test_closed_database_is_freed(target: str) -> None:
+    """SQLAlchemy's caches of compiled statements do not keep a closed database in memory."""
+    database = Database.open(target)
+    with database.unit_of_work() as unit:
+        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=unit.now()))
+    engine = weakref.ref(database._engine)
+    database.close()
+    del database, unit
+    gc.collect()
+    assert engine() is None
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, Odd])

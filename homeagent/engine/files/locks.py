@@ -70,9 +70,9 @@ class FileLock:
 
     def release(self) -> None:
         """Release the lock, if this object holds the lock. After an error, the object does not hold the lock either."""
-        if not self.held:
-            return
         descriptor, self._descriptor = self._descriptor, -1
+        if descriptor < 0:
+            return  # two threads can release the lock at the same time
         _held.discard(self)
         with explained("unlock", self.path):
             try:

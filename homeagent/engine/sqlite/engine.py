@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -99,6 +100,7 @@ class SQLiteEngine(Engine):
         self.path = path
         self.durability = durability
         self._open: weakref.WeakSet[DriverConnection] = weakref.WeakSet()
+        self._closing: weakref.WeakSet[DriverConnection] = weakref.WeakSet()
         self._lock_waits = 0
         self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
         self.is_temporary = temporary
@@ -113,8 +115,7 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # A raised error would prevent other listeners, such as instrumentation, so the listener returns the error.
-        event.listen(sa_engine, "handle_error", self._on_error)
+        self._listen_for_errors(sa_engine)
         super().__init__(
             sa_engine,
             driver_errors=DRIVER_ERRORS,
@@ -135,6 +136,12 @@ class SQLiteEngine(Engine):
         if isinstance(translation, DatabaseIOError):
             self.require_reconnect()
         return translation
+
+    def _listen_for_errors(self, sa_engine: sqlalchemy.Engine) -> None:
+        # SQLAlchemy and homeagent cache compiled statements with their dialect, and the dialect keeps its listeners. A
+        # listener with a strong reference would keep a closed engine in memory.
+        on_error = weakref.WeakMethod(self._on_error)
+        event.listen(sa_engine, "handle_error", lambda context: (method := on_error()) and method(context))
 
     def _open_existing(self, options: str = "mode=rw") -> DriverConnection:
         """Open the file. Do not create a missing file, because an empty file must not replace a deleted database."""
@@ -160,11 +167,20 @@ class SQLiteEngine(Engine):
         except HomeAgentError as error:
             moved = error  # if the files can't be inspected, leave the files unchanged
             self._keep_from_checkpoints()
+        self._closing.add(connection)
+        connection.closing = partial(self._closing_connection, connection, connection.closing)
         self._open.discard(connection)
         if moved is None and not self._open:
             self.identity_check.disconnected()
         elif self.identity_check.remembers_log and not self._open:  # keep the WAL's identity, to refuse a new WAL
             logger.error("%s", moved, extra={"event": "closed_without_checkpoint", "path": str(self.path)})
+
+    @contextmanager
+    def _closing_connection(self, connection: DriverConnection, guarded: Any) -> Iterator[None]:
+        with guarded():
+            yield
+        self._closing.discard(connection)
+        self._release_in_use_lock()
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
         # Set busy_timeout first, because the later pragmas can wait for a lock.
@@ -223,7 +239,7 @@ class SQLiteEngine(Engine):
         sa_engine = sqlalchemy.create_engine(
             f"{DRIVER_NAME}://", poolclass=NullPool, hide_parameters=True, creator=open_file
         )
-        event.listen(sa_engine, "handle_error", self._on_error)
+        self._listen_for_errors(sa_engine)
         event.listen(sa_engine, "close", self._on_close)
         with self.translated():
             connection = sa_engine.connect()
@@ -368,6 +384,7 @@ class SQLiteEngine(Engine):
             return int(raw.execute("PRAGMA application_id").get)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
+        # A raised error would prevent other listeners, such as instrumentation, so the listener returns the error.
         if isinstance(context, FailureContext):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception
@@ -405,13 +422,17 @@ class SQLiteEngine(Engine):
         """Release the in-use lock, and remove the private directory of a temporary database."""
         unprotect(self.identity_check)
         try:
-            # If another thread still uses a connection, keep the lock until the process ends. Without the lock, a check
-            # of the file in this process would close a descriptor, and the connection would lose SQLite's locks.
-            if self.in_use_lock is not None and not self._open:
-                self.in_use_lock.release()
+            self._release_in_use_lock()
         finally:
             if self.is_temporary:
                 shutil.rmtree(self.path.parent, ignore_errors=True)
+
+    def _release_in_use_lock(self) -> None:
+        """Release the in-use lock if the engine is closed and no connection is open."""
+        # While another thread uses a connection, keep the lock. Without the lock, a check of the file in this process
+        # would close a descriptor, and the connection would lose SQLite's locks.
+        if self._closed and not self._open and not self._closing and self.in_use_lock is not None:
+            self.in_use_lock.release()
 
     @classmethod
     def temporary(cls, *, busy_timeout: timedelta, durability: Durability) -> SQLiteEngine:
