@@ -32,6 +32,7 @@ from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, ForeignDat
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import VERSION_TABLE
 from tests.conftest import Children, FakeClock, RecordProperty
+from tests.test_other_users import hot_journal
 
 MODELS: tuple[type[SQLModel], ...] = (Agent, Device, AgentSession, Nonce, IdempotencyKey)
 SIDECARS = ("-wal", "-shm")
@@ -489,6 +490,24 @@ def test_a_wal_without_frames_counts_as_absent(
     Database.restore(path, restored)
     assert read(restored) == sample.rows
     assert read(path) == sample.rows
+
+
+def test_a_rollback_journal_next_to_a_wal(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """Opening rolls a hot journal back if the WAL has no frames, and otherwise asks to move the journal away."""
+    whole, killed = samples["closed"].files, samples["killed"]
+    path = tmp_path / "private" / "homeagent.db"
+    path.parent.mkdir(mode=0o700)
+    journal = path.with_name("homeagent.db-journal")
+    put({**whole, "": whole[""][:-4096] + bytes(4096), "-wal": killed.files["-wal"][:32], ".open": b""}, path)
+    put({"-journal": hot_journal(whole[""])}, path)
+    assert read(path) == killed.rows
+    assert not journal.exists()
+
+    put({**killed.files, "-journal": hot_journal(whole[""])}, path)
+    with pytest.raises(CorruptDatabaseError, match="move the journal to another directory"):
+        read(path)
+    journal.unlink()
+    assert read(path) == killed.rows
 
 
 @pytest.mark.parametrize("database", [b"", None], ids=["empty", "missing"])

@@ -18,7 +18,7 @@ from homeagent.engine.files.system_errors import quoted
 from homeagent.engine.sqlite.diagnosis import newest_backup_hint
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.sqlite.inspection import inspect_sqlite
-from homeagent.engine.sqlite.write_ahead_log import find_lost_commits, open_without_locks
+from homeagent.engine.sqlite.write_ahead_log import find_lost_commits, has_frames, open_without_locks, read_start
 from homeagent.errors import CorruptDatabaseError
 from homeagent.models import TABLES, VERSION_TABLE
 
@@ -44,9 +44,17 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     Return True if `check_content()` accepted the file, or False if the database has no WAL to check.
     """
     path = engine.path
-    log, index = sidecars(path)[:2]
+    log, index, journal = sidecars(path)
     if look_at(log) is None and look_at(index) is None:
         return False
+    # A hot journal must be rolled back before a connection can read (https://sqlite.org/lockingv3.html#hot_journals).
+    is_hot = read_start(journal, 1) not in (b"", b"\0")
+    if is_hot and has_frames(path):
+        raise CorruptDatabaseError(
+            f"{quoted(path)} has a log with commits and also the rollback journal {quoted(journal)}, which SQLite "
+            "never writes together: move the journal to another directory, then open the database again; if homeagent "
+            f"then reports damage, restore a backup; {newest_backup_hint(path)}"
+        )
     began = monotonic()
     damage: CorruptDatabaseError | None = None
     with open_without_locks(path) as raw:
@@ -64,7 +72,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
                 lost.problem,
                 extra={"event": "commits_lost", "path": str(path), "by_power_cut": lost.by_power_cut},
             )
-        if not size_of(log):
+        if is_hot or not size_of(log):
             return False
         try:
             with engine.translated():

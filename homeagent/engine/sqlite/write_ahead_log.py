@@ -117,6 +117,8 @@ class _Log(NamedTuple):
                 blank = not any(rest)
             return cls(0, 0, None, is_blank=blank or length < _SMALLEST_LOG)
         salt = header[16:24]
+        if length < _SMALLEST_LOG:
+            return cls(0, 0, salt)
         raw.execute("PRAGMA schema_version")  # SQLite recovers the frames of the WAL at the first read
         try:
             committed = raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
