@@ -20,7 +20,7 @@ from homeagent.migrations.application import Application
 from homeagent.migrations.revisions import RevisionFailedError, upgrade
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, metadata
 from homeagent.models.base import Table
-from homeagent.models.types import EnumColumn, FlagColumn, JsonColumn, TimestampColumn
+from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColumn, TimestampColumn
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
@@ -33,6 +33,8 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
         return "sa.Integer()"
     if isinstance(item, (JsonColumn, EnumColumn)):
         return "sa.Text()"
+    if isinstance(item, HashColumn):
+        return 'sa.Text().with_variant(sa.Text(collation="C"), "postgresql")'
     if isinstance(item, AutoString):
         return "sa.String()" if item.length is None else f"sa.String(length={item.length})"
     if isinstance(item, TypeDecorator) and not type(item).__module__.startswith("sqlalchemy."):

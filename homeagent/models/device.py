@@ -23,7 +23,7 @@ from sqlmodel import Field
 
 from homeagent.clock import system_clock
 from homeagent.models.base import PartialIndex, Table
-from homeagent.models.types import FlagColumn, Identifier, Json, JsonColumn, Name, Timestamp
+from homeagent.models.types import FlagColumn, HashColumn, Identifier, Json, JsonColumn, Name, Timestamp
 
 
 class Role(StrEnum):
@@ -62,6 +62,7 @@ class Device(Table, table=True):
     id: Identifier = Field(primary_key=True, description="Id that the device chose when it paired.")
     role: Role = Field(description="Role that the device chose when it paired.")
     shared_secret_hash: Name = Field(
+        sa_type=HashColumn,
         repr=False,
         exclude=True,
         description="Hash of the present secret, with a prefix for the kind of hash. The repr and dumps omit the hash.",
@@ -93,6 +94,7 @@ class Device(Table, table=True):
     )
     previous_secret_hash: Name | None = Field(
         default=None,
+        sa_type=HashColumn,
         repr=False,
         exclude=True,
         description=(
@@ -105,6 +107,7 @@ class Device(Table, table=True):
     )
     proof_verifier: Name | None = Field(
         default=None,
+        sa_type=HashColumn,
         repr=False,
         exclude=True,
         description="Verifier of the device's proofs. Null if the device must send its secret.",

@@ -3,7 +3,7 @@
 from sqlalchemy import CheckConstraint, Column, Integer, Table, text
 
 from homeagent.models.base import metadata
-from homeagent.models.types import TimestampColumn, text_column
+from homeagent.models.types import HashColumn, TimestampColumn, text_column
 
 # The table has no model class, because creating a model class would take longer than all reads of the row.
 store_table: Table = Table(
@@ -31,7 +31,7 @@ store_table: Table = Table(
     ),
     Column(
         "proof_key",
-        text_column(),
+        HashColumn(),
         info={
             "description": "Random key from which `Database.proof_parameters` derives the answers for absent devices."
         },

@@ -52,12 +52,8 @@ def _for_every_id(*columns: Any) -> Any:
 
 # Do not select `proof_verifier` here. SQLite takes longer to read a column that comes after a long value, and in each
 # row the value of `devices.metadata` comes before the value of `proof_verifier`.
-SECRET_HASHES = Statement[tuple[str, str | None, datetime | None]](
-    _for_every_id(
-        func.coalesce(_columns.shared_secret_hash, constant("", _columns.shared_secret_hash.type)),
-        _columns.previous_secret_hash,
-        _columns.previous_secret_expires_at,
-    )
+SECRET_HASHES = Statement[tuple[str | None, str | None, datetime | None]](
+    _for_every_id(_columns.shared_secret_hash, _columns.previous_secret_hash, _columns.previous_secret_expires_at)
 )
 VERIFIER = Statement[str | None](_for_every_id(_columns.proof_verifier))
 PROOF_SECRETS = Statement[tuple[str | None, str | None]](

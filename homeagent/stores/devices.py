@@ -74,8 +74,8 @@ class DeviceStore(DeviceFeed):
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
         """Return the hashes of the device's secrets. The method takes the same time for an absent device."""
         row = self._unit.one(statements.SECRET_HASHES, id=self._searched(device_id, "device_id"))
-        assert row is not None  # noqa: S101  the outer join has a row for every id
-        return SecretHashes(*row)
+        present, *previous = row or (None, None, None)
+        return SecretHashes(present or "", *previous)
 
     @reading
     def find_proof_verifier(self, device_id: str) -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from homeagent import AgentUpdate, Database, DeviceUpdate, IdempotencyScope, Role
 from homeagent.errors import CorruptDatabaseError, LastAdminError
-from tests.conftest import add_agent, add_device, write_past_checks
+from tests.conftest import START, add_agent, add_device, pair, write_past_checks
 
 # Values that another program stored, and whether PostgreSQL accepts them.
 VALUES = {
@@ -18,6 +19,7 @@ VALUES = {
     "a time beyond the year 9999": ("last_seen_at", "1152921504606846976", True),
     "a time as text": ("paired_at", "'yesterday'", False),
     "a BLOB": ("last_seen_at", "x'00ff'", False),
+    "a hash as BLOB": ("shared_secret_hash", "CAST(shared_secret_hash AS BLOB)", False),
     "no UTF-8": ("revoked_reason", "CAST(x'ff' AS TEXT)", False),
 }
 
@@ -81,3 +83,20 @@ def test_secret_key_is_not_named(database: Database, target: str) -> None:
     with pytest.raises(CorruptDatabaseError, match=r"idempotency_keys\.result .* device_id 'lamp'") as caught:
         database.idempotency_keys.find(scope)
     assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["shared_secret_hash", "proof_verifier"])
+def test_secret_of_an_unreadable_hash(sqlite_database: Database, sqlite_path: Path, column: str) -> None:
+    """If a hash was stored as BLOB, checks of secrets and proofs raise an error that names the column."""
+    secret = pair(sqlite_database, "lamp")
+    write_past_checks(sqlite_path, f"UPDATE devices SET {column} = CAST({column} AS BLOB)")
+    checks: list[Callable[[], object]] = [lambda: sqlite_database.check_secret("lamp", secret)]
+    if column == "shared_secret_hash":
+        checks += [lambda: sqlite_database.check_secret("lamp", "correct horse battery staple")]
+        checks += [lambda: sqlite_database.rotate_secret("lamp")]
+    else:
+        checks += [lambda: sqlite_database.check_proof("lamp", nonce="n", timestamp=START, proof=bytes(32))]
+        checks += [lambda: sqlite_database.proof_parameters("lamp")]
+    for check in checks:
+        with pytest.raises(CorruptDatabaseError, match=rf"devices\.{column} holds .*in the row with id 'lamp'"):
+            check()

@@ -17,6 +17,7 @@ from homeagent.models.types.stored_values import UNREADABLE, naming_column, prob
 from homeagent.models.types.text import (
     INVISIBLE,
     MIN_SECRET_CHARACTERS,
+    HashColumn,
     Identifier,
     Label,
     Name,

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, SecretStr, WithJsonSchema
 from sqlalchemy import Text
 from sqlalchemy.types import TypeEngine
 
 from homeagent.errors import InvalidArgumentError
+from homeagent.models.types.stored_values import StoredColumn
 
 MAX_ID_BYTES = 512
 """Maximum length of an id of a device or agent, of a method and of a name, in bytes of UTF-8."""
@@ -177,3 +179,20 @@ WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
 def text_column() -> TypeEngine[str]:
     """Return the column type TEXT, which both engines compare by bytes: PostgreSQL only with the collation "C"."""
     return Text().with_variant(Text(collation="C"), "postgresql")
+
+
+def _require_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a hash is stored as text")
+    return value
+
+
+class HashColumn(StoredColumn[str]):
+    """Column type for a hash, a verifier or a key, whose text homeagent parses. In SQLite, another program can store a
+    BLOB, which is unreadable.
+    """
+
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = text_column()
+    cache_ok: bool | None = True
+    convert_bound: Callable[[Any], Any] = str
+    convert_loaded: Callable[[Any], Any] = staticmethod(_require_text)
