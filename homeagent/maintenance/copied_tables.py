@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import (
     JSON,
     Column,
+    DateTime,
+    Dialect,
     Integer,
     MetaData,
     Table,
@@ -72,6 +75,18 @@ class _JsonText(TypeDecorator[str]):
 
     def column_expression(self, column: Any) -> Any:
         return cast(column, Text)
+
+
+class _ZonedTime(TypeDecorator[datetime]):
+    """A time with a time zone. SQLAlchemy stores no zone in SQLite, so a time without a zone counts as UTC."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
 _parsed = partial(json.loads, parse_float=Decimal)
@@ -339,5 +354,7 @@ def _described(name: str, connection: Connection, declared: Table | None) -> Tab
         kind: Any = found["type"] if known is None or isinstance(known.type, _STORED_ALIKE) else known.type
         if isinstance(kind, JSON) or isinstance(found["type"], JSON):
             kind = _JsonText()
+        elif isinstance(kind, DateTime) and kind.timezone:
+            kind = _ZonedTime()
         columns.append(Column(found["name"], kind, primary_key=found["name"] in key))
     return Table(name, MetaData(), *columns)

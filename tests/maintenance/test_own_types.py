@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
@@ -35,13 +35,16 @@ values = Table(
     Column("time", sa.Time),
     Column("span", sa.Interval),
     Column("at", sa.DateTime),
+    Column("zoned", sa.DateTime(timezone=True)),
     Column("colour", sa.Enum(Colour, native_enum=False)),
     Column("note", sa.Text),
 )
+ZONED = values.columns.keys().index("zoned")
 REVISION = (
     'op.create_table("own_values", sa.Column("id", sa.Uuid, primary_key=True), sa.Column("bytes", sa.LargeBinary),'
     ' sa.Column("number", sa.Numeric(12, 3)), sa.Column("real", sa.Float), sa.Column("day", sa.Date),'
     ' sa.Column("time", sa.Time), sa.Column("span", sa.Interval), sa.Column("at", sa.DateTime),'
+    ' sa.Column("zoned", sa.DateTime(timezone=True)),'
     ' sa.Column("colour", sa.String(4)), sa.Column("note", sa.Text))'
 )
 ROWS: list[dict[str, Any]] = [
@@ -54,6 +57,7 @@ ROWS: list[dict[str, Any]] = [
         "time": time(3, 4, 5, 678),
         "span": timedelta(days=2, microseconds=3),
         "at": datetime(2026, 1, 2, 3, 4, 5, 678),  # noqa: DTZ001  the column has no time zone
+        "zoned": datetime(2026, 7, 2, 3, 4, 5, 678, tzinfo=UTC),
         "colour": Colour.BLUE,
         "note": "a\tb\n\\.\\N",
     },
@@ -64,7 +68,11 @@ ROWS: list[dict[str, Any]] = [
 def stored(database: Database) -> list[tuple[Any, ...]]:
     """Return the rows of the application's table."""
     with database.read_connection() as connection:
-        return list(map(tuple, connection.execute(select(values).order_by(values.c.id))))
+        rows = [list(row) for row in connection.execute(select(values).order_by(values.c.id))]
+    for row in rows:
+        # SQLAlchemy reads a time from SQLite without its zone.
+        row[ZONED] = row[ZONED] and (row[ZONED] if row[ZONED].tzinfo else row[ZONED].replace(tzinfo=UTC))
+    return list(map(tuple, rows))
 
 
 def test_common_types_are_copied(sqlite_path: Path, empty_postgres_url: str, tmp_path: Path) -> None:
