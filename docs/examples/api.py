@@ -13,7 +13,7 @@ from os import PathLike
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Response, WebSocket
-from pydantic import AwareDatetime, BaseModel
+from pydantic import BaseModel
 
 from homeagent import (
     AgentCreate,
@@ -28,6 +28,7 @@ from homeagent import (
     DeviceStatus,
     DeviceUpdate,
     Role,
+    Timestamp,
     UnitOfWork,
 )
 from homeagent.fastapi import (
@@ -100,7 +101,7 @@ def approve_device(
     device_id: str,
     database: DatabaseDep,
     expected_role: Role,
-    expected_paired_at: AwareDatetime,
+    expected_paired_at: Timestamp,
     expected_status: DeviceStatus = DeviceStatus.PENDING,
 ) -> Changed:
     # The `expected_` arguments contain the state of the device that the admin saw. If the device has been replaced
@@ -164,7 +165,7 @@ def list_sessions(
     channel_id: str | None = None,
     limit: Limit = 100,
     after: str | None = None,
-    after_active_at: AwareDatetime | None = None,
+    after_active_at: Timestamp | None = None,
 ) -> Any:
     last = None if after is None else database.sessions.get(after)
     if last is not None and after_active_at is not None:

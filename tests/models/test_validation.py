@@ -82,6 +82,8 @@ BAD_IDS = [
         ("role", "owner"),
         ("paired_at", NOW.replace(tzinfo=None)),
         ("paired_at", 1_700_000_000),
+        ("paired_at", "-19466"),
+        ("paired_at", 10**400),
         ("last_seen_at", "yesterday"),
         ("metadata_", {"a": float("nan")}),
         ("metadata_", {"a": {1, 2}}),

@@ -79,18 +79,25 @@ def to_milliseconds(value: datetime) -> int:
     return (value - EPOCH) // MILLISECOND
 
 
-def _refuse_number(value: object) -> object:
-    # Refuse numbers, because Pydantic reads a large number as milliseconds and a small number as seconds.
-    if isinstance(value, (int, float)):
-        raise ValueError("must be an aware datetime or its ISO 8601 text, not a number")
-    return value
+def _refuse_number(value: Any) -> Any:
+    # Refuse numbers, also as text, because Pydantic reads a large number as milliseconds and a small number as seconds.
+    if isinstance(value, datetime):
+        return value
+    try:
+        float(value)
+    except OverflowError:
+        pass  # an integer of more than 308 digits
+    except (TypeError, ValueError):
+        return value
+    raise ValueError("must be an aware datetime or its ISO 8601 text, not a number")
 
 
 TIMESTAMP_CHECK = AfterValidator(check_timestamp)
 """Validator that distinguishes `Timestamp` from a plain datetime."""
 
 Timestamp = Annotated[datetime, BeforeValidator(_refuse_number), TIMESTAMP_CHECK]
-"""Field type for an aware datetime, converted to UTC and floored to milliseconds. A naive datetime is invalid.
+"""Field type for an aware datetime, converted to UTC and floored to milliseconds. A naive datetime and a number are
+invalid, also as text.
 
 In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQLite and as BIGINT on PostgreSQL.
 """
