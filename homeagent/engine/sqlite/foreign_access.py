@@ -70,12 +70,15 @@ class FileGuard:
                 yield
             finally:
                 if is_last:
-                    self.is_closed = True
                     try:
                         self.forget()
-                    finally:  # a signal handler that opens the file must find the guard while its descriptors are open
+                    finally:
+                        # Do not replace the guard while its descriptors are open. A connection of the next guard would
+                        # lose its locks (`test_a_closing_guard_stays_registered`).
                         with _registry:
-                            if _guards.get(self._identity) is self:
+                            # A signal handler can have opened a connection in this block.
+                            self.is_closed = self._connections == 0
+                            if self.is_closed and _guards.get(self._identity) is self:
                                 del _guards[self._identity]
             if failure is not None:
                 raise failure
@@ -135,7 +138,7 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
     """Return the guard that all `Database` objects of this process for one file share."""
     with _registry:
         guard = _guards.get(identity)
-        if guard is None or guard.is_closed:
+        if guard is None:
             guard = _guards[identity] = FileGuard(path, identity)
         return guard
 

@@ -13,7 +13,7 @@ import pytest
 
 from homeagent import Database, errors
 from homeagent.engine.sqlite import foreign_access
-from homeagent.engine.sqlite.foreign_access import guard_of
+from homeagent.engine.sqlite.foreign_access import FileGuard, guard_of
 from tests.conftest import Children, add_agent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="F_OFD_SETLK and /proc are Linux's")
@@ -384,6 +384,26 @@ sys.stdin.readline()
     database.close()
     assert (sqlite_path.read_bytes(), log.read_bytes()) == before
     assert agents(sqlite_path) == {f"n{number:02}" for number in range(20)}
+
+
+def test_a_closing_guard_stays_registered(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a guard closes its descriptors, the file has no other guard, and a signal handler can open the file."""
+    Database.open(sqlite_path).close()
+    forget = FileGuard.forget
+    same: list[bool] = []
+
+    def interrupted(guard: FileGuard) -> None:
+        monkeypatch.setattr(FileGuard, "forget", forget)
+        same.append(guard_of(guard._path, guard._identity) is guard)
+        with Database.open(sqlite_path) as inner:
+            inner.agents.list()
+        forget(guard)
+
+    monkeypatch.setattr(FileGuard, "forget", interrupted)
+    with Database.open(sqlite_path) as database:
+        add_agent(database)
+    assert same == [True]
+    assert foreign_access._guards == {}
 
 
 def test_new_connection_after_the_last_close_gets_a_new_guard() -> None:
