@@ -10,7 +10,7 @@ from datetime import timedelta
 from functools import cached_property, partial
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self
+from typing import Any, Generic, NoReturn, Self
 
 from pydantic import JsonValue
 from sqlalchemy import URL, Connection, MetaData
@@ -18,6 +18,7 @@ from sqlalchemy import URL, Connection, MetaData
 from homeagent import maintenance
 from homeagent.callables import check_function
 from homeagent.clock import Clock, system_clock
+from homeagent.credentials import FailedChecks
 from homeagent.database_maintenance import DatabaseMaintenance
 from homeagent.device_changes import DeviceChanges, DeviceWatcher
 from homeagent.device_secrets import DeviceSecrets
@@ -55,9 +56,6 @@ if sys.version_info >= (3, 13):
 else:
     from typing_extensions import TypeVar
 
-if TYPE_CHECKING:
-    from homeagent.pairing import Pairing
-
 _DEFAULT_LIMITS = Limits()
 
 S = TypeVar("S", bound=Store)
@@ -90,7 +88,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
         self._device_watcher = DeviceWatcher(engine, timeout=self._timeout)
-        self._made_pairing: Pairing | None = None
+        self._failed_checks = FailedChecks(self._clock, per_minute=limits.failed_checks_per_minute)
         self._closed = False
 
     @classmethod

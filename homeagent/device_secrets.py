@@ -1,23 +1,50 @@
-"""Methods of `Database` that pair devices, check secrets and proofs, and rotate secrets."""
+"""Methods of `Database` that pair devices, check secrets and proofs, and rotate secrets.
+
+Do not compute a slow hash inside a unit of work, because other writers would wait.
+"""
 
 from __future__ import annotations
 
-import threading
+import logging
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TYPE_CHECKING
 
 from pydantic import SecretStr
 
+# Do not import `homeagent.models.schemas` here, because the import takes a twentieth of the start time.
 from homeagent import models
 from homeagent.clock import Clock
+from homeagent.credentials import (
+    FailedChecks,
+    check_secret,
+    generate_secret,
+    hash_secret,
+    is_generated,
+    needs_slow_hash,
+)
+from homeagent.errors import (
+    ConflictError,
+    DatabaseError,
+    DeviceExistsError,
+    DeviceNotApprovedError,
+    DeviceNotFoundError,
+    InvalidArgumentError,
+    PendingLimitError,
+    UnitStateError,
+)
 from homeagent.frame_locals import clears_locals
 from homeagent.models.device import Device
 from homeagent.models.limits import Limits
+from homeagent.models.types import check_duration, check_label, check_new_secret, check_searched, check_timestamp, later
 from homeagent.retry import Runner
+from homeagent.scram import check_proof, make_verifier, parameters_for, proof_message
+from homeagent.stores.device_statements import SecretHashes
+from homeagent.stores.store import check_kind
+from homeagent.unit_of_work import UnitOfWork
 
-if TYPE_CHECKING:
-    from homeagent.pairing import Pairing
+logger: logging.Logger = logging.getLogger("homeagent")
+
+_DECIDE = "show it again, then decide. The secret was not changed"
 
 
 class DeviceSecrets:
@@ -26,21 +53,7 @@ class DeviceSecrets:
     _runner: Runner
     _clock: Clock
     _limits: Limits
-    _mutex: threading.RLock
-    _made_pairing: Pairing | None
-
-    @property
-    def _pairing(self) -> Pairing:
-        if self._made_pairing is None:
-            # Import `homeagent.pairing` lazily, to shorten the start of a process that checks no secrets.
-            from homeagent.pairing import Pairing
-
-            # Create only one `Pairing` object, even if several threads need the object. With two objects, two counters
-            # would count the failed checks of one device.
-            with self._mutex:
-                if self._made_pairing is None:
-                    self._made_pairing = Pairing(self._runner, self._clock, self._limits)
-        return self._made_pairing
+    _failed_checks: FailedChecks
 
     @clears_locals
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
@@ -63,12 +76,28 @@ class DeviceSecrets:
             TooManyAttemptsError: if the caller chose the secret, and the number of waiting slow hashes has reached
                 `Limits.waiting_hashes`.
         """
-        return self._pairing.pair(request)
+        check_kind(request, models.DevicePair, "request")
+        # Check the id and the limit before the slow hash, so that a refusal costs no hash.
+        if self._find_device(request.id) is not None:
+            raise DeviceExistsError(request.id)
+        limit = self._limits.pending_devices
+        if self._runner.run(lambda unit: unit.devices.count_pending(limit=limit + 1), read_only=True) >= limit:
+            raise PendingLimitError(limit)
+        secret = generate_secret() if request.shared_secret is None else request.shared_secret
+        create = models.DeviceCreate(
+            id=request.id,
+            role=request.role,
+            shared_secret_hash=hash_secret(secret, waiting=self._limits.waiting_hashes),
+            metadata=request.metadata_,
+            proof_verifier=_make_verifier(secret),
+        )
+        device = self._runner.run(lambda unit: _add_pending(unit, create, limit), idempotent=True)
+        return models.PairedDevice(device=device, shared_secret=secret)
 
     @clears_locals
     async def apair(self, request: models.DevicePair) -> models.PairedDevice:
         """Run `pair()` under asyncio or trio, without blocking the event loop."""
-        return await self._runner.in_thread(partial(self._pairing.pair, request), slow=True)
+        return await self._runner.in_thread(partial(self.pair, request), slow=True)
 
     @clears_locals
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
@@ -83,7 +112,7 @@ class DeviceSecrets:
         Raises:
             TooManyAttemptsError, DatabaseBusyError: see `check_secret()`.
         """
-        checked = self._pairing.check_secret(device_id, shared_secret)
+        checked = self.check_secret(device_id, shared_secret)
         return checked.device if checked else None
 
     @clears_locals
@@ -109,7 +138,60 @@ class DeviceSecrets:
                 The limits do not apply to a secret that has the form of a generated secret.
             DatabaseBusyError: if the slow hash did not begin within 30 seconds.
         """
-        return self._pairing.check_secret(device_id, shared_secret)
+        check_searched(device_id, "device_id")
+        if not needs_slow_hash(shared_secret):
+            return self._runner.run(lambda unit: self._check_fast(unit, device_id, shared_secret), read_only=True)
+        with self._failed_checks.attempt(device_id) as attempt:
+            checked = self._check_slowly(device_id, shared_secret)
+            attempt.failed = checked.device is None
+        return checked
+
+    def _check_fast(self, unit: UnitOfWork, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
+        # For a wrong secret, run one statement and at most one hash, even if the device is absent.
+        stored = _valid_hashes(unit.devices.find_secret_hashes(device_id), self._clock())
+        return _checked(unit.devices.find_by_id(device_id) if check_secret(shared_secret, stored) else None)
+
+    def _check_slowly(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
+        # For a wrong secret, run one statement and one hash, even if the device is absent.
+        while True:
+            now = self._clock()
+            stored = _valid_hashes(
+                self._runner.run(lambda unit: unit.devices.find_secret_hashes(device_id), read_only=True), now
+            )
+            match = check_secret(shared_secret, stored, waiting=self._limits.waiting_hashes)
+            if match.matched is None:
+                return _checked(None)
+            # Read the device again, because another caller can change or delete the device while the hash is computed.
+            device = self._find_device(device_id)
+            if device is None:
+                return _checked(None)
+            if stored[match.matched] in _valid_hashes(device, self._clock()):
+                # Do not replace the hash of a pending device. An approval can require an unchanged hash.
+                if device.approved and match.matched == 0 and match.replacement is not None:
+                    self._rehash(device_id, stored[0], match.replacement)
+                return _checked(device)
+            if device.shared_secret_hash == stored[0]:
+                return _checked(None)  # The old secret expired during the check.
+            # Another caller has replaced the hash. The new hash can be a hash of the same secret with different costs,
+            # so check the presented secret again.
+
+    def _find_device(self, device_id: str) -> Device | None:
+        return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
+
+    def _rehash(self, device_id: str, old: str, new: str) -> None:
+        """Replace a hash by a hash with current parameters. Only log an error, because the check has succeeded."""
+        try:
+            self._runner.run(
+                lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
+                idempotent=True,
+            )
+        # The cause of a UnitStateError is an open write unit of this thread.
+        except (DatabaseError, UnitStateError) as error:
+            logger.warning(
+                "a hash could not be replaced by a hash with newer parameters; the next check tries again: %s",
+                error,
+                extra={"event": "rehash_failed", "error": type(error).__name__},
+            )
 
     @clears_locals
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
@@ -118,9 +200,7 @@ class DeviceSecrets:
         Slow hashes have separate worker threads, so that `arun()` and checks without a slow hash do not wait for slow
         hashes.
         """
-        from homeagent.credentials import needs_slow_hash
-
-        check = partial(self._pairing.check_secret, device_id, shared_secret)
+        check = partial(self.check_secret, device_id, shared_secret)
         return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))
 
     @clears_locals
@@ -144,7 +224,7 @@ class DeviceSecrets:
             InvalidArgumentError: if the nonce has an invalid form, the timestamp has no time zone, or the proof is not
                 bytes. The error is the same for every device.
         """
-        checked = self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        checked = self.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
         return checked.device if checked else None
 
     @clears_locals
@@ -161,14 +241,25 @@ class DeviceSecrets:
         Raises:
             InvalidArgumentError: see `verify_proof()`.
         """
-        return self._pairing.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        check_searched(device_id, "device_id")
+        check_label(nonce, "nonce")
+        check_timestamp(timestamp, "timestamp")
+        if not isinstance(proof, (bytes, bytearray)):
+            raise InvalidArgumentError(f"proof must be bytes, not {type(proof).__name__}")
+        verifier = self._runner.run(lambda unit: unit.devices.find_proof_verifier(device_id), read_only=True)
+        message = proof_message(device_id=_encodable(device_id), nonce=nonce, timestamp=timestamp)
+        if not check_proof(verifier, message, proof):
+            return _checked(None)
+        device = self._find_device(device_id)
+        # Another caller can delete the device or rotate the secret after the verifier was read.
+        return _checked(None if device is None or device.proof_verifier != verifier else device)
 
     @clears_locals
     async def acheck_proof(
         self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes
     ) -> models.SecretCheck:
         """Run `check_proof()` under asyncio or trio, without blocking the event loop."""
-        check = partial(self._pairing.check_proof, device_id, nonce=nonce, timestamp=timestamp, proof=proof)
+        check = partial(self.check_proof, device_id, nonce=nonce, timestamp=timestamp, proof=proof)
         return await self._runner.in_thread(check, slow=False)
 
     def proof_parameters(self, device_id: str) -> models.ProofParameters:
@@ -186,11 +277,12 @@ class DeviceSecrets:
         Raises:
             InvalidArgumentError: if the id is not a str.
         """
-        return self._pairing.proof_parameters(device_id)
+        key, verifier = self._runner.run(lambda unit: unit.devices.find_proof_secrets(device_id), read_only=True)
+        return parameters_for(_encodable(device_id), verifier, key=key.encode())
 
     async def aproof_parameters(self, device_id: str) -> models.ProofParameters:
         """Run `proof_parameters()` under asyncio or trio, without blocking the event loop."""
-        return await self._runner.in_thread(partial(self._pairing.proof_parameters, device_id), slow=False)
+        return await self._runner.in_thread(partial(self.proof_parameters, device_id), slow=False)
 
     @clears_locals
     def rotate_secret(
@@ -220,13 +312,54 @@ class DeviceSecrets:
             TooManyAttemptsError: if the caller chose the secret, and the number of waiting slow hashes has reached
                 `Limits.waiting_hashes`.
         """
-        return self._pairing.rotate_secret(
-            device_id,
-            shared_secret,
-            overlap=overlap,
-            expected_secret_hash=expected_secret_hash,
-            expected_paired_at=expected_paired_at,
-        )
+        check_duration(overlap, "overlap", zero=True)
+        if expected_paired_at is not None:
+            expected_paired_at = check_timestamp(expected_paired_at, "expected_paired_at")
+        secret = generate_secret() if shared_secret is None else check_new_secret(shared_secret)
+        # If another caller rotates the secret at the same time, begin again with the newly stored hash.
+        while not self._rotate(device_id, secret, overlap, expected_secret_hash, expected_paired_at):
+            pass
+        return secret
+
+    def _rotate(
+        self,
+        device_id: str,
+        secret: SecretStr,
+        overlap: timedelta,
+        expected_secret_hash: str | None,
+        expected_paired_at: datetime | None,
+    ) -> bool:
+        """Replace the secret. If another caller has replaced the secret during the computation, return False."""
+        current = self._find_device(device_id)
+        if current is None:
+            raise DeviceNotFoundError(device_id)
+        if overlap and not current.approved:
+            raise DeviceNotApprovedError(device_id)  # set_secret() checks the approval again
+        old = current.shared_secret_hash
+        # During an overlap, a check needs only one slow hash if the two stored hashes have the same salt.
+        new = hash_secret(secret, beside=old if overlap else None, waiting=self._limits.waiting_hashes)
+        verifier = _make_verifier(secret)
+
+        def replace(unit: UnitOfWork) -> bool:
+            device = unit.devices.find_by_id(device_id)
+            if device is None:
+                raise DeviceNotFoundError(device_id)
+            if new != old and _hash_and_verifier(device) == (new, verifier):
+                return True  # an earlier run of the unit stored the hash
+            if expected_paired_at not in (None, device.paired_at):
+                raise ConflictError(f"device {device_id!r} was paired at another time: {_DECIDE}")
+            if expected_secret_hash not in (None, device.shared_secret_hash):
+                raise ConflictError(f"device {device_id!r} has another secret now: {_DECIDE}")
+            return unit.devices.set_secret(
+                device_id,
+                expected_secret_hash=old,
+                secret_hash=new,
+                proof_verifier=verifier,
+                # If the new secret equals the old secret, no overlap begins, and an earlier overlap ends.
+                previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
+            )
+
+        return self._runner.run(replace, idempotent=True)
 
     @clears_locals
     async def arotate_secret(
@@ -240,7 +373,7 @@ class DeviceSecrets:
     ) -> SecretStr:
         """Run `rotate_secret()` under asyncio or trio, without blocking the event loop."""
         rotate = partial(
-            self._pairing.rotate_secret,
+            self.rotate_secret,
             device_id,
             shared_secret,
             overlap=overlap,
@@ -248,3 +381,48 @@ class DeviceSecrets:
             expected_paired_at=expected_paired_at,
         )
         return await self._runner.in_thread(rotate, slow=True)
+
+
+def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> Device:
+    try:
+        device = unit.devices.create(create)
+        # Check the limit after the insert. If the unit runs a second time, the insert raises DeviceExistsError, and the
+        # limit can't refuse the device of the first run.
+        unit.devices.require_pending_room(limit)
+        # Do not delete a key in progress: a call of `run_once()` with the key can be pairing the device.
+        unit.idempotency_keys.delete_ended(create.id)
+        return device
+    except DeviceExistsError:
+        stored = unit.devices.find_by_id(create.id)
+        # If the hash and the verifier are equal, an earlier run of the unit stored the device, because the hash or the
+        # verifier has a random salt.
+        if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
+            raise
+        return stored
+
+
+def _checked(device: Device | None) -> models.SecretCheck:
+    return models.SecretCheck("denied") if device is None else models.SecretCheck(device.status.value, device)
+
+
+def _make_verifier(secret: SecretStr) -> str | None:
+    # An attacker could guess a human's secret faster with a verifier (PBKDF2) than with the hash (Argon2id).
+    return make_verifier(secret) if is_generated(secret) else None
+
+
+def _encodable(device_id: str) -> str:
+    """Replace each lone surrogate in an id. No device has an id with a lone surrogate."""
+    return device_id.encode(errors="replace").decode()
+
+
+def _hash_and_verifier(device: Device) -> tuple[str, str | None]:
+    return device.shared_secret_hash, device.proof_verifier
+
+
+def _valid_hashes(device: Device | SecretHashes, now: datetime) -> list[str]:
+    """Return the hash of the current secret and, during an overlap, the hash of the previous secret."""
+    hashes = [device.shared_secret_hash]
+    until = device.previous_secret_expires_at
+    if device.previous_secret_hash is not None and until is not None and until > now:
+        hashes.append(device.previous_secret_hash)
+    return hashes

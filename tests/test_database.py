@@ -110,7 +110,7 @@ def test_a_device_revoked_during_its_rotation_gets_no_overlap(
         database.run(lambda unit: unit.devices.revoke("lamp"))
         return make_verifier(secret)
 
-    monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
+    monkeypatch.setattr("homeagent.device_secrets.make_verifier", make_verifier_late)
     with pytest.raises(errors.DeviceNotApprovedError):
         database.rotate_secret("lamp", overlap=MINUTE)
     database.run(lambda unit: unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED))
@@ -135,7 +135,7 @@ def test_a_rotation_expects_the_device_that_was_read(
             others.append(database.rotate_secret("lamp"))
         return make_verifier(secret)
 
-    monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
+    monkeypatch.setattr("homeagent.device_secrets.make_verifier", make_verifier_late)
     with pytest.raises(errors.ConflictError, match="paired at another time" if is_paired_again else "another secret"):
         database.rotate_secret(
             "lamp", expected_secret_hash=device.shared_secret_hash, expected_paired_at=device.paired_at
@@ -169,7 +169,7 @@ def test_of_two_pairings_with_the_same_secret_the_second_is_refused(
         database.pair(DevicePair(id="lamp", role=Role.CLIENT, shared_secret=secret))
         return make_verifier(secret)
 
-    monkeypatch.setattr("homeagent.pairing.make_verifier", make_verifier_late)
+    monkeypatch.setattr("homeagent.device_secrets.make_verifier", make_verifier_late)
     with pytest.raises(errors.DeviceExistsError):
         database.pair(DevicePair(id="lamp", role=Role.ADMIN, shared_secret=secret))
 

@@ -159,14 +159,14 @@ def test_documented_schemes(client: Client) -> None:
 def test_the_check_does_not_block_the_event_loop(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a slow hash is computed, the event loop runs other tasks."""
     app, began, go_on = make_app(), threading.Event(), threading.Event()
-    original = database._pairing.check_secret
+    original = database.check_secret
 
     def slow(*arguments: Any) -> Any:
         began.set()
         assert go_on.wait(30)
         return original(*arguments)
 
-    monkeypatch.setattr(database._pairing, "check_secret", slow)
+    monkeypatch.setattr(database, "check_secret", slow)
 
     async def ask() -> int:
         import httpx

@@ -646,7 +646,7 @@ from homeagent import Database
 Database.open(sys.argv[1]).close()
 late = {
     *("alembic", "argon2", "click", "mako", "rich", "sqlalchemy.dialects.postgresql", "typer"),
-    *("homeagent.credentials", "homeagent.migrations.postgresql", "homeagent.pairing", "homeagent.scram"),
+    *("homeagent.migrations.postgresql", "homeagent.models.schemas"),
 }
 print(sorted(name for name in sys.modules if name in late or name.startswith("homeagent.maintenance.")))
 assert (logging.getLogger().level, list(logging.getLogger().handlers), host.disabled) == before
@@ -662,7 +662,7 @@ print([str(index.dialect_options[engine]["where"]) for engine in ("sqlite", "pos
 
 
 def test_up_to_date_file_opens_without_needless_imports(path: Path, children: Children) -> None:
-    """Modules for upgrades, a server, an index, secrets or an operator are imported on first use, and then complete.
+    """Modules for upgrades, a server, an index, schemas or an operator are imported on first use, and then complete.
 
     A new database imports Alembic. Logging is unchanged in both cases.
     """
