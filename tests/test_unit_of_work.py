@@ -508,7 +508,7 @@ def test_a_signal_handler_never_waits_for_its_own_thread(sqlite_path: Path) -> N
 
     SQLite only: the file has a single write lock.
     """
-    modules = {"homeagent.unit_of_work", "homeagent.transaction", "homeagent.engine.pool"}
+    modules = {"homeagent.unit_of_work", "homeagent.transaction", "homeagent.pool"}
 
     def use() -> None:
         with suppress(errors.UnitStateError), database.unit_of_work():

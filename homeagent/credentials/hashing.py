@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from homeagent.credentials.fair_semaphore import FairSemaphore
 from homeagent.credentials.secret_format import is_generated, reveal, secret_text, what_is_wrong
 from homeagent.errors import DatabaseBusyError, TooManyAttemptsError
 from homeagent.frame_locals import clears_locals
+from homeagent.pool import ConnectionPool, QueueFullError
 
 if TYPE_CHECKING:
     from pydantic import SecretStr
@@ -37,6 +37,9 @@ _MAX_MEMORY_COST = 2 * 1024 * 1024
 _MAX_TIME_COST = 64
 _MAX_PARALLELISM = 64
 _MEMORY_PER_THREAD = 8  # kibibytes (RFC 9106 section 3.1)
+
+_RETRY_AFTER = timedelta(seconds=1)
+"""Suggested wait of a caller if too many callers wait. A second is the time of a few hashes."""
 
 _SALT_BYTES = 16
 _DIGEST_BYTES = 32
@@ -90,6 +93,13 @@ class SecretMatch:
         return self.matched is not None
 
 
+class _Run:
+    """The right to run Argon2, which a pool gives to the callers in the order of their arrival."""
+
+    def close(self) -> None:
+        """Do nothing, because the right to run Argon2 is not a resource of the system."""
+
+
 class SecretHasher:
     """Hashes and checks secrets. The default costs are the second recommended option of RFC 9106 section 4.
 
@@ -109,12 +119,17 @@ class SecretHasher:
         self._decoy = self._fresh_recipe()
         self._timeout = timeout.total_seconds()
         self.concurrency: int = concurrency or min(4, os.cpu_count() or 1)
-        self._turns = FairSemaphore(self.concurrency)
+        self._free_all_runs()
+        # In a forked child, the runs of the parent's threads do not end.
+        os.register_at_fork(after_in_child=self._free_all_runs)
+
+    def _free_all_runs(self) -> None:
+        self._runs = ConnectionPool(self.concurrency, _Run, name="a run of Argon2")
 
     @property
     def waiting(self) -> int:
         """The number of waiting callers."""
-        return self._turns.waiting
+        return self._runs.waiting
 
     def hash(self, secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
         """Return a hash of a secret for storing (see `hash_secret()`)."""
@@ -180,22 +195,30 @@ class SecretHasher:
         from argon2.low_level import Type, hash_secret
 
         memory, passes, threads = recipe.costs
-        with self._turns.turn(self._timeout, most_waiting=waiting) as taken:
-            if not taken:
-                raise DatabaseBusyError(
-                    f"the slow hash of a secret could not start within {self._timeout:g} s, because "
-                    f"{self.concurrency} run at a time and others wait: try again later, and limit the rate of logins"
-                )
-            try:
-                return hash_secret(
-                    text.encode(), recipe.salt, passes, memory, threads, recipe.digest_bytes, Type.ID
-                ).decode()
-            except HashingError as error:
-                # The costs are valid, so Argon2 can fail only for lack of memory or threads.
-                raise MemoryError(
-                    f"Argon2id could not run with {memory:,} KiB and {threads} lane(s) ({error}): "
-                    "give the process more memory, or lower memory_cost"
-                ) from error
+        runs = self._runs
+        try:
+            run = runs.acquire(self._timeout, most_waiting=waiting)
+        except QueueFullError:
+            raise TooManyAttemptsError(
+                f"{runs.waiting} slow hashes of secrets wait already", retry_after=_RETRY_AFTER
+            ) from None
+        except DatabaseBusyError:
+            raise DatabaseBusyError(
+                f"the slow hash of a secret could not start within {self._timeout:g} s, because {self.concurrency} run "
+                "at a time and others wait: try again later, and limit the rate of logins"
+            ) from None
+        try:
+            return hash_secret(
+                text.encode(), recipe.salt, passes, memory, threads, recipe.digest_bytes, Type.ID
+            ).decode()
+        except HashingError as error:
+            # The costs are valid, so Argon2 can fail only for lack of memory or threads.
+            raise MemoryError(
+                f"Argon2id could not run with {memory:,} KiB and {threads} lane(s) ({error}): "
+                "give the process more memory, or lower memory_cost"
+            ) from error
+        finally:
+            runs.release(run)
 
 
 # The whole process uses one hasher, so that its limit of concurrent runs applies to all callers.

@@ -12,8 +12,8 @@ from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
 from homeagent.engine.driver_errors import translated
 from homeagent.engine.fork import register
-from homeagent.engine.pool import ConnectionPool
 from homeagent.errors import ConnectionLostError, DatabaseBusyError, DatabaseClosedError, DatabaseMovedError
+from homeagent.pool import ConnectionPool
 
 if TYPE_CHECKING:
     import sqlalchemy

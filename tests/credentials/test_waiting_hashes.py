@@ -7,7 +7,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -15,11 +15,9 @@ import argon2
 import pytest
 
 from homeagent.credentials import SecretHasher, SecretMatch, generate_secret
-from homeagent.credentials.fair_semaphore import FairSemaphore
 from homeagent.errors import DatabaseBusyError, TooManyAttemptsError
 from tests import fork_server
 from tests.credentials.conftest import HUMAN, OTHER, Runs, dearer
-from tests.interrupts import interrupt_at
 
 
 @contextmanager
@@ -112,31 +110,6 @@ def test_timed_out_caller_leaves_the_queue(runs: Runs) -> None:
     assert patient.hash(OTHER)
 
 
-def test_interrupted_wait_loses_no_place(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
-    """If Ctrl-C interrupts a wait at the moment when a place is handed over, the place goes to the next caller."""
-    hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))
-    wait = threading.Event.wait
-    waiting_thread = threading.get_ident()
-
-    for handed_over in (False, True):
-
-        def interrupted(event: threading.Event, timeout: float | None = None, handed: bool = handed_over) -> bool:
-            if threading.get_ident() != waiting_thread or timeout != 60:
-                return wait(event, timeout)
-            if handed:
-                runs.go_on.set()
-                assert wait(event, 60)
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, _held(runs, lambda: hasher.hash(HUMAN)):
-            patch.setattr(threading.Event, "wait", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                hasher.hash(OTHER)
-            patch.undo()
-        assert hasher.waiting == 0
-        assert hasher.hash(OTHER)
-
-
 def test_failing_run_releases_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """If Argon2 raises an error, the run's place is released."""
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(0))
@@ -177,57 +150,6 @@ def test_check_succeeds_without_a_place_for_the_replacement(
         assert intruding.pop().result(60)
     assert check == SecretMatch(0, None)
     assert hasher.check(HUMAN, [old]).replacement is not None
-
-
-def asked_at(turn: int, *, gives_back: bool) -> bool:
-    """Ask for a place in a signal handler, at one point of a failing request or of a release to a waiter."""
-    semaphore = FairSemaphore(1)
-    taken, go_on = threading.Event(), threading.Event()
-    came: list[bool] = []
-
-    def hold(timeout: float) -> None:
-        with semaphore.turn(timeout, most_waiting=9) as free:
-            assert free
-            taken.set()
-            assert go_on.wait(30)
-
-    def ask() -> None:
-        with semaphore.turn(0, most_waiting=9):
-            pass
-
-    def give_back() -> None:
-        with ExitStack() as stack:
-            stack.enter_context(semaphore.turn(0, most_waiting=9))
-            other.start()
-            _until(lambda: semaphore.waiting == 1)
-            signalled(stack.close)
-
-    def signalled(act: Callable[[], None] = ask) -> None:
-        came.append(interrupt_at(turn, {"homeagent.credentials.fair_semaphore"}, act, ask))
-
-    other = threading.Thread(target=hold, args=(30,), daemon=True)
-    if not gives_back:
-        other.start()
-        assert taken.wait(30)
-    thread = threading.Thread(target=give_back if gives_back else signalled, daemon=True)
-    thread.start()
-    thread.join(20)
-    assert not thread.is_alive()
-    go_on.set()
-    other.join(30)
-    assert semaphore.waiting == 0
-    with semaphore.turn(0, most_waiting=9) as free:
-        assert free
-    return came[0]
-
-
-@pytest.mark.parametrize("gives_back", [False, True], ids=["taking", "giving back"])
-def test_signal_handler_may_ask_for_a_place(gives_back: bool) -> None:
-    """If a signal handler asks for a place during a request or a release, no call blocks and no place is lost."""
-    turn = 0
-    while asked_at(turn, gives_back=gives_back):
-        turn += 1
-    assert turn > 5
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -8,12 +8,12 @@ from functools import partial
 
 import pytest
 
-from homeagent.engine.pool import ConnectionPool
-from homeagent.errors import DatabaseClosedError
+from homeagent.errors import DatabaseBusyError, DatabaseClosedError
+from homeagent.pool import ConnectionPool
 from tests.conftest import in_threads
 from tests.interrupts import interrupt_at
 
-LANES = ("homeagent.engine.pool",)
+LANES = ("homeagent.pool",)
 
 
 class Resource:
@@ -153,5 +153,34 @@ def test_interrupt_while_giving_back_loses_no_place() -> None:
         if came:
             lanes.release_own(resource)
         assert lanes.acquire(0) is resource
+        turn += 1
+    assert turn > 2
+
+
+@pytest.mark.parametrize("gives_back", [False, True], ids=["taking", "giving back"])
+def test_signal_handler_may_ask_for_a_resource(gives_back: bool) -> None:
+    """If a signal handler asks during a request or a release, no call blocks, and the waiting thread gets its turn."""
+    turn = 0
+    came = True
+    while came:
+        lanes = lanes_of(1)
+        held = lanes.acquire(0)
+        got: list[Resource] = []
+        other = threading.Thread(target=lambda: got.append(lanes.acquire(30)))  # noqa: B023  ends within the loop
+
+        def refused() -> None:
+            with pytest.raises(DatabaseBusyError):
+                lanes.acquire(0)  # noqa: B023
+
+        if gives_back:
+            other.start()
+            wait_for_waiters(lanes, 1)
+        came = interrupt_at(turn, LANES, partial(lanes.release, held) if gives_back else refused, refused)
+        if not gives_back:
+            lanes.release(held)
+            other.start()
+        other.join()
+        assert got == [held]
+        assert lanes.waiting == 0
         turn += 1
     assert turn > 2

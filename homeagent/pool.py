@@ -1,5 +1,6 @@
-"""A fair (first in, first out) connection pool. A pool of one connection serves as the write lock. Neither
-`threading.Lock` nor SQLite's busy handler is fair. With `threading.Lock`, writers waited 400 ms for a sweep.
+"""A fair (first in, first out) pool of connections, or of the rights to run slow hashes. A pool of one connection
+serves as the write lock. Neither `threading.Lock` nor SQLite's busy handler is fair. With `threading.Lock`, writers
+waited 400 ms for a sweep.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from typing import Generic, Protocol, TypeVar
 
 from homeagent.clock import monotonic
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError
+
+
+class QueueFullError(Exception):
+    """The queue of a pool already has the maximum number of waiting callers."""
 
 
 class _Closable(Protocol):
@@ -57,8 +62,15 @@ class ConnectionPool(Generic[T]):
         self.waits: int = 0
         """Number of callers that had to wait."""
 
-    def acquire(self, timeout: float) -> T:
-        """Return a resource that no other caller holds. After `timeout` seconds, raise DatabaseBusyError."""
+    @property
+    def waiting(self) -> int:
+        """The number of waiting callers."""
+        return len(self._waiters)
+
+    def acquire(self, timeout: float, *, most_waiting: int | None = None) -> T:
+        """Return a resource that no other caller holds. After `timeout` seconds, raise DatabaseBusyError. If
+        `most_waiting` callers wait already, raise QueueFullError at once.
+        """
         holder = get_ident(), monotonic()
         resource: T | None = None
         waiter: _Waiter[T] | None = None
@@ -79,6 +91,8 @@ class ConnectionPool(Generic[T]):
                     self._count += 1
                     has_place = True
                 else:
+                    if most_waiting is not None and len(self._waiters) >= most_waiting:
+                        raise QueueFullError
                     waiter = _Waiter(holder[0])
                     self._waiters.append(waiter)
             if waiter is not None:
