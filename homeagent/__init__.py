@@ -51,64 +51,25 @@ if TYPE_CHECKING:
     from homeagent.unit_of_work import UnitOfWork
     from homeagent.version import __version__
 
+# fmt: off
 __all__ = [
-    "Agent",
-    "AgentCreate",
-    "AgentPublic",
-    "AgentSession",
-    "AgentSessionCreate",
-    "AgentSessionPublic",
-    "AgentSessionUpdate",
-    "AgentUpdate",
-    "Attempt",
-    "Clock",
-    "Database",
-    "Device",
-    "DeviceChange",
-    "DeviceChangeKind",
-    "DeviceCreate",
-    "DevicePair",
-    "DevicePublic",
-    "DeviceStatus",
-    "DeviceUpdate",
-    "Freshness",
-    "IdempotencyKey",
-    "IdempotencyScope",
-    "IdempotencyState",
-    "Limits",
-    "Nonce",
-    "Outcome",
-    "PairedDevice",
-    "ReplayGuard",
-    "Role",
-    "SecretCheck",
-    "Statement",
-    "Store",
-    "Table",
-    "Timestamp",
-    "UnitOfWork",
-    "__version__",
-    "diagnose",
-    "errors",
-    "hash_secret",
-    "safe_filename",
+    "Agent", "AgentCreate", "AgentPublic", "AgentSession", "AgentSessionCreate", "AgentSessionPublic",
+    "AgentSessionUpdate", "AgentUpdate", "Attempt", "Clock", "Database", "Device", "DeviceChange", "DeviceChangeKind",
+    "DeviceCreate", "DevicePair", "DevicePublic", "DeviceStatus", "DeviceUpdate", "Freshness", "IdempotencyKey",
+    "IdempotencyScope", "IdempotencyState", "Limits", "Nonce", "Outcome", "PairedDevice", "ReplayGuard", "Role",
+    "SecretCheck", "Statement", "Store", "Table", "Timestamp", "UnitOfWork", "__version__", "diagnose", "errors",
+    "hash_secret", "safe_filename",
 ]
+# fmt: on
 
 # Import each public name only when a program first uses the name. Every run of pytest imports the plugin
 # `homeagent.testing`, which must not import the rest of the package.
 _LAZY = {
-    **dict.fromkeys(("Agent", "AgentSession", "Attempt", "Device", "DeviceStatus", "IdempotencyKey"), "models"),
-    **dict.fromkeys(("IdempotencyScope", "IdempotencyState", "Nonce", "Outcome", "Role"), "models"),
-    **dict.fromkeys(("DeviceChange", "DeviceChangeKind"), "models"),
-    **dict.fromkeys(("AgentCreate", "AgentPublic", "AgentUpdate", "AgentSessionCreate"), "models.schemas"),
-    **dict.fromkeys(
-        ("AgentSessionPublic", "AgentSessionUpdate", "DeviceCreate", "DevicePair", "DevicePublic"), "models.schemas"
-    ),
-    **dict.fromkeys(("DeviceUpdate", "PairedDevice", "SecretCheck"), "models.schemas"),
-    **dict.fromkeys(("Freshness", "ReplayGuard"), "stores"),
     "Clock": "clock",
     "Database": "database",
+    "Freshness": "stores",
     "Limits": "models.limits",
+    "ReplayGuard": "stores",
     "Statement": "engine.statements",
     "Store": "stores.store",
     "Table": "models.base",
@@ -119,6 +80,7 @@ _LAZY = {
     "hash_secret": "credentials",
     "safe_filename": "file_names",
 }
+"""Modules of the public names. The package `homeagent.models` has the names that are in `__all__` but not here."""
 _MODULES = ("errors", "maintenance", "models", "stores")
 """Names of the modules that are attributes of the package after `import homeagent`."""
 
@@ -132,9 +94,9 @@ if not TYPE_CHECKING:
 
         if name in _MODULES:
             return import_module(f"homeagent.{name}")
-        if name not in _LAZY:
+        if name not in __all__:
             raise AttributeError(f"module 'homeagent' has no attribute {name!r}")
-        globals()[name] = getattr(import_module(f"homeagent.{_LAZY[name]}"), name)
+        globals()[name] = getattr(import_module(f"homeagent.{_LAZY.get(name, 'models')}"), name)
         return globals()[name]
 
 

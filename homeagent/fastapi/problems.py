@@ -17,40 +17,8 @@ from pydantic import BaseModel, Field, JsonValue
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.websockets import WebSocketState
 
-from homeagent.errors import (
-    AccessDeniedError,
-    AgentExistsError,
-    AgentInUseError,
-    AgentNotFoundError,
-    AlreadyExistsError,
-    ApprovalChangedError,
-    AuthenticationError,
-    ConflictError,
-    ConnectionLostError,
-    DatabaseBusyError,
-    DatabaseClosedError,
-    DeviceExistsError,
-    DeviceNotApprovedError,
-    DeviceNotFoundError,
-    DiskFullError,
-    EffectFailedError,
-    EffectNotStartedError,
-    FingerprintMismatchError,
-    HandshakeError,
-    HomeAgentError,
-    IdempotencyError,
-    IdempotencyInProgressError,
-    InvalidArgumentError,
-    LastAdminError,
-    LeaseLostError,
-    LimitError,
-    NotFoundError,
-    OutcomeUnknownError,
-    PendingLimitError,
-    SessionExistsError,
-    SessionNotFoundError,
-    TooManyAttemptsError,
-)
+from homeagent import errors
+from homeagent.errors import HomeAgentError
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -65,40 +33,40 @@ _RETRY_AFTER = 1
 # HTTP status and text of the reply. A class that the dictionary lacks has the status and text of its base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     HomeAgentError: (500, "The server could not handle the request."),
-    InvalidArgumentError: (422, "A value in the request is not allowed."),
-    AuthenticationError: (401, "The credentials are absent or wrong."),
-    AccessDeniedError: (403, "The device has no access."),
-    HandshakeError: (400, "The handshake failed."),
-    NotFoundError: (404, "The object does not exist."),
-    DeviceNotFoundError: (404, "The device does not exist."),
-    AgentNotFoundError: (404, "The agent does not exist."),
-    SessionNotFoundError: (404, "The session does not exist."),
-    AlreadyExistsError: (409, "The object exists already."),
-    DeviceExistsError: (409, "A device with this id exists already."),
-    AgentExistsError: (409, "An agent with this id exists already."),
-    SessionExistsError: (409, "A session with this id exists already."),
-    ConflictError: (409, "The present state of the data does not allow the change."),
-    AgentInUseError: (409, "The agent still has sessions."),
-    LastAdminError: (409, "The device is the last approved administrator."),
-    ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
-    DeviceNotApprovedError: (409, "The device is not approved."),
+    errors.InvalidArgumentError: (422, "A value in the request is not allowed."),
+    errors.AuthenticationError: (401, "The credentials are absent or wrong."),
+    errors.AccessDeniedError: (403, "The device has no access."),
+    errors.HandshakeError: (400, "The handshake failed."),
+    errors.NotFoundError: (404, "The object does not exist."),
+    errors.DeviceNotFoundError: (404, "The device does not exist."),
+    errors.AgentNotFoundError: (404, "The agent does not exist."),
+    errors.SessionNotFoundError: (404, "The session does not exist."),
+    errors.AlreadyExistsError: (409, "The object exists already."),
+    errors.DeviceExistsError: (409, "A device with this id exists already."),
+    errors.AgentExistsError: (409, "An agent with this id exists already."),
+    errors.SessionExistsError: (409, "A session with this id exists already."),
+    errors.ConflictError: (409, "The present state of the data does not allow the change."),
+    errors.AgentInUseError: (409, "The agent still has sessions."),
+    errors.LastAdminError: (409, "The device is the last approved administrator."),
+    errors.ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
+    errors.DeviceNotApprovedError: (409, "The device is not approved."),
     # A retry with the same idempotency key gets the stored reply, so ask for a new request.
-    LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
-    PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
-    TooManyAttemptsError: (429, "Too many attempts: try again later."),
-    IdempotencyError: (409, "The idempotency key can't be used now."),
-    IdempotencyInProgressError: (409, "A request with this idempotency key is in progress: try again later."),
-    FingerprintMismatchError: (422, "This idempotency key was used for another request: send a new key."),
-    OutcomeUnknownError: (409, "It is unknown whether the first request with this idempotency key took effect."),
-    LeaseLostError: (409, "It is unknown whether the request took effect: another request took over its key."),
-    EffectFailedError: (422, "The effect failed, and fails again with the same idempotency key."),
-    EffectNotStartedError: (503, "The effect did not begin: try again later."),
-    DatabaseBusyError: (503, "The database is busy: try again later."),
-    ConnectionLostError: (503, "The database is busy: try again later."),
-    DatabaseClosedError: (503, "The database is not available now."),
-    DiskFullError: (503, "The database is not available now."),
+    errors.LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
+    errors.PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
+    errors.TooManyAttemptsError: (429, "Too many attempts: try again later."),
+    errors.IdempotencyError: (409, "The idempotency key can't be used now."),
+    errors.IdempotencyInProgressError: (409, "A request with this idempotency key is in progress: try again later."),
+    errors.FingerprintMismatchError: (422, "This idempotency key was used for another request: send a new key."),
+    errors.OutcomeUnknownError: (409, "It is unknown whether the first request with this idempotency key took effect."),
+    errors.LeaseLostError: (409, "It is unknown whether the request took effect: another request took over its key."),
+    errors.EffectFailedError: (422, "The effect failed, and fails again with the same idempotency key."),
+    errors.EffectNotStartedError: (503, "The effect did not begin: try again later."),
+    errors.DatabaseBusyError: (503, "The database is busy: try again later."),
+    errors.ConnectionLostError: (503, "The database is busy: try again later."),
+    errors.DatabaseClosedError: (503, "The database is not available now."),
+    errors.DiskFullError: (503, "The database is not available now."),
 }
-_RETRYABLE = (DatabaseBusyError, ConnectionLostError, EffectNotStartedError)
+_RETRYABLE = (errors.DatabaseBusyError, errors.ConnectionLostError, errors.EffectNotStartedError)
 
 
 class InvalidValue(BaseModel):
@@ -169,11 +137,11 @@ def _title(status: int) -> str:
 def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
     """Return the body and the headers of the reply for an error."""
     headers: dict[str, str] = {}
-    errors: list[InvalidValue] | None = None
+    invalid: list[InvalidValue] | None = None
     data: JsonValue = None
     if isinstance(error, RequestValidationError):
         status, detail = 422, "The request is invalid."
-        errors = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
+        invalid = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
     elif isinstance(error, StarletteHTTPException):
         headers.update(error.headers or {})
         given: Any = error.detail  # any JSON value in FastAPI's HTTPException
@@ -181,19 +149,19 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
         data = None if isinstance(given, str) else given
     else:
         status, detail = _answer_for(error)
-    if isinstance(error, (IdempotencyInProgressError, TooManyAttemptsError)):
+    if isinstance(error, (errors.IdempotencyInProgressError, errors.TooManyAttemptsError)):
         # Round up, so that a retry is not too early.
         headers["Retry-After"] = str(max(0, math.ceil(error.retry_after.total_seconds())))
     elif isinstance(error, _RETRYABLE):
         headers["Retry-After"] = str(_RETRY_AFTER)
-    elif isinstance(error, AuthenticationError):
+    elif isinstance(error, errors.AuthenticationError):
         headers["WWW-Authenticate"] = CHALLENGE
-    elif isinstance(error, EffectFailedError):
+    elif isinstance(error, errors.EffectFailedError):
         data = error.detail
         if error.replayed:
             headers["Idempotency-Replayed"] = "true"
     name = type(error).__name__
-    reply = ErrorReply(title=_title(status), status=status, detail=detail, error=name, errors=errors, data=data)
+    reply = ErrorReply(title=_title(status), status=status, detail=detail, error=name, errors=invalid, data=data)
     return reply, headers
 
 
