@@ -57,7 +57,7 @@ def _one_call_type(kind: type[Store]) -> Any:
         method = getattr(kind, name)
         access = access_of(method)
         if access is not None:
-            if access.kind is not Access.Kind.READ:
+            if access is not Access.READ:
                 methods[name] = _in_own_unit(kind, method, access)
         elif not name.startswith("_") and isinstance(getattr_static(kind, name), FunctionType):
             methods[name] = _in_unit_if_necessary(kind, method)
@@ -65,16 +65,18 @@ def _one_call_type(kind: type[Store]) -> Any:
 
 
 def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) -> Callable[..., Any]:
+    unless: Callable[..., tuple[bool, Any]] | None = method.homeagent_unless  # type: ignore[attr-defined]
+
     @clears_locals
     @wraps(method)
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         database: AutocommitReads = self._unit
-        if access.kind is Access.Kind.STREAM:
+        if access is Access.STREAM:
             # Do not retry after an error, because the method can read its iterable argument only once.
             with database.settings.unit(database.settings, read_only=False) as unit:
                 return method(kind(unit), *arguments, **named)
-        if access.unless is not None:
-            known, answer = access.unless(self, *arguments, **named)
+        if unless is not None:
+            known, answer = unless(self, *arguments, **named)
             if known:
                 return answer
         return database.runner.run(lambda unit: method(kind(unit), *arguments, **named))

@@ -19,18 +19,7 @@ _sessions: Any = AgentSession.__table__.c
 
 _FIND = Statement[Agent](select(Agent).where(_columns.id == bindparam("id")), lock=True)
 _CREATE = Statement[Agent](
-    lambda insert: (
-        insert(Agent.__table__)
-        .values(
-            id=bindparam("id"),
-            name=bindparam("name"),
-            workspace_path=bindparam("workspace_path"),
-            created_at=bindparam("now"),
-            config=bindparam("config"),
-        )
-        .on_conflict_do_nothing(index_elements=["id"])
-    ),
-    returning=Agent,
+    lambda insert: insert(Agent.__table__).on_conflict_do_nothing(index_elements=["id"]), returning=Agent
 )
 _LOCK = Statement[str](select(_columns.id).where(_columns.id == bindparam("id")), lock=True)
 _COUNT_SESSIONS = Statement[int](
@@ -66,7 +55,7 @@ class AgentStore(Store):
             id=agent.id,
             name=agent.name,
             workspace_path=agent.workspace_path,
-            now=self._unit.now(),
+            created_at=self._unit.now(),
             config=agent.config,
         )
         if created is None:

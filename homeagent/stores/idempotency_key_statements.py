@@ -39,62 +39,44 @@ COUNT = Statement[int](
 COUNT_EXPIRED_OF_DEVICE = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 )
-INSERT = Statement[IdempotencyKey](
-    lambda insert: (
-        statement := insert(_table).values(
-            device_id=bindparam("device_id"),
-            method=bindparam("method"),
-            key=bindparam("key"),
-            # The parameter is text, because the store has already encoded the result as JSON to check its size.
-            result=bindparam("json", type_=Text),
-            created_at=bindparam("now"),
-            expires_at=bindparam("expires_at"),
-            state=_COMPLETED,
-            attempt=_FIRST,
-            omitted=_NOT_OMITTED,
+
+
+def _upsert(**values: Any) -> Statement[IdempotencyKey]:
+    """Return the statement that inserts a record, or replaces an expired record, which counts as absent."""
+    scope: dict[str, Any] = {name: bindparam(name) for name in ("device_id", "method", "key")}
+    return Statement(
+        lambda insert: (statement := insert(_table).values(**scope, **values)).on_conflict_do_update(
+            index_elements=list(scope), set_={name: statement.excluded[name] for name in values}, where=EXPIRED
         )
-    ).on_conflict_do_update(
-        index_elements=["device_id", "method", "key"],
-        # Replace each column of an expired record, which counts as absent even before a sweep.
-        set_={
-            "result": statement.excluded.result,
-            "created_at": statement.excluded.created_at,
-            "expires_at": statement.excluded.expires_at,
-            "state": _COMPLETED,
-            "attempt": _FIRST,
-            "omitted": _NOT_OMITTED,
-            "fingerprint": null(),
-            "owner": null(),
-            "lease_expires_at": null(),
-            "downstream_key": null(),
-        },
-        where=EXPIRED,
     )
+
+
+INSERT = _upsert(
+    # The parameter is text, because the store has already encoded the result as JSON to check its size.
+    result=bindparam("json", type_=Text),
+    created_at=bindparam("now"),
+    expires_at=bindparam("expires_at"),
+    state=_COMPLETED,
+    attempt=_FIRST,
+    omitted=_NOT_OMITTED,
+    fingerprint=null(),
+    owner=null(),
+    lease_expires_at=null(),
+    downstream_key=null(),
+)
+CLAIM = _upsert(
+    result=constant("null", Text()),
+    created_at=bindparam("now"),
+    expires_at=bindparam("expires_at"),
+    state=_IN_PROGRESS,
+    attempt=_FIRST,
+    omitted=_NOT_OMITTED,
+    fingerprint=bindparam("fingerprint"),
+    owner=bindparam("new_owner"),
+    lease_expires_at=bindparam("lease_expires_at"),
+    downstream_key=bindparam("downstream_key"),
 )
 FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _NOT_EXPIRED), lock=True)
-_CLAIMED: dict[str, Any] = {
-    "result": constant("null", Text()),
-    "created_at": bindparam("now"),
-    "expires_at": bindparam("expires_at"),
-    "state": _IN_PROGRESS,
-    "attempt": _FIRST,
-    "omitted": _NOT_OMITTED,
-    "fingerprint": bindparam("fingerprint"),
-    "owner": bindparam("new_owner"),
-    "lease_expires_at": bindparam("lease_expires_at"),
-    "downstream_key": bindparam("downstream_key"),
-}
-CLAIM = Statement[IdempotencyKey](
-    lambda insert: (
-        statement := insert(_table).values(
-            device_id=bindparam("device_id"), method=bindparam("method"), key=bindparam("key"), **_CLAIMED
-        )
-    ).on_conflict_do_update(
-        index_elements=["device_id", "method", "key"],
-        set_={name: statement.excluded[name] for name in _CLAIMED},
-        where=EXPIRED,
-    )
-)
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
 # The fence: a statement changes the record of a key only if the attempt owns the key.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))

@@ -168,15 +168,9 @@ def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSe
 
 
 @cache
-def page_of(*, agent: bool, sender: bool, channel: bool, after: bool) -> Statement[AgentSession]:
-    """Return the statement that lists a page of sessions."""
-    conditions: list[Any] = []
-    if agent:
-        conditions.append(_columns.agent_id == bindparam("agent_id"))
-    if sender:
-        conditions.append(_columns.sender_id == bindparam("sender_id"))
-    if channel:
-        conditions.append(_columns.channel_id == bindparam("channel_id"))
+def page_of(filters: frozenset[str], *, after: bool) -> Statement[AgentSession]:
+    """Return the statement that lists a page of the sessions with given values in the columns `filters`."""
+    conditions: list[Any] = [_columns[name] == bindparam(name) for name in sorted(filters)]
     if after:
         conditions.append(
             tuple_(_columns.last_active_at, _columns.session_id)

@@ -269,17 +269,11 @@ class SessionStore(Store):
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
-        statement = statements.page_of(
-            agent=agent_id is not None,
-            sender=sender_id is not None,
-            channel=channel_id is not None,
-            after=after is not None,
-        )
+        given = (("agent_id", agent_id), ("sender_id", sender_id), ("channel_id", channel_id))
+        filters = {name: self._searched(value, name) for name, value in given if value is not None}
         return self._unit.all(
-            statement,
-            agent_id=None if agent_id is None else self._searched(agent_id, "agent_id"),
-            sender_id=None if sender_id is None else self._searched(sender_id, "sender_id"),
-            channel_id=None if channel_id is None else self._searched(channel_id, "channel_id"),
+            statements.page_of(frozenset(filters), after=after is not None),
+            **filters,
             limit=check_limit(limit),
             after_active=None if after is None else after.last_active_at,
             after_id=None if after is None else after.session_id,

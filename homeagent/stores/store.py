@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -61,25 +60,14 @@ class Unit(Protocol):
         """Dictionary of the unit's connection, for values that can't change while the connection is open."""
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Declares whether a method of a store reads or writes.
+class Access(Enum):
+    """Behaviour of a store's method that is called without a unit of work."""
 
-    A method with the function `unless` does not always write. Before a call, homeagent calls `unless` with the
-    arguments of the method. If the first value of the returned pair is True, the caller gets the second value.
-    """
-
-    class Kind(Enum):
-        """Behaviour of a method that is called without a unit of work."""
-
-        READ = auto()
-        WRITE = auto()
-        """The method runs in a unit, which homeagent repeats if the database is busy."""
-        STREAM = auto()
-        """The method runs in a unit, which homeagent does not repeat, because an iterable can be read only once."""
-
-    kind: Kind
-    unless: Callable[..., tuple[bool, Any]] | None = None
+    READ = auto()
+    WRITE = auto()
+    """The method runs in a unit, which homeagent repeats if the database is busy."""
+    STREAM = auto()
+    """The method runs in a unit, which homeagent does not repeat, because an iterable can be read only once."""
 
 
 def access_of(method: object) -> Access | None:
@@ -89,15 +77,19 @@ def access_of(method: object) -> Access | None:
 
 def reading(method: F) -> F:
     """Declare that a store's method reads, and sends only one statement."""
-    method.homeagent_access = Access(Access.Kind.READ)  # type: ignore[attr-defined]
+    method.homeagent_access = Access.READ  # type: ignore[attr-defined]
     return method
 
 
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
-    """Declare that a store's method writes. If `stream` is True, the method consumes an iterable."""
+    """Declare that a store's method writes. If `stream` is True, the method consumes an iterable.
 
-    def declare(method: F) -> F:
-        method.homeagent_access = Access(Access.Kind.STREAM if stream else Access.Kind.WRITE, unless)  # type: ignore[attr-defined]
+    A method with the function `unless` does not always write. Before a call, homeagent calls `unless` with the
+    arguments of the method. If the first value of the returned pair is True, the caller gets the second value.
+    """
+
+    def declare(method: Any) -> Any:
+        method.homeagent_access, method.homeagent_unless = Access.STREAM if stream else Access.WRITE, unless
         return method
 
     return declare

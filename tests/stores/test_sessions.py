@@ -314,11 +314,10 @@ def test_sessions_that_are_no_iterable_are_not_indexed(database: Database) -> No
 
 
 @pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize("filters", [{}, {"agent": True}, {"sender": True}, {"channel": True}], ids=str)
-def test_pages_come_from_an_index(database: Database, filters: dict[str, bool], after: bool) -> None:
+@pytest.mark.parametrize("filters", ["", "agent_id", "sender_id", "channel_id"])
+def test_pages_come_from_an_index(database: Database, filters: str, after: bool) -> None:
     """Each page is read along an index, without a sort and without a full table scan."""
-    wanted = {"agent": False, "sender": False, "channel": False, **filters}
-    statement = statements.page_of(**wanted, after=after)
+    statement = statements.page_of(frozenset(filters.split()), after=after)
     values = {"agent_id": "a", "sender_id": "s", "channel_id": "c", "limit": 50, "after_active": START, "after_id": "s"}
     with database.unit_of_work(read_only=True) as unit:
         connection = unit.session.connection()
