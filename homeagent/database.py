@@ -48,8 +48,8 @@ from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
 from homeagent.stores.store import Store
+from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork, add_stores
-from homeagent.unit_settings import UnitSettings
 
 if sys.version_info >= (3, 13):
     from typing import TypeVar

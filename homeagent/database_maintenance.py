@@ -19,8 +19,8 @@ from homeagent.errors import CorruptDatabaseError, DatabaseClosedError, InvalidA
 from homeagent.frame_locals import clears_locals
 from homeagent.models.types import check_duration, check_names
 from homeagent.stores.nonces import FIND_RECORD
+from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from homeagent.engine.sqlite.integrity import ContentCheck

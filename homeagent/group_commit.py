@@ -16,14 +16,12 @@ from threading import get_ident
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
-from homeagent.cancellation import call_in_thread, shielded_wait
 from homeagent.clock import monotonic
-from homeagent.collected_calls import CollectedCalls
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
-from homeagent.transaction import NEW, OPEN, call_back, refuse_nesting
+from homeagent.transaction import NEW, OPEN, UnitSettings, call_back, refuse_nesting
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings
+from homeagent.worker_threads import CollectedCalls, call_in_thread, shielded_wait
 
 T = TypeVar("T")
 

@@ -17,8 +17,8 @@ from homeagent.errors import UnitStateError
 from homeagent.frame_locals import clears_locals
 from homeagent.retry import Runner
 from homeagent.stores.store import Access, Store, access_of
+from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings
 
 R = TypeVar("R")
 S = TypeVar("S", bound=Store)

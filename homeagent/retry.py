@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, TypeVar
 from anyio.lowlevel import checkpoint_if_cancelled
 
 from homeagent.callables import check_function
-from homeagent.cancellation import ThreadCall, call_in_thread, run_in_thread
 from homeagent.clock import monotonic
-from homeagent.collected_calls import CollectedCalls
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError, StandbyError, TransientError
 from homeagent.group_commit import GroupCommit
+from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings
+from homeagent.worker_threads import CollectedCalls, ThreadCall, call_in_thread, run_in_thread
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

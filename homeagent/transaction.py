@@ -13,20 +13,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from enum import Enum, auto
 from threading import get_ident
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from homeagent.clock import Clock, system_clock
 from homeagent.errors import HomeAgentError, UnitStateError
-from homeagent.unit_settings import UnitSettings
+from homeagent.models.limits import Limits
+from homeagent.models.types import check_timestamp
 
 if TYPE_CHECKING:
     from homeagent.engine.connection import StoreConnection
+    from homeagent.engine.engine import Engine
     from homeagent.engine.statements import Parameters, Statement
     from homeagent.orm_session import UnitSession
+    from homeagent.unit_of_work import UnitOfWork
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -47,6 +51,29 @@ SAVEPOINT = "homeagent_group"
 """Savepoint of a unit that has joined the transaction of a batch."""
 _BEGIN_SAVEPOINT = f"SAVEPOINT {SAVEPOINT}"
 _RELEASE_SAVEPOINT = f"RELEASE SAVEPOINT {SAVEPOINT}"
+
+
+class UnitSettings:
+    """Settings and state that all units of one database share. The timeout is in seconds."""
+
+    __slots__ = ("clock", "engine", "grants", "limits", "timeout", "unit", "writing")
+
+    def __init__(self, engine: Engine, clock: Clock, timeout: float, unit: type[UnitOfWork], limits: Limits) -> None:
+        self.engine: Engine = engine
+        self.clock: Clock = clock
+        self.timeout: float = timeout
+        self.unit: type[UnitOfWork] = unit
+        self.limits: Limits = limits
+        # Rows that the stores may add without a count (see `homeagent.stores.room`)
+        self.grants: dict[tuple[str, str, int], Iterator[int]] = {}
+        # Ids of the threads that have an open write unit
+        self.writing: set[int] = set()
+
+    def now(self) -> datetime:
+        """Return the clock's time as a timestamp in UTC, rounded down to milliseconds."""
+        clock = self.clock
+        # The default clock already returns a timestamp in UTC in whole milliseconds.
+        return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")
 
 
 def call_back(callbacks: Iterable[Callable[[], object]]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import anyio
 import pytest
 
-from homeagent import Database, DevicePair, Role, UnitOfWork, collected_calls
-from homeagent.collected_calls import CollectedCalls
+from homeagent import Database, DevicePair, Role, UnitOfWork, worker_threads
 from homeagent.errors import DatabaseClosedError
 from homeagent.queued_call import QueuedCall
+from homeagent.worker_threads import CollectedCalls
 from tests.batches import group_commit_of
 
 
@@ -40,8 +40,8 @@ def test_a_busy_event_loop_does_not_delay_calls(
 ) -> None:
     """If each turn adds calls, the number of collected calls and the time of the collection are limited."""
     now = 0.0
-    monkeypatch.setattr(collected_calls, "monotonic", lambda: now)
-    monkeypatch.setattr(collected_calls, "_MAX_CALLS", most)
+    monkeypatch.setattr(worker_threads, "monotonic", lambda: now)
+    monkeypatch.setattr(worker_threads, "_MAX_CALLS", most)
     handed: list[list[int]] = []
     calls = CollectedCalls(handed.append)
     for number in range(5):
@@ -69,7 +69,7 @@ def test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run(
     """The function of a cancelled caller does not run, even if the writer thread runs before the caller, or if one turn
     adds the maximum number of calls.
     """
-    monkeypatch.setattr(collected_calls, "_MAX_CALLS", most)
+    monkeypatch.setattr(worker_threads, "_MAX_CALLS", most)
     group = group_commit_of(sqlite_database)
     ran: list[str] = []
 

@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from homeagent import Database, cancellation
-from homeagent.cancellation import ThreadCall, call_in_thread, run_in_thread
-from homeagent.collected_calls import CollectedCalls
+from homeagent import Database, worker_threads
 from homeagent.unit_of_work import UnitOfWork
+from homeagent.worker_threads import CollectedCalls, ThreadCall, call_in_thread, run_in_thread
 
 
 def test_a_cancelled_call_that_has_not_begun_does_not_run() -> None:
@@ -65,7 +64,7 @@ def test_a_call_without_a_thread_does_not_run_later(monkeypatch: pytest.MonkeyPa
 
 def test_a_slow_call_does_not_delay_the_calls_that_were_collected_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a slow call, the remaining calls run at the same time: each of two calls waits for the other call."""
-    monkeypatch.setattr(cancellation, "_MAX_REPORT_SECONDS", 0)
+    monkeypatch.setattr(worker_threads, "_MAX_REPORT_SECONDS", 0)
     meeting = threading.Barrier(2, timeout=5)
 
     async def work() -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from homeagent.clock import Clock
     from homeagent.engine.engine import Engine
     from homeagent.maintenance.sweep import BackupSchedule
-    from homeagent.unit_settings import UnitSettings
+    from homeagent.transaction import UnitSettings
 
 logger: logging.Logger = logging.getLogger("homeagent")
 

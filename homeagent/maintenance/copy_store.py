@@ -32,8 +32,8 @@ from homeagent.maintenance.copied_tables import (
 from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.models import store_table
+from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings
 
 
 class CopyReport(BaseModel, frozen=True):

@@ -32,8 +32,8 @@ from homeagent.stores.device_statements import OVERDUE
 from homeagent.stores.idempotency_key_statements import EXPIRED as EXPIRED_KEY
 from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
 from homeagent.stores.nonces import NONCE_GRACE
+from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings
 
 logger: logging.Logger = logging.getLogger("homeagent")
 

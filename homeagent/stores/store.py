@@ -13,7 +13,7 @@ from homeagent.errors import InvalidArgumentError
 from homeagent.models.types import MILLISECOND, check_duration, check_searched
 
 if TYPE_CHECKING:
-    from homeagent.unit_settings import UnitSettings
+    from homeagent.transaction import UnitSettings
 
 R = TypeVar("R")
 T = TypeVar("T")

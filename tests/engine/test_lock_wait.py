@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from homeagent import AgentCreate, Database
-from homeagent.engine.sqlite import lock_wait
+from homeagent.engine.sqlite import connection as lock_wait
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import DatabaseBusyError
 from tests import fork_server

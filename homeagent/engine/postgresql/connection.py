@@ -1,15 +1,18 @@
-"""A long-lived connection to a PostgreSQL server."""
+"""A long-lived connection to a PostgreSQL server, and the error for a value that is too long for an index."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sqlalchemy import Index, LargeBinary, PrimaryKeyConstraint, String, UniqueConstraint
+
 from homeagent.engine.connection import StoreConnection
-from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost
+from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost, refused_by
 from homeagent.engine.instrumented_cursor import InstrumentedCursor
-from homeagent.engine.postgresql.indexes import index_error
-from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, StandbyError
+from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError, StandbyError
+from homeagent.models.base import metadata
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -29,6 +32,9 @@ _FATAL_ERROR = 7  # libpq's ExecStatusType for an error
 
 # Error codes (SQLSTATE) with which a standby refuses BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
+
+_TOO_LONG = "54000"
+_WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|\w+)', re.IGNORECASE)
 
 
 class PostgreSQLConnection(StoreConnection):
@@ -159,3 +165,33 @@ class PostgreSQLConnection(StoreConnection):
     def is_stale(self, failure: BaseException) -> bool:
         """Return whether BEGIN failed because the server ended, or became a standby, while the connection was idle."""
         return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))
+
+
+def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
+    """Return the error for a value that is too long for an index, or None. PostgreSQL names the index only for a value
+    of at most 8,191 bytes, so the error for a longer value names each index that can contain long values.
+    """
+    if getattr(error, "sqlstate", None) != _TOO_LONG:
+        return None
+    table, index = refused_by(error)
+    if table is None and (found := _WRITTEN.match(sql or "")) is not None:
+        table = found[1].strip('"')
+    names = sorted(_long_indexes(table)) if index is None else [index]
+    if table is None:
+        return None
+    shown = " or ".join(map(repr, names)) or "an index"
+    return InvalidArgumentError(
+        f"a value is too long for {shown} of table {table!r}, because PostgreSQL indexes at most 2,704 bytes: shorten "
+        f"the value, or index a hash of the value [SQLSTATE {_TOO_LONG}]"
+    )
+
+
+def _long_indexes(table: str | None) -> Iterator[str]:
+    described = metadata.tables.get(table or "")
+    if described is None:
+        return
+    for each in (*described.indexes, *described.constraints):
+        if isinstance(each, (Index, PrimaryKeyConstraint, UniqueConstraint)):
+            types = [getattr(column.type, "impl_instance", column.type) for column in each.columns]
+            if any(isinstance(kind, (String, LargeBinary)) for kind in types):
+                yield str(each.name)

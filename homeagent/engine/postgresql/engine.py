@@ -18,8 +18,7 @@ from sqlalchemy.pool import NullPool
 from homeagent.engine.driver_errors import message_with_name, postgresql_error, refused_by
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
-from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
-from homeagent.engine.postgresql.indexes import index_error
+from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection, index_error
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clear_locals
 

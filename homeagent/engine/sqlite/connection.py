@@ -1,28 +1,32 @@
-"""Connections to a SQLite file: a store's long-lived connection, and the end of an ORM session's transactions.
-
-In SQLite a statement with unfetched rows keeps the read snapshot after COMMIT and ROLLBACK, so the next unit of work
-would read old rows. Therefore the unfinished statements of an ORM session are closed at the end of its transaction.
-"""
+"""A long-lived connection to a SQLite file, its wait for the lock of another process, and the end of its statements."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from random import uniform
+from time import sleep
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from sqlalchemy import event
 from sqlalchemy.engine.default import DefaultExecutionContext
 
+from homeagent.clock import monotonic
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.dialect import StatementCursor, Undecodable, decoded_row, undecoded_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sqlalchemy import Connection
 
     from homeagent.engine.statements import Compiled, Parameters
     from homeagent.errors import HomeAgentError
+
+_PAUSE = (0.001, 0.005)
+"""Range of the random pause between two tries, in seconds. Equal pauses could let two processes always try together."""
+
+_CURSORS = "homeagent_cursors"
+"""Key in the `info` of a connection. The value is the set of an ORM session's cursors."""
 
 _NOT_UTF8 = "holds text that is not UTF-8"
 
@@ -73,15 +77,41 @@ class SQLiteConnection(StoreConnection):
         return None
 
 
-_KEY = "homeagent_cursors"
+class LockWait:
+    """A busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html).
+
+    SQLite's own busy handler tries only every 100 ms after some tries, and let processes wait for seconds in a test
+    with eight writing processes. Pauses of less than 2 ms between two tries raised the 99th percentile of the write
+    times by a factor of two to five.
+    """
+
+    def __init__(self, timeout: float, began: Callable[[], object]) -> None:
+        self._timeout = timeout
+        self._began = began
+        self._since = 0.0
+
+    def __call__(self, attempts: int) -> bool:
+        """Pause before the next try to get the lock. Return False if the wait has reached the timeout."""
+        now = monotonic()
+        if attempts == 0:
+            self._since = now
+            self._began()
+        left = self._timeout - (now - self._since)
+        if left <= 0:
+            return False
+        sleep(min(uniform(*_PAUSE), left))  # noqa: S311  the random number is not a secret
+        return True
 
 
 def end_with_transactions(connection: Connection) -> None:
-    """Close the unfinished statements of an ORM session at each commit and rollback of its connection."""
-    if _KEY in connection.info:
+    """Close the unfinished statements of an ORM session at each commit and rollback of its connection. In SQLite a
+    statement with unfetched rows keeps the read snapshot after COMMIT and ROLLBACK, so the next unit of work would read
+    old rows.
+    """
+    if _CURSORS in connection.info:
         return
     cursors: WeakSet[Any] = WeakSet()
-    connection.info[_KEY] = cursors
+    connection.info[_CURSORS] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         # Do not close a store's cursor, which the connection uses for later statements.

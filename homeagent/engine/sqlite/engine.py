@@ -28,13 +28,12 @@ from homeagent.engine.files.file_identity import FileIdentityCheck
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.fork import inherit, refuse_inherited
 from homeagent.engine.instrumented_cursor import FailureContext
-from homeagent.engine.sqlite.connection import SQLiteConnection, end_with_transactions
+from homeagent.engine.sqlite.connection import LockWait, SQLiteConnection, end_with_transactions
 from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.diagnosis import diagnosed_error
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, deny_attach
 from homeagent.engine.sqlite.dialect import Connection as DriverConnection
 from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded, unprotect
-from homeagent.engine.sqlite.lock_wait import LockWait
 from homeagent.engine.sqlite.write_ahead_log import has_frames, read_start
 from homeagent.environment import Durability
 from homeagent.errors import (

@@ -30,10 +30,11 @@ from homeagent.maintenance.doctor.sqlite import check_sqlite
 from homeagent.maintenance.doctor.store import SECRETS_GRACE, STORE_CHECKS, stale_routes
 from homeagent.maintenance.sweep import sweep
 from homeagent.models import AgentSession, Device
+from homeagent.models.limits import Limits
 from homeagent.models.types import check_timestamp
 from homeagent.opening import open_engine
+from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.unit_settings import UnitSettings
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -251,7 +252,7 @@ def _opened(target: Target, clock: Clock, settings: UnitSettings | None) -> Iter
         yield settings
         return
     with closing(open_engine(target.url or target.path, clock=clock, migrate=False)) as engine:
-        yield UnitSettings(engine, clock, BUSY_TIMEOUT.total_seconds(), UnitOfWork)
+        yield UnitSettings(engine, clock, BUSY_TIMEOUT.total_seconds(), UnitOfWork, Limits())
 
 
 def _sweep(settings: UnitSettings) -> Iterator[str]:

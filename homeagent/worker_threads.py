@@ -1,4 +1,6 @@
-"""Shield a coroutine from cancellation until a call in another thread has ended."""
+"""Call functions in other threads for coroutines. The calls of an event loop are collected. A cancelled coroutine waits
+until its started call has ended.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,58 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import anyio
 
 from homeagent.clock import monotonic
-from homeagent.collected_calls import CollectedCalls
 
+C = TypeVar("C")
 T = TypeVar("T")
+
+# Limits of a collection, because an event loop can have new calls in each turn.
+_MAX_CALLS = 256
+_MAX_SECONDS = 0.1
 
 # A thread reports the end of each call within this time, in seconds, even if the thread has more calls to run. If a
 # single call takes this time, the remaining calls run in separate threads.
 _MAX_REPORT_SECONDS = 0.1
+
+
+class CollectedCalls(Generic[C]):
+    """Collects calls until a turn of the event loop adds no call, then hands the calls over in the loop's thread.
+
+    SQLite's statements and sockets release the GIL. If both threads run at once, switches between the threads take
+    longer than the statements. With 200 concurrent requests, collecting reduced 20 switches for each request to 3.
+    """
+
+    def __init__(self, hand_over: Callable[[list[C]], None]) -> None:
+        self._hand_over = hand_over
+        self._calls: WeakKeyDictionary[asyncio.AbstractEventLoop, list[C]] = WeakKeyDictionary()
+
+    def add(self, loop: asyncio.AbstractEventLoop, call: C) -> None:
+        """Add a call of the running event loop. The call is handed over in a later turn of the event loop."""
+        calls = self._calls.get(loop)
+        if calls is None:
+            self._calls[loop] = [call]
+            loop.call_soon(self._end_turn, loop, 1, monotonic() + _MAX_SECONDS)
+        else:
+            calls.append(call)
+
+    def _end_turn(self, loop: asyncio.AbstractEventLoop, known: int, end: float) -> None:
+        """Hand the calls over if the last turn has added no call to the `known` calls."""
+        calls = self._calls[loop]
+        if known < len(calls) < _MAX_CALLS and monotonic() < end:
+            loop.call_soon(self._end_turn, loop, len(calls), end)
+            return
+        del self._calls[loop]
+        if known < len(calls):
+            # Hand the calls over only in the next turn. If the scope of a caller was cancelled before the call, AnyIO
+            # cancels the caller in this turn (`test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run`).
+            loop.call_soon(self._hand_over, calls)
+        else:
+            self._hand_over(calls)
 
 
 class ThreadCall:
