@@ -42,7 +42,7 @@ from homeagent.one_call import one_call_store
 from homeagent.opening import open_engine
 from homeagent.retry import Runner
 from homeagent.stores.agents import AgentStore
-from homeagent.stores.device_feed import check_number
+from homeagent.stores.device_statements import check_number
 from homeagent.stores.devices import DeviceStore
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore

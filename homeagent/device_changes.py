@@ -21,7 +21,7 @@ from anyio.lowlevel import checkpoint
 
 from homeagent.clock import monotonic
 from homeagent.errors import DatabaseClosedError, DatabaseError, HomeAgentError
-from homeagent.stores.device_feed import CHANGES, changes_of
+from homeagent.stores.device_statements import CHANGES, changes_of
 
 if TYPE_CHECKING:
     from homeagent.engine.connection import StoreConnection

@@ -142,7 +142,7 @@ def _in_unit_if_necessary(kind: type[Store], method: Callable[..., Any]) -> Call
             return method(kind(unit), *arguments, **named)
 
         def read(unit: AutocommitReads | UnitOfWork, allowed: int | None = None) -> Any:
-            reads = _Reads(unit, allowed)
+            reads: Any = _Reads(unit, allowed)
             try:
                 value = method(kind(reads), *arguments, **named)
             except Exception:

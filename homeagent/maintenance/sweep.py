@@ -27,8 +27,7 @@ from homeagent.models.device import PENDING, Device
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.nonce import Nonce
 from homeagent.models.types import check_duration, check_limit, check_wait, earlier
-from homeagent.stores.device_feed import COUNT_OLD
-from homeagent.stores.device_statements import OVERDUE
+from homeagent.stores.device_statements import COUNT_OLD, OVERDUE
 from homeagent.stores.idempotency_key_statements import EXPIRED as EXPIRED_KEY
 from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
 from homeagent.stores.nonces import NONCE_GRACE

@@ -6,10 +6,12 @@ from datetime import datetime
 from functools import cache
 from typing import Any, NamedTuple
 
-from sqlalchemy import and_, bindparam, delete, func, literal_column, not_, or_, select, tuple_, update
+from sqlalchemy import and_, bindparam, case, delete, func, literal_column, not_, or_, select, tuple_, update
 
 from homeagent.engine.statements import Statement, constant
+from homeagent.errors import InvalidArgumentError
 from homeagent.models.device import PENDING, Device, DeviceStatus, Role
+from homeagent.models.device_change import DeviceChange, DeviceChangeKind
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.store_record import store_table
 
@@ -35,6 +37,7 @@ class DeviceState(NamedTuple):
 
 _columns: Any = Device.__table__.c
 _keys: Any = IdempotencyKey.__table__.c
+_changes: Any = DeviceChange.__table__.c
 
 _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
@@ -212,3 +215,42 @@ def page_of(
     if after:
         conditions.append(beyond)
     return Statement(select(Device).where(*conditions).order_by(*order).limit(bindparam("limit")))
+
+
+# The feed of device changes
+
+_newest = select(func.max(_changes.number)).scalar_subquery()
+_after = bindparam("after", type_=_changes.number.type)
+_is_kept = select(constant(1, _changes.number.type)).where(_changes.number == _after).exists()
+
+NEWEST = Statement[int](select(func.max(_changes.number)))
+# The statement selects the change with the given number and all later changes. If the feed no longer contains the
+# number, the reader can have missed changes, and the statement selects only the newest row.
+CHANGES = Statement[DeviceChange](
+    select(DeviceChange)
+    .where(_changes.number >= case((_is_kept, _after), else_=_newest))
+    .order_by(_changes.number)
+    .limit(bindparam("limit"))
+)
+_first_kept = select(_changes.number).where(_changes.at > bindparam("before")).order_by(_changes.number).limit(1)
+_is_old = _changes.number < func.coalesce(_first_kept.scalar_subquery(), _newest)
+COUNT_OLD = Statement[int](select(func.count()).select_from(DeviceChange).where(_is_old))
+DELETE_OLD = Statement[DeviceChange](
+    delete(DeviceChange).where(
+        _changes.number.in_(select(_changes.number).where(_is_old).order_by(_changes.number).limit(bindparam("limit")))
+    )
+)
+
+
+def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
+    """Return the changes after a number from the rows of `CHANGES`, or a `reset` change if the number is not kept."""
+    if rows and rows[0].number != after:
+        return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]
+    return rows[1:]
+
+
+def check_number(after: int) -> int:
+    """Return the argument if it can be the number of a device change."""
+    if type(after) is not int or not 0 <= after < 2**63:
+        raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
+    return after

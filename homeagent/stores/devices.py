@@ -17,6 +17,7 @@ from homeagent.errors import (
 )
 from homeagent.frame_locals import clears_locals
 from homeagent.models.device import Device, DeviceStatus, Role
+from homeagent.models.device_change import DeviceChange
 from homeagent.models.types import (
     MILLISECOND,
     check_duration,
@@ -27,14 +28,13 @@ from homeagent.models.types import (
     not_after,
 )
 from homeagent.stores import device_statements as statements
-from homeagent.stores.device_feed import DeviceFeed
 from homeagent.stores.device_statements import DeviceState, SecretHashes
-from homeagent.stores.store import check_kind, reading, writing
+from homeagent.stores.store import Store, check_kind, reading, writing
 
 SEEN_GRANULARITY = timedelta(minutes=1)
 
 
-class DeviceStore(DeviceFeed):
+class DeviceStore(Store):
     """Store of devices."""
 
     __slots__ = ()
@@ -367,6 +367,34 @@ class DeviceStore(DeviceFeed):
             return
         if self._unit.all(statements.APPROVED_ADMINS, device_id=device) == [True]:
             raise LastAdminError(device_id)
+
+    # The feed of device changes
+
+    @reading
+    def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
+        """Return the device changes after a number, oldest first.
+
+        If the change feed no longer contains the number, the method returns a single change of the kind `reset`, and
+        the caller must read all devices again. Pass the number of this change to the next call.
+
+        Args:
+            after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.
+            limit: maximum number of changes, 1 or more.
+        """
+        rows = self._unit.all(statements.CHANGES, after=statements.check_number(after), limit=check_limit(limit) + 1)
+        return statements.changes_of(rows, after)
+
+    @reading
+    def newest_change(self) -> int:
+        """Return the number of the newest device change."""
+        return self._unit.one(statements.NEWEST) or 0
+
+    @writing()
+    def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
+        """Delete the oldest changes, up to the first change after `before`. Return the number of deleted changes."""
+        return self._unit.write(
+            statements.DELETE_OLD, before=check_timestamp(before, "before"), limit=check_limit(limit)
+        )
 
 
 E = TypeVar("E", Role, DeviceStatus)

@@ -14,7 +14,7 @@ from sqlalchemy import bindparam, func, select
 from homeagent.engine.statements import Statement
 
 if TYPE_CHECKING:
-    from homeagent.stores.store import Unit
+    from homeagent.unit_of_work import UnitOfWork
 
 _MOST_GRANTS = 10_000
 
@@ -23,7 +23,7 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 
 
 def has_room(
-    unit: Unit, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
+    unit: UnitOfWork, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
 ) -> bool:
     """Return True if the device can have another row, which uses up one row of the grant. The function `count()` counts
     the rows of the device that have not expired.

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from datetime import timedelta
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from homeagent.engine.statements import Parameters, Statement
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types import MILLISECOND, check_duration, check_searched
 
 if TYPE_CHECKING:
-    from homeagent.transaction import UnitSettings
+    from homeagent.unit_of_work import UnitOfWork
 
-R = TypeVar("R")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -25,39 +22,6 @@ def check_kind(value: T, kind: type[T], what: str) -> T:
     if not isinstance(value, kind):
         raise InvalidArgumentError(f"{what} must be {kind.__name__}(…), not {type(value).__name__}")
     return value
-
-
-class Unit(Protocol):
-    """Methods of a unit of work that a store calls. Pass the value of each `bindparam()` of a statement as a keyword
-    argument. If a value is absent, the method raises InvalidArgumentError.
-    """
-
-    settings: UnitSettings
-
-    def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a SELECT. Return the result of the first row, or None if there is no row."""
-
-    def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
-        """Run a SELECT. Return the results of all rows."""
-
-    def write(self, statement: Statement[Any], **parameters: Any) -> int:
-        """Run an INSERT, UPDATE or DELETE. Return the number of changed rows."""
-
-    def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement that writes and returns rows. Return the first row, or None if no row was written."""
-
-    def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
-        """Run a statement once for each set of parameters. Return the number of changed rows."""
-
-    def savepoint(self) -> AbstractContextManager[None]:
-        """Return a context manager. An exception that leaves the block undoes only the changes of the block."""
-
-    def now(self) -> datetime:
-        """Return the current time as a timestamp in UTC, floored to milliseconds."""
-
-    @property
-    def connection_memory(self) -> dict[str, Any]:
-        """Dictionary of the unit's connection, for values that can't change while the connection is open."""
 
 
 class Access(Enum):
@@ -98,17 +62,19 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 class Store:
     """Base class of the stores. An application derives a class for each of its own tables.
 
-    A method of a store runs statements by the methods of `self.unit`. After the end of the unit, the methods raise
-    UnitStateError. homeagent can call a method twice, so a method must have no side effect outside the unit.
+    A method of a store runs statements by the methods of `self.unit`, and passes the value of each `bindparam()` as a
+    keyword argument. If a value is absent, the methods raise InvalidArgumentError. After the end of the unit, the
+    methods raise UnitStateError. homeagent can call a method twice, so a method must have no side effect outside the
+    unit.
     """
 
     __slots__ = ("_unit",)
 
-    def __init__(self, unit: Unit) -> None:
+    def __init__(self, unit: UnitOfWork) -> None:
         self._unit = unit
 
     @property
-    def unit(self) -> Unit:
+    def unit(self) -> UnitOfWork:
         """The unit of work of the store, which runs statements and returns the current time."""
         return self._unit
 
