@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
     from sqlalchemy.engine import RootTransaction
 
-    from homeagent.engine.driver_errors import Translate
-    from homeagent.engine.files.file_identity import FileIdentityCheck
+    from homeagent.engine.engine import Engine
 
 R = TypeVar("R")
 
@@ -34,36 +33,26 @@ class StoreConnection:
         "_cursor",
         "_dialect",
         "_driver_errors",
+        "_engine",
         "_execute",
         "_identity_check",
         "_raw",
         "_root",
-        "_translate",
         "changes",
         "memory",
         "needs_reconnect",
         "read_only",
     )
 
-    def __init__(
-        self,
-        connection: Connection,
-        *,
-        begin: Sequence[str],
-        read_only: bool,
-        compiled: dict[Statement[Any], Compiled[Any]],
-        driver_errors: tuple[type[BaseException], ...],
-        translate: Translate,
-        watch: FileIdentityCheck | None = None,
-    ) -> None:
+    def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
         self._connection = connection
         self._dialect: Dialect = connection.dialect
-        self._begin = "; ".join(begin)
+        self._engine = engine
+        self._begin = "; ".join(engine.begin_of(connection, read_only=read_only))
         self.read_only: bool = read_only
-        self._compiled = compiled
-        self._driver_errors = driver_errors
-        self._translate = translate
-        self._identity_check = watch
+        self._compiled = engine.compiled[read_only]
+        self._driver_errors = engine.driver_errors
+        self._identity_check = engine.identity_check
         self.needs_reconnect: bool = False
         """True if the connection must be replaced after a failure of the system. The engine sets this attribute."""
         raw: Any = connection.connection.driver_connection
@@ -71,7 +60,7 @@ class StoreConnection:
         self._cursor: Any = self._open_cursor(raw)
         if has_listeners(connection):
             self._cursor = InstrumentedCursor(
-                connection, self._cursor, driver_errors=driver_errors, translate=translate
+                connection, self._cursor, driver_errors=self._driver_errors, translate=self._translate
             )
         self._execute: Callable[..., Any] = self._cursor.execute
         self.changes: Callable[[], int] = partial(getattr, self._cursor, "rowcount")
@@ -83,6 +72,9 @@ class StoreConnection:
     @staticmethod
     def _open_cursor(raw: Any) -> Any:
         return raw.cursor()
+
+    def _translate(self, error: BaseException) -> HomeAgentError:
+        return self._engine.translate(error)
 
     @property
     def driver_connection(self) -> Any:

@@ -283,5 +283,13 @@ def translated(driver_errors: tuple[type[BaseException], ...], translate: Transl
         yield
     except driver_errors as error:
         translation = translate(error)
+    except HomeAgentError as error:
+        if not isinstance(error.__context__, driver_errors):
+            raise
+        translation = error  # a listener of SQLAlchemy has already translated the exception
     if translation is not None:
-        raise translation
+        try:
+            raise translation
+        finally:
+            # Python and SQLAlchemy have chained the driver's exception.
+            translation.__cause__ = translation.__context__ = None

@@ -18,9 +18,9 @@ from homeagent.pool import ConnectionPool
 if TYPE_CHECKING:
     import sqlalchemy
 
-    from homeagent.engine.driver_errors import Translate
     from homeagent.engine.files.file_identity import FileIdentityCheck
     from homeagent.engine.statements import Compiled, Parameters, Statement
+    from homeagent.errors import HomeAgentError
 
 R = TypeVar("R")
 
@@ -29,35 +29,28 @@ READ_CONNECTIONS = 2
 
 
 class Engine:
-    """One open database. The argument `watch` is None for a server, which has no file to check."""
+    """One open database."""
 
     connection_type: type[StoreConnection] = StoreConnection
     shares_commits = False
     """True if concurrent units share a commit (see `homeagent.group_commit`)."""
+    begin_write: Sequence[str]
+    """SQL statements that begin a write unit."""
+    begin_read: Sequence[str]
+    """SQL statements that begin a read-only unit."""
+    driver_errors: tuple[type[BaseException], ...]
+    """Exceptions of the driver, which the method `translate()` turns into errors of homeagent."""
+    identity_check: FileIdentityCheck | None = None
+    """Check of the database's file. None for a server."""
 
-    def __init__(
-        self,
-        sa_engine: sqlalchemy.Engine,
-        *,
-        driver_errors: tuple[type[BaseException], ...],
-        translate: Translate,
-        writers: int,
-        readers: int,
-        begin_write: Sequence[str],
-        begin_read: Sequence[str],
-        watch: FileIdentityCheck | None = None,
-    ) -> None:
+    def __init__(self, sa_engine: sqlalchemy.Engine, *, writers: int, readers: int) -> None:
         self.sa_engine = sa_engine
         self.application_metadata: tuple[sqlalchemy.MetaData, ...] = ()
         """Metadata of the application's tables that do not derive from `homeagent.Table`."""
         self.acknowledged: frozenset[str] = frozenset()
         """Names of the application's triggers on homeagent's tables."""
-        self.driver_errors = driver_errors
-        self.translate = translate
-        self._identity_check = watch
         self._connections: weakref.WeakSet[StoreConnection] = weakref.WeakSet()
-        self._begin = {False: tuple(begin_write), True: tuple(begin_read)}
-        self._compiled: dict[bool, dict[Statement[Any], Compiled[Any]]] = {False: {}, True: {}}
+        self.compiled: dict[bool, dict[Statement[Any], Compiled[Any]]] = {False: {}, True: {}}
         self.counters: Counters = Counters()
         waited = self.counters.waited
         self.writers: ConnectionPool[StoreConnection] = ConnectionPool(
@@ -124,7 +117,7 @@ class Engine:
         """Run one reading statement in autocommit mode. If the connection was lost, run the statement a second time."""
         if self.is_forked_copy:
             raise _invalidated()
-        pool, check = self.readers, self._identity_check
+        pool, check = self.readers, self.identity_check
         again = True
         while True:
             connection = pool.acquire(timeout)
@@ -158,6 +151,10 @@ class Engine:
         """
         return True
 
+    def translate(self, error: BaseException) -> HomeAgentError:
+        """Return homeagent's error for an exception of the driver."""
+        raise NotImplementedError  # each engine overrides the method
+
     @contextmanager
     def translated(self) -> Iterator[None]:
         """Raise homeagent's error instead of an exception of the driver."""
@@ -168,15 +165,7 @@ class Engine:
         raw = self.connect()
         try:
             self.prepare_connection(raw, read_only=read_only)
-            connection = self.connection_type(
-                raw,
-                begin=self.begin_of(raw, read_only=read_only),
-                read_only=read_only,
-                compiled=self._compiled[read_only],
-                driver_errors=self.driver_errors,
-                translate=self.translate,
-                watch=self._identity_check,
-            )
+            connection = self.connection_type(raw, self, read_only=read_only)
         except BaseException:
             raw.close()
             raise
@@ -185,7 +174,7 @@ class Engine:
 
     def begin_of(self, connection: sqlalchemy.Connection, *, read_only: bool) -> Sequence[str]:
         """Return the SQL statements that begin a unit on the connection."""
-        return self._begin[read_only]
+        return self.begin_read if read_only else self.begin_write
 
     def require_reconnect(self) -> None:
         """Mark every connection to be closed at the end of its unit."""

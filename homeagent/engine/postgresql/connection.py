@@ -17,7 +17,7 @@ from homeagent.models.base import metadata
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-    from homeagent.engine.driver_errors import Translate
+    from homeagent.engine.engine import Engine
     from homeagent.engine.statements import Parameters, Row, Statement
 
 R = TypeVar("R")
@@ -42,15 +42,8 @@ class PostgreSQLConnection(StoreConnection):
 
     __slots__ = ("_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")
 
-    def __init__(self, connection: Connection, *, translate: Translate, begin: Sequence[str], **options: Any) -> None:
-        def judge(error: BaseException) -> HomeAgentError:
-            failure = translate(error)
-            if isinstance(failure, ConnectionLostError):
-                # psycopg notices only the close of the connection, and not the error that the server sends before.
-                self._lost = True
-            return failure
-
-        super().__init__(connection, translate=judge, begin=begin, **options)
+    def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
+        super().__init__(connection, engine, read_only=read_only)
         self._begun = False
         self._lost = False
         self._pooled = bool(connection.info[POOLED])
@@ -59,6 +52,13 @@ class PostgreSQLConnection(StoreConnection):
         # Send commands such as BEGIN by libpq. psycopg's cursor takes 12 µs more, a third of the time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
+
+    def _translate(self, error: BaseException) -> HomeAgentError:
+        failure = super()._translate(error)
+        if isinstance(failure, ConnectionLostError):
+            # psycopg notices only the close of the connection, and not the error that the server sends before.
+            self._lost = True
+        return failure
 
     def _notice(self, notice: Any) -> None:
         if notice.severity_nonlocalized in SESSION_ENDED:

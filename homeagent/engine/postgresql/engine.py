@@ -57,6 +57,9 @@ class PostgreSQLEngine(Engine):
     """
 
     connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
+    begin_write = ("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",)
+    # PostgreSQL takes the snapshot at the first query, not at BEGIN.
+    begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1")
 
     def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = 10) -> None:
         try:
@@ -86,16 +89,12 @@ class PostgreSQLEngine(Engine):
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
-        super().__init__(
-            sa_engine,
-            driver_errors=(psycopg.Error, OverflowError),
-            translate=postgresql_error,
-            writers=pool_size,
-            readers=pool_size,
-            begin_write=("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",),
-            # PostgreSQL takes the snapshot at the first query, not at BEGIN.
-            begin_read=("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1"),
-        )
+        self.driver_errors = (psycopg.Error, OverflowError)
+        super().__init__(sa_engine, writers=pool_size, readers=pool_size)
+
+    def translate(self, error: BaseException) -> HomeAgentError:
+        """Return homeagent's error for an exception of psycopg."""
+        return postgresql_error(error)
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
         pooled = connection.execute("SELECT pg_backend_pid()").fetchone()[0] != connection.info.backend_pid

@@ -19,6 +19,7 @@ from homeagent.engine.sqlite.dialect import StatementCursor, Undecodable, decode
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
+    from homeagent.engine.engine import Engine
     from homeagent.engine.statements import Compiled, Parameters
     from homeagent.errors import HomeAgentError
 
@@ -36,8 +37,8 @@ class SQLiteConnection(StoreConnection):
 
     __slots__ = ()
 
-    def __init__(self, connection: Connection, **options: Any) -> None:
-        super().__init__(connection, **options)
+    def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
+        super().__init__(connection, engine, read_only=read_only)
         self.changes: Callable[[], int] = self._raw.changes
 
     @staticmethod

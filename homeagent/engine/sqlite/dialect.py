@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from itertools import islice
 from typing import Any
 
 import apsw
@@ -125,13 +126,7 @@ class Cursor(StatementCursor):
 
     def fetchmany(self, size: int | None = None) -> list[Any]:
         """Return at most the given number of rows. Without a number, return at most `arraysize` rows."""
-        rows = []
-        for _ in range(self.arraysize if size is None else size):
-            row = self.fetchone()
-            if row is None:
-                break
-            rows.append(row)
-        return rows
+        return list(islice(iter(self.fetchone, None), self.arraysize if size is None else size))
 
 
 class Connection(_Connection):

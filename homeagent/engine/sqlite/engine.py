@@ -92,6 +92,12 @@ class SQLiteEngine(Engine):
     # SQLite allows one writer. Small units share a commit, because a sync takes many times as long as a small unit.
     shares_commits = True
     connection_type: type[SQLiteConnection] = SQLiteConnection
+    # After a deferred BEGIN, the first write fails at once if another process has written since the BEGIN
+    # (https://sqlite.org/lang_transaction.html).
+    begin_write = ("BEGIN IMMEDIATE",)
+    # SQLite takes the snapshot at the first read, not at BEGIN.
+    begin_read = ("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",)
+    driver_errors = DRIVER_ERRORS
     identity_check: FileIdentityCheck
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
@@ -115,21 +121,9 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
         self._listen_for_errors(sa_engine)
-        super().__init__(
-            sa_engine,
-            driver_errors=DRIVER_ERRORS,
-            translate=self.translate_error,
-            writers=1,
-            readers=READERS,
-            # After a deferred BEGIN, the first write fails at once if another process has written since the BEGIN
-            # (https://sqlite.org/lang_transaction.html).
-            begin_write=("BEGIN IMMEDIATE",),
-            # SQLite takes the snapshot at the first read, not at BEGIN.
-            begin_read=("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",),
-            watch=self.identity_check,
-        )
+        super().__init__(sa_engine, writers=1, readers=READERS)
 
-    def translate_error(self, error: BaseException) -> HomeAgentError:
+    def translate(self, error: BaseException) -> HomeAgentError:
         """Return homeagent's error for an exception that the driver raised."""
         translation = diagnosed_error(error, self.path, find_moved=self.identity_check.find_moved)
         if isinstance(translation, DatabaseIOError):
@@ -304,17 +298,6 @@ class SQLiteEngine(Engine):
         pool.release(connection)
         return not blocked
 
-    @contextmanager
-    def translated(self) -> Iterator[None]:
-        """Translate the driver's exceptions to homeagent's errors, which do not refer to the driver's exceptions."""
-        try:
-            with super().translated():
-                yield
-        except HomeAgentError as error:
-            if isinstance(error.__context__, self.driver_errors):
-                error.__cause__ = error.__context__ = None
-            raise
-
     def prepare_header(self) -> None:
         """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`."""
         with self.translated(), closing(self._open_existing()) as raw:
@@ -396,7 +379,7 @@ class SQLiteEngine(Engine):
             return None
         raw = None if context.connection is None else context.connection.connection.driver_connection
         conflict = None if raw is None else named_conflict(raw, original, context.statement)
-        return conflict or self.translate_error(original)
+        return conflict or self.translate(original)
 
     def before_fork(self) -> None:
         """Close the connections that no unit uses."""
