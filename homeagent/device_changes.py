@@ -44,7 +44,6 @@ class _Subscription:
     """Device changes up to the number `position`, which the thread has read and the iterator has not returned yet."""
 
     def __init__(self, after: int) -> None:
-        self._mutex = threading.Lock()
         self._changes: deque[DeviceChange] = deque()
         self._wake: Callable[[], object] | None = None
         self.position: int = after
@@ -57,19 +56,13 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change. If no change is stored, return None, and register `wake` for the next change."""
-        # Do not call a function in this block, because Python can run a signal handler after a call. A signal handler
-        # that closed the database would wait forever for the mutex that the interrupted thread holds
-        # (`test_a_handler_that_wakes_an_iterator`).
-        with self._mutex:
-            is_empty = not self._changes
-            if is_empty:
-                self._wake = wake
-        return None if is_empty else self._changes.popleft()
+        """Return the next change, or None if no change is stored. The next change calls the function `wake()`."""
+        # Register the function first. Otherwise a change that comes between the two lines would not wake the iterator.
+        self._wake = wake
+        return self._changes.popleft() if self._changes else None
 
     def put(self, changes: list[DeviceChange]) -> None:
-        with self._mutex:
-            self._changes.extend(changes)
+        self._changes.extend(changes)
         self.is_behind = len(changes) == _PAGE
         if changes:
             self.position = changes[-1].number
@@ -77,8 +70,7 @@ class _Subscription:
 
     def wake(self) -> None:
         """Wake the iterator. If the event loop of the iterator has ended, close the subscription."""
-        with self._mutex:
-            wake, self._wake = self._wake, None
+        wake, self._wake = self._wake, None
         if wake is not None:
             try:
                 wake()

@@ -375,7 +375,7 @@ def test_a_handler_that_wakes_an_iterator() -> None:
     thread.start()
     thread.join(30)
     assert not thread.is_alive()
-    assert turns > 2
+    assert turns > 0
 
 
 IDLE = """
