@@ -57,9 +57,9 @@ class PostgreSQLEngine(Engine):
     """
 
     connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
-    begin_write = ("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",)
+    begin_write: Sequence[str] = ("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE",)
     # PostgreSQL takes the snapshot at the first query, not at BEGIN.
-    begin_read = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1")
+    begin_read: Sequence[str] = ("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY", "SELECT 1")
 
     def __init__(self, url: URL, *, busy_timeout: timedelta, pool_size: int = 10) -> None:
         try:
@@ -89,7 +89,7 @@ class PostgreSQLEngine(Engine):
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
-        self.driver_errors = (psycopg.Error, OverflowError)
+        self.driver_errors: tuple[type[BaseException], ...] = (psycopg.Error, OverflowError)
         super().__init__(sa_engine, writers=pool_size, readers=pool_size)
 
     def translate(self, error: BaseException) -> HomeAgentError:

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -94,10 +94,10 @@ class SQLiteEngine(Engine):
     connection_type: type[SQLiteConnection] = SQLiteConnection
     # After a deferred BEGIN, the first write fails at once if another process has written since the BEGIN
     # (https://sqlite.org/lang_transaction.html).
-    begin_write = ("BEGIN IMMEDIATE",)
+    begin_write: Sequence[str] = ("BEGIN IMMEDIATE",)
     # SQLite takes the snapshot at the first read, not at BEGIN.
-    begin_read = ("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",)
-    driver_errors = DRIVER_ERRORS
+    begin_read: Sequence[str] = ("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",)
+    driver_errors: tuple[type[BaseException], ...] = DRIVER_ERRORS
     identity_check: FileIdentityCheck
 
     def __init__(self, path: Path, *, busy_timeout: timedelta, durability: Durability, temporary: bool = False) -> None:
