@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,17 @@ def empty_postgres_url(postgres_url: str, administer: Administer) -> Iterator[st
     administer(f"DROP DATABASE {name} WITH (FORCE)")
 
 
+@contextmanager
+def postgres_copy(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of a fresh, migrated PostgreSQL database, which exists until the end of the block."""
+    administer: Administer = request.getfixturevalue("administer")
+    template: str = request.getfixturevalue("postgres_template")
+    name = f"test_{_WORKER}_{next(_numbers)}"
+    administer(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
+    yield postgres_database(request.getfixturevalue("postgres_url"), name)
+    administer(f"DROP DATABASE {name} WITH (FORCE)")
+
+
 # Either engine
 
 
@@ -309,13 +320,8 @@ def target(engine_name: str, request: pytest.FixtureRequest) -> Iterator[str]:
     if engine_name == "sqlite":
         yield str(request.getfixturevalue("sqlite_path"))
         return
-    url: str = request.getfixturevalue("postgres_url")
-    administer: Administer = request.getfixturevalue("administer")
-    template: str = request.getfixturevalue("postgres_template")
-    name = f"test_{_WORKER}_{next(_numbers)}"
-    administer(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY FILE_COPY")
-    yield postgres_database(url, name)
-    administer(f"DROP DATABASE {name} WITH (FORCE)")
+    with postgres_copy(request) as url:
+        yield url
 
 
 @pytest.fixture
@@ -353,11 +359,16 @@ def add_device(
 
 
 def pair(
-    database: Database, device_id: str = "phone", secret: SecretStr | None = None, *, approve: bool = True, **more: Any
+    database: Database,
+    device_id: str = "phone",
+    secret: SecretStr | None = None,
+    *,
+    role: Role = Role.CLIENT,
+    approve: bool = True,
+    **more: Any,
 ) -> SecretStr:
     """Pair a device, with a generated secret unless it has one, and return the secret."""
-    device = DevicePair(id=device_id, role=Role.CLIENT, shared_secret=secret, **more)
-    secret = database.pair(device).shared_secret
+    secret = database.pair(DevicePair(id=device_id, role=role, shared_secret=secret, **more)).shared_secret
     if approve:
         database.devices.approve(device_id)
     return secret
@@ -410,10 +421,7 @@ def floored(instant: datetime) -> datetime:
 
 
 class Children:
-    """Real Python processes that run a script given as text; the end of the test kills the remaining processes.
-
-    A fork server starts a process, unless the process needs a fresh interpreter or imports another copy of the package.
-    """
+    """Real Python processes of the fork server, or of a fresh interpreter. The end of the test kills all processes."""
 
     def __init__(self) -> None:
         self._processes: list[Process] = []
@@ -453,10 +461,7 @@ class Children:
         return self.finish(self.start(script, *arguments, fresh=fresh))
 
     def together(self, script: str, calls: Sequence[Sequence[object]]) -> list[str]:
-        """Run a process for each call, all at the same time.
-
-        The script prints a line when ready and then reads a line: no process continues before all are ready.
-        """
+        """Run a process for each call. A script prints a line and reads a line, so that all continue together."""
         processes = [self.start(script, *arguments) for arguments in calls]
         for process in processes:
             line = process.stdout.readline()

@@ -6,11 +6,13 @@ import json
 import runpy
 import shutil
 import signal
+from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.pool import NullPool
 
@@ -27,6 +29,12 @@ RECIPE: dict[str, Any] = runpy.run_path(str(FIXTURES / "make_revisions.py"))
 REVISIONS: tuple[str, ...] = RECIPE["REVISIONS"]
 NOW = datetime.fromtimestamp(RECIPE["NOW"] // 1000, UTC)
 
+
+def few(*revisions: str, of: Sequence[str]) -> list[Any]:
+    """Return parameters for these revisions, of which only the named revisions run without `-m slow`."""
+    return [pytest.param(each, marks=() if each in revisions else pytest.mark.slow) for each in of]
+
+
 Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -38,6 +46,13 @@ def clock() -> datetime:
 def sqlite(path: Path) -> Any:
     """Return a bare connection, through the SQLite library that the package uses in this process."""
     return connect(str(path))
+
+
+def change(path: Path, *statements: str) -> None:
+    """Change a file that is not open without the package, as an administrator in a shell would."""
+    with closing(sqlite(path)) as raw:
+        for statement in statements:
+            raw.execute(statement).fetchall()
 
 
 def fetch(path: Path, query: str) -> list[Any]:
@@ -65,6 +80,26 @@ def upgrade(path: Path, revision: str) -> None:
         with connection.begin():
             revisions.upgrade(connection, revision)
     engine.close()
+
+
+# The tables of version 1 as another program would create them: no constraint has a name, and a key can be NULL.
+SPECIFICATION = """
+CREATE TABLE devices (id TEXT PRIMARY KEY, role TEXT NOT NULL CHECK(role IN ('client', 'node', 'admin')),
+  shared_secret_hash TEXT NOT NULL, approved INTEGER NOT NULL DEFAULT 0, paired_at INTEGER NOT NULL,
+  last_seen_at INTEGER, metadata TEXT);
+CREATE TABLE agents (id TEXT PRIMARY KEY, name TEXT NOT NULL, workspace_path TEXT NOT NULL,
+  created_at INTEGER NOT NULL, config TEXT);
+CREATE TABLE sessions (session_id TEXT PRIMARY KEY, agent_id TEXT NOT NULL REFERENCES agents(id), sender_id TEXT,
+  channel_id TEXT, created_at INTEGER NOT NULL, last_active_at INTEGER NOT NULL);
+CREATE INDEX idx_sessions_agent ON sessions(agent_id);
+CREATE INDEX idx_sessions_sender ON sessions(sender_id);
+CREATE TABLE nonces (nonce TEXT PRIMARY KEY, device_id TEXT NOT NULL, created_at INTEGER NOT NULL,
+  expires_at INTEGER NOT NULL);
+CREATE INDEX idx_nonces_expires ON nonces(expires_at);
+CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, method TEXT NOT NULL, device_id TEXT NOT NULL,
+  result TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL);
+CREATE INDEX idx_idempotency_expires ON idempotency_keys(expires_at);
+"""
 
 
 def rows_of(path: Path) -> Rows:
@@ -146,13 +181,9 @@ def killed_at_statements(
 ) -> list[Path]:
     """Run an action on copies of a file, in processes that are killed at different statements. Return the copies.
 
-    Args:
-        source: file to copy. With None the file does not exist before the action.
-        directory: directory in which each copy has a directory.
-        step: number of statements between two kills. The last action runs to its end.
-        action: statements of Python, which can use `path`, `now` and `arguments`.
-        arguments: further arguments of the action.
-        before: statements of Python that run before the statements of SQL are counted.
+    Each copy has a directory, and `step` statements are between two kills; the last action runs to its end. Without a
+    source no file exists before the action. The action is Python, and can use `path`, `now` and `arguments`. The SQL
+    statements of `before`, which is Python too, are not counted.
     """
     done = fork_server.run(_KILLED, source or "", directory, step, before, action, *arguments, timeout=280)
     ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from homeagent.errors import InvalidArgumentError, MigrationError, SchemaOutdate
 from homeagent.migrations import REVISION
 from homeagent.testing import FakeClock
 from tests.conftest import Children, add_agent, postgres_execute
-from tests.migrations.old_databases import clock, fetch, is_sound, killed_at_statements, old_database, rows_of, sqlite
+from tests.migrations.old_databases import change, clock, fetch, is_sound, killed_at_statements, old_database, rows_of
 from tests.migrations.own_revisions import CREATE, write_revision, write_revisions
 
 
@@ -79,19 +78,10 @@ def test_current_database(target: str, folder: Path, tmp_path: Path) -> None:
         assert rows(database, "SELECT count(*) FROM notes") == [(0,)]
 
 
-def test_old_file_is_backed_up_once(tmp_path: Path, folder: Path) -> None:
-    """An old file gets both upgrades after one backup."""
-    path = old_database(tmp_path, "0001")
-    before = rows_of(path)
-    Database.open(path, migrations=folder, clock=clock).close()
-    (backup,) = tmp_path.glob("*.backup")
-    assert rows_of(backup) == before
-    assert fetch(path, "SELECT version_num FROM application_schema_version") == [("a3",)]
-
-
 def test_failed_attempts_keep_one_backup(tmp_path: Path, folder: Path) -> None:
-    """A new attempt replaces the backup of a failed attempt, but no backup of a successful upgrade or of a user."""
-    path, time = tmp_path / "homeagent.db", FakeClock(clock())
+    """One backup precedes both upgrades; a new attempt replaces only the backup of a failed attempt."""
+    path, time = old_database(tmp_path, "0001"), FakeClock(clock())
+    before = rows_of(path)
 
     def upgrade() -> Path:
         time.advance(minutes=1)
@@ -104,9 +94,12 @@ def test_failed_attempts_keep_one_backup(tmp_path: Path, folder: Path) -> None:
         assert caught.value.backup is not None
         return caught.value.backup
 
-    Database.open(path, migrations=folder, clock=time).close()
-    write_revision(folder, "a4", "a3", "op.execute(\"UPDATE notes SET text = ''\")")  # changes no schema
     kept = {upgrade()}
+    assert set(tmp_path.glob("*.backup")) == kept
+    assert rows_of(max(kept)) == before
+    assert fetch(path, "SELECT version_num FROM application_schema_version") == [("a3",)]
+    write_revision(folder, "a4", "a3", "op.execute(\"UPDATE notes SET text = ''\")")  # changes no schema
+    kept.add(upgrade())
     a5 = write_revision(folder, "a5", "a4", 'raise KeyError("a value")')
     failed = failed_upgrade()
     kept.add(tmp_path / "homeagent.db.of-a-user.backup")
@@ -121,9 +114,9 @@ def test_failed_attempts_keep_one_backup(tmp_path: Path, folder: Path) -> None:
     assert set(tmp_path.glob("*.backup")) == kept
     assert {path.with_suffix("") for path in tmp_path.glob("*.json")} == kept
     a5.unlink()
-    with closing(sqlite(path)) as raw:  # a manual downgrade
-        raw.execute("CREATE TABLE notes (id INTEGER, text TEXT)")
-        raw.execute("UPDATE application_schema_version SET version_num = 'a4'")
+    change(  # a manual downgrade
+        path, "CREATE TABLE notes (id INTEGER, text TEXT)", "UPDATE application_schema_version SET version_num = 'a4'"
+    )
     write_revision(folder, "a5", "a4", 'raise KeyError("a value")')
     failed = failed_upgrade()
     assert set(tmp_path.glob("*.backup")) == {*kept, failed}
@@ -187,15 +180,18 @@ def test_acknowledged_trigger(target: str, folder: Path) -> None:
     Database.open(target, migrations=folder, acknowledged=["audit"]).close()
 
 
+FAILING = [
+    ('raise KeyError("a value")', r"the revision 'a4' of .*migrations: KeyError\)"),
+    ('op.execute("INSERT INTO nowhere VALUES (1)")', "the revision 'a4' of .*no such table|'a4'.*nowhere"),
+    ("op.execute(\"INSERT INTO notes (id, session_id) VALUES (1, 'no')\")", "notes"),
+    ('op.create_table("HomeAgent_x", sa.Column("id", sa.Integer))', "'a4' of .*'HomeAgent_x'.*another name"),
+    ('op.execute("COMMIT")\nop.execute("SELECT * FROM nowhere")', r"'a4' of .*it sends COMMIT or ROLLBACK"),
+]
+
+
 @pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ('raise KeyError("a value")', r"the revision 'a4' of .*migrations: KeyError\)"),
-        ('op.execute("INSERT INTO nowhere VALUES (1)")', "the revision 'a4' of .*no such table|'a4'.*nowhere"),
-        ("op.execute(\"INSERT INTO notes (id, session_id) VALUES (1, 'no')\")", "notes"),
-        ('op.create_table("HomeAgent_x", sa.Column("id", sa.Integer))', "'a4' of .*'HomeAgent_x'.*another name"),
-        ('op.execute("COMMIT")\nop.execute("SELECT * FROM nowhere")', r"'a4' of .*it sends COMMIT or ROLLBACK"),
-    ],
+    ("engine_name", "body", "reason"),
+    [*(("sqlite", *each) for each in FAILING), *(("postgresql", *each) for each in FAILING[1::3])],
 )
 def test_failed_revision_is_undone(target: str, folder: Path, body: str, reason: str) -> None:
     """If a revision of the application fails, the error names the revision, and the new tables are gone."""
@@ -204,7 +200,7 @@ def test_failed_revision_is_undone(target: str, folder: Path, body: str, reason:
         # CREATE INDEX CONCURRENTLY of a3 would commit the revisions before it.
         (folder / "versions" / "a3.py").unlink()
         write_revision(folder, "a4", "a2", f'op.create_table("extra", sa.Column("id", sa.Integer))\n{body}')
-    with pytest.raises((MigrationError), match=reason) as caught:
+    with pytest.raises(MigrationError, match=reason) as caught:
         Database.open(target, migrations=folder)
     assert "a value" not in str(caught.value)
     with Database.open(target) as database, pytest.raises(Exception, match="notes"):
@@ -246,19 +242,19 @@ def test_unusable_revisions(tmp_path: Path, folder: Path, problem: str) -> None:
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize(
-    ("given", "problem"),
-    [
-        ("nowhere", "there is no folder 'nowhere/versions'.*homeagent migrations new"),
-        ("no_package:migrations", "'no_package' can't be imported"),
-        ("json:migrations", "there is no folder"),
-        (3, "must be 'package:folder' or a path"),
-    ],
-)
-def test_missing_revisions(tmp_path: Path, given: Any, problem: str) -> None:
+MISSING: dict[str, Any] = {
+    "there is no folder 'nowhere/versions'.*homeagent migrations new": "nowhere",
+    "'no_package' can't be imported": "no_package:migrations",
+    "there is no folder": "json:migrations",
+    "must be 'package:folder' or a path": 3,
+}
+
+
+@pytest.mark.parametrize("problem", MISSING)
+def test_missing_revisions(tmp_path: Path, problem: str) -> None:
     """A package or a folder that is missing is refused with the remedy."""
     with pytest.raises(InvalidArgumentError, match=problem):
-        Database.open(tmp_path / "homeagent.db", migrations=given)
+        Database.open(tmp_path / "homeagent.db", migrations=MISSING[problem])
 
 
 def test_package(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
 import homeagent.alembic
@@ -129,14 +129,14 @@ def test_new_and_old_databases(make_hub: Any, tmp_path: Path) -> None:
         Database.open(path, migrations=hub.package / "migrations", migrate=False).close()
 
 
-def test_change_of_a_table_of_homeagent(target: str, make_hub: Any) -> None:
+def test_change_of_a_table_of_homeagent(sqlite_path: Path, make_hub: Any) -> None:
     """A command of Alembic undoes a revision that changes homeagent's tables."""
-    hub = make_hub(target)
+    hub = make_hub(str(sqlite_path))
     write_revision(hub.package / "migrations", "b1", None, 'op.add_column("agents", sa.Column("extra", sa.Text))')
     with pytest.raises(CommandError, match="undone: it changes homeagent's table agents"):
         command.upgrade(hub.config, "head")
-    with Database.open(target) as database:
-        assert [agent.id for agent in database.agents.list()] == []
+    with Database.open(sqlite_path) as database:
+        assert database.agents.list() == []
 
 
 def test_lock_of_postgresql(empty_postgres_url: str, make_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +182,7 @@ def test_environment_of_the_application(target: str, make_hub: Any) -> None:
     """With include_name and include_object, an env.py of the application neither compares nor drops other tables."""
     hub = make_hub(target)
     importlib.import_module(f"{hub.name}.tables")
-    engine = create_engine(target if "://" in target else f"sqlite+homeagent:///{target}", poolclass=NullPool)
-    if "://" in target:
-        engine = create_engine(make_url(target).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+    engine = server(target) if "://" in target else create_engine(f"sqlite+homeagent:///{target}", poolclass=NullPool)
     assert {table.name for table in SCHEMA} < TABLES
     with engine.connect() as connection:
         context = MigrationContext.configure(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from homeagent.maintenance import Finding
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import FakeClock, add_device
 from tests.migrations.alembic_commands import alembic_config
-from tests.migrations.old_databases import REVISIONS, fetch, old_database, server, sqlite
+from tests.migrations.old_databases import REVISIONS, change, fetch, old_database, server
 from tests.migrations.old_databases import clock as then
 
 APPROVES = "BEGIN UPDATE devices SET approved = 1, role = 'admin'; END"
@@ -64,12 +63,6 @@ APPLICATION = (
 )
 
 
-def change(path: Path, statements: str) -> None:
-    """Change a file that is not open, by SQL."""
-    with closing(sqlite(path)) as raw:
-        raw.execute(statements)
-
-
 def content(directory: Path) -> dict[str, str]:
     """Return a digest of every file in a directory."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
@@ -109,8 +102,11 @@ def test_old_backup_is_compared_with_its_own_revision(sqlite_path: Path, tmp_pat
             Database.restore(backup, sqlite_path)
 
 
-def test_remedy_of_a_refused_restore(database_backup: Path, sqlite_path: Path, tmp_path: Path) -> None:
+def test_remedy_of_a_refused_restore(sqlite_path: Path, tmp_path: Path) -> None:
     """After the statement from the error was run on a copy of the backup, the copy can be restored."""
+    change(sqlite_path, CHANGES["trigger"][0])
+    with Database.open(sqlite_path) as database:
+        database_backup = database.backup(tmp_path / "the.backup")
     with pytest.raises(SchemaChangedError, match="restore the copy") as caught:
         Database.restore(database_backup, sqlite_path)
     mended = tmp_path / "mended.backup"
@@ -121,14 +117,6 @@ def test_remedy_of_a_refused_restore(database_backup: Path, sqlite_path: Path, t
     with Database.open(sqlite_path) as database:
         secret = database.pair(DevicePair(id="new", role=Role.CLIENT)).shared_secret
         assert database.verify_secret("new", secret) is None
-
-
-@pytest.fixture
-def database_backup(sqlite_path: Path, tmp_path: Path) -> Path:
-    """A backup with its manifest, of a database with a trigger on devices."""
-    change(sqlite_path, CHANGES["trigger"][0])
-    with Database.open(sqlite_path) as database:
-        return database.backup(tmp_path / "the.backup")
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
@@ -156,14 +144,15 @@ def test_tables_of_the_application_are_kept(tmp_path: Path, sqlite_path: Path, r
 
 def test_spelling_of_a_definition_is_ignored(sqlite_path: Path) -> None:
     """Comments, spaces and quotes of names do not count as changes, but differences inside a text do."""
-    with closing(sqlite(sqlite_path)) as raw:
-        raw.execute("PRAGMA writable_schema=ON")
-        raw.execute("UPDATE sqlite_master SET sql = replace(sql, ', ', ', -- app''s\n ') || ' /* app:web */'")
-        raw.execute("UPDATE sqlite_master SET sql = replace(sql, 'role TEXT', '\"role\"  TEXT') WHERE name = 'devices'")
+    change(
+        sqlite_path,
+        "PRAGMA writable_schema=ON",
+        "UPDATE sqlite_master SET sql = replace(sql, ', ', ', -- app''s\n ') || ' /* app:web */'",
+        "UPDATE sqlite_master SET sql = replace(sql, 'role TEXT', '\"role\"  TEXT') WHERE name = 'devices'",
+    )
     assert finding(sqlite_path).severity == "ok"
-    with closing(sqlite(sqlite_path)) as raw:
-        raw.execute("PRAGMA writable_schema=ON")
-        raw.execute("UPDATE sqlite_master SET sql = replace(sql, '''admin''', '''/**/admin''') WHERE name = 'devices'")
+    statement = "UPDATE sqlite_master SET sql = replace(sql, '''admin''', '''/**/admin''') WHERE name = 'devices'"
+    change(sqlite_path, "PRAGMA writable_schema=ON", statement)
     assert "ck_devices_role" in finding(sqlite_path).summary
 
 
