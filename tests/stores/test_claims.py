@@ -16,15 +16,7 @@ from homeagent import (
     IdempotencyScope,
     IdempotencyState,
     Outcome,
-)
-from homeagent.errors import (
-    CorruptDatabaseError,
-    FingerprintMismatchError,
-    IdempotencyError,
-    IdempotencyInProgressError,
-    InvalidArgumentError,
-    LeaseLostError,
-    OutcomeUnknownError,
+    errors,
 )
 from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import START, FakeClock, add_agent, dump, write_past_checks
@@ -58,72 +50,50 @@ def find(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey 
     return database.run(lambda unit: unit.idempotency_keys.find(scope), read_only=True)
 
 
-def test_wrong_attempt_changes_no_row(database: Database) -> None:
-    """If the argument is a scope, a record or an outcome instead of an attempt, the method raises and writes no row."""
-    begin(database)
-    before = dump(database)
-    for wrong in (SCOPE, find(database), Outcome(value=1, replayed=False, attempt=1), None):
-        with database.unit_of_work() as unit:
-            keys: Any = unit.idempotency_keys
-            with pytest.raises(InvalidArgumentError, match="Attempt"):
-                keys.renew(wrong, lease=MINUTE)
-            for record in (keys.complete, keys.fail):
-                with pytest.raises(InvalidArgumentError, match="Attempt"):
-                    record(wrong, 1)
-            for method in (keys.release, keys.find_recorded):
-                with pytest.raises(InvalidArgumentError, match="Attempt"):
-                    method(wrong)
-    assert dump(database) == before
-
-
 def test_lease_is_exact(database: Database, clock: FakeClock) -> None:
-    """A lease is valid one millisecond before its end and has expired exactly at its end."""
+    """A lease is valid one millisecond before its end and has expired exactly at its end, after a renewal too."""
     first = begin(database)
     clock.now = first.lease_expires_at - TICK
-    with pytest.raises(IdempotencyInProgressError) as refusal:
+    first = database.run(lambda unit: unit.idempotency_keys.renew(first, lease=MINUTE))
+    assert first.lease_expires_at == clock.now + MINUTE
+    clock.now = first.lease_expires_at - TICK
+    with pytest.raises(errors.IdempotencyInProgressError) as refusal:
         claim(database, rerun=True)
     assert refusal.value.retry_after == TICK
-    refused: IdempotencyError = refusal.value
+    refused: errors.IdempotencyError = refusal.value
     assert (refused.state, refused.expires_at) == (IdempotencyState.IN_PROGRESS, first.expires_at)
     clock.advance(TICK)
-    with pytest.raises(OutcomeUnknownError) as unknown:
+    with pytest.raises(errors.OutcomeUnknownError) as unknown:
         claim(database)
     assert (unknown.value.state, unknown.value.expires_at) == (IdempotencyState.IN_PROGRESS, first.expires_at)
     second = begin(database, rerun=True)
     assert (second.number, second.downstream_key) == (2, first.downstream_key)
 
 
-def test_an_empty_fingerprint(database: Database) -> None:
-    """A fingerprint may be empty, and another fingerprint is refused with the state and expiry of the record."""
-    first = begin(database, fingerprint="")
-    with pytest.raises(FingerprintMismatchError) as refusal:
-        claim(database)
-    assert (refusal.value.state, refusal.value.expires_at) == (IdempotencyState.IN_PROGRESS, first.expires_at)
-
-
 def test_lease_of_zero(database: Database) -> None:
     """A lease of zero has expired at once, and its attempt can still record an outcome."""
-    attempt = begin(database, lease=timedelta(0))
+    attempt = begin(database, lease=timedelta(0), fingerprint="")
     assert attempt.lease_expires_at == START
-    with pytest.raises(OutcomeUnknownError):
+    with pytest.raises(errors.OutcomeUnknownError):
+        claim(database, fingerprint="")
+    # A fingerprint may be empty, and another fingerprint is refused with the state and expiry of the record.
+    with pytest.raises(errors.FingerprintMismatchError) as refusal:
         claim(database)
+    assert (refusal.value.state, refusal.value.expires_at) == (IdempotencyState.IN_PROGRESS, attempt.expires_at)
     complete(database, attempt)
-    assert claim(database) == Outcome("done", True, 1)
+    assert claim(database, fingerprint="") == Outcome("done", True, 1)
 
 
-WRITES: dict[str, Callable[[IdempotencyKeyStore, Attempt], object]] = {
-    "complete": lambda store, attempt: store.complete(attempt, 1),
-    "fail": lambda store, attempt: store.fail(attempt, 1),
-    "release": lambda store, attempt: store.release(attempt),
-    "renew": lambda store, attempt: store.renew(attempt, lease=MINUTE),
-}
+WRITES: list[Callable[[IdempotencyKeyStore, Attempt], object]] = [
+    lambda store, attempt: store.complete(attempt, 1),
+    lambda store, attempt: store.fail(attempt, 1),
+    lambda store, attempt: store.release(attempt),
+    lambda store, attempt: store.renew(attempt, lease=MINUTE),
+]
 
 
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
 @pytest.mark.parametrize("lost_to", ["rerun", "completed", "resolved", "forgotten"])
-def test_lost_key(
-    database: Database, clock: FakeClock, write: Callable[[IdempotencyKeyStore, Attempt], object], lost_to: str
-) -> None:
+def test_lost_key(database: Database, clock: FakeClock, lost_to: str) -> None:
     """If an attempt lost its key to another attempt or an operator, its writes raise an error and change no row."""
     stale = begin(database)
     clock.advance(MINUTE)
@@ -136,29 +106,18 @@ def test_lost_key(
     else:
         assert database.run(lambda unit: unit.idempotency_keys.forget(SCOPE))
     before = dump(database)
-    with pytest.raises(LeaseLostError) as refusal:
-        database.run(lambda unit: write(unit.idempotency_keys, stale))
-    assert refusal.value.attempt == 1
-    assert dump(database) == before
-
-
-def test_renew(database: Database, clock: FakeClock) -> None:
-    """A renewed lease lasts from the time of the renewal."""
-    attempt = begin(database)
-    clock.advance(MINUTE - TICK)
-    renewed = database.run(lambda unit: unit.idempotency_keys.renew(attempt, lease=MINUTE))
-    assert renewed.lease_expires_at == clock.now + MINUTE
-    clock.advance(MINUTE - TICK)
-    with pytest.raises(IdempotencyInProgressError):
-        claim(database)
-    complete(database, renewed)
+    for write in WRITES:
+        with pytest.raises(errors.LeaseLostError) as refusal, database.unit_of_work() as unit:
+            write(unit.idempotency_keys, stale)
+        assert refusal.value.attempt == 1
+        assert dump(database) == before
 
 
 @pytest.mark.parametrize("swept", [False, True], ids=["before cleanup", "after cleanup"])
 def test_expiry(database: Database, clock: FakeClock, swept: bool) -> None:
     """A record is replayed until its end and is absent exactly at its end, before and after a cleanup."""
     complete(database, begin(database))
-    with pytest.raises(FingerprintMismatchError):
+    with pytest.raises(errors.FingerprintMismatchError):
         claim(database, fingerprint="g")
     clock.now = START + DAY - TICK
     if swept:
@@ -173,6 +132,12 @@ def test_expiry(database: Database, clock: FakeClock, swept: bool) -> None:
     row = find(database)
     assert row is not None
     assert (row.result, row.created_at, row.attempt, row.fingerprint) == (None, clock.now, 1, "g")
+    # A record that was inserted without parameters counts as completed for calls with any parameters.
+    other = IdempotencyScope("lamp", "m", "other")
+    database.idempotency_keys.insert(other, {"id": 1}, ttl=DAY)
+    assert claim(database, other, fingerprint="anything") == Outcome({"id": 1}, True, 1)
+    clock.advance(DAY)
+    assert begin(database, other).number == 1
 
 
 def test_a_method_reads_the_clock_once(target: str) -> None:
@@ -218,11 +183,11 @@ def test_cleanup_keeps_unknown_outcomes(database: Database, clock: FakeClock) ->
     database.run(lambda unit: unit.idempotency_keys.renew(attempts["running"], lease=MINUTE))
     assert database.sweep().idempotency_keys == 2
     assert {name for name, scope in scopes.items() if find(database, scope)} == {"running", "unknown"}
-    with pytest.raises(IdempotencyInProgressError):
+    with pytest.raises(errors.IdempotencyInProgressError):
         claim(database, scopes["running"])
-    with pytest.raises(OutcomeUnknownError):
+    with pytest.raises(errors.OutcomeUnknownError):
         claim(database, scopes["unknown"])
-    with pytest.raises(FingerprintMismatchError):
+    with pytest.raises(errors.FingerprintMismatchError):
         claim(database, scopes["unknown"], fingerprint="g")
     # The time to live is over, but the attempt has just ended: the record is replayed for the same time again.
     complete(database, attempts["running"])
@@ -238,65 +203,49 @@ def test_operator_settles_abandoned_keys(database: Database, clock: FakeClock) -
     for scope in scopes:
         begin(database, scope)
         clock.advance(seconds=10)
-
-    def store(work: Callable[[IdempotencyKeyStore], Any]) -> Any:
-        return database.run(lambda unit: work(unit.idempotency_keys))
-
-    assert store(lambda keys: keys.list_abandoned()) == []
-    with pytest.raises(IdempotencyInProgressError):
-        store(lambda keys: keys.resolve(scopes[0], 1))
-    with pytest.raises(IdempotencyInProgressError):
-        store(lambda keys: keys.forget(scopes[0]))
+    keys = database.idempotency_keys
+    assert keys.list_abandoned() == []
+    with pytest.raises(errors.IdempotencyInProgressError):
+        keys.resolve(scopes[0], 1)
+    with pytest.raises(errors.IdempotencyInProgressError):
+        keys.forget(scopes[0])
     clock.advance(MINUTE)
-    assert [row.key for row in store(lambda keys: keys.list_abandoned())] == ["0", "1", "2"]
-    assert [row.key for row in store(lambda keys: keys.list_abandoned(limit=2))] == ["0", "1"]
-    assert store(lambda keys: keys.resolve(scopes[0], {"order": 1})) is True
-    assert store(lambda keys: keys.forget(scopes[1])) is True
+    assert [row.key for row in keys.list_abandoned()] == ["0", "1", "2"]
+    assert [row.key for row in keys.list_abandoned(limit=2)] == ["0", "1"]
+    assert keys.resolve(scopes[0], {"order": 1}) is True
+    assert keys.forget(scopes[1]) is True
     assert claim(database, scopes[0]) == Outcome({"order": 1}, True, 1)
     assert begin(database, scopes[1]).number == 1
-    assert [row.key for row in store(lambda keys: keys.list_abandoned())] == ["2"]
+    assert [row.key for row in keys.list_abandoned()] == ["2"]
 
 
-def test_operator_without_abandoned_keys(database: Database) -> None:
-    """If no key is abandoned, the operator's methods change neither an absent nor a completed record."""
+def test_operator_without_abandoned_keys(database: Database, clock: FakeClock) -> None:
+    """`resolve` and `forget` keep an absent and a completed record; an invalid result leaves a key abandoned."""
     complete(database, begin(database))
     before = dump(database)
-    with database.unit_of_work() as unit:
-        for scope in (SCOPE, IdempotencyScope("lamp", "m", "absent")):
-            assert unit.idempotency_keys.resolve(scope, "other") is False
-            assert unit.idempotency_keys.forget(scope) is False
+    for scope in (SCOPE, IdempotencyScope("lamp", "m", "absent")):
+        assert database.idempotency_keys.resolve(scope, "other") is False
+        assert database.idempotency_keys.forget(scope) is False
     assert dump(database) == before
-
-
-def test_resolve_with_unstorable_result(database: Database, clock: FakeClock) -> None:
-    """If a result cannot be stored, `resolve` raises an error and the key stays abandoned."""
-    begin(database)
+    begin(database, IdempotencyScope("lamp", "m", "k"))
     clock.advance(MINUTE)
-    with pytest.raises(InvalidArgumentError):
-        database.run(lambda unit: unit.idempotency_keys.resolve(SCOPE, "x" * 1_100_000))
-    with pytest.raises(OutcomeUnknownError):
-        claim(database)
-
-
-def test_record_without_fingerprint(database: Database, clock: FakeClock) -> None:
-    """A record that was inserted without parameters counts as completed for calls with any parameters."""
-    database.run(lambda unit: unit.idempotency_keys.insert(SCOPE, {"id": 1}, ttl=DAY))
-    assert claim(database, fingerprint="anything") == Outcome({"id": 1}, True, 1)
-    clock.advance(DAY)
-    assert begin(database).number == 1
+    with pytest.raises(errors.InvalidArgumentError):
+        database.idempotency_keys.resolve(IdempotencyScope("lamp", "m", "k"), "x" * 1_100_000)
+    with pytest.raises(errors.OutcomeUnknownError):
+        claim(database, IdempotencyScope("lamp", "m", "k"))
 
 
 def test_errors_omit_the_key(database: Database) -> None:
     """Each error of the claims names its scope, but omits the key and the stored result."""
     scope = IdempotencyScope("lamp", "m", "sesame")
     attempt = begin(database, scope, lease=timedelta(0))
-    told: list[IdempotencyError] = []
+    told: list[errors.IdempotencyError] = []
     for fingerprint in ("f", "g"):
-        with pytest.raises(IdempotencyError) as refusal:
+        with pytest.raises(errors.IdempotencyError) as refusal:
             claim(database, scope, fingerprint=fingerprint)
         told.append(refusal.value)
     complete(database, attempt, "treasure")
-    with pytest.raises(LeaseLostError) as lost:
+    with pytest.raises(errors.LeaseLostError) as lost:
         complete(database, attempt, "treasure")
     for error in (*told, lost.value):
         assert "sesame" not in str(error)
@@ -309,23 +258,18 @@ def test_errors_omit_the_key(database: Database) -> None:
 
 def test_unknown_state_keeps_the_key(database: Database, target: str, clock: FakeClock) -> None:
     """If a row has an unknown state, claims raise an error and cleanup keeps the row, since the effect may have run."""
-    begin(database, lease=timedelta(0))
-    write_past_checks(target, "UPDATE idempotency_keys SET state = 'running'")
-    clock.advance(days=30)
-    before = dump(database)
-    assert database.sweep().idempotency_keys == 0
-    with database.unit_of_work() as unit:
-        assert unit.idempotency_keys.delete_ended(SCOPE.device_id) == 0
-    for call in (lambda: claim(database), lambda: database.run(lambda unit: unit.idempotency_keys.find(SCOPE))):
-        with pytest.raises(CorruptDatabaseError):
-            call()
-    assert dump(database) == before
-
-
-def test_unreadable_omitted_flag(database: Database, target: str) -> None:
-    """If `omitted` is neither 0 nor 1, the stored result is not returned as a complete result."""
-    complete(database, begin(database), "done")
+    complete(database, begin(database, lease=timedelta(0)))
+    # If `omitted` is neither 0 nor 1, the stored result is not returned as a complete result.
     write_past_checks(target, "UPDATE idempotency_keys SET omitted = 2")
     again = claim(database)
     assert isinstance(again, Outcome)
     assert again.omitted
+    write_past_checks(target, "UPDATE idempotency_keys SET state = 'running'")
+    clock.advance(days=30)
+    before = dump(database)
+    assert database.sweep().idempotency_keys == 0
+    assert database.idempotency_keys.delete_ended(SCOPE.device_id) == 0
+    for call in (lambda: claim(database), lambda: database.run(lambda unit: unit.idempotency_keys.find(SCOPE))):
+        with pytest.raises(errors.CorruptDatabaseError):
+            call()
+    assert dump(database) == before

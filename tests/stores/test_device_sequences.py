@@ -13,17 +13,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 from sqlmodel import select
 
-from homeagent import Device, DeviceChange, DeviceCreate, DevicePair, DeviceStatus, DeviceUpdate, IdempotencyScope, Role
-from homeagent.errors import (
-    ApprovalChangedError,
-    DeviceExistsError,
-    DeviceNotApprovedError,
-    DeviceNotFoundError,
-    IdempotencyKeyExistsError,
-    KeyLimitError,
-    LastAdminError,
-    NonceLimitError,
-    PendingLimitError,
+from homeagent import (
+    Device,
+    DeviceChange,
+    DeviceCreate,
+    DevicePair,
+    DeviceStatus,
+    DeviceUpdate,
+    IdempotencyScope,
+    Role,
+    errors,
 )
 from homeagent.models.device_change import DeviceChangeKind
 from homeagent.stores.nonces import NONCE_GRACE
@@ -69,7 +68,7 @@ class GuardMachine(Machine):
         fresh = self.nonces.get((device, nonce), now) <= now
         got = self.attempt("nonces", "consume", device, nonce, expires_at=now + lives)
         if fresh and len(self.counted(device)) >= LIMITS.nonces_per_device:
-            assert got is NonceLimitError
+            assert got is errors.NonceLimitError
         else:
             assert got is fresh
         if got is True:
@@ -99,9 +98,9 @@ class GuardMachine(Machine):
         now = self.clock.now
         got = self.attempt("idempotency_keys", "insert", IdempotencyScope(device, "m", key), value, ttl=lives)
         if (device, key) in self.keys and self.keys[device, key][0] > now:
-            assert got is IdempotencyKeyExistsError
+            assert got is errors.IdempotencyKeyExistsError
         elif sum(each[0] == device and until > now for each, (until, _) in self.keys.items()) >= LIMITS.keys_per_device:
-            assert got is KeyLimitError
+            assert got is errors.KeyLimitError
         else:
             assert got.result == value
             self.keys[device, key] = (now + lives, value)
@@ -167,15 +166,8 @@ class DeviceMachine(Machine):
         return data.draw(st.sampled_from([*sorted(self.devices), *sorted(self.devices), *NAMES]))
 
     def add(self, device: str, role: Role, secret: str | None) -> None:
-        self.devices[device] = {
-            "role": role,
-            "approved": False,
-            "approved_at": None,
-            "revoked_at": None,
-            "last_seen_at": None,
-            "metadata_": None,
-            "paired_at": self.clock.now,
-        }
+        empty = dict.fromkeys(("approved_at", "revoked_at", "last_seen_at", "metadata_"))
+        self.devices[device] = {"role": role, "approved": False, "paired_at": self.clock.now, **empty}
         self.secrets[device] = (secret, None, None)
         self.expected.append((device, "paired"))
 
@@ -201,11 +193,8 @@ class DeviceMachine(Machine):
     def pending(self, *, overdue: bool) -> list[str]:
         """Return the pending devices for which `Limits.pending_ttl` has ended, or the other pending devices."""
         before = self.clock.now - LIMITS.pending_ttl
-        return [
-            name
-            for name, row in self.devices.items()
-            if self.status(name) is DeviceStatus.PENDING and (row["paired_at"] <= before) is overdue
-        ]
+        pending = [name for name in self.devices if self.status(name) is DeviceStatus.PENDING]
+        return [name for name in pending if (self.devices[name]["paired_at"] <= before) is overdue]
 
     def is_last_admin(self, device: str) -> bool:
         return [name for name, row in self.devices.items() if row["role"] is Role.ADMIN and row["approved"]] == [device]
@@ -216,14 +205,14 @@ class DeviceMachine(Machine):
     def create(self, device: str, role: Role) -> None:
         got = self.attempt("devices", "create", DeviceCreate(id=device, role=role, shared_secret_hash="sha256$x"))
         if device in self.devices:
-            assert got is DeviceExistsError
+            assert got is errors.DeviceExistsError
         else:
             assert got.id == device
             self.add(device, role, None)
 
     @action(device=names, role=st.sampled_from(Role))
     def pair(self, device: str, role: Role) -> None:
-        refusal = DeviceExistsError if device in self.devices else PendingLimitError
+        refusal = errors.DeviceExistsError if device in self.devices else errors.PendingLimitError
         if device in self.devices or len(self.pending(overdue=False)) >= LIMITS.pending_devices:
             with pytest.raises(refusal):
                 self.database.pair(DevicePair(id=device, role=role))
@@ -238,13 +227,13 @@ class DeviceMachine(Machine):
         got = self.attempt("devices", "approve", device, expected_status=status, expected_role=role)
         row = self.devices.get(device)
         if row is None:
-            assert got is DeviceNotFoundError
+            assert got is errors.DeviceNotFoundError
         elif role not in (None, row["role"]):
-            assert got is ApprovalChangedError
+            assert got is errors.ApprovalChangedError
         elif row["approved"]:
             assert got is False
         elif (status or DeviceStatus.PENDING) is not self.status(device):
-            assert got is ApprovalChangedError
+            assert got is errors.ApprovalChangedError
         else:
             assert got is True
             self.set_approved(device, True)
@@ -254,9 +243,9 @@ class DeviceMachine(Machine):
         device = self.draw(data)
         got = self.attempt("devices", "revoke", device, force=force)
         if device not in self.devices:
-            assert got is DeviceNotFoundError
+            assert got is errors.DeviceNotFoundError
         elif self.is_last_admin(device) and not force:
-            assert got is LastAdminError
+            assert got is errors.LastAdminError
         else:
             assert got is (self.status(device) is not DeviceStatus.REVOKED)
             if got:
@@ -267,7 +256,7 @@ class DeviceMachine(Machine):
         device = self.draw(data)
         got = self.attempt("devices", "delete", device, force=force)
         if device in self.devices and self.is_last_admin(device) and not force:
-            assert got is LastAdminError
+            assert got is errors.LastAdminError
             return
         assert got is (device in self.devices)
         if got:
@@ -279,7 +268,7 @@ class DeviceMachine(Machine):
         device = self.draw(data)
         got = self.attempt("devices", "update", device, DeviceUpdate(metadata=next(self.values)))
         if device not in self.devices:
-            assert got is DeviceNotFoundError
+            assert got is errors.DeviceNotFoundError
             return
         self.devices[device]["metadata_"] = got.metadata_
         self.expected.append((device, "updated"))
@@ -337,7 +326,7 @@ class DeviceMachine(Machine):
         device = self.draw(data)
         row = self.devices.get(device)
         if row is None or (overlap and not row["approved"]):
-            with pytest.raises(DeviceNotFoundError if row is None else DeviceNotApprovedError):
+            with pytest.raises(errors.DeviceNotFoundError if row is None else errors.DeviceNotApprovedError):
                 self.database.rotate_secret(device, overlap=overlap)
             return
         secret = self.database.rotate_secret(device, overlap=overlap).get_secret_value()
@@ -442,9 +431,8 @@ class DeviceMachine(Machine):
             admins = [row.id for row in unit.devices.list(role=Role.ADMIN, status=DeviceStatus.APPROVED)]
             pending = unit.devices.count_pending(limit=100)
             keys = {name for name in NAMES if unit.idempotency_keys.find(IdempotencyScope(name, "m", "k"))}
-        assert {
-            name: {field: getattr(row, field) for field in self.devices.get(name, ())} for name, row in found.items()
-        } == self.devices
+        stored = {name: {key: getattr(row, key) for key in self.devices.get(name, ())} for name, row in found.items()}
+        assert stored == self.devices
         assert all(row.status is self.status(name) for name, row in found.items())
         assert all((row.previous_secret_hash is None) is (self.secrets[name][2] is None) for name, row in found.items())
         assert newest == sorted(self.devices, key=lambda name: (self.devices[name]["paired_at"], name), reverse=True)

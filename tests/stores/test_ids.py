@@ -22,6 +22,7 @@ from homeagent import (
     IdempotencyScope,
     Role,
 )
+from homeagent.credentials.secret_format import generate_secret
 from homeagent.errors import AgentNotFoundError, DeviceNotFoundError, InvalidArgumentError, SessionNotFoundError
 from tests.conftest import START, add_agent, add_device, write_past_checks
 
@@ -45,35 +46,33 @@ JWT = "eyJhbGciOiJSUzI1NiJ9." + "eyJzdWIiOiIxMjM0NTY3ODkwIn0" * 30 + ".c2ln-_"
 SENDERS = ["\u202a+49 170 1234567\u202c", "\u200e+1\u2011555\u200f", "#room:matrix.org\u2060", " " + "x" * 1023]
 
 
-@pytest.mark.parametrize("identifier", IDS)
-def test_ids_as_they_are_in_the_field(database: Database, identifier: str) -> None:
+def test_ids_as_they_are_in_the_field(database: Database) -> None:
     """A device, an agent and a session can have such an id, and each store finds and deletes the row by the id."""
-    add_device(database, identifier, approved=True)
-    add_agent(database, identifier)
-    scope = IdempotencyScope(identifier, "m", identifier)
-    with database.unit_of_work() as unit:
-        unit.sessions.create(AgentSessionCreate(session_id=identifier, agent_id=identifier, sender_id=identifier))
-        unit.idempotency_keys.insert(scope, 1, ttl=MINUTE)
-        assert unit.nonces.consume(identifier, identifier, expires_at=START + MINUTE)
-    assert DevicePublic.model_validate(database.devices.get(identifier)).id == identifier
-    assert database.sessions.get(identifier).agent_id == database.agents.get(identifier).id == identifier
-    assert database.idempotency_keys.find(scope) is not None
-    assert database.nonces.find(identifier, identifier) is not None
-    assert database.devices.delete(identifier)
-    assert database.agents.delete(identifier, delete_sessions=True)
+    for identifier in IDS:
+        add_device(database, identifier, approved=True)
+        add_agent(database, identifier)
+        scope = IdempotencyScope(identifier, "m", identifier)
+        with database.unit_of_work() as unit:
+            unit.sessions.create(AgentSessionCreate(session_id=identifier, agent_id=identifier, sender_id=identifier))
+            unit.idempotency_keys.insert(scope, 1, ttl=MINUTE)
+            assert unit.nonces.consume(identifier, identifier, expires_at=START + MINUTE)
+        assert DevicePublic.model_validate(database.devices.get(identifier)).id == identifier
+        assert database.sessions.get(identifier).agent_id == database.agents.get(identifier).id == identifier
+        assert database.idempotency_keys.find(scope) is not None
+        assert database.nonces.find(identifier, identifier) is not None
+        assert database.devices.delete(identifier)
+        assert database.agents.delete(identifier, delete_sessions=True)
 
 
-@pytest.mark.parametrize("sender", SENDERS)
-def test_senders_with_invisible_marks(database: Database, sender: str) -> None:
+def test_senders_with_invisible_marks(database: Database) -> None:
     """A sender and a channel can have bidirectional marks, and a session can have the id of a JWT."""
     add_agent(database)
-    with database.unit_of_work() as unit:
-        unit.sessions.create(
-            AgentSessionCreate(session_id=JWT, agent_id="ada", sender_id=sender, channel_id=sender[::-1])
-        )
-    found = database.sessions.resolve(agent_id="ada", sender_id=sender, channel_id=sender[::-1])
-    assert (found.session_id, found.sender_id) == (JWT, sender)
-    assert [each.session_id for each in database.sessions.list(sender_id=sender)] == [JWT]
+    for number, sender in enumerate(SENDERS):
+        route: dict[str, Any] = {"agent_id": "ada", "sender_id": sender, "channel_id": sender[::-1]}
+        database.sessions.create(AgentSessionCreate(session_id=f"{JWT}{number}", **route))
+        found = database.sessions.resolve(**route)
+        assert (found.session_id, found.sender_id) == (f"{JWT}{number}", sender)
+        assert database.sessions.list(sender_id=sender) == [found]
 
 
 def test_the_longest_texts_are_stored(database: Database) -> None:
@@ -102,42 +101,43 @@ def test_the_longest_texts_are_stored(database: Database) -> None:
     assert database.nonces.find(device_id, nonce) is not None
 
 
-@pytest.mark.parametrize("absent", ["", "x" * 100_000, "nul\0", "a/../b", "\ud800", "\ud800\0"], ids=ascii)
-def test_a_search_takes_every_text(database: Database, absent: str) -> None:
+def test_a_search_takes_every_text(database: Database) -> None:
     """If no row has the text, a method that reads, changes or deletes finds no row, and the unit stays usable."""
-    with database.unit_of_work() as unit:
-        devices, agents, sessions = unit.devices, unit.agents, unit.sessions
-        for store in (devices, agents, sessions):
-            assert store.find_by_id(absent) is None
-            assert store.delete(absent) is False
-        for device_call in (devices.get, devices.approve, devices.revoke):
-            with pytest.raises(DeviceNotFoundError) as caught:
-                device_call(absent)
-            assert caught.value.device_id == absent
-            assert len(str(caught.value)) < 2000
-        with pytest.raises(DeviceNotFoundError):
-            devices.update(absent, DeviceUpdate(metadata=1))
-        for agent_call in (agents.get, lambda id_: agents.update(id_, AgentUpdate(name="Any"))):
+    for absent in ("", "x" * 100_000, "nul\0", "a/../b", "\ud800", "\ud800\0"):
+        with database.unit_of_work() as unit:
+            devices, agents, sessions = unit.devices, unit.agents, unit.sessions
+            for store in (devices, agents, sessions):
+                assert store.find_by_id(absent) is None
+                assert store.delete(absent) is False
+            for device_call in (devices.get, devices.approve, devices.revoke):
+                with pytest.raises(DeviceNotFoundError) as caught:
+                    device_call(absent)
+                assert caught.value.device_id == absent
+                assert len(str(caught.value)) < 2000
+            with pytest.raises(DeviceNotFoundError):
+                devices.update(absent, DeviceUpdate(metadata=1))
+            for with_patch in (False, True):
+                with pytest.raises(AgentNotFoundError) as no_agent:
+                    _ = agents.update(absent, AgentUpdate(name="Any")) if with_patch else agents.get(absent)
+                assert no_agent.value.agent_id == absent
             with pytest.raises(AgentNotFoundError):
-                agent_call(absent)
-        with pytest.raises(AgentNotFoundError):
-            sessions.resolve(agent_id=absent)
-        with pytest.raises(SessionNotFoundError):
-            sessions.get(absent)
-        assert devices.update_last_seen(absent) is sessions.touch(absent) is False
-        assert sessions.list(agent_id=absent) == sessions.list(sender_id=absent) == []
-        assert unit.nonces.find(absent, absent) is None
-        assert unit.nonces.forget(absent) == 0
-        scope = IdempotencyScope.of_record(absent, absent, absent)
-        assert unit.idempotency_keys.find(scope) is None
-        assert unit.idempotency_keys.forget(scope) is False
-        with pytest.raises(InvalidArgumentError):
-            unit.idempotency_keys.insert(scope, 1, ttl=MINUTE)
-    assert database.check_secret(absent, "a guess of a secret").status == "denied"
-    assert database.check_proof(absent, nonce="n", timestamp=START, proof=bytes(32)).status == "denied"
-    assert database.proof_parameters(absent).iterations == 4096
-    with pytest.raises(DeviceNotFoundError):
-        database.rotate_secret(absent)
+                sessions.resolve(agent_id=absent)
+            with pytest.raises(SessionNotFoundError):
+                sessions.get(absent)
+            assert devices.update_last_seen(absent) is sessions.touch(absent) is False
+            assert sessions.list(agent_id=absent) == sessions.list(sender_id=absent) == []
+            assert unit.nonces.find(absent, absent) is None
+            assert unit.nonces.forget(absent) == 0
+            scope = IdempotencyScope.of_record(absent, absent, absent)
+            assert unit.idempotency_keys.find(scope) is None
+            assert unit.idempotency_keys.forget(scope) is False
+            with pytest.raises(InvalidArgumentError):
+                unit.idempotency_keys.insert(scope, 1, ttl=MINUTE)
+        assert database.check_secret(absent, generate_secret()).status == "denied"
+        assert database.check_proof(absent, nonce="n", timestamp=START, proof=bytes(32)).status == "denied"
+        assert database.proof_parameters(absent).iterations == 4096
+        with pytest.raises(DeviceNotFoundError):
+            database.rotate_secret(absent)
 
 
 def test_an_id_is_a_str(database: Database) -> None:
@@ -220,4 +220,4 @@ def test_rows_that_break_the_rules(database: Database, target: str, odd: str) ->
         assert unit.devices.revoke(odd, force=True)
         assert unit.devices.delete(odd)
         assert unit.sessions.delete(odd)
-    assert database.check_secret(odd, "a guess of a secret").status == "denied"
+    assert database.check_secret(odd, generate_secret()).status == "denied"

@@ -1,19 +1,20 @@
-"""The store of nonces."""
+"""The store of nonces, and the guard that accepts a signed message once, and only while the message is fresh."""
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import insert
 
-from homeagent import Database, Nonce
+from homeagent import Database, Freshness, Nonce, ReplayGuard
 from homeagent.errors import InvalidArgumentError, NonceLimitError
 from homeagent.stores.nonces import NONCE_GRACE
 from tests.conftest import START, FakeClock, dump
 
 MINUTE = timedelta(minutes=1)
 MS = timedelta(milliseconds=1)
+SKEW = timedelta(minutes=5)
 
 
 def consume(database: Database, nonce: str = "n", device_id: str = "lamp", **options: int) -> bool:
@@ -54,82 +55,69 @@ def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
 
 
 def test_cleanup_keeps_a_grace(database: Database, clock: FakeClock) -> None:
-    """Cleanup keeps an expired nonce for the grace, so that a clock that is set back accepts no replay."""
-    assert consume(database) is True
+    """Cleanup removes at most `limit` rows, the earliest first, and none within the grace, so that no replay enters."""
+    for number in range(7):
+        database.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE * (7 - number))
     clock.now = START + MINUTE + NONCE_GRACE - MS
-    with database.unit_of_work() as unit:
-        assert unit.nonces.delete_expired() == 0
+    assert database.nonces.delete_expired() == 0
     clock.now = START
-    assert consume(database) is False
-    clock.now = START + MINUTE + NONCE_GRACE
-    with database.unit_of_work() as unit:
-        assert unit.nonces.delete_expired() == 1
-    assert dump(database)["nonces"] == []
-
-
-def test_cleanup_is_bounded_and_oldest_first(database: Database, clock: FakeClock) -> None:
-    """One cleanup call removes at most `limit` rows, the earliest expired first, and never an unexpired row."""
-    with database.unit_of_work() as unit:
-        for number in range(7):
-            unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE * (7 - number))
-        unit.nonces.consume("lamp", "live", expires_at=START + timedelta(days=2))
-    clock.now = START + timedelta(hours=2)
-    with database.unit_of_work() as unit:
-        assert unit.nonces.delete_expired(limit=3) == 3
+    assert database.nonces.consume("lamp", "n6", expires_at=START + MINUTE) is False
+    clock.now = START + 6 * MINUTE + NONCE_GRACE
+    assert database.nonces.delete_expired(limit=4) == 4
     names = {value for row in dump(database)["nonces"] for value in row if isinstance(value, str)} - {"lamp"}
-    assert names == {"n0", "n1", "n2", "n3", "live"}
-    with database.unit_of_work() as unit:
-        assert unit.nonces.delete_expired() == 4
-        assert unit.nonces.delete_expired() == 0
-        assert unit.nonces.find("lamp", "live") is not None
-
-
-def test_limit_refuses_new_nonces(database: Database, clock: FakeClock) -> None:
-    """If a device has reached its limit, a new nonce raises an error, a replay is False, and only expiry makes room."""
-    used = 0
-    with pytest.raises(NonceLimitError) as caught:
-        for number in range(20):
-            assert consume(database, f"n{number}", limit=8)
-            used += 1
-    assert (caught.value.device_id, caught.value.limit) == ("lamp", 8)
-    assert used == 8
-    assert len(dump(database)["nonces"]) == 8
-    assert consume(database, "n3", limit=8) is False
-    assert consume(database, "n", "other", limit=8) is True
-    clock.now = START + MINUTE
-    with database.unit_of_work() as unit:
-        assert unit.nonces.consume("lamp", "later", expires_at=clock.now + MINUTE, limit=8) is True
-
-
-def test_bad_arguments_write_nothing(database: Database) -> None:
-    """Invalid ids, nonces, timestamps and limits raise an error."""
-    with database.unit_of_work() as unit:
-        for device_id, nonce in [("", "n"), ("a/..", "n"), ("x" * 513, "n"), ("d", ""), ("d", "x" * 1025), ("d", "\0")]:
-            with pytest.raises(InvalidArgumentError):
-                unit.nonces.consume(device_id, nonce, expires_at=START + MINUTE)
-        with pytest.raises(InvalidArgumentError, match="aware"):
-            unit.nonces.consume("lamp", "n", expires_at=START.replace(tzinfo=None))
-        for limit in (0, -1, True):
-            with pytest.raises(InvalidArgumentError):
-                unit.nonces.delete_expired(limit=limit)
-            with pytest.raises(InvalidArgumentError):
-                unit.nonces.consume("lamp", "n", expires_at=START + MINUTE, limit=limit)
-    assert dump(database)["nonces"] == []
+    assert names == {"n0", "n1", "n2"}
+    assert [database.nonces.delete_expired() for _ in range(2)] == [2, 0]
+    assert len(dump(database)["nonces"]) == 1
 
 
 def test_a_device_has_at_most_ten_thousand_nonces(database: Database, clock: FakeClock) -> None:
-    """With the default limit, a device's nonce number 10,001 is refused until the others have expired."""
+    """With the default limit, nonce number 10,001 of a device is refused, a replay is False, and expiry makes room."""
     expires_at = clock.now + timedelta(hours=1)
     row = {"device_id": "lamp", "created_at": clock.now, "expires_at": expires_at}
     with database.unit_of_work() as unit:
         unit.session.connection().execute(insert(Nonce), [{**row, "nonce": f"n{number}"} for number in range(9_999)])
-    with database.unit_of_work() as unit:
-        assert unit.nonces.consume("lamp", "number 10,000", expires_at=expires_at)
-    with pytest.raises(NonceLimitError), database.unit_of_work() as unit:
-        unit.nonces.consume("lamp", "one too many", expires_at=expires_at)
-    with database.unit_of_work() as unit:
-        assert not unit.nonces.consume("door", "n0", expires_at=clock.now)
-        assert unit.nonces.consume("door", "n0", expires_at=expires_at)
+    assert database.nonces.consume("lamp", "number 10,000", expires_at=expires_at)
+    with pytest.raises(NonceLimitError) as caught:
+        database.nonces.consume("lamp", "one too many", expires_at=expires_at)
+    assert (caught.value.device_id, caught.value.limit) == ("lamp", 10_000)
+    assert not database.nonces.consume("lamp", "n3", expires_at=expires_at)
+    assert not database.nonces.consume("door", "n0", expires_at=clock.now)
+    assert database.nonces.consume("door", "n0", expires_at=expires_at)
     clock.advance(timedelta(hours=1))
-    with database.unit_of_work() as unit:
-        assert unit.nonces.consume("lamp", "room again", expires_at=clock.now + timedelta(hours=1))
+    assert database.nonces.consume("lamp", "room again", expires_at=clock.now + timedelta(hours=1))
+
+
+# The guard
+
+
+def judge(database: Database, nonce: str, *, offset: timedelta, guard: ReplayGuard | None = None) -> Freshness:
+    """Judge a message that was signed `offset` after START, in a separate unit."""
+    guard = guard or ReplayGuard(skew=SKEW)
+    return database.run(lambda unit: guard.check(unit.nonces, "lamp", nonce, signed_at=START + offset))
+
+
+def test_a_timestamp_is_judged_to_the_millisecond(database: Database) -> None:
+    """A message becomes stale exactly when its nonce expires; a refused timestamp and a bad setting use no nonce."""
+    for offset, verdict in (
+        (-SKEW - MS, Freshness.STALE),
+        (-SKEW, Freshness.STALE),
+        (-SKEW + MS, Freshness.FRESH),
+        (SKEW, Freshness.FRESH),  # the signer's clock may be ahead by the skew
+        (SKEW + MS, Freshness.FUTURE),
+        (datetime.max.replace(tzinfo=UTC) - START, Freshness.FUTURE),
+    ):
+        assert judge(database, str(offset), offset=offset) is verdict
+        assert (database.nonces.find("lamp", str(offset)) is not None) is (verdict is Freshness.FRESH)
+    for bad in ({"skew": timedelta(0)}, {"skew": -SKEW}, {"skew": SKEW, "limit": 0}):
+        with pytest.raises(InvalidArgumentError):
+            ReplayGuard(**bad)  # type: ignore[arg-type]  # the settings are known
+
+
+def test_nonce_is_kept_while_its_message_is_fresh(database: Database, clock: FakeClock) -> None:
+    """If the signer's clock is ahead, the nonce is a replay until the skew after its timestamp, even after a sweep."""
+    assert judge(database, "one", offset=SKEW) is Freshness.FRESH
+    clock.advance(2 * SKEW - MS)
+    database.sweep()
+    assert judge(database, "one", offset=SKEW) is Freshness.REPLAYED
+    clock.advance(MS)
+    assert judge(database, "one", offset=SKEW) is Freshness.STALE

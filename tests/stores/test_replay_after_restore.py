@@ -115,24 +115,6 @@ def test_time_limit_after_a_restore_is_exact(database: Database, reopen: MakeDat
         assert (again.nonces.find("lamp", str(offset)) is not None) == (expected is Freshness.FRESH)
 
 
-def test_epoch_is_read_once(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The epoch is read once, and no later message runs that statement again."""
-    from homeagent.engine.connection import StoreConnection
-    from homeagent.stores.nonces import FIND_RECORD
-
-    asked: list[object] = []
-    rows = StoreConnection.rows
-
-    def counted(link: StoreConnection, statement: object, parameters: object) -> object:
-        asked.append(statement)
-        return rows(link, statement, parameters)  # type: ignore[arg-type]  # passed on unchanged
-
-    monkeypatch.setattr(StoreConnection, "rows", counted)
-    for number in range(3):
-        assert judge(database, f"n-{number}", START) is Freshness.FRESH
-    assert asked.count(FIND_RECORD) == 1
-
-
 def test_missing_epoch_row_refuses_all(database: Database, reopen: MakeDatabase) -> None:
     """If the row with the epoch is missing, every message raises `CorruptDatabaseError`."""
     with database.unit_of_work() as unit:

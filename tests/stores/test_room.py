@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 
 from homeagent import Database, Freshness, IdempotencyScope, Limits, ReplayGuard
 from homeagent.errors import IdempotencyKeyExistsError, InvalidArgumentError, KeyLimitError, LimitError, NonceLimitError
-from homeagent.stores import idempotency_key_statements, room
+from homeagent.stores import idempotency_key_statements
 from homeagent.stores.nonces import _COUNT
 from tests.conftest import START, Children, FakeClock, MakeDatabase, dump, plan_of
 
@@ -38,27 +38,19 @@ database.close()
 """
 
 
-def add_nonce(database: Database, name: str) -> bool:
+def add_nonce(database: Database, name: str, expires_at: datetime = START + MINUTE) -> bool:
     """Consume a nonce, and return whether the device was below its limit."""
     try:
-        return database.nonces.consume("lamp", name, expires_at=START + MINUTE)
+        return database.nonces.consume("lamp", name, expires_at=expires_at)
     except NonceLimitError:
         return False
 
 
-def add_key(database: Database, name: str) -> bool:
-    """Insert a key, and return whether the device was below its limit."""
+def add_key(database: Database, name: str, expires_at: datetime = START + MINUTE) -> bool:
+    """Insert a key with a minute to live, and return whether the device was below its limit."""
     try:
         return bool(database.idempotency_keys.insert(IdempotencyScope("lamp", "m", name), 1, ttl=MINUTE))
     except KeyLimitError:
-        return False
-
-
-def consume_late(database: Database, clock: FakeClock) -> bool:
-    """Consume a nonce that expires a minute after the present time, and return whether the device had room."""
-    try:
-        return database.nonces.consume("lamp", "beyond", expires_at=clock.now + MINUTE)
-    except NonceLimitError:
         return False
 
 
@@ -71,25 +63,15 @@ def test_the_limit_is_exact_in_one_process(reopen: MakeDatabase, clock: FakeCloc
     """One process stores exactly as many rows as the limit allows, and new rows only after the expiry."""
     database = reopen(limits=Limits(nonces_per_device=limit, keys_per_device=limit), durability="normal")
     add = ADD[table]
+    for number in range(limit):
+        database.idempotency_keys.insert(IdempotencyScope("door", "m", str(number)), 1, ttl=MINUTE)
     assert [add(database, f"n{number}") for number in range(limit + 2)] == [True] * limit + [False] * 2
-    assert len(dump(database)[table]) == limit
+    assert len(dump(database)[table]) == limit * (1 if table == "nonces" else 2)
     clock.advance(MINUTE)
     # The expired rows are still stored, but do not count.
-    for number in range(limit):
-        if table == "nonces":
-            assert database.nonces.consume("lamp", f"m{number}", expires_at=clock.now + MINUTE)
-        else:
-            assert add(database, f"m{number}")
-    assert not (add_key(database, "beyond") if table == "idempotency_keys" else consume_late(database, clock))
-
-
-def test_expired_keys_of_another_device_make_no_room(reopen: MakeDatabase, clock: FakeClock) -> None:
-    """Expired keys that no sweep has deleted make room only for their own device."""
-    database = reopen(limits=Limits(keys_per_device=2))
-    for number in range(2):
-        database.idempotency_keys.insert(IdempotencyScope("door", "m", str(number)), 1, ttl=MINUTE)
-    clock.advance(MINUTE)
-    assert [add_key(database, f"n{number}") for number in range(3)] == [True, True, False]
+    # Of another device, too, and they make room only for their own device.
+    expires_at = clock.now + MINUTE
+    assert [add(database, f"m{number}", expires_at) for number in range(limit + 1)] == [True] * limit + [False]
 
 
 @pytest.mark.parametrize("table", ADD)
@@ -190,23 +172,6 @@ def test_the_longest_ttl(reopen: MakeDatabase) -> None:
     assert database.run_once(scope, lambda attempt: 1, ttl=MINUTE).value == 1
     with Database.open(":memory:") as another, pytest.raises(InvalidArgumentError, match="400 days"):
         another.run_once(scope, lambda attempt: 1, ttl=timedelta(days=400, milliseconds=1))
-
-
-def test_few_nonces_cause_a_count(reopen: MakeDatabase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows of a device are counted once for each fiftieth of its limit, so a count costs little for each nonce."""
-    stored: list[int] = []
-    grant = room._grant
-
-    def counting(limit: int, count: int) -> int:
-        stored.append(count)
-        return grant(limit, count)
-
-    monkeypatch.setattr(room, "_grant", counting)
-    database = reopen(durability="normal")
-    with database.unit_of_work() as unit:
-        for number in range(500):
-            assert unit.nonces.consume("lamp", f"n{number}", expires_at=START + MINUTE)
-    assert stored == [0, 200, 400]
 
 
 def test_expired_keys_are_counted_by_the_index(sqlite_database: Database) -> None:

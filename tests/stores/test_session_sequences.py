@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant
 from sqlalchemy import update
 
-from homeagent import AgentCreate, AgentSession, AgentSessionCreate, AgentSessionUpdate
-from homeagent.errors import (
-    AgentExistsError,
-    AgentInUseError,
-    AgentNotFoundError,
-    ReadOnlyError,
-    RouteTakenError,
-    SessionNotFoundError,
-)
+from homeagent import AgentCreate, AgentSession, AgentSessionCreate, AgentSessionUpdate, errors
 from homeagent.models.session import route_key
 from tests.conftest import RecordProperty
 from tests.stores.state_machine import MINUTE, MS, SHARES, Machine, action, names, run_sequences, run_share
@@ -123,7 +115,7 @@ class SessionMachine(Machine):
     @action(agent=names)
     def create_agent(self, agent: str) -> None:
         got = self.attempt("agents", "create", AgentCreate(id=agent, name=agent, workspace_path="/srv"))
-        assert (got is AgentExistsError) is (agent in self.agents)
+        assert (got is errors.AgentExistsError) is (agent in self.agents)
         self.agents.add(agent)
 
     @action(agent=names, whole=st.booleans())
@@ -131,7 +123,7 @@ class SessionMachine(Machine):
         got = self.attempt("agents", "delete", agent, delete_sessions=whole)
         mine = [name for name, row in self.rows.items() if row["agent_id"] == agent]
         if agent in self.agents and mine and not whole:
-            assert got is AgentInUseError
+            assert got is errors.AgentInUseError
             return
         assert got is (agent in self.agents)
         self.agents.discard(agent)
@@ -147,7 +139,7 @@ class SessionMachine(Machine):
         given = AgentSessionCreate(session_id=next(self.names), metadata=now.hour, **arguments(route))
         got = self.attempt("sessions", "create", given)
         if route[0] not in self.agents:
-            assert got is AgentNotFoundError
+            assert got is errors.AgentNotFoundError
             return
         self.add(got.session_id, route, now, now, now.hour)
         if self.holder(route) is None:
@@ -158,7 +150,7 @@ class SessionMachine(Machine):
         route = self.draw_route(data)
         got = self.attempt("sessions", "start", **arguments(route))
         if route[0] not in self.agents:
-            assert got is AgentNotFoundError
+            assert got is errors.AgentNotFoundError
             return
         assert got.session_id not in self.rows
         self.add(got.session_id, route, self.clock.now, self.clock.now)
@@ -169,7 +161,7 @@ class SessionMachine(Machine):
         route = self.draw_route(data)
         got = self.attempt("sessions", "resolve", **arguments(route))
         if route[0] not in self.agents:
-            assert got is AgentNotFoundError
+            assert got is errors.AgentNotFoundError
             return
         if self.holder(route) is None:
             self.give(route)
@@ -188,10 +180,10 @@ class SessionMachine(Machine):
         new: Route = (kept["agent_id"], kept["sender_id"], kept["channel_id"])
         got = self.attempt("sessions", "move", name, **given)
         if new[0] not in self.agents:
-            assert got is AgentNotFoundError
+            assert got is errors.AgentNotFoundError
             return
         if self.holder(new) not in (None, name):
-            assert got is RouteTakenError
+            assert got is errors.RouteTakenError
             return
         assert (got.session_id, got.agent_id, got.sender_id, got.channel_id) == (name, *new)
         left = self.release(name)
@@ -221,7 +213,7 @@ class SessionMachine(Machine):
         assert self.attempt("sessions", "delete", name) is True
         self.forget(name)
         assert self.attempt("sessions", "delete", name) is self.attempt("sessions", "touch", name) is False
-        assert self.attempt("sessions", "move", name) is SessionNotFoundError
+        assert self.attempt("sessions", "move", name) is errors.SessionNotFoundError
 
     @action(few, data=st.data(), given=st.lists(st.tuples(st.booleans(), st.integers(-3, 1)), max_size=5))
     def index(self, data: st.DataObject, given: list[tuple[bool, int]]) -> None:
@@ -374,7 +366,7 @@ class SessionMachine(Machine):
                     assert unit.sessions.resolve(**arguments(route)).session_id == holder
             else:  # the answer needs a write, and the agent of a stale key can be absent
                 with (
-                    pytest.raises((ReadOnlyError, AgentNotFoundError)),
+                    pytest.raises((errors.ReadOnlyError, errors.AgentNotFoundError)),
                     self.database.unit_of_work(read_only=True) as unit,
                 ):
                     unit.sessions.resolve(**arguments(route))

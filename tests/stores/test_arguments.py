@@ -1,0 +1,197 @@
+"""Arguments that a store refuses before a statement, and rows that exist or do not exist. Each case changes no row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from homeagent import (
+    Agent,
+    AgentCreate,
+    AgentSession,
+    AgentSessionCreate,
+    AgentUpdate,
+    Database,
+    Device,
+    DeviceCreate,
+    DevicePair,
+    DeviceUpdate,
+    IdempotencyKey,
+    IdempotencyScope,
+    Outcome,
+    Role,
+    errors,
+)
+from tests.conftest import START, add_agent, add_device, dump
+
+MINUTE = timedelta(minutes=1)
+NAIVE = START.replace(tzinfo=None)
+SCOPE = IdempotencyScope("lamp", "on", "key-1")
+CREATE = DeviceCreate(id="new", role=Role.NODE, shared_secret_hash="h")
+ROWS: dict[str, Any] = {
+    "devices": Device(id="new", role=Role.NODE, shared_secret_hash="h", paired_at=START, approved=True),
+    "agents": Agent(id="new", name="New", workspace_path="/new", created_at=START),
+    "sessions": AgentSession(session_id="new", agent_id="ada", created_at=START, last_active_at=START),
+}
+RECORD = IdempotencyKey(key="k", method="m", device_id="d", result=1, created_at=START, expires_at=START)
+SECRET: dict[str, Any] = {"expected_secret_hash": "sha256$of-lamp", "secret_hash": "new", "proof_verifier": None}
+Call = Callable[[Any], object]
+
+
+def each(
+    match: str, method: str, values: list[Any], *before: Any, by: str = "", **options: Any
+) -> list[tuple[str, Call]]:
+    """Return a case for each value: the value is the argument `by`, or the argument after `before`."""
+    store, name = method.split(".")
+
+    def call(unit: Any, value: Any) -> object:
+        arguments = before if by else (*before, value)
+        return getattr(getattr(unit, store), name)(*arguments, **{**options, **({by: value} if by else {})})
+
+    return [(match, lambda unit, value=value: call(unit, value)) for value in values]  # type: ignore[misc]
+
+
+CASES: list[tuple[str, Call]] = [
+    # Another type than the method expects
+    *each(
+        "DeviceCreate", "devices.create", [{"id": "new"}, DevicePair(id="new", role=Role.NODE), ROWS["devices"], None]
+    ),
+    *each("AgentCreate", "agents.create", [{"id": "new"}, ROWS["agents"], None]),
+    *each("AgentSessionCreate", "sessions.create", [{"agent_id": "ada"}, ROWS["sessions"], None]),
+    *each("DeviceUpdate", "devices.update", [{"metadata": 1}, AgentUpdate(name="Lamp"), None], "lamp"),
+    *each("AgentUpdate", "agents.update", [{"name": "New"}, DeviceUpdate(metadata=1), None], "ada"),
+    *each("AgentSessionUpdate", "sessions.update", [{"metadata": 1}], "s1"),
+    *each("not NoneType", "sessions.index", [None]),
+    *each("", "idempotency_keys.find", [("lamp", "on", "key-1")]),
+    *(
+        case
+        for wrong in (SCOPE, RECORD, Outcome(value=1, replayed=False, attempt=1), None)
+        for case in (
+            *each("Attempt", "idempotency_keys.renew", [wrong], lease=MINUTE),
+            *each("Attempt", "idempotency_keys.release", [wrong]),
+            *each("Attempt", "idempotency_keys.find_recorded", [wrong]),
+            *each("Attempt", "idempotency_keys.complete", [1], wrong),
+            *each("Attempt", "idempotency_keys.fail", [1], wrong),
+        )
+    ),
+    # Limits and cursors
+    *each("limit", "agents.list", [0, -1, True, 1.0, "1", None, 2**31], by="limit"),
+    *(
+        case
+        for method in ("devices.list", "sessions.list", "nonces.delete_expired", "idempotency_keys.delete_expired")
+        for case in each("limit", method, [0, -1, True], by="limit")
+    ),
+    *each("limit", "nonces.consume", [0, -1, True], "lamp", "n", by="limit", expires_at=START + MINUTE),
+    *each("", "sessions.list", ["s1"], by="after"),
+    # Values of devices
+    *each("^role must be one of client, node, admin$", "devices.list", ["root"], by="role"),
+    *each("^status must be one of pending, approved, revoked$", "devices.list", ["root"], by="status"),
+    *each("", "devices.list", [1], by="approved"),
+    *each("", "devices.list", ["last_seen_at"], by="order"),
+    *each("seen_before", "devices.list", [NAIVE], by="seen_before"),
+    *each("^expected_role must be one of", "devices.approve", ["root"], "lamp", by="expected_role"),
+    *each("^expected_status must be one of", "devices.approve", ["gone"], "lamp", by="expected_status"),
+    *each("expected_", "devices.approve", [NAIVE], "lamp", by="expected_paired_at"),
+    *each("expected_", "devices.approve", [5], "lamp", by="expected_secret_hash"),
+    *each("", "devices.revoke", ["", "x" * 513, "line\n"], "lamp", by="reason"),
+    *each("aware", "devices.update_last_seen", [NAIVE], "lamp"),
+    *each("previous_until", "devices.set_secret", [NAIVE], "lamp", by="previous_until", **SECRET),
+    *each("proof_verifier", "devices.set_secret", [5], "lamp", by="proof_verifier", **SECRET),
+    *each("secret_hash", "devices.set_secret", [""], "lamp", by="secret_hash", **SECRET),
+    *each("", "devices.rehash_secret", [""], "lamp", by="secret_hash", expected_secret_hash="sha256$of-lamp"),
+    # Values of sessions, nonces and idempotency keys
+    *each("", "sessions.resolve", ["", "x" * 1025, "nul\0", "\ud800"], agent_id="ada", by="sender_id"),
+    *each("", "sessions.resolve", ["", "x" * 1025, "nul\0", "\ud800"], agent_id="ada", by="channel_id"),
+    *each("aware", "sessions.touch", [NAIVE], "s1"),
+    *each("", "sessions.move", ["", "nul\0", 7], "s1", by="sender_id"),
+    *(
+        case
+        for device_id, nonce in [("", "n"), ("a/..", "n"), ("x" * 513, "n"), ("d", ""), ("d", "x" * 1025), ("d", "\0")]
+        for case in each("", "nonces.consume", [nonce], device_id, expires_at=START + MINUTE)
+    ),
+    *each("aware", "nonces.consume", [NAIVE], "lamp", "n", by="expires_at"),
+    *each("", "idempotency_keys.insert", [timedelta(0), -MINUTE, timedelta.max, 60], SCOPE, 1, by="ttl"),
+    *each(
+        "",
+        "idempotency_keys.insert",
+        [
+            math.nan,
+            math.inf,
+            {1: 2},
+            {"a": {1, 2}},
+            b"bytes",
+            START,
+            "\ud800",
+            (1, 2),
+            object(),
+            "x" * (1024 * 1024 - 1),
+        ],
+        SCOPE,
+        ttl=MINUTE,
+    ),
+]
+
+
+@pytest.fixture
+def filled(database: Database) -> Database:
+    """A database with a device, an agent and a session."""
+    add_device(database)
+    add_agent(database)
+    database.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada"))
+    return database
+
+
+@pytest.mark.parametrize("engine_name", ["sqlite"])
+def test_refused_arguments(filled: Database) -> None:
+    """An argument of a wrong type or with an invalid value raises an error. SQLite only: no statement runs."""
+    before = dump(filled)
+    with filled.unit_of_work() as unit:
+        for match, call in CASES:
+            with pytest.raises(errors.InvalidArgumentError, match=match or None):
+                call(unit)
+    for request in ({"id": "new"}, CREATE, None):
+        with pytest.raises(errors.InvalidArgumentError, match="DevicePair"):
+            filled.pair(request)  # type: ignore[arg-type]  # on purpose
+    assert dump(filled) == before
+
+
+def test_taken_ids_and_absent_agents(filled: Database) -> None:
+    """If an id is taken or the agent of a session is absent, `create` raises an error with the id."""
+    before = dump(filled)
+    device = DeviceCreate(id="lamp", role=Role.ADMIN, shared_secret_hash="sha256$other")
+    cases: list[tuple[Call, type[errors.HomeAgentError], dict[str, str]]] = [
+        (lambda unit: unit.devices.create(device), errors.DeviceExistsError, {"device_id": "lamp"}),
+        (
+            lambda unit: unit.agents.create(AgentCreate(id="ada", name="Other", workspace_path="/else")),
+            errors.AgentExistsError,
+            {"agent_id": "ada"},
+        ),
+        *(
+            (
+                lambda unit, sender=sender: unit.sessions.create(
+                    AgentSessionCreate(session_id="s1", agent_id="ada", sender_id=sender)
+                ),
+                errors.SessionExistsError,
+                {"session_id": "s1"},
+            )
+            for sender in (None, "another")
+        ),
+        (
+            lambda unit: unit.sessions.create(AgentSessionCreate(session_id="s2", agent_id="nobody")),
+            errors.AgentNotFoundError,
+            {"agent_id": "nobody"},
+        ),
+        (lambda unit: unit.sessions.move("s1", agent_id="nobody"), errors.AgentNotFoundError, {"agent_id": "nobody"}),
+        (lambda unit: unit.sessions.move("s2", agent_id="nobody"), errors.SessionNotFoundError, {"session_id": "s2"}),
+        (lambda unit: unit.sessions.start(agent_id="nobody"), errors.AgentNotFoundError, {"agent_id": "nobody"}),
+    ]
+    with filled.unit_of_work() as unit:
+        for call, error, names in cases:
+            with pytest.raises(error) as caught:
+                call(unit)
+            assert {name: getattr(caught.value, name) for name in names} == names
+    assert dump(filled) == before
