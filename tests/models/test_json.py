@@ -33,27 +33,23 @@ def test_value_is_read_back_unchanged(value: Any) -> None:
     assert repr(decode_json(text)) == repr(json.loads(text)) == repr(value)
 
 
-FAR_ENDS = {
-    "large": 2**70, "negative zero": -0.0, "tiny": 5e-324, "exponent": 1e22, "control": "\0\u2028\x7f",
-    "digits": 10**4299, "deep": nested(250),
-}  # fmt: skip
-REFUSED = {
-    "digits": 10**4300, "digits inside": [10**5000], "deep": nested(255), "key": {1: 2}, "tuple": (1,), "set": [{1}],
-    "infinite": float("inf"), "no number": [float("nan")], "surrogate": "\ud800", "bytes": b"x",
-}  # fmt: skip
+FAR_ENDS: list[Any] = [2**70, -0.0, 5e-324, 1e22, "\0\u2028\x7f", 10**4299, nested(250)]
+REFUSED: list[Any] = [
+    10**4300, [10**5000], nested(255), {1: 2}, (1,), [{1}], float("inf"), [float("nan")], "\ud800", b"x",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", FAR_ENDS.values(), ids=FAR_ENDS)
-def test_extreme_values_are_read_back(value: Any) -> None:
+def test_extreme_values_are_read_back() -> None:
     """The largest, the smallest and the deepest value are read back too."""
-    assert repr(decode_json(encode_json(value))) == repr(value)
+    for value in FAR_ENDS:
+        assert repr(decode_json(encode_json(value))) == repr(value)
 
 
-@pytest.mark.parametrize("value", REFUSED.values(), ids=REFUSED)
-def test_unreadable_values_are_refused(value: Any) -> None:
+def test_unreadable_values_are_refused() -> None:
     """An integer too long for Python, too deep nesting and a key that is not text raise errors with the same words."""
-    with pytest.raises(InvalidArgumentError, match="plain JSON"):
-        encode_json(value)
+    for value in REFUSED:
+        with pytest.raises(InvalidArgumentError, match="plain JSON"):
+            encode_json(value)
 
 
 def test_limit_counts_utf8_bytes() -> None:
