@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,27 +16,11 @@ from homeagent.migrations import REVISION
 from tests import fork_server
 from tests.command_line import Result, invoke
 from tests.conftest import postgres_execute
-from tests.migrations.old_databases import fetch, is_sound, killed_at_statements, rows_of, sqlite
+from tests.migrations.old_databases import SPECIFICATION, change, fetch, is_sound, killed_at_statements, rows_of
 from tests.migrations.own_revisions import write_revision
 from tests.test_foreign_files import state_of
 
-# The first version's schema as another program created it: no constraint has a name, and a key can be NULL.
-FIRST_VERSION = """
-CREATE TABLE devices (id TEXT PRIMARY KEY, role TEXT NOT NULL CHECK(role IN ('client', 'node', 'admin')),
-  shared_secret_hash TEXT NOT NULL, approved INTEGER NOT NULL DEFAULT 0, paired_at INTEGER NOT NULL,
-  last_seen_at INTEGER, metadata TEXT);
-CREATE TABLE agents (id TEXT PRIMARY KEY, name TEXT NOT NULL, workspace_path TEXT NOT NULL,
-  created_at INTEGER NOT NULL, config TEXT);
-CREATE TABLE sessions (session_id TEXT PRIMARY KEY, agent_id TEXT NOT NULL REFERENCES agents(id), sender_id TEXT,
-  channel_id TEXT, created_at INTEGER NOT NULL, last_active_at INTEGER NOT NULL);
-CREATE INDEX idx_sessions_agent ON sessions(agent_id);
-CREATE INDEX idx_sessions_sender ON sessions(sender_id);
-CREATE TABLE nonces (nonce TEXT PRIMARY KEY, device_id TEXT NOT NULL, created_at INTEGER NOT NULL,
-  expires_at INTEGER NOT NULL);
-CREATE INDEX idx_nonces_expires ON nonces(expires_at);
-CREATE TABLE idempotency_keys (key TEXT PRIMARY KEY, method TEXT NOT NULL, device_id TEXT NOT NULL,
-  result TEXT NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER NOT NULL);
-CREATE INDEX idx_idempotency_expires ON idempotency_keys(expires_at);
+ROWS = """
 INSERT INTO agents VALUES ('ada', 'Ada', '/srv/ada', 1, '{}');
 INSERT INTO devices VALUES ('lamp', 'node', 'hash', 1, 1, NULL, NULL), (NULL, 'node', 'hash', 1, 1, NULL, NULL),
   (NULL, 'admin', 'hash', 1, 1, NULL, NULL);
@@ -57,18 +40,12 @@ INSERT INTO alembic_version VALUES ('a1');
 MOVED = {"devices_without_key": 2, "nonces_without_key": 1}
 
 
-def write(path: Path, script: str) -> Path:
-    """Run the statements of a script on a file, and return the path of the file."""
-    with closing(sqlite(path)) as raw:
-        raw.execute(script).fetchall()
-    return path
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A file of another program with the tables of the first version and with own tables."""
     (tmp_path / "private").mkdir(mode=0o700)
-    path = write(tmp_path / "private" / "hub.db", FIRST_VERSION + OWN)
+    path = tmp_path / "private" / "hub.db"
+    change(path, SPECIFICATION + ROWS + OWN)
     path.chmod(0o644)
     return path
 
@@ -128,39 +105,43 @@ def test_a_file_of_the_first_version(file: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["wal", "delete"])
 def test_own_tables_only(tmp_path: Path, mode: str) -> None:
-    """A file without homeagent's tables is adopted in each journal mode, and a missing file is created."""
-    path = write(
-        tmp_path / "hub.db", f"PRAGMA journal_mode={mode}; PRAGMA application_id=7; {OWN.split('CREATE IND')[0]}"
-    )
+    """A file without homeagent's tables, or without its application id, is adopted in each journal mode."""
+    path = tmp_path / "hub.db"
+    change(path, f"PRAGMA journal_mode={mode}; PRAGMA application_id=7; {OWN.split('CREATE IND')[0]}")
     done = init(path, "--yes")
     assert done.exit_code == 0, done.output
     assert "Application id of the file, which homeagent replaces: 0x7" in done.stdout
     with Database.open(path) as database:
         assert database.status().rows["notes"] == 1
     assert fetch(path, "PRAGMA foreign_key_check") == [("notes", 1, "sessions", 0)]
-    assert init(tmp_path / "new" / "hub.db").exit_code == 0
+    # A missing file, and a file of homeagent that another tool loaded from SQL statements
+    path = tmp_path / "new" / "hub.db"
+    assert init(path).exit_code == 0
+    with Database.open(path) as database, database.unit_of_work() as unit:
+        unit.nonces.consume("lamp", "n-1", expires_at=unit.now() + timedelta(days=1))
+    path.with_name("hub.db.lock").unlink()
+    change(path, f"PRAGMA journal_mode={mode}; PRAGMA application_id=0")
+    assert init(path, "--yes").exit_code == 0
+    with Database.open(path) as database:
+        assert database.status().rows["nonces"] == 1
 
 
 def test_revisions_of_an_adopted_file(file: Path, folder: Path) -> None:
-    """An adoption without the application's revisions can be completed by a second adoption, which names its backup."""
+    """An adoption is undone if a row can't be converted, and can be completed later by the application's revisions."""
+    ((sender,),) = fetch(file, "SELECT sender_id FROM sessions")
+    change(file, "UPDATE sessions SET sender_id = x'00ff'")
+    before = rows_of(file)
+    refused = init(file, "--yes")
+    assert refused.exit_code == 1
+    assert "can't convert sessions.sender_id in the row with session_id 's-1'" in refused.stderr
+    assert rows_of(file) == before
+    change(file, f"UPDATE sessions SET sender_id = '{sender}'")
     assert init(file, "--yes").exit_code == 0
     done = init(file, "--yes", "--migrations", folder)
     assert "Application id" not in done.stdout
     (backup,) = re.findall(r"A copy from before is in (\S+\.backup)\.", done.stdout)
     assert fetch(Path(backup), "SELECT version_num FROM alembic_version") == [("a1",)]
     assert fetch(file, "SELECT version_num FROM application_schema_version") == [("a2",)]
-
-
-def test_a_file_that_lost_its_application_id(tmp_path: Path) -> None:
-    """A homeagent file that another tool loaded from SQL statements is adopted with its rows and revision."""
-    path = tmp_path / "hub.db"
-    with Database.open(path) as database, database.unit_of_work() as unit:
-        unit.nonces.consume("lamp", "n-1", expires_at=unit.now() + timedelta(days=1))
-    path.with_name("hub.db.lock").unlink()
-    write(path, "PRAGMA journal_mode=DELETE; PRAGMA application_id=0")
-    assert init(path, "--yes").exit_code == 0
-    with Database.open(path) as database:
-        assert database.status().rows["nonces"] == 1
 
 
 REFUSED: dict[str, tuple[str, type[DatabaseError]]] = {
@@ -179,7 +160,7 @@ REFUSED: dict[str, tuple[str, type[DatabaseError]]] = {
 def test_what_prevents_an_adoption_is_named(file: Path, problem: str) -> None:
     """An object or a row that prevents the adoption is named before the question, and no file changes."""
     statement, kind = REFUSED[problem]
-    write(file, f"PRAGMA foreign_keys=OFF; {statement}")
+    change(file, f"PRAGMA foreign_keys=OFF; {statement}")
     before = state_of(file.parent)
     with pytest.raises(kind, match=problem):
         preview_adoption(file)
@@ -207,16 +188,6 @@ def test_a_file_in_use(file: Path, problem: str) -> None:
         other.communicate("")
     assert fetch(file, "PRAGMA application_id") == [(0,)]
     assert fetch(file, "SELECT count(*) FROM devices") == [(3,)]
-
-
-def test_an_odd_row_is_undone(file: Path) -> None:
-    """If homeagent can't convert a row, the error names the row, and the adoption is undone."""
-    write(file, "UPDATE sessions SET sender_id = x'00ff'")
-    before = rows_of(file)
-    refused = init(file, "--yes")
-    assert refused.exit_code == 1
-    assert "can't convert sessions.sender_id in the row with session_id 's-1'" in refused.stderr
-    assert rows_of(file) == before
 
 
 def test_postgresql(empty_postgres_url: str, folder: Path) -> None:

@@ -21,13 +21,15 @@ import pytest
 from sqlalchemy import text
 
 from homeagent import AgentCreate, Database, errors
+from homeagent.engine.files.locks import FileLock
 from homeagent.engine.sqlite import backup as engine_backup
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import backups_in, manifest_path, newest_backup, read_manifest
-from homeagent.maintenance import BackupSchedule
+from homeagent.maintenance import BackupSchedule, backups
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.migrations import REVISION
-from tests.conftest import START, Children, FakeClock, add_agent, add_device
+from tests.conftest import START, Children, FakeClock, add_agent, add_device, postgres_database
+from tests.migrations.old_databases import change
 
 DAY = timedelta(days=1)
 
@@ -80,20 +82,6 @@ def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, t
     assert newest_backup(sqlite_path) == backup
 
 
-def test_backup_needs_no_other_file(sqlite_database: Database, tmp_path: Path) -> None:
-    """A backup can be read in a read-only directory: it has no WAL and needs none."""
-    add_agent(sqlite_database)
-    backup = sqlite_database.backup(tmp_path / "copy.db")
-    alone = tmp_path / "read-only"
-    alone.mkdir()
-    shutil.copy(backup, alone / "copy.db")
-    (alone / "copy.db").chmod(0o400)
-    alone.chmod(0o500)
-    assert rows(alone / "copy.db", "PRAGMA journal_mode") == [("delete",)]
-    assert rows(alone / "copy.db", "SELECT id FROM agents") == [("ada",)]
-    assert names(alone) == {"copy.db"}
-
-
 def test_backup_is_private_under_any_umask(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
     """Under a umask that is too loose or too strict, all files of a backup still get the mode 0600."""
     script = (
@@ -108,59 +96,43 @@ def test_backup_is_private_under_any_umask(sqlite_path: Path, tmp_path: Path, ch
 
 
 def test_existing_file_is_refused(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
-    """If the path exists, a dangling link included, the backup raises an error, and never overwrites the database."""
-    other = tmp_path / "other"
-    other.write_text("precious")
-    link = tmp_path / "link"
+    """If the path, or a WAL next to the path, exists, the backup raises an error, and never overwrites a database."""
+    used, link, stale = tmp_path / "used", tmp_path / "link", tmp_path / "copy.db-wal"
+    used.write_text("precious")
     link.symlink_to(tmp_path / "nowhere")
-    for destination in (other, link):
-        with pytest.raises(errors.InvalidArgumentError, match="exists already"):
-            sqlite_database.backup(destination)
-    with pytest.raises(errors.InsecureFileError, match="symbolic link"):
-        sqlite_database.backup(link, replace=True)
-    for end in ("", "-wal", "-shm", ".lock"):
-        with pytest.raises(errors.InvalidArgumentError, match="belongs to the database itself"):
-            sqlite_database.backup(f"{sqlite_path}{end}", replace=True)
-    assert other.read_text() == "precious"
-    assert not (tmp_path / "nowhere").exists()
-
-
-def test_replace_an_earlier_backup(sqlite_database: Database, tmp_path: Path) -> None:
-    """With `replace`, a backup replaces an earlier backup and its manifest."""
-    backup = sqlite_database.backup(tmp_path / "latest.db")
-    add_agent(sqlite_database)
-    assert sqlite_database.backup(tmp_path / "latest.db", replace=True) == backup
-    manifest = read_manifest(backup)
-    assert manifest is not None
-    assert manifest.rows["agents"] == 1
-    assert manifest.sha256 == hashlib.sha256(backup.read_bytes()).hexdigest()
-    assert names(tmp_path) == {"database", "latest.db", "latest.db.json"}
-
-
-def test_open_database_is_not_replaced(sqlite_database: Database, tmp_path: Path) -> None:
-    """If a database at the path is open, `replace` raises an error, or the database's commits would be lost."""
+    stale.write_bytes(b"of another one")  # SQLite would apply the WAL to the backup
     other = tmp_path / "other" / "homeagent.db"
     with Database.open(other) as opened:
         add_agent(opened, "other")
-        before = names(other.parent)
-        with pytest.raises(errors.InvalidArgumentError, match="is open or was not closed"):
-            sqlite_database.backup(other, replace=True)
-        assert names(other.parent) == before
+        before = names(tmp_path), names(other.parent)
+        for destination, options, error, match in (
+            (used, {}, errors.InvalidArgumentError, "exists already"),
+            (link, {}, errors.InvalidArgumentError, "exists already"),
+            (link, {"replace": True}, errors.InsecureFileError, "symbolic link"),
+            (tmp_path / "copy.db", {}, errors.InvalidArgumentError, r"copy\.db-wal"),
+            # The commits of an open database would be lost.
+            (other, {"replace": True}, errors.InvalidArgumentError, "is open or was not closed"),
+            *(
+                (
+                    f"{sqlite_path}{end}",
+                    {"replace": True},
+                    errors.InvalidArgumentError,
+                    "belongs to the database itself",
+                )
+                for end in ("", "-wal", "-shm", ".lock")
+            ),
+        ):
+            with pytest.raises(error, match=match):
+                sqlite_database.backup(destination, **options)  # type: ignore[arg-type]  # the options are known
+        assert (names(tmp_path), names(other.parent)) == before
+        assert used.read_text() == "precious"
         add_agent(opened, "another")
     sqlite_database.backup(other, replace=True)
     assert rows(other, "SELECT id FROM agents") == []
 
 
-def test_leftover_wal_is_refused(sqlite_database: Database, tmp_path: Path) -> None:
-    """If a WAL lies next to a backup's path, an error is raised: SQLite would apply the WAL to the backup."""
-    (tmp_path / "copy.db-wal").write_bytes(b"of another one")
-    with pytest.raises(errors.InvalidArgumentError, match=r"copy\.db-wal"):
-        sqlite_database.backup(tmp_path / "copy.db")
-    assert names(tmp_path) == {"copy.db-wal", "database"}
-
-
 def test_keep_deletes_the_oldest_backups(
-    sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tmp_path: Path
+    sqlite_database: Database, sqlite_path: Path, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`keep` deletes this database's oldest backups, but no upgrade's copy and no backup without a manifest."""
     directory = tmp_path / "backups"
@@ -172,16 +144,19 @@ def test_keep_deletes_the_oldest_backups(
     # The first has no manifest, the second is an upgrade's copy, and the third is of another database with the same
     # name.
     manifest_path(kept[0]).unlink()
-    changed = json.loads(manifest_path(kept[1]).read_text())
-    manifest_path(kept[1]).write_text(json.dumps({**changed, "kind": "upgrade"}))
-    changed = json.loads(manifest_path(kept[2]).read_text())
-    manifest_path(kept[2]).write_text(json.dumps({**changed, "database": "/elsewhere/homeagent.db"}))
+    for backup, fields in ((kept[1], {"kind": "upgrade"}), (kept[2], {"database": "/elsewhere/homeagent.db"})):
+        manifest_path(backup).write_text(json.dumps({**json.loads(manifest_path(backup).read_text()), **fields}))
     clock.advance(hours=1)
+    before = names(directory)
+    with monkeypatch.context() as patch, pytest.raises(errors.CorruptDatabaseError):
+        # A backup that fails deletes no older backup.
+        patch.setattr(engine_backup, "read_contents", lambda *_: iter(()))
+        sqlite_database.backup(directory, keep=1)
+    assert names(directory) == before
     latest = sqlite_database.backup(directory, keep=1)
-    assert set(directory.glob("*.backup")) == {*kept[:3], latest}
     assert names(directory) == {
-        *(p.name for p in (*kept[:3], latest)),
-        *(f"{p.name}.json" for p in (*kept[1:3], latest)),
+        *(path.name for path in (*kept[:3], latest)),
+        *(f"{path.name}.json" for path in (*kept[1:3], latest)),
     }
     # The clock is set back: the new backup looks oldest, and stays because the caller asked for it.
     clock.now = START - DAY
@@ -209,22 +184,6 @@ def test_keep_removes_backups_from_the_future_first(
     assert kept == [now + timedelta(hours=hour) for hour in (1, 2, 3)]
 
 
-def test_failed_backup_removes_no_older_backup(
-    sqlite_database: Database, clock: FakeClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If a backup fails, no older backup is deleted."""
-    directory = tmp_path / "backups"
-    directory.mkdir()
-    first = sqlite_database.backup(directory)
-    clock.advance(hours=1)
-    monkeypatch.setattr(engine_backup, "read_contents", lambda *_: iter(()))
-    before = names(directory)
-    with pytest.raises(errors.CorruptDatabaseError):
-        sqlite_database.backup(directory, keep=1)
-    assert names(directory) == before
-    assert first.exists()
-
-
 def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
     """If the database is damaged, the backup raises an error with the remedy, and no file is left."""
     with Database.open(sqlite_path) as database:
@@ -243,39 +202,30 @@ def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> No
     assert names(tmp_path) == {"database"}
 
 
-@pytest.mark.parametrize("how", ["moved away", "replaced"])
-def test_replaced_file_is_not_backed_up(sqlite_database: Database, sqlite_path: Path, tmp_path: Path, how: str) -> None:
-    """If another file took the open file's name, the backup raises an error and makes no file."""
-    add_agent(sqlite_database)
+def test_replaced_file_is_not_backed_up(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
+    """If the open file was moved away, or another file took its name, the backup raises an error and makes no file."""
     away = tmp_path / "away.db"
     sqlite_path.rename(away)
-    if how == "replaced":
+    for _ in range(2):
+        with pytest.raises(errors.DatabaseMovedError):
+            sqlite_database.backup(tmp_path / "copy.db")
+        assert names(tmp_path) == {"away.db", "database"}
         sqlite_path.touch(0o600)
-    with pytest.raises(errors.DatabaseMovedError):
-        sqlite_database.backup(tmp_path / "copy.db")
-    assert names(tmp_path) == {"away.db", "database"}
-    assert sqlite_path.exists() == (how == "replaced")
     away.rename(sqlite_path)
 
 
-def test_backup_without_schema_version_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
-    """If the schema's version is missing, a restore would refuse the file, so the backup raises an error."""
+def test_invalid_content_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
+    """If a row refers to an absent row, or the schema has no version, the backup raises, as a restore would."""
+    absent = "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'gone', 1, 1)"
+    change(sqlite_path, absent)
     with Database.open(sqlite_path) as database:
+        with pytest.raises(errors.CorruptDatabaseError, match="refers to a row"):
+            database.backup(tmp_path / "copy.db")
         with database.unit_of_work() as unit:
+            unit.session.connection().exec_driver_sql("DELETE FROM sessions")
             unit.session.connection().exec_driver_sql("DROP TABLE homeagent_schema_version")
         with pytest.raises(errors.CorruptDatabaseError, match="the schema is missing"):
             database.backup(tmp_path / "copy.db")
-    assert names(tmp_path) == {"database"}
-
-
-def test_broken_reference_is_refused(sqlite_path: Path, tmp_path: Path) -> None:
-    """If a row refers to an absent row, the backup raises an error."""
-    with closing(connect(str(sqlite_path))) as raw:
-        raw.execute(
-            "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'gone', 1, 1)"
-        )
-    with Database.open(sqlite_path) as database, pytest.raises(errors.CorruptDatabaseError, match="refers to a row"):
-        database.backup(tmp_path / "copy.db")
     assert names(tmp_path) == {"database"}
 
 
@@ -305,7 +255,7 @@ def test_separate_connection_raises_homeagents_errors(sqlite_path: Path) -> None
 def test_writers_do_not_wait_for_a_backup(
     sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If writers commit between the steps of a backup, they do not wait, and the backup has the first state."""
+    """Writers commit between the steps of a backup, which has the first state; after an interrupt no file is left."""
     for number in range(50):
         add_agent(sqlite_database, f"agent-{number}")
     monkeypatch.setattr(engine_backup, "_STEP", 1)
@@ -321,23 +271,16 @@ def test_writers_do_not_wait_for_a_backup(
     monkeypatch.setattr(engine_backup, "_raise_if_stopped", write)
     backup = sqlite_database.backup(tmp_path / "copy.db")
     assert written > 20
-    assert rows(backup, "SELECT count(*) FROM agents") == [(50,)]
-    assert rows(backup, "SELECT count(*) FROM devices") == [(0,)]
-
-
-def test_interrupted_backup_leaves_no_file(
-    sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If an exception, KeyboardInterrupt included, stops a backup, no file is left."""
-    monkeypatch.setattr(engine_backup, "_STEP", 1)
+    assert rows(backup, "SELECT (SELECT count(*) FROM agents), (SELECT count(*) FROM devices)") == [(50, 0)]
 
     def interrupt(stop: engine_backup.Stop) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine_backup, "_raise_if_stopped", interrupt)
+    before = names(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        sqlite_database.backup(tmp_path / "copy.db")
-    assert names(tmp_path) == {"database"}
+        sqlite_database.backup(tmp_path / "interrupted.db")
+    assert names(tmp_path) == before
 
 
 KILLED = """
@@ -479,8 +422,6 @@ def test_lost_permission(sqlite_path: Path, children: Children, public_directory
 
 def test_postgresql_names_its_own_tools(postgres_url: str, postgres_template: str) -> None:
     """On PostgreSQL the error names the server's own tools. PostgreSQL only."""
-    from tests.conftest import postgres_database
-
     with Database.open(postgres_database(postgres_url, postgres_template)) as database:
         for call in (
             lambda: database.backup("/nowhere/x"),
@@ -491,30 +432,42 @@ def test_postgresql_names_its_own_tools(postgres_url: str, postgres_template: st
 
 
 def test_temporary_database(tmp_path: Path) -> None:
-    """A temporary database can be backed up until it is closed."""
+    """A temporary database can be backed up until it is closed; the backup needs neither a WAL nor write permission."""
     with Database.open(":memory:") as database:
+        assert database.backup(tmp_path / "kept.db") == tmp_path / "kept.db"
         add_agent(database)
-        backup = database.backup(tmp_path / "kept.db")
+        # With `replace`, a backup replaces an earlier backup and its manifest.
+        backup = database.backup(tmp_path / "kept.db", replace=True)
+    manifest = read_manifest(backup)
+    assert manifest is not None
+    assert manifest.rows["agents"] == 1
+    assert manifest.sha256 == hashlib.sha256(backup.read_bytes()).hexdigest()
+    assert names(tmp_path) == {"kept.db", "kept.db.json"}
     with pytest.raises(errors.DatabaseClosedError):
         database.backup(tmp_path / "late.db")
-    with Database.open(backup) as kept, kept.unit_of_work(read_only=True) as unit:
-        assert unit.agents.get("ada").name == "Ada"
+    alone = tmp_path / "read-only"
+    alone.mkdir()
+    shutil.copy(backup, alone / "copy.db")
+    (alone / "copy.db").chmod(0o400)
+    alone.chmod(0o500)
+    assert rows(alone / "copy.db", "PRAGMA journal_mode") == [("delete",)]
+    assert rows(alone / "copy.db", "SELECT id FROM agents") == [("ada",)]
+    assert names(alone) == {"copy.db"}
+    with Database.open(backup) as kept:
+        assert kept.agents.get("ada").name == "Ada"
 
 
-@pytest.mark.parametrize("migrate", [True, False])
 @pytest.mark.parametrize("how", ["gone", "empty"])
-def test_lost_database_names_its_backup(sqlite_path: Path, tmp_path: Path, migrate: bool, how: str) -> None:
+def test_lost_database_names_its_backup(sqlite_path: Path, tmp_path: Path, how: str) -> None:
     """If a database's file is missing or empty, the error names the newest backup and does not suggest `init`."""
     with Database.open(sqlite_path) as database:
         backup = database.backup(f"{tmp_path}/backups/")
-    if how == "gone":
-        sqlite_path.unlink()
-    else:
-        os.truncate(sqlite_path, 0)
-    with pytest.raises(errors.CorruptDatabaseError) as caught:
-        Database.open(sqlite_path, migrate=migrate)
-    assert str(backup) in str(caught.value)
-    assert "init" not in str(caught.value)
+    sqlite_path.unlink() if how == "gone" else os.truncate(sqlite_path, 0)
+    for migrate in (True, False):
+        with pytest.raises(errors.CorruptDatabaseError) as caught:
+            Database.open(sqlite_path, migrate=migrate)
+        assert str(backup) in str(caught.value)
+        assert "init" not in str(caught.value)
 
 
 # The schedule
@@ -546,20 +499,17 @@ def test_schedule(sqlite_path: Path, clock: FakeClock, tmp_path: Path) -> None:
 
 def test_sweeper_makes_the_backups(sqlite_database: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A sweeper with a schedule makes backups in the background; if one fails, it is logged and sweeps continue."""
-    directory = tmp_path / "backups"
-    done = threading.Event()
-    schedule = BackupSchedule(directory)
-    with sqlite_database.sweeper(timedelta(milliseconds=1), backups=schedule):
-        while not done.wait(0.01):
-            if directory.exists() and list(directory.glob("*.json")):
-                done.set()
+    directory, blocked = tmp_path / "backups", tmp_path / "file"
+    pause = threading.Event()
+    with sqlite_database.sweeper(timedelta(milliseconds=1), backups=BackupSchedule(directory)):
+        while not list(directory.glob("*.json")):
+            pause.wait(0.01)
     assert len(list(directory.glob("*.backup"))) == 1
-    blocked = tmp_path / "file"
     blocked.write_text("")
     with sqlite_database.sweeper(timedelta(milliseconds=1), backups=BackupSchedule(blocked)) as sweeper:
         while "a scheduled backup failed" not in caplog.text:
             assert sweeper.running
-            done.wait(0)
+            pause.wait(0.001)
     for wrong in ({"every": timedelta(0)}, {"keep": 0}):
         with pytest.raises(errors.InvalidArgumentError):
             BackupSchedule(directory, **wrong)
@@ -588,18 +538,6 @@ def test_stopped_sweeper_ends_its_backup(
     assert names(directory) == set()
 
 
-def test_two_schedules_make_one(sqlite_database: Database, tmp_path: Path) -> None:
-    """If one process makes a due backup, another process with the same schedule makes none."""
-    from homeagent.engine.files.locks import FileLock
-
-    directory = tmp_path / "backups"
-    directory.mkdir()
-    with FileLock(directory / ".homeagent-backups.lock"):
-        made = back_up_if_due(sqlite_database._settings, BackupSchedule(directory))
-    assert made is None
-    assert names(directory) == set()
-
-
 SCHEDULED = """
 import sys
 from homeagent import Database
@@ -619,13 +557,19 @@ def test_processes_share_a_schedule(sqlite_path: Path, tmp_path: Path, children:
     assert len(list((tmp_path / "backups").glob("*.backup"))) == 1
 
 
-def test_backup_made_meanwhile_is_enough(
+def test_one_process_makes_a_due_backup(
     sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If another process made the due backup before the lock was free, no second backup is made."""
-    from homeagent.maintenance import backups
+    """If another process makes the due backup, or made it before the lock was free, no second backup is made."""
+    directory = tmp_path / "backups"
+    directory.mkdir()
 
-    schedule = BackupSchedule(tmp_path / "backups")
+    def due() -> Path | None:
+        return back_up_if_due(sqlite_database._settings, BackupSchedule(directory))
+
+    with FileLock(directory / ".homeagent-backups.lock"):
+        assert due() is None
+    assert names(directory) == set()
     prepare = backups.prepare_directory
 
     def others_first(directory: Path) -> None:
@@ -633,5 +577,5 @@ def test_backup_made_meanwhile_is_enough(
         sqlite_database.backup(f"{directory}/")
 
     monkeypatch.setattr(backups, "prepare_directory", others_first)
-    assert back_up_if_due(sqlite_database._settings, schedule) is None
-    assert len(list((tmp_path / "backups").glob("*.backup"))) == 1
+    assert due() is None
+    assert len(list(directory.glob("*.backup"))) == 1

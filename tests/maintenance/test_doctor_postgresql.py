@@ -19,19 +19,17 @@ from homeagent.maintenance.doctor import CHECKS, Severity
 from homeagent.maintenance.doctor.report import Collector
 from homeagent.maintenance.doctor.store import check_store
 from homeagent.migrations import REVISION
-from tests.conftest import add_agent, add_device, postgres_database, postgres_execute
+from tests.conftest import add_agent, add_device, postgres_copy, postgres_execute
 
 # The test server has fsync off, which is always a finding; another test covers the finding.
 DURABILITY = "durability"
 
 
 @pytest.fixture(scope="module")
-def url(postgres_url: str, postgres_template: str) -> Iterator[str]:
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
     """A migrated database on the server; each test restores its state, because a new database takes time."""
-    name = f"{postgres_template}_doctor"
-    postgres_execute(postgres_url, f"CREATE DATABASE {name} TEMPLATE {postgres_template} STRATEGY FILE_COPY")
-    yield postgres_database(postgres_url, name)
-    postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
+    with postgres_copy(request) as url:
+        yield url
 
 
 @pytest.fixture
@@ -97,7 +95,7 @@ def test_empty_database(empty_postgres_url: str) -> None:
     found = diagnose(empty_postgres_url)
     assert bad(found) == {"schema_revision": Severity.CRITICAL}
     assert at(found, "schema_revision").command == "homeagent init"
-    assert at(diagnose(empty_postgres_url), "schema_revision").facts["revision"] is None
+    assert at(found, "schema_revision").facts["revision"] is None
     Database.open(empty_postgres_url).close()
     assert bad(diagnose(empty_postgres_url)) == {}
 
@@ -115,38 +113,28 @@ def test_another_revision(url: str, revision: str, severity: Severity) -> None:
 
 
 # The manual change, its severity, and the names in the finding.
+WARNING, CRITICAL = Severity.WARNING, Severity.CRITICAL
+FUNCTION = "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'"
 DRIFTS: list[tuple[str, Severity, str]] = [
-    ("DROP INDEX idx_sessions_sender", Severity.WARNING, "idx_sessions_sender"),
-    ("DROP INDEX idx_sessions_route", Severity.CRITICAL, "idx_sessions_route"),
-    (
-        "DROP INDEX idx_idempotency_lease; CREATE INDEX idx_idempotency_lease ON idempotency_keys (lease_expires_at)",
-        Severity.WARNING,
-        "idx_idempotency_lease",
-    ),
-    ("CREATE UNIQUE INDEX mine ON devices (role, id)", Severity.CRITICAL, "mine"),
-    ("ALTER TABLE devices ADD COLUMN note text", Severity.WARNING, "devices.note"),
-    ("ALTER TABLE sessions DROP COLUMN route_key", Severity.CRITICAL, "sessions.route_key"),
-    ("ALTER TABLE devices ALTER COLUMN paired_at TYPE integer", Severity.CRITICAL, "devices.paired_at"),
-    ('ALTER TABLE agents ALTER COLUMN id TYPE text COLLATE "POSIX"', Severity.CRITICAL, "agents.id"),
-    ("ALTER TABLE devices ALTER COLUMN shared_secret_hash DROP NOT NULL", Severity.CRITICAL, "shared_secret_hash"),
-    ("ALTER TABLE devices ALTER COLUMN approved SET DEFAULT 1", Severity.CRITICAL, "devices.approved"),
-    ("ALTER TABLE devices DROP CONSTRAINT ck_devices_role", Severity.CRITICAL, "ck_devices_role"),
-    (
-        "ALTER TABLE devices DROP CONSTRAINT ck_devices_role;"
-        " ALTER TABLE devices ADD CONSTRAINT ck_devices_role CHECK (role IN ('client', 'node', 'admin', 'king'))",
-        Severity.CRITICAL,
-        "ck_devices_role",
-    ),
-    ("ALTER TABLE sessions DROP CONSTRAINT fk_sessions_agent_id_agents", Severity.CRITICAL, "fk_sessions"),
-    ("ALTER TABLE nonces DROP CONSTRAINT pk_nonces", Severity.CRITICAL, "pk_nonces"),
-    ("DROP TABLE sessions", Severity.CRITICAL, "table sessions"),
-    (
-        "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';"
-        " CREATE TRIGGER t BEFORE INSERT ON devices FOR EACH ROW EXECUTE FUNCTION f()",
-        Severity.CRITICAL,
-        "trigger t",
-    ),
-]
+    ("DROP INDEX idx_sessions_sender", WARNING, "idx_sessions_sender"),
+    ("DROP INDEX idx_sessions_route", CRITICAL, "idx_sessions_route"),
+    ("DROP INDEX idx_idempotency_lease;"
+     " CREATE INDEX idx_idempotency_lease ON idempotency_keys (lease_expires_at)", WARNING, "idx_idempotency_lease"),
+    ("CREATE UNIQUE INDEX mine ON devices (role, id)", CRITICAL, "mine"),
+    ("ALTER TABLE devices ADD COLUMN note text", WARNING, "devices.note"),
+    ("ALTER TABLE sessions DROP COLUMN route_key", CRITICAL, "sessions.route_key"),
+    ("ALTER TABLE devices ALTER COLUMN paired_at TYPE integer", CRITICAL, "devices.paired_at"),
+    ('ALTER TABLE agents ALTER COLUMN id TYPE text COLLATE "POSIX"', CRITICAL, "agents.id"),
+    ("ALTER TABLE devices ALTER COLUMN shared_secret_hash DROP NOT NULL", CRITICAL, "shared_secret_hash"),
+    ("ALTER TABLE devices ALTER COLUMN approved SET DEFAULT 1", CRITICAL, "devices.approved"),
+    ("ALTER TABLE devices DROP CONSTRAINT ck_devices_role", CRITICAL, "ck_devices_role"),
+    ("ALTER TABLE devices DROP CONSTRAINT ck_devices_role; ALTER TABLE devices ADD CONSTRAINT ck_devices_role"
+     " CHECK (role IN ('client', 'node', 'admin', 'king'))", CRITICAL, "ck_devices_role"),
+    ("ALTER TABLE sessions DROP CONSTRAINT fk_sessions_agent_id_agents", CRITICAL, "fk_sessions"),
+    ("ALTER TABLE nonces DROP CONSTRAINT pk_nonces", CRITICAL, "pk_nonces"),
+    ("DROP TABLE sessions", CRITICAL, "table sessions"),
+    (f"{FUNCTION}; CREATE TRIGGER t BEFORE INSERT ON devices FOR EACH ROW EXECUTE FUNCTION f()", CRITICAL, "trigger t"),
+]  # fmt: skip
 
 
 def test_a_schema_changed_by_hand(url: str) -> None:
@@ -222,13 +210,11 @@ def test_rows_are_checked_and_repaired(target: str, monkeypatch: pytest.MonkeyPa
         add_device(database, "desk", role=Role.ADMIN, approved=True)
         add_device(database, "lamp")
         database.rotate_secret("desk", overlap=timedelta(hours=1))
-        with database.unit_of_work() as unit:
-            unit.nonces.consume("desk", "n1", expires_at=past + timedelta(minutes=1))
-            unit.nonces.consume("desk", "n2", expires_at=past + timedelta(minutes=1))
-            unit.idempotency_keys.insert(IdempotencyScope("ghost", "m", "k"), 1, ttl=timedelta(days=60))
-            unit.idempotency_keys.claim(
-                IdempotencyScope("desk", "m", "k"), fingerprint="f", lease=timedelta(1), ttl=timedelta(2)
-            )
+        for nonce in ("n1", "n2"):
+            database.nonces.consume("desk", nonce, expires_at=past + timedelta(minutes=1))
+        ghost, desk = (IdempotencyScope(name, "m", "k") for name in ("ghost", "desk"))
+        database.idempotency_keys.insert(ghost, 1, ttl=timedelta(days=60))
+        database.idempotency_keys.claim(desk, fingerprint="f", lease=timedelta(1), ttl=timedelta(2))
     left = dict.fromkeys(("references", "abandoned_effects", "pending_devices"), Severity.WARNING)
     found = diagnose(target)
     assert bad(found) == {**left, "expired_backlog": Severity.WARNING, "previous_secrets": Severity.WARNING}
@@ -237,16 +223,11 @@ def test_rows_are_checked_and_repaired(target: str, monkeypatch: pytest.MonkeyPa
     assert [repair.check for repair in fixed.repairs] == ["expired_backlog", "previous_secrets"]
     ahead = diagnose(target, clock=lambda: past - timedelta(hours=3))
     assert bad(ahead)["clock"] is Severity.CRITICAL
-
-
-def test_unreadable_row(target: str) -> None:
-    """If the server holds a value that homeagent cannot read, the finding names table, column and key."""
-    with Database.open(target) as database:
-        add_device(database, "desk", role=Role.ADMIN, approved=True)
-    execute(target, "UPDATE devices SET metadata = 'hello'")
-    found = diagnose(target)
-    assert bad(found) == {"rows": Severity.CRITICAL}
-    assert "devices.metadata holds a value that can't be read, in the row with id 'desk'" in at(found, "rows").summary
+    execute(target, "UPDATE devices SET metadata = 'hello' WHERE id = 'desk'")
+    unreadable = diagnose(target)
+    assert bad(unreadable) == {**left, "rows": Severity.CRITICAL}
+    named = "devices.metadata holds a value that can't be read, in the row with id 'desk'"
+    assert named in at(unreadable, "rows").summary
 
 
 def test_slow_check_is_cut_off(url: str, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from homeagent import Database, Freshness, ReplayGuard, errors
-from tests.conftest import START, FakeClock
+from homeagent.maintenance import epochs
+from tests.command_line import invoke
+from tests.conftest import START, FakeClock, postgres_execute
+from tests.postgresql.load import wait_for
 
-SKEW = timedelta(minutes=5)
+guard = ReplayGuard(skew=timedelta(minutes=5))
 
 
 def judge(database: Database, nonce: str) -> Freshness:
     """Judge a message that was signed at START."""
-    return database.run(lambda unit: ReplayGuard(skew=SKEW).check(unit.nonces, "lamp", nonce, signed_at=START))
+    return database.run(lambda unit: guard.check(unit.nonces, "lamp", nonce, signed_at=START))
 
 
 def test_begin_epoch(target: str, clock: FakeClock) -> None:
@@ -65,7 +70,6 @@ def test_restore_continues_the_count(sqlite_path: Path, tmp_path: Path, clock: F
 
 def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:
     """After a second epoch, `homeagent status` shows the epoch. SQLite only: the output is the same for PostgreSQL."""
-    from tests.command_line import invoke
 
     def shown() -> str:
         return invoke("status", "--database", sqlite_path).stdout
@@ -73,3 +77,50 @@ def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:
     assert "Epoch" not in shown()
     Database.begin_epoch(sqlite_path, clock=clock)
     assert "2, restored at 2026-01-02 03:04:05.678+00:00" in shown()
+
+
+# On PostgreSQL a gateway can run while an epoch begins; SQLite refuses it for an open file.
+
+
+def set_back(target: str) -> None:
+    """End every session, as a restored server does, and delete the nonces."""
+    postgres_execute(
+        target,
+        "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()",
+    )
+    postgres_execute(target, "DELETE FROM nonces")
+
+
+@pytest.mark.parametrize("engine_name", ["postgresql"])
+def test_epoch_reaches_a_running_gateway(target: str, database: Database, clock: FakeClock) -> None:
+    """If a gateway lost its connections before the new epoch, it refuses messages from before the epoch."""
+    assert judge(database, "one") is Freshness.FRESH
+    set_back(target)
+    clock.advance(seconds=1)
+    assert Database.begin_epoch(target, clock=clock).epoch == 2
+    assert judge(database, "one") is Freshness.STALE
+
+
+@pytest.mark.parametrize("engine_name", ["postgresql"])
+def test_epoch_reaches_a_gateway_that_connects_meanwhile(
+    target: str, database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a gateway connects while the epoch begins, it waits for the epoch and obeys it."""
+    assert judge(database, "one") is Freshness.FRESH
+    set_back(target)
+    judged: list[Freshness] = []
+    gateway = threading.Thread(target=lambda: judged.append(judge(database, "one")))
+    advance: Any = epochs._advance
+
+    def advance_late(connection: Any, *args: Any, **options: Any) -> int:
+        gateway.start()
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'store'::regclass"
+        wait_for("the gateway at the lock", lambda: judged or connection.exec_driver_sql(waiting).scalar_one())
+        return int(advance(connection, *args, **options))
+
+    monkeypatch.setattr(epochs, "_advance", advance_late)
+    clock.advance(seconds=1)
+    Database.begin_epoch(target, clock=clock)
+    gateway.join(60)
+    assert judged == [Freshness.STALE]

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 from contextlib import closing
-from datetime import datetime
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
-from sqlalchemy import (
-    JSON,
-    Boolean,
-    Column,
-    DateTime,
-    ForeignKey,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    insert,
-    select,
-    text,
-)
+import sqlalchemy as sa
+from sqlalchemy import Column, ForeignKey, Integer, MetaData, Row, Table, insert, select, text
 
 from homeagent import AgentSession, Database, diagnose
 from homeagent.errors import DatabaseError, InvalidArgumentError, SchemaChangedError, TargetNotEmptyError
-from homeagent.maintenance import CopyProgress
-from homeagent.maintenance.copied_tables import PAGE
+from homeagent.maintenance import CopyProgress, copied_tables
 from tests.conftest import add_agent, postgres_execute
 from tests.migrations.old_databases import sqlite
 from tests.migrations.own_revisions import write_revision
+
+
+class Colour(Enum):
+    """A choice of an application."""
+
+    RED = 1
+    BLUE = 2
+
 
 # A foreign key between two MetaData objects needs the column itself, because a name is searched in one MetaData.
 own = MetaData()
@@ -39,30 +37,49 @@ notes = Table(
     Column("id", Integer, primary_key=True),
     Column("session_id", ForeignKey(AgentSession.__table__.c.session_id), nullable=False),  # type: ignore[attr-defined]
     Column("parent_id", ForeignKey("notes.id")),
-    Column("is_read", Boolean, nullable=False),
-    Column("seen_at", DateTime(timezone=False)),
-    Column("more", JSON),
+    Column("is_read", sa.Boolean, nullable=False),
+    Column("seen_at", sa.DateTime(timezone=False)),
+    Column("more", sa.JSON),
 )
 tags = Table(
     "a tag",
     own,
     Column("note_id", ForeignKey("notes.id"), primary_key=True),
-    Column("Name", String(20), primary_key=True),
+    Column("Name", sa.String(20), primary_key=True),
 )
-REVISION = """
-op.create_table("notes", sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("session_id", sa.Text, sa.ForeignKey("sessions.session_id"), nullable=False),
-    sa.Column("parent_id", sa.Integer, sa.ForeignKey("notes.id")),
-    sa.Column("is_read", sa.Boolean, nullable=False), sa.Column("seen_at", sa.DateTime), sa.Column("more", sa.JSON))
-op.create_table("a tag", sa.Column("note_id", sa.Integer, sa.ForeignKey("notes.id"), primary_key=True),
-    sa.Column("Name", sa.String(20), primary_key=True))
-"""
+types = MetaData()
+values = Table(
+    "own_values",
+    types,
+    Column("id", sa.Uuid, primary_key=True),
+    Column("bytes", sa.LargeBinary),
+    Column("number", sa.Numeric(12, 3)),
+    Column("real", sa.Float),
+    Column("day", sa.Date),
+    Column("time", sa.Time),
+    Column("span", sa.Interval),
+    Column("at", sa.DateTime),
+    Column("zoned", sa.DateTime(timezone=True)),
+    Column("colour", sa.Enum(Colour, native_enum=False)),
+    Column("note", sa.Text),
+)
+AT = datetime(2026, 1, 2, 3, 4, 5, 678901)  # noqa: DTZ001  the columns have no time zone
+VALUES: list[tuple[Any, ...]] = [
+    (
+        UUID(int=7), b"\x00\\N\xff\n", Decimal("123456789.125"), 0.1, date(2026, 1, 2), time(3, 4, 5, 678),
+        timedelta(days=2, microseconds=3), AT, datetime(2026, 7, 2, 3, 4, 5, 678, tzinfo=UTC), Colour.BLUE,
+        "a\tb\n\\.\\N",
+    ),
+    (UUID(int=8), *[None] * 10),
+]  # fmt: skip
+CREATE = f"from {__name__} import {{0}}\n{{0}}.create_all(op.get_bind())"
+"""The body of a revision that creates the tables of a MetaData."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The folder of the application's revision."""
-    return write_revision(tmp_path / "hub", "a1", None, REVISION.replace("\n    ", " ").strip()).parents[1]
+    """The folder of the application's revision, which creates the notes and their tags."""
+    return write_revision(tmp_path / "hub", "a1", None, CREATE.format("own")).parents[1]
 
 
 def fill(database: Database, rows: int) -> None:
@@ -71,57 +88,76 @@ def fill(database: Database, rows: int) -> None:
     with database.unit_of_work() as unit:
         session = unit.sessions.resolve(agent_id="ada", sender_id="anna")
         connection = unit.session.connection()
-        time = datetime(2026, 1, 2, 3, 4, 5, 678901)  # noqa: DTZ001  the column has no time zone
-        values: list[dict[str, Any]] = [
+        rows_of_notes: list[dict[str, Any]] = [
             {
                 "id": number,
                 "session_id": session.session_id,
                 "parent_id": number // 2 or None,
                 "is_read": bool(number % 2),
-                "seen_at": time if number % 3 else None,
+                "seen_at": AT if number % 3 else None,
                 "more": {"b": [number, 1.5, None], "a": "ü"},
             }
             for number in range(1, rows + 1)
         ]
-        connection.execute(insert(notes), values)
+        connection.execute(insert(notes), rows_of_notes)
         names = [{"note_id": number, "Name": name} for number in range(1, rows + 1) for name in ("b", "B", "Ü")]
         connection.execute(insert(tags), names)
 
 
-def stored(database: Database) -> list[list[tuple[Any, ...]]]:
+def stored(database: Database, *tables: Table) -> list[list[tuple[Any, ...]]]:
     """Return the rows of the application's tables."""
     with database.read_connection() as connection:
-        return [sorted(map(tuple, connection.execute(select(table))), key=repr) for table in (notes, tags)]
+        return [sorted(map(row_of, connection.execute(select(table))), key=repr) for table in tables]
+
+
+def row_of(row: Row[Any]) -> tuple[Any, ...]:
+    """Return the values of a row. SQLAlchemy reads a time from SQLite without its zone."""
+    read = row._asdict()
+    if (zoned := read.get("zoned")) and zoned.tzinfo is None:
+        read["zoned"] = zoned.replace(tzinfo=UTC)
+    return tuple(read.values())
 
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_copy_to_another_engine_and_back(
-    sqlite_path: Path, empty_postgres_url: str, folder: Path, tmp_path: Path, declared: bool
+    sqlite_path: Path,
+    empty_postgres_url: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    declared: bool,
 ) -> None:
-    """Own tables move from SQLite to PostgreSQL and back, and new rows get new numbers."""
-    metadata = [own] if declared else []
+    """Own tables, declared with any common type, move to PostgreSQL and back, and new rows get new numbers."""
+    monkeypatch.setattr(copied_tables, "PAGE", 40)
+    tables, metadata = [notes, tags], []
+    if declared:
+        write_revision(folder, "a2", "a1", CREATE.format("types"))
+        tables, metadata = [*tables, values], [types, own]
     seen: list[CopyProgress] = []
     with Database.open(sqlite_path, migrations=folder, metadata=metadata) as source:
-        fill(source, PAGE + 1)
-        expected = stored(source)
+        fill(source, 41)
+        if declared:
+            with source.unit_of_work() as unit:
+                unit.session.connection().execute(insert(values).values(VALUES))
+            assert stored(source, values) == [VALUES]
+        expected = stored(source, *tables)
         with Database.open(empty_postgres_url, migrations=folder, metadata=metadata) as server:
             report = source.copy_to(server, progress=seen.append)
-            assert report.rows["notes"] == PAGE + 1
-            assert report.rows["a tag"] == 3 * (PAGE + 1)
+            assert (report.rows["notes"], report.rows["a tag"]) == (41, 123)
             assert seen[-1].rows == seen[-1].total
-            assert stored(server) == expected
-            with Database.open(tmp_path / "back" / "homeagent.db", migrations=folder) as back:
+            assert stored(server, *tables) == expected
+            with Database.open(tmp_path / "back" / "homeagent.db", migrations=folder, metadata=metadata[:1]) as back:
                 server.copy_to(back)
-                assert stored(back) == expected
+                assert stored(back, *tables) == expected
             with server.unit_of_work() as unit:
                 (session,) = unit.sessions.list()
                 new = insert(notes).values(session_id=session.session_id, is_read=False).returning(notes.c.id)
-                assert unit.session.connection().execute(new).scalar_one() == PAGE + 2
+                assert unit.session.connection().execute(new).scalar_one() == 42
             with pytest.raises(TargetNotEmptyError):
                 source.copy_to(server)
 
 
-VALUES = (
+NODES = (
     'op.create_table("node", sa.Column("id", sa.Integer, primary_key=True), sa.Column("parent", sa.Integer,'
     ' sa.ForeignKey("node.id")), sa.Column("more", sa.JSON), sa.Column("b", sa.JSON().with_variant('
     'sa.dialects.postgresql.JSONB(), "postgresql")))'
@@ -130,7 +166,7 @@ VALUES = (
 
 def test_json_and_late_parents_are_copied(sqlite_path: Path, empty_postgres_url: str, tmp_path: Path) -> None:
     """A copy keeps NULL apart from JSON's null, keeps all digits, and inserts a row before the row it refers to."""
-    folder = write_revision(tmp_path / "hub", "a1", None, f"import sqlalchemy.dialects.postgresql\n{VALUES}").parents[1]
+    folder = write_revision(tmp_path / "hub", "a1", None, f"import sqlalchemy.dialects.postgresql\n{NODES}").parents[1]
     rows = [
         (-3, 0, None, '{"b":1,"a":2}'),
         (-2, -3, "null", None),
@@ -227,8 +263,12 @@ def test_orphan(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
     assert (report.rows["notes"], report.rows["a tag"]) == (1, 6)
 
 
-def test_status_names_own_tables(target: str, folder: Path) -> None:
-    """The status counts the rows of own tables, and has the revision of the application."""
+def test_objects_of_the_application(target: str, folder: Path, tmp_path: Path) -> None:
+    """Status and doctor count own rows; the doctor names an own view, index and trigger, which can be acknowledged."""
+    trigger = "CREATE TRIGGER audit AFTER INSERT ON agents BEGIN SELECT 1; END"
+    if target.startswith("postgresql"):
+        postgres_execute(target, "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
+        trigger = "CREATE TRIGGER audit AFTER INSERT ON agents FOR EACH ROW EXECUTE FUNCTION f()"
     with Database.open(target, migrations=folder) as database:
         fill(database, 2)
         status = database.status()
@@ -237,15 +277,6 @@ def test_status_names_own_tables(target: str, folder: Path) -> None:
         assert application is not None
         assert application.severity == "ok"
         assert "at revision a1: a tag (rows: 6), notes (rows: 2)" in application.summary
-
-
-def test_objects_of_the_application(target: str, folder: Path, tmp_path: Path) -> None:
-    """The doctor names an own view, index and trigger with a remedy for each, and the trigger can be acknowledged."""
-    trigger = "CREATE TRIGGER audit AFTER INSERT ON agents BEGIN SELECT 1; END"
-    if target.startswith("postgresql"):
-        postgres_execute(target, "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
-        trigger = "CREATE TRIGGER audit AFTER INSERT ON agents FOR EACH ROW EXECUTE FUNCTION f()"
-    with Database.open(target, migrations=folder) as database:
         with database.unit_of_work() as unit:
             for statement in (
                 trigger,

@@ -13,6 +13,7 @@ import stat
 import subprocess
 import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from homeagent import Database, DevicePair, Role, errors
+from homeagent import Database, Role, errors
 from homeagent.engine.sqlite.in_use import hold_in_use_lock, new_path, quarantine_path
 from homeagent.engine.sqlite.manifests import manifest_path
 from homeagent.maintenance import restore
@@ -35,9 +36,10 @@ from tests.conftest import (
     RecordProperty,
     add_agent,
     add_device,
+    pair,
     write_past_checks,
 )
-from tests.migrations.old_databases import REVISIONS, sqlite
+from tests.migrations.old_databases import REVISIONS, change, sqlite
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int, str]]:
@@ -95,25 +97,34 @@ def test_restore(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
         Database.open(sqlite_path)
 
 
+LOGGED = """
+import os, sys
+from homeagent import AgentCreate, Database, errors
+database = Database.open(sys.argv[1])
+database.agents.create(AgentCreate(id=sys.argv[2], name="L", workspace_path="/l"))
+for act in (database.devices.revoke, database.devices.delete):
+    try:
+        act(act.__name__)
+    except errors.NotFoundError:
+        pass
+os._exit(0)
+"""
+"""A process that leaves a WAL with commits."""
+
+
 def test_readmitted_devices_are_reported(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
     """Devices that were revoked, deleted or rotated since the backup are reported, even if only the WAL shows it."""
     with Database.open(sqlite_path) as database:
-        for name in ("stays", "revoked", "deleted", "rotated"):
+        for name in ("stays", "revoke", "delete", "rotated"):
             add_device(database, name, approved=True)
         add_device(database, "waits")
         backup = database.backup(tmp_path / "the.backup")
         database.rotate_secret("rotated")
-    children.run(
-        "import os, sys\nfrom homeagent import Database\ndatabase = Database.open(sys.argv[1])\n"
-        "with database.unit_of_work() as unit:\n    unit.devices.revoke('revoked')\n"
-        "    unit.devices.delete('deleted')\n"
-        "os._exit(0)\n",
-        sqlite_path,
-    )
+    children.run(LOGGED, sqlite_path, "logged")
     before = listing(sqlite_path.parent)
     assert before["homeagent.db-wal"]
     report = Database.restore(backup, sqlite_path)
-    assert report.readmitted_devices == ["deleted", "revoked"]
+    assert report.readmitted_devices == ["delete", "revoke"]
     assert report.old_secret_devices == ["rotated"]
     assert report.kept_aside is not None
     after = listing(sqlite_path.parent)
@@ -127,27 +138,18 @@ def test_readmitted_devices_are_reported(sqlite_path: Path, tmp_path: Path, chil
     assert (report.readmitted_devices, report.old_secret_devices) == (None, None)
 
 
-def test_unreadable_approval_counts_as_unapproved(sqlite_path: Path, tmp_path: Path) -> None:
-    """If a device's approval was text, it was not approved; the restore reports it as approved again."""
+def test_changed_approval_or_role_is_reported(sqlite_path: Path, tmp_path: Path) -> None:
+    """If an approval was text, or an admin paired again as a client, the restore reports the device."""
     with Database.open(sqlite_path) as database:
         for name in ("stays", "odd"):
             add_device(database, name, approved=True)
+        secret = pair(database, "desk", role=Role.ADMIN)
         backup = database.backup(tmp_path / "the.backup")
+        database.devices.delete("desk", force=True)
+        pair(database, "desk", secret)
     write_past_checks(sqlite_path, "UPDATE devices SET approved = 'false' WHERE id = 'odd'")
-    assert Database.restore(backup, sqlite_path).readmitted_devices == ["odd"]
-
-
-def test_regained_role_is_reported(sqlite_path: Path, tmp_path: Path) -> None:
-    """If an admin was deleted and paired again as a client, the restore reports the regained role."""
-    with Database.open(sqlite_path) as database:
-        secret = database.pair(DevicePair(id="desk", role=Role.ADMIN)).shared_secret
-        database.run(lambda unit: unit.devices.approve("desk"))
-        backup = database.backup(tmp_path / "the.backup")
-        database.run(lambda unit: unit.devices.delete("desk", force=True))
-        database.pair(DevicePair(id="desk", role=Role.CLIENT, shared_secret=secret))
-        database.run(lambda unit: unit.devices.approve("desk"))
     report = Database.restore(backup, sqlite_path)
-    assert (report.readmitted_devices, report.old_secret_devices) == (["desk"], [])
+    assert (report.readmitted_devices, report.old_secret_devices) == (["desk", "odd"], [])
 
 
 def test_restore_to_an_empty_place(tmp_path: Path, backup: Path, clock: FakeClock) -> None:
@@ -160,7 +162,9 @@ def test_restore_to_an_empty_place(tmp_path: Path, backup: Path, clock: FakeCloc
     assert {entry.name for entry in path.parent.iterdir()} == {f"homeagent.db{end}" for end in ("", ".lock", ".open")}
 
 
-def test_epochs_never_repeat(sqlite_path: Path, backup: Path, clock: FakeClock) -> None:
+def test_epochs_never_repeat(
+    sqlite_path: Path, backup: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
+) -> None:
     """Each restore begins an epoch that was never used, even from an old backup or over an unreadable file."""
     assert [Database.restore(backup, sqlite_path, clock=clock).epoch for _ in range(2)] == [2, 3]
     sqlite_path.write_bytes(b"\xff" * 8192)
@@ -174,16 +178,16 @@ def test_epochs_never_repeat(sqlite_path: Path, backup: Path, clock: FakeClock) 
     with Database.open(alone, clock=clock) as database:
         latest = database.backup(sqlite_path.parent / "latest.backup")
     assert Database.restore(latest, sqlite_path, clock=clock).epoch == 6
+    # The clock is behind the time of the backup.
+    assert "before the backup was taken" not in caplog.text
+    clock.advance(-timedelta(days=400))
+    assert Database.restore(backup, sqlite_path, clock=clock).restored_at == clock.now
+    assert "before the backup was taken" in caplog.text
 
 
 def test_stale_wal_is_kept_with_its_database(sqlite_path: Path, backup: Path, children: Children) -> None:
     """If a killed process left a WAL with commits, the restore quarantines the WAL with the old database, unread."""
-    script = (
-        "import os, sys\nfrom homeagent import AgentCreate, Database\ndatabase = Database.open(sys.argv[1])\n"
-        "with database.unit_of_work() as unit:\n"
-        "    unit.agents.create(AgentCreate(id='logged', name='L', workspace_path='/l'))\nos._exit(0)\n"
-    )
-    children.run(script, sqlite_path)
+    children.run(LOGGED, sqlite_path, "logged")
     log = sqlite_path.with_name("homeagent.db-wal")
     assert log.stat().st_size > 0
     content = log.read_bytes()
@@ -193,16 +197,14 @@ def test_stale_wal_is_kept_with_its_database(sqlite_path: Path, backup: Path, ch
     assert report.kept_aside.with_name(report.kept_aside.name + "-wal").read_bytes() == content
     assert agents(report.kept_aside) == ["logged", "new", "old"]
     # The quarantined database can be restored, its WAL included.
-    children.run(script.replace("logged", "later"), report.kept_aside)
-    with closing(sqlite(sqlite_path)):
-        pass
+    children.run(LOGGED, report.kept_aside, "later")
+    change(sqlite_path)
     Database.restore(report.kept_aside, sqlite_path)
     assert agents(sqlite_path) == ["later", "logged", "new", "old"]
-
-
-def test_stale_wal_without_database(sqlite_path: Path, backup: Path) -> None:
-    """If a WAL has no database, the restore quarantines the WAL and does not apply the WAL."""
+    # If a WAL has no database, it is quarantined too and not applied.
     sqlite_path.unlink()
+    for path in sqlite_path.parent.glob("*.quarantine*"):
+        path.unlink()
     for end in ("-wal", "-shm", "-journal"):
         sqlite_path.with_name(f"homeagent.db{end}").write_bytes(b"stale" * 1000)
         sqlite_path.with_name(f"homeagent.db{end}").chmod(0o600)
@@ -212,74 +214,27 @@ def test_stale_wal_without_database(sqlite_path: Path, backup: Path) -> None:
     assert kept == {"-wal", "-shm", "-journal"}
 
 
-@pytest.mark.parametrize("how", ["cut", "zeros", "text", "byte", "empty", "page"])
-def test_damaged_target(sqlite_path: Path, backup: Path, how: str) -> None:
+@pytest.mark.parametrize("how", ["cut", "page", b"\0" * 8192, b"dear diary", b"S", b""], ids=str)
+def test_damaged_target(sqlite_path: Path, backup: Path, how: str | bytes) -> None:
     """A damaged database is replaced by the backup and kept unchanged."""
-    match how:
-        case "cut":
-            os.truncate(sqlite_path, 5000)
-        case "zeros":
-            sqlite_path.write_bytes(bytes(8192))
-        case "text":
-            sqlite_path.write_text("dear diary")
-        case "byte":
-            sqlite_path.write_bytes(b"S")
-        case "empty":
-            sqlite_path.write_bytes(b"")
-        case "page":
-            with sqlite_path.open("r+b") as file:
-                file.seek(4096)
-                file.write(b"\xff" * 4096)
     content = sqlite_path.read_bytes()
+    damaged = {"cut": content[:5000], "page": content[:4096] + b"\xff" * 4096 + content[8192:]}
+    content = how if isinstance(how, bytes) else damaged[how]
+    sqlite_path.write_bytes(content)
     report = Database.restore(backup, sqlite_path)
     assert agents(sqlite_path) == ["old"]
     assert report.kept_aside is not None
     assert report.kept_aside.read_bytes() == content
 
 
-def newer(path: Path) -> None:
-    """Give a database a revision that this version does not know."""
-    with closing(sqlite(path)) as raw:
-        raw.execute(f"UPDATE {VERSION_TABLE} SET version_num = '9999'")
-        raw.execute("UPDATE store SET oldest_revision = '9999'")
+def replaced_by(*statements: str) -> Callable[[Path], None]:
+    """Return a function that puts another SQLite file in place."""
 
+    def replace(path: Path) -> None:
+        path.unlink()
+        change(path, *statements)
 
-def foreign(path: Path) -> None:
-    """Make the file another application's database."""
-    path.unlink()
-    with closing(sqlite(path)) as raw:
-        raw.execute("PRAGMA application_id = 7")
-        raw.execute("CREATE TABLE agents (id)")
-
-
-def broken_reference(path: Path) -> None:
-    """Make a row refer to an absent row."""
-    with closing(sqlite(path)) as raw:
-        raw.execute("INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'no', 1, 1)")
-
-
-def damaged_index(path: Path) -> None:
-    """Remove an entry from an index, which only an integrity check finds."""
-    with closing(sqlite(path)) as raw:
-        raw.execute("PRAGMA writable_schema = ON")
-        raw.execute(
-            "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'idx_nonces_expires')"
-            " WHERE name = 'idx_sessions_agent'"
-        )
-
-
-def no_store(path: Path) -> None:
-    """Leave homeagent's file without any table."""
-    path.unlink()
-    with closing(sqlite(path)) as raw:
-        raw.execute("PRAGMA application_id = 0x48414731")
-        raw.execute("PRAGMA user_version = 1")
-
-
-def another(path: Path) -> None:
-    """Put a valid database of the same size with another row in place."""
-    with closing(sqlite(path)) as raw:
-        raw.execute("UPDATE agents SET name = 'eve'")
+    return replace
 
 
 def flipped(path: Path) -> None:
@@ -289,18 +244,35 @@ def flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
-BACKUPS: dict[str, tuple[Any, type[errors.DatabaseError], str, bool]] = {
-    "newer": (newer, errors.SchemaTooNewError, "upgrade homeagent", False),
-    "foreign": (foreign, errors.ForeignDatabaseError, "another application", False),
-    "reference": (broken_reference, errors.CorruptDatabaseError, "refers to a row", False),
-    "index": (damaged_index, errors.CorruptDatabaseError, "is damaged", False),
-    "no store": (no_store, errors.CorruptDatabaseError, "no homeagent tables", False),
+FOREIGN = replaced_by("PRAGMA application_id = 7", "CREATE TABLE agents (id)")
+NEWER = (f"UPDATE {VERSION_TABLE} SET version_num = '9999'", "UPDATE store SET oldest_revision = '9999'")
+NO_REFERENCE = "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s', 'no', 1, 1)"
+NO_TABLES = replaced_by("PRAGMA application_id = 0x48414731", "PRAGMA user_version = 1")
+INDEX = (
+    "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'idx_nonces_expires')"
+    " WHERE name = 'idx_sessions_agent'"
+)
+# What spoils the backup, the error and its text, and whether the backup keeps its manifest.
+BACKUPS: dict[str, tuple[Callable[[Path], object], type[errors.DatabaseError], str, bool]] = {
+    "newer": (lambda path: change(path, *NEWER), errors.SchemaTooNewError, "upgrade homeagent", False),
+    "foreign": (FOREIGN, errors.ForeignDatabaseError, "another application", False),
+    "reference": (lambda path: change(path, NO_REFERENCE), errors.CorruptDatabaseError, "refers to a row", False),
+    # An entry of an index is missing, which only an integrity check finds.
+    "index": (
+        lambda path: change(path, "PRAGMA writable_schema = ON", INDEX),
+        errors.CorruptDatabaseError,
+        "is damaged",
+        False,
+    ),
+    "no store": (NO_TABLES, errors.CorruptDatabaseError, "no homeagent tables", False),
     "text": (lambda path: path.write_text("dear diary " * 100), errors.CorruptDatabaseError, "not a SQLite", False),
     "empty": (lambda path: path.write_bytes(b""), errors.CorruptDatabaseError, "not a SQLite", False),
     "cut": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "is damaged", False),
     "cut, with manifest": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "its manifest", True),
     "flipped": (flipped, errors.CorruptDatabaseError, "SHA-256", True),
-    "another": (another, errors.CorruptDatabaseError, "SHA-256", True),
+    "another": (
+        lambda path: change(path, "UPDATE agents SET name = 'eve'"), errors.CorruptDatabaseError, "SHA-256", True,
+    ),
     "manifest": (lambda path: manifest_path(path).write_text("{}"), errors.CorruptDatabaseError, "as a manifest", True),
 }  # fmt: skip
 
@@ -332,7 +304,7 @@ def test_refused_target(sqlite_path: Path, backup: Path, tmp_path: Path) -> None
     directory.mkdir()
     other = tmp_path / "other.db"
     other.touch()
-    foreign(other)
+    FOREIGN(other)
     for target, error in (
         (photo, errors.ForeignDatabaseError),
         (other, errors.ForeignDatabaseError),
@@ -364,11 +336,19 @@ with database.unit_of_work(read_only=True) as unit:
 
 
 def test_open_database_is_not_replaced(sqlite_path: Path, backup: Path, children: Children) -> None:
-    """If any process has the target open, the restore raises an error; after a crash of that process, it works."""
+    """If a process has the target or the source open, the restore raises an error; after a crash of it, it works."""
     now = timedelta(0)
-    before = listing(sqlite_path.parent)["homeagent.db"]
     with Database.open(sqlite_path), pytest.raises(errors.DatabaseBusyError, match="is open in"):
         Database.restore(backup, sqlite_path, busy_timeout=now)
+    with Database.open(sqlite_path) as database:
+        with pytest.raises(errors.DatabaseBusyError, match="is open"):
+            Database.restore(sqlite_path, sqlite_path.with_name("copy.db"))
+        add_agent(database, "still-locked")
+    Database.restore(sqlite_path, sqlite_path.with_name("copy.db"))
+    assert agents(sqlite_path.with_name("copy.db")) == ["new", "old", "still-locked"]
+    with Database.open(sqlite_path) as database:
+        database.agents.delete("still-locked")
+    before = listing(sqlite_path.parent)["homeagent.db"]
     holder = children.start(HOLDS, sqlite_path)
     assert holder.stdout.readline() == "open\n"
     with pytest.raises(errors.DatabaseBusyError, match=f"process {holder.pid}|another process"):
@@ -397,8 +377,7 @@ def test_other_programs_are_noticed(sqlite_path: Path, backup: Path, children: C
         "print('open', flush=True)\nsys.stdin.readline()\n"
     )
     for path, target in ((sqlite_path, sqlite_path), (backup, sqlite_path.parent / "new.db")):
-        with closing(sqlite(path)) as raw:
-            raw.execute("PRAGMA journal_mode=WAL")
+        change(path, "PRAGMA journal_mode=WAL")
         shell = children.start(script, path)
         assert shell.stdout.readline() == "open\n"
         with pytest.raises(errors.DatabaseBusyError, match="another program"):
@@ -430,17 +409,6 @@ def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: 
     Database.restore(backup, sqlite_path)
     seen[0].join(60)
     assert seen[1:] == [["old"]]
-
-
-def test_open_database_is_not_a_backup(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
-    """If this or another process has the source open, the restore raises an error without reading it."""
-    with Database.open(sqlite_path) as database:
-        add_agent(database, "live")
-        with pytest.raises(errors.DatabaseBusyError, match="is open"):
-            Database.restore(sqlite_path, tmp_path / "new.db", clock=clock)
-        add_agent(database, "still-locked")
-    Database.restore(sqlite_path, tmp_path / "new.db", clock=clock)
-    assert agents(tmp_path / "new.db") == ["live", "still-locked"]
 
 
 @pytest.mark.parametrize("revision", [REVISIONS[0], REVISION])
@@ -491,8 +459,13 @@ def test_database_in_a_snapshot(sqlite_path: Path, tmp_path: Path, in_use: bool)
         subprocess.run(["umount", snapshot], check=True)
 
 
-def test_target_that_the_disk_can_not_read(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the disk cannot read the target, the target is replaced like any damaged database."""
+def test_disk_without_room_or_with_errors(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room for both databases no byte is written; a target that cannot be read is replaced as damaged."""
+    before = listing(sqlite_path.parent)
+    with monkeypatch.context() as patch, pytest.raises(errors.DiskFullError, match="no room for a second database"):
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+        Database.restore(backup, sqlite_path)
+    assert listing(sqlite_path.parent) == before
 
     def fail(path: Path, **_: Any) -> Any:
         raise errors.DatabaseIOError(f"{path} can't be read")
@@ -503,24 +476,6 @@ def test_target_that_the_disk_can_not_read(sqlite_path: Path, backup: Path, monk
     assert report.kept_aside is not None
     assert agents(sqlite_path) == ["old"]
     assert agents(report.kept_aside) == ["new", "old"]
-
-
-def test_no_room_for_two_databases(sqlite_path: Path, backup: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the disk has no room for both databases, the error is raised before a byte is written."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    before = listing(sqlite_path.parent)
-    with pytest.raises(errors.DiskFullError, match="no room for a second database"):
-        Database.restore(backup, sqlite_path)
-    assert listing(sqlite_path.parent) == before
-
-
-def test_clock_behind_the_backup_is_logged(
-    sqlite_path: Path, backup: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
-) -> None:
-    """If the clock is behind the backup's time, the restore uses the clock's time and logs a warning."""
-    clock.advance(-timedelta(days=400))
-    assert Database.restore(backup, sqlite_path, clock=clock).restored_at == clock.now
-    assert "before the backup was taken" in caplog.text
 
 
 # kill -9
@@ -609,30 +564,24 @@ def test_killed_at_any_step(sqlite_path: Path, backup: Path, tmp_path: Path, rec
     record_property("restores killed at each step", sum(found.values()) - 1)
 
 
-def test_old_file_with_a_second_name(sqlite_path: Path, backup: Path) -> None:
-    """If a restore was killed while the old file had two names, the next open completes the restore."""
-    stamp = "20260102T030405678000Z"
-    shutil.copy(backup, new_path(sqlite_path, stamp))
-    new_path(sqlite_path, stamp).chmod(0o600)
-    presence = sqlite_path.with_name("homeagent.db.open")
-    presence.write_text(f"swap {stamp} 2 end\n")
-    presence.chmod(0o600)
-    quarantine_path(sqlite_path, stamp).hardlink_to(sqlite_path)
-    assert agents(sqlite_path) == ["old"]
-    assert (sqlite_path.stat().st_nlink, presence.read_text()) == (1, "")
-
-
-def test_incomplete_intent_is_ignored(sqlite_path: Path) -> None:
-    """An incomplete intent counts as not begun; an intent of a later version raises an error."""
-    presence = sqlite_path.with_name("homeagent.db.open")
-    for text in ("swap 2026", "swap 20260102T030405678000Z 2", "\0\0\0\0"):
-        presence.write_text(text)
-        presence.chmod(0o600)
+def test_intent_of_a_killed_restore(sqlite_path: Path, backup: Path) -> None:
+    """An open ignores an incomplete intent, completes a restore, and refuses an intent of a later version."""
+    intent, stamp = sqlite_path.with_name("homeagent.db.open"), "20260102T030405678000Z"
+    for text in ("swap 2026", f"swap {stamp} 2", "\0\0\0\0"):
+        intent.write_text(text)
+        intent.chmod(0o600)
         lock = hold_in_use_lock(sqlite_path, timeout=timedelta(0))
         assert lock is not None
-        assert presence.read_text() == ""
+        assert intent.read_text() == ""
         lock.release()
-    presence.write_text("exchange everything end\n")
+    # The restore was killed while the old file had two names.
+    shutil.copy(backup, new_path(sqlite_path, stamp))
+    new_path(sqlite_path, stamp).chmod(0o600)
+    intent.write_text(f"swap {stamp} 2 end\n")
+    quarantine_path(sqlite_path, stamp).hardlink_to(sqlite_path)
+    assert agents(sqlite_path) == ["old"]
+    assert (sqlite_path.stat().st_nlink, intent.read_text()) == (1, "")
+    intent.write_text("exchange everything end\n")
     with pytest.raises(errors.CorruptDatabaseError, match="version that began it"):
         Database.open(sqlite_path)
 

@@ -42,10 +42,6 @@ def test_status_has_the_counters(database: Database, clock: FakeClock) -> None:
     assert counters.last_error.kind == "TransientError"
     assert database.counters().reads == before.reads + 1
     assert DatabaseStatus.model_validate_json(status.model_dump_json()) == status
-
-
-def test_earlier_status_is_read(database: Database) -> None:
-    """A status that an earlier version stored without counters can still be read."""
-    old = database.status().model_dump(mode="json")
-    del old["counters"]
+    # A status that an earlier version stored has no counters.
+    old = status.model_dump(mode="json", exclude={"counters"})
     assert DatabaseStatus.model_validate(old).counters == DatabaseCounters()
