@@ -16,9 +16,9 @@ from homeagent.migrations import REVISION
 from tests import fork_server
 from tests.command_line import Result, invoke
 from tests.conftest import postgres_execute
+from tests.engine.files.conftest import snapshot
 from tests.migrations.old_databases import SPECIFICATION, change, fetch, is_sound, killed_at_statements, rows_of
 from tests.migrations.own_revisions import write_revision
-from tests.test_foreign_files import state_of
 
 ROWS = """
 INSERT INTO agents VALUES ('ada', 'Ada', '/srv/ada', 1, '{}');
@@ -66,7 +66,7 @@ def init(target: object, *arguments: object, answer: str = "") -> Result:
 
 def test_a_file_of_the_first_version(file: Path, folder: Path) -> None:
     """The confirmed adoption keeps every row, moves rows without a key, and the other commands accept the file."""
-    before, content = state_of(file.parent), rows_of(file)
+    before, content = snapshot(file.parent), rows_of(file)
     for migrate in (True, False):
         with pytest.raises(ForeignDatabaseError, match="homeagent init --adopt"):
             Database.open(file, migrate=migrate)
@@ -75,7 +75,7 @@ def test_a_file_of_the_first_version(file: Path, folder: Path) -> None:
         assert refused.exit_code == 1
         assert "devices_without_key (2 rows), nonces_without_key (1 rows)" in refused.stderr
     assert init(file, "--json").exit_code == 2
-    assert state_of(file.parent) == before
+    assert snapshot(file.parent) == before
     done = init(file, "--yes", "--json", "--migrations", folder)
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
@@ -161,11 +161,11 @@ def test_what_prevents_an_adoption_is_named(file: Path, problem: str) -> None:
     """An object or a row that prevents the adoption is named before the question, and no file changes."""
     statement, kind = REFUSED[problem]
     change(file, f"PRAGMA foreign_keys=OFF; {statement}")
-    before = state_of(file.parent)
+    before = snapshot(file.parent)
     with pytest.raises(kind, match=problem):
         preview_adoption(file)
     assert init(file, "--yes").exit_code == 1
-    assert state_of(file.parent) == before
+    assert snapshot(file.parent) == before
 
 
 CHANGES = {

@@ -12,11 +12,7 @@ __all__ = ["CutLine"]
 
 
 class CutLine:
-    """Forwards bytes between clients on a loopback port and a server, until a test cuts the connections.
-
-    Args:
-        url: the server's URL; `self.url` is the same URL through the proxy.
-    """
+    """Forwards bytes between clients on a loopback port and a server, until a test cuts the connections."""
 
     def __init__(self, url: str) -> None:
         self._server = make_url(url)
@@ -29,8 +25,6 @@ class CutLine:
         """Whether new clients are refused."""
         self.cuts = 0
         """Number of connections that were cut at the given word."""
-        self.clients = 0
-        """Number of clients so far."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -41,12 +35,7 @@ class CutLine:
         return self._server.set(host="127.0.0.1", port=port, query=query).render_as_string(hide_password=False)
 
     def cut_at(self, word: str, *, answered: bool) -> None:
-        """Cut the next connection on which a client sends this word, once.
-
-        Args:
-            word: such as COMMIT.
-            answered: whether the server gets the word, so that only its answer is lost; else the word is lost too.
-        """
+        """Cut the next connection on which a client sends this word, once. If `answered`, only the answer is lost."""
         with self._mutex:
             self._word, self._answered = word.encode(), answered
 
@@ -73,7 +62,6 @@ class CutLine:
                 continue
             pair = (client, self._connect(self._server))
             with self._mutex:
-                self.clients += 1
                 self._pairs.add(pair)
             answer = threading.Event()
             threading.Thread(target=self._forward, args=(pair, answer), daemon=True).start()

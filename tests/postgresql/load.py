@@ -33,18 +33,14 @@ def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 60)
 
 @dataclass
 class Report:
-    """Results of a load.
-
-    Attributes:
-        acknowledged: number of units of each kind.
-        outages: of each failover, the time in seconds without an acknowledgement, for the first writer to continue and
-            for the last.
-        unknown: number of commits with an unknown outcome, by the outcome that was found later.
-    """
+    """Results of a load."""
 
     acknowledged: Counter[str] = field(default_factory=Counter)
+    """Number of units of each kind."""
     outages: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds without an acknowledgement at each failover, of the first and the last writer to continue."""
     unknown: Counter[str] = field(default_factory=Counter)
+    """Number of commits with an unknown outcome, by the outcome that was found later."""
 
     def __str__(self) -> str:
         lines = [f"{sum(self.acknowledged.values())} units acknowledged: {dict(self.acknowledged)}"]
@@ -67,13 +63,7 @@ class Report:
 
 
 class Load:
-    """Writers in separate processes.
-
-    Args:
-        children: the fixture that starts the writers.
-        url: the URL of the store, with all hosts; the schema exists already.
-        directory: an empty directory for the ledgers.
-    """
+    """Writers in separate processes on a store that exists, with their ledgers in an empty directory."""
 
     def __init__(self, children: Children, url: str, directory: Path) -> None:
         self._children = children

@@ -25,18 +25,10 @@ _SETTINGS = {name: json.loads(value) for name, value in re.findall(r"^(\w+): (\S
 
 
 class PatroniCluster:
-    """One etcd and two nodes, each a Patroni and its PostgreSQL, all on the loopback address.
-
-    Args:
-        installation: the programs of PostgreSQL, and the user for every process.
-        directory: the directory for all files.
-        etcd: the program.
-    """
+    """One etcd and two nodes, each a Patroni and its PostgreSQL, all on the loopback address."""
 
     def __init__(self, installation: Installation, directory: Path, etcd: str) -> None:
-        self._installation = installation
-        self._directory = directory
-        self._etcd = etcd
+        self._installation, self._directory, self._etcd = installation, directory, etcd
         self._etcd_port = free_port()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._patroni: dict[Server, subprocess.Popen[bytes]] = {}
@@ -133,10 +125,6 @@ class PatroniCluster:
         finally:
             connection.close()
         return any(member["role"] == "sync_standby" for member in members)
-
-    def kill_server(self, node: Server) -> None:
-        """Kill all processes of a node's PostgreSQL; the node's Patroni continues."""
-        node.kill()
 
     def kill_node(self, node: Server) -> None:
         """Kill a node's Patroni and PostgreSQL, as the loss of a host does."""

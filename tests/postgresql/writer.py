@@ -29,13 +29,7 @@ HOUR = timedelta(hours=1)
 
 
 class Writer:
-    """Units of four kinds, numbered.
-
-    Args:
-        database: the database for the units.
-        directory: the directory of each writer's ledger and of the shared file of effects.
-        name: the writer's name.
-    """
+    """Units of four kinds, numbered. The directory has each writer's ledger and the shared file of effects."""
 
     def __init__(self, database: Database, directory: Path, name: str) -> None:
         self._database = database
