@@ -253,5 +253,5 @@ def target_of(context: typer.Context) -> str | None:
 
 def open_named(context: typer.Context) -> Database:
     """Open the database of the command without creating or upgrading it."""
-    # Only `init` and `migrate` create a database. After a misspelt path, no other command creates a file.
+    # Only `init` and `migrate` create a database, so another command with a misspelt path creates no file.
     return Database.open(target_of(context), migrate=False)

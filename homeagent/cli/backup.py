@@ -116,7 +116,7 @@ def _status(context: typer.Context) -> DatabaseStatus | DatabaseError:
         with open_named(context) as opened:
             return opened.status()
     except DatabaseBusyError:
-        raise  # a busy database need not be damaged
+        raise  # a busy database is not necessarily damaged
     except DatabaseError as error:
         return error
 

@@ -180,7 +180,8 @@ def delete(
     else:
         if not pending or before is None or force or paired_at is not None:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
-        # The store's method includes a device that was paired exactly at the given time, and --before does not.
+        # The store's method also deletes a device that was paired exactly at the given time. --before excludes this
+        # device.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
         with open_named(context) as opened:
             counts = {"deleted": _delete_pending(context, opened, until, dry_run=dry_run, yes=yes)}

@@ -133,7 +133,7 @@ nonces: typer.Typer = group("nonces", help="Release the nonces of a device that 
 
 @nonces.command("forget")
 def forget_nonces(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
-    """Stop counting a device's stored nonces against the limit of the device.
+    """Stop counting the stored nonces of a device towards the limit of the device.
 
     First configure the gateway to keep nonces for a shorter time. The rows stay until the nonces expire, so a message
     with a released nonce is still refused as a replay.

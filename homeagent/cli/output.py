@@ -23,7 +23,7 @@ _LEAST = 24  # minimum width of a column that contains a longer text, in charact
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print a value as JSON if the operator passed --json. Otherwise print a text, or call a function that prints."""
+    """Print a value as JSON if the operator passed --json. Otherwise print or call the argument `text`."""
     if context.obj.as_json:
         # Escape characters outside ASCII. The output is then valid in any encoding, and can't control the terminal.
         typer.echo(json.dumps(value, indent=2))
@@ -36,7 +36,9 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
 def print_list(
     context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object, form: Format
 ) -> None:
-    """Print a list as JSON or as rows. At the limit of `--limit`, note on standard error that more rows can exist."""
+    """Print a list as JSON or as rows. If the list has as many rows as `--limit`, print a note on standard error that
+    more rows can exist.
+    """
     rows = list(rows)
     print_result(context, values, lambda: print_table(headings, rows, form=form))
     if len(rows) == context.params.get("limit") and not context.obj.as_json:
@@ -145,7 +147,7 @@ def count(number: int, noun: str) -> str:
 def shown_progress(
     context: typer.Context, activity: str | None = None
 ) -> Iterator[Callable[[CopyProgress], object] | None]:
-    """Show progress bars during the block. Yield the function that takes a copy's progress, or None without a bar."""
+    """Show progress bars during the block. Yield a function that updates the bars, or None if no bar is shown."""
     if context.obj.as_json or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return

@@ -54,7 +54,7 @@ def show_row(row: Device | Agent | AgentSession, *, error: bool = False) -> None
 
 
 def request(model: type[M], **values: Any) -> M:
-    """Construct a model from the values. If a value is invalid, end the command as wrong usage."""
+    """Construct a model from the values. If a value is invalid, raise `typer.BadParameter`."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -76,7 +76,7 @@ def json_argument(text: str | None, name: str) -> Any:
 def require_expected(
     *, yes: bool, option: str, value: object, source: str = "as the list of the rows prints it with --json"
 ) -> None:
-    """End the command as wrong usage if --yes stands without the value that identifies the row."""
+    """Raise `typer.BadParameter` if the operator passed --yes without the value that identifies the row."""
     if yes and value is None:
         raise typer.BadParameter(f"--yes needs {option}, {source}.")
 
@@ -98,8 +98,8 @@ def change_shown(
     """Show a row, ask a question, and change the row. If one of the columns changed in the meantime, raise
     ConflictError.
 
-    The function `read` returns None if the row needs no question. The value `expected` belongs to the first column. A
-    text in `expected` is parsed as a timestamp.
+    The function `read` returns None if no question is necessary. `expected` is the expected value of the first column,
+    or None for any value. A timestamp is given as text.
     """
     seen = opened.run(read, read_only=True)
     confirm(context, question, yes=yes or seen is None, dry_run=dry_run, show=partial(show, seen))

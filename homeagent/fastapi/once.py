@@ -225,7 +225,9 @@ def _refused(detail: str) -> HTTPProblem:
 
 
 def _key_of(header: str) -> str:
-    """Return the key, which is a String of RFC 8941, as in the draft standard, or plain text, as in many APIs."""
+    """Return the key. The header contains a String of RFC 8941 (as in the draft standard) or plain text (as in many
+    APIs).
+    """
     quoted = _QUOTED.fullmatch(header)
     return header if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted[1])
 
@@ -235,7 +237,8 @@ def route_of(request: Request) -> str:
     # The result contains the path of a mounted application, but not a prefix that a proxy removed.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context, which is
-    # not public, has the whole path. Without the context, `params_of()` still distinguishes the paths.
+    # not public, has the whole path. Without the context, two routes can get the same result, but `params_of()`
+    # distinguishes the paths of their requests.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route

@@ -30,7 +30,7 @@ CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
 _RETRY_AFTER = 1
 """Seconds in the header Retry-After of an error without a known time."""
 
-# HTTP status and text of the reply. A class that the dictionary lacks has the status and text of its base class.
+# HTTP status and text of the reply. An error class without an entry gets the status and text of its base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     HomeAgentError: (500, "The server could not handle the request."),
     errors.InvalidArgumentError: (422, "A value in the request is not allowed."),
@@ -144,7 +144,7 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
         invalid = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
     elif isinstance(error, StarletteHTTPException):
         headers.update(error.headers or {})
-        given: Any = error.detail  # any JSON value in FastAPI's HTTPException
+        given: Any = error.detail  # in FastAPI's HTTPException, the detail can be any JSON value
         status, detail = error.status_code, given if isinstance(given, str) else _title(error.status_code)
         data = None if isinstance(given, str) else given
     else:

@@ -157,8 +157,8 @@ def _time_of(timestamp: str) -> datetime | None:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the `device_id` of a sender's idempotency keys. A stranger who knows the id could pair a device with the
-    id, so that `Database.pair()` deletes the keys, and then send a recorded message again.
+    """Return the `device_id` of a sender's idempotency keys. Keep the id secret, because pairing a device with the id
+    deletes the keys. After such a pairing, a stranger could send a recorded message again.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
@@ -166,7 +166,7 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
-    """Return True if the time is right, and no restore can have lost the idempotency key of the message."""
+    """Return False if the time is wrong, or if a restore can have lost the idempotency key of the message."""
     record = unit.one(FIND_RECORD)
     if record is None:
         raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")

@@ -55,7 +55,7 @@ async def accept_device(
         WebSocketException: if the device has no access, or loses its access. Starlette then closes the WebSocket.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
-    # A subscription after the handshake, which reads the approval, could miss a revocation.
+    # Subscribe before the handshake reads the approval. A later subscription could miss a revocation.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()
 

@@ -1,7 +1,7 @@
 """Adopt the database of an application: add homeagent's tables next to the application's tables.
 
 A SQLite file can contain tables of homeagent's first version, with unnamed constraints and NULL keys. One transaction
-converts these tables and writes the application id, so a crash leaves no file that belongs to both programs.
+converts these tables and writes the application id, so a crash can't leave a partly adopted file.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class AdoptionReport(BaseModel, frozen=True):
     Attributes:
         location: path of the file, or URL of the server without its password.
         tables: number of rows of each table that stays a table of the application.
-        converted: number of rows of each table that becomes a table of homeagent. The rows that `moved` counts are not
-            included.
+        converted: number of rows of each table that becomes a table of homeagent. The number excludes the rows counted
+            by `moved`.
         moved: number of rows whose primary key is NULL. homeagent moves the rows to a new table. The keys of the
             dictionary are the names of the new tables.
         application_id: application id that the adoption replaces in the SQLite file. None on PostgreSQL.
@@ -156,7 +156,7 @@ def adopt(
 
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
-        report: report that `preview_adoption` returned, and that the administrator has confirmed.
+        report: report that `preview_adoption` returned and the administrator confirmed.
         migrations: the application's revisions (see `Database.open`). The missing revisions of the application run at
             the end.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).

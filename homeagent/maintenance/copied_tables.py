@@ -1,7 +1,7 @@
 """Find the tables to copy, copy their rows, and compare the copied rows with the source.
 
-The engines store some types of the application differently, so the application's values are converted by their column
-types. The engines can order text keys differently, so the comparison finds the target's rows by key.
+The engines store some types of the application differently, so the column types convert the application's values. The
+engines can sort text keys differently, so the comparison searches the target for the key of each row.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class CopiedTable:
         return all(self._is_same(row, copied.get(one)) for one, row in zip(keys, page, strict=True))
 
     def _is_same(self, row: _Row, other: _Row | None) -> bool:
-        # Also compare the texts, because the value NaN does not equal itself.
+        # Also compare the rows as texts, because `==` is False for two NaN values.
         if other is None or other == row or repr(other) == repr(row):
             return other is not None
         # PostgreSQL's type jsonb changes the text of a JSON value, and SQLite changes the text of a number.
@@ -195,7 +195,7 @@ class CopiedTable:
             ) from None
 
     def continue_numbers(self, source: Connection, target: Connection) -> None:
-        """Make new rows of the target get numbers above all numbers of the source, including those of deleted rows."""
+        """Make the target number new rows above all numbers that the source has used, even for rows deleted since."""
         last = self._last_number(source)
         if target.dialect.name == "sqlite":
             # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
@@ -300,7 +300,7 @@ _REFERENCES = text(
 
 @contextmanager
 def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
-    """On PostgreSQL, defer during the block each foreign key that could refuse a child row before its parent row."""
+    """On PostgreSQL, defer foreign keys during the block, so that a child row can be copied before its parent row."""
     if not tables or connection.dialect.name == "sqlite":
         yield
         return
@@ -321,7 +321,7 @@ def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> It
 
 
 def _in_order(connection: Connection, names: set[str]) -> list[str]:
-    # SQLAlchemy leaves out the foreign keys of a circle, which the function `late_references()` defers.
+    # SQLAlchemy ignores foreign keys that form a circle. The function `late_references()` defers these foreign keys.
     return [str(name) for name, _ in inspect(connection).get_sorted_table_and_fkc_names() if name in names]
 
 

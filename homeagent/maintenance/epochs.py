@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
 
-# Count homeagent's sessions, because each process holds the old epoch in memory. Poolers and others do not matter.
+# Count homeagent's sessions, because each process holds the old epoch in memory.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
@@ -94,7 +94,7 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
     with closing(PostgreSQLEngine(url, busy_timeout=timeout)) as engine:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
-            # A process that connects after the count waits for the table's lock before the process reads the epoch.
+            # If another process connects later, the process waits for this lock, and then reads the new epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
             others = int(connection.execute(text(_OTHERS)).scalar_one())
             if others:

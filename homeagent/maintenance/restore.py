@@ -82,9 +82,8 @@ class RestoreReport(BaseModel, frozen=True):
         upgraded_from: schema revision of the backup. The value is None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
         rows: number of rows of each table, including the application's tables.
-        readmitted_devices: ids of devices that are approved now, but had no approval or another role before the
-            restore. A device in this list was revoked, deleted or paired again after the backup. The value is None if
-            the old database could not be read.
+        readmitted_devices: ids of devices that the restore approved, or gave another role. A device in this list was
+            revoked, deleted or paired again after the backup. The value is None if the old database could not be read.
         old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back an
             older secret of each device in this list. The value is None if the old database could not be read.
     """
@@ -173,7 +172,9 @@ def _read_old_database(database: Path) -> tuple[int, Devices | None]:
 
 
 def _compared(before: Devices | None, now: Devices) -> tuple[list[str] | None, list[str] | None]:
-    """Return the ids of devices that are approved anew or in another role, and of devices with an older secret."""
+    """Return two lists of device ids: devices that the restore approved or gave another role, and devices with an older
+    secret.
+    """
     if before is None:
         return None, None
     approved = {name: (role, before.get(name, (None, ""))) for name, (role, _) in now.items() if role is not None}
@@ -247,7 +248,7 @@ def _identify_target(database: Path) -> None:
     """Refuse a file of another application before homeagent creates a lock file next to the file."""
     state = inspect_file(database, is_database=False, repair=False)
     if state is None or state.st_size == 0 or any(map(size_of, (lock_path(database), in_use_path(database)))):
-        return  # `_refuse_target()` checks a target that has a lock file with content
+        return  # `_refuse_target()` checks the file.
     # Read the header through SQLite, because closing a plain descriptor would release the locks of another thread.
     engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
     try:

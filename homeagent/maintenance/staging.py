@@ -67,7 +67,9 @@ def stage(
     restored_at: datetime,
     known_epoch: int,
 ) -> tuple[dict[str, Any], Devices]:
-    """Prepare the new database as one complete file. Return its values for the `RestoreReport`, and its devices."""
+    """Prepare the new database as one complete file. Return the values for the `RestoreReport`, and the devices of the
+    new database.
+    """
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
         discard(stale)  # a restore wrote this file, and was killed before it wrote the marker
     new = new_path(database, stamp)
@@ -170,7 +172,7 @@ def _require_single_file(new: Path) -> None:
 
 
 def devices_of(raw: Any) -> Devices:
-    """Return the role of each approved device, and the hash of each device's secret."""
+    """Return the role and the secret's hash of each device, by id. The role is None if the device is not approved."""
     rows = raw.execute("SELECT id, approved, role, shared_secret_hash FROM devices").fetchall()
     return {
         str(device_id): (str(role) if approved == 1 else None, str(hashed))

@@ -52,8 +52,8 @@ class DatabaseStatus(BaseModel, frozen=True):
         epoch: number of the epoch; the first epoch has number 1. A restore or `begin_epoch()` increments the epoch.
             When the epoch changes, the application must read cached data again.
         restored_at: start of the epoch. The value is None in the first epoch.
-        durability: "full" or "normal", as in the argument `durability=…`. The value is None for a PostgreSQL server,
-            because the server's configuration decides about syncs.
+        durability: "full" or "normal" (see `Database.open`). The value is None for a PostgreSQL server, because the
+            server's configuration decides about syncs.
         pragmas: values of SQLite's settings on the writing connection, by name.
         file_modes: permission bits of the directory and of each database file, in octal, by file name.
         rows: number of rows by table name. First come homeagent's tables, then the application's tables.

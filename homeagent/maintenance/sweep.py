@@ -1,7 +1,8 @@
 """Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly.
 
-After a constraint has refused a batch, each batch names its rows by key, and a refused batch is halved. The next batch
-starts after the last row of the previous batch, so a sweep tries to delete each skipped row only once.
+If a constraint refuses a batch, the sweep deletes the next rows of the table by key, and splits each refused batch into
+halves. The next batch starts after the last row of the previous batch, so a sweep tries to delete each skipped row only
+once.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ _STATEMENTS = {
 
 
 class Batch(NamedTuple):
-    """Result of a batch, with times in seconds. The count `found` includes skipped rows; `held` includes the commit."""
+    """Result of a batch, with times in seconds. The number `found` includes skipped rows. The time `held` includes the
+    commit.
+    """
 
     deleted: int
     found: int
@@ -172,11 +175,11 @@ def _name(error: ConflictError) -> str:
     return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"
 
 
-# Number of deleted rows after which a sweep empties the WAL, if other writers wait. Most deleted rows are in separate
+# If other writers wait, a sweep empties the WAL after this number of deleted rows. Most deleted rows are in separate
 # database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
 _ROWS_IN_LOG = 250
 
-# Longest time for finding and deleting the rows of a batch while other writers wait, in seconds. The limit does not
+# Longest time in seconds for finding and deleting the rows of a batch, if other writers wait. The limit does not
 # include the commit, because the duration of a commit hardly depends on the number of rows.
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
@@ -222,10 +225,11 @@ class SweepReport(BaseModel, frozen=True):
         idempotency_keys: number of deleted idempotency keys.
         pending_devices: number of deleted devices that had waited too long for their approval.
         device_changes: number of deleted rows of the feed of device changes.
-        more: True if the sweep ended early. Expired rows can remain after an early end.
+        more: True if the sweep ended early, so that expired rows can remain.
         skipped: number of expired rows to which an application's table refers by a foreign key. The skipped rows count
             as absent, and the next sweep tries to delete them again.
-        constraints: names of the constraints that keep expired rows, each with the name of its table.
+        constraints: constraints that prevented the deletion of expired rows. Each text names the constraint and its
+            table.
     """
 
     nonces: int = 0
@@ -299,7 +303,7 @@ class Pace:
         """Number of rows of the next batch."""
 
     def after_batch(self, *, worked: float, held: float, contended: bool) -> float:
-        """Choose the size of the next batch, and return the pause in seconds. The time `held` includes the commit."""
+        """Choose the size of the next batch, and return the pause in seconds."""
         rows = self.rows * 2
         if contended and worked > 0:
             rows = min(rows, int(self.rows * _LONGEST_WORK / worked))

@@ -1,7 +1,7 @@
 """Find and run the application's own Alembic revisions, after homeagent's revisions.
 
 The identifiers are read from the syntax trees of the scripts, so an up-to-date database needs no import of Alembic. A
-revision must not change homeagent's tables, on whose structure homeagent's own revisions rely.
+revision must not change homeagent's tables, because homeagent's own revisions rely on the structure of these tables.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class Application:
         return stored
 
     def adopted_revisions(self, connection: Connection) -> set[str]:
-        """Return the revisions in Alembic's own version table, if the upgrade will rename the table."""
+        """If the upgrade will rename Alembic's own version table, return the revisions in the table. Otherwise return
+        an empty set.
+        """
         if not self.adopts or not self.scripts or APPLICATION_VERSION_TABLE in tables(connection):
             return set()
         return self._stored(connection, ALEMBIC_TABLE)
@@ -248,7 +250,7 @@ class _Guard:
             )
 
     def fail(self, reason: str) -> NoReturn:
-        """Raise an error, and keep its reason, because SQLAlchemy can replace the error."""
+        """Store the reason, and raise an error. SQLAlchemy can replace the error, but not the stored reason."""
         self.refused = reason
         raise RevisionFailedError(reason)
 
@@ -303,7 +305,7 @@ class _Guard:
         self._left_transaction = True
         with outside():
             yield
-        # Compare only the structure of the tables, because the COMMIT has reset the counters of written rows.
+        # Compare only the structure of the tables, and not the numbers of written rows, which the COMMIT has reset.
         before, after = self._before, _server_state(self._connection, self._acknowledged)
         self._before = after
         changed = sorted(name for name in before if before[name][0] != after.get(name, ("", 0))[0])

@@ -30,7 +30,7 @@ _LATER = "keep it until no process uses it, and then drop it in a revision that 
 _NEW_COLUMN = "add another column instead"
 _IN_CODE = "check the rows in the application instead, or show by a test that old code works, and accept the name"
 
-# Problem of a removed part, by the kind of the part. Old code works without a foreign key or a trigger.
+# Error text for a removed part, by the kind of the part. Removing a foreign key or a trigger does not break old code.
 _REMOVED = {
     "table": f"{{table}} is dropped or renamed: {_LATER}",
     "column": f"{{table}}.{{name}} is dropped or renamed: {_LATER}",
@@ -45,7 +45,9 @@ Structure = Mapping[tuple[str, str, Any], Any]
 def check_expansion(
     application: Application, open_step: Callable[[Application], Engine], accepted: Container[str]
 ) -> None:
-    """Bring an empty database to each revision. If a revision breaks old code, raise IncompatibleRevisionError."""
+    """Compare the schemas of consecutive revisions in empty databases. If a revision breaks old code, raise
+    IncompatibleRevisionError.
+    """
     homeagents = {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE}
     old: Structure = {}
     for step in _steps(application):
@@ -108,7 +110,9 @@ def _triggers(connection: Connection) -> set[tuple[str, str]]:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield the problem and the remedy of each change that can break old code, except for accepted names."""
+    """Yield the problem and the remedy of each change that can break old code. Skip changes whose name is in
+    `accepted`.
+    """
     for part in sorted(old):
         kind, table, name = part
         if part in new:

@@ -54,7 +54,7 @@ _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine changes the session's search_path. The column reset_val has the value of the URL, role or database.
+# The engine changes the session's search_path. The column reset_val still has the value from the URL, role or database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -113,10 +113,10 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse the database if two schemas of the `search_path` have a store, and the first schema has the role's name.
+    """Refuse the database if the `search_path` has the schema with the role's name before another schema with a store.
 
-    By default PostgreSQL first searches a schema with the role's name. A different role with the privilege CREATE on
-    the database could store an approved device in a schema with the name of homeagent's role.
+    By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE on the
+    database could create this schema, and store an approved device in the schema.
     """
     others = connection.execute(_OTHER_STORES, {"name": VERSION_TABLE}).scalars().all()
     if others:
@@ -206,8 +206,9 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
     """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks.
 
-    Do not hold the lock `_ADVISORY_LOCK` during the block. A statement of another host that waits for the lock has a
-    snapshot, so CREATE INDEX CONCURRENTLY in the block would wait forever for the statement.
+    Do not hold the lock `_ADVISORY_LOCK` during the block, because of a deadlock: a statement of another host would
+    wait for the lock and keep its snapshot, and CREATE INDEX CONCURRENTLY in the block waits for the end of the
+    snapshot.
     """
     if connection.info[POOLED]:
         raise MigrationError(

@@ -29,7 +29,9 @@ _CULPRIT = re.compile(
 
 
 def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Connection], None] = upgrade) -> None:
-    """Raise MigrationError if the upgrade would break a view or trigger, or needs the name of an existing object."""
+    """Raise MigrationError if the upgrade would break a view or trigger, or if an object has a name that the upgrade
+    needs.
+    """
     # SQLite creates the shadow tables together with their virtual table.
     query = (
         "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
@@ -62,7 +64,8 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
         raise MigrationError(f"{act} {problem}: {remedy}. Nothing was changed")
 
 
-# Revision, table, and text columns that the revision reads into Python. The first column is the key of the table.
+# Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
+# key of the table.
 _CONVERTED = (
     ("0003", "sessions", ("session_id", "agent_id", "sender_id", "channel_id")),
     ("0006", "devices", ("id",)),

@@ -168,7 +168,8 @@ def suits(connection: Connection, revision: str | None) -> bool:
     if "store" not in tables(connection):
         raise SchemaTooNewError(revision, known=REVISION)
     oldest = connection.execute(text("SELECT oldest_revision FROM store")).scalar()
-    # A newer version stores the oldest compatible revision. All revisions that this version knows are its own or older.
+    # A newer version stores the oldest compatible revision. If this version knows the stored revision, this version is
+    # compatible.
     if oldest not in known:
         raise SchemaTooNewError(revision, known=REVISION)
     logger.info(
@@ -181,7 +182,9 @@ def suits(connection: Connection, revision: str | None) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the cause of a failure. Only the message of homeagent's error is safe: others can contain row values."""
+    """Return the cause of a failure. Leave out the message of another library's error, because the message can contain
+    row values.
+    """
     if isinstance(error, RevisionFailedError):
         return str(error)
     name = type(error).__name__

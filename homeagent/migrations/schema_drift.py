@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of the schema. The field `command` has the SQL statement that undoes the change, if one is enough.
+    """A difference of the schema. The field `command` is the SQL statement that undoes the change, or None if one
+    statement is not enough.
 
     If a difference is grave, homeagent can fail, or accept values that homeagent must refuse. If the field `kind` is
-    set, the object can belong to the application. The field `trigger` is the name by which the application can
+    not None, the application can have created the object. The field `trigger` is the name by which the application can
     acknowledge a trigger.
     """
 
@@ -42,7 +43,9 @@ class Difference:
 
 
 class _Part(NamedTuple):
-    """Normalised SQL text of a part of a table. A strict part can make the database refuse a row of homeagent."""
+    """Normalised SQL text of a part of a table. If `strict` is True, the part can make the database refuse a row that
+    homeagent writes.
+    """
 
     definition: str
     strict: bool = False

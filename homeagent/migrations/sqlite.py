@@ -145,7 +145,7 @@ def identify(engine: SQLiteEngine) -> os.stat_result | None:
 def identify_or_wait(engine: SQLiteEngine) -> bool:
     """Identify a file before the first lock. Return False if the caller must identify the file under the lock."""
     if database_file.size_of(in_use_path(engine.path)):
-        return False  # `identify()` would refuse a second hard link that the restore added
+        return False  # a restore can have added a hard link, which `identify()` would refuse
     try:
         identify(engine)
     except CorruptDatabaseError:
@@ -174,7 +174,7 @@ def _is_current(raw: Any, application: Application) -> bool:
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
-    """Create a missing file and prepare its header. Return True if the lock, which the caller holds, has a marker."""
+    """Create a missing file and prepare its header. Return True if the lock file has a marker."""
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)

@@ -1,5 +1,6 @@
 """Base classes of the models. Do not import `annotations` from `__future__` in a module of models, because Pydantic and
-SQLAlchemy would evaluate each annotation again for each subclass. The evaluation takes a twelfth of the import time.
+SQLAlchemy would evaluate each annotation again for each subclass. These evaluations would take a twelfth of the import
+time.
 """
 
 import copy
@@ -177,7 +178,7 @@ class Table(Model, metaclass=_TableType):
     __table__: ClassVar[Any]
 
     if TYPE_CHECKING:
-        # At runtime, SQLAlchemy would look for values of the declared attributes.
+        # Declare the attributes only for type checkers, because SQLAlchemy would look for their values at runtime.
         __tablename__: ClassVar[str]
         __table_args__: ClassVar[Any]
 
@@ -220,8 +221,9 @@ class Table(Model, metaclass=_TableType):
             return
         # Create SQLAlchemy's state before `__pydantic_fields_set__` marks the instance as constructed.
         getattr(self, "_sa_instance_state", None)
-        # Pydantic replaces the dictionary in the attribute `__dict__` by a copy. If the copy stayed, a flush would not
-        # write the value that a listener of `before_update` assigned (test_a_listener_of_a_flush_assigns).
+        # Pydantic replaces the dictionary in the attribute `__dict__` by a copy. Restore the old dictionary, because a
+        # flush would otherwise lose a value that a listener of `before_update` assigned
+        # (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -236,8 +238,8 @@ class Table(Model, metaclass=_TableType):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # Create Pydantic's attributes of a loaded instance at their first use. Setting Pydantic's attributes took a
-            # third of the time of loading an instance.
+            # A loaded instance gets Pydantic's attributes at the first use, because setting the attributes took a third
+            # of the time of loading an instance.
             if name == "__pydantic_fields_set__":
                 getattr(self, "_sa_instance_state", None)  # see `__setattr__`
                 fields_set = set(type(self).model_fields)
@@ -249,8 +251,8 @@ class Table(Model, metaclass=_TableType):
 
     @classmethod
     def model_values(cls, **data: Any) -> dict[str, Any]:
-        """Validate the values of a new row, and add the defaults. The dictionary has the names of attributes as keys,
-        and contains the parameters of a `Statement`. Creating an instance takes ten times as long.
+        """Validate the values of a new row, and add the defaults. Return the values by attribute name, as parameters of
+        a `Statement`. Creating an instance takes ten times as long.
         """
         instance = object.__new__(cls)
         cls.__pydantic_validator__.validate_python(data, self_instance=instance)
@@ -279,7 +281,7 @@ class Table(Model, metaclass=_TableType):
 
 
 def _is_loaded(instance: Table) -> bool:
-    """Return True if a store loaded the instance, and no code has used `model_fields_set` since the load."""
+    """Return True for a loaded instance that does not have the attribute `__pydantic_fields_set__` yet."""
     try:
         _get_fields_set(instance)
     except AttributeError:

@@ -131,7 +131,7 @@ def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # Read the old value from the table, because the history of an expired attribute lacks the old value.
+    # Read the old value from the table, because SQLAlchemy does not know the old value of an expired attribute.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

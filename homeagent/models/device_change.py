@@ -11,7 +11,7 @@ from homeagent.models.types import Identifier, Timestamp
 
 
 class DeviceChangeKind(StrEnum):
-    """Kind of a device change. One UPDATE can cause several changes, but causes the change `updated` only if the UPDATE
+    """Kind of a device change. One UPDATE can cause several changes. The change `updated` is recorded only if an UPDATE
     causes no other change.
     """
 

@@ -142,8 +142,8 @@ class IdempotencyScope:
     method: Name
     key: Label = field(repr=False)
 
-    # With the `__init__` that `dataclass(frozen=True)` generates, and a decorator that hides the key in tracebacks, a
-    # find of a key would take 12% more instructions.
+    # This `__init__` hides the key in tracebacks. A decorator of the generated `__init__` would also hide the key, but
+    # finding a key would take 12% more instructions.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
@@ -156,8 +156,8 @@ class IdempotencyScope:
 
     @classmethod
     def of_record(cls, device_id: str, method: str, key: str) -> "IdempotencyScope":
-        """Return the scope of a stored record, whose texts can break the rules for new texts. `insert()` and `claim()`
-        refuse a scope whose texts break the rules.
+        """Return the scope of a stored record. The texts of an old record can break the rules for new texts, so
+        `insert()` and `claim()` refuse the scope of such a record.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
@@ -175,7 +175,7 @@ _set_device_id, _set_method, _set_key = (_slots[name].__set__ for name in ("devi
 
 
 class _RecordedScope(IdempotencyScope):
-    """The scope of a stored record whose texts break the rules for new texts."""
+    """Scope of a stored record, with texts that break the rules for new texts."""
 
     __slots__ = ()
 

@@ -95,7 +95,7 @@ def diagnose_open(settings: UnitSettings, *, thorough: bool, fix: bool) -> Diagn
 
 @contextmanager
 def _reading(settings: UnitSettings) -> Iterator[None]:
-    """Hold a read-only unit open if possible, so that SQLite keeps the WAL index and the doctor creates no file."""
+    """If possible, keep a read-only unit open. Then SQLite keeps the WAL index, and the doctor creates no file."""
     with ExitStack() as stack:
         try:
             stack.enter_context(UnitOfWork(settings, read_only=True))
@@ -172,7 +172,7 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# After a critical finding of these checks, the doctor changes no rows: the rows can be damaged, or the clock wrong.
+# If one of these checks has a critical finding, the doctor changes no rows, because the rows or the clock can be wrong.
 _HANDS_OFF = (
     "database",
     "integrity",

@@ -59,7 +59,7 @@ def database_files(path: Path) -> Files:
 
 
 def public_files(path: Path) -> list[Path]:
-    """Return the regular files of the database that belong to the caller and that other users can read or write."""
+    """Return the caller's regular database files that other users can read or write."""
     return [
         file
         for file, status in database_files(path).items()
@@ -246,7 +246,7 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
 def _stamp(file: Path, pattern: Path) -> datetime | None:
     """Return the time in the name of a file that a restore created. If the name contains no time, return None."""
     before, _, after = pattern.name.partition("*")
-    # The name of a quarantined WAL or WAL index is the name of the quarantined database with a suffix.
+    # A quarantined WAL or WAL index has the name of the quarantined database and a suffix.
     found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)
     return None if found is None else datetime.strptime(found[1], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC)
 

@@ -155,7 +155,9 @@ class Collector:
     critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why checks did not run. A check keeps its earlier finding or reason."""
+        """Record the reason why checks did not run. If a check already has a finding or a reason, leave the check
+        unchanged.
+        """
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)

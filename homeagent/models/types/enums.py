@@ -44,7 +44,9 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as 0 or 1. Another value loads as `otherwise`, which must grant no access."""
+    """Column type for a bool, stored as 0 or 1. Any other stored value loads as `otherwise`. Choose `otherwise` so that
+    it grants no access.
+    """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer
     cache_ok: bool | None = True

@@ -14,7 +14,7 @@ from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
 # SQLModel has no public counterparts of these names. `FieldInfoMetadata` holds the arguments of `Field()`, and
-# `get_sa_type_from_field()` returns the type of a field without None and annotations.
+# `get_sa_type_from_field()` returns `int` for a field with the type `int | None`.
 from sqlmodel._compat import get_sa_type_from_field
 from sqlmodel.main import FieldInfoMetadata
 

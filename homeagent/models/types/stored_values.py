@@ -22,7 +22,7 @@ _REMEDY = (
 
 
 def naming_column(table: Table) -> str:
-    """Return the column that identifies a row in errors, which must not show nonces and idempotency keys."""
+    """Return the column whose value identifies a row in errors. Errors must not show nonces and idempotency keys."""
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
 
@@ -53,7 +53,7 @@ def unreadable() -> CorruptDatabaseError:
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. The row has the key in the column `naming_column()`."""
+    """Return the error for an unreadable value. `key` is the row's value in the column `naming_column()`."""
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
 
@@ -61,9 +61,9 @@ def unreadable_in(
 class StoredColumn(TypeDecorator[T]):
     """Base class of homeagent's column types, which convert values. NULL and None need no conversion.
 
-    The code that homeagent generates for a statement calls `convert_bound()` and `convert_loaded()` directly, or looks
-    values up in a dictionary `loaded_values`. SQLAlchemy reads `cache_ok` only from the class itself, so each column
-    type sets `cache_ok`.
+    Code that homeagent generates for a statement calls `convert_bound()` and `convert_loaded()`. If a column type has a
+    dictionary `loaded_values`, the code looks values up in the dictionary instead of calling `convert_loaded()`.
+    SQLAlchemy reads `cache_ok` only from the class itself, so each column type sets `cache_ok`.
     """
 
     convert_bound: Callable[[Any], Any]

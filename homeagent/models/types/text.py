@@ -78,7 +78,7 @@ def _is_visible(text: str, place: int) -> bool:
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
         return True
     if character in _JOINERS:
-        # Marks, such as the virama, variation selectors and skin tones can precede a joiner.
+        # Marks (such as the virama), variation selectors and skin tones can precede a joiner.
         before = next((each for each in reversed(text[:place]) if not _is_modifier(each)), "")
         return _is_letter_or_emoji(before) and _is_letter_or_emoji(text[place + 1 : place + 2])
     return character in _EMOJI_STYLES and place > 0 and _is_emoji(text[place - 1])

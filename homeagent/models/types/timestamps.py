@@ -40,7 +40,7 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Check the time of a past event. Return `now` if the value is None or in the future."""
+    """Return the checked time of an event. If the value is None or in the future, return `now`."""
     return now if value is None else min(check_timestamp(value, what), now)
 
 
