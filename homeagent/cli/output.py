@@ -134,7 +134,7 @@ def _value(value: object) -> str:
 
 
 def format_timestamp(value: datetime | None) -> str:
-    """Return a timestamp in local time with the offset of the zone. For None, return the text "never"."""
+    """Return a timestamp as text in local time, with the offset from UTC. For None, return the text "never"."""
     return "never" if value is None else value.astimezone().isoformat(sep=" ", timespec="milliseconds")
 
 

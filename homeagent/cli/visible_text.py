@@ -59,7 +59,7 @@ def _escape(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return an id in quotes. If the main writing system of the id is not Latin, append its name."""
+    """Return an id in quotes. If its main writing system is not Latin, append the name of the writing system."""
     # Double the backslashes first, because a backslash in the id must not look like an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)

@@ -85,7 +85,7 @@ CurrentDevice = Annotated[Device, Security(current_device)]
 
 def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
     """Return a dependency that returns the device of the request. Use the dependency as `Annotated[Device,
-    Depends(require_role(Role.ADMIN))]`. A device without one of the roles gets a reply with status 403.
+    Depends(require_role(Role.ADMIN))]`. A device with another role gets a reply with status 403.
     """
     allowed = frozenset(map(Role, roles))
 

@@ -234,7 +234,8 @@ def _key_of(header: str) -> str:
 
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
-    # The result contains the path of a mounted application, but not a prefix that a proxy removed.
+    # The result begins with the path at which the application is mounted. A prefix that a proxy removed is not
+    # included.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context, which is
     # not public, has the whole path. Without the context, two routes can get the same result, but `params_of()`

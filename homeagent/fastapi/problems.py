@@ -50,7 +50,7 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     errors.LastAdminError: (409, "The device is the last approved administrator."),
     errors.ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     errors.DeviceNotApprovedError: (409, "The device is not approved."),
-    # A retry with the same idempotency key gets the stored reply, so ask for a new request.
+    # A retry with the same idempotency key gets the stored reply, so the text asks for a new request.
     errors.LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
     errors.PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     errors.TooManyAttemptsError: (429, "Too many attempts: try again later."),
@@ -109,7 +109,9 @@ class HTTPProblem(HTTPException):
 
 
 def as_http(error: HomeAgentError) -> Exception:
-    """Return the error as an `HTTPProblem`. Return an error with status 500 unchanged, so that the server logs it."""
+    """Return the error as an `HTTPProblem`. Return an error with status 500 unchanged, so that the server logs the
+    error.
+    """
     return error if _answer_for(error)[0] == 500 else HTTPProblem(error)
 
 

@@ -42,8 +42,8 @@ async def accept_device(
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
     If the device is revoked, is deleted, or gets a new secret or a different role, homeagent cancels the code in the
-    block, and closes the WebSocket. The same happens if the device changes can't be read. The page on FastAPI lists the
-    close codes.
+    block, and closes the WebSocket. The same happens if the feed of changes can't be read. The page on FastAPI lists
+    the close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.
@@ -92,7 +92,7 @@ async def accept_device(
 
 
 async def _end_of_access(database: Database, admission: Admission, changes: AsyncIterator[Any]) -> HomeAgentError:
-    """Wait until the device loses its access, or until the device changes can't be read. Return the reason."""
+    """Wait until the device loses its access, or until the feed of changes can't be read. Return the reason."""
     try:
         async for change in changes:
             # A change without a device id has the kind `reset`.

@@ -94,7 +94,7 @@ _parsed = partial(json.loads, parse_float=Decimal)
 
 @dataclass(frozen=True)
 class CopiedTable:
-    """A table in the source and in the target. For a table of the application, the field `model` is None."""
+    """A table that exists in the source and in the target. For a table of the application, `model` is None."""
 
     name: str
     source: Table
@@ -343,7 +343,7 @@ def _own_table(name: str, source: Connection, target: Connection, declared: Tabl
 
 
 def _described(name: str, connection: Connection, declared: Table | None) -> Table:
-    """Return a description of the table that contains only the writable columns, sorted by name."""
+    """Return a Table object with only the writable columns of the table, sorted by name."""
     inspector = inspect(connection)
     key = inspector.get_pk_constraint(name)["constrained_columns"]
     columns = []

@@ -184,7 +184,8 @@ _ROWS_IN_LOG = 250
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
 
-# Pauses after a batch, in seconds. Each pause is above zero, because writers of another process can wait unnoticed.
+# Pauses after a batch, in seconds. Each pause is above zero, because a sweep does not notice the waiting writers of
+# other processes.
 _SHORTEST_PAUSE = 0.001
 _PAUSE_FACTOR = 4
 _LONGEST_PAUSE = 0.25

@@ -46,7 +46,8 @@ _ADVISORY_LOCK = 0x686F6D656167656E
 # Key of the lock that a host keeps while a revision runs outside a transaction. Alembic's commands take no other lock.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
-# Longest wait of a revision for a table's lock, in seconds. Readers and writers of the table wait behind the revision.
+# Longest wait of a revision for a table's lock, in seconds. During this wait, new readers and writers of the table also
+# wait.
 _TABLE_LOCK_PATIENCE = 2
 
 # Longest time for a statement of a revision.

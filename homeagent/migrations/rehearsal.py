@@ -37,7 +37,8 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
         "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
         " AND name NOT IN (SELECT name FROM pragma_table_list WHERE type = 'shadow') ORDER BY "
     )
-    # A trigger needs its table. A view can refer to a later view.
+    # Create triggers last, because the table or view of a trigger must exist. A view can refer to a view that does not
+    # exist yet.
     order = "CASE type WHEN 'table' THEN 1 WHEN 'view' THEN 2 ELSE 3 END, rowid"
     statements = [str(row[0]) for row in connection.exec_driver_sql(query + order)]
     found = None
@@ -73,7 +74,7 @@ _CONVERTED = (
 
 
 def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
-    """Raise MigrationError if a column that a later revision converts has a BLOB, or text that is not UTF-8."""
+    """Raise MigrationError if a later revision would convert a column with a BLOB or with text that is not UTF-8."""
     for later, table, columns in _CONVERTED:
         if later <= revision:
             continue

@@ -147,7 +147,7 @@ def known_revisions() -> set[str]:
 
 
 def server_triggers(revision: str) -> dict[str, str]:
-    """Return homeagent's triggers at a revision on PostgreSQL, by name: definition and body of the function."""
+    """Return the definition and the function's body of each trigger that homeagent has on PostgreSQL at a revision."""
     found: dict[str, str] = {}
     for script in _scripts():
         if script.revision <= revision:
@@ -206,7 +206,9 @@ def run_revisions(
     before: Callable[[str], None] = lambda revision: None,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the missing revisions in the current transaction. Call `before` and `after` around each revision."""
+    """Run the missing revisions in the current transaction. Call `before` before each revision, and call `after` after
+    each revision.
+    """
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext, MigrationStep
     from alembic.script import Script

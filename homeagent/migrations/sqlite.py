@@ -143,7 +143,9 @@ def identify(engine: SQLiteEngine) -> os.stat_result | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Identify a file before the first lock. Return False if the caller must identify the file under the lock."""
+    """Identify the file before this process takes a lock. Return False if the caller must identify the file under the
+    lock.
+    """
     if database_file.size_of(in_use_path(engine.path)):
         return False  # a restore can have added a hard link, which `identify()` would refuse
     try:
@@ -164,7 +166,7 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 
 
 def _is_current(raw: Any, application: Application) -> bool:
-    """Return True if the schema has this version's revision, and the application's newest revision."""
+    """Return True if the schema has both this version's revision and the application's newest revision."""
     heads = {VERSION_TABLE: [REVISION]} | ({APPLICATION_VERSION_TABLE: [application.head]} if application.name else {})
     names = {row[0] for row in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()}
     return heads.keys() <= names and all(
@@ -174,7 +176,9 @@ def _is_current(raw: Any, application: Application) -> bool:
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
-    """Create a missing file and prepare its header. Return True if the lock file has a marker."""
+    """Create the file if it does not exist, and prepare the header of the file. Return True if the lock file has a
+    marker.
+    """
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
@@ -216,7 +220,8 @@ def _make_or_upgrade(
         # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
         # pragma foreign_keys before the transaction, because the pragma has no effect inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
-        # A revision can recreate a table. Let SQLite overwrite the deleted rows of the old table, which hold hashes.
+        # A revision can recreate a table. The deleted rows of the old table hold hashes, so let SQLite overwrite the
+        # rows.
         raw.execute("PRAGMA secure_delete=ON")
         _upgrade(engine, connection, application, None if temporary else clock)
     if not initialised and not temporary:
@@ -316,7 +321,7 @@ def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str
 def back_up(
     engine: SQLiteEngine, revision: str, clock: Clock, kind: Literal["upgrade", "adoption"] = "upgrade"
 ) -> Path:
-    """Back up the last commit over another connection. Then remove the backups of earlier, failed attempts."""
+    """Use another connection to back up the last commit. Then remove the backups of earlier, failed attempts."""
     from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
     from homeagent.engine.sqlite.manifests import PARTIAL, backups_in
 

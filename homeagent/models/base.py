@@ -102,8 +102,8 @@ class Model(SQLModel, registry=_registry):
 
 
 class PartialIndex(Index):
-    """An index of only the rows that match a condition, on both engines. Do not use `Index(…, postgresql_where=…)`,
-    because SQLAlchemy would import its PostgreSQL package in every process.
+    """An index of the rows that match a condition, on both engines. Do not use `Index(…, postgresql_where=…)`, because
+    SQLAlchemy would import its PostgreSQL package in every process.
     """
 
     def __init__(self, name: str, *columns: str, where: TextClause) -> None:
@@ -260,7 +260,7 @@ class Table(Model, metaclass=_TableType):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a new, validated instance that does not belong to an ORM session. The values in `update={…}` replace
-        the values of this instance. With `deep=True`, also copy the values of JSON columns.
+        the copied values. With `deep=True`, also copy the values of JSON columns.
         """
         # Pydantic's method would also copy SQLAlchemy's state, which binds the instance to an ORM session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
@@ -269,7 +269,7 @@ class Table(Model, metaclass=_TableType):
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create SQLAlchemy's state, because an unpickled instance counts as constructed.
+        # Create SQLAlchemy's state before pickling, because an unpickled instance counts as constructed.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 

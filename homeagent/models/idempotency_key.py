@@ -196,7 +196,7 @@ class Attempt:
         scope: device, method and key of the call.
         lease_expires_at: end of the lease.
         expires_at: time until which a repeated call gets the stored outcome.
-        ttl: time after the recording for which a repeated call gets the stored outcome.
+        ttl: after the outcome was recorded, a repeated call gets the stored outcome for this time.
         owner: random text that identifies this attempt.
     """
 
@@ -215,7 +215,7 @@ class Outcome:
 
     Attributes:
         value: return value of the effect, after it was encoded as JSON and decoded.
-        replayed: True if the outcome was read from the store, and this call did not run the effect.
+        replayed: True if the outcome was read from the store. False if this call ran the effect.
         attempt: number of the attempt that recorded the outcome.
         omitted: True if the return value is not JSON or is larger than 1 MiB. The call that ran the effect returns the
             value. Later callers get None.

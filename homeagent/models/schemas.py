@@ -66,7 +66,7 @@ class AgentUpdate(Model):
     config: Json = None
 
 
-# Do not validate the texts of a reply, because a row of an earlier version can break the rules for new texts.
+# Do not validate the texts of a reply. An earlier version can have stored texts that break the rules for new texts.
 
 
 class AgentPublic(Model):

@@ -191,7 +191,7 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
-    # Do not change a database file that can belong to another application, or the files next to the database file.
+    # If the database file can belong to another application, change neither the file nor the files next to the file.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
         with _noted(done, "files"):
             _make_private(target.path, done)

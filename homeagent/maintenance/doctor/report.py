@@ -164,7 +164,7 @@ class Collector:
 
     @contextmanager
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
-        """Run a check as a block. If the block raises an error, report a finding, so that later checks still run."""
+        """Run the block as a check. If the block raises an error, report a finding, so that later checks still run."""
         self.watch.start()
         # After a failed statement, PostgreSQL refuses all later statements of the transaction.
         guarded = on is not None and on.dialect.name == "postgresql"

@@ -27,7 +27,7 @@ class EnumColumn(StoredColumn[StrEnum]):
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the text to store for a member, or for the text of a member."""
+        """Return the stored text of a member. The argument can also be the text of a member."""
         try:
             return self._stored[value]
         except (KeyError, TypeError):

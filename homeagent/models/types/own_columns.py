@@ -26,7 +26,7 @@ from homeagent.models.types.timestamps import TIMESTAMP_CHECK, TimestampColumn
 
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
-    """Choose the type of a column without `sa_type` and `sa_column`, so that both engines sort values equally."""
+    """If the field has neither `sa_type` nor `sa_column`, choose a column type that both engines sort equally."""
     given = next((each for each in field.metadata if isinstance(each, FieldInfoMetadata)), None)
     if given is not None and not (given.sa_type is given.sa_column is PydanticUndefined):
         return

@@ -177,7 +177,9 @@ WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
 
 
 def text_column() -> TypeEngine[str]:
-    """Return the column type TEXT, which both engines compare by bytes: PostgreSQL only with the collation "C"."""
+    """Return a column type for text that both engines compare by bytes. PostgreSQL needs the collation "C" for this
+    purpose.
+    """
     return Text().with_variant(Text(collation="C"), "postgresql")
 
 

@@ -59,7 +59,9 @@ def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
 
 
 def later(timestamp: datetime, duration: timedelta, what: str) -> datetime:
-    """Return `timestamp + duration`, floored to milliseconds. Raise InvalidArgumentError after the year 9999."""
+    """Return `timestamp + duration`, floored to milliseconds. If the sum is after the year 9999, raise
+    InvalidArgumentError.
+    """
     try:
         return check_timestamp(timestamp + duration)
     except OverflowError:
@@ -67,7 +69,7 @@ def later(timestamp: datetime, duration: timedelta, what: str) -> datetime:
 
 
 def earlier(timestamp: datetime, duration: timedelta) -> datetime:
-    """Return `timestamp - duration`, or the start of the year 1 if the difference is before the year 1."""
+    """Return `timestamp - duration`. If the difference is before the year 1, return the start of the year 1."""
     try:
         return timestamp - duration
     except OverflowError:
@@ -129,7 +131,7 @@ class TimestampColumn(StoredColumn[datetime]):
     convert_loaded: Callable[[Any], Any] = staticmethod(from_milliseconds)
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Return the type of 64-bit integers of the engine."""
+        """Return the engine's type for 64-bit integers."""
         return dialect.type_descriptor(Integer() if dialect.name == "sqlite" else BigInteger())
 
     @staticmethod
