@@ -246,7 +246,7 @@ def group(name: str, *, help: str) -> typer.Typer:
 
 
 def target_of(context: typer.Context) -> str | None:
-    """Return the value of the option --database, which can stand before or after the command, or None."""
+    """Return the value of the option --database, or None. The option can stand before or after the command."""
     target: str | None = context.obj.database
     return target
 

@@ -167,8 +167,8 @@ def delete(
     """Delete a device, or the pending devices that were paired before a time.
 
     The command shows the devices and asks for a confirmation. If the device changes before the operator answers, the
-    command does not delete the device. The command does not delete a pending device that is approved or revoked before
-    the operator answers. The option --yes needs --paired-at or --before.
+    command does not delete the device. If a pending device is approved or revoked before the operator answers, the
+    command keeps the device. The option --yes needs --paired-at or --before.
     """
     if device_id is not None:
         if pending or before is not None:

@@ -14,7 +14,7 @@ _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC",
 
 
 def _script(character: str) -> str | None:
-    """Return the writing system of a letter, mark or digit, which is the first word of its Unicode name."""
+    """Return the writing system of a letter, mark or digit: the first word of the character's Unicode name."""
     if not unicodedata.category(character).startswith(("L", "M", "N")) or character in "0123456789":
         return None
     script = re.split("[ -]", unicodedata.name(character, "UNKNOWN"), maxsplit=1)[0]
@@ -59,7 +59,7 @@ def _escape(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """Return an id in quotes. If its main writing system is not Latin, append the name of the writing system."""
+    """Return an id in quotes. If the main writing system is not Latin, append the name of the writing system."""
     # Double the backslashes first, because a backslash in the id must not look like an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)

@@ -83,7 +83,7 @@ class Once:
 
         Args:
             effect: function that gets the attempt, and returns JSON, a model, or a Response. A coroutine function runs
-                in the event loop, and another function runs in a worker thread.
+                in the event loop. Any other function runs in a worker thread.
 
         Raises:
             HTTPProblem: if the effect has no result. The status is 409, 422 or 503.
@@ -172,7 +172,7 @@ def idempotent(
     device: Callable[..., Any] = current_device,
     max_body: int = MAX_BODY,
 ) -> Callable[..., Awaitable[Once]]:
-    """Return a dependency for `Annotated[Once, Depends(idempotent())]`, which reads the header Idempotency-Key.
+    """Return a dependency that reads the header Idempotency-Key: `Annotated[Once, Depends(idempotent())]`.
 
     An idempotency key belongs to the device, the method and the path of the route. A retry must repeat the path, query
     and body of the first request.

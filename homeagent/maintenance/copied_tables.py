@@ -284,7 +284,7 @@ def applications_tables(
             "the rows: correct or delete the rows ('PRAGMA foreign_key_check' lists them), or leave the tables"
         )
     if target.dialect.name == "sqlite":
-        # The rows of a table can refer to later rows of the same table. COMMIT checks the foreign keys.
+        # A row can refer to a later row of the same table. COMMIT checks the foreign keys.
         target.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
     return [_own_table(name, source, target, declared.get(name)) for name in _in_order(target, names)]
 

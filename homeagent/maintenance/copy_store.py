@@ -73,7 +73,7 @@ def copy_store(
     leave: Collection[str] = (),
     progress: Callable[[CopyProgress], object] | None,
 ) -> CopyReport:
-    """Copy all rows of one store into another store, which is empty (see `Database.copy_to`)."""
+    """Copy all rows of a store into an empty store (see `Database.copy_to`)."""
     engines = read.engine, written.engine
     with UnitOfWork(written, read_only=False) as target, UnitOfWork(read, read_only=True) as source:
         origin, destination = source.session.connection(), target.session.connection()

@@ -262,7 +262,8 @@ def _identify_target(database: Path) -> None:
 def _refuse_target(database: Path, marker: str | None) -> None:
     """Refuse a target that is insecure or not homeagent's. The caller holds the in-use lock exclusively."""
     state = inspect_file(database, is_database=False, repair=False)
-    # A file with a marker but without homeagent's header is a damaged homeagent database, which can be replaced.
+    # A file with a marker but without homeagent's header is a damaged homeagent database, so a restore can replace the
+    # file.
     has_content = state is not None and state.st_size
     if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
         raise _not_homeagent(database)

@@ -153,7 +153,7 @@ def _restore_error(error: BaseException, source: Path) -> HomeAgentError:
 
 
 def _require_single_file(new: Path) -> None:
-    """Remove the empty sidecar files of a closed database, and sync its file."""
+    """Remove the empty sidecar files of a closed database, and sync the database file."""
     for sidecar in sidecars(new):
         with explained("remove", sidecar):
             if os.path.lexists(sidecar):

@@ -1,4 +1,6 @@
-"""Compare tables with a database. Import this module only for a command of Alembic, whose import takes 80 ms."""
+"""Compare tables with a database. Import this module only for a command that needs Alembic, because importing Alembic
+takes 80 ms.
+"""
 
 from __future__ import annotations
 

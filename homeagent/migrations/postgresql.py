@@ -114,7 +114,7 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse the database if the `search_path` has the schema with the role's name before another schema with a store.
+    """Refuse a `search_path` in which the schema with the role's name precedes another schema that has a store.
 
     By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE on the
     database could create this schema, and store an approved device in the schema.
@@ -207,9 +207,9 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
     """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks.
 
-    Do not hold the lock `_ADVISORY_LOCK` during the block, because of a deadlock: a statement of another host would
-    wait for the lock and keep its snapshot, and CREATE INDEX CONCURRENTLY in the block waits for the end of the
-    snapshot.
+    Do not hold the lock `_ADVISORY_LOCK` during the block. A statement of another host would wait for the lock, and
+    would keep a snapshot open. CREATE INDEX CONCURRENTLY in the block would wait for the end of the snapshot, so both
+    would wait forever.
     """
     if connection.info[POOLED]:
         raise MigrationError(

@@ -69,7 +69,7 @@ def script_directory() -> Traversable:
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # In an installation, this folder is the library Alembic, whose top directory has no file `env.py`.
+        # In an installation, the second folder is the library Alembic, which has no file `env.py` there.
         if (candidate / "env.py").is_file():
             return candidate
     raise MigrationError("this installation has no migrations: install homeagent anew")

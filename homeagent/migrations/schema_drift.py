@@ -225,7 +225,9 @@ _QUOTED_OR_BLANK = re.compile(
 
 
 def _plain(sql: str) -> str:
-    """Return a statement without extra spaces, quotes and comments, which a tracing listener can add."""
+    """Return a statement without unnecessary spaces, quotes and comments. For example, a tracing listener can add a
+    comment.
+    """
     return _QUOTED_OR_BLANK.sub(lambda match: match[1] or match[2] or " ", sql).strip()
 
 

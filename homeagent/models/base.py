@@ -48,7 +48,8 @@ _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 def _without_input(error: ValidationError) -> ValidationError:
     """Return a copy of the error without the input, which can be a secret. Pydantic's setting `hide_input_in_errors`
-    does not remove the input from `error.errors()`, which FastAPI puts into the reply with status 422.
+    does not remove the input from `error.errors()`. FastAPI puts the result of `error.errors()` into the reply with
+    status 422.
     """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
@@ -189,7 +190,9 @@ class Table(Model, metaclass=_TableType):
             choose_column_type(field, f"{cls.__qualname__}.{name}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a subclass of one of homeagent's tables, which would contain private fields, such as hashes."""
+        """Refuse a subclass of one of homeagent's tables, because the subclass would have private fields, such as
+        hashes.
+        """
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
             if "__table__" in vars(base) and not _is_own(base):

@@ -131,8 +131,8 @@ class IdempotencyKey(Table, table=True):
 
 @dataclass(frozen=True, slots=True, init=False)
 class IdempotencyScope:
-    """The identity of a call, which consists of a device, a method, and the key that the device chose. An invalid
-    device, method or key raises InvalidArgumentError.
+    """The identity of a call: a device, a method, and the key that the device chose. An invalid device, method or key
+    raises InvalidArgumentError.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -142,8 +142,8 @@ class IdempotencyScope:
     method: Name
     key: Label = field(repr=False)
 
-    # This `__init__` hides the key in tracebacks. A decorator of the generated `__init__` would also hide the key, but
-    # finding a key would take 12% more instructions.
+    # This `__init__` hides the key in tracebacks. The generated `__init__` with a decorator would also hide the key,
+    # but a look-up of a record would take 12% more instructions.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))

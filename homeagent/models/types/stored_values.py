@@ -27,7 +27,7 @@ def naming_column(table: Table) -> str:
 
 
 def problem_of_stored(column: Column[Any]) -> Callable[[Any], str | None]:
-    """Return a function that describes the problem of a stored value, or returns None."""
+    """Return a function that describes the problem of a stored value. For a valid value, the function returns None."""
     stored: type = getattr(column.type, "impl_instance", column.type).python_type
     allowed = getattr(column.type, "allowed", None)
 

@@ -190,8 +190,8 @@ def _require_text(value: object) -> str:
 
 
 class HashColumn(StoredColumn[str]):
-    """Column type for a hash, a verifier or a key, whose text homeagent parses. In SQLite, another program can store a
-    BLOB, which is unreadable.
+    """Column type for the text of a hash, a verifier or a key. In SQLite, another program can store a BLOB in the
+    column, but homeagent can't read a BLOB.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = text_column()
