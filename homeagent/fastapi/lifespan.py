@@ -48,7 +48,8 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: _open(given, options))
-        # If the database was opened before a fork, every request would fail, so raise an error now.
+        # If the database was opened before a fork, `ping()` raises an error. Without this call, each request would
+        # raise the error.
         await run_sync(database.ping)
         try:
             app.state.homeagent_database = database

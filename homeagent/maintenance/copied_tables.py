@@ -152,7 +152,9 @@ class CopiedTable:
                     )
 
     def differs(self, source: Connection, target: Connection, progress: Progress) -> bool:
-        """Return True if the two databases have different rows. Report the progress after each page of equal rows."""
+        """Return True if the two databases have different rows. Report the progress after each page without a
+        difference.
+        """
         if self.count(source) != self.count(target):
             return True
         for page in self.pages(source):
@@ -249,7 +251,9 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
 def applications_tables(
     engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
 ) -> list[CopiedTable]:
-    """Return the application's tables to copy, without the tables in `leave`, in the order of their foreign keys."""
+    """Return the application's tables to copy, in the order of their foreign keys. Skip the tables in the argument
+    `leave`.
+    """
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)
     if wrong:

@@ -312,7 +312,7 @@ class Pace:
         return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Return the pause in seconds after a batch that held the write lock for the given time, in seconds."""
+        """Return the pause after a batch that held the write lock for the given time. Both times are in seconds."""
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
 

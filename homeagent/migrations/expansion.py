@@ -110,7 +110,7 @@ def _triggers(connection: Connection) -> set[tuple[str, str]]:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield the problem and the remedy of each change that can break old code. Skip changes whose name is in
+    """Yield the problem and the remedy of each change that can break old code. Skip the names in the argument
     `accepted`.
     """
     for part in sorted(old):

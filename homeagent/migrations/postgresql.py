@@ -70,7 +70,9 @@ _NO_APPLICATION = Application()
 def open_postgresql(
     engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool, application: Application = _NO_APPLICATION
 ) -> None:
-    """Bring the schema to this version's revision, one host at a time. With `migrate=False`, require the revision."""
+    """Bring the schema to this version's revision, one host at a time. With `migrate=False`, raise an error if a
+    revision is missing.
+    """
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         with connection.begin():
@@ -208,8 +210,8 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
     """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks.
 
     Do not hold the lock `_ADVISORY_LOCK` during the block. A statement of another host would wait for the lock, and
-    would keep a snapshot open. CREATE INDEX CONCURRENTLY in the block would wait for the end of the snapshot, so both
-    would wait forever.
+    would keep a snapshot open. CREATE INDEX CONCURRENTLY in the block would wait for the end of the snapshot, so the
+    two hosts would wait forever.
     """
     if connection.info[POOLED]:
         raise MigrationError(

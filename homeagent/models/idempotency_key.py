@@ -175,7 +175,7 @@ _set_device_id, _set_method, _set_key = (_slots[name].__set__ for name in ("devi
 
 
 class _RecordedScope(IdempotencyScope):
-    """Scope of a stored record, with texts that break the rules for new texts."""
+    """Scope of a stored record. The scope can contain texts that break the rules for new texts."""
 
     __slots__ = ()
 

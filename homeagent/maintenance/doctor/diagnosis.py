@@ -70,9 +70,9 @@ def diagnose(
             indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
             listed in `Diagnosis.not_checked`.
         fix: True to repair problems that can be repaired without loss. The doctor corrects modes of files, route keys
-            of sessions and the journal mode. The doctor also deletes partial copies older than a day, expired rows and
-            hashes of expired secrets, and empties the WAL. The returned findings describe the database after the
-            repair.
+            of sessions and the journal mode. The doctor also deletes partial copies older than a day, expired rows, and
+            hashes of expired secrets. The doctor then empties the WAL. The returned findings describe the database
+            after the repair.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:

@@ -1,4 +1,6 @@
-"""Models of a diagnosis, and the findings collector. Do not rename fields or checks, on which monitoring depends."""
+"""Models of a diagnosis, and the findings collector. Do not rename fields or checks, because monitoring programs depend
+on their names.
+"""
 
 from __future__ import annotations
 

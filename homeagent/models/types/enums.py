@@ -44,8 +44,8 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as 0 or 1. Any other stored value loads as `otherwise`. Choose `otherwise` so that
-    it grants no access.
+    """Column type for a bool, stored as 0 or 1. For any other stored value, a store loads the value of the argument
+    `otherwise`. This value must grant no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer

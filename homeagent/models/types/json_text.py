@@ -29,7 +29,9 @@ _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 
 def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_BYTES) -> str:
-    """Return the value as JSON text. Raise InvalidArgumentError if the text is too long or loses information."""
+    """Return the value as JSON text. Raise InvalidArgumentError if the text is too long, or if JSON can't represent the
+    value exactly.
+    """
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     try:
