@@ -15,9 +15,10 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return the function if a call runs the body of the function. Otherwise raise InvalidArgumentError.
+    """Return the function. If a call would not run the body of the function, raise InvalidArgumentError.
 
-    The argument `coroutine` is the remedy for a coroutine function, or None to accept a coroutine function.
+    The argument `coroutine` is the remedy in the error message for a coroutine function. With None, a coroutine
+    function is valid.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED

@@ -33,11 +33,11 @@ def system_clock() -> datetime:
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest
     if milliseconds > latest:
-        # If two threads are here at the same time, each returns its own time, as if the calls came one after the other.
+        # Two threads can run this block at the same time. Each thread then returns its own time.
         timestamp = _EPOCH + milliseconds * _MILLISECOND
         reading = (milliseconds, timestamp)
-        # Do not add a call between the comparison and the assignment. CPython switches threads only after a call, and a
-        # later reading of another thread must stay (`test_the_clock_never_goes_back`).
+        # Do not add a call between the comparison and the assignment. CPython switches threads only after a call. After
+        # a switch, this thread would overwrite a later reading of another thread (`test_the_clock_never_goes_back`).
         if reading > _latest:
             _latest = reading
     return timestamp

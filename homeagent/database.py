@@ -372,7 +372,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             InvalidArgumentError: if an argument is invalid. For a coroutine function, use the method `arun_once()`.
             FingerprintMismatchError: if an earlier call used the key with different parameters.
             IdempotencyInProgressError: if another caller is running the effect.
-            OutcomeUnknownError: if an earlier attempt was abandoned, and `on_abandoned="refuse"`.
+            OutcomeUnknownError: if an earlier attempt was abandoned and `on_abandoned="refuse"`.
             LeaseLostError: if the effect ran, but another caller took over or deleted the key before the outcome was
                 recorded.
             EffectFailedError, EffectNotStartedError: if the effect raised the error in this call. If the effect of an

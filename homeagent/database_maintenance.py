@@ -83,7 +83,7 @@ class DatabaseMaintenance:
                 this database raises CorruptDatabaseError.
 
         Raises:
-            DatabaseError: if a schedule of backups is given, and the database is on PostgreSQL.
+            DatabaseError: if a schedule of backups is given for a database on PostgreSQL.
             DatabaseClosedError: if the database was closed.
         """
         from homeagent.maintenance.sweep import Sweeper, sweep
@@ -297,8 +297,8 @@ class DatabaseMaintenance:
         busy_timeout: timedelta = timedelta(seconds=5),
         expected_epoch: int | None = None,
     ) -> maintenance.EpochReport:
-        """Begin a new epoch after another program restored an older state of the database. All processes must have
-        closed the database.
+        """Begin a new epoch after another program restored an older state of the database. Before the call, close the
+        database in all processes.
 
         Call `begin_epoch()` after a restore with PostgreSQL's tools, or from a snapshot of a disk or a virtual machine.
         The restored database lacks the nonces that were consumed after the backup. In the new epoch, the replay guard

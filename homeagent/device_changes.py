@@ -41,7 +41,9 @@ _CLOSED = "the database was closed, or was opened before the process was forked:
 
 
 class _Subscription:
-    """Device changes up to the number `position`, which the thread has read and the iterator has not returned yet."""
+    """Queue of the device changes that the thread has read and the iterator has not returned yet. The attribute
+    `position` is the number of the change that the thread read last.
+    """
 
     def __init__(self, after: int) -> None:
         self._changes: deque[DeviceChange] = deque()
@@ -115,7 +117,7 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
-    """Return the function that schedules a call in the event loop of this task, and that any thread can use."""
+    """Return a function with which any thread can schedule a call in the event loop of this task."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
@@ -167,7 +169,9 @@ class DeviceWatcher:
             raise DatabaseError(f"could not start the thread that reads device changes: {error}") from None
 
     def seconds_left(self, subscription: _Subscription) -> float:
-        """Return the seconds that an iterator can wait. After `PATIENCE` seconds without a read, raise an error."""
+        """Return the time in seconds for which an iterator can still wait. After `PATIENCE` seconds without a read,
+        raise an error.
+        """
         waited = self._monotonic() - self._read_at
         if waited < PATIENCE:
             return PATIENCE - waited

@@ -73,7 +73,7 @@ class DeviceSecrets:
             DeviceExistsError: if a device with this id exists. The error tells the caller that the id exists.
             PendingLimitError: if the number of pending devices has reached `Limits.pending_devices`.
             InvalidArgumentError: if the secret is too long or has a control character.
-            TooManyAttemptsError: if the caller chose the secret, and the number of waiting slow hashes has reached
+            TooManyAttemptsError: if the caller chose the secret and the number of waiting slow hashes has reached
                 `Limits.waiting_hashes`.
         """
         check_kind(request, models.DevicePair, "request")
@@ -185,7 +185,7 @@ class DeviceSecrets:
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
                 idempotent=True,
             )
-        # The cause of a UnitStateError is an open write unit of this thread.
+        # UnitStateError means that this thread already has an open write unit.
         except (DatabaseError, UnitStateError) as error:
             logger.warning(
                 "a hash could not be replaced by a hash with newer parameters; the next check tries again: %s",
@@ -268,8 +268,8 @@ class DeviceSecrets:
 
         For an absent device or a device without a verifier, the method derives an answer from the id and a key of the
         store. The method takes equally long for an absent device and for a device with a verifier. All processes derive
-        the same answer, even after a restore. The answer for an id changes when the id's device is paired or deleted,
-        or gets a new secret. A caller can see this change.
+        the same answer, even after a restore. A pairing, a deletion or a new secret of the device changes the answer
+        for the id. A caller can notice the change.
 
         Args:
             device_id: presented id.
@@ -302,14 +302,14 @@ class DeviceSecrets:
             overlap: time for which the old secret stays right, by default 0. The rotation immediately ends the overlap
                 of an earlier rotation.
             expected_secret_hash: hash that the old secret must have. Default: any hash.
-            expected_paired_at: time at which the device must have been paired. Default: any time.
+            expected_paired_at: expected time of pairing. Default: any time.
 
         Raises:
             ConflictError: if the old secret or the time of pairing differs from the expected value.
             DeviceNotFoundError: if the device does not exist.
-            DeviceNotApprovedError: if the device is pending or revoked, and `overlap=…` is above 0.
+            DeviceNotApprovedError: if `overlap=…` is above 0 for a pending or revoked device.
             InvalidArgumentError: if the secret has fewer than 8 characters, is too long or has a control character.
-            TooManyAttemptsError: if the caller chose the secret, and the number of waiting slow hashes has reached
+            TooManyAttemptsError: if the caller chose the secret and the number of waiting slow hashes has reached
                 `Limits.waiting_hashes`.
         """
         check_duration(overlap, "overlap", zero=True)
@@ -394,8 +394,7 @@ def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> D
         return device
     except DeviceExistsError:
         stored = unit.devices.find_by_id(create.id)
-        # If the hash and the verifier are equal, an earlier run of the unit stored the device, because the hash or the
-        # verifier has a random salt.
+        # The hash or the verifier has a random salt. If both are equal, an earlier run of the unit stored the device.
         if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
             raise
         return stored

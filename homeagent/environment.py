@@ -26,8 +26,8 @@ class _Number(int):
 
 
 # The three constants are the defaults in the signature of `Database.open`. Compare an argument with its default by
-# identity (`is`), because a caller can pass an equal value. Python shares equal texts and small numbers, so the
-# constants have classes of their own.
+# identity (`is`), because a caller can pass an equal value. Python can use one object for equal texts or small numbers,
+# so these constants have classes of their own.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

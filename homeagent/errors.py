@@ -158,8 +158,8 @@ class LastAdminError(ConflictError):
 
 
 class ApprovalChangedError(ConflictError):
-    """The field `error.changed` of the device has changed since the administrator read the device. Remedy: show the
-    device again, and then decide.
+    """The device has changed since the administrator read the device. `error.changed` is the name of the changed field.
+    Remedy: show the device again, and then decide.
     """
 
     def __init__(self, device_id: str, changed: str) -> None:
@@ -320,7 +320,7 @@ class SchemaOutdatedError(DatabaseError):
 
 
 class SchemaChangedError(DatabaseError):
-    """Statements that are not a part of a revision changed the schema. The stored rows can violate the rules of
+    """The schema was changed by statements that are not a part of a revision. The stored rows can violate the rules of
     homeagent's schema. Remedy: undo the changes, or list the application's triggers in the argument `acknowledged`.
 
     A restore, a copy and an upgrade raise this error, and do not change the database. `error.changes` is a list with a
@@ -400,7 +400,7 @@ class DatabaseMovedError(CorruptDatabaseError):
 
 
 class InsecureFileError(DatabaseError):
-    """Another user could read or replace a file, or the file is a link. Remedy: correct what the message names."""
+    """The path is a link, or another user could read or replace the file. Remedy: correct what the message names."""
 
 
 class DiskFullError(DatabaseError):

@@ -168,7 +168,7 @@ class GroupCommit:
             self._refuse(calls)
             return
         for call in calls:
-            # AnyIO can have cancelled the future of a caller that has not run since.
+            # Leave out a call whose future has ended, because AnyIO has cancelled the caller.
             if call.future is None or not call.future.done():
                 self._queue.put(call)
         # Read the attribute `_thread` only after `put()`, because a writer thread with a queued call does not end.
@@ -200,7 +200,7 @@ class GroupCommit:
         self._deliver(self._move(calls, DONE))
 
     def close(self) -> None:
-        """End the queued calls, and wait for the writer thread. The caller must have closed the connection pools."""
+        """End the queued calls, and wait for the writer thread. Close the connection pools first."""
         with self._mutex:
             self._is_closed = True
             thread, timeout = self._thread, self._settings.timeout
@@ -277,7 +277,7 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Add each executed call to `shared`."""
+        """Run units in savepoints until the queue is empty or the batch is full. Add the executed calls to `shared`."""
         settings = self._settings
         connection = transaction._require_connection()
         now = monotonic()

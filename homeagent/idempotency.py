@@ -41,7 +41,7 @@ ARUN_ONCE = "call arun_once"
 
 T = TypeVar("T")
 
-# Types of `Database.run` and `Database.arun` with `idempotent=True`, which can run a unit twice
+# Types of `Database.run` and `Database.arun`, here with `idempotent=True`: both can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -54,7 +54,7 @@ _SHORTEST_PERIOD = 0.05
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """Arguments of `run_once()`. The fingerprint replaces the parameters, because the effect can change parameters."""
+    """Arguments of `run_once()`. A fingerprint replaces the parameters, because the effect can change them."""
 
     scope: IdempotencyScope
     fingerprint: str
@@ -102,9 +102,9 @@ class OnceCall:
 def _once(
     attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Callable[[UnitOfWork], Any]:
-    """Return a function that ends an attempt, and that can run again, for example after a commit with an unknown
-    outcome. With `leaves_record=False`, the function releases the key. A second run without a lease then counts as a
-    success.
+    """Return a function that ends an attempt. The function can run twice, for example after a commit with an unknown
+    outcome. With `leaves_record=False`, the function releases the key. If the second run finds no lease, the first run
+    has released the key, so the second run succeeds.
     """
     begun = False
 
@@ -137,7 +137,7 @@ class _Lease:
 class LeaseTimer:
     """Thread that renews the leases of all effects that run on a `Database`.
 
-    The end of an effect does not wake the thread, so that the same thread serves many short effects.
+    The end of an effect does not wake the thread. The same thread therefore serves many short effects.
     """
 
     def __init__(self, run: Run) -> None:
@@ -164,7 +164,7 @@ class LeaseTimer:
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # The returned function must not take the lock, which can stay locked in a child that the effect has forked.
+        # Do not take the lock in the returned function. If the effect forks, the lock can stay locked in the child.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -269,7 +269,9 @@ class _AsyncUnits:
         return claimed
 
     async def release_claim(self) -> None:
-        """Release a claimed key, so that the attempt does not count as abandoned. The effect must not have begun."""
+        """Release a claimed key, so that the attempt does not count as abandoned. Call the method only if the effect
+        did not begin.
+        """
         if self._claimed is not None:
             # Ignore errors of the release, because the claim ends at the latest when its lease expires.
             with suppress(HomeAgentError):

@@ -51,7 +51,7 @@ class AutocommitReads:
 
 @cache
 def _one_call_type(kind: type[Store]) -> Any:
-    """Derive a class from a store class, in which each method that writes runs in a new unit of work."""
+    """Return a subclass of a store class. In the subclass, each method that writes runs in a new unit of work."""
     methods: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
         method = getattr(kind, name)
@@ -88,14 +88,16 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """A store's method must run again in a unit of work. If `writes` is True, the unit must be able to write."""
+    """Stop a store's method, and run the method again in a unit. With `writes=True`, the unit is a write unit."""
 
     def __init__(self, *, writes: bool) -> None:
         self.writes = writes
 
 
 class _Reads:
-    """Takes the place of the unit while a store's method reads, for at most `allowed` statements (None: no limit)."""
+    """A store's method that only reads uses this object instead of a unit. The method can run at most `allowed`
+    statements (None: no limit).
+    """
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
         self._unit = unit
@@ -123,12 +125,12 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Keep the error in the attribute `needed`, because the store's method can catch and suppress every exception.
+        # Also keep the error in an attribute, because the store's method can catch every exception.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # A method that uses an attribute missing from this class can write, so the method needs a unit.
+        # This class lacks the attribute that the method uses. The method can write, so the method needs a unit.
         raise self._need(writes=True)
 
 

@@ -48,7 +48,7 @@ class UnitSession(Session):
         self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
-        """Expire the session's objects and collections that a store's statement can have changed."""
+        """Expire the session's objects and collections that a store's statement has perhaps changed."""
         compiled = statement.compiled(self._dialect)
         if not compiled.writes:
             return

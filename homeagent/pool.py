@@ -118,7 +118,7 @@ class ConnectionPool(Generic[T]):
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait for a resource. Return True if the waiter received only the right to create a resource."""
+        """Wait for a resource. Return True if the waiter received no resource but is allowed to create a resource."""
         self.waits += 1
         since = monotonic()
         try:
@@ -197,7 +197,7 @@ class ConnectionPool(Generic[T]):
                 self._count -= 1
 
     def close(self) -> None:
-        """Close the free resources. Waiting and later callers of `acquire()` get DatabaseClosedError."""
+        """Close the free resources. Waiting callers and later callers of `acquire()` get DatabaseClosedError."""
         with self.mutex:
             self._closed = True
             free, self._free = self._free, []

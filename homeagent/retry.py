@@ -1,6 +1,7 @@
 """Run functions as units of work, and run a unit again after an error if a second run is safe.
 
-If the connection was lost during COMMIT, the outcome is unknown. Then only an idempotent unit runs again.
+If the connection was lost during COMMIT, the outcome is unknown. After such an error, only an idempotent unit runs
+again.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# Bounds of the first pause and of the longest pause, in seconds. A pause is a random part of its bound.
+# Upper bounds of the first pause and of the longest pause, in seconds. Each pause is a random time from 0 to its upper
+# bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
@@ -115,7 +117,7 @@ class Runner:
         return executor
 
     def close(self) -> None:
-        """End the writer thread. The caller must have closed the connection pools."""
+        """End the writer thread. Close the connection pools first."""
         if self._group_commit is not None:
             self._group_commit.close()
         # The threads of an executor end when the last reference to the executor is gone. Do not call `shutdown()`,

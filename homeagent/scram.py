@@ -8,8 +8,8 @@ messages:
    verifier does not contain the secret.
 2. The device asks the gateway for the salt and the iterations of the verifier. The method `Database.proof_parameters()`
    gives an answer even if the device does not exist.
-3. By the functions `proof_message()` and `make_proof()`, the device makes a proof for its id, a new nonce and the time.
-   The device sends the id, the nonce, the time and the proof.
+3. The device calls `proof_message()` and `make_proof()`, which make a proof for the id, a new nonce and the time. The
+   device sends the id, the nonce, the time and the proof.
 4. The gateway checks the proof by `check_proof()`, consumes the nonce, and sends the result of `server_signature()`.
    The device checks the signature by `check_server_signature()`. A right signature proves that the gateway has the
    verifier.
@@ -96,7 +96,7 @@ class ProofKeys:
         return _xor(self.client_key, _hmac_sha256(self.stored_key, message))
 
     def recognises(self, message: bytes, signature: bytes) -> bool:
-        """Return True if a gateway made the signature of the message with the verifier of this secret."""
+        """Return True if the gateway's signature is right for the message and this secret."""
         return hmac.compare_digest(_hmac_sha256(self.server_key, message), signature)
 
 
@@ -223,8 +223,8 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
         key: at least 16 random bytes. The default is a random key that the process creates once. Keep the key private,
             and do not change the key. A new key would change the answers for all absent devices, but not the answers
             for existing devices.
-        human_share: share of the absent ids, from 0 to 1, for which the result looks like the answer for a secret that
-            a human chose. If all devices have generated secrets, as in `Database`, keep the default share of 0.
+        human_share: share of the absent ids, from 0 to 1, for which the answer looks as if a human had chosen the
+            secret. If all secrets are generated, as in `Database`, keep the default share of 0.
 
     Raises:
         InvalidArgumentError: if the key is too short, `human_share` is out of range, or the id has a lone surrogate.
@@ -283,7 +283,7 @@ _DECOY_TEXT = _format_verifier(_DECOY.parameters, _DECOY.stored_key, _DECOY.serv
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
-    """Return True if the proof of the message was made with the secret of the verifier. Use this function in a gateway.
+    """Return True if the proof is right for the message and the verifier. Use this function in a gateway.
 
     The duration is the same for a right proof, a wrong proof and an absent device. The caller must also check the
     timestamp and consume the nonce, because an attacker could send an old proof again.
@@ -331,7 +331,7 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Return True if the signature was made with the verifier of the secret. Use this function in a device.
+    """Return True if the gateway's signature is right for the message and the secret. Use this function in a device.
 
     Pass the parameters and the message of the proof. A signature that does not have 32 bytes is wrong.
 

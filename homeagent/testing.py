@@ -154,11 +154,10 @@ def check_revisions(
 ) -> None:
     """Raise an error if a revision breaks code of the application's previous version.
 
-    During an upgrade of several hosts, old code uses the new schema, so a revision must only expand the schema.
-    The function runs the revisions one by one on an empty database, and compares the schemas before and after each
+    During an upgrade of several hosts, old code uses the new schema, so a revision must only expand the schema. The
+    function runs the revisions one by one on an empty database, and compares the schemas before and after each
     revision. A revision's module can declare the oldest revision whose code still runs, by a line `oldest_revision =
-    "…"`. If the module declares an oldest revision, its revision can drop a table or column that the code since the
-    oldest revision does not use.
+    "…"`. Such a revision can drop a table or column that no code since the oldest revision uses.
 
     Args:
         migrations: revisions of the application (see `Database.open`).

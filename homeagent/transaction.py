@@ -64,7 +64,7 @@ class UnitSettings:
         self.timeout: float = timeout
         self.unit: type[UnitOfWork] = unit
         self.limits: Limits = limits
-        # Rows that the stores may add without a count (see `homeagent.stores.room`)
+        # Rows that the stores can add without another count (see `homeagent.stores.room`).
         self.grants: dict[tuple[str, str, int], Iterator[int]] = {}
         # Ids of the threads that have an open write unit
         self.writing: set[int] = set()
@@ -128,7 +128,8 @@ class Transaction:
         self.read_only: bool = read_only
         self._state = NEW
         self._connection = joined
-        # While the unit is open and has no ORM session, a statement calls this method of the connection directly.
+        # The method `rows()` of the connection, while the unit is open and has no ORM session. At other times, the
+        # value is None.
         self._run: Callable[[Statement[Any], Parameters], list[Any]] | None = None
         self._has_joined = joined is not None
         self._session: UnitSession | None = None
@@ -218,7 +219,8 @@ class Transaction:
                     session.close()
             finally:
                 try:
-                    # Do not use the pool in a forked child, because a thread of the parent can have held the mutex.
+                    # Do not use the pool in a forked child, because a thread of the parent can hold the mutex during
+                    # the fork.
                     if engine.is_forked_copy:
                         pass
                     elif sound and not connection.needs_reconnect:

@@ -118,9 +118,9 @@ class UnitOfWork(Transaction):
         transaction.
 
         Before a store's statement, the unit flushes the session. After a store's write, the unit expires the session's
-        objects that the write can have changed. The session and the stores therefore see the same data. The session's
-        method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the end of the unit, the
-        session raises UnitStateError, but the application can still use the session's objects.
+        objects that the write has perhaps changed. The session and the stores therefore see the same data. The
+        session's method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the end of the
+        unit, the session raises UnitStateError, but the application can still use the session's objects.
         """
         connection = self._require_connection()
         if self._session is None:

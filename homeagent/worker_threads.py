@@ -19,12 +19,12 @@ from homeagent.clock import monotonic
 C = TypeVar("C")
 T = TypeVar("T")
 
-# Limits of a collection, because an event loop can have new calls in each turn.
+# Limits of a collection. Without limits, the calls would wait as long as each turn adds a call.
 _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
-# A thread reports the end of each call within this time, in seconds, even if the thread has more calls to run. If a
-# single call takes this time, the remaining calls run in separate threads.
+# Longest time, in seconds, until a thread reports the end of a call, even if the thread has more calls to run. If a
+# single call takes longer, the remaining calls run in separate threads.
 _MAX_REPORT_SECONDS = 0.1
 
 
@@ -49,7 +49,7 @@ class CollectedCalls(Generic[C]):
             calls.append(call)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop, known: int, end: float) -> None:
-        """Hand the calls over if the last turn has added no call to the `known` calls."""
+        """Hand the calls over if the last turn has added no call. Before that turn, the number of calls was `known`."""
         calls = self._calls[loop]
         if known < len(calls) < _MAX_CALLS and monotonic() < end:
             loop.call_soon(self._end_turn, loop, len(calls), end)
@@ -72,7 +72,8 @@ class ThreadCall:
         self._act = act
         self._context = copy_context()
         self.ended: asyncio.Future[None] = ended
-        # The thread calls the function only if the thread takes this lock before a cancelled caller does.
+        # The thread and a cancelled caller try to take this lock. The thread calls the function only if the thread is
+        # first.
         self.decision: threading.Lock = threading.Lock()
         self.is_over: bool = False
         self.value: Any = None

@@ -1,4 +1,4 @@
-"""A counter of failed checks of guessable secrets, for each presented device id, known or unknown.
+"""For each presented device id, count the failed checks of guessable secrets. The id can be known or unknown.
 
 A success does not reset the count, because an attacker would get 30 new guesses after each success of the device.
 """
@@ -19,7 +19,7 @@ from homeagent.errors import TooManyAttemptsError
 FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
-# A caller can present an id of any length, so the counter keeps only a hash of a longer id.
+# A caller can present an id of any length. For an id over this length, the counter keeps only a hash.
 _LONGEST_ID = 512
 
 # All instances share one lock, so that a forked child replaces only one lock. The lock is reentrant, because a signal
@@ -36,7 +36,7 @@ def _age(begun: _Moment, now: _Moment) -> timedelta:
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. The caller sets `failed` if the secret is wrong."""
+    """One check of a secret. If the secret is wrong, the caller sets `failed` to True."""
 
     failed: bool = False
 
@@ -48,8 +48,8 @@ class FailedChecks:
     failures, an attacker needs 300,000 slow hashes in a minute. If a new id replaced the oldest id, 10,000 slow hashes
     would be enough.
 
-    The minute ends when either the wall clock or the monotonic clock has advanced by 60 seconds, so that a wall clock
-    that stands still does not prolong a refusal.
+    The minute ends as soon as the wall clock or the monotonic clock has advanced by 60 seconds. A wall clock that
+    stands still therefore does not prolong a refusal.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class FailedChecks:
 
 
 def _renew_lock() -> None:
-    # Replace the lock, because a thread that exists only in the parent process can have held the lock.
+    # Replace the lock, because a thread that exists only in the parent process can hold the lock during the fork.
     global _lock
     _lock = threading.RLock()
 

@@ -75,13 +75,13 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# If no device has the id, the check compares a generated secret with this hash, and takes the usual time.
+# For an unknown device id, the check compares a generated secret with this hash, and takes as long as for a known id.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class SecretMatch:
-    """The result of a check, which counts as true in an `if` statement if a stored hash matched."""
+    """The result of a check. In an `if` statement, the result is true if a stored hash matched."""
 
     matched: int | None = None
     """Index of the matching stored hash, or None if no hash matched."""
@@ -145,8 +145,9 @@ class SecretHasher:
         """Check a presented secret against the hash of a device and, during an overlap, the previous hash.
 
         The duration depends only on the presented secret, also for an unknown device: one SHA-256 for a generated
-        secret, no hash for an unusable secret, and one Argon2 run for any other secret. Until the caller has stored the
-        replacement hash, the duration differs for outdated costs, and for two stored hashes with different salts.
+        secret, no hash for an unusable secret, and one Argon2 run for any other secret. The duration differs for
+        outdated costs, and for two stored hashes with different salts. The difference ends when the caller stores the
+        replacement hash.
         """
         text = reveal(secret)
         if what_is_wrong(text) is not None:
@@ -234,9 +235,9 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
             secret is not normalised.
         beside: stored hash that stays valid together with the new hash during a rotation. If both hashes are Argon2
             hashes, the new hash takes over the old salt, and one Argon2 run checks both hashes. The duration of a check
-            then does not reveal a rotation. RFC 9106 section 3.1 asks for a salt for each password, so that an attacker
-            can't try one guess on many accounts, but both hashes belong to one device. Pass None if the old secret
-            becomes invalid at once.
+            then does not reveal a rotation. RFC 9106 section 3.1 asks for a salt for each password, against an attacker
+            that tries one guess on many accounts. Here both hashes belong to one device. Pass None to make the old
+            secret invalid at once.
         waiting: maximum number of callers in this process that wait for a slow hash, including this caller.
 
     Returns:

@@ -76,8 +76,8 @@ def generate_secret() -> SecretStr:
 def is_generated(secret: SecretStr | str) -> bool:
     """Return True if a secret has the format of the function `generate_secret()`.
 
-    Do not create other secrets in this format, because the stored SHA-256 is safe only for 256 random bits. The
-    checksum of a text that a person chose matches with a probability of 1 in 2**32.
+    Do not create other secrets in this format, because the stored SHA-256 is safe only for 256 random bits. A text that
+    a person chose has a right checksum with a probability of 1 in 2**32.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
@@ -87,5 +87,5 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return True if a check of the secret runs Argon2: the secret is usable and not generated."""
+    """Return True if the secret is usable and not generated. A check of such a secret runs Argon2."""
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

@@ -256,7 +256,7 @@ class StoreConnection:
         return rows
 
     def look_for_commits(self) -> bool:
-        """Return True if another connection can have committed since the last call of this method."""
+        """Return False only if no other connection has committed since the last call of this method."""
         return True
 
     def _unread_rows(

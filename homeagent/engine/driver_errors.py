@@ -66,7 +66,7 @@ def named(error: BaseException) -> str:
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Add the SQL text, which has no stored values, to the message of an error of the exact class DatabaseError."""
+    """Add the SQL text to the message of a DatabaseError, but not of a subclass. The SQL text has no stored values."""
     if type(error) is not DatabaseError:
         return error
     return DatabaseError(f"{error}; the statement was: {' '.join(sql.split())}")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _known: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# Without this lock, two threads that fork at the same time would wait for each other's mutexes.
+# Without this lock, two threads that fork at the same time would deadlock, because each thread takes all mutexes.
 _forking = threading.RLock()
 _held: list[threading.RLock] = []
 

@@ -55,7 +55,7 @@ def _insert_of(dialect: Dialect) -> DialectInsert:
 
 class Compiled(Generic[R]):
     """A statement in the SQL of one dialect. The attribute `target` is the table that the statement writes to, or None.
-    The attribute `cascade` names the attribute of SQLAlchemy's ForeignKey that declares the effect on referencing rows.
+    The attribute `cascade` is "ondelete" for a DELETE, "onupdate" for an UPDATE, and None for any other statement.
     """
 
     __slots__ = ("_dialect", "bind", "cascade", "columns", "is_text", "load", "sql", "target", "writes")
@@ -202,7 +202,7 @@ def _column_keys(expression: Any) -> list[str] | None:
 
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
-    """Return for each column that the statement does not set the function that produces the model's default value."""
+    """Map each column that the statement does not set to the function that makes the column's default value."""
     makers: dict[str, Callable[[], Any]] = {}
     for columns, attribute in ((compiled.insert_prefetch, "default"), (compiled.update_prefetch, "onupdate")):
         for column in columns:
@@ -271,8 +271,8 @@ _NUMERIC, _FLOAT8 = 1700, 701
 
 def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
     """Return the function that converts a value of the driver, or None. A statement is compiled before the driver
-    reports the codes of the column types. The function for `numeric` also suits `float8`, except for a `Float` column
-    with Decimal values.
+    reports the codes of the column types. The code of `numeric` gives the right function for every type except a
+    `Float` column with Decimal values.
     """
     code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
     return column.type.dialect_impl(dialect).result_processor(dialect, code)

@@ -17,9 +17,9 @@ from homeagent.errors import InvalidArgumentError
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address without the form of a URL, such as "host=… password=…" and "user:password@host/…". As a path, an
-# address would create an empty store, and messages would show the password. Do not compile the pattern at import, which
-# takes a hundredth of the start time.
+# A server's address without the form of a URL, such as "host=… password=…" and "user:password@host/…". If homeagent
+# used an address as a path, homeagent would create an empty store, and messages would show the password. Do not compile
+# the pattern at import, which takes a hundredth of the start time.
 _ADDRESS = (
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"
@@ -127,7 +127,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith("/"):
-        # The function `locate_file()` would drop a final slash, so the path of a directory would name a file.
+        # Refuse a final slash, because `locate_file()` drops the slash and would treat the directory's path as a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 

@@ -111,7 +111,7 @@ class AgentStore(Store):
         """Delete an agent, and with `delete_sessions=True` also its sessions. Return False if the agent did not exist.
 
         Raises:
-            AgentInUseError: if the agent has sessions, and `delete_sessions` is False.
+            AgentInUseError: if the agent has sessions and `delete_sessions` is False.
         """
         # Lock the agent before counting its sessions, because a unit that adds a session also locks the agent.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:

@@ -225,7 +225,7 @@ _is_kept = select(constant(1, _changes.number.type)).where(_changes.number == _a
 
 NEWEST = Statement[int](select(func.max(_changes.number)))
 # The statement selects the change with the given number and all later changes. If the feed no longer contains the
-# number, the reader can have missed changes, and the statement selects only the newest row.
+# number, the statement selects only the newest row, because later changes are perhaps deleted too.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_changes.number >= case((_is_kept, _after), else_=_newest))
@@ -243,14 +243,16 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the changes after a number from the rows of `CHANGES`, or a `reset` change if the number is not kept."""
+    """Return the changes after a number, from the rows of `CHANGES`. If the feed no longer contains the number, return
+    a `reset` change.
+    """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]
     return rows[1:]
 
 
 def check_number(after: int) -> int:
-    """Return the argument if it can be the number of a device change."""
+    """Return the argument. If the argument can't be the number of a device change, raise InvalidArgumentError."""
     if type(after) is not int or not 0 <= after < 2**63:
         raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
     return after

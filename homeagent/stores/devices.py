@@ -128,15 +128,15 @@ class DeviceStore(Store):
             approved: True to select approved devices, False to select unapproved devices. Default: all.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
-            seen_before: time before which the selected devices were last seen. Default: all devices, also devices that
-                were never seen.
+            seen_before: time. The page contains only devices that were last seen before this time. Default: all
+                devices, also devices that were never seen.
             order: order of the devices: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
             after: last device on the previous page, or the device's id. Default: the first page.
 
         Raises:
-            DeviceNotFoundError: if `order="paired_at"`, and no device has the id `after`. If the last device can have
-                been deleted, pass the `Device` object.
+            DeviceNotFoundError: if `order="paired_at"` and no device has the id `after`. Pass the `Device` object if
+                another caller could delete the device.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -197,7 +197,7 @@ class DeviceStore(Store):
             device_id: id of a pending or revoked device.
             expected_role: role that the device must have. Default: any role.
             expected_secret_hash: hash that the device's secret must have. Default: any hash.
-            expected_paired_at: time of pairing that the device must have. Default: any time.
+            expected_paired_at: expected time of pairing. Default: any time.
             expected_status: status that the device must have. Default: pending.
 
         Raises:
@@ -235,7 +235,7 @@ class DeviceStore(Store):
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
-            LastAdminError: if the device is the last approved admin, and `force=False`.
+            LastAdminError: if the device is the last approved admin and `force=False`.
         """
         if reason is not None:
             check_name(reason, "reason")
@@ -266,7 +266,9 @@ class DeviceStore(Store):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return True and the result of `update_last_seen()` if `update_last_seen()` would change no row."""
+        """Return whether `update_last_seen()` would change no row. In this case, the second value is the result of
+        `update_last_seen()`.
+        """
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
@@ -285,7 +287,7 @@ class DeviceStore(Store):
         return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
-        """Return the new value, and the latest stored value that the new value replaces."""
+        """Return the new time, and the latest stored time that the new time can replace."""
         check_duration(granularity, "granularity", zero=True)
         at = not_after(self._unit.now(), at, "at")
         # With a granularity of zero, several calls within one millisecond would write the same timestamp.
@@ -327,7 +329,7 @@ class DeviceStore(Store):
             previous_until: end of the overlap, during which the old secret also works. Default: no overlap.
 
         Raises:
-            DeviceNotApprovedError: if the device is not approved, and the caller asks for an overlap.
+            DeviceNotApprovedError: if the caller asks for an overlap for a device that is not approved.
             InvalidArgumentError: if a hash or the verifier is not a valid text, or if `previous_until` has no time
                 zone.
         """
@@ -391,7 +393,9 @@ class DeviceStore(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete the oldest changes, up to the first change after `before`. Return the number of deleted changes."""
+        """Delete the oldest changes, at most `limit`. Keep the first change later than `before`, and all changes that
+        follow. Return the number of deleted changes.
+        """
         return self._unit.write(
             statements.DELETE_OLD, before=check_timestamp(before, "before"), limit=check_limit(limit)
         )

@@ -101,7 +101,7 @@ class IdempotencyKeyStore(Store):
         return unit.one(statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
-        """Return the parameters for a search, which accepts texts that break the rules for new texts."""
+        """Return the parameters for a search. A search also accepts texts that break the rules for new texts."""
         _check_scope(scope)
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
@@ -152,9 +152,9 @@ class IdempotencyKeyStore(Store):
         Raises:
             FingerprintMismatchError: if an earlier call used the key with different parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
-            OutcomeUnknownError: if an attempt was abandoned, and `rerun=False`.
+            OutcomeUnknownError: if an attempt was abandoned and `rerun=False`.
             EffectFailedError: if the effect has failed for good. The error contains the stored detail of the failure.
-            KeyLimitError: if the key is new, and the device has reached the maximum number of keys.
+            KeyLimitError: if the key is new and the device has reached the maximum number of keys.
         """
         scope = _check_new(scope)
         if fingerprint != "":
@@ -221,8 +221,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Let the lease end after the given duration from now, and return the attempt with the new lease. If the
-        attempt no longer owns the key, raise `LeaseLostError`.
+        """Let the lease last for the given duration from now. Return the attempt with the new lease. If the attempt no
+        longer owns the key, raise `LeaseLostError`.
         """
         check_kind(attempt, Attempt, "attempt")
         until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
@@ -283,8 +283,9 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call the method only if the effect of the attempt did not begin.
 
-        If an earlier attempt can have begun its effect, the record stays and counts as abandoned. Otherwise the method
-        deletes the record. With `none_began=True`, the caller states that no earlier attempt began its effect.
+        After an earlier attempt, the record stays and counts as abandoned, because the earlier attempt has perhaps
+        begun its effect. Otherwise the method deletes the record. With `none_began=True`, the caller states that no
+        earlier attempt began its effect.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key.
@@ -316,7 +317,7 @@ class IdempotencyKeyStore(Store):
         abandoned attempt with this scope, return False.
 
         Raises:
-            IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
+            IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
             InvalidArgumentError: if the result is over 1 MiB or not JSON.
         """
         encode_json(result, "result", limit=MAX_RESULT_BYTES)
@@ -331,7 +332,7 @@ class IdempotencyKeyStore(Store):
         no abandoned attempt with this scope, return False.
 
         Raises:
-            IdempotencyInProgressError: if the lease has not expired, and the effect can still end.
+            IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
         """
         attempt = self._find_abandoned(scope, self._unit.now())
         if attempt is not None:

@@ -196,7 +196,7 @@ class NonceStore(Store):
 
     @writing()
     def forget(self, device_id: str) -> int:
-        """Exclude the stored nonces of a device from its limit, and return the number of these nonces.
+        """Stop counting the stored nonces of a device towards the device's limit. Return the number of these nonces.
 
         The rows stay until the nonces expire, so that a replay is still refused. Before the call, shorten the time for
         which new nonces are kept, so that the device does not reach the limit again.

@@ -1,6 +1,6 @@
-"""Limit for the rows of one device. Counting 10,000 rows takes as long as 40 inserts. Therefore a count gives a process
-a grant to add several rows, at most a fiftieth of the limit. Each process exceeds the limit by less than a grant, and
-49 processes together store fewer rows than twice the limit.
+"""Limit for the rows of one device. Counting 10,000 rows takes as long as 40 inserts. A process therefore counts only
+once for several new rows. The number of these rows (a grant) is at most a fiftieth of the limit. A process exceeds the
+limit by less than one grant, so 49 processes together store fewer rows than twice the limit.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 def has_room(
     unit: UnitOfWork, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
 ) -> bool:
-    """Return True if the device can have another row, which uses up one row of the grant. The function `count()` counts
-    the rows of the device that have not expired.
+    """Use up one row of the device's grant, and return True. If the device has reached its limit, return False. The
+    function `count()` counts the rows of the device that have not expired.
     """
     grants = unit.settings.grants
     key = (kind, device_id, limit)

@@ -33,7 +33,8 @@ _agents: Any = Agent.__table__.c
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# With a lock on the session, two units that move sessions to each other's route would deadlock.
+# Do not lock the session. If one unit moved session A to the route of session B, and another unit moved B to the route
+# of A, the units would deadlock.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
 # With this lock, no other unit can delete the agent before this unit adds a session.
 AGENT = Statement[str](
@@ -48,7 +49,8 @@ _VALUES: dict[str, Any] = {
     "last_active_at": bindparam("last_active_at"),
     "metadata": bindparam("metadata_"),
 }
-# Do not add `index_elements=…`, because the statement must tolerate a conflict of the id and of the route.
+# Do not add `index_elements=…`, because the statement must tolerate a conflict of the id and also a conflict of the
+# route.
 CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values({**_VALUES, "route_key": bindparam("route")}).on_conflict_do_nothing(),
     returning=AgentSession,
@@ -147,7 +149,7 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
     candidate = _last_active(is_free, has_sender=has_sender, has_channel=has_channel).correlate(None)
     return Statement(
         update(AgentSession)
-        # PostgreSQL checks `_IS_ON_ROUTE` on the changed row if another transaction has moved the session.
+        # If another transaction moves the session, PostgreSQL checks `_IS_ON_ROUTE` again for the changed row.
         .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
         .values(route_key=bindparam("route"))
     )
@@ -155,7 +157,7 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
 
 @cache
 def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
-    """Return a statement that takes a route from a session that was active before another session on the route."""
+    """Return a statement that takes a route from its holder if another session on the route was active later."""
     is_later = exists().where(
         _others.c.agent_id == _columns.agent_id,
         _others.c.sender_id == _columns.sender_id if has_sender else _others.c.sender_id.is_(None),

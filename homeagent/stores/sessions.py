@@ -9,8 +9,8 @@
 | `index()` | the last active session |
 | `delete()`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
 
-Of several sessions that were active at the same time, the session that was created last counts as the last active
-session, and then the session with the greatest id.
+Several sessions can have the same time of last activity. Then the last active session is the session that was created
+last. For equal times of creation, the last active session is the session with the greatest id.
 """
 
 from __future__ import annotations
@@ -131,7 +131,9 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return True and the session that holds the route. With False, the method `resolve()` must write."""
+        """Return True and the session that holds the route. If the first value is False, the method `resolve()` must
+        write.
+        """
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
         return session is not None and _is_on(session, route), session
@@ -209,7 +211,7 @@ class SessionStore(Store):
         """Give a session a different agent, sender or channel, and return the session. The moved session takes the new
         route.
 
-        If the moved session held its old route, the old route passes to the session that was active last on the route.
+        If the moved session held its old route, the last active session on the old route takes the old route.
 
         Args:
             session_id: id of the session.
@@ -310,8 +312,8 @@ class SessionStore(Store):
         """Rebuild the index of transcripts: add sessions, or move the last activity of existing sessions forward.
         Return the number of given sessions.
 
-        An existing session keeps the agent, sender, channel, time of creation and metadata. Of the sessions of a route,
-        the session that was active last takes the route.
+        An existing session keeps the agent, sender, channel, time of creation and metadata. The last active session on
+        a route takes the route.
 
         Args:
             sessions: transient instances, which the method reads in batches. Times in the future count as the current

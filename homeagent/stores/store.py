@@ -48,7 +48,7 @@ def reading(method: F) -> F:
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
     """Declare that a store's method writes. If `stream` is True, the method consumes an iterable.
 
-    A method with the function `unless` does not always write. Before a call, homeagent calls `unless` with the
+    If `unless` is given, some calls of the method do not write. Before a call, homeagent calls `unless` with the
     arguments of the method. If the first value of the returned pair is True, the caller gets the second value.
     """
 
@@ -75,12 +75,12 @@ class Store:
 
     @property
     def unit(self) -> UnitOfWork:
-        """The unit of work of the store, which runs statements and returns the current time."""
+        """The store's unit of work. The unit runs statements and returns the current time."""
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Return a text for a search. Return None, which finds no row, if the database can't store the text: no
-        database can hold a lone surrogate, and PostgreSQL can't hold NUL.
+        """Return a text for a search. If the database can't store the text, return None, with which the search finds no
+        row. No database can hold a lone surrogate, and PostgreSQL can't hold NUL.
         """
         # The method `isprintable()` returns False for each text with a lone surrogate or NUL.
         if value.__class__ is str and value.isprintable():

@@ -28,7 +28,7 @@ from homeagent.errors import (
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
-# treats a file of fewer than 512 bytes as an empty database, without any revocation or nonce.
+# treats a file of fewer than 512 bytes as an empty database, so all revocations and nonces would be lost.
 SMALLEST_DATABASE = 512
 
 CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f-\x9f]")
@@ -79,13 +79,13 @@ def secure_sidecars(path: Path) -> list[Path]:
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """Raise CorruptDatabaseError if a WAL has content, and its database is missing or empty. SQLite would delete the
+    """If a database is missing or empty but its WAL has content, raise CorruptDatabaseError. SQLite would delete the
     WAL, and start a new database without revocations and nonces. Before the creation of a database, the caller must
     hold `sidecar_lock`.
     """
     log = sidecars(path)[0]
-    # Do not exchange the two calls of `size_of()`. If another process creates the database during the check, the
-    # process writes the database file before the WAL.
+    # Do not swap the two calls of `size_of()`, because a process that creates the database writes the database file
+    # before the WAL.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -121,8 +121,8 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
     except FileExistsError:
         return None
     try:
-        # The umask can have removed bits from the mode, so set the mode again. Do not read the umask, because the
-        # system call for reading changes the umask of all threads.
+        # Set the mode again, because the umask removes bits from the mode of a new file. Do not read the umask, because
+        # the system call for reading changes the umask of all threads.
         try:
             os.fchmod(descriptor, FILE_MODE)
         except PermissionError as error:
@@ -227,7 +227,8 @@ def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
 
 def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
     refuse_insecure(path, status, trusted_owners(path.parent))
-    # Do not let root change the mode: the owner of the directory could make root change the mode of another file.
+    # As root, do not change the mode. The owner of the directory could replace the file, and root would change the mode
+    # of a different file.
     if status.st_uid != os.geteuid() and status.st_mode & 0o077:
         raise _not_the_callers(path, status)
     if is_database and 0 < status.st_size < SMALLEST_DATABASE:

@@ -63,7 +63,7 @@ class FileIdentityCheck:
         self._known = {}
 
     def after_begin(self) -> None:
-        """Check the files after BEGIN. SQLite does not delete the WAL and the WAL index while a transaction is open."""
+        """Check the files after BEGIN. During a transaction, SQLite deletes neither the WAL nor the WAL index."""
         self._check()
         self.due = self.monotonic() + _INTERVAL
 

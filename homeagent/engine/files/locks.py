@@ -24,8 +24,8 @@ _LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notice
 class FileLock:
     """A lock between threads and processes, on a separate file. The holder can write a short text, the marker, for the
     next holder. Unlike SQLite's POSIX locks, a lock by `flock()` works between threads of one process, and the close of
-    another descriptor does not drop the lock. With `exclusive_if_free=True`, a shared lock without another holder is
-    exclusive. With `writable=False`, the mode of the file does not change, and the holder can't write a marker.
+    another descriptor does not drop the lock. With `exclusive_if_free=True`, a shared lock is exclusive if the lock has
+    no other holder. With `writable=False`, the mode of the file does not change, and the holder can't write a marker.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class FileLock:
             raise DiskFullError(f"the disk has no room to write {quoted(self.path)}: free some space")
 
     def _try(self) -> bool:
-        """Try to lock the file. Open the path again, because another process can have replaced the file."""
+        """Try to lock the file. Open the path again, because another process can replace the file."""
         descriptor = self._open()
         if descriptor is None:
             return False
@@ -153,8 +153,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # Another process can have just created the file. The umask removes bits of the mode of a new file, and the
-            # creating process adds the bits a moment later.
+            # Another process can create the file at this moment. The umask removes bits of the mode of a new file, and
+            # the other process adds the bits a moment later.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None

@@ -26,14 +26,17 @@ def trusted_owners(directory: Path) -> frozenset[int]:
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users from whom homeagent accepts backups, and files with paths of backups, in any directory."""
+    """Return the users whose backups homeagent accepts in any directory. homeagent also accepts their files that
+    contain the path of a backup.
+    """
     return trusted_owners(database.parent) | {0}
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
     """If the process runs as root, give a new file or directory to the owner of its directory. Pass descriptors,
     because a path can name another file by now. For a copy outside the database directory, pass the source database.
-    The owner of a copy can read all devices, so root gives the copy only to a user whose backups root trusts.
+    The owner of a copy can read all devices. Root therefore gives a copy only to the users that `backup_owners()`
+    returns.
     """
     if os.geteuid() != 0:
         return

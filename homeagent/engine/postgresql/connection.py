@@ -68,7 +68,7 @@ class PostgreSQLConnection(StoreConnection):
             self._warnings.append(notice.sqlstate or "")
 
     def begin(self) -> None:
-        """Begin a transaction. If the server accepts no writes, and the unit writes, raise StandbyError."""
+        """Begin a transaction. If the unit writes but the server accepts no writes, raise StandbyError."""
         failure: BaseException
         if self._pooled:
             # The pooler can give this transaction another session, so forget the state of the last session.
@@ -84,7 +84,9 @@ class PostgreSQLConnection(StoreConnection):
         raise failure
 
     def read_alone(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run one statement that only reads. Behind a pooler, begin a transaction, which applies the settings."""
+        """Run one statement that only reads. Behind a pooler, run the statement in a transaction, because only a
+        transaction applies the settings.
+        """
         if not self._pooled:
             return self.rows(statement, parameters)
         self.begin()
@@ -107,7 +109,7 @@ class PostgreSQLConnection(StoreConnection):
             raise error_from_result(result)
 
     def commit(self) -> None:
-        """Commit the transaction, or raise the error that says whether the server can have committed the unit."""
+        """Commit the transaction. The class of a raised error shows whether the outcome of the commit is unknown."""
         if self._raw.pgconn.transaction_status == _FAILED:
             # After a failed statement, the server would roll back at COMMIT without reporting an error.
             raise DatabaseError(
@@ -168,8 +170,8 @@ class PostgreSQLConnection(StoreConnection):
 
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
-    """Return the error for a value that is too long for an index, or None. PostgreSQL names the index only for a value
-    of at most 8,191 bytes, so the error for a longer value names each index that can contain long values.
+    """Return the error for a value that is too long for an index, or None. For a value over 8,191 bytes, PostgreSQL
+    does not name the index. The error then names each index that can contain long values.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-# Limits on the wait for a host that does not answer, in seconds, or in milliseconds for tcp_user_timeout. By default,
+# Timeouts for a host that does not answer, in seconds. Only the unit of tcp_user_timeout is a millisecond. By default,
 # libpq waits without a limit to connect, and about 15 minutes for the acknowledgement of data
 # (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 _CONNECT_OPTIONS: dict[str, str] = {
@@ -47,13 +47,14 @@ _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "P
 _READ_ONLY = "homeagent_reads"
 """Key in the `info` of a connection. The value is True if the connection's transactions are read-only."""
 
-# Another client of a pooler can have set a different search_path, so use the default for one transaction.
+# Behind a pooler, another client can change the search_path, so use the default for one transaction.
 _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
 
 
 class PostgreSQLEngine(Engine):
     """One PostgreSQL database. Several write units run at the same time and use row locks. Every transaction searches
-    exactly the schemas of the `search_path` at the first connection, and not a schema that another role creates later.
+    exactly the schemas that the `search_path` names at the first connection. A schema that another role creates later
+    is not searched.
     """
 
     connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
@@ -68,7 +69,7 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # A setting of the role could hide the server's warning that a standby can lack a commit.
+        # Do not let a setting of the role hide warnings, because the server warns if a standby can lack a commit.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
         """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
@@ -83,9 +84,9 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Instrumentation can have registered an earlier listener for errors, so the listeners for execution remove
-        # stored values before. Do not raise the translated error in `_on_error()`, because SQLAlchemy would not call
-        # later listeners.
+        # Instrumentation can have an error listener that runs before homeagent's error listener. The listeners for
+        # execution therefore remove stored values first. Do not raise the translated error in `_on_error()`, because
+        # SQLAlchemy would not call later listeners.
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
@@ -158,7 +159,9 @@ class PostgreSQLEngine(Engine):
         return connection
 
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
-        """Return the SQL that begins a unit, and behind a pooler applies the engine's settings to the transaction."""
+        """Return the SQL that begins a unit. Behind a pooler, the SQL also applies the engine's settings to the
+        transaction.
+        """
         begin = super().begin_of(connection, read_only=read_only)
         return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
 
@@ -239,7 +242,9 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
-    """Return the error for a failed connection. Show only each host's reason, because libpq's text can show options."""
+    """Return the error for a failed connection. The message contains only the reason for each host, because libpq's
+    text can show options.
+    """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""
     return ConnectionLostError(f"no connection to the PostgreSQL server{shown}: check that it runs, and check the URL")

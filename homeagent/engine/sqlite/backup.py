@@ -57,7 +57,7 @@ def never_stop() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """Those attributes of a manifest that a connection reads from the database."""
+    """The part of a manifest that a connection reads from the database."""
 
     rows: dict[str, int]
     schema_revision: str | None

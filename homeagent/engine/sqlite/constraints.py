@@ -1,5 +1,5 @@
 """Find the constraint that refused a change. SQLite's message contains the name of a CHECK constraint, or the columns
-of a UNIQUE constraint. The other names are only in the text of CREATE TABLE.
+of a UNIQUE constraint. The names of all other constraints are only in the text of CREATE TABLE.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class _ForeignKey(NamedTuple):
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused, or None. The statement is COMMIT or None if a deferred
-    foreign key failed, because SQLite checks a deferred foreign key at the commit.
+    """Return the error for a change that a constraint refused, or None. For a deferred foreign key, the statement is
+    COMMIT or None, because SQLite checks a deferred foreign key at the commit.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:
@@ -108,7 +108,7 @@ def _constraint_name(raw: Any, table: str, kind: str, columns: tuple[str, ...]) 
 
 
 def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
-    """Return the table and the name of the failed foreign key. A name is None if several keys can have failed."""
+    """Return the table and the name of the failed foreign key. An uncertain table or name is None."""
     verb, target = _target(statement)
     candidates = [
         key
@@ -126,7 +126,9 @@ def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | Non
 
 
 def _foreign_keys(raw: Any, *, violated: bool) -> Iterator[_ForeignKey]:
-    """Yield all foreign keys, or with `violated=True` the deferred keys that a row of the open transaction violates."""
+    """Yield all foreign keys. With `violated=True`, yield only the deferred keys that a row of the open transaction
+    violates.
+    """
     for table, sql in _tables(raw):
         if violated and "DEFERR" not in sql.upper():
             continue

@@ -236,7 +236,7 @@ def undecoded_columns(names: Iterable[str]) -> str:
 
 
 def decoded_row(row: Sequence[Any]) -> list[Any]:
-    """Return the values of a row that the expressions of `undecoded_columns()` read."""
+    """Decode a row that was selected by the expressions of `undecoded_columns()`."""
     return [_decoded(value) if kind == "text" else value for kind, value in zip(row[::2], row[1::2], strict=True)]
 
 
@@ -262,8 +262,9 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
-    # SQLAlchemy chooses an error by the driver's class name (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
-    # The base class declares this attribute as a plain dictionary, not as a ClassVar.
+    # SQLAlchemy chooses its class for an error by the name of the driver's class
+    # (https://docs.sqlalchemy.org/en/21/core/exceptions.html). The base class declares this attribute as a plain
+    # dictionary, not as a ClassVar.
     dbapi_exception_translation_map: dict[str, str] = {  # noqa: RUF012
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",
@@ -324,7 +325,7 @@ class Dialect(SQLiteDialect):
             super().set_isolation_level(dbapi_connection, level)
 
     def detect_autocommit_setting(self, dbapi_conn: Any) -> bool:
-        """Return whether SQLAlchemy sends no BEGIN on this connection."""
+        """Return True if the connection is in autocommit mode, in which SQLAlchemy sends no BEGIN."""
         return bool(dbapi_conn.autocommit)
 
     def _get_server_version_info(self, connection: Any) -> tuple[int, ...]:

@@ -210,7 +210,9 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def driver_connection(self) -> Iterator[DriverConnection]:
-        """Yield a driver's connection with the same pragmas as `connect()`. SQLAlchemy would take a third more time."""
+        """Yield a driver's connection with the same pragmas as `connect()`. Opening a connection through SQLAlchemy
+        takes a third more time.
+        """
         self.identity_check.before_connect()
         with closing(self._open_existing()) as raw:
             try:
@@ -366,7 +368,8 @@ class SQLiteEngine(Engine):
             return int(raw.execute("PRAGMA application_id").get)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
-        # A raised error would prevent other listeners, such as instrumentation, so the listener returns the error.
+        # The listener returns the error. If the listener raised the error, SQLAlchemy would not call later listeners,
+        # such as the listeners of instrumentation.
         if isinstance(context, FailureContext):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception

@@ -60,7 +60,7 @@ class FileGuard:
     def closing(self) -> Iterator[None]:
         """Run a block that closes a connection, and count the connection as closed. Release the locks before the last
         connection is closed, because SQLite then locks the file for a checkpoint. Do not close the descriptors before
-        the connection, which would lose its locks.
+        the connection, because the connection would lose its locks.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -184,7 +184,7 @@ def _refuse_foreign_descriptors(path: Path) -> None:
 
 
 def protect(database: FileIdentityCheck) -> None:
-    """Make `sqlite3.connect` raise an error for the file. The hook does not detect ATTACH and calls from C code."""
+    """Make `sqlite3.connect` raise an error for the file. The hook detects neither ATTACH nor a call from C code."""
     global _is_hook_installed
     with _registry:
         _protected.add(database)
@@ -222,7 +222,8 @@ def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Replace the locks `_opening` and `_registry`: at the fork, a thread that the child lacks can have held a lock.
+    # Replace the locks `_opening` and `_registry`, because a thread that exists only in the parent can hold a lock
+    # during the fork.
     global _opening, _registry, _uncounted
     _opening, _registry, _uncounted = threading.RLock(), threading.RLock(), 0
     for guard in _guards.values():

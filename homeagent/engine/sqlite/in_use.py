@@ -76,7 +76,7 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
-    """Keep programs that use SQLite from opening the file during the block. Do not call the function while SQLite has
+    """During the block, prevent programs from opening the file with SQLite. Do not call the function while SQLite has
     the file open in this process, because the close of any descriptor drops all locks of this process on the file.
     """
     with explained("open", database):
@@ -175,7 +175,7 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
         )
     stamp, epoch = found[1], int(found[2])
     new, kept = new_path(database, stamp), quarantine_path(database, stamp)
-    # Check the file at `new_path`. After a finished replacement, another user can have created a file at `new_path`.
+    # Check the file at `new_path`. If the replacement was already finished, another user could have put a file there.
     if inspect_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
             # After the rename, no file has the database's path for a moment. If another process opens the database in

@@ -57,8 +57,9 @@ def inspect_sqlite(
 ) -> Iterator[Connection]:
     """Open an existing file for reading. All statements see one snapshot. SQLite creates no file except a WAL index.
 
-    Pass `assume_closed=False` if another process can be opening the file. Pass `is_closed=True` only after a check that
-    no process of homeagent has the file open, because such a process can add a frame to the WAL at any time.
+    Pass `assume_closed=False` if another process could open the file at the same time. Pass `is_closed=True` only after
+    a check that no process of homeagent has the file open, because such a process can add a frame to the WAL at any
+    time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -112,8 +113,8 @@ def _open(path: Path, option: str, watch: Stopwatch | None) -> Connection:
 
 
 def journal_mode(connection: Connection) -> str:
-    """Return the journal mode in the header of a file that `inspect_sqlite()` opened, because SQLite does not report
-    the mode "wal" on a connection without locks.
+    """Read the journal mode from the header of a file, because SQLite does not report the mode "wal" on a connection
+    without locks. Pass a connection of `inspect_sqlite()`.
     """
     raw: Any = connection.connection.driver_connection
     # https://sqlite.org/fileformat2.html#file_format_version_numbers

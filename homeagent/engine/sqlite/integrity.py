@@ -93,7 +93,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
 
 
 def _is_sound(engine: SQLiteEngine) -> bool:
-    """Check with locks a file that looked damaged without locks. Another program can have written to the file."""
+    """Check the file again, now with locks, because a write of another program can look like damage."""
     with suppress(CorruptDatabaseError):
         with inspect_sqlite(engine.path, is_closed=True) as connection, engine.translated():
             check_content(engine.path, connection.connection.driver_connection, always=True)

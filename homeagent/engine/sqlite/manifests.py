@@ -58,7 +58,9 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest, or None. Without `database`, the backup's directory decides the trusted owners."""
+    """Return the manifest, or None. Without `database`, the trusted owners are the trusted owners of the backup's
+    directory.
+    """
     path = manifest_path(backup)
     try:
         return Manifest.model_validate_json(_read(path, backup_owners(database or backup)))
@@ -98,7 +100,7 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 def newest_backup(database: Path) -> Path | None:
     """Return the newest backup next to the database or the last backup, or None. Pass a path from `locate_file()`."""
-    # The administrator can have moved the whole directory, so compare only the file name of the source database.
+    # Compare only the file name of the source database, because the administrator can move the whole directory.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:

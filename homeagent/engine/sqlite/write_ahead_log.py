@@ -29,13 +29,13 @@ _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
-# The kernel writes the WAL index to the disk within half a minute, in which the WAL can't restart more than 65,536
+# The kernel writes the WAL index to the disk within half a minute. In half a minute, the WAL restarts at most 65,536
 # times. A new WAL begins with a random number (salt), and each restart increments the salt.
 _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Lost commits in a WAL. SQLite still reads the frames before the damage, whose number is `frames`. With
+    """Lost commits in a WAL. SQLite still reads the first `frames` frames, which come before the damage. With
     `by_power_cut=True`, a power cut with `durability="normal"` can be the cause.
     """
 
@@ -89,7 +89,7 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
 def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
     """Find commits that SQLite would silently discard when it opens the database, or return None. Pass a connection
     from `open_without_locks()`. Without a WAL index, the function ignores damage in the last commit, because a power
-    cut in the middle of COMMIT looks the same.
+    cut during COMMIT causes equal damage.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
