@@ -120,7 +120,7 @@ def _command_error(message: str) -> Exception:
 
 def _target(context: Any) -> str | None:
     named = context.get_x_argument(as_dictionary=True).get("database")
-    # Do not call `get_main_option()`, which needs the file alembic.ini and does not read pyproject.toml.
+    # Do not call `get_main_option()`, because it needs the file alembic.ini and does not read pyproject.toml.
     return named or context.config.get_alembic_option("database") or os.environ.get(ENVIRONMENT_VARIABLE)
 
 

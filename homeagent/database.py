@@ -124,13 +124,13 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 revisions run after homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
             acknowledged: names of the application's triggers on homeagent's tables. An upgrade, a copy and a restore
-                refuse a trigger on homeagent's tables whose name is not in this list.
+                refuse a trigger on homeagent's tables if the list does not contain the trigger's name.
             limits: limits on the rows that devices can create, and on the work that unknown devices can cause.
 
         Raises:
             InvalidArgumentError: if the target or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if the file is refused without a change.
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if homeagent refuses the file (unchanged).
             DatabaseError: if the database cannot be opened for a reason that no error above covers.
         """
         given = conceal(target)
@@ -159,7 +159,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         After a call of `close()`, all other methods except `counters()` raise DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
-            return  # Do not take the mutex, because a thread of the parent can have held the mutex during the fork.
+            return  # Do not take the mutex, because a thread of the parent can hold the mutex during the fork.
         with self._mutex:
             self._closed = True
             sweepers, self._sweepers = self._sweepers, []
@@ -356,7 +356,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         commits the outcome. While the effect runs, a background thread renews the lease of the key.
 
         Args:
-            scope: identity of the call, which consists of the device, the method and the key that the device chose.
+            scope: identity of the call (the device, the method and the key that the device chose).
             effect: function to call, which gets the attempt and returns any JSON value. The function can pass the text
                 `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
                 stored, and later calls raise the stored error. If the function raises `EffectNotStartedError`, the key

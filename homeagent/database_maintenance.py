@@ -130,9 +130,9 @@ class DatabaseMaintenance:
             destination: path of a new file, or of a directory. In a directory, the name of the new file contains the
                 schema's revision and the time. If a path with a final slash does not exist, homeagent creates a
                 directory with mode 0700.
-            keep: number of this database's backups to keep in the directory. homeagent deletes older backups. homeagent
-                neither counts nor deletes files without a manifest, backups of other databases, and copies from
-                upgrades.
+            keep: number of this database's backups to keep in the directory. homeagent deletes older backups. Three
+                kinds of files are neither counted nor deleted: files without a manifest, backups of other databases,
+                and copies from upgrades.
             replace: True to replace an existing file.
 
         Returns:

@@ -210,9 +210,9 @@ class DeviceSecrets:
         To find out whether a device with a right proof is pending or revoked, call `check_proof()`.
 
         A proof is the client proof of SCRAM (RFC 5802, section 3) for the device's id, the nonce and the timestamp. A
-        device makes the proof by the function `homeagent.scram.make_proof`. The gateway stores a verifier, which can
-        check proofs but not make proofs. Consume the nonce after the check of the proof and before you grant access.
-        After a rotation, a proof with the old secret is wrong, even during an overlap.
+        device makes the proof by the function `homeagent.scram.make_proof`. The gateway stores a verifier. With a
+        verifier, the gateway can check proofs but can't make proofs. Consume the nonce after the check of the proof and
+        before you grant access. After a rotation, a proof with the old secret is wrong, even during an overlap.
 
         Args:
             device_id: presented id.

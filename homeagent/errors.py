@@ -438,4 +438,4 @@ class BackupStoppedError(DatabaseError):
 
 
 class DatabaseClosedError(DatabaseError):
-    """The database was closed, or the process was forked after the opening. Remedy: open the database again."""
+    """The database was closed, or was opened before a fork. Remedy: open the database again."""

@@ -18,9 +18,9 @@ def safe_filename(identifier: str) -> str:
     """Return a file name for an id. Different ids have different file names, even on a file system that ignores case or
     normalises Unicode.
 
-    If a short id contains only lower-case ASCII letters, digits, `.`, `_` and `-`, the file name is the id itself. If
-    an id is long, or contains a character such as an upper-case letter, the file name consists of a readable part of
-    the id, the character `~` and the SHA-256 of the id. An id has the same file name in every release of homeagent.
+    If a short id contains only lower-case ASCII letters, digits, `.`, `_` and `-`, the file name is the id itself. For
+    any other id, the file name consists of a readable part of the id, the character `~` and the SHA-256 of the id. An
+    id has the same file name in every release of homeagent.
 
     Args:
         identifier: id of a row in the store.

@@ -248,7 +248,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 
 
 class _AsyncUnits:
-    """Units of work of an `arun_once()` call. If not None, the function `substitute` runs instead of the effect."""
+    """Units of work of an `arun_once()` call. If `substitute` is not None, this function runs instead of the effect."""
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
         self.substitute: Callable[[Attempt], Any] | None = None

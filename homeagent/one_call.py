@@ -1,4 +1,5 @@
-"""Create the stores of a database, such as `database.devices`, in which each call of a method is a separate unit.
+"""Create the stores of a database, such as `database.devices`. In these stores, each call of a method is a separate
+unit.
 
 A method of an application's store runs again in a unit if the method writes, or sends a second statement.
 """

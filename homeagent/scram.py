@@ -88,7 +88,7 @@ class ProofKeys:
 
     @property
     def stored_key(self) -> bytes:
-        """SHA-256 hash of the client key, which the gateway stores instead of the client key."""
+        """SHA-256 hash of the client key. The gateway stores this hash instead of the client key."""
         return hashlib.sha256(self.client_key).digest()
 
     def prove(self, message: bytes) -> bytes:

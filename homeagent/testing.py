@@ -93,7 +93,7 @@ class _Templates:
         return copied / "homeagent.db"
 
     def _new_directory(self) -> Path:
-        # Do not use pytest's function mktemp(), which reads the whole directory at each call.
+        # Do not use pytest's function mktemp(), because each call reads the whole directory.
         directory = self._directory / str(next(self._numbers))
         directory.mkdir(mode=0o700)
         return directory

@@ -88,7 +88,7 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError for a second write unit in a thread, which would wait for the thread's first unit."""
+    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait for the first."""
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
         "to be able to undo a part of a unit, use savepoint()"
@@ -128,8 +128,7 @@ class Transaction:
         self.read_only: bool = read_only
         self._state = NEW
         self._connection = joined
-        # The method `rows()` of the connection, while the unit is open and has no ORM session. At other times, the
-        # value is None.
+        # The connection's method `rows()`, or None if the unit is not open or has an ORM session.
         self._run: Callable[[Statement[Any], Parameters], list[Any]] | None = None
         self._has_joined = joined is not None
         self._session: UnitSession | None = None

@@ -1,5 +1,5 @@
-"""Call functions in other threads for coroutines. The calls of an event loop are collected. A cancelled coroutine waits
-until its started call has ended.
+"""For a coroutine, call a function in another thread. An event loop hands over several calls together. A cancelled
+coroutine waits until its started call has ended.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CollectedCalls(Generic[C]):
             calls.append(call)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop, known: int, end: float) -> None:
-        """Hand the calls over if the last turn has added no call. Before that turn, the number of calls was `known`."""
+        """Hand the calls over if the last turn has added no call. Before, there were `known` calls."""
         calls = self._calls[loop]
         if known < len(calls) < _MAX_CALLS and monotonic() < end:
             loop.call_soon(self._end_turn, loop, len(calls), end)
@@ -137,7 +137,7 @@ async def call_in_thread(
     """Call `act()` in a worker thread, and return the result. A cancelled caller waits until a started call has ended.
 
     With `must_run=False`, a call that has not started does not run after a cancellation. Do not use
-    `anyio.to_thread.run_sync()` here, which takes several times as long as a read of one row.
+    `anyio.to_thread.run_sync()` here, because it takes several times as long as a read of one row.
     """
     loop = asyncio.get_running_loop()
     call = ThreadCall(act, loop.create_future())

@@ -94,7 +94,7 @@ class SecretMatch:
 
 
 class _Run:
-    """The right to run Argon2, which a pool gives to the callers in the order of their arrival."""
+    """The right to run Argon2. A pool gives this right to the callers in the order of their arrival."""
 
     def close(self) -> None:
         """Do nothing, because the right to run Argon2 is not a resource of the system."""

@@ -306,7 +306,8 @@ class StoreConnection:
         _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # Also replace the driver's connection inside SQLAlchemy's connection, which an ORM session uses.
+        # Also replace the driver's connection inside SQLAlchemy's connection, because an ORM session uses SQLAlchemy's
+        # connection.
         fairy: Any = self._connection.connection
         fairy.dbapi_connection = gone
 

@@ -35,7 +35,7 @@ class DatabaseCounters(BaseModel, frozen=True):
     """Counters of one open database in this process since it was opened.
 
     Attributes:
-        units: number of ended units of work, which is the sum of the reads, commits and rollbacks.
+        units: number of ended units of work (the sum of the reads, commits and rollbacks).
         reads: number of ended read-only units.
         commits: number of committed write units. Each unit of a batch counts as one unit.
         rollbacks: number of write units that were rolled back.

@@ -1,5 +1,5 @@
 """Compile each statement once for each dialect, and run constant SQL. For each call, SQLAlchemy would build a cache
-key, a context and a result object, which takes several times as long as a lookup by the primary key.
+key, a context and a result object. This work takes several times as long as a lookup by the primary key.
 """
 
 from __future__ import annotations
@@ -185,8 +185,8 @@ class Statement(Generic[R]):
 
 
 def constant(value: str | int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
-    """Return an expression that puts a constant without quotes, but not a user's value, into the SQL text. Passing the
-    constants of an INSERT as parameters took as long as writing the row.
+    """Return an expression that SQLAlchemy writes into the SQL text. Do not pass a user's value, because the function
+    does not escape quotes. Passing the constants of an INSERT as parameters took as long as writing the row.
     """
     return literal_column(f"'{value}'" if isinstance(value, str) else str(int(value)), type_)
 
@@ -216,7 +216,9 @@ def _same(value: Any) -> Any:
 
 
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
-    """Generate a function that converts parameters to the values of the placeholders, three times as fast as a loop."""
+    """Generate a function that converts parameters to the values of the placeholders. The function is three times as
+    fast as a loop.
+    """
     defaults = _defaults(compiled)
     namespace: dict[str, Any] = {"_missing": _missing}
     given: dict[str, str] = {}

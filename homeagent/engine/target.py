@@ -19,7 +19,7 @@ DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
 # A server's address without the form of a URL, such as "host=… password=…" and "user:password@host/…". If homeagent
 # used an address as a path, homeagent would create an empty store, and messages would show the password. Do not compile
-# the pattern at import, which takes a hundredth of the start time.
+# the pattern at import, because the compilation takes a hundredth of the start time.
 _ADDRESS = (
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"

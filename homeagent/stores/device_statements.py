@@ -73,8 +73,8 @@ COUNT_PENDING = Statement[int](
         .subquery()
     )
 )
-# On PostgreSQL, two pairings at the same time would not count each other's device. With this lock, the second pairing
-# waits until the first pairing has ended.
+# On PostgreSQL, two pairings at the same time would not count the device of the other pairing. With this lock, the
+# second pairing waits until the first pairing has ended.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """The parameter `before` is the current time minus `Limits.pending_ttl`."""

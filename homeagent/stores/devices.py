@@ -393,8 +393,8 @@ class DeviceStore(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete the oldest changes, at most `limit`. Keep the first change later than `before`, and all changes that
-        follow. Return the number of deleted changes.
+        """Delete the oldest changes, at most `limit`. Keep the first change that is later than the time `before`, and
+        all changes that follow. Return the number of deleted changes.
         """
         return self._unit.write(
             statements.DELETE_OLD, before=check_timestamp(before, "before"), limit=check_limit(limit)

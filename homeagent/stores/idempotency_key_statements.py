@@ -29,20 +29,22 @@ _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for the records that count as absent and that a sweep deletes."""
 
-# The statement reads only the index of the primary key. To skip expired rows, SQLite would have to read the column
-# `result`, which can be long and comes before `expires_at`.
+# The statement reads only the index of the primary key. The column `result` can be long and comes before `expires_at`,
+# so SQLite would have to read `result` to skip expired rows.
 COUNT = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
 )
-# For the plain column `device_id` instead of `device_id + ""`, the database would use the primary key and not the index
-# of `expires_at` (`test_expired_keys_are_counted_by_the_index`).
+# Do not replace `device_id + ""` by `device_id`, because the database would use the primary key and not the index of
+# `expires_at` (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 )
 
 
 def _upsert(**values: Any) -> Statement[IdempotencyKey]:
-    """Return the statement that inserts a record, or replaces an expired record, which counts as absent."""
+    """Return the statement that inserts a record. The statement replaces an expired record, because an expired record
+    counts as absent.
+    """
     scope: dict[str, Any] = {name: bindparam(name) for name in ("device_id", "method", "key")}
     return Statement(
         lambda insert: (statement := insert(_table).values(**scope, **values)).on_conflict_do_update(

@@ -93,7 +93,7 @@ class Freshness(StrEnum):
 
 
 class NonceStore(Store):
-    """Store of consumed nonces, which protects against replays."""
+    """Store of consumed nonces, for protection against replays."""
 
     __slots__ = ()
 

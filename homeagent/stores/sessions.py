@@ -304,7 +304,7 @@ class SessionStore(Store):
 
     @writing()
     def delete(self, session_id: str) -> bool:
-        """Delete a session but not its transcript, and free its route. If the session is absent, return False."""
+        """Delete a session, and free its route. The transcript stays. If the session is absent, return False."""
         return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
     @writing(stream=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseError
 
-# The WAL index needs memory that all connections share, which network file systems do not provide
+# The WAL index needs memory that all connections share. Network file systems do not provide such memory
 # (https://sqlite.org/wal.html, section 1). WAL databases were corrupted on WSL 2 (9p), on gVisor (9p), and in shared
 # folders of Docker Desktop and Podman (virtiofs), even if only one machine uses the file.
 _NETWORK_KINDS = frozenset(
@@ -77,5 +77,5 @@ def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/sel
 
 
 def _unescaped(field: bytes) -> bytes:
-    """Decode a path of the kernel's list of mounts, in which octal codes stand for blanks and backslashes."""
+    """Decode a path from the kernel's list of mounts. Octal codes stand for blanks and backslashes."""
     return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field)

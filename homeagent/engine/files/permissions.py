@@ -28,7 +28,7 @@ def change_mode(path: Path, mode: int) -> None:
 
 
 def modes_not_kept(path: Path) -> InsecureFileError:
-    """Return the error for a file or directory whose file system does not keep its mode."""
+    """Return the error for a file system that does not keep the mode of a file or directory."""
     return InsecureFileError(
         f"{quoted(path)} can't be made private, its file system does not keep modes or does not let them change: "
         "move the database to another file system"

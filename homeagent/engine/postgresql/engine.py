@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-# Timeouts for a host that does not answer, in seconds. Only the unit of tcp_user_timeout is a millisecond. By default,
-# libpq waits without a limit to connect, and about 15 minutes for the acknowledgement of data
+# Timeouts for a host that does not answer, in seconds (tcp_user_timeout: in milliseconds). By default, libpq waits
+# without a limit to connect, and about 15 minutes for the acknowledgement of data
 # (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # for each host

@@ -81,9 +81,9 @@ def write_backup(
     replace: bool = False,
     stop: Stop = never_stop,
 ) -> Manifest:
-    """Copy an open database to a new file in rollback mode, which needs no WAL, and write the manifest next to the
-    copy. Until the end of the verification, the copy has the path `partial`, which must be in the directory of the
-    target. If `stop()` returns True, raise BackupStoppedError.
+    """Copy an open database to a new file, and write the manifest next to the copy. The copy is in rollback mode and
+    needs no WAL. Until the copy is verified, its path is `partial`. This path must be in the directory of the target.
+    If `stop()` returns True, raise BackupStoppedError.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")
@@ -253,7 +253,7 @@ def _describe(
 
 
 def require_room(size: int, directory: Path, what: str = "a backup") -> None:
-    """Raise DiskFullError if a copy would fill the disk, on which the database can be too."""
+    """Raise DiskFullError if a copy would fill the disk. The database can be on the same disk."""
     with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:

@@ -81,8 +81,8 @@ class SQLiteConnection(StoreConnection):
 class LockWait:
     """A busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html).
 
-    SQLite's own busy handler tries only every 100 ms after some tries, and let processes wait for seconds in a test
-    with eight writing processes. Pauses of less than 2 ms between two tries raised the 99th percentile of the write
+    After some tries, SQLite's own busy handler tries only every 100 ms. In a test with eight writing processes, some
+    processes waited for seconds. Pauses of less than 2 ms between two tries raised the 99th percentile of the write
     times by a factor of two to five.
     """
 
@@ -115,7 +115,7 @@ def end_with_transactions(connection: Connection) -> None:
     connection.info[_CURSORS] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # Do not close a store's cursor, which the connection uses for later statements.
+        # Do not close a store's cursor, because the connection uses the cursor for later statements.
         if isinstance(context, DefaultExecutionContext):
             cursors.add(cursor)
 

@@ -59,7 +59,8 @@ def _execute_each(
     execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
 ) -> int:
     """Run a statement once for each set of bindings, and return the number of changed rows."""
-    # Do not use `total_changes`, which counts rows of triggers and foreign keys: the ORM would raise StaleDataError.
+    # Do not use `total_changes`, because it also counts rows of triggers and foreign keys: the ORM would raise
+    # StaleDataError.
     changed = 0
     for bindings in sets:
         rows: Any = execute(statement, bindings)
@@ -213,8 +214,8 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     connection.set_busy_timeout(int(timeout * 1000))
     # A container can lack a directory for SQLite's temporary files (https://sqlite.org/tempfiles.html).
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Without `SQLITE_DBCONFIG_ENABLE_QPSG`, SQLite plans a statement with `LIMIT ?` again for each execution, which
-    # took 10% of the time in a test that read pages of rows (https://sqlite.org/queryplanner-ng.html#qpstab).
+    # Without `SQLITE_DBCONFIG_ENABLE_QPSG`, SQLite plans a statement with `LIMIT ?` again for each execution. In a test
+    # that read pages of rows, the planning took 10% of the time (https://sqlite.org/queryplanner-ng.html#qpstab).
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection
 

@@ -76,7 +76,7 @@ class FileGuard:
                         # Do not replace the guard while its descriptors are open. A connection of the next guard would
                         # lose its locks (`test_a_closing_guard_stays_registered`).
                         with _registry:
-                            # A signal handler can have opened a connection in this block.
+                            # A signal handler can open a connection in this block.
                             self.is_closed = self._connections == 0
                             if self.is_closed and _guards.get(self._identity) is self:
                                 del _guards[self._identity]

@@ -3,7 +3,7 @@ restore takes the lock exclusively, and therefore does not replace an open datab
 
 The restore replaces the database atomically: after a crash at any moment either the old or the new database is
 complete. No file system can change the database file and its WAL in one step. homeagent therefore first writes a marker
-to the in-use lock file, by which the next `Database.open()` finishes the replacement.
+to the in-use lock file. With the marker, the next `Database.open()` finishes the replacement.
 """
 
 from __future__ import annotations

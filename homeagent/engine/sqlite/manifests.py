@@ -27,7 +27,7 @@ Kind = Literal["backup", "upgrade", "adoption"]
 
 
 class Manifest(BaseModel, frozen=True):
-    """The content of a manifest, which describes a backup at the time of the backup's verification.
+    """The content of a manifest. A manifest describes a backup at the time of its verification.
 
     Attributes:
         kind: "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file before its
@@ -58,8 +58,8 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest, or None. Without `database`, the trusted owners are the trusted owners of the backup's
-    directory.
+    """Return the manifest, or None. Without the argument `database`, the function trusts the owners that are trusted in
+    the backup's directory.
     """
     path = manifest_path(backup)
     try:

@@ -35,8 +35,8 @@ _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Lost commits in a WAL. SQLite still reads the first `frames` frames, which come before the damage. With
-    `by_power_cut=True`, a power cut with `durability="normal"` can be the cause.
+    """Lost commits in a WAL. SQLite still reads the frames before the damage. The attribute `frames` is the number of
+    these frames. With `by_power_cut=True`, a power cut with `durability="normal"` can be the cause.
     """
 
     problem: str
