@@ -297,7 +297,7 @@ class DeviceSecrets:
         """Replace a device's secret, and return the new secret. A program can't read the secret again later.
 
         Args:
-            device_id: id of the device. The rotation does not change the device's role and approval.
+            device_id: id of the device. The rotation changes neither the role nor the approval of the device.
             shared_secret: chosen secret. If the caller passes no secret, homeagent generates a secret.
             overlap: time for which the old secret stays right, by default 0. The rotation immediately ends the overlap
                 of an earlier rotation.

@@ -220,7 +220,7 @@ class KeyLimitError(LimitError):
 
 
 class TargetNotEmptyError(ConflictError):
-    """The target of a copy is not empty and stays unchanged. Remedy: name an empty or absent database."""
+    """The target of a copy is not empty. The target stays unchanged. Remedy: name an empty or absent database."""
 
     def __init__(self, table: str) -> None:
         self.table: str = table
@@ -395,7 +395,7 @@ class DatabaseMovedError(CorruptDatabaseError):
     """The file or its WAL was deleted, moved or replaced while the database was open. The database did not commit the
     unit.
 
-    Remedy: put the original file back, and then units succeed again. To use another file, close and open the database.
+    Remedy: put the original file back. Then units succeed again. To use another file, close and open the database.
     """
 
 

@@ -159,7 +159,7 @@ def _under_asyncio() -> bool:
 
 
 def _worker_limiter(kind: str) -> CapacityLimiter:
-    """Return the limiter of trio's worker threads for a kind of work. The application uses AnyIO's default limiter."""
+    """Return the limiter of trio's worker threads for a kind of work."""
     from anyio import CapacityLimiter
     from anyio.lowlevel import RunVar
 

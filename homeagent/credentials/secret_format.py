@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 MAX_SECRET_CHARACTERS = 512
 MAX_SECRET_BYTES = 1024
 
-# The pattern finds control characters and lone surrogates. The method `str.encode()` can't encode a surrogate, and
-# would raise an error that contains the secret.
+# The pattern finds control characters and lone surrogates. The method `str.encode()` would raise an error for a
+# surrogate, and this error would contain the secret.
 _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 

@@ -105,7 +105,9 @@ class StoreConnection:
         raise failure
 
     def check_file(self) -> None:
-        """Check the identity of the database's file if the last check is too old, or raise DatabaseMovedError."""
+        """If the last check is too old, check the identity of the database's file. After a change, raise
+        DatabaseMovedError.
+        """
         check = self._identity_check
         if check is not None and check.monotonic() >= check.due:
             check.after_begin()

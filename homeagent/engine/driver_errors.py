@@ -291,5 +291,5 @@ def translated(driver_errors: tuple[type[BaseException], ...], translate: Transl
         try:
             raise translation
         finally:
-            # Python and SQLAlchemy have chained the driver's exception.
+            # Remove the driver's exception, because Python and SQLAlchemy have set it as the cause or the context.
             translation.__cause__ = translation.__context__ = None

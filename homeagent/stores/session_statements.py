@@ -171,7 +171,9 @@ def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSe
 
 @cache
 def page_of(filters: frozenset[str], *, after: bool) -> Statement[AgentSession]:
-    """Return the statement that lists a page of the sessions with given values in the columns `filters`."""
+    """Return the statement that lists a page of sessions. The statement compares each column in `filters` with a
+    parameter.
+    """
     conditions: list[Any] = [_columns[name] == bindparam(name) for name in sorted(filters)]
     if after:
         conditions.append(

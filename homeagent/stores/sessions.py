@@ -142,8 +142,8 @@ class SessionStore(Store):
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the session that holds a route.
 
-        If no session holds the route, the method gives the route to the last active session with this agent, sender and
-        channel, or else to a new session. Callers that run at the same time get the same session.
+        If no session holds the route, the last active session with this agent, sender and channel takes the route.
+        Without such a session, the method adds a session. Callers that run at the same time get the same session.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.

@@ -75,7 +75,9 @@ class FileIdentityCheck:
             self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return an error if the file, or with `beside=True` the WAL or the WAL index, was deleted or replaced."""
+        """Return an error if the file was deleted or replaced. With `beside=True`, also check the WAL and the WAL
+        index.
+        """
         try:
             self._check(beside=beside)
         except DatabaseMovedError as moved:

@@ -1,6 +1,6 @@
-"""Write one backup. SQLite's online backup starts again if another connection writes between two steps, and could run
-forever (https://sqlite.org/backup.html). The source therefore stays in one read transaction, which does not block a
-writer in WAL mode.
+"""Write one backup. SQLite's online backup starts again if another connection writes between two steps
+(https://sqlite.org/backup.html). With frequent writes, the backup could run forever. The source therefore stays in one
+read transaction, which does not block a writer in WAL mode.
 """
 
 from __future__ import annotations

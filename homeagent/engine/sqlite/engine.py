@@ -321,8 +321,8 @@ class SQLiteEngine(Engine):
             try:
                 return str(raw.execute("PRAGMA journal_mode=WAL").get)
             except apsw.BusyError:
-                # To change the journal mode, SQLite needs an exclusive lock, and does not call the busy handler.
-                # Another process that reads the revision of a file in rollback mode can hold a lock for a moment.
+                # SQLite needs an exclusive lock to change the journal mode, but does not call the busy handler. Another
+                # process that reads the revision of a file in rollback mode can hold a lock for a moment.
                 if monotonic() >= deadline:
                     raise
             time.sleep(_WAL_PAUSE)

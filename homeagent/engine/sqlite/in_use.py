@@ -1,5 +1,5 @@
 """The in-use lock is a shared lock on the file `homeagent.db.open` that each process with an open database holds. A
-restore takes the lock exclusively, and therefore does not replace an open database.
+restore takes the lock exclusively, so a restore can't replace an open database.
 
 The restore replaces the database atomically: after a crash at any moment either the old or the new database is
 complete. No file system can change the database file and its WAL in one step. homeagent therefore first writes a marker

@@ -1,4 +1,4 @@
-"""Checks of a SQLite file's content. SQLite has no page checksums, and does not detect a changed letter in a text."""
+"""Checks of a SQLite file's content. SQLite has no page checksums, so it does not detect a changed letter in a text."""
 
 from __future__ import annotations
 
