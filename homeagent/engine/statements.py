@@ -131,9 +131,8 @@ class Statement(Generic[R]):
         returning: model class of the rows that an INSERT, UPDATE or DELETE returns; None if the statement returns no
             rows.
 
-    Raises (at the first use):
-        InvalidArgumentError: if the results contain a model that does not derive from `homeagent.Table`, or a model
-            together with other columns.
+    Raises (at the first use): InvalidArgumentError: if the results contain a model together with other columns, or a
+        model that does not derive from `homeagent.Table`.
     """
 
     __slots__ = ("_cache", "_make", "_returning", "lock")

@@ -384,7 +384,7 @@ def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> 
 
 
 def _refusal(scope: IdempotencyScope, row: IdempotencyKey) -> dict[str, Any]:
-    """Return the arguments of the exception for a refused claim."""
+    """Return the arguments for the exception that refuses a claim."""
     found = {"state": row.state, "expires_at": row.expires_at}
     return {"device_id": scope.device_id, "method": scope.method, **found}
 

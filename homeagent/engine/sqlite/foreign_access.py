@@ -84,7 +84,9 @@ class FileGuard:
                 raise failure
 
     def hold(self) -> None:
-        """If a connection is open, take the read locks. Call the method after a read, which creates the WAL index."""
+        """If a connection is open, take the read locks. Call the method after a read, because a read creates the WAL
+        index.
+        """
         with self._mutex:
             if self._holds or not self._connections:
                 return
