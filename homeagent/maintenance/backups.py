@@ -1,4 +1,4 @@
-"""Make backups on call or on a schedule: choose paths and names, and remove old backups."""
+"""Make backups when the application asks for a backup, or on a schedule. Remove old backups."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Limit for the rows of one device. Counting 10,000 rows takes as long as 40 inserts. A process therefore counts only
-once for several new rows. The number of these rows (a grant) is at most a fiftieth of the limit. A process exceeds the
-limit by less than one grant, so 49 processes together store fewer rows than twice the limit.
+once for several new rows. The number of these rows (a grant) is at most a fiftieth of the limit. Each process can
+exceed the limit by less than one grant, and 49 grants are fewer rows than the limit. Together, 49 processes therefore
+store fewer rows than twice the limit.
 """
 
 from __future__ import annotations

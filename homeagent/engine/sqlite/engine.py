@@ -374,7 +374,7 @@ class SQLiteEngine(Engine):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # In a forked child, `_ClosedAfterFork` has raised the error.
+            raise context.original_exception  # an error of `_ClosedAfterFork`
         clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
         # Before a statement runs, a column type of the application can raise an exception of Python.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS

@@ -134,8 +134,8 @@ class _Log(NamedTuple):
 
 
 def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
-    """Return the number of frames up to the last intact commit. SQLite counts a hundred times as fast, but not for a
-    WAL that the process can't write.
+    """Return the number of frames up to the last intact commit. The function takes a hundred times as long as SQLite,
+    but SQLite can count the frames only if the process can write the WAL.
     """
     order = _MAGIC[int.from_bytes(header[:4], "big")]
     sums: tuple[int, ...] = struct.unpack(">2I", header[24:])
