@@ -10,7 +10,7 @@ from homeagent.models.types import check_duration, check_limit
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Limits on the rows that devices can create, and on the work that callers can cause. The page on limits describes
-    how exact each limit is.
+    how exact each limit is. If a database already has more rows than a limit allows, the rows stay.
 
     Args:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises

@@ -106,7 +106,9 @@ class DeviceStore(Store):
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete devices that are pending since `paired_before` or earlier. Return the number of deleted devices."""
+        """Delete at most `limit` devices that are pending since `paired_before` or earlier, oldest first. Return the
+        number of deleted devices.
+        """
         before = check_timestamp(paired_before, "paired_before")
         return self._unit.write(statements.DELETE_PENDING, before=before, limit=check_limit(limit))
 

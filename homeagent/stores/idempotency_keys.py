@@ -251,7 +251,9 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
-        """Return the outcome that the attempt has recorded, or None."""
+        """Return the outcome that the attempt has recorded, or None. After `CommitUnknownError`, the result of the
+        method shows whether the outcome was committed.
+        """
         check_kind(attempt, Attempt, "attempt")
         row = self._unit.one(statements.ANY, **_parameters(attempt.scope))
         own = row is not None and row.owner == attempt.owner and row.state is not IdempotencyState.IN_PROGRESS
@@ -307,7 +309,7 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return records of abandoned attempts. The record whose lease expired first comes first."""
+        """Return at most `limit` records of abandoned attempts. The record whose lease expired first comes first."""
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
 
     @writing()

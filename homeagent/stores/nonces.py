@@ -206,7 +206,9 @@ class NonceStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete nonces that expired at least an hour ago, oldest first. Return the number of deleted nonces."""
+        """Delete at most `limit` nonces that expired at least an hour ago, oldest first. Return the number of deleted
+        nonces.
+        """
         return self._unit.write(
             _DELETE_EXPIRED, before=earlier(self._unit.now(), NONCE_GRACE), limit=check_limit(limit)
         )

@@ -211,7 +211,8 @@ class SessionStore(Store):
         """Give a session a different agent, sender or channel, and return the session. The moved session takes the new
         route.
 
-        If the moved session held its old route, the last active session on the old route takes the old route.
+        If the moved session held its old route, the last active session on the old route takes the old route. A call
+        without a new agent, sender or channel gives the session its route if the route is free.
 
         Args:
             session_id: id of the session.
