@@ -142,8 +142,7 @@ class StoreConnection:
             return  # the transaction belongs to the parent process
         if self._root is not None:
             root, self._root = self._root, None
-            # After a failed flush of an ORM session, SQLAlchemy has already rolled back the root transaction. After a
-            # failed COMMIT, SQLAlchemy's connection still has the transaction.
+            # After a failed flush of an ORM session, SQLAlchemy has already rolled back the root transaction.
             if self._connection.get_transaction() is root:
                 root.rollback()
         if self.in_transaction:
@@ -258,7 +257,7 @@ class StoreConnection:
         return rows
 
     def look_for_commits(self) -> bool:
-        """Return False only if no other connection has committed since the last call of this method."""
+        """Return True if another connection can have committed since the last call of this method."""
         return True
 
     def _unread_rows(
@@ -279,7 +278,7 @@ class StoreConnection:
         raise failure
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-        """Insert rows of stored values by the fastest method of the driver."""
+        """Insert rows by the fastest method of the driver, without converting the values."""
         if self.read_only:
             raise _read_only()
         quote = self._dialect.identifier_preparer.quote
@@ -316,13 +315,13 @@ class StoreConnection:
     def close(self) -> None:
         """Close the connection. The database rolls back a transaction that is still open."""
         if self.is_lost:
-            # On a lost connection, SQLAlchemy would try to roll back, and would log an error.
+            # Invalidate the connection, because SQLAlchemy would try to roll back, and would log an error.
             self._connection.invalidate()
         self._connection.close()
 
 
 class _ClosedAfterFork:
-    """In a forked child, an object of this class replaces the parent's connection and cursor."""
+    """A stand-in for a connection or cursor in a forked child. Each call raises an error."""
 
     in_transaction = False
     closed = False
@@ -345,7 +344,7 @@ def _keep_forever(connection: object) -> None:
     try:
         import ctypes
     except ImportError:
-        return  # only the module ctypes can keep the object in memory until the process ends
+        return  # without ctypes, the interpreter deletes the object when it shuts down
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 

@@ -1,5 +1,5 @@
-"""Counters of one open database, as plain integers without a lock. CPython switches threads only at calls and backward
-jumps, and `x += 1` on an attribute contains neither.
+"""Counters of one open database, as plain integers without a lock. The statement `x += 1` needs no lock for an
+attribute, because CPython switches threads only at calls and at jumps backwards.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DatabaseCounters(BaseModel, frozen=True):
     Attributes:
         units: number of ended units of work (the sum of the reads, commits and rollbacks).
         reads: number of ended read-only units.
-        commits: number of committed write units. Each unit of a batch counts as one unit.
+        commits: number of committed write units. A batch of three units counts as three.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
         pool_waits: number of waits for a connection of the pool. On SQLite, `pool_waits` also counts the waits of

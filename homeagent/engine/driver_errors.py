@@ -34,7 +34,7 @@ SESSION_ENDED = frozenset({"FATAL", "PANIC"})
 Translate = Callable[[BaseException], HomeAgentError]
 
 
-# Messages of SQLite and PostgreSQL that contain a name from the schema and never contain a stored value.
+# Messages of SQLite and PostgreSQL that contain names from the schema, but no stored values.
 _NAMING = re.compile(
     r"""no\ such\ (table|column|index|view|function|module|savepoint):\ [\w.~]+
     | table\ \w+\ has\ no\ column\ named\ \w+
@@ -98,7 +98,9 @@ _REASONS = {
 
 
 def constraint_conflict(kind: str, table: str | None, constraint: str | None, label: str) -> ConflictError:
-    """Return the error for a violated constraint. The label is the database's own name or number of the error."""
+    """Return the error for a violated constraint. The argument `label` is the name or number that the database gives
+    the error.
+    """
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
     owner = "the database" if table is None else f"table {table!r}"
     error = ConflictError(f"{name} of {owner} refused the change: {_REASONS[kind]} [{label}]")
@@ -180,7 +182,7 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
-            # Remove the stored text from the driver's exception, because SQLAlchemy keeps the exception as a cause.
+            # Remove the stored text, because SQLAlchemy keeps the driver's exception as the cause of an error.
             error.args = ()
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
@@ -266,7 +268,8 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
     """Return homeagent's error for an exception of psycopg that has no SQLSTATE because the server did not answer."""
-    # Compare the names of DB-API's classes (PEP 249), because a SQLite store must work without psycopg.
+    # Do not import the error classes of psycopg, because a SQLite store must work without psycopg. Compare the names of
+    # the classes (PEP 249).
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"OverflowError", "UnicodeError", "DataError"}:
         return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")

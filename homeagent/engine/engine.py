@@ -114,7 +114,9 @@ class Engine:
             self.discard_free()
 
     def read_alone(self, statement: Statement[R], parameters: Parameters, timeout: float) -> list[R]:
-        """Run one reading statement in autocommit mode. If the connection was lost, run the statement a second time."""
+        """Run one statement that only reads, in autocommit mode. If the connection was lost, run the statement a second
+        time.
+        """
         if self.is_forked_copy:
             raise _invalidated()
         pool, check = self.readers, self.identity_check
@@ -227,7 +229,8 @@ class Engine:
 
     def fork_locks(self) -> Sequence[threading.RLock]:
         """Return the mutexes that the caller holds during a fork, in the order of their acquisition."""
-        # Take the mutex `feed_mutex` first, because a thread with `feed_mutex` also takes the mutexes of a pool.
+        # A thread that holds `feed_mutex` can wait for the mutex of a pool. To avoid a deadlock, take `feed_mutex`
+        # first.
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
 

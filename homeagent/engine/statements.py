@@ -121,12 +121,11 @@ class Statement(Generic[R]):
     Create a `Statement` once, for example as a constant of a module. Each engine compiles the statement at its first
     use. A SELECT of one model gives instances of the model. The model must derive from `homeagent.Table`. A SELECT of
     one column gives values, and a SELECT of several columns gives tuples. A statement of SQLAlchemy's text() gives
-    tuples. An INSERT without values has a parameter for each column, except for the key that the database assigns.
+    tuples. An INSERT without `values()` has a parameter for each column, except for the key that the database assigns.
 
     Args:
-        make: expression of the statement or, for an upsert, a function that gets the dialect's `insert()` and returns
-            the expression. For each value that differs between calls, the expression contains a bindparam() of
-            SQLAlchemy.
+        make: expression of the statement. For an upsert, pass a function that takes the dialect's `insert()` and
+            returns the expression. Write each value that differs between calls as SQLAlchemy's bindparam().
         lock: True if a SELECT in a write unit locks the selected rows until the unit ends. SQLite does not lock rows.
         returning: model class of the rows that an INSERT, UPDATE or DELETE returns; None if the statement returns no
             rows.
@@ -168,7 +167,7 @@ class Statement(Generic[R]):
         return not self.lock and isinstance(self._make, _READING)
 
     def compiled(self, dialect: Dialect, *, read_only: bool = False) -> Compiled[R]:
-        """Return the compiled statement for a dialect. With `read_only=True`, the SQL text does not lock rows."""
+        """Return the compiled statement for a dialect. With `read_only=True`, leave out the clause that locks rows."""
         key = (dialect.name, read_only)
         try:
             return self._cache[key]
@@ -178,20 +177,22 @@ class Statement(Generic[R]):
                 expression = expression.with_for_update()
             if self._returning is not None:
                 expression = expression.returning(*self._returning.__table__.columns)
-            # If two threads compile one statement at the same time, the results are equal.
+            # No lock is necessary. If two threads compile the statement at the same time, the results are equal.
             compiled = self._cache[key] = Compiled[R](expression, dialect, self._returning)
             return compiled
 
 
 def constant(value: str | int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Return an expression that SQLAlchemy writes into the SQL text. Do not pass a user's value, because the function
-    does not escape quotes. Passing the constants of an INSERT as parameters took as long as writing the row.
+    does not escape quotes. Passing the constants of an INSERT as parameters doubled the time for writing a row.
     """
     return literal_column(f"'{value}'" if isinstance(value, str) else str(int(value)), type_)
 
 
 def _column_keys(expression: Any) -> list[str] | None:
-    """Return the columns of an INSERT without values, except a key that the database assigns. Otherwise return None."""
+    """If the expression is an INSERT without `values()`, return the columns except a key that the database assigns.
+    Otherwise return None.
+    """
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
         return None
@@ -201,7 +202,7 @@ def _column_keys(expression: Any) -> list[str] | None:
 
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
-    """Map each column that the statement does not set to the function that makes the column's default value."""
+    """For each column without a value in the statement, return the function that makes the default value."""
     makers: dict[str, Callable[[], Any]] = {}
     for columns, attribute in ((compiled.insert_prefetch, "default"), (compiled.update_prefetch, "onupdate")):
         for column in columns:
@@ -249,7 +250,7 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
         else:
             converted[value, direct] = f"bound{index}"
             values.append(f"(bound{index} := None if {value} is None else convert{index}({value}))")
-    # Do not convert a value inside the `try` block, because a conversion can also raise KeyError.
+    # Do not convert a value inside the `try` block, in which a KeyError means a missing parameter.
     source = f"""
 def bind(given):
     try:
@@ -271,9 +272,9 @@ _NUMERIC, _FLOAT8 = 1700, 701
 
 
 def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
-    """Return the function that converts a value of the driver, or None. A statement is compiled before the driver
-    reports the codes of the column types. The code of `numeric` gives the right function for every type except a
-    `Float` column with Decimal values.
+    """Return the function that converts a value of the driver, or None. The driver reports the codes of the column
+    types only after the execution. Therefore use the code of `numeric`, which is right for every type except a `Float`
+    column with Decimal values.
     """
     code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
     return column.type.dialect_impl(dialect).result_processor(dialect, code)

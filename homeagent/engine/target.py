@@ -44,7 +44,7 @@ class Target(NamedTuple):
 
     @property
     def is_temporary(self) -> bool:
-        """True if the target is `:memory:`, which stands for a temporary file."""
+        """True if the target is `:memory:`, which means a temporary file."""
         return self.path is None and self.url is None
 
     @property
@@ -64,7 +64,9 @@ def presentable_url(url: URL) -> str:
 
 
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
-    """Wrap the target, so that a traceback does not show a password. The caller must delete the variable `target`."""
+    """Wrap the target, so that a traceback does not show a password. The caller must then delete the variable that
+    holds the unwrapped target.
+    """
     return SecretStr(target) if isinstance(target, str) else target
 
 
@@ -76,7 +78,7 @@ def resolve_target(target: Given) -> Target:
         problem = str(error)
     if target is None and os.environ.get(ENVIRONMENT_VARIABLE):
         problem = f"the value of {ENVIRONMENT_VARIABLE} is invalid: {problem}"
-    # Raise a new error, because local variables in the frames of the first error hold the password.
+    # Raise a new error, because the traceback of the first error can show the password in local variables.
     raise InvalidArgumentError(problem)
 
 

@@ -41,7 +41,7 @@ _MODULES = {
     "sweep": ("BackupSchedule", "SweepReport", "Sweeper"),
 }
 
-# If type checkers saw the function `__getattr__`, the type checkers would accept any misspelt name of the package.
+# Hide `__getattr__` from type checkers, because they would then accept any misspelt name.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

@@ -66,8 +66,7 @@ class AdoptionReport(BaseModel, frozen=True):
     Attributes:
         location: path of the file, or URL of the server without its password.
         tables: number of rows of each table that stays a table of the application.
-        converted: number of rows of each table that becomes a table of homeagent. The number excludes the rows counted
-            by `moved`.
+        converted: number of rows of each table that becomes a table of homeagent, without the rows in `moved`.
         moved: number of rows whose primary key is NULL. homeagent moves the rows to a new table. The keys of the
             dictionary are the names of the new tables.
         application_id: application id that the adoption replaces in the SQLite file. None on PostgreSQL.
@@ -286,7 +285,7 @@ def _convert(connection: Connection, report: AdoptionReport) -> None:
         execute(f"DROP TABLE {table}")
     upgrade(connection, _FIRST)
     for table in report.converted:
-        # The names are safe in SQL: constants, and names in the report that the caller compared with the database.
+        # The names are safe in SQL: each name is a constant, or the caller has compared the name with the database.
         columns = ", ".join(_FIRST_TABLES[table])
         key = _FIRST_TABLES[table][0]
         execute(

@@ -175,7 +175,7 @@ def _remove_stale(directory: Path, database: Path) -> None:
 
 
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
-    # Keep the new backup, even if the clock was set back and the backup looks like the oldest.
+    # Do not remove the new backup. If the clock was set back, the new backup looks like the oldest.
     found = [entry for entry in _backups_of(Path(manifest.database), made.parent) if entry[0] != made]
     # First remove backups with a time in the future, because such backups would always count as the newest backups.
     others = [backup for backup, _ in sorted(found, key=lambda entry: entry[1].taken_at <= manifest.taken_at)]
@@ -195,7 +195,8 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # The backup is valid without the note. Only error messages about a damaged database use the path.
+        # Do not raise the error, because the backup is valid without the note. Only messages about a damaged database
+        # use the note.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

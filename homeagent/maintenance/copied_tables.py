@@ -197,7 +197,7 @@ class CopiedTable:
             ) from None
 
     def continue_numbers(self, source: Connection, target: Connection) -> None:
-        """Make the target number new rows above all numbers that the source has used, even for rows deleted since."""
+        """Make the target give new rows higher numbers than any row of the source had, including deleted rows."""
         last = self._last_number(source)
         if target.dialect.name == "sqlite":
             # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
@@ -251,9 +251,7 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
 def applications_tables(
     engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
 ) -> list[CopiedTable]:
-    """Return the application's tables to copy, in the order of their foreign keys. Skip the tables in the argument
-    `leave`.
-    """
+    """Return the application's tables to copy, in the order of their foreign keys. Skip the tables in `leave`."""
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)
     if wrong:
@@ -288,7 +286,7 @@ def applications_tables(
             "the rows: correct or delete the rows ('PRAGMA foreign_key_check' lists them), or leave the tables"
         )
     if target.dialect.name == "sqlite":
-        # A row can refer to a later row of the same table. COMMIT checks the foreign keys.
+        # A row can refer to a later row of the same table, so let COMMIT check the foreign keys.
         target.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
     return [_own_table(name, source, target, declared.get(name)) for name in _in_order(target, names)]
 
@@ -325,7 +323,8 @@ def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> It
 
 
 def _in_order(connection: Connection, names: set[str]) -> list[str]:
-    # SQLAlchemy ignores foreign keys that form a circle. The function `late_references()` defers these foreign keys.
+    # SQLAlchemy sorts the tables without the foreign keys that form a circle. The function `late_references()` defers
+    # these foreign keys.
     return [str(name) for name, _ in inspect(connection).get_sorted_table_and_fkc_names() if name in names]
 
 

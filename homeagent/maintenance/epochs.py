@@ -1,4 +1,4 @@
-"""Begin a new epoch after a server tool or a snapshot of a disk returned a store to an earlier state."""
+"""Begin a new epoch after the administrator restored a store by a tool of the server or by a snapshot of a disk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
 
-# Count homeagent's sessions, because each process holds the old epoch in memory.
+# Count the other sessions of homeagent on the server, because other processes would keep the old epoch in memory.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"

@@ -157,7 +157,9 @@ def restore(
 
 
 def _read_old_database(database: Path) -> tuple[int, Devices | None]:
-    """Return the epoch and the devices of the old database. For a value that can't be read, return 0 or None."""
+    """Return the epoch and the devices of the old database. Return 0 for an unreadable epoch, and None for unreadable
+    devices.
+    """
     epoch = 0
     if not size_of(database):
         return epoch, None
@@ -262,8 +264,8 @@ def _identify_target(database: Path) -> None:
 def _refuse_target(database: Path, marker: str | None) -> None:
     """Refuse a target that is insecure or not homeagent's. The caller holds the in-use lock exclusively."""
     state = inspect_file(database, is_database=False, repair=False)
-    # A file with a marker but without homeagent's header is a damaged homeagent database, so a restore can replace the
-    # file.
+    # If a lock file has a marker, a database file without homeagent's header is a damaged database of homeagent. A
+    # restore can replace this file.
     has_content = state is not None and state.st_size
     if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
         raise _not_homeagent(database)

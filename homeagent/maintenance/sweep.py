@@ -1,6 +1,6 @@
 """Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly.
 
-If a constraint refuses a batch, the sweep deletes the next rows of the table by key, and splits each refused batch into
+If a constraint refuses a batch, the sweep continues in the order of the keys, and splits each refused batch into
 halves. The next batch starts after the last row of the previous batch, so a sweep tries to delete each skipped row only
 once.
 """
@@ -68,8 +68,8 @@ _STATEMENTS = {
 
 
 class Batch(NamedTuple):
-    """Result of a batch, with times in seconds. The number `found` includes skipped rows. The time `held` includes the
-    commit.
+    """Result of a batch, with times in seconds. The attribute `found` includes skipped rows. The attribute `held`
+    includes the time for the commit.
     """
 
     deleted: int
@@ -79,7 +79,7 @@ class Batch(NamedTuple):
 
 
 class ExpiredRows:
-    """The expired rows of one table. `rows.skipped` counts the skipped rows of each constraint."""
+    """The expired rows of one table. The attribute `skipped` counts the skipped rows for each constraint."""
 
     def __init__(self, settings: UnitSettings, kind: Kind, grace: timedelta, monotonic: Callable[[], float]) -> None:
         self._settings = settings
@@ -107,7 +107,8 @@ class ExpiredRows:
                 return Batch(count, count, worked, self._monotonic() - begun)
             except ConflictError:
                 if self._statements is None:
-                    # If the sweep skipped a device change, readers would not notice the deletion of later changes.
+                    # Do not skip a device change. A reader that still finds the skipped change would not notice that
+                    # later changes were deleted.
                     raise
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
@@ -196,7 +197,7 @@ class BackupSchedule:
     """Schedule of a sweeper's backups.
 
     Args:
-        directory: directory for the backups. If the directory is missing, it is created with mode 0700.
+        directory: directory for the backups. The backup creates a missing directory with mode 0700.
         every: maximum age of the newest backup. The age comes from the manifest of the backup. Therefore neither a
             restart nor a second process with the same schedule makes an additional backup.
         keep: number of this database's backups to keep. Older backups are removed after a new backup is verified. With

@@ -128,7 +128,9 @@ class Application:
         )
 
     def upgrade(self, connection: Connection, outside: Outside | None = None) -> None:
-        """Run the missing revisions. The caller holds the lock for upgrades. On SQLite the foreign keys must be off."""
+        """Run the missing revisions. The caller holds the lock for upgrades. On SQLite, the caller has switched off
+        foreign keys.
+        """
         if self.adopted_revisions(connection):
             connection.exec_driver_sql(f"ALTER TABLE {ALEMBIC_TABLE} RENAME TO {APPLICATION_VERSION_TABLE}")
         if not self.is_pending(connection):
@@ -305,7 +307,7 @@ class _Guard:
         self._left_transaction = True
         with outside():
             yield
-        # Compare only the structure of the tables, and not the numbers of written rows, which the COMMIT has reset.
+        # The COMMIT has reset the numbers of written rows, so compare only the structure of the tables.
         before, after = self._before, _server_state(self._connection, self._acknowledged)
         self._before = after
         changed = sorted(name for name in before if before[name][0] != after.get(name, ("", 0))[0])
@@ -330,7 +332,8 @@ def revision_guard(
         event.remove(connection, "before_cursor_execute", guard.count)
 
 
-# Structure of each table as one text, and number of rows that the transaction wrote. TRUNCATE changes relfilenode.
+# For each table: the structure as one text, and the number of rows that the transaction wrote. TRUNCATE changes
+# relfilenode.
 _STATE = text(
     "SELECT c.relname, concat_ws(' ', c.oid, c.relfilenode, c.relowner, c.relrowsecurity,"
     " (SELECT string_agg(concat_ws(' ', attname, atttypid, atttypmod, attnotnull, attisdropped,"

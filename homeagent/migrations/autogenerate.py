@@ -56,7 +56,8 @@ def options(
         return kind != "table" or name in tables
 
     return {
-        # Do not put a single MetaData object into a list, because Alembic ignores the naming conventions of a list.
+        # Do not put a single MetaData object into a list, because Alembic would ignore the naming convention of the
+        # object.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,

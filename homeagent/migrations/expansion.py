@@ -1,7 +1,7 @@
 """Check that a revision only expands the schema, so that code of the previous version works with the new schema.
 
-Administrators upgrade hosts one after the other, so old code runs on the new schema. A revision that removes parts
-declares itself a contraction: `oldest_revision = "a7"` names the oldest revision whose code still works.
+Administrators upgrade hosts one after the other, so old code runs on the new schema. A revision that removes parts is a
+contraction. A contraction names the oldest revision whose code still works, for example `oldest_revision = "a7"`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _steps(application: Application) -> Iterator[Application]:
     try:
         order = list(TopologicalSorter(graph).static_order())
     except CycleError:
-        yield application  # Alembic refuses revisions that depend on each other
+        yield application  # Alembic refuses a cycle of revisions
         return
     for number, revision in enumerate(order, start=1):
         yield replace(application, scripts={name: scripts[name] for name in order[:number]}, head=revision)
@@ -110,9 +110,7 @@ def _triggers(connection: Connection) -> set[tuple[str, str]]:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield the problem and the remedy of each change that can break old code. Skip the names in the argument
-    `accepted`.
-    """
+    """Yield the problem and the remedy of each change that can break old code. Skip the names in `accepted`."""
     for part in sorted(old):
         kind, table, name = part
         if part in new:
@@ -140,7 +138,7 @@ def _breaks_of_addition(part: tuple[str, str, Any], old: Structure, new: Structu
     elif kind == "check" and not _mentions_only_new(new[part], table, old, new):
         yield f"CHECK {name} of {table} is new or changed, and old code can violate it: {_IN_CODE}"
     elif kind == "unique":
-        # Old code does not set a new nullable column. A unique index accepts several nulls.
+        # Old code does not set a new nullable column, and a unique index accepts several nulls.
         columns = [new["column", table, column] for column in added & {*name}]
         if not any(column["nullable"] and not column["default"] for column in columns):
             yield f"{table} gets unique {name}, of which old code can write a duplicate: {_IN_CODE}"

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Key of the advisory lock that each host takes before an upgrade: the bytes of the text "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of the lock that a host keeps while a revision runs outside a transaction. Alembic's commands take no other lock.
+# Key of the lock that a host keeps while a revision runs outside a transaction. Alembic's commands take only this lock.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
 # Longest wait of a revision for a table's lock, in seconds. During this wait, new readers and writers of the table also
@@ -55,7 +55,8 @@ _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine changes the session's search_path. The column reset_val still has the value from the URL, role or database.
+# The engine changes the session's search_path, but the column reset_val still has the value from the URL, role or
+# database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -116,7 +117,7 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse a `search_path` in which the schema with the role's name precedes another schema that has a store.
+    """Refuse a `search_path` that begins with the schema of the role's name if a later schema has a store.
 
     By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE on the
     database could create this schema, and store an approved device in the schema.
@@ -162,7 +163,8 @@ def _make_or_upgrade(
     if suitable and not application.is_pending(connection):
         return
     if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
-        # Do not wait for the lock, because CREATE INDEX CONCURRENTLY of another host would wait for this transaction.
+        # Do not wait for the lock. CREATE INDEX CONCURRENTLY on another host would wait for this transaction, so both
+        # hosts would wait forever.
         raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
@@ -191,8 +193,8 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         while True:
-            # Do not wait for the lock inside a statement, because CREATE INDEX CONCURRENTLY would wait for the snapshot
-            # of the statement. In READ COMMITTED, the transaction has no snapshot between two statements.
+            # Do not wait for the lock inside a statement, because CREATE INDEX CONCURRENTLY would wait for the end of
+            # the statement's snapshot. In READ COMMITTED, the transaction has no snapshot between two statements.
             with connection.begin():
                 connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():
@@ -209,9 +211,9 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
     """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks.
 
-    Do not hold the lock `_ADVISORY_LOCK` during the block. A statement of another host would wait for the lock, and
-    would keep a snapshot open. CREATE INDEX CONCURRENTLY in the block would wait for the end of the snapshot, so the
-    two hosts would wait forever.
+    Do not hold the lock `_ADVISORY_LOCK` during the block. Another host that waits for the lock in a statement would
+    keep a snapshot open. CREATE INDEX CONCURRENTLY in the block would wait for the end of the snapshot, so the two
+    hosts would wait forever.
     """
     if connection.info[POOLED]:
         raise MigrationError(

@@ -32,7 +32,7 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
     """Raise MigrationError if the upgrade would break a view or trigger, or if an object has a name that the upgrade
     needs.
     """
-    # SQLite creates the shadow tables together with their virtual table.
+    # Skip shadow tables, because SQLite creates a shadow table together with the virtual table.
     query = (
         "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
         " AND name NOT IN (SELECT name FROM pragma_table_list WHERE type = 'shadow') ORDER BY "
@@ -74,7 +74,9 @@ _CONVERTED = (
 
 
 def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
-    """Raise MigrationError if a later revision would convert a column with a BLOB or with text that is not UTF-8."""
+    """Raise MigrationError if a missing revision would convert a column that contains a BLOB or a text that is not
+    UTF-8.
+    """
     for later, table, columns in _CONVERTED:
         if later <= revision:
             continue

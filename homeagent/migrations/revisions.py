@@ -69,7 +69,7 @@ def script_directory() -> Traversable:
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # In an installation, the second folder belongs to the library Alembic, and contains no file `env.py`.
+        # If homeagent is an installed package, the second folder is the library Alembic, which has no file `env.py`.
         if (candidate / "env.py").is_file():
             return candidate
     raise MigrationError("this installation has no migrations: install homeagent anew")
@@ -206,8 +206,8 @@ def run_revisions(
     before: Callable[[str], None] = lambda revision: None,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the missing revisions in the current transaction. Before each revision, call the function `before`. After
-    each revision, call the function `after`.
+    """Run the missing revisions in the current transaction. Call `before()` before each revision, and `after()` after
+    each revision.
     """
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext, MigrationStep

@@ -31,7 +31,7 @@ class Difference:
     statement is not enough.
 
     If a difference is grave, homeagent can fail, or accept values that homeagent must refuse. If the field `kind` is
-    not None, the application can have created the object. The field `trigger` is the name by which the application can
+    not None, the object can belong to the application. The field `trigger` is the name by which the application can
     acknowledge a trigger.
     """
 
@@ -283,7 +283,8 @@ def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Diff
                 del expected[name]
                 continue
             command = f"DROP {kind.upper()} {_name(name)} ON {table}"
-            # A BEFORE trigger can replace the row, and a rule can replace an INSERT by another statement.
+            # Do not accept a BEFORE trigger or a rule. The trigger can replace the row, and the rule can replace an
+            # INSERT by another statement.
             harmless: Literal["trigger"] | None = "trigger" if kind == "trigger" and not is_before else None
             trigger = name if kind == "trigger" else None
             yield Difference(f"{kind} {name} of {table} is not homeagent's", True, command, harmless, trigger)

@@ -86,15 +86,16 @@ def _open_sqlite(
     path = engine.path
     identified = identify_or_wait(engine)
     if not temporary and (in_use_path(path).exists() or database_file.size_of(path)):
-        # First take the in-use lock. The function that takes the lock also finishes an interrupted restore. If the file
-        # has sidecar files, do not take a shared lock, because another process would skip the check of an unclean file
-        # (see `test_no_process_skips_the_check_of_another_process`).
+        # First take the in-use lock. The function `hold_in_use_lock()` also finishes an interrupted restore. If the
+        # file has sidecar files, take the lock exclusively if possible. While this process has a shared lock, another
+        # process would skip the check of an unclean file (see `test_no_process_skips_the_check_of_another_process`).
         has_sidecars = any(map(os.path.lexists, database_file.sidecars(path)))
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout, exclusive_if_free=has_sidecars))
     state = database_file.look_at(path) if identified else identify(engine)
     if state is not None and state.st_size:
         database_file.inspect_file(path)
-        # If the lock is exclusive, no process has the file open. In a read-only directory, SQLite can't write the file.
+        # If the lock is exclusive, no other process has the file open. In a read-only directory, SQLite can't write the
+        # file.
         lock = engine.in_use_lock
         is_unclean = database_file.secure_sidecars(path) and lock is not None and lock.is_exclusive
         is_checked = is_unclean and os.access(path.parent, os.W_OK) and refuse_unclean_damage(engine)
@@ -125,7 +126,7 @@ def _open_sqlite(
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
     elif not migrate:
         if not temporary and database_file.size_of(lock_path(path)):
-            # An error about a missing schema would invite the administrator to create a new database.
+            # Do not raise SchemaOutdatedError, because the administrator could then create a new database.
             raise corrupt_after_all(path)
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
@@ -143,8 +144,8 @@ def identify(engine: SQLiteEngine) -> os.stat_result | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Identify the file before this process takes a lock. Return False if the caller must identify the file under the
-    lock.
+    """Identify the file before this process takes a lock. Return False if the caller must first take the lock, and then
+    identify the file.
     """
     if database_file.size_of(in_use_path(engine.path)):
         return False  # a restore can have added a hard link, which `identify()` would refuse

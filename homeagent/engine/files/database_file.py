@@ -37,7 +37,7 @@ _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
-# Only a hostile or broken program replaces a file of SQLite ten times in a row during an inspection.
+# A correct program does not replace a file of SQLite ten times during one inspection.
 _ATTEMPTS = 10
 
 
@@ -74,18 +74,20 @@ def sidecars(path: Path) -> list[Path]:
 
 
 def secure_sidecars(path: Path) -> list[Path]:
-    """Inspect each sidecar file, and return the existing files. SQLite sets the mode only of a new sidecar file."""
+    """Inspect each sidecar file, and return the existing files. SQLite does not correct the mode of an existing sidecar
+    file.
+    """
     return [sidecar for sidecar in sidecars(path) if inspect_file(sidecar, is_database=False) is not None]
 
 
 def refuse_orphaned_log(path: Path) -> None:
     """If a database is missing or empty but its WAL has content, raise CorruptDatabaseError. SQLite would delete the
-    WAL, and start a new database without revocations and nonces. Before the creation of a database, the caller must
-    hold `sidecar_lock`.
+    WAL, and start a new database without revocations and nonces. A caller that creates a database must hold
+    `sidecar_lock`.
     """
     log = sidecars(path)[0]
-    # Do not swap the two calls of `size_of()`, because a process that creates the database writes the database file
-    # before the WAL.
+    # Do not swap the two calls of `size_of()`. Otherwise another process could create the database file and the WAL
+    # between the two calls.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -138,7 +140,7 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
 
 def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
     """Open a regular file of a trusted user for reading. Do not call this function for a file that SQLite has open in
-    this process, because the close drops SQLite's locks.
+    this process, because closing the returned file would release SQLite's locks.
     """
     # Check the open file and not the path, because another process could replace the file between a check and the open.
     # Without O_NONBLOCK, opening a pipe would wait for a writer.

@@ -28,7 +28,7 @@ def prepare_directory(directory: Path) -> None:
                     continue
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
-                continue  # The loop accepts a broken link, and the check after the loop refuses the link.
+                continue  # the check after the loop refuses a broken link
             if not _is_private_directory(step):
                 change_mode(step, DIRECTORY_MODE)  # a umask can also remove the owner's permissions
                 if not _is_private_directory(step):
@@ -71,8 +71,8 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use a descriptor, because the parent's owner could replace a directory of the path by a link. A replacement by
-    # another empty directory does no harm.
+    # Use a descriptor, because the parent's owner could replace a directory of the path by a link. Replacing the new
+    # directory by another empty directory does no harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)

@@ -22,8 +22,8 @@ _INTERVAL = 0.01
 
 class FileIdentityCheck:
     """Checks the identity (device and inode) of one open database's file, its WAL and its WAL index. With
-    `strict=False`, only the first commit in 10 ms checks the file. The attribute `due` is the time on the monotonic
-    clock after which the last check counts as too old. If the attribute `marked_corrupt` is set, every check raises
+    `strict=False`, a commit checks the file only if the last check is at least 10 ms old. The attribute `due` is the
+    time of the next check, by the monotonic clock. If the attribute `marked_corrupt` is set, every check raises
     CorruptDatabaseError.
     """
 

@@ -52,8 +52,8 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         point = _unescaped(escaped)
         if inside.startswith(point.rstrip(b"/") + b"/"):
             # Prefer a mount with the device number of the path, because a later mount can hide the mount with the
-            # longest path. On Btrfs, no mount has the device number of the path. The mount with the longest path is
-            # then right. Of two mounts on one path, prefer the later mount.
+            # longest path. On Btrfs, no mount has the device number of the path, and the mount with the longest path is
+            # right. Of two mounts on one path, prefer the later mount.
             rank = (number == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0])
@@ -61,7 +61,7 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
 
 
 def is_network_filesystem(kind: str) -> bool:
-    """Return True if several machines, or a host and its virtual machine, share a file system of this kind."""
+    """Return True for a kind of file system that several machines can share. A virtual machine counts as a machine."""
     return kind.removeprefix("fuse.") in _NETWORK_KINDS
 
 

@@ -24,8 +24,9 @@ _LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notice
 class FileLock:
     """A lock between threads and processes, on a separate file. The holder can write a short text, the marker, for the
     next holder. Unlike SQLite's POSIX locks, a lock by `flock()` works between threads of one process, and the close of
-    another descriptor does not drop the lock. With `exclusive_if_free=True`, a shared lock is exclusive if the lock has
-    no other holder. With `writable=False`, the mode of the file does not change, and the holder can't write a marker.
+    another descriptor does not drop the lock. With `exclusive_if_free=True`, the lock is exclusive if the lock has no
+    other holder, and otherwise shared. With `writable=False`, the mode of the file does not change, and the holder
+    can't write a marker.
     """
 
     def __init__(
@@ -69,14 +70,17 @@ class FileLock:
             delay = min(delay * 2, _LONGEST_PAUSE)
 
     def release(self) -> None:
-        """Release the lock, if this object holds the lock. After an error, the object does not hold the lock either."""
+        """Release the lock, if this object holds the lock. After the call, this object does not hold the lock, even if
+        the method raises an error.
+        """
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return  # two threads can release the lock at the same time
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # Unlock the file before the close, because a child between fork and exec has a copy of the descriptor.
+                # Unlock the file before the close. A child process between fork and exec has a copy of the descriptor,
+                # so the close alone would not release the lock.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
@@ -153,8 +157,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # Another process can create the file at this moment. The umask removes bits of the mode of a new file, and
-            # the other process adds the bits a moment later.
+            # Another process can be creating the file at this moment. A umask can remove bits from the mode of a new
+            # file until the other process has set the mode again.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None

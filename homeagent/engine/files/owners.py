@@ -5,8 +5,8 @@
 | an ordinary user | the user | the user and root |
 | root | root and the owner of the database's directory | the same users |
 
-The owner of a directory can replace every file in the directory, so a refusal of the owner's files would not protect
-root.
+As root, homeagent accepts the files of the directory's owner, because this user can replace every file in the directory
+anyway.
 """
 
 from __future__ import annotations
@@ -26,17 +26,16 @@ def trusted_owners(directory: Path) -> frozenset[int]:
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups homeagent accepts in any directory. homeagent also accepts their files that
-    contain the path of a backup.
+    """Return the users whose backups homeagent accepts in any directory. The same users can own the file with the path
+    of the last backup.
     """
     return trusted_owners(database.parent) | {0}
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
     """If the process runs as root, give a new file or directory to the owner of its directory. Pass descriptors,
-    because a path can name another file by now. For a copy outside the database directory, pass the source database.
-    The owner of a copy can read all devices. Root therefore gives a copy only to the users that `backup_owners()`
-    returns.
+    because another user can replace the file at a path. For a copy outside the database directory, pass the source
+    database. The owner of a copy can read all devices, so only a user in `backup_owners()` becomes the owner.
     """
     if os.geteuid() != 0:
         return

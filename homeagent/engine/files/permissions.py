@@ -23,7 +23,7 @@ def change_mode(path: Path, mode: int) -> None:
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)
     except PermissionError as error:
-        # The caller of this function has already refused a file of another user.
+        # The caller has checked that the file belongs to this user, so the file system refuses the mode.
         raise modes_not_kept(path) from error
 
 

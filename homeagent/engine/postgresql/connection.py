@@ -71,7 +71,7 @@ class PostgreSQLConnection(StoreConnection):
         """Begin a transaction. If the unit writes but the server accepts no writes, raise StandbyError."""
         failure: BaseException
         if self._pooled:
-            # The pooler can give this transaction another session, so forget the state of the last session.
+            # Forget the state of the last session, because the pooler can run this transaction in a different session.
             self.memory.clear()
         try:
             self._command(self._begin)
@@ -109,7 +109,7 @@ class PostgreSQLConnection(StoreConnection):
             raise error_from_result(result)
 
     def commit(self) -> None:
-        """Commit the transaction. The class of a raised error shows whether the outcome of the commit is unknown."""
+        """Commit the transaction. If the outcome is unknown, raise CommitUnknownError."""
         if self._raw.pgconn.transaction_status == _FAILED:
             # After a failed statement, the server would roll back at COMMIT without reporting an error.
             raise DatabaseError(
@@ -171,7 +171,7 @@ class PostgreSQLConnection(StoreConnection):
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
     """Return the error for a value that is too long for an index, or None. For a value over 8,191 bytes, PostgreSQL
-    does not name the index. The error then names each index that can contain long values.
+    does not name the index. In this case, the error names each index that can contain long values.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

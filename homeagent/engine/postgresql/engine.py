@@ -1,4 +1,6 @@
-"""The PostgreSQL engine. A pooler can exchange the session, so the engine does not rely on the session's state."""
+"""The PostgreSQL engine. Behind a pooler, each transaction can run in a different session of the server, so the engine
+does not rely on the session's state.
+"""
 
 from __future__ import annotations
 
@@ -47,14 +49,14 @@ _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "P
 _READ_ONLY = "homeagent_reads"
 """Key in the `info` of a connection. The value is True if the connection's transactions are read-only."""
 
-# Behind a pooler, another client can change the search_path, so use the default for one transaction.
+# Another client of a pooler can have changed the session's search_path, so reset the search_path in this transaction.
 _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
 
 
 class PostgreSQLEngine(Engine):
     """One PostgreSQL database. Several write units run at the same time and use row locks. Every transaction searches
     exactly the schemas that the `search_path` names at the first connection. A schema that another role creates later
-    is not searched.
+    has no effect.
     """
 
     connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
@@ -84,9 +86,9 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Instrumentation can have an error listener that runs before homeagent's error listener. The listeners for
-        # execution therefore remove stored values first. Do not raise the translated error in `_on_error()`, because
-        # SQLAlchemy would not call later listeners.
+        # An error listener of a tracing library can run before homeagent's error listener. Therefore `_execute()` and
+        # `_execute_many()` remove stored values from the error. Do not raise the translated error in `_on_error()`,
+        # because SQLAlchemy would not call later listeners.
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
@@ -111,7 +113,7 @@ class PostgreSQLEngine(Engine):
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
 
     def _fix_search_path(self, connection: Any) -> None:
-        """Limit later searches to the schemas of the present `search_path`. Search temporary tables last."""
+        """Set the `search_path` to the schemas that exist now, and put temporary tables last."""
         cursor = connection.execute(_SEARCH_PATH)
         while cursor.description is None:
             cursor.nextset()
@@ -125,8 +127,8 @@ class PostgreSQLEngine(Engine):
         raw: Any = connection.connection.driver_connection
         # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
         if raw.info.transaction_status == 0:
-            # Use READ COMMITTED, even if the role has a different default isolation level. After the wait for a row
-            # lock, the unit must see the changes of the previous holder of the lock.
+            # Use READ COMMITTED, even if the role has a different default isolation level. A unit that has waited for a
+            # row lock must see the changes of the transaction that held the lock.
             kind = "REPEATABLE READ READ ONLY" if connection.info.get(_READ_ONLY) else "READ COMMITTED"
             raw.execute("; ".join((f"BEGIN ISOLATION LEVEL {kind}", *self._local_settings())))
 
@@ -169,7 +171,9 @@ class PostgreSQLEngine(Engine):
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return only the mutexes of the pools. A lost connection can block the thread that reads device changes."""
+        """Return only the mutexes of the pools. A thread with `feed_mutex` can wait for a lost connection, and would
+        block the fork.
+        """
         return super().fork_locks()[1:]
 
 
@@ -224,7 +228,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         return None  # the instrumented cursor raises the driver's exception, which the connection translates
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
-        raise original  # The error was already translated, or was raised in a forked child.
+        raise original  # the error is already an error of homeagent
     clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
     if not isinstance(context.sqlalchemy_exception, DBAPIError) and not isinstance(
         original, (OverflowError, UnicodeError)

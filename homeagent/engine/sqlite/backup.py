@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Number of pages between two calls of the function `stop()`. The copy of 2,000 pages takes some milliseconds.
+# Number of pages between two calls of the function `stop()`. Copying 2,000 pages takes some milliseconds.
 _STEP = 2000
 # Number of instructions of SQLite's virtual machine between two calls of the function `stop()`.
 _INSTRUCTIONS = 100_000
@@ -67,7 +67,9 @@ class Contents:
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
-    """Return the file name of a backup. For one revision, the names sort by the times of the backups."""
+    """Return the file name of a backup. For one revision, the alphabetical order of the names is the order of the
+    times.
+    """
     return f"{database.name}.{revision}-{taken_at.strftime('%Y%m%dT%H%M%S%fZ')}.backup"
 
 
@@ -189,7 +191,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
         for raw in (source, copy):
             raw.set_progress_handler(stop, _INSTRUCTIONS)
         source.execute("PRAGMA query_only=ON")
-        # Before its completion, the copy needs no journal and no sync. An incomplete copy is always discarded.
+        # Write without a journal and without syncs, because homeagent removes an incomplete copy.
         copy.execute("PRAGMA journal_mode=OFF")
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")

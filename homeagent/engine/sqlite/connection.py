@@ -46,7 +46,8 @@ class SQLiteConnection(StoreConnection):
         return StatementCursor(raw)
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
-        # If SQLAlchemy sent the COMMIT, the driver's `commit()` has already called `after_failed_commit()`.
+        # Do not call `after_failed_commit()` twice. For a COMMIT of SQLAlchemy, the driver's `commit()` has called the
+        # method.
         unknown = self._raw.after_failed_commit(error) if self._root is None else None
         return unknown or super()._commit_failure(error)
 
@@ -55,7 +56,7 @@ class SQLiteConnection(StoreConnection):
 
     def look_for_commits(self) -> bool:
         """Compare `PRAGMA data_version`, which changes after a commit of a different connection."""
-        self.check_file()  # if the file was replaced, the data_version of the old file would not change
+        self.check_file()  # the data_version of a replaced file does not change
         version = self.execute("PRAGMA data_version").fetchall()
         known, self.memory["data_version"] = self.memory.get("data_version"), version
         return bool(version != known)
@@ -82,8 +83,8 @@ class LockWait:
     """A busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html).
 
     After some tries, SQLite's own busy handler tries only every 100 ms. In a test with eight writing processes, some
-    processes waited for seconds. Pauses of less than 2 ms between two tries raised the 99th percentile of the write
-    times by a factor of two to five.
+    processes therefore waited for seconds. Pauses of less than 2 ms between two tries raised the 99th percentile of the
+    write times by a factor of two to five.
     """
 
     def __init__(self, timeout: float, began: Callable[[], object]) -> None:

@@ -35,8 +35,8 @@ class _ForeignKey(NamedTuple):
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused, or None. For a deferred foreign key, the statement is
-    COMMIT or None, because SQLite checks a deferred foreign key at the commit.
+    """Return the error for a change that a constraint refused, or None. SQLite checks a deferred foreign key at the
+    commit. In this case, pass COMMIT or None as the statement.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:
@@ -108,7 +108,9 @@ def _constraint_name(raw: Any, table: str, kind: str, columns: tuple[str, ...]) 
 
 
 def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
-    """Return the table and the name of the failed foreign key. An uncertain table or name is None."""
+    """Return the table and the name of the failed foreign key. Return None for a table or name that the function can't
+    determine.
+    """
     verb, target = _target(statement)
     candidates = [
         key

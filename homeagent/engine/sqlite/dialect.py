@@ -34,7 +34,8 @@ paramstyle = "qmark"
 sqlite_version_info: tuple[int, ...] = tuple(map(int, SQLITE_VERSION.split(".")))
 Binary = bytes
 Error = apsw.Error
-# apsw has one class for each of SQLite's result codes; `Dialect.dbapi_exception_translation_map` maps the classes.
+# apsw has an exception class for each of SQLite's result codes. `Dialect.dbapi_exception_translation_map` assigns each
+# class to a class of DB-API.
 InterfaceError = DatabaseError = DataError = OperationalError = IntegrityError = apsw.Error
 InternalError = ProgrammingError = NotSupportedError = apsw.Error
 
@@ -117,7 +118,7 @@ class Cursor(StatementCursor):
             return self._changed
         if not self.is_write:
             return -1
-        # After a change of the schema, `changes()` still returns the number of the previous statement.
+        # A statement that changes the schema does not reset `changes()`.
         return self.connection.changes() if self.connection.total_changes() != self.changes_before else 0
 
     @property
@@ -173,9 +174,9 @@ class Connection(_Connection):
 
     def _erase_failed_commit(self) -> bool:
         """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded. If only the
-        sync failed, a later connection could rebuild the WAL index and recover the commit. The empty commit overwrites
-        the first frame, so that the checksums of the later frames become invalid. Do not sync the WAL, because the sync
-        could fail again.
+        sync failed, the WAL contains the whole commit, and a later connection could recover the commit. The empty
+        commit overwrites the first frame, so that the checksums of the later frames become invalid. Do not sync the
+        WAL, because the sync could fail again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
@@ -190,18 +191,20 @@ class Connection(_Connection):
         except apsw.Error:
             return False
         with suppress(apsw.Error):
-            # After a checkpoint the next commit restarts the WAL, so that `find_lost_commits()` finds no old frame.
+            # After a checkpoint, the next commit restarts the WAL with a new salt, so that `find_lost_commits()`
+            # ignores the old frames.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 
     def rollback(self) -> None:
-        """Roll back an open transaction. The method `confine()` limits the rollback to a part of the transaction."""
+        """Roll back an open transaction. After `confine()`, roll back only to the savepoint."""
         if self.in_transaction:
             self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
 
     def confine(self, savepoint: str | None) -> None:
-        """Let `rollback()` roll back only to a savepoint, until a call with `savepoint=None`. If a savepoint is set,
-        every COMMIT fails, and SQLite rolls back the whole transaction (https://sqlite.org/c3ref/commit_hook.html).
+        """Make `rollback()` return to the given savepoint instead of the start of the transaction. A call with
+        `savepoint=None` removes this limit. If a savepoint is set, every COMMIT fails, and SQLite rolls back the whole
+        transaction (https://sqlite.org/c3ref/commit_hook.html).
         """
         self._savepoint = savepoint
         self.set_commit_hook(None if savepoint is None else lambda: True)
@@ -230,14 +233,16 @@ class Undecodable(bytes):
 
 
 def undecoded_columns(names: Iterable[str]) -> str:
-    """Return the expressions that read columns without decoding texts. The caller quotes the names for SQL."""
+    """Return SQL expressions for the type and the value of each column. A text is read as bytes. Pass names that are
+    quoted for SQL.
+    """
     return ", ".join(
         f"typeof({name}), CASE typeof({name}) WHEN 'text' THEN CAST({name} AS BLOB) ELSE {name} END" for name in names
     )
 
 
 def decoded_row(row: Sequence[Any]) -> list[Any]:
-    """Decode a row that was selected by the expressions of `undecoded_columns()`."""
+    """Decode a row of a SELECT with `undecoded_columns()`."""
     return [_decoded(value) if kind == "text" else value for kind, value in zip(row[::2], row[1::2], strict=True)]
 
 

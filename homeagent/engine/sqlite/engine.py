@@ -131,8 +131,8 @@ class SQLiteEngine(Engine):
         return translation
 
     def _listen_for_errors(self, sa_engine: sqlalchemy.Engine) -> None:
-        # SQLAlchemy and homeagent cache compiled statements with their dialect, and the dialect keeps its listeners. A
-        # listener with a strong reference would keep a closed engine in memory.
+        # Use a weak reference. The caches of compiled statements keep the dialect and its listeners in memory, so a
+        # strong reference would also keep a closed engine.
         on_error = weakref.WeakMethod(self._on_error)
         event.listen(sa_engine, "handle_error", lambda context: (method := on_error()) and method(context))
 
@@ -182,10 +182,10 @@ class SQLiteEngine(Engine):
             f"PRAGMA synchronous={self.durability.upper()}; PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON;"
             f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}"
         ).fetchall()
-        self._open.add(connection)  # SQLite could delete the WAL before the first read
+        self._open.add(connection)  # no check here, because another process can delete the WAL before the first read
 
     def _keep_from_checkpoints(self) -> None:
-        """After a replacement of the file, configure all connections not to copy the WAL into the file at close."""
+        """After a replacement of the file, prevent SQLite from copying the WAL when a connection is closed."""
         for connection in list(self._open):
             with suppress(apsw.ConnectionClosedError):
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -197,7 +197,8 @@ class SQLiteEngine(Engine):
 
     def connect(self) -> Connection:
         """Return a new connection. The caller must close the connection."""
-        # Check the file before and after opening: SQLite would apply the WAL of a replaced file to the new file.
+        # Check the file before and after opening, because SQLite would apply the WAL of a replaced file to the new
+        # file.
         self.identity_check.before_connect()
         with self.translated():
             connection = self.sa_engine.connect()
@@ -210,8 +211,8 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def driver_connection(self) -> Iterator[DriverConnection]:
-        """Yield a driver's connection with the same pragmas as `connect()`. Opening a connection through SQLAlchemy
-        takes a third more time.
+        """Yield a driver's connection with the same pragmas as `connect()`. The method `connect()` takes a third more
+        time.
         """
         self.identity_check.before_connect()
         with closing(self._open_existing()) as raw:
@@ -368,8 +369,8 @@ class SQLiteEngine(Engine):
             return int(raw.execute("PRAGMA application_id").get)
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
-        # The listener returns the error. If the listener raised the error, SQLAlchemy would not call later listeners,
-        # such as the listeners of instrumentation.
+        # Return the error. Do not raise the error, because SQLAlchemy would then skip later listeners, such as the
+        # listeners of a tracing library.
         if isinstance(context, FailureContext):
             return None  # the instrumented cursor raises the driver's exception, which the connection translates
         original = context.original_exception

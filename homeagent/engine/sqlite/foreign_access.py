@@ -31,14 +31,14 @@ _WAL_INDEX_BYTE = (128, 1)
 
 _DESCRIPTORS = Path("/proc/self/fd")
 
-# Also check the platform, because the function `_lock()` packs Linux's layout of struct flock.
+# Also check the platform, because `_lock()` builds struct flock as Linux defines the structure.
 _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
 class FileGuard:
-    """Holds locks on one database file while this process has a connection to the file. On Linux, a lock on an open
-    file description survives the close of another descriptor, and shows another library that the database is still
-    open.
+    """Holds locks on one database file while this process has a connection to the file. On Linux, these locks belong to
+    an open file description, so closing another descriptor does not release the locks. The locks show a second SQLite
+    library that the database is open.
     """
 
     def __init__(self, path: Path, identity: Identity) -> None:
@@ -51,7 +51,7 @@ class FileGuard:
         self.is_closed: bool = False
 
     def opened(self) -> bool:
-        """Count a new connection. If the last connection of this guard was closed, return False instead."""
+        """Count a new connection, and return True. If the guard is already closed, only return False."""
         with self._mutex:
             self._connections += not self.is_closed
             return not self.is_closed
@@ -73,8 +73,8 @@ class FileGuard:
                     try:
                         self.forget()
                     finally:
-                        # Do not replace the guard while its descriptors are open. A connection of the next guard would
-                        # lose its locks (`test_a_closing_guard_stays_registered`).
+                        # Do not replace the guard while its descriptors are open, because closing the descriptors
+                        # releases the locks of all connections to the file (`test_a_closing_guard_stays_registered`).
                         with _registry:
                             # A signal handler can open a connection in this block.
                             self.is_closed = self._connections == 0
@@ -151,8 +151,8 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
     """
     global _uncounted
     with _opening:
-        # A signal handler can interrupt this function and call this function. A search in the second call would find
-        # the descriptor that the interrupted call has opened.
+        # A signal handler can interrupt this function and call the function a second time. Do not search in the second
+        # call, because the search would find the descriptor that the first call has opened.
         if refuse and not _uncounted:
             _refuse_foreign_descriptors(path)
         _uncounted += 1
@@ -190,7 +190,8 @@ def protect(database: FileIdentityCheck) -> None:
     global _is_hook_installed
     with _registry:
         _protected.add(database)
-        # Install the hook when the first file is opened. The hook slows each audited call and can't be removed.
+        # Install the hook only when the first file is opened, because the hook slows each audited call and can't be
+        # removed.
         if not _is_hook_installed:
             _is_hook_installed = True
             sys.addaudithook(_refuse_connect)
@@ -224,8 +225,8 @@ def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Replace the locks `_opening` and `_registry`, because a thread that exists only in the parent can hold a lock
-    # during the fork.
+    # Replace the locks `_opening` and `_registry`. A thread of the parent can hold a lock during the fork, and no
+    # thread of the child would release the lock.
     global _opening, _registry, _uncounted
     _opening, _registry, _uncounted = threading.RLock(), threading.RLock(), 0
     for guard in _guards.values():

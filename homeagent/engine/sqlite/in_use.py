@@ -35,8 +35,8 @@ def in_use_path(database: Path) -> Path:
 
 def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: bool = False) -> FileLock | None:
     """Finish an interrupted restore, and take the shared in-use lock. The caller holds the lock until the last
-    connection is closed. In a read-only directory without the lock file, return None, because neither a restore nor
-    SQLite can write.
+    connection is closed. If the directory is read-only and has no lock file, return None, because neither a restore nor
+    SQLite can write there.
     """
     path = in_use_path(database)
     while True:
@@ -77,7 +77,8 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
     """During the block, prevent programs from opening the file with SQLite. Do not call the function while SQLite has
-    the file open in this process, because the close of any descriptor drops all locks of this process on the file.
+    the file open in this process, because closing the function's descriptor would release all locks of this process on
+    the file.
     """
     with explained("open", database):
         try:
@@ -123,7 +124,7 @@ def _holders(path: Path) -> str:
 
 # Replacement of a database
 
-# A marker without the word "end" shows that a power cut came before homeagent moved any file.
+# If the word "end" is missing, a power cut interrupted the write of the marker, and homeagent has moved no file.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
 
@@ -139,7 +140,7 @@ def quarantine_path(database: Path, stamp: str) -> Path:
 
 
 def marker_of_epoch(epoch: int) -> str:
-    """Return the lock file's marker for a database that was created, or restored, with this epoch."""
+    """Return the marker for the lock file of a database that was created or restored with this epoch."""
     return "initialised" if epoch == 1 else f"initialised, epoch {epoch}"
 
 
@@ -175,7 +176,7 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
         )
     stamp, epoch = found[1], int(found[2])
     new, kept = new_path(database, stamp), quarantine_path(database, stamp)
-    # Check the file at `new_path`. If the replacement was already finished, another user could have put a file there.
+    # Check the file at `new_path`, because another user could have put a file there after a finished replacement.
     if inspect_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
             # After the rename, no file has the database's path for a moment. If another process opens the database in

@@ -45,7 +45,7 @@ class Stopwatch:
         self.ran_out = False
 
     def __call__(self) -> bool:
-        """Return True if the statement has reached the limit. If the result is True, SQLite ends the statement."""
+        """Return True if the statement has reached the limit. SQLite then ends the statement."""
         if self._limit is not None and monotonic() - self._began > self._limit:
             self.ran_out = True
         return self.ran_out
@@ -57,9 +57,9 @@ def inspect_sqlite(
 ) -> Iterator[Connection]:
     """Open an existing file for reading. All statements see one snapshot. SQLite creates no file except a WAL index.
 
-    Pass `assume_closed=False` if another process could open the file at the same time. Pass `is_closed=True` only after
-    a check that no process of homeagent has the file open, because such a process can add a frame to the WAL at any
-    time.
+    Pass `assume_closed=False` if another process could open the file at the same time. Before you pass
+    `is_closed=True`, check that no process of homeagent has the file open. Such a process can add a frame to the WAL at
+    any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -73,15 +73,15 @@ def inspect_sqlite(
         connection = _open(path, options.pop(0), watch)
         try:
             with translated(DRIVER_ERRORS, sqlite_error):
-                # The first read takes the snapshot. Do not begin the transaction before this line, because SQLite
-                # refuses some PRAGMAs in a transaction. A listener of the host application can run a PRAGMA on each new
-                # connection.
+                # Do not begin the transaction earlier. A listener of the host application can run a PRAGMA on each new
+                # connection, and SQLite refuses some PRAGMAs in a transaction. The first read takes the snapshot.
                 raw: Any = connection.connection.driver_connection
                 raw.execute("BEGIN")
                 raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
             break
         except ReadOnlyError:
-            # Another process is writing, and a read-only WAL index has no free slot for another reader.
+            # While another process writes, a read-only WAL index can lack a free slot for this reader. Try the next
+            # option.
             connection.close()
             if not options:
                 raise
@@ -124,8 +124,8 @@ def journal_mode(connection: Connection) -> str:
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
     """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables. SQLite reports
     the tables that a compiled statement uses (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
-    the statements, return True. The names of the tables are in lower case. The argument `on` is the trigger's table or
-    the view.
+    the statements, also return True. The names of the tables are in lower case. The argument `on` is the name of the
+    trigger's table, or the name of the view.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []
@@ -141,7 +141,7 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
             failed = True
             with suppress(apsw.Error), closing(raw.execute(f"EXPLAIN {statement}", can_cache=False)):
                 failed = False
-            if used:  # only one of the statements fires a trigger
+            if used:  # a trigger belongs to only one of the statements
                 return failed or any(table in tables for action, table in used if kind == "view" or action in writes)
     finally:
         raw.set_authorizer(None)

@@ -1,4 +1,6 @@
-"""Checks of a SQLite file's content. SQLite has no page checksums, so it does not detect a changed letter in a text."""
+"""Checks of a SQLite file's content. SQLite stores no checksums of pages, so the checks do not detect a changed letter
+in a text.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
 
 
 def _is_sound(engine: SQLiteEngine) -> bool:
-    """Check the file again, now with locks, because a write of another program can look like damage."""
+    """Check the file again, with locks. Without locks, an unfinished write of another program can look like damage."""
     with suppress(CorruptDatabaseError):
         with inspect_sqlite(engine.path, is_closed=True) as connection, engine.translated():
             check_content(engine.path, connection.connection.driver_connection, always=True)
@@ -158,8 +160,9 @@ class ContentCheck:
 
     @staticmethod
     def _check(engine: SQLiteEngine, table: str, give_up: Callable[[], bool]) -> bool:
-        """Check a table and its indexes. If the table is damaged, later units raise CorruptDatabaseError too. Return
-        False if `give_up()` ended the check. SQLite calls `give_up()` every few milliseconds.
+        """Check a table and its indexes. If the table is damaged, raise CorruptDatabaseError, and make later units
+        raise the error too. Return False if `give_up()` ended the check. SQLite calls `give_up()` every few
+        milliseconds.
         """
         try:
             with engine.translated(), engine.driver_connection() as raw:

@@ -58,8 +58,8 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest, or None. Without the argument `database`, the function trusts the owners that are trusted in
-    the backup's directory.
+    """Return the manifest, or None. Without `database`, accept the owners that homeagent trusts in the backup's
+    directory.
     """
     path = manifest_path(backup)
     try:
@@ -99,14 +99,16 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Return the newest backup next to the database or the last backup, or None. Pass a path from `locate_file()`."""
+    """Search the database's directory and the directory of the last backup. Return the newest backup, or None. Pass a
+    path from `locate_file()`.
+    """
     # Compare only the file name of the source database, because the administrator can move the whole directory.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # A backup with a time in the future can be older than all other backups, because the clock was wrong.
+    # If the clock was wrong, a backup with a time in the future can be older than all other backups.
     newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 
@@ -122,7 +124,7 @@ def note_path(database: Path) -> Path:
 
 
 def remembered_backup(database: Path) -> Path | None:
-    """Return the path of the last backup of a database. If the file with the path can't be read, return None."""
+    """Return the path of the last backup of a database. If the note with the path can't be read, return None."""
     try:
         return Path(os.fsdecode(_read(note_path(database), backup_owners(database)).rstrip(b"\n")))
     except (OSError, ValueError, HomeAgentError):

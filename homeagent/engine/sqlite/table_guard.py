@@ -26,8 +26,8 @@ def refuse_changes(
     raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
 ) -> Iterator[None]:
     """While the block runs, refuse each statement that changes the rows, columns, indexes or triggers of the given
-    tables, and each change of `PRAGMA writable_schema`. The names of the tables are in lower case. The triggers that
-    the argument `triggers` names can write to the tables. SQLite asks the authorizer while it compiles a statement
+    tables, and each change of `PRAGMA writable_schema`. The names of the tables are in lower case. The triggers with
+    the names in `triggers` are allowed to change the tables. SQLite asks the authorizer while it compiles a statement
     (https://sqlite.org/c3ref/set_authorizer.html), so a refused statement has no effect.
     """
 

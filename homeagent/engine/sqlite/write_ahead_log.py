@@ -35,8 +35,8 @@ _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Lost commits in a WAL. SQLite still reads the frames before the damage. The attribute `frames` is the number of
-    these frames. With `by_power_cut=True`, a power cut with `durability="normal"` can be the cause.
+    """Lost commits in a WAL. The attribute `frames` is the number of frames before the damage. SQLite still reads these
+    frames. With `by_power_cut=True`, a power cut with `durability="normal"` can be the cause.
     """
 
     problem: str
@@ -89,7 +89,7 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
 def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
     """Find commits that SQLite would silently discard when it opens the database, or return None. Pass a connection
     from `open_without_locks()`. Without a WAL index, the function ignores damage in the last commit, because a power
-    cut during COMMIT causes equal damage.
+    cut during COMMIT can cause the same damage.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
@@ -179,7 +179,8 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
     if log.salt is None:
         # SQLite writes the header first. A power cut can't split the header, which is smaller than a disk's sector.
         return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
-    # A power cut can leave the last frame of one unfinished commit on the disk without the first frame.
+    # One later commit does not prove a loss. After a power cut, the last frame of an unfinished commit can be on the
+    # disk without the first frame.
     if log.later_commits > 1:
         return LostCommits(
             f"the log is damaged after {log.committed} frames, and {log.later_commits} commits follow",
@@ -190,8 +191,8 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
 
 
 def _is_later(salt: bytes, *, than: bytes) -> bool:
-    """Return True if the WAL was restarted after the last write of the WAL index to the disk. A restart increments the
-    first salt (https://sqlite.org/fileformat2.html#walformat).
+    """Return True if the WAL was restarted after the kernel last wrote the WAL index to the disk. A restart increments
+    the first salt (https://sqlite.org/fileformat2.html#walformat).
     """
     return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS
 

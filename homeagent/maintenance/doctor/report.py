@@ -132,7 +132,7 @@ class Collector:
         command: str | None = None,
         **facts: Fact,
     ) -> None:
-        """Add a finding with the given fields. If the severity is OK, omit meaning, remedy and command."""
+        """Add a finding with the given fields. If the severity is OK, ignore meaning, remedy and command."""
         if severity is Severity.OK:
             meaning = remedy = command = None
         if remedy is RESTORE:
@@ -157,9 +157,7 @@ class Collector:
     critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why checks did not run. If a check already has a finding or a reason, leave the check
-        unchanged.
-        """
+        """Record the reason why checks did not run. Keep a finding or reason that a check already has."""
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)
@@ -177,7 +175,7 @@ class Collector:
         except CorruptDatabaseError as error:
             self.critical(check, "The database is damaged where this check reads.", str(error), RESTORE)
         except HomeAgentError as error:
-            # If the function `watch()` returns True, the time limit ended the statement of the check.
+            # If `watch()` returns True, the time limit caused the error.
             if self.watch():
                 self.skip(TOO_LONG, check)
             elif check not in self.findings:
