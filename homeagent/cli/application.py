@@ -24,7 +24,7 @@ from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database
 from homeagent.errors import HomeAgentError, InvalidArgumentError
 
-# `_UsageError` is the class UsageError of the copy of Click that Typer contains.
+# Typer contains a copy of Click. `_UsageError` is the class UsageError of this copy.
 _UsageError: Any = typer.BadParameter.__base__
 
 _CREDENTIALS = re.compile(r"://(?!USER@)\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
@@ -88,14 +88,14 @@ class _Commands(TyperGroup):
         super().__init__(commands=commands, params=[*params, _DATABASE, _JSON], **settings)
         for command in commands.values():
             command.context_class = _Context
-            command.short_help = " ".join(command.help.partition("\n\n")[0].split())  # a list shows the whole paragraph
+            command.short_help = " ".join(command.help.partition("\n\n")[0].split())  # otherwise Click cuts the text
             if not isinstance(command, TyperGroup):
                 command.params += [_JSON] if isinstance(command, WithoutDatabase) else [_DATABASE, _JSON]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.parent is None:
             options = args[: args.index("--")] if "--" in args else args
-            # Search --json before parsing, because an error of an earlier option must also be printed as JSON.
+            # Search for --json before parsing: an error in an option before --json must also be printed as JSON.
             ctx.obj = _Common(as_json="--json" in options)
         with _reported_errors(ctx.obj):
             if not args and not ctx.obj.as_json and not ctx.resilient_parsing:
@@ -131,7 +131,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
         _print_message(common, text, error="Interrupted")
         raise typer.Exit(130) from None  # after Ctrl-C, the exit status in a shell is 128 plus the number of the signal
     except OSError as error:
-        # The library raises HomeAgentError. An OSError without a file's name comes from the standard output.
+        # If an OSError has no file name, a write to the standard output has failed.
         if error.filename is not None:
             raise
         _discard_output()
@@ -159,7 +159,7 @@ def _details(error: HomeAgentError) -> dict[str, object]:
 
 def _discard_output() -> None:
     """Write the rest of the standard output to /dev/null, because the interpreter would otherwise fail at its exit."""
-    with suppress(OSError, ValueError):  # ValueError is raised if the output is not a file, for example in a test
+    with suppress(OSError, ValueError):  # `fileno()` raises ValueError if the output is not a file
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
         os.close(null)
@@ -183,7 +183,7 @@ def _printed_warnings(common: _Common) -> Iterator[None]:
 def confirm(
     context: typer.Context, question: str, *, yes: bool, dry_run: bool = False, show: Callable[[], object] | None = None
 ) -> None:
-    """Show the planned change, ask a question on standard error, and end with status 1 if the answer is not yes."""
+    """Show the planned change, and ask a question on standard error. If the answer is not yes, end with status 1."""
     if dry_run:
         if show is not None and not context.obj.as_json:
             show()
@@ -199,9 +199,7 @@ def confirm(
     # The function `typer.confirm()` would print a space on standard output, which is for results only.
     typer.echo(f"{question} [y/N]: ", nl=False, err=True)
     answer = sys.stdin.readline()
-    if not (
-        answer.endswith("\n") and sys.stdin.isatty()
-    ):  # a terminal shows the line break that ends the answer, but a pipe does not
+    if not (answer.endswith("\n") and sys.stdin.isatty()):  # on a terminal, the Enter key has begun a new line
         typer.echo(err=True)
     if not answer:
         raise InvalidArgumentError("the question got no answer, because the input has ended: answer y, or pass --yes")

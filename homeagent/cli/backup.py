@@ -251,7 +251,8 @@ def _open_target(target: str, migrations: str | None) -> Database:
     try:
         return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
-        # Do not upgrade an existing target, because the copy can still refuse a target that has rows.
+        # Do not upgrade an existing target. If the target has rows, the copy refuses the target, and the target must
+        # stay unchanged.
         if outdated.revision is not None:
             raise
     return Database.open(target, migrations=migrations)

@@ -115,9 +115,9 @@ def approve(
 ) -> None:
     """Approve a device.
 
-    The command shows the device and asks for a confirmation. The command approves nothing if the role, secret, time of
-    pairing or status of the device changes before the operator answers. The option --yes needs --role and --paired-at.
-    For a revoked device, --yes also needs --status revoked.
+    The command shows the device and asks for a confirmation. The command does not approve the device if its role,
+    secret, time of pairing or status changes before the operator answers. The option --yes needs --role and
+    --paired-at. For a revoked device, --yes also needs --status revoked.
     """
     require_expected(yes=yes, option="--role", value=role)
     require_expected(yes=yes, option="--paired-at", value=paired_at)
@@ -130,7 +130,7 @@ def approve(
             expected_role=role or seen.role,
             expected_secret_hash=seen.shared_secret_hash,
             expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
-            # Without --yes, another administrator can revoke the device before the operator answers.
+            # While the command waits for the answer, another administrator can revoke the device.
             expected_status=status if yes else status or seen.status,
         )
         now = opened.devices.get(device_id)
@@ -180,8 +180,8 @@ def delete(
     else:
         if not pending or before is None or force or paired_at is not None:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
-        # The store's method also deletes a device that was paired exactly at the given time. --before excludes this
-        # device.
+        # The store's method also deletes the devices that were paired exactly at `until`, but --before excludes its own
+        # time. So subtract a millisecond.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
         with open_named(context) as opened:
             counts = {"deleted": _delete_pending(context, opened, until, dry_run=dry_run, yes=yes)}

@@ -88,7 +88,7 @@ def forget(
 
 
 def _abandoned(unit: UnitOfWork, scope: IdempotencyScope) -> IdempotencyKey | None:
-    """Return the row of a key with an abandoned attempt, or None if the key has no abandoned attempt."""
+    """Return the row of the key. If the attempt of the key is not abandoned, return None."""
     row = unit.idempotency_keys.find(scope)
     if row is None:
         raise NotFoundError(
@@ -118,7 +118,7 @@ def _settle(
             lambda unit: _abandoned(unit, scope),
             lambda unit: change(unit.idempotency_keys),
             name=f"the key of {scope.method!r} by {scope.device_id!r}",
-            # A new attempt can have the number of an earlier attempt, but has another owner.
+            # Also compare the owner, because two attempts of a key can have the same number, but have different owners.
             columns=("attempt", "owner"),
             expected=attempt,
             yes=yes,
@@ -133,10 +133,10 @@ nonces: typer.Typer = group("nonces", help="Release the nonces of a device that 
 
 @nonces.command("forget")
 def forget_nonces(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
-    """Stop counting the stored nonces of a device towards the limit of the device.
+    """Exclude the stored nonces of a device from the limit of nonces.
 
-    First configure the gateway to keep nonces for a shorter time. The rows stay until the nonces expire, so a message
-    with a released nonce is still refused as a replay.
+    First configure the gateway to keep nonces for a shorter time. homeagent keeps each nonce until the nonce expires,
+    and still refuses a message with the nonce as a replay.
     """
     with open_named(context) as opened:
         released = opened.nonces.forget(device_id)

@@ -1,4 +1,4 @@
-"""Texts of errors for operators. The messages of `homeagent.errors` name methods and arguments for Python programs."""
+"""Error messages for operators, with commands and options. `homeagent.errors` names methods and arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PHRASES = {
 
 
 def operator_text(text: str) -> str:
-    """Return an error message in which phrases for an operator replace the phrases for Python programs."""
+    """In an error message, replace each phrase for Python programs by the phrase for operators."""
     for phrase, replacement in PHRASES.items():
         text = text.replace(phrase, replacement)
     return text

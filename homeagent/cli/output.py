@@ -23,7 +23,9 @@ _LEAST = 24  # minimum width of a column that contains a longer text, in charact
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print a value as JSON if the operator passed --json. Otherwise print or call the argument `text`."""
+    """Print a value as JSON if the operator passed --json. Otherwise print `text`, or call `text` if `text` is a
+    function.
+    """
     if context.obj.as_json:
         # Escape characters outside ASCII. The output is then valid in any encoding, and can't control the terminal.
         typer.echo(json.dumps(value, indent=2))
@@ -83,7 +85,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool
 def print_facts(
     facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
 ) -> None:
-    """Print lines that consist of a name and a value. A name without a colour is bold."""
+    """Print a line with a name and a value for each fact. If `colours` has no colour for a name, the name is bold."""
     facts = list(facts)
     longest = max((_width(name) for name, _ in facts), default=0)
     available = _terminal_width(error=error)
@@ -94,7 +96,7 @@ def print_facts(
         lines = value.split("\n")
         if available is not None:
             if max([min(_LEAST, _width(value)), *map(_width, value.split())]) > available - indent:
-                # The column would be too narrow, so print the value below its name.
+                # Print the value below its name, because the space next to the name is too narrow.
                 space, indent = "\n  ", 2
             # Do not wrap a line that begins with a space, because the line is a command to copy.
             wrapped = [

@@ -54,7 +54,7 @@ def show_row(row: Device | Agent | AgentSession, *, error: bool = False) -> None
 
 
 def request(model: type[M], **values: Any) -> M:
-    """Construct a model from the values. If a value is invalid, raise `typer.BadParameter`."""
+    """Return an instance of `model` with the values. If a value is invalid, raise `typer.BadParameter`."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -98,8 +98,8 @@ def change_shown(
     """Show a row, ask a question, and change the row. If one of the columns changed in the meantime, raise
     ConflictError.
 
-    The function `read` returns None if no question is necessary. `expected` is the expected value of the first column,
-    or None for any value. A timestamp is given as text.
+    If `read` returns None, do not ask. If `expected` is not None, require that the first column has this value. Pass a
+    timestamp as text.
     """
     seen = opened.run(read, read_only=True)
     confirm(context, question, yes=yes or seen is None, dry_run=dry_run, show=partial(show, seen))

@@ -69,7 +69,7 @@ def _adopt(
     path = resolve_target(target).path
     before = _backups(path)
     done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
-    # If the file already has homeagent's tables, the upgrade makes the backup itself.
+    # If the file already has homeagent's tables, the upgrade makes the backup, and `done.backup` is None.
     made = sorted(_backups(path) - before)
     done = done.model_copy(update={"backup": done.backup or (made[-1] if made else None)})
     kept = f" A copy from before is in {done.backup}." if done.backup else ""
@@ -229,7 +229,7 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # Remove Alembic's comments, because the output of this command also asks the developer to read the revision.
+        # Remove Alembic's comments, which ask the developer to read the revision. This command prints the same request.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

@@ -24,7 +24,9 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
-    """Return the main writing system: Latin if the text has Latin letters, and otherwise the most frequent."""
+    """Return the main writing system: Latin if the text has Latin letters, and otherwise the most frequent writing
+    system.
+    """
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None
 
@@ -60,14 +62,14 @@ def _escape(text: str) -> str:
 
 def quoted(text: str) -> str:
     """Return an id in quotes. If the main writing system is not Latin, append the name of the writing system."""
-    # Double the backslashes first, because a backslash in the id must not look like an escape.
+    # Double the backslashes of the id first. Otherwise a backslash of the id would look like the start of an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)
     return f"'{shown}'" if main in {None, "LATIN"} else f"'{shown}' ({main})"
 
 
 def identity(text: str) -> str:
-    """Return an id or another short text for printing, in quotes if the text could be mistaken for another text."""
+    """Return a short text, such as an id, for printing. Add quotes if the text could be mistaken for another text."""
     shown = quoted(text)
     is_plain = shown == f"'{text}'" and text == text.strip() and unicodedata.is_normalized("NFC", text)
     return text if is_plain and not text.startswith('"') else shown

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        # Import the schemas when a program first uses a schema. The import takes a twentieth of the start time.
+        # Import the schemas when a program first uses a schema, because the import takes a twentieth of the start time.
         schemas = import_module("homeagent.models.schemas")
         if not hasattr(schemas, name):
             raise AttributeError(f"module 'homeagent.models' has no attribute {name!r}")
@@ -36,8 +36,7 @@ else:
         return globals()[name]
 
 
-# `homeagent.models.metadata` also contains the application's tables, so do not read homeagent's tables from
-# `metadata.tables`.
+# Do not read homeagent's tables from `homeagent.models.metadata.tables`, which also contains the application's tables.
 SCHEMA: tuple[Any, ...] = (
     Agent.__table__,
     Device.__table__,

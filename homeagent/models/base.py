@@ -1,6 +1,5 @@
 """Base classes of the models. Do not import `annotations` from `__future__` in a module of models, because Pydantic and
-SQLAlchemy would evaluate each annotation again for each subclass. These evaluations would take a twelfth of the import
-time.
+SQLAlchemy would evaluate each annotation again for each subclass. This would add a twelfth to the import time.
 """
 
 import copy
@@ -17,8 +16,8 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
 from sqlmodel import Field, SQLModel
 
-# SQLModel has no public counterparts of the names in the next two imports. `finish_init` is a context variable, which
-# is False while SQLModel itself builds and validates an instance.
+# The next two imports use private names, because SQLModel has no public counterparts. The context variable
+# `finish_init` is False while SQLModel builds and validates an instance.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 from sqlmodel.main import FieldInfo, SQLModelMetaclass
 
@@ -66,7 +65,7 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Call `handler(data)`, and remove the data from a ValidationError."""
+    """Call `handler(data)`. If the handler raises a ValidationError, raise a copy of the error without the data."""
     try:
         return handler(data)
     except ValidationError as error:
@@ -98,7 +97,7 @@ class Model(SQLModel, registry=_registry):
     @classmethod
     def model_validate_json(cls, *args: Any, **kwargs: Any) -> Self:
         """Validate JSON text like Pydantic's method, but with errors that do not show the text."""
-        # Pydantic parses the text before it calls `_hide_input`.
+        # Pydantic parses the text before the call of `_hide_input`, so handle an error of the parser here.
         return hide_input(None, lambda _: super(Model, cls).model_validate_json(*args, **kwargs))
 
 
@@ -113,7 +112,7 @@ class PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """Return the index options of both engines, including the condition."""
+        """Return SQLAlchemy's options of the index, with the condition for both engines."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -122,7 +121,7 @@ class PartialIndex(Index):
 
 RESERVED_PREFIX = "homeagent_"
 
-# Tables of homeagent and of schema revisions, in lower case, because SQLite ignores the case of a name.
+# Names of the tables of homeagent and Alembic, in lower case. SQLite ignores the case of a name.
 _RESERVED_NAMES = frozenset(
     {"agents", "devices", "idempotency_keys", "nonces", "sessions", "store"}
     | {"device_changes", "application_schema_version", "alembic_version"}
@@ -206,8 +205,8 @@ class Table(Model, metaclass=_TableType):
             super().__init__(**data)
             return
         related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
-        # SQLAlchemy does not notice the values that the validator writes into `__dict__`. Therefore restore the old
-        # `__dict__` after the validation, and set each field by `set_attribute()`.
+        # The validator writes the values into `__dict__`, but SQLAlchemy does not notice these changes. Therefore
+        # restore the old `__dict__` after the validation, and set each field by `set_attribute()`.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -222,11 +221,10 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state before `__pydantic_fields_set__` marks the instance as constructed.
+        # Create SQLAlchemy's state of a loaded instance (see `_StateOnDemand`) before `__pydantic_fields_set__` is set.
         getattr(self, "_sa_instance_state", None)
-        # Pydantic replaces the dictionary in the attribute `__dict__` by a copy. Restore the old dictionary, because a
-        # flush would otherwise lose a value that a listener of `before_update` assigned
-        # (test_a_listener_of_a_flush_assigns).
+        # Pydantic replaces the dictionary in the attribute `__dict__` by a copy. Restore the old dictionary. Otherwise
+        # a flush would lose the values that a listener of `before_update` assigns (test_a_listener_of_a_flush_assigns).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -241,8 +239,8 @@ class Table(Model, metaclass=_TableType):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # A loaded instance gets Pydantic's attributes at the first use, because setting the attributes took a third
-            # of the time of loading an instance.
+            # Set Pydantic's attributes of a loaded instance at their first use. Setting the attributes of each loaded
+            # instance took a third of the load time.
             if name == "__pydantic_fields_set__":
                 getattr(self, "_sa_instance_state", None)  # see `__setattr__`
                 fields_set = set(type(self).model_fields)
@@ -254,8 +252,8 @@ class Table(Model, metaclass=_TableType):
 
     @classmethod
     def model_values(cls, **data: Any) -> dict[str, Any]:
-        """Validate the values of a new row, and add the defaults. Return the values by attribute name, as parameters of
-        a `Statement`. Creating an instance takes ten times as long.
+        """Validate the values of a new row, and add the defaults. Return a dict from attribute name to value, for the
+        parameters of a `Statement`. This method takes a tenth of the time for creating an instance.
         """
         instance = object.__new__(cls)
         cls.__pydantic_validator__.validate_python(data, self_instance=instance)
@@ -272,7 +270,8 @@ class Table(Model, metaclass=_TableType):
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create SQLAlchemy's state before pickling, because an unpickled instance counts as constructed.
+        # Create SQLAlchemy's state before pickling, because `_StateOnDemand` creates no state for an unpickled
+        # instance.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 
@@ -298,7 +297,8 @@ _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 class _StateOnDemand:
     """A descriptor that creates SQLAlchemy's state when the ORM uses a loaded instance for the first time. Creating the
-    state takes longer than the rest of loading an instance, and most loaded instances never reach an ORM session.
+    state for each loaded instance would more than double the load time, and most loaded instances do not need the
+    state.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:
@@ -314,5 +314,6 @@ class _StateOnDemand:
         return stored
 
 
-# Do not set the attribute in the body of the class, because Pydantic would make the attribute private.
+# Do not set `_sa_instance_state` in the body of the class, because Pydantic treats a name that begins with `_` as a
+# private attribute.
 Table._sa_instance_state = _StateOnDemand()

@@ -55,7 +55,7 @@ class Device(Table, table=True):
     __table_args__: ClassVar[Any] = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
-        # The index has all columns of its condition, so SQLite reads only the index to count devices.
+        # The index contains all columns of its condition, so SQLite counts pending devices without reading the table.
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
@@ -74,7 +74,11 @@ class Device(Table, table=True):
     )
     paired_at: Timestamp = Field(description="Time of the pairing.")
     last_seen_at: Timestamp | None = Field(
-        default=None, description="Null until the device is seen for the first time. Updated at most once a minute."
+        default=None,
+        description=(
+            "Time at which the device was last seen, updated at most once a minute. Null before the device is seen for"
+            " the first time."
+        ),
     )
     metadata_: Json = Field(
         default=None,
@@ -84,10 +88,11 @@ class Device(Table, table=True):
     )
     approved_at: Timestamp | None = Field(
         default=None,
-        description="Time of the last approval. Null before any approval, or if an old version approved the device.",
+        description="Time of the last approval. Null if the device was not approved, or if an old version approved it.",
     )
     revoked_at: Timestamp | None = Field(
-        default=None, description="Time of the revocation. Null without a revocation, or after a later approval."
+        default=None,
+        description="Time of the revocation. Null if the device was not revoked, or was approved after the revocation.",
     )
     revoked_reason: Name | None = Field(
         default=None, description="Reason that the administrator gave for the revocation."
@@ -126,7 +131,7 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If the ORM changes `Device.approved`, set the columns that `devices.approve()` and `devices.revoke()` set."""
+    """If a flush changes `Device.approved`, set the same columns as `devices.approve()` and `devices.revoke()`."""
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return

@@ -1,4 +1,4 @@
-"""The feed of device changes. Triggers of the schema write the change feed in the order of the commits."""
+"""The feed of device changes. Database triggers write the feed in the order of the commits."""
 
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -11,8 +11,8 @@ from homeagent.models.types import Identifier, Timestamp
 
 
 class DeviceChangeKind(StrEnum):
-    """Kind of a device change. One UPDATE can cause several changes. The change `updated` is recorded only if an UPDATE
-    causes no other change.
+    """Kind of a device change. One UPDATE can cause several changes. A change of the kind `updated` is recorded only if
+    the UPDATE causes no other change.
     """
 
     PAIRED = "paired"
@@ -45,6 +45,6 @@ class DeviceChange(Table, table=True):
         ),
         description="Number of the change. A change that was committed later has a greater number.",
     )
-    device_id: Identifier | None = Field(default=None, description="Null in a `reset` change.")
+    device_id: Identifier | None = Field(default=None, description="Id of the device. Null in a `reset` change.")
     kind: DeviceChangeKind = Field(description="Kind of the change.")
     at: Timestamp = Field(description="Time of the change, from the device's row or from the database's clock.")

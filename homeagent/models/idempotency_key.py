@@ -67,7 +67,7 @@ class IdempotencyKey(Table, table=True):
         PrimaryKeyConstraint("device_id", "method", "key", name="pk_idempotency_keys"),
         CheckConstraint("state IN ('in_progress', 'completed', 'failed')", name="state"),
         Index("idx_idempotency_expires", "expires_at"),
-        # This index serves the list of abandoned keys.
+        # The method `list_abandoned()` uses this index.
         PartialIndex("idx_idempotency_lease", "lease_expires_at", where=text("state = 'in_progress'")),
     )
 
@@ -142,8 +142,8 @@ class IdempotencyScope:
     method: Name
     key: Label = field(repr=False)
 
-    # This `__init__` hides the key in tracebacks. The generated `__init__` with a decorator would also hide the key,
-    # but a look-up of a record would take 12% more instructions.
+    # This `__init__` hides the key in tracebacks. A decorator on the generated `__init__` would also hide the key, but
+    # would add 12% more instructions to a look-up of a record.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
@@ -169,7 +169,7 @@ class IdempotencyScope:
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
-# Setting a field of the frozen class by its slot takes less time than `object.__setattr__()`.
+# The class is frozen. Setting a field by its slot takes less time than `object.__setattr__()`.
 _slots: Any = vars(IdempotencyScope)
 _set_device_id, _set_method, _set_key = (_slots[name].__set__ for name in ("device_id", "method", "key"))
 
@@ -196,7 +196,7 @@ class Attempt:
         scope: device, method and key of the call.
         lease_expires_at: end of the lease.
         expires_at: time until which a repeated call gets the stored outcome.
-        ttl: after the outcome was recorded, a repeated call gets the stored outcome for this time.
+        ttl: time from the claim to `expires_at`. If the effect takes longer, the ttl begins at the end of the effect.
         owner: random text that identifies this attempt.
     """
 

@@ -16,8 +16,10 @@ class Limits:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises
             PendingLimitError. If the limit is 0, no device can pair.
         pending_ttl: time after which a sweep deletes a pending device.
-        nonces_per_device: maximum number of nonces per device, 1 or more. Expired nonces do not count.
-        keys_per_device: maximum number of idempotency keys per device, 1 or more. Expired keys do not count.
+        nonces_per_device: maximum number of nonces per device, 1 or more. An expired nonce does not count towards the
+            limit.
+        keys_per_device: maximum number of idempotency keys per device, 1 or more. An expired key does not count towards
+            the limit.
         longest_ttl: longest time for which the store keeps a nonce or an idempotency key.
         waiting_hashes: maximum number of calls that wait for a slow hash in one process, 1 or more.
         failed_checks_per_minute: maximum number of failed secret checks in a minute for a device id, in one process, 1

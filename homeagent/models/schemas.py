@@ -37,7 +37,7 @@ ChosenSecret = Annotated[
 
 
 class MetadataSchema(Model):
-    """A schema with the field `metadata_`, whose alias is `metadata`. SQLAlchemy uses the attribute `metadata`."""
+    """A schema with the field `metadata_`, whose alias is `metadata`. SQLAlchemy reserves the name `metadata`."""
 
     # SQLAlchemy reads SQLModel's class variable `metadata` only for a class with a table.
     @property
@@ -70,7 +70,7 @@ class AgentUpdate(Model):
 
 
 class AgentPublic(Model):
-    """An agent in a reply."""
+    """Reply with the fields of an agent."""
 
     id: str
     name: str
@@ -108,7 +108,7 @@ class DeviceUpdate(MetadataSchema):
 
 
 class DevicePublic(MetadataSchema):
-    """A device in a reply, without values derived from its secret."""
+    """Reply with the fields of a device, except the values that are derived from its secret."""
 
     id: str
     role: Role
@@ -127,7 +127,7 @@ class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
     Attributes:
         device: the stored device, which is not approved yet.
-        shared_secret: secret of the request, or the generated secret.
+        shared_secret: secret of the request. If the request had no secret, the generated secret.
     """
 
     device: Device
@@ -136,7 +136,7 @@ class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
 @dataclass(frozen=True, slots=True)
 class SecretCheck:
-    """The result of a check of a secret. The result counts as true if the device is approved and the secret is right.
+    """The result of a check of a secret. `bool(check)` is True if the secret is right and the device is approved.
 
     Attributes:
         status: status of the device if the secret is right, or else "denied".
@@ -169,7 +169,7 @@ class AgentSessionUpdate(MetadataSchema):
 
 
 class AgentSessionPublic(MetadataSchema):
-    """A session in a reply."""
+    """Reply with the fields of a session."""
 
     session_id: str
     agent_id: str

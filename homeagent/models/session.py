@@ -29,7 +29,9 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return the hash of a route. In a unique index on the three columns, two NULLs would count as different."""
+    """Return the hash of a route, for a unique index. An index on the three columns would not detect equal routes with
+    NULL.
+    """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
     return hashlib.sha256(
@@ -44,12 +46,12 @@ class AgentSession(Table, table=True):
     __table_args__: ClassVar[Any] = (
         Index("idx_sessions_agent", "agent_id"),
         Index("idx_sessions_sender", "sender_id"),
-        # The next four indexes serve the pages of lists.
+        # The method `list()` of the store uses the next four indexes.
         Index("idx_sessions_active", "last_active_at", "session_id"),
         Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
         Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
         Index("idx_sessions_channel_active", "channel_id", "last_active_at", "session_id"),
-        # This index serves the search for the last active session of a route.
+        # `resolve()` uses this index to find the last active session of a route.
         Index("idx_sessions_agent_sender_channel", "agent_id", "sender_id", "channel_id"),
         Index(ROUTE_INDEX, "route_key", unique=True),
     )
@@ -79,7 +81,7 @@ class AgentSession(Table, table=True):
     )
 
 
-# Only `uow.session` causes mapper events. The statements of the stores set `route_key` themselves.
+# SQLAlchemy calls the following listeners only for `uow.session`. A store sets `route_key` in its own statements.
 
 _ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
 

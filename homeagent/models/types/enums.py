@@ -27,7 +27,7 @@ class EnumColumn(StoredColumn[StrEnum]):
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the stored text of a member. The argument can also be the text of a member."""
+        """Return the text that the column stores for a member. The argument can be the member or its text."""
         try:
             return self._stored[value]
         except (KeyError, TypeError):
@@ -44,8 +44,8 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as 0 or 1. For any other stored value, a store loads the value of the argument
-    `otherwise`. This value must grant no access.
+    """Column type for a bool, stored as 0 or 1. If the column contains another value, a store returns the value that
+    was passed as `otherwise`. Choose a value for `otherwise` that grants no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer

@@ -15,7 +15,7 @@ def check_limit(value: int, what: str = "limit") -> int:
 
 
 def check_names(names: Collection[str], what: str, example: str) -> frozenset[str]:
-    """Return the names as a frozenset. If `names` is a str, or an item is not a str, raise InvalidArgumentError."""
+    """Return the names as a frozenset. Raise InvalidArgumentError if `names` is a str or not a collection of texts."""
     is_collection = isinstance(names, Collection) and not isinstance(names, str)
     if not is_collection or not all(isinstance(name, str) for name in names):
         raise InvalidArgumentError(f"{what} must be a collection of names, such as ['{example}']")

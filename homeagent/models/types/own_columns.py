@@ -26,7 +26,9 @@ from homeagent.models.types.timestamps import TIMESTAMP_CHECK, TimestampColumn
 
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
-    """If the field has neither `sa_type` nor `sa_column`, choose a column type that both engines sort equally."""
+    """If the field has neither `sa_type` nor `sa_column`, choose a column type. Both engines sort its values in the
+    same order.
+    """
     given = next((each for each in field.metadata if isinstance(each, FieldInfoMetadata)), None)
     if given is not None and not (given.sa_type is given.sa_column is PydanticUndefined):
         return
@@ -54,7 +56,7 @@ def _column_type(kind: Any, field: FieldInfo, what: str) -> TypeEngine[Any] | No
     if issubclass(kind, str):
         return text_column()
     if issubclass(kind, int):
-        # PostgreSQL's INTEGER has 32 bits. SQLite numbers a primary key only if the type is INTEGER.
+        # PostgreSQL's INTEGER has only 32 bits. SQLite chooses the value of a primary key only if the type is INTEGER.
         return BigInteger().with_variant(Integer(), "sqlite")
     if issubclass(kind, datetime):
         if TIMESTAMP_CHECK not in _parts(field.rebuild_annotation()):

@@ -1,4 +1,4 @@
-"""Errors for stored values that the column type cannot convert, because another program wrote the values."""
+"""Errors for stored values that a column type cannot convert. Another program can have written such a value."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ _REMEDY = (
 
 
 def naming_column(table: Table) -> str:
-    """Return the column whose value identifies a row in errors. Errors must not show nonces and idempotency keys."""
+    """Return the name of the column that identifies a row in an error message. The message must not show a nonce or an
+    idempotency key.
+    """
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
 
 def problem_of_stored(column: Column[Any]) -> Callable[[Any], str | None]:
-    """Return a function that describes the problem of a stored value. For a valid value, the function returns None."""
+    """Return a function that checks a stored value. The function returns the problem as text, or None for a valid
+    value.
+    """
     stored: type = getattr(column.type, "impl_instance", column.type).python_type
     allowed = getattr(column.type, "allowed", None)
 
@@ -53,7 +57,7 @@ def unreadable() -> CorruptDatabaseError:
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. `key` is the row's value in the column `naming_column()`."""
+    """Return the error for an unreadable value in the row that has the value `key` in its `naming_column()`."""
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
 
@@ -62,8 +66,8 @@ class StoredColumn(TypeDecorator[T]):
     """Base class of homeagent's column types, which convert values. NULL and None need no conversion.
 
     Code that homeagent generates for a statement calls `convert_bound()` and `convert_loaded()`. If a column type has a
-    dictionary `loaded_values`, the code looks values up in the dictionary instead of calling `convert_loaded()`.
-    SQLAlchemy reads `cache_ok` only from the class itself, so each column type sets `cache_ok`.
+    dictionary `loaded_values`, the code uses the dictionary instead of `convert_loaded()`. SQLAlchemy reads `cache_ok`
+    only from the class itself, so each column type sets `cache_ok`.
     """
 
     convert_bound: Callable[[Any], Any]

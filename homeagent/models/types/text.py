@@ -23,7 +23,7 @@ On PostgreSQL, one entry of an index has at most 2,704 bytes. So an index must n
 (test_the_longest_texts_are_stored).
 """
 
-# Line and paragraph separators break a log line.
+# A line separator or paragraph separator splits a log record into two lines.
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
 # Bidirectional controls make a name look like another name.
 _BIDIRECTIONAL = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -45,8 +45,8 @@ def _check_text(value: str, what: str, octets: int) -> str:
     """Return the value if it has 1 to `octets` bytes of UTF-8, no control character and no lone surrogate."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
-    # Check the characters before the length in bytes, because a lone surrogate can't be encoded as UTF-8. Check the
-    # length first, so that the check of the characters never reads a long text.
+    # Check the number of characters first, so that the second check does not read a long text. Check the characters
+    # before the number of bytes, because a lone surrogate can't be encoded as UTF-8.
     if 1 <= len(value) <= octets:
         if not value.isprintable() and any(unicodedata.category(each) in _REFUSED_CATEGORIES for each in value):
             raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
@@ -68,7 +68,7 @@ def _check_id(value: str, what: str, octets: int) -> str:
     return value
 
 
-# Look up only a plain str in the cache, because another object can be unhashable, or equal to a str.
+# Use the cache only for a plain str. Another object can be unhashable, or can be equal to a cached str.
 _check_known = lru_cache(8192)(_check_id)
 
 
@@ -78,7 +78,7 @@ def _is_visible(text: str, place: int) -> bool:
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
         return True
     if character in _JOINERS:
-        # Marks (such as the virama), variation selectors and skin tones can precede a joiner.
+        # Skip the marks (such as the virama), variation selectors and skin tones before the joiner.
         before = next((each for each in reversed(text[:place]) if not _is_modifier(each)), "")
         return _is_letter_or_emoji(before) and _is_letter_or_emoji(text[place + 1 : place + 2])
     return character in _EMOJI_STYLES and place > 0 and _is_emoji(text[place - 1])
@@ -89,7 +89,7 @@ def _is_modifier(character: str) -> bool:
 
 
 def _is_emoji(character: str) -> bool:
-    # U+2194 is an emoji, but its Unicode category is Sm.
+    # U+2194 is an emoji, although its Unicode category is Sm and not So.
     return character == "\u2194" or unicodedata.category(character) == "So"
 
 
@@ -103,13 +103,15 @@ def check_identifier(value: str, what: str = "an id") -> str:
 
 
 def check_session_id(value: str, what: str = "an id") -> str:
-    """Check the id of a new session by the rules of `check_identifier()`, with at most 1,024 bytes."""
+    """Return the value if it is a valid id of a new session. `check_identifier()` has the same rules, except the
+    length.
+    """
     return (_check_known if value.__class__ is str else _check_id)(value, what, MAX_LABEL_BYTES)
 
 
 def check_label(value: str, what: str = "a label") -> str:
-    """Return the value if it is valid as a new key, nonce, sender or channel. Invisible characters are allowed, because
-    a telephone number that was copied from an address book can contain bidirectional marks.
+    """Return the value if it is a valid new key, nonce, sender or channel. Invisible characters are allowed, because a
+    telephone number that was copied from an address book can contain bidirectional marks.
     """
     return _check_text(value, what, MAX_LABEL_BYTES)
 
@@ -120,7 +122,7 @@ def check_optional_label(value: str | None, what: str) -> str | None:
 
 
 def check_name(value: str, what: str = "a name") -> str:
-    """Return the value if it is valid as a method, name, reason or hash. Otherwise raise InvalidArgumentError."""
+    """Return the value if it is a valid method, name, reason or hash. Otherwise raise InvalidArgumentError."""
     _check_text(value, what, MAX_ID_BYTES)
     if not value.isascii() and not _BIDIRECTIONAL.isdisjoint(value):
         raise InvalidArgumentError(f"{what} has a bidirectional control character: remove it")

@@ -1,4 +1,4 @@
-"""Timestamps in UTC, and durations, in whole milliseconds. Do not compute with floats, because floats round."""
+"""Timestamps in UTC, and durations, in whole milliseconds. Do not compute with floats, because floats are rounded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-_MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))  # each unit of work rounds the time
+_MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))  # for the time of each unit of work
 
 
 def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
@@ -40,12 +40,12 @@ def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
 
 
 def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
-    """Return the checked time of an event. If the value is None or in the future, return `now`."""
+    """Return the time of an event. If the time is None or in the future, return `now`."""
     return now if value is None else min(check_timestamp(value, what), now)
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return the value if it is a duration of at least a millisecond, or with `zero=True` of at least zero."""
+    """Return the value if it is a duration of a millisecond or more. With `zero=True`, also allow shorter durations."""
     if not isinstance(value, timedelta):
         raise InvalidArgumentError(f"{what} must be a timedelta, not {type(value).__name__}")
     if value < timedelta(0) or (not zero and value < MILLISECOND):
@@ -113,7 +113,7 @@ def from_milliseconds(milliseconds: float) -> datetime:
 
 
 class _TimestampCache(dict[int, datetime]):
-    """Cache of loaded timestamps. A look-up takes a fifth of the time for creating the timestamp."""
+    """Cache of loaded timestamps. Reading a timestamp from the cache takes a fifth of the time for creating it."""
 
     def __missing__(self, milliseconds: int) -> datetime:
         if len(self) >= _CACHED_TIMESTAMPS:
