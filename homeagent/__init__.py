@@ -85,7 +85,8 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 """Names of the modules that are attributes of the package after `import homeagent`."""
 
 
-# If type checkers saw the function `__getattr__`, the type checkers would accept any misspelt name of the package.
+# Hide the function `__getattr__` from type checkers. Otherwise type checkers would accept any misspelt name of the
+# package.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

@@ -55,7 +55,7 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
     """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass the function to
     Alembic's `context.configure`.
 
-    The metadata of `homeagent.Table` also contains homeagent's tables, so that foreign keys can refer to the tables by
+    The metadata of `homeagent.Table` also contains homeagent's tables. A foreign key can refer to such a table by its
     name.
 
     Args:
@@ -160,7 +160,7 @@ def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:
 
 @contextmanager
 def _without_foreign_keys(connection: Connection) -> Iterator[None]:
-    """Switch foreign keys off, because a rebuild of a table would otherwise delete the rows that refer to the table."""
+    """Switch foreign keys off. Otherwise the rebuild of a table would delete the rows that refer to the table."""
     if connection.dialect.name != "sqlite":
         yield
         return

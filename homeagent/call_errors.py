@@ -70,7 +70,7 @@ class HandshakeError(HomeAgentError):
 
 
 class RefusingRecord(TypedDict, total=False):
-    """State and expiry time of a stored record that prevents a new claim of its key."""
+    """State and expiry time of the stored record of a key."""
 
     state: IdempotencyState
     expires_at: datetime
@@ -137,7 +137,7 @@ class OutcomeUnknownError(IdempotencyError):
 
 class LeaseLostError(IdempotencyError):
     """An attempt no longer owns its idempotency key. The call that raised the error did not change the store. Remedy:
-    do not act on the outcome of this attempt.
+    do not use the outcome of this attempt.
     """
 
     def __init__(self, *, device_id: str, method: str, attempt: int) -> None:

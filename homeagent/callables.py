@@ -15,10 +15,10 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return the function. If a call would not run the body of the function, raise InvalidArgumentError.
+    """Return the function. For a generator function or an object that can't be called, raise InvalidArgumentError.
 
-    The argument `coroutine` is the remedy in the error message for a coroutine function. With None, a coroutine
-    function is valid.
+    If `coroutine` is None, a coroutine function is valid. Otherwise the function raises InvalidArgumentError for a
+    coroutine function, and `coroutine` is the remedy in the error message.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED

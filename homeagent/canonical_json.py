@@ -16,7 +16,7 @@ from homeagent.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-# Do not call `json.dumps()` with arguments, because each such call creates an encoder.
+# Do not replace this encoder by calls of `json.dumps(…, ensure_ascii=False)`: each call would create an encoder.
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 

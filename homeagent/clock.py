@@ -27,17 +27,18 @@ _latest = (0, _EPOCH)
 def system_clock() -> datetime:
     """Return the current time in whole milliseconds. The returned time never goes back within a process.
 
-    If timestamps went back, expired nonces would count as unexpired.
+    If the time went back, a nonce that has expired could count as not expired.
     """
     global _latest
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest
     if milliseconds > latest:
-        # Two threads can run this block at the same time. Each thread then returns its own time.
+        # Two threads can run this block at the same time. Then each thread returns the time that this thread has read.
         timestamp = _EPOCH + milliseconds * _MILLISECOND
         reading = (milliseconds, timestamp)
-        # Do not add a call between the comparison and the assignment. CPython switches threads only after a call. After
-        # a switch, this thread would overwrite a later reading of another thread (`test_the_clock_never_goes_back`).
+        # Do not add a call between the comparison and the assignment. CPython can switch to another thread only after a
+        # call. After a switch, this thread could replace a later time by an earlier time
+        # (`test_the_clock_never_goes_back`).
         if reading > _latest:
             _latest = reading
     return timestamp

@@ -120,8 +120,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             pool_size: maximum number of connections for write units, and also for read-only units, from 1 to 1,000.
                 SQLite ignores `pool_size`.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
-            migrations: folder of the application's Alembic revisions, as "package:folder" or a path. The application's
-                revisions run after homeagent's revisions.
+            migrations: folder of the application's Alembic revisions, as "package:folder" or a path. An upgrade runs
+                homeagent's revisions first, and then the revisions in this folder.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
             acknowledged: names of the application's triggers on homeagent's tables. An upgrade, a copy and a restore
                 refuse a trigger on homeagent's tables if the list does not contain the trigger's name.
@@ -159,7 +159,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         After a call of `close()`, all other methods except `counters()` raise DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
-            return  # Do not take the mutex, because a thread of the parent can hold the mutex during the fork.
+            return  # Do not take the mutex: a thread of the parent process can hold the mutex during the fork.
         with self._mutex:
             self._closed = True
             sweepers, self._sweepers = self._sweepers, []
@@ -183,7 +183,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     ) -> None:
         self.close()
 
-    # Stores for which each call is a separate unit
+    # Stores in which each call of a method is a separate unit of work
 
     @cached_property
     def devices(self) -> DeviceStore:
@@ -215,11 +215,12 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def store(self, kind: type[S]) -> S:
         """Return a store that runs each call of a method as a separate unit of work.
 
-        A method that only reads runs one statement in autocommit mode, and takes no lock. If a write depends on a
-        read, use one unit of work for the read and the write. A method that writes uses `Database.run()`. If the
-        thread already has an open write unit, a method that writes raises `UnitStateError`.
+        A method that only reads runs one statement in autocommit mode, and takes no lock. A method that writes runs by
+        `Database.run()`, and raises `UnitStateError` if the thread already has an open write unit. If a write depends
+        on a read, use one unit of work for the read and the write.
 
-        If a method of an application's store sends a second statement, homeagent calls the method again in one unit.
+        If a method of an application's store sends a second statement, homeagent stops the method, and calls the method
+        again in a unit of work.
 
         Args:
             kind: class of the store, such as `DeviceStore` or a store of the application.
@@ -256,8 +257,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def read_connection(self) -> AbstractContextManager[Connection]:
         """Return a read-only connection for reports, pandas or ad-hoc SQL. Use the connection as a context manager.
 
-        The connection reads one snapshot until a commit or rollback. On SQLite, the connection refuses ATTACH. At most
-        two connections for reports can be in use at the same time.
+        The connection reads one snapshot until the caller commits or rolls back. On SQLite, the connection refuses
+        ATTACH. At most two connections for reports can be in use at the same time.
 
         Raises (when the block is entered):
             DatabaseBusyError: if two other callers use the read-only connections for the whole `busy_timeout`.

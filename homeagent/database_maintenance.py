@@ -69,8 +69,8 @@ class DatabaseMaintenance:
         backups: maintenance.BackupSchedule | None = None,
         check_every: timedelta | None = timedelta(hours=24),
     ) -> maintenance.Sweeper:
-        """Return a thread that sweeps periodically. Call `start()` and `stop()`, or use the thread as a context
-        manager.
+        """Return a thread that calls `sweep()` periodically. Call `start()` and `stop()`, or use the thread as a
+        context manager.
 
         `Database.close` stops the thread.
 
@@ -168,9 +168,9 @@ class DatabaseMaintenance:
         Args:
             target: open database at the revision of the source, without devices, agents, sessions, nonces or
                 idempotency keys.
-            live: True to allow other units to write to the source during the copy. With `live=True`, the target gets
-                the state that the source had at the beginning of the copy. Before you move a store to another database,
-                stop all writers.
+            live: True to allow other units to write to the source during the copy. The copy contains the state of the
+                source at the beginning of the copy, without later writes. Before you move to another database, stop all
+                writers.
             leave: names of the application's tables that the copy leaves out.
             progress: function that homeagent calls after each page of copied rows.
 
@@ -312,8 +312,7 @@ class DatabaseMaintenance:
 
         Raises:
             ConflictError: if the epoch of the database is not `expected_epoch`.
-            DatabaseBusyError: if a process has the database open. A process with an open database would continue in the
-                old epoch.
+            DatabaseBusyError: if a process has the database open, because this process would continue in the old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.
             DatabaseError: if the database cannot be opened for a reason that no error above covers.
         """

@@ -1,7 +1,7 @@
 """Deliver device changes to asynchronous iterators (see `Database.watch_devices`).
 
-One thread of each `Database` reads the change feed for all iterators. Each iterator itself must check the time of the
-last read, because a lost connection can block the thread (`test_a_server_that_does_not_answer_ends_the_iterator`).
+One thread of each `Database` reads the change feed for all iterators. A lost connection can block this thread.
+Therefore each iterator also checks the time of the last read (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ PATIENCE = 5.0
 """Time in seconds. If no read of the change feed succeeds for this time, an iterator raises an error."""
 
 _PAGE = 100  # maximum number of changes that a statement reads
-_WAITING = 1000  # number of waiting changes at which the thread reads no further page for an iterator
+_WAITING = 1000  # the thread reads no page for an iterator with this number of waiting changes
 _INTERVAL = 0.2  # seconds between two reads of the change feed
 
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
 
 
 class _Subscription:
-    """Queue of the device changes that the thread has read and the iterator has not returned yet. The attribute
-    `position` is the number of the change that the thread read last.
+    """Queue of device changes between the thread and an iterator. The attribute `position` is the number of the last
+    change that the thread has read.
     """
 
     def __init__(self, after: int) -> None:
@@ -58,8 +58,10 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change, or None if no change is stored. The next change calls the function `wake()`."""
-        # Register the function first. Otherwise a change that comes between the two lines would not wake the iterator.
+        """Return the next change, or None if the queue is empty. When the thread adds a change, the thread calls
+        `wake()`.
+        """
+        # Set `_wake` first. Otherwise a change that the thread adds between the two lines would not wake the iterator.
         self._wake = wake
         return self._changes.popleft() if self._changes else None
 
@@ -117,7 +119,7 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
-    """Return a function with which any thread can schedule a call in the event loop of this task."""
+    """Return a function that schedules a call in the event loop of this task. Any thread can call the function."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
@@ -127,7 +129,7 @@ def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
 
 
 class DeviceWatcher:
-    """Thread that reads the change feed of a `Database`. The argument `timeout` is in seconds, and limits `close()`."""
+    """Thread that reads the change feed of a `Database`. `timeout` is the longest wait of `close()`, in seconds."""
 
     def __init__(self, engine: Engine, *, timeout: float, monotonic: Callable[[], float] = monotonic) -> None:
         self._engine = engine

@@ -120,8 +120,8 @@ class DeviceSecrets:
         """Return whether the secret is right, and whether the device is approved, pending or revoked.
 
         An attacker with a wrong secret can't learn whether the device exists, is approved, or has a generated secret.
-        If the secret is wrong, only the presented id and secret decide how long the check takes, and whether a limit
-        refuses the check.
+        For a wrong secret, two results depend only on the presented id and secret: the duration of the check, and
+        whether a limit refuses the check.
 
         Args:
             device_id: presented id.
@@ -147,12 +147,12 @@ class DeviceSecrets:
         return checked
 
     def _check_fast(self, unit: UnitOfWork, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        # For a wrong secret, run one statement and at most one hash, even if the device is absent.
+        # For a wrong secret, send one statement and compute at most one hash, even if the device is absent.
         stored = _valid_hashes(unit.devices.find_secret_hashes(device_id), self._clock())
         return _checked(unit.devices.find_by_id(device_id) if check_secret(shared_secret, stored) else None)
 
     def _check_slowly(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        # For a wrong secret, run one statement and one hash, even if the device is absent.
+        # For a wrong secret, send one statement and compute one hash, even if the device is absent.
         while True:
             now = self._clock()
             stored = _valid_hashes(
@@ -166,7 +166,8 @@ class DeviceSecrets:
             if device is None:
                 return _checked(None)
             if stored[match.matched] in _valid_hashes(device, self._clock()):
-                # Do not replace the hash of a pending device. An approval can require an unchanged hash.
+                # Do not replace the hash of a pending device, because an approval can compare the stored hash with the
+                # hash that the administrator saw.
                 if device.approved and match.matched == 0 and match.replacement is not None:
                     self._rehash(device_id, stored[0], match.replacement)
                 return _checked(device)
@@ -179,7 +180,7 @@ class DeviceSecrets:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Replace a hash by a hash with current parameters. Only log an error, because the check has succeeded."""
+        """Replace a stored hash by a hash with the current costs. Only log an error, because the secret is right."""
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
@@ -301,7 +302,7 @@ class DeviceSecrets:
             shared_secret: chosen secret. If the caller passes no secret, homeagent generates a secret.
             overlap: time for which the old secret stays right, by default 0. The rotation immediately ends the overlap
                 of an earlier rotation.
-            expected_secret_hash: hash that the old secret must have. Default: any hash.
+            expected_secret_hash: expected hash of the old secret. Default: any hash.
             expected_paired_at: expected time of pairing. Default: any time.
 
         Raises:
@@ -345,7 +346,7 @@ class DeviceSecrets:
             if device is None:
                 raise DeviceNotFoundError(device_id)
             if new != old and _hash_and_verifier(device) == (new, verifier):
-                return True  # an earlier run of the unit stored the hash
+                return True  # an earlier run of this unit has already stored the new hash
             if expected_paired_at not in (None, device.paired_at):
                 raise ConflictError(f"device {device_id!r} was paired at another time: {_DECIDE}")
             if expected_secret_hash not in (None, device.shared_secret_hash):
@@ -386,15 +387,16 @@ class DeviceSecrets:
 def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> Device:
     try:
         device = unit.devices.create(create)
-        # Check the limit after the insert. If the unit runs a second time, the insert raises DeviceExistsError, and the
-        # limit can't refuse the device of the first run.
+        # Check the limit only after the insert. If the unit runs again after its commit, the insert raises
+        # DeviceExistsError before this check, so the limit does not refuse the stored device.
         unit.devices.require_pending_room(limit)
-        # Do not delete a key in progress: a call of `run_once()` with the key can be pairing the device.
+        # Do not delete a key in progress, because a call of `run_once()` with this key perhaps runs this pairing.
         unit.idempotency_keys.delete_ended(create.id)
         return device
     except DeviceExistsError:
         stored = unit.devices.find_by_id(create.id)
-        # The hash or the verifier has a random salt. If both are equal, an earlier run of the unit stored the device.
+        # The hash or the verifier has a random salt. So the stored values equal the new values only if an earlier run
+        # of this unit stored the device.
         if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
             raise
         return stored

@@ -1,6 +1,7 @@
 """Environment variables set the arguments of `Database.open` that the caller leaves out (see docs/settings.md).
 
-An empty variable counts as absent. A passed argument overrides the variable, even if equal to the default value.
+An empty variable counts as absent. An argument that the caller passes overrides the variable, even if the argument is
+equal to the default value.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class _Number(int):
     __slots__ = ()
 
 
-# The three constants are the defaults in the signature of `Database.open`. Compare an argument with its default by
-# identity (`is`), because a caller can pass an equal value. Python can use one object for equal texts or small numbers,
-# so these constants have classes of their own.
+# The three constants are the defaults in the signature of `Database.open`. To find out whether the caller left an
+# argument out, compare the argument with the constant by `is`, because the caller can pass an equal value. The
+# constants have separate classes, because Python can use one object for two equal texts or small numbers.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

@@ -119,8 +119,9 @@ class ConflictError(HomeAgentError):
 
     Attributes:
         table: name of the table. The value is None if the table is not known.
-        constraint: name of the violated constraint. For a constraint without a name, the value names the columns. The
-            value is None if the database does not report the name, for example for a foreign key on SQLite.
+        constraint: name of the violated constraint. If the constraint has no name, the value has the names of the
+            columns. The value is None if the database does not report the name, for example for a foreign key on
+            SQLite.
         kind: kind of the constraint: `unique` (also for a primary key), `foreign_key`, `check`, `not_null`, `exclusion`
             (only on PostgreSQL) or `datatype` (only for a STRICT table of SQLite).
     """
@@ -159,7 +160,7 @@ class LastAdminError(ConflictError):
 
 class ApprovalChangedError(ConflictError):
     """The device has changed since the administrator read the device. `error.changed` is the name of the changed field.
-    Remedy: show the device again, and then decide.
+    Remedy: show the device to the administrator again, and ask for a new decision.
     """
 
     def __init__(self, device_id: str, changed: str) -> None:
@@ -249,8 +250,8 @@ class DatabaseBusyError(DatabaseError):
 
 
 class TransientError(DatabaseBusyError):
-    """The unit conflicted with another unit and was rolled back. `Database.run` runs the whole unit again. Remedy: call
-    `run()` instead of `unit_of_work`, or repeat the unit.
+    """The unit conflicted with another transaction, and the database rolled back the unit. `Database.run` runs the
+    whole unit again. Remedy: call `run()` instead of `unit_of_work`, or repeat the unit.
     """
 
     sqlstate: str | None = None
@@ -294,8 +295,8 @@ class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both the creation and the upgrade.
     Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
 
-    `error.location` is the path of the database, the URL of the server without the password, or None. If only revisions
-    of the application are missing, `error.application` is the name of the application. Otherwise, the value is None.
+    `error.location` is the path of the database, the URL of the server without the password, or None.
+    `error.application` is the name of the application if only revisions of the application are missing, or else None.
     """
 
     def __init__(
@@ -360,7 +361,7 @@ class IncompatibleRevisionError(DatabaseError):
 class MigrationError(DatabaseError):
     """An upgrade failed and was rolled back. Remedy: correct the cause in the message, and open the database again.
 
-    `error.backup` is the path of the backup made before the upgrade, or None for a new database.
+    `error.backup` is the path of the backup that homeagent made before the upgrade, or None for a new database.
     """
 
     def __init__(self, message: str, *, backup: Path | None = None) -> None:
@@ -395,7 +396,8 @@ class DatabaseMovedError(CorruptDatabaseError):
     """The file or its WAL was deleted, moved or replaced while the database was open. The database did not commit the
     unit.
 
-    Remedy: put the original file back. Then units succeed again. To use another file, close and open the database.
+    Remedy: put the original file back. After this, new units can commit. To use a different file, close the database
+    and open the database again.
     """
 
 
@@ -408,7 +410,7 @@ class DiskFullError(DatabaseError):
 
 
 class DatabaseIOError(DatabaseError):
-    """The system could not read or write a database file. The unit was rolled back. Remedy: check the disk."""
+    """The system could not read or write a database file. The database rolled back the unit. Remedy: check the disk."""
 
 
 class TooManyFilesError(DatabaseError):
@@ -424,8 +426,8 @@ class ReadOnlyError(DatabaseError):
 
 
 class StandbyError(ReadOnlyError):
-    """The PostgreSQL server is a standby and refuses writes. The method `Database.run` runs the unit again on another
-    server. Remedy: name all hosts in the URL, with `target_session_attrs=read-write`.
+    """The PostgreSQL server is a standby and refuses writes. `Database.run` runs the unit again on another server of
+    the URL. Remedy: name all hosts in the URL, with `target_session_attrs=read-write`.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,6 @@
-"""Clear the local variables of homeagent's frames in tracebacks, so that error reporters do not record secrets."""
+"""Clear local variables in tracebacks, so that error reporters do not record secrets. Only homeagent's frames are
+cleared.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ R = TypeVar("R")
 
 
 def clear_locals(error: BaseException) -> None:
-    """Clear the local variables of homeagent's frames in the tracebacks of an error, its causes and its contexts.
+    """Clear the local variables in the tracebacks of an error and of the error's causes and contexts, in homeagent's
+    frames.
 
-    Python can't clear the frame of a running function, so the caller must delete its own local variables.
+    Python can't clear the frame of a running function. Therefore the caller of `clear_locals()` must delete the
+    caller's own local variables.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()

@@ -38,7 +38,7 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class _NotSharedError(BaseException):
-    """A batch can't be committed, because a caller has stopped waiting, or SQLite has rolled back the transaction."""
+    """A batch can't be committed: a caller has stopped waiting, or SQLite has rolled back the transaction."""
 
 
 class GroupCommit:
@@ -47,10 +47,10 @@ class GroupCommit:
     def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
         self._settings = settings
         self._executor = executor
-        # The mutex protects the states of the calls. Do not call a function while a caller's thread holds the mutex,
-        # because Python can run a signal handler after a call. If the handler waits for the writer thread, and the
-        # writer thread waits for the mutex, both wait forever (`test_a_handler_that_writes_during_a_call`). The mutex
-        # is reentrant, because a signal handler can interrupt `close()` while `close()` holds the mutex.
+        # The mutex protects the states of the calls. If the thread of a caller holds the mutex, do not call a function,
+        # because Python can run a signal handler after a call. If this handler writes, the handler waits for the writer
+        # thread, and the writer thread waits for the mutex (`test_a_handler_that_writes_during_a_call`). The mutex is
+        # reentrant, because a signal handler can interrupt `close()` while `close()` holds the mutex.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._collected = CollectedCalls(self._submit)
@@ -79,7 +79,7 @@ class GroupCommit:
                 while not call.state.is_over and not call.woken.acquire(timeout=wait):
                     wait = self._check(call)
             except BaseException:
-                # If the writer thread has already called the function, the unit still ends normally.
+                # `_leave()` has no effect on a unit that the writer thread has begun.
                 self._leave(call)
                 raise
             if call.state is not ALONE:
@@ -95,7 +95,9 @@ class GroupCommit:
         return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit in the writer thread. A cancelled caller waits for the end of a begun unit."""
+        """Run a function as a unit in the writer thread. If the caller is cancelled after the unit has begun, the
+        caller waits for the end of the unit.
+        """
         self._settings.engine.pool(read_only=False)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -114,7 +116,7 @@ class GroupCommit:
                 raise
             cancellation = error
             if not call.state.is_over:
-                # The cancellation ended the call's future. The function `_resolve()` will end the new future.
+                # The cancellation ended the future of the call. Wait for a new future, which `_resolve()` will end.
                 call.future = loop.create_future()
                 cancellation = await shielded_wait(call.future) or error
         finally:
@@ -132,7 +134,7 @@ class GroupCommit:
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
         """Check the timeouts of the calls of an event loop, and repeat the check until each call has ended."""
         wait = min(map(self._check, calls), default=0)
-        # Wake the callers whose calls have ended, in case the method `_deliver()` failed to notify the event loop.
+        # Wake the callers of ended calls here too, because `_deliver()` can fail to notify the event loop.
         _resolve([call for call in calls if call.state.is_over])
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
@@ -140,7 +142,7 @@ class GroupCommit:
             self._loops.pop(loop, None)
 
     def _check(self, call: QueuedCall) -> float:
-        """Move a call that has timed out to the state LEFT. Return the time until the next check, in seconds."""
+        """If the call has timed out, set the state LEFT. Return the time until the next check, in seconds."""
         remaining = timeout = self._settings.timeout
         now = monotonic()
         with self._mutex:
@@ -156,7 +158,7 @@ class GroupCommit:
         return max(remaining, _MIN_CHECK_INTERVAL)
 
     def _leave(self, call: QueuedCall) -> bool:
-        """Move a waiting call to the state LEFT, and return True. If the call has begun, return False."""
+        """If the call has not begun, set the state LEFT, and return True. Otherwise return False."""
         with self._mutex:
             if call.state is QUEUED or call.state is STARTING:
                 call.state = LEFT
@@ -168,7 +170,7 @@ class GroupCommit:
             self._refuse(calls)
             return
         for call in calls:
-            # Leave out a call whose future has ended, because AnyIO has cancelled the caller.
+            # Skip a call with an ended future, because AnyIO has cancelled the caller.
             if call.future is None or not call.future.done():
                 self._queue.put(call)
         # Read the attribute `_thread` only after `put()`, because a writer thread with a queued call does not end.
@@ -183,7 +185,7 @@ class GroupCommit:
                 f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
             )
             with self._mutex:
-                # If another caller has started the thread, the thread also takes these calls.
+                # If another caller has started a writer thread in the meantime, this thread also runs these calls.
                 ended = [call for call in calls if call.state is QUEUED and self._thread is None]
                 for call in ended:
                     call.error = failure
@@ -206,7 +208,7 @@ class GroupCommit:
             thread, timeout = self._thread, self._settings.timeout
         while (call := self._next()) is not None:
             self._refuse([call])
-        self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # a call that does nothing wakes the writer thread
+        self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # wake the writer thread by an empty call
         if thread is None or thread is threading.current_thread():
             return
         thread.join(timeout)
@@ -256,7 +258,7 @@ class GroupCommit:
         try:
             with transaction:
                 self._run_units(first, transaction, shared)
-                # Do not commit the unit of a caller that has stopped waiting, because the caller got an error.
+                # If a caller has stopped waiting, do not commit the batch, because this caller got an error.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
                 if all(call.error is not None for call in shared):
@@ -277,7 +279,7 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Add the executed calls to `shared`."""
+        """Run units in savepoints until the queue is empty or the batch is full. Add each call to the list `shared`."""
         settings = self._settings
         connection = transaction._require_connection()
         now = monotonic()
@@ -319,7 +321,7 @@ class GroupCommit:
             return None
 
     def _move(self, calls: list[QueuedCall], state: CallState) -> list[QueuedCall]:
-        """Change the state of the calls that have not ended, and return these calls."""
+        """Set the state of the calls that have not ended. Return only these calls."""
         now = monotonic()
         moved = []
         with self._mutex:
@@ -332,7 +334,7 @@ class GroupCommit:
         return moved
 
     def _deliver(self, calls: list[QueuedCall]) -> None:
-        """Wake the callers. Each waiting thread and each event loop is woken once."""
+        """Wake the callers. If several callers wait in one event loop, notify the event loop once."""
         loops: dict[asyncio.AbstractEventLoop, list[QueuedCall]] = {}
         for call in calls:
             if call.future is None:
@@ -356,7 +358,7 @@ class GroupCommit:
 
 
 def _resolve(calls: list[QueuedCall]) -> None:
-    """Wake the coroutines that wait for the calls. Only the event loop's thread is allowed to call `_resolve()`."""
+    """Wake the coroutines that wait for the calls. Call this function only in the thread of the event loop."""
     for call in calls:
         if call.future is not None and not call.future.done():
             call.future.set_result(None)

@@ -54,7 +54,9 @@ _SHORTEST_PERIOD = 0.05
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """Arguments of `run_once()`. A fingerprint replaces the parameters, because the effect can change them."""
+    """Arguments of `run_once()`. The object stores a fingerprint of the parameters, because the effect can change the
+    parameters.
+    """
 
     scope: IdempotencyScope
     fingerprint: str
@@ -75,7 +77,7 @@ class OnceCall:
         effect: Callable[[Attempt], Any],
         instead: str | None = None,
     ) -> OnceCall:
-        """Check the arguments. With `instead=None`, the effect can be a coroutine function."""
+        """Check the arguments. If `instead` is None, the effect can be a coroutine function."""
         check_function(effect, "effect", coroutine=instead)
         if callable(on_abandoned):
             check_function(on_abandoned, "on_abandoned", coroutine=instead)
@@ -85,7 +87,9 @@ class OnceCall:
 
     @property
     def period(self) -> float:
-        """Time between two renewals, in seconds. An attempt keeps its lease even if a renewal fails."""
+        """Time between two renewals, in seconds. The period is about a third of the lease, so an attempt keeps the
+        lease even if one renewal fails.
+        """
         return max(min(self.lease, LONGEST_WAIT).total_seconds() / 3, _SHORTEST_PERIOD)
 
     def claim(self, unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
@@ -102,9 +106,9 @@ class OnceCall:
 def _once(
     attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Callable[[UnitOfWork], Any]:
-    """Return a function that ends an attempt. The function can run twice, for example after a commit with an unknown
-    outcome. With `leaves_record=False`, the function releases the key. If the second run finds no lease, the first run
-    has released the key, so the second run succeeds.
+    """Return a function that ends an attempt. The function can run twice, for example if the outcome of the first
+    commit is unknown. If `leaves_record` is False, `write` releases the key. If the second run then finds no lease, the
+    first run has released the key, and the second run succeeds.
     """
     begun = False
 
@@ -159,12 +163,13 @@ class LeaseTimer:
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # a thread that started in spite of the error ends at once
+                    self._thread = None  # if the thread has started in spite of the error, the thread ends at once
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Do not take the lock in the returned function. If the effect forks, the lock can stay locked in the child.
+        # Do not take the lock in the returned function. If the effect forks the process, the lock can stay locked in
+        # the child.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -248,7 +253,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 
 
 class _AsyncUnits:
-    """Units of work of an `arun_once()` call. If `substitute` is not None, this function runs instead of the effect."""
+    """Units of work of an `arun_once()` call. If `substitute` is not None, call `substitute` and not the effect."""
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
         self.substitute: Callable[[Attempt], Any] | None = None
@@ -273,9 +278,9 @@ class _AsyncUnits:
         did not begin.
         """
         if self._claimed is not None:
-            # Ignore errors of the release, because the claim ends at the latest when its lease expires.
+            # Ignore an error here, because the claim ends anyway when the lease expires.
             with suppress(HomeAgentError):
-                # Do not pass `none_began=True`, because the outcome of an earlier attempt can still be unknown.
+                # Do not pass `none_began=True`, because an earlier attempt has perhaps begun its effect.
                 await self.release(self._claimed, none_began=False)
 
     async def release(self, attempt: Attempt, *, none_began: bool) -> None:
@@ -296,9 +301,9 @@ class _AsyncUnits:
                     value = await self._arun(work)
                 break
             except anyio.get_cancelled_exc_class() as error:
-                # A CancelledError does not show whether the unit was committed. Run the unit again, because a second
-                # run of `_Once` is safe. AnyIO's cancel scope gives no protection from `Task.cancel()`, so repeat the
-                # unit after each CancelledError.
+                # A CancelledError does not show whether the unit was committed. Run the unit again: a second run is
+                # safe (see `_once()`). Do so after each CancelledError, because AnyIO's cancel scope does not protect
+                # from `Task.cancel()`.
                 cancellation, shield = error, anyio.CancelScope(shield=True)
             except HomeAgentError as error:
                 if cancellation is None:

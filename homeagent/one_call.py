@@ -1,7 +1,8 @@
 """Create the stores of a database, such as `database.devices`. In these stores, each call of a method is a separate
 unit.
 
-A method of an application's store runs again in a unit if the method writes, or sends a second statement.
+homeagent first calls a method of an application's store without a unit. If the method writes or sends a second
+statement, homeagent stops the method, and calls the method again in a unit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
 
 
 class AutocommitReads:
-    """Takes the place of the unit in a store such as `database.devices`, and runs each SELECT in autocommit mode."""
+    """A stand-in for the unit in a store such as `database.devices`. The object runs each SELECT in autocommit mode."""
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
         self.settings = settings
@@ -89,15 +90,17 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """Stop a store's method, and run the method again in a unit. With `writes=True`, the unit is a write unit."""
+    """Stops a store's method. homeagent then calls the method again, in a unit or, if `writes` is True, in a write
+    unit.
+    """
 
     def __init__(self, *, writes: bool) -> None:
         self.writes = writes
 
 
 class _Reads:
-    """A store's method that only reads uses this object instead of a unit. The method can run at most `allowed`
-    statements (None: no limit).
+    """A stand-in for the unit in a store's method that only reads. The argument `allowed` is the maximum number of
+    statements. None means no limit.
     """
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
@@ -126,12 +129,13 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Also keep the error in an attribute, because the store's method can catch every exception.
+        # Keep the error in an attribute too, because the store's method can catch the raised error.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # This class lacks the attribute that the method uses. The method can write, so the method needs a unit.
+        # The store's method uses an attribute of UnitOfWork that this class does not have. Run the method in a write
+        # unit, because such a method can write.
         raise self._need(writes=True)
 
 

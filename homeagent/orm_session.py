@@ -34,7 +34,7 @@ class UnitSession(Session):
         self._dialect = connection.dialect
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the connection for a statement. After the end of the unit, raise UnitStateError."""
+        """Return the connection of the unit. If the unit has ended, raise UnitStateError."""
         self._unit._require_connection()
         return super().get_bind(*args, **kwargs)
 

@@ -1,6 +1,6 @@
-"""A fair (first in, first out) pool of connections, or of the rights to run slow hashes. A pool of one connection
-serves as the write lock. Neither `threading.Lock` nor SQLite's busy handler is fair. With `threading.Lock`, writers
-waited 400 ms for a sweep.
+"""A fair (first in, first out) pool of connections, or of the rights to run slow hashes. A pool of one connection is
+the write lock. `threading.Lock` and SQLite's busy handler are not fair: with `threading.Lock`, writers waited 400 ms
+for a sweep.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A set of at most `size` resources. The function `waited()` gets the duration of each wait, in seconds."""
+    """A pool of resources. The argument `size` is the maximum number of resources. The pool calls `waited()` with the
+    duration of each wait, in seconds.
+    """
 
     def __init__(
         self, size: int, make: Callable[[], T], *, name: str, waited: Callable[[float], object] | None = None
@@ -75,9 +77,9 @@ class ConnectionPool(Generic[T]):
         resource: T | None = None
         waiter: _Waiter[T] | None = None
         has_place = False
-        # CPython runs a signal handler only after a call or a jump back. Do not add a call between the line that takes
-        # a resource and the line that records the holder. A signal handler between the lines could lose the resource
-        # (see the interrupt tests in `tests/engine/test_pool.py`).
+        # Do not add a call between the line that takes a resource and the line that records the holder. CPython runs a
+        # signal handler only after a call or a jump back. If a handler raised an error between the lines, the pool
+        # would lose the resource (see the interrupt tests in `tests/engine/test_pool.py`).
         try:
             with self.mutex:
                 if self._free and not self._waiters:
@@ -118,7 +120,7 @@ class ConnectionPool(Generic[T]):
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait for a resource. Return True if the waiter received no resource but is allowed to create a resource."""
+        """Wait for a resource or for the permission to create a resource. Return True for the permission."""
         self.waits += 1
         since = monotonic()
         try:
@@ -128,13 +130,13 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self.mutex:
-                # A waiter that is not in the queue got a resource from another thread just after the timeout.
+                # If the waiter is not in the queue, another thread has passed on a resource just after the timeout.
                 if waiter in self._waiters:
                     raise self.busy(timeout)
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
-        """Remove a waiter from the queue, and pass on a resource that the waiter has already received."""
+        """Remove a waiter from the queue. If the waiter has already received a resource, release the resource."""
         with self.mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
@@ -163,7 +165,7 @@ class ConnectionPool(Generic[T]):
         resource.close()
 
     def release_own(self, resource: T) -> None:
-        """Release the resource, if the calling thread still holds the resource after an interrupt."""
+        """After an interrupt, release the resource if the calling thread still holds the resource."""
         holder = self._held.get(resource)
         if holder is not None and holder[0] == get_ident():
             self.release(resource)
@@ -184,7 +186,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def _free_place(self, resource: T | None = None) -> None:
-        """Let the next waiting thread create a resource, in place of a removed resource or after a failed creation."""
+        """Let the next waiting thread create a resource, because a resource was removed or could not be created."""
         with self.mutex:
             if resource is not None:
                 del self._held[resource]
@@ -209,7 +211,9 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
-        """Return the error for a caller whose wait has reached the timeout. The message names the holders."""
+        """Return the error for a caller that has waited for the whole timeout. The message names the threads that hold
+        the resources.
+        """
         with self.mutex:
             holders = self._holders()
         return DatabaseBusyError(

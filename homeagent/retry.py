@@ -46,7 +46,7 @@ _WORKERS = 64
 
 
 class Runner:
-    """Runs functions as units of work of one database. After the timeout of the settings, no further retry starts."""
+    """Runs functions as units of work of one database. No retry starts after the timeout in the settings."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
@@ -79,7 +79,7 @@ class Runner:
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
         check_function(work, "work", coroutine=_NO_COROUTINE)
         # No checkpoint is necessary here, because `GroupCommit.arun()` waits for another turn of the event loop before
-        # the unit can begin. In that turn AnyIO cancels a caller whose scope was cancelled before.
+        # the unit can begin. In this turn, AnyIO cancels a caller with a cancelled scope.
         begun, retries = monotonic(), None
         while True:
             try:
@@ -102,8 +102,8 @@ class Runner:
             import anyio.to_thread
 
             return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
-        self._settings.engine.pool(read_only=True)  # in a forked child, the executors have no threads
-        # Collect only checks, because a function of the application in the same thread could delay other calls. On
+        self._settings.engine.pool(read_only=True)  # raises an error in a forked child, which has no threads
+        # Collect only checks. In a shared thread, a function of the application could delay the other calls. On
         # PostgreSQL a check spends most of its time waiting for the network, so each check has a thread.
         collects = kind is _CHECKS and self._group_commit is not None
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
@@ -143,7 +143,7 @@ class _Retries:
             self._unknown = error
         pause = random.uniform(0, self._bound)  # noqa: S311  the pause separates callers and is not a secret
         if monotonic() + pause >= self._deadline:
-            # If the outcome of a commit is unknown, raise the error of that commit and not the error of a later try.
+            # If the outcome of an earlier commit is unknown, raise CommitUnknownError and not the last error.
             raise self._unknown or error
         self._bound = min(self._bound * 2, _LONGEST_PAUSE)
         self._settings.engine.counters.retries += 1

@@ -111,8 +111,8 @@ def derive_proof_keys(
         secret: the secret. The function does not normalize the characters (RFC 5802 does so by SASLprep, which changes
             only non-ASCII characters).
         parameters: parameters of the verifier, which the device gets from the gateway.
-        minimum_iterations: minimum number of iterations that the device accepts. With fewer iterations than those of
-            the verifier, a false gateway could guess a human's secret at low cost.
+        minimum_iterations: minimum number of iterations that the device accepts. A false gateway could ask for fewer
+            iterations than the real verifier has, and then guess a human's secret at low cost.
 
     Raises:
         InvalidArgumentError: if the secret is invalid, or if the parameters have fewer iterations than
@@ -216,15 +216,15 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
     device.
 
     The same arguments always give the same result. The answer for an existing device changes with each rotation of its
-    secret. A caller that sees the answer change can learn that the device exists.
+    secret. If a caller asks before and after a rotation, the two answers show that the device exists.
 
     Args:
         device_id: id in the request.
         key: at least 16 random bytes. The default is a random key that the process creates once. Keep the key private,
-            and do not change the key. A new key would change the answers for all absent devices, but not the answers
-            for existing devices.
-        human_share: share of the absent ids, from 0 to 1, for which the answer looks as if a human had chosen the
-            secret. If all secrets are generated, as in `Database`, keep the default share of 0.
+            and do not change the key. With a new key, only the answers for absent devices change, so an attacker can
+            find out which devices exist.
+        human_share: part of the absent ids, from 0 to 1. For these ids, the answer has the iterations of a secret that
+            a human chose. If all secrets are generated, as in `Database`, keep the default share of 0.
 
     Raises:
         InvalidArgumentError: if the key is too short, `human_share` is out of range, or the id has a lone surrogate.
@@ -273,7 +273,7 @@ def make_proof(
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# A verifier that takes the place of an absent or damaged verifier, so that each check takes the same time.
+# A stand-in for an absent or damaged verifier, so that each check takes the same time.
 _DECOY = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),

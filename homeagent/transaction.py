@@ -64,7 +64,7 @@ class UnitSettings:
         self.timeout: float = timeout
         self.unit: type[UnitOfWork] = unit
         self.limits: Limits = limits
-        # Rows that the stores can add without another count (see `homeagent.stores.room`).
+        # Rows that the stores can still add before the next count (see `homeagent.stores.room`).
         self.grants: dict[tuple[str, str, int], Iterator[int]] = {}
         # Ids of the threads that have an open write unit
         self.writing: set[int] = set()
@@ -88,7 +88,7 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError for a second write unit in a thread, because the second unit would wait for the first."""
+    """Raise UnitStateError, because a second write unit in a thread would wait for the first write unit."""
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
         "to be able to undo a part of a unit, use savepoint()"
@@ -236,8 +236,9 @@ class Transaction:
                     if self.read_only:
                         engine.counters.reads += 1
                     else:
-                        # Do not discard the id of the thread before the release of the write lock. A signal handler
-                        # could open a second write unit, which would wait for its own thread.
+                        # Do not discard the id of the thread before the release of the write lock. Otherwise a signal
+                        # handler could open a second write unit, which would wait for the write lock of the same
+                        # thread.
                         settings.writing.discard(self._owner)
                         if committed:
                             engine.counters.commits += 1
@@ -290,7 +291,7 @@ class Transaction:
             self._undo_changes(connection)
 
     def _leave(self, *, keep: bool) -> list[Callable[[], object]] | None:
-        """End a unit that has joined a batch. Return the callbacks that must be called after the commit."""
+        """End a unit in a batch. Return the callbacks. The caller calls the callbacks after the commit."""
         connection, self._connection = self._connection, None
         session, self._session, self._run = self._session, None, None
         is_open, self._state = self._state is OPEN, FINISHED

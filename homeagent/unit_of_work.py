@@ -41,7 +41,7 @@ class UnitOfWork(Transaction):
     Get a unit from `Database.unit_of_work()`, and use the unit only inside its block.
 
     An application can derive a class with its own stores, and pass the class to `Database.open`. The derived class has
-    a type annotation for each store, for example `messages: MessageStore`. Each use of a store's attribute creates a
+    a type annotation for each store, for example `messages: MessageStore`. Each access to such an attribute creates a
     new store object.
 
     Attributes:
@@ -143,8 +143,9 @@ class UnitOfWork(Transaction):
     ) -> Outcome:
         """Run an effect on this database once. One commit contains the key, the changes of the effect and its result.
 
-        If the effect raises an exception, the unit undoes the changes of the effect, and the key is free again. An
-        `EffectFailedError` is stored if the caller catches the error inside the unit and the unit commits.
+        If the effect raises an exception, the unit undoes the changes of the effect, and the key is free again.
+        homeagent stores an `EffectFailedError` only if the caller catches the error inside the unit and the unit
+        commits.
 
         Args:
             scope: identity of the call.
@@ -153,7 +154,7 @@ class UnitOfWork(Transaction):
             ttl: time for which a retry of the call returns the stored outcome.
 
         Raises:
-            InvalidArgumentError: if an argument is invalid, for example a coroutine function.
+            InvalidArgumentError: if an argument is invalid, for example if the effect is a coroutine function.
             FingerprintMismatchError, IdempotencyInProgressError, OutcomeUnknownError, EffectFailedError: in the same
                 cases as `IdempotencyKeyStore.claim()`.
         """
@@ -193,7 +194,7 @@ class UnitOfWork(Transaction):
         return self._connection.changes()  # type: ignore[union-attr]  # the statement has required the connection
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's statement with RETURNING, and return the object of the first row, or None without a row."""
+        """Run a store's statement with RETURNING. Return the object of the first row, or None if there is no row."""
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None
 
@@ -229,12 +230,12 @@ class UnitOfWork(Transaction):
 
     @property
     def connection_memory(self) -> dict[str, Any]:
-        """Values that the stores keep for this unit's connection, until the connection is closed."""
+        """Dictionary in which the stores keep values until the unit's connection is closed."""
         return self._require_connection().memory
 
 
-# Each use of an attribute creates a store. Do not keep a store in the unit, because the unit and the store would form a
-# reference cycle. A property whose function is the class itself takes less time than a property with a Python function.
+# Each access to an attribute creates a store. Do not keep the store in the unit, because the unit and the store would
+# form a reference cycle. Pass the class itself to `property()`, because a call of a Python function takes more time.
 for _name, _store in get_type_hints(UnitOfWork).items():
     setattr(UnitOfWork, _name, property(_store, doc=_store.__doc__))
 

@@ -36,7 +36,7 @@ def _age(begun: _Moment, now: _Moment) -> timedelta:
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. If the secret is wrong, the caller sets `failed` to True."""
+    """One check of a secret. In the block of `FailedChecks.attempt()`, set `failed` to True if the secret is wrong."""
 
     failed: bool = False
 
@@ -44,12 +44,12 @@ class CheckAttempt:
 class FailedChecks:
     """Counts the failed and unfinished checks of each device id, and refuses further checks of an id at a limit.
 
-    The object counts at most `most_ids` ids. A new id replaces the id with the fewest failures. To remove an id with 30
-    failures, an attacker needs 300,000 slow hashes in a minute. If a new id replaced the oldest id, 10,000 slow hashes
-    would be enough.
+    The object counts the checks of a limited number of ids (`most_ids`). At the limit, a new id replaces the id with
+    the fewest failures. To remove an id with 30 failures, an attacker needs 300,000 slow hashes in a minute. If a new
+    id replaced the oldest id, 10,000 slow hashes would be enough.
 
-    The minute ends as soon as the wall clock or the monotonic clock has advanced by 60 seconds. A wall clock that
-    stands still therefore does not prolong a refusal.
+    Two clocks measure the minute: the wall clock and the monotonic clock. The minute ends as soon as one of the clocks
+    has advanced by 60 seconds. Therefore a refusal ends even if the wall clock stands still.
     """
 
     def __init__(
@@ -68,7 +68,9 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id, but forget a check that did not fail. At the limit, raise TooManyAttemptsError."""
+        """Count a check of the id, and run the block. Undo the count after the block, unless the check failed. If the
+        id has reached the limit, raise TooManyAttemptsError.
+        """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"
         begun = self._begin(device_id)
@@ -110,7 +112,8 @@ class FailedChecks:
 
 
 def _renew_lock() -> None:
-    # Replace the lock, because a thread that exists only in the parent process can hold the lock during the fork.
+    # Replace the lock. During the fork, a thread of the parent process can hold the lock, and this thread does not
+    # exist in the child process.
     global _lock
     _lock = threading.RLock()
 

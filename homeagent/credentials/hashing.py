@@ -48,7 +48,9 @@ _MAX_STORED = 2
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """The inputs of an Argon2 hash except the secret. One Argon2 run checks all stored hashes with equal inputs."""
+    """Costs, salt and digest length of an Argon2 hash. If two stored hashes have equal recipes, one Argon2 run checks
+    both.
+    """
 
     costs: tuple[int, int, int]  # memory in kibibytes, passes over the memory, threads
     digest_bytes: int
@@ -94,10 +96,10 @@ class SecretMatch:
 
 
 class _Run:
-    """The right to run Argon2. A pool gives this right to the callers in the order of their arrival."""
+    """The right to run Argon2. The callers get the right in the order of their calls."""
 
     def close(self) -> None:
-        """Do nothing, because the right to run Argon2 is not a resource of the system."""
+        """Do nothing, because there is no system resource to close."""
 
 
 class SecretHasher:
@@ -144,10 +146,10 @@ class SecretHasher:
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
         """Check a presented secret against the hash of a device and, during an overlap, the previous hash.
 
-        The duration depends only on the presented secret, also for an unknown device: one SHA-256 for a generated
-        secret, no hash for an unusable secret, and one Argon2 run for any other secret. The duration differs for
-        outdated costs, and for two stored hashes with different salts. The difference ends when the caller stores the
-        replacement hash.
+        The duration depends only on the presented secret, even if the device is unknown. A generated secret costs one
+        SHA-256, an unusable secret costs no hash, and any other secret costs one Argon2 run. There are two exceptions:
+        a stored hash with outdated costs, and two stored hashes with different salts. The exceptions end when the
+        caller stores the replacement hash.
         """
         text = reveal(secret)
         if what_is_wrong(text) is not None:
@@ -158,7 +160,7 @@ class SecretHasher:
         presented = _sha256(text).encode()
         hashes = [*stored, _DECOY_HASH, _DECOY_HASH][:_MAX_STORED]
         # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Pass `errors="replace"`,
-        # because a surrogate in a stored hash must not raise an error.
+        # because otherwise a surrogate in a stored hash would raise an error.
         same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes]
         return SecretMatch(next((index for index, yes in enumerate(same[: len(stored)]) if yes), None))
 
@@ -234,10 +236,10 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
         secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
             secret is not normalised.
         beside: stored hash that stays valid together with the new hash during a rotation. If both hashes are Argon2
-            hashes, the new hash takes over the old salt, and one Argon2 run checks both hashes. The duration of a check
-            then does not reveal a rotation. RFC 9106 section 3.1 asks for a salt for each password, against an attacker
-            that tries one guess on many accounts. Here both hashes belong to one device. Pass None to make the old
-            secret invalid at once.
+            hashes, the new hash has the same salt as the old hash. So one Argon2 run checks both hashes, and the
+            duration of a check does not reveal a rotation. RFC 9106 section 3.1 asks for a different salt for each
+            password, because otherwise an attacker can try one guess on many accounts. Here both hashes belong to one
+            device. Pass None to make the old secret invalid at once.
         waiting: maximum number of callers in this process that wait for a slow hash, including this caller.
 
     Returns:

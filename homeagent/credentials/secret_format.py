@@ -33,7 +33,7 @@ def reveal(secret: SecretStr | str) -> str:
 
 
 def what_is_wrong(text: str) -> str | None:
-    """Return the reason why the text is not a usable secret, or None. The reason does not contain the secret."""
+    """Return None if the text is a usable secret, or else the reason. The reason does not contain the secret."""
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):

@@ -48,8 +48,8 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: _open(given, options))
-        # If the database was opened before a fork, `ping()` raises an error. Without this call, each request would
-        # raise the error.
+        # `ping()` raises an error if the database was opened before a fork. Raise the error now, and not in each
+        # request.
         await run_sync(database.ping)
         try:
             app.state.homeagent_database = database

@@ -91,7 +91,7 @@ class Once:
         """
         check_function(effect, "effect")
         if self._is_called:
-            # A second call has the same key, so it would return the outcome of the first call.
+            # A second call would have the same key, and so return the outcome of the first call.
             raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
         self._is_called = True
         try:
@@ -126,8 +126,8 @@ class Once:
             value = problem_response(error)
         self._first = value
         if not isinstance(value, Response):
-            # If FastAPI cannot encode the value, let `arun_once()` record the outcome without a value. FastAPI raises
-            # an error later, when FastAPI encodes the reply.
+            # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value. The request fails
+            # later, when FastAPI encodes the reply.
             with suppress(Exception):
                 self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
@@ -157,7 +157,7 @@ class Once:
         return stored["value"]
 
     def _unstored_attempt(self) -> Attempt:
-        """Return an attempt without a record."""
+        """Return an attempt for a request without a key. The database has no record of the attempt."""
         expires_at = self._database._clock() + self._ttl
         token = token_urlsafe(32)
         return Attempt(1, token, self._scope, expires_at, expires_at, self._ttl, token)
@@ -238,8 +238,8 @@ def route_of(request: Request) -> str:
     # included.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context, which is
-    # not public, has the whole path. Without the context, two routes can get the same result, but `params_of()`
-    # distinguishes the paths of their requests.
+    # not public, has the whole path. If the context is absent, this function can return the same path for two routes.
+    # Their requests still differ in the path that `params_of()` returns.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route

@@ -90,7 +90,7 @@ class ErrorReply(BaseModel):
 
 
 def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return a value for the argument `responses=` of a FastAPI route, so that OpenAPI lists the statuses."""
+    """Return the value for the argument `responses=` of a FastAPI route. OpenAPI then lists the statuses."""
     return {status: {"model": ErrorReply} for status in statuses}
 
 
@@ -168,7 +168,8 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
 
 
 def _reason(line: Mapping[str, Any]) -> str:
-    # Only Pydantic's message for the error type `union_tag_invalid` repeats the input.
+    # Replace Pydantic's message for the error type `union_tag_invalid`, because this message repeats the input. No
+    # other message of Pydantic repeats the input.
     return "Input tag is not one of the expected tags" if line["type"] == "union_tag_invalid" else str(line["msg"])
 
 

@@ -31,8 +31,8 @@ _OWNER_CHARACTERS = 22  # A text of 22 base64 characters has 132 random bits.
 
 
 class Webhook(Once):
-    """Message with a right signature and time. Call the object with a function that handles the message. The function
-    runs once for each message. A repetition of the message gets the answer of the first message.
+    """Message with a right signature and time. To handle the message, call the object with a function. The function
+    runs once for each message. If the sender repeats the message, the reply is the answer to the first message.
 
     Attributes:
         id: id of the message.
@@ -68,8 +68,8 @@ def signed_webhook(
 
     Args:
         secret: secret `whsec_…` from the sender, or several secrets during a rotation.
-        sender: name of the sender, at most 489 bytes. In the store, the `device_id` of the messages' idempotency keys
-            begins with the sender's name and `/`.
+        sender: name of the sender, at most 489 bytes. The store keeps an idempotency key for each message. The
+            `device_id` of the key begins with the sender's name and `/`.
         tolerance: longest difference between the time of the message and the gateway's clock.
         lease: see `Database.run_once()`.
         ttl: time for which a repetition gets the answer of the first message, longer than twice the tolerance.
@@ -157,8 +157,8 @@ def _time_of(timestamp: str) -> datetime | None:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the `device_id` of a sender's idempotency keys. Keep the id secret, because pairing a device with the id
-    deletes the keys. After such a pairing, a stranger could send a recorded message again.
+    """Return the `device_id` of a sender's idempotency keys. Keep the id secret. If a stranger paired a device with
+    this id, homeagent would delete the keys, and the stranger could send a recorded message again.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
@@ -166,7 +166,7 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
-    """Return False if the time is wrong, or if a restore can have lost the idempotency key of the message."""
+    """Return False if the time is wrong, or if a restore has perhaps lost the idempotency key of the message."""
     record = unit.one(FIND_RECORD)
     if record is None:
         raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")

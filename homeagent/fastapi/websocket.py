@@ -42,8 +42,8 @@ async def accept_device(
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
     If the device is revoked, is deleted, or gets a new secret or a different role, homeagent cancels the code in the
-    block, and closes the WebSocket. The same happens if the feed of changes can't be read. The page on FastAPI lists
-    the close codes.
+    block, and closes the WebSocket. If the feed of changes can't be read, homeagent does the same. The page on FastAPI
+    lists the close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.
@@ -98,8 +98,8 @@ async def _end_of_access(database: Database, admission: Admission, changes: Asyn
             # A change without a device id has the kind `reset`.
             if change.device_id not in {admission.device.id, None}:
                 continue
-            # After a revocation, do not read the device. While the worker threads are busy, the read would wait, and
-            # the device would stay connected (`test_a_revocation_while_the_workers_are_busy`).
+            # Do not read the device after a revocation. If all worker threads are busy, the read would wait, and the
+            # revoked device would stay connected (`test_a_revocation_while_the_workers_are_busy`).
             if change.kind is DeviceChangeKind.REVOKED:
                 return AccessDeniedError(REFUSALS["revoked"])
             if change.kind is DeviceChangeKind.DELETED:

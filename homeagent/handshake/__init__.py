@@ -12,7 +12,8 @@ Each message is a JSON object in one text frame of at most 8 KiB. Base64 values 
 Each connection has a new random challenge. The proof covers the device id, a nonce, and the device's time in
 milliseconds since 1970. The nonce consists of the challenge, a dot, and the value `"nonce"` of message 3. The module
 `homeagent.scram` describes proofs. The signature proves that the gateway has the verifier of the device's secret. Use
-TLS. Without TLS, an attacker between the device and the gateway could pass on the messages, and use the connection.
+TLS. Without TLS, an attacker between the device and the gateway could pass on the messages, and then use the
+authenticated connection.
 """
 
 from homeagent.handshake.gateway import REFUSALS, Admission, authenticate_device, recheck

@@ -51,8 +51,7 @@ async def authenticate(
         device_id: id of the device.
         secret: generated secret of the device. A secret that a person chose is not suitable for proofs.
         send: function that sends a text frame.
-        receive: function that returns the next frame of the connection. The function should raise an error if the
-            connection is closed.
+        receive: function that returns the next frame of the connection, or raises an error if the connection is closed.
         time_limit: longest duration of the whole handshake.
         skew: largest allowed difference between the clocks of the device and the gateway.
         clock: clock of the device.

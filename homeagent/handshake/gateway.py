@@ -51,8 +51,7 @@ async def authenticate_device(
     Args:
         database: the open database.
         send: function that sends a text frame.
-        receive: function that returns the next frame of the connection. The function should raise an error if the
-            connection is closed.
+        receive: function that returns the next frame of the connection, or raises an error if the connection is closed.
         time_limit: longest duration of the whole handshake.
         skew: allowed difference between the device's clock and the gateway's clock.
 
@@ -110,7 +109,7 @@ async def _authenticate(database: Database, send: Send, receive: Receive, skew: 
 
 
 async def recheck(database: Database, admission: Admission) -> None:
-    """Check that an admitted device still has access. Call the method after each change of the device.
+    """Raise an error if an admitted device no longer has access. Call this function after each change of the device.
 
     Raises:
         AuthenticationError: if the device was deleted, or its secret or its role was replaced.

@@ -38,7 +38,7 @@ def _plain(value: str | int | bytes | datetime) -> str | int:
 
 
 def read(message: object, *kinds: str) -> dict[str, Any]:
-    """Return the fields of a message that has one of the types. For any other message, raise HandshakeError."""
+    """Return the fields of a message. Raise HandshakeError if the message is invalid, or has a type outside `kinds`."""
     if not isinstance(message, str) or len(message.encode("utf-8", "replace")) > MAX_MESSAGE:
         raise HandshakeError(f"a message of a handshake is text of at most {MAX_MESSAGE:,} bytes")
     try:

@@ -1,4 +1,4 @@
-"""Stores, which hold the operations on the tables."""
+"""Stores: classes with methods that read and write the tables."""
 
 from homeagent.stores.agents import AgentStore
 from homeagent.stores.devices import DeviceStore

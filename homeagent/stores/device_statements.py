@@ -53,8 +53,8 @@ def _for_every_id(*columns: Any) -> Any:
     return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
 
 
-# Do not select `proof_verifier` here. SQLite takes longer to read a column that comes after a long value, and in each
-# row the value of `devices.metadata` comes before the value of `proof_verifier`.
+# Do not select `proof_verifier` here. SQLite takes longer to read a column after a long value, and `proof_verifier`
+# comes after `metadata`, which can be long.
 SECRET_HASHES = Statement[tuple[str | None, str | None, datetime | None]](
     _for_every_id(_columns.shared_secret_hash, _columns.previous_secret_hash, _columns.previous_secret_expires_at)
 )
@@ -135,7 +135,8 @@ REVOKE = Statement[Device](
         previous_secret_expires_at=None,
     )
 )
-# Compare the columns in SQL, so that an unreadable value does not prevent an approval or a revocation.
+# Compare the columns in SQL and not in Python, so that an administrator can approve or revoke a device even if the row
+# contains a value that cannot be read.
 STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
     select(
         _columns.approved,
@@ -224,8 +225,8 @@ _after = bindparam("after", type_=_changes.number.type)
 _is_kept = select(constant(1, _changes.number.type)).where(_changes.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_changes.number)))
-# The statement selects the change with the given number and all later changes. If the feed no longer contains the
-# number, the statement selects only the newest row, because later changes are perhaps deleted too.
+# The statement selects the change with the given number and all later changes. If the change with the number was
+# deleted, later changes are perhaps deleted too, so the statement selects only the newest row.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_changes.number >= case((_is_kept, _after), else_=_newest))
@@ -243,8 +244,8 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the changes after a number, from the rows of `CHANGES`. If the feed no longer contains the number, return
-    a `reset` change.
+    """Return the changes after the number `after`. The argument `rows` is the result of `CHANGES`. If the feed no
+    longer contains the number, return one change of the kind `reset`.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]

@@ -84,7 +84,9 @@ class DeviceStore(Store):
 
     @reading
     def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
-        """Return the store's proof key, and the device's verifier or None, in the same time for an absent device."""
+        """Return two values: the store's proof key, and the device's verifier or None. An absent device takes the same
+        time.
+        """
         row = self._unit.one(statements.PROOF_SECRETS, id=self._searched(device_id, "device_id"))
         key, verifier = row or (None, None)
         if key is None:
@@ -268,8 +270,8 @@ class DeviceStore(Store):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return whether `update_last_seen()` would change no row. In this case, the second value is the result of
-        `update_last_seen()`.
+        """Return whether `update_last_seen()` would change no row. If the first value is True, the second value is the
+        result of `update_last_seen()`.
         """
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
@@ -289,10 +291,11 @@ class DeviceStore(Store):
         return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
-        """Return the new time, and the latest stored time that the new time can replace."""
+        """Return the new time and a limit. The new time replaces only a stored time up to the limit."""
         check_duration(granularity, "granularity", zero=True)
         at = not_after(self._unit.now(), at, "at")
-        # With a granularity of zero, several calls within one millisecond would write the same timestamp.
+        # Use a granularity of at least 1 ms. Otherwise several calls within one millisecond would write the same
+        # timestamp.
         return at, earlier(at, max(granularity, MILLISECOND))
 
     @writing()
@@ -325,13 +328,13 @@ class DeviceStore(Store):
 
         Args:
             device_id: id of the device.
-            expected_secret_hash: stored hash that is replaced.
+            expected_secret_hash: expected hash of the old secret.
             secret_hash: hash of the new secret.
             proof_verifier: verifier of the new secret's proofs, or None if the device can't make proofs.
             previous_until: end of the overlap, during which the old secret also works. Default: no overlap.
 
         Raises:
-            DeviceNotApprovedError: if the caller asks for an overlap for a device that is not approved.
+            DeviceNotApprovedError: if `previous_until` is given and the device is not approved.
             InvalidArgumentError: if a hash or the verifier is not a valid text, or if `previous_until` has no time
                 zone.
         """
@@ -395,8 +398,8 @@ class DeviceStore(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete the oldest changes, at most `limit`. Keep the first change that is later than the time `before`, and
-        all changes that follow. Return the number of deleted changes.
+        """Delete the oldest changes, at most the number `limit`. Stop at the first change that is later than the time
+        `before`. Return the number of deleted changes.
         """
         return self._unit.write(
             statements.DELETE_OLD, before=check_timestamp(before, "before"), limit=check_limit(limit)

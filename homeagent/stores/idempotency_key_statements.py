@@ -23,7 +23,7 @@ _SAME_SCOPE = and_(
     _columns.method == bindparam("method"),
     _columns.key == bindparam("key"),
 )
-# A row with an invalid state does not expire. If a sweep deleted the row, the effect could run again.
+# A row with an invalid state does not expire, because the effect could run again after a deletion of the row.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
@@ -54,7 +54,7 @@ def _upsert(**values: Any) -> Statement[IdempotencyKey]:
 
 
 INSERT = _upsert(
-    # The parameter is text, because the store has already encoded the result as JSON to check its size.
+    # The type is Text and not JSON, because the store has already encoded the result.
     result=bindparam("json", type_=Text),
     created_at=bindparam("now"),
     expires_at=bindparam("expires_at"),

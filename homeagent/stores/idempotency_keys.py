@@ -101,7 +101,7 @@ class IdempotencyKeyStore(Store):
         return unit.one(statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
-        """Return the parameters for a search. A search also accepts texts that break the rules for new texts."""
+        """Return the parameters for a search. The texts of the scope can break the rules for new texts."""
         _check_scope(scope)
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
@@ -147,7 +147,8 @@ class IdempotencyKeyStore(Store):
             lease: time after which an attempt without renewal counts as abandoned. A lease of zero expires at once.
             ttl: time for which retries get the outcome, more than zero and at most `Limits.longest_ttl`.
             rerun: True to take over an abandoned attempt, and to run the effect again.
-            owner: random token of the caller. A second claim with this token returns the same attempt.
+            owner: random token of the caller. If the caller repeats the claim with the same token, the method returns
+                the same attempt.
 
         Raises:
             FingerprintMismatchError: if an earlier call used the key with different parameters.
@@ -176,7 +177,7 @@ class IdempotencyKeyStore(Store):
             downstream_key=downstream_key,
         ):
             row = self._unit.one(statements.ANY, **_parameters(scope))
-            if row is not None:  # None if another caller has deleted the record: claim again
+            if row is not None:  # without a row, another caller has deleted the record: claim again
                 outcome = _outcome(scope, row, fingerprint)
                 return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
         return Attempt(
@@ -201,7 +202,7 @@ class IdempotencyKeyStore(Store):
     ) -> Attempt:
         """Return the next attempt of a key in progress, if the present attempt is abandoned and `rerun=True`."""
         if row.owner == owner:
-            # The caller has committed this claim before, but did not get the result of the commit.
+            # This claim was committed before, but the caller did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=row.lease_expires_at - now)
@@ -221,8 +222,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Let the lease last for the given duration from now. Return the attempt with the new lease. If the attempt no
-        longer owns the key, raise `LeaseLostError`.
+        """Set the end of the lease to the current time plus `lease`. Return the attempt with the new lease. If the
+        attempt no longer owns the key, raise `LeaseLostError`.
         """
         check_kind(attempt, Attempt, "attempt")
         until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
@@ -267,7 +268,7 @@ class IdempotencyKeyStore(Store):
             json, omitted = encode_json(result, limit=MAX_RESULT_BYTES), False
         except InvalidArgumentError:
             json, omitted = encode_json(None), True
-        # If the effect took longer than the `ttl`, a record with the old `expires_at` would expire at once.
+        # If the effect took longer than the `ttl`, the old `expires_at` has passed, so count the `ttl` from now.
         expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
         self._write_fenced(
             statements.RECORD,
@@ -285,9 +286,9 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call the method only if the effect of the attempt did not begin.
 
-        After an earlier attempt, the record stays and counts as abandoned, because the earlier attempt has perhaps
-        begun its effect. Otherwise the method deletes the record. With `none_began=True`, the caller states that no
-        earlier attempt began its effect.
+        For the first attempt of a call, the method deletes the record. For a later attempt, the record stays and counts
+        as abandoned, because an earlier attempt has perhaps begun its effect. With `none_began=True`, the caller states
+        that no earlier attempt began its effect, and the method deletes the record.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key.
@@ -386,7 +387,7 @@ def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> 
 
 
 def _refusal(scope: IdempotencyScope, row: IdempotencyKey) -> dict[str, Any]:
-    """Return the arguments for the exception that refuses a claim."""
+    """Return the arguments of the error for a refused claim."""
     found = {"state": row.state, "expires_at": row.expires_at}
     return {"device_id": scope.device_id, "method": scope.method, **found}
 

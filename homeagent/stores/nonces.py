@@ -51,7 +51,7 @@ _FIND = Statement[Nonce](
         _columns.expires_at > bindparam("now"),
     )
 )
-# The column `created_at` has this value if an operator has excluded the nonce from the limit.
+# Value of `created_at` for a nonce that an operator has excluded from the limit
 _RELEASED = constant(0, Integer())
 _COUNTED = (
     _columns.device_id == bindparam("device_id"),
@@ -100,10 +100,11 @@ class NonceStore(Store):
     @writing()
     @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int | None = None) -> bool:
-        """Consume a nonce, and return True to only one caller. If the time `expires_at` has passed, return False.
+        """Consume a nonce. Of all callers with the same device and nonce, at most one caller gets True. If the time
+        `expires_at` has passed, return False.
 
         Call the method in a separate unit, after the check of the signature and before the device gets access. If the
-        unit also contained unrelated work, a rollback of this work would make the nonce usable again.
+        unit also did other work, a rollback of the unit would make the nonce usable again.
 
         Args:
             device_id: id of the signer. Two devices can use the same nonce.
@@ -113,7 +114,7 @@ class NonceStore(Store):
                 effect.
 
         Raises:
-            NonceLimitError: if the nonce is new and the device has reached the limit. The method `forget()` makes room.
+            NonceLimitError: if the nonce is new and the device has reached the limit. To make room, call `forget()`.
             InvalidArgumentError: if `expires_at` is more than `Limits.longest_ttl` ahead.
         """
         check_identifier(device_id, "device_id")
@@ -166,7 +167,8 @@ class NonceStore(Store):
         if expires_at <= now:
             return Freshness.STALE
         restored_at = self._restored_at()
-        # A message whose nonce was consumed before the restore has a timestamp of at most `restored_at + skew`.
+        # A restore perhaps lost the nonces of messages with a timestamp up to `restored_at + skew`, so refuse such
+        # messages.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
@@ -231,7 +233,7 @@ class ReplayGuard:
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:
-        """Call `nonces.consume_signed()` with the skew and the limit of this guard, and return the result. Call the
-        method in a separate unit, after the check of the signature.
+        """Check the timestamp, and consume the nonce (see `NonceStore.consume_signed()`). Call the method in a separate
+        unit, after the check of the signature.
         """
         return nonces.consume_signed(device_id, nonce, signed_at=signed_at, skew=self.skew, limit=self.limit)

@@ -1,7 +1,7 @@
-"""Limit for the rows of one device. Counting 10,000 rows takes as long as 40 inserts. A process therefore counts only
-once for several new rows. The number of these rows (a grant) is at most a fiftieth of the limit. Each process can
-exceed the limit by less than one grant, and 49 grants are fewer rows than the limit. Together, 49 processes therefore
-store fewer rows than twice the limit.
+"""Limit for the rows of one device. Counting 10,000 rows takes as long as 40 inserts, so a process does not count
+before each insert. After a count, the process can add several rows (a grant) without a new count. A grant is at most a
+fiftieth of the limit. Each process can exceed the limit by less than one grant. Therefore 49 processes together store
+fewer rows than twice the limit.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 def has_room(
     unit: UnitOfWork, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
 ) -> bool:
-    """Use up one row of the device's grant, and return True. If the device has reached its limit, return False. The
-    function `count()` counts the rows of the device that have not expired.
+    """If the device can add a row, reduce the grant by one row, and return True. If the device has reached the limit,
+    return False. The argument `count` is a function that counts the unexpired rows of a device.
     """
     grants = unit.settings.grants
     key = (kind, device_id, limit)
@@ -42,7 +42,7 @@ def has_room(
         granted = _grant(limit, count(device_id, now))
     if len(grants) >= _MOST_GRANTS:
         grants.clear()
-    grants[key] = iter(range(granted - 1))  # the caller of this function adds the first row of the grant
+    grants[key] = iter(range(granted - 1))  # - 1: the caller adds the first row of the grant
     return granted > 0
 
 

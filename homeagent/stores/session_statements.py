@@ -33,8 +33,8 @@ _agents: Any = Agent.__table__.c
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# Do not lock the session. If one unit moved session A to the route of session B, and another unit moved B to the route
-# of A, the units would deadlock.
+# Do not lock the session. With a lock, two units could deadlock: one unit moves session A to the route of session B,
+# and the other unit moves session B to the route of session A.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
 # With this lock, no other unit can delete the agent before this unit adds a session.
 AGENT = Statement[str](
@@ -49,8 +49,7 @@ _VALUES: dict[str, Any] = {
     "last_active_at": bindparam("last_active_at"),
     "metadata": bindparam("metadata_"),
 }
-# Do not add `index_elements=…`, because the statement must tolerate a conflict of the id and also a conflict of the
-# route.
+# Do not add `index_elements=…`, because the statement must tolerate an existing id and also an occupied route.
 CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values({**_VALUES, "route_key": bindparam("route")}).on_conflict_do_nothing(),
     returning=AgentSession,
@@ -113,7 +112,7 @@ INDEX = Statement[AgentSession](
 
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
-    """Return the columns for sorting. The session that was active last comes last."""
+    """Return the columns for sorting. The session with the latest activity comes last."""
     # For the plain column `last_active_at`, SQLite would read an index with the sessions of all routes
     # (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
@@ -149,7 +148,8 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
     candidate = _last_active(is_free, has_sender=has_sender, has_channel=has_channel).correlate(None)
     return Statement(
         update(AgentSession)
-        # If another transaction moves the session, PostgreSQL checks `_IS_ON_ROUTE` again for the changed row.
+        # Keep `_IS_ON_ROUTE`. If another transaction moves the session, PostgreSQL checks this condition again for the
+        # changed row.
         .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
         .values(route_key=bindparam("route"))
     )
@@ -171,8 +171,8 @@ def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSe
 
 @cache
 def page_of(filters: frozenset[str], *, after: bool) -> Statement[AgentSession]:
-    """Return the statement that lists a page of sessions. The statement compares each column in `filters` with a
-    parameter.
+    """Return the statement that lists a page of sessions. Each name in `filters` is a column, which the statement
+    compares with the parameter of the same name.
     """
     conditions: list[Any] = [_columns[name] == bindparam(name) for name in sorted(filters)]
     if after:

@@ -52,7 +52,7 @@ def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> P
 
 
 def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return a route whose texts can break the rules for new texts."""
+    """Return a route for a search. The texts can break the rules for new texts."""
     check_searched(agent_id, "agent_id")
     for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
         if value is not None:
@@ -62,7 +62,7 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
     """Return True if the session is on the route. Do not compare the route keys, because a key can be stale."""
-    # Reading the values as attributes takes five times as long as reading the dictionary.
+    # Read `__dict__`, because reading the attributes takes five times as long.
     values = session.__dict__
     return bool(
         values["agent_id"] == route["agent_id"]
@@ -72,7 +72,7 @@ def _is_on(session: AgentSession, route: Parameters) -> bool:
 
 
 def _shape(route: Parameters) -> dict[str, bool]:
-    """Return the arguments by which the statements of a route differ."""
+    """Return whether the route has a sender and a channel, as arguments of the functions that return statements."""
     return {"has_sender": route["sender_id"] is not None, "has_channel": route["channel_id"] is not None}
 
 
@@ -83,7 +83,7 @@ class SessionStore(Store):
 
     @writing()
     def create(self, session: models.AgentSessionCreate) -> AgentSession:
-        """Add a session. The session takes its route if no session holds the route.
+        """Add a session. If no other session holds the route of the new session, the new session takes the route.
 
         Raises:
             SessionExistsError: if a session with this id already exists.
@@ -131,7 +131,7 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return True and the session that holds the route. If the first value is False, the method `resolve()` must
+        """Return True and the session, if a session holds the route. If the first value is False, `resolve()` must
         write.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
@@ -143,7 +143,7 @@ class SessionStore(Store):
         """Return the session that holds a route.
 
         If no session holds the route, the last active session with this agent, sender and channel takes the route.
-        Without such a session, the method adds a session. Callers that run at the same time get the same session.
+        If there is no such session, the method adds a session. Callers that run at the same time get the same session.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -157,7 +157,7 @@ class SessionStore(Store):
             self._require_agent(agent_id)
             if session is not None:
                 self._unit.write(statements.RELEASE_STALE, **route)
-            # If the database can't store the sender or the channel as a text, the route has no stored session.
+            # If the database can't store the sender or the channel as a text, no stored session is on the route.
             is_text = None not in (
                 self._searched(sender_id or "", "sender_id"),
                 self._searched(channel_id or "", "channel_id"),
@@ -211,8 +211,9 @@ class SessionStore(Store):
         """Give a session a different agent, sender or channel, and return the session. The moved session takes the new
         route.
 
-        If the moved session held its old route, the last active session on the old route takes the old route. A call
-        without a new agent, sender or channel gives the session its route if the route is free.
+        If the moved session held its old route, the last active session on the old route takes the old route. If the
+        caller passes no new value, the session takes the route of its present values, unless another session holds the
+        route.
 
         Args:
             session_id: id of the session.
@@ -311,7 +312,7 @@ class SessionStore(Store):
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
         """Rebuild the index of transcripts: add sessions, or move the last activity of existing sessions forward.
-        Return the number of given sessions.
+        Return the number of sessions in the argument.
 
         An existing session keeps the agent, sender, channel, time of creation and metadata. The last active session on
         a route takes the route.
@@ -319,7 +320,7 @@ class SessionStore(Store):
         Args:
             sessions: transient instances, which the method reads in batches. Times in the future count as the current
                 time.
-            progress: function that the method calls after each batch, with the number of sessions so far.
+            progress: function that the method calls after each batch, with the number of sessions written so far.
 
         Raises:
             InvalidArgumentError: if `sessions` is not an iterable, or an item is not a session. Roll back the unit
@@ -364,7 +365,7 @@ class SessionStore(Store):
         return True
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
-        """Check a batch and yield the parameters of each session. The set `known` collects ids of agents."""
+        """Check each session of a batch, and yield its parameters. Add the id of its agent to the set `known`."""
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
                 raise InvalidArgumentError(f"number {number} is not an AgentSession but {type(session).__name__}")

@@ -48,9 +48,9 @@ def reading(method: F) -> F:
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
     """Declare that a store's method writes. If `stream` is True, the method consumes an iterable.
 
-    If the function `unless` is given, some calls of the method do not write. Before a call, homeagent calls this
-    function with the arguments of the method. If the first value of the returned pair is True, the caller gets the
-    second value.
+    Some methods do not write in each call. For such a method, `unless` is a function that reads and returns two values.
+    homeagent first calls `unless` with the arguments of the method. If the first value is True, the caller gets the
+    second value, and homeagent does not call the method.
     """
 
     def declare(method: Any) -> Any:
@@ -80,8 +80,8 @@ class Store:
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Return a text for a search. If the database can't store the text, return None. A search for None finds no
-        row. No database can hold a lone surrogate, and PostgreSQL can't hold NUL.
+        """Return a text for a search, or None if the database can't store the text. A search for None finds no row. No
+        database can hold a lone surrogate, and PostgreSQL can't hold NUL.
         """
         # The method `isprintable()` returns False for each text with a lone surrogate or NUL.
         if value.__class__ is str and value.isprintable():
