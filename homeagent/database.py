@@ -117,8 +117,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             durability: `durability="full"` syncs every commit to the disk. With `durability="normal"`, a power cut can
                 lose the last commits. An attacker can replay a message whose nonce was lost.
             migrate: True to create or upgrade the schema. Before an upgrade, homeagent backs up a file with data.
-            pool_size: maximum number of connections for write units, and also for read-only units, from 1 to 1,000.
-                SQLite ignores `pool_size`.
+            pool_size: maximum number of connections for write units, from 1 to 1,000. The maximum for read-only units
+                is the same. SQLite ignores `pool_size`.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. An upgrade runs
                 homeagent's revisions first, and then the revisions in this folder.

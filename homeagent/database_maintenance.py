@@ -300,7 +300,8 @@ class DatabaseMaintenance:
         """Begin a new epoch after another program restored an older state of the database. Before the call, close the
         database in all processes.
 
-        Call `begin_epoch()` after a restore with PostgreSQL's tools, or from a snapshot of a disk or a virtual machine.
+        Call `begin_epoch()` after PostgreSQL's tools or a snapshot of a disk or a virtual machine have restored the
+        database.
         The restored database lacks the nonces that were consumed after the backup. In the new epoch, the replay guard
         refuses messages that devices signed earlier, so an attacker can't replay the messages of the lost nonces.
 

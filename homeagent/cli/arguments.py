@@ -71,7 +71,7 @@ FormatOption = Annotated[
     typer.Option(
         "--format",
         metavar="|".join(Format),
-        help="Form of the list. The form tsv prints tab-separated values, with times in UTC and a line of names.",
+        help="Form of the list. The form tsv prints tab-separated values below the column names. Times are in UTC.",
     ),
 ]
 YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]

@@ -107,8 +107,8 @@ def approve(
         DeviceStatus | None,
         arguments.choice(
             DeviceStatus,
-            help="Refuse the approval if the device has another status. With --yes, a revoked device is approved only "
-            "if you name its status.",
+            help="Refuse the approval if the status of the device differs from this status. With --yes, a revoked "
+            "device is approved only if you name its status.",
         ),
     ] = None,
     yes: arguments.YesOption = False,

@@ -21,7 +21,10 @@ from homeagent.unit_of_work import UnitOfWork
 keys: typer.Typer = group("keys", help="Settle the idempotency keys with an abandoned attempt.")
 
 AttemptOption = Annotated[
-    int | None, arguments.option(metavar="NUMBER", help="Refuse the change if the key has another attempt.")
+    int | None,
+    arguments.option(
+        metavar="NUMBER", help="Refuse the change if the number of the last attempt differs from this number."
+    ),
 ]
 
 _HEADINGS = ("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at")

@@ -18,7 +18,7 @@ N = TypeVar("N", int, float)
 
 
 class LastFault(BaseModel, frozen=True):
-    """The last error of the engine. An error that refuses an invalid call of the application is not recorded.
+    """The last error of the engine. Errors for invalid arguments are not recorded.
 
     Attributes:
         kind: name of the error's class, such as `DiskFullError`.

@@ -192,7 +192,7 @@ def idempotent(
         request: Request,
         response: Response,
         database: DatabaseDep,
-        # Do not annotate `str | None`, because FastAPI inspects each part of a union in each request.
+        # Do not write the annotation `str | None`, because FastAPI inspects each part of a union in each request.
         idempotency_key: str = Header(None, description="Key of the call, the same in each retry."),
         caller: Device = Depends(device),  # an annotation can't refer to an argument of the enclosing function
     ) -> Once:

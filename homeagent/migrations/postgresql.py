@@ -117,7 +117,7 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse a `search_path` that begins with the schema of the role's name if a later schema has a store.
+    """Refuse a `search_path` whose first schema has the name of the role, if a later schema of the path has a store.
 
     By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE on the
     database could create this schema, and store an approved device in the schema.

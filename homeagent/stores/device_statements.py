@@ -244,8 +244,8 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the changes after the number `after`. The argument `rows` is the result of `CHANGES`. If the feed no
-    longer contains the number, return one change of the kind `reset`.
+    """Return the changes with a number greater than `after`. The argument `rows` is the result of `CHANGES`. If the
+    feed no longer contains the number, return one change of the kind `reset`.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]

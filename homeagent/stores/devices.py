@@ -108,8 +108,8 @@ class DeviceStore(Store):
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete at most `limit` devices that are pending since `paired_before` or earlier, oldest first. Return the
-        number of deleted devices.
+        """Delete the oldest pending devices that were paired at `paired_before` or earlier. The argument `limit` is the
+        maximum number of deleted devices. Return the number of deleted devices.
         """
         before = check_timestamp(paired_before, "paired_before")
         return self._unit.write(statements.DELETE_PENDING, before=before, limit=check_limit(limit))

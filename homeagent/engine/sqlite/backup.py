@@ -166,7 +166,7 @@ def read_contents(raw: Any) -> Contents:
 
 def find_damage(raw: Any) -> str | None:
     """Return the first problem of SQLite's integrity check or of the references of homeagent's tables, or None. For
-    missing rows to which the application's tables refer, only log a warning.
+    orphans in the application's tables, only log a warning.
     """
     verdict = str(raw.execute("PRAGMA integrity_check(1)").get)
     if verdict != "ok":

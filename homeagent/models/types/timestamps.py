@@ -69,7 +69,7 @@ def later(timestamp: datetime, duration: timedelta, what: str) -> datetime:
 
 
 def earlier(timestamp: datetime, duration: timedelta) -> datetime:
-    """Return `timestamp - duration`. If the difference is before the year 1, return the start of the year 1."""
+    """Return `timestamp - duration`. If the result would be before the year 1, return the start of the year 1."""
     try:
         return timestamp - duration
     except OverflowError:
