@@ -67,7 +67,7 @@ def _one_call_type(kind: type[Store]) -> Any:
 
 
 def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) -> Callable[..., Any]:
-    unless: Callable[..., tuple[bool, Any]] | None = method.homeagent_unless  # type: ignore[attr-defined]
+    unless: Callable[..., tuple[bool, Any]] | None = method.homeagent_unless  # type: ignore[attr-defined]  # see `writing()`
 
     @clears_locals
     @wraps(method)

@@ -41,7 +41,7 @@ def access_of(method: object) -> Access | None:
 
 def reading(method: F) -> F:
     """Declare that a store's method reads, and sends only one statement."""
-    method.homeagent_access = Access.READ  # type: ignore[attr-defined]
+    method.homeagent_access = Access.READ  # type: ignore[attr-defined]  # mypy does not allow new attributes of a function
     return method
 
 
