@@ -411,13 +411,15 @@ def test_many_signatures_of_a_webhook(hooks: Client, monkeypatch: pytest.MonkeyP
 
 
 def test_invalid_webhook_settings() -> None:
-    """A secret that is short or malformed, no secret, and a short time of the records are refused at once."""
+    """A secret that is short or malformed, no secret, no sender, and a short `ttl` are refused at once."""
     secrets: list[Any] = ["whsec_", "whsec_%%%", "whsec_" + base64.b64encode(bytes(23)).decode(), []]
     for secret in secrets:
         with pytest.raises(errors.InvalidArgumentError):
             signed_webhook(secret, sender="bell")
     with pytest.raises(errors.InvalidArgumentError, match="ttl must be more than twice"):
         signed_webhook(SECRET, sender="bell", ttl=timedelta(minutes=10))
+    with pytest.raises(errors.InvalidArgumentError, match="sender must have 1"):
+        signed_webhook(SECRET, sender="")
 
 
 def test_the_page(homeagent_database: Database, homeagent_clock: FakeClock) -> None:

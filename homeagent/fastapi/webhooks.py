@@ -81,7 +81,7 @@ def signed_webhook(
     """
     secrets = [secret] if isinstance(secret, (SecretStr, str)) else list(secret)
     keys = [_key_of(each) for each in secrets]
-    check_identifier(f"{sender}/{'x' * _OWNER_CHARACTERS}", "sender")
+    check_identifier(sender and f"{sender}/{'x' * _OWNER_CHARACTERS}", "sender")
     if not keys:
         raise InvalidArgumentError("signed_webhook needs a secret")
     if ttl <= 2 * check_duration(tolerance, "tolerance"):
