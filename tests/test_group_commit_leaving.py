@@ -132,7 +132,8 @@ while any(thread.is_alive() for thread in threads):
     try:
         if not sender.is_alive() and turn == 1:
             sender.start()
-        database.run(lambda unit: work(unit, f"mine {turn}"))
+        # An interrupted unit can still begin in the writer thread, so bind the number now.
+        database.run(lambda unit, turn=turn: work(unit, f"mine {turn}"))
         mine.append(f"mine {turn}")
     except KeyboardInterrupt:
         interrupts += 1
