@@ -79,7 +79,7 @@ class ConnectionPool(Generic[T]):
         has_place = False
         # Do not add a call between the line that takes a resource and the line that records the holder. CPython runs a
         # signal handler only after a call or a jump back. If a handler raised an error between the lines, the pool
-        # would lose the resource (see the interrupt tests in `tests/engine/test_pool.py`).
+        # would lose the resource (see the interrupt tests in `tests/test_pool.py`).
         try:
             with self.mutex:
                 if self._free and not self._waiters:
