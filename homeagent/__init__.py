@@ -85,12 +85,11 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 """Names of the modules that are attributes of the package after `import homeagent`."""
 
 
-# Hide the function `__getattr__` from type checkers. Otherwise type checkers would accept any misspelt name of the
-# package.
+# Hide the function `__getattr__` from type checkers, because a type checker that sees the function accepts any misspelt
+# name of the package.
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        # Do not import `homeagent.lazy_import` at the top, because the import would slow down each run of pytest.
         from importlib import import_module
 
         if name in _MODULES:

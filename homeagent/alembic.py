@@ -39,7 +39,7 @@ TABLES: frozenset[str] = frozenset({table.name for table in SCHEMA} | {VERSION_T
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
-    """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass the function to
+    """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass `include_name` to
     Alembic's `context.configure`.
 
     Args:
@@ -52,11 +52,11 @@ def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | 
 
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
-    """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass the function to
+    """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass `include_object` to
     Alembic's `context.configure`.
 
-    The metadata of `homeagent.Table` also contains homeagent's tables. A foreign key can refer to such a table by its
-    name.
+    The metadata of `homeagent.Table` also contains homeagent's tables, so that an application's foreign key can refer
+    to a table of homeagent by name.
 
     Args:
         object: SQLAlchemy object, such as a `Table` or a `Column`.
@@ -72,14 +72,14 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
 def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
     """Run the current command of Alembic on the application's tables.
 
-    The option `-x database=TARGET` names the database. Without the option, the function uses the line `database =
-    TARGET` in Alembic's configuration, or the environment variable `$HOMEAGENT_DATABASE`. Before the command, the
-    function upgrades homeagent's tables. If no database is named, the commands `alembic revision` and `alembic check`
-    use a scratch database. A program that calls Alembic's commands can pass a connection in
-    `config.attributes["connection"]`.
+    The option `-x database=TARGET` names the database. Without `-x database`, `run_environment()` uses the line
+    `database = TARGET` in Alembic's configuration, or the environment variable `$HOMEAGENT_DATABASE`. Before the
+    command, `run_environment()` upgrades homeagent's tables in a named database. If no database is named, the commands
+    `alembic revision` and `alembic check` use a scratch database. A program that calls Alembic's commands can pass a
+    connection in `config.attributes["connection"]`.
 
-    Autogenerate compares only tables whose classes are in the application's package. The function imports all modules
-    of the package.
+    `run_environment()` imports all modules of the application's package. Autogenerate compares only tables whose
+    classes are in the package.
 
     Args:
         context: the module `alembic.context`.
@@ -128,7 +128,7 @@ def _target(context: Any) -> str | None:
 def _connection(
     context: Any, given: Connection | None, target: str | None, metadata: Sequence[MetaData]
 ) -> Iterator[Connection]:
-    """Yield a connection to a database with homeagent's tables, without foreign keys on SQLite."""
+    """Yield a connection to a database with homeagent's tables. On SQLite, foreign keys are off."""
     if given is not None:
         with _without_foreign_keys(given):
             yield given
@@ -160,7 +160,7 @@ def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:
 
 @contextmanager
 def _without_foreign_keys(connection: Connection) -> Iterator[None]:
-    """Switch foreign keys off. Otherwise the rebuild of a table would delete the rows that refer to the table."""
+    """Switch foreign keys off, because the rebuild of a table would otherwise delete rows that refer to the table."""
     if connection.dialect.name != "sqlite":
         yield
         return

@@ -23,7 +23,7 @@ class HomeAgentError(Exception):
 
 
 class InvalidArgumentError(HomeAgentError, ValueError):
-    """An argument is invalid. The method that raises this error did not read or write the database. Remedy: correct the
+    """An argument is invalid. Most methods check the arguments before they use the database. Remedy: correct the
     argument that the message names.
     """
 
@@ -58,8 +58,8 @@ class AuthenticationError(HomeAgentError):
 
 
 class AccessDeniedError(HomeAgentError):
-    """The secret is right, but the device is pending, is revoked, or does not have the required role (HTTP status 403).
-    Remedy: approve the device, or use a device with the right role.
+    """The secret or the proof is right, but the device is pending, is revoked, or does not have the required role (HTTP
+    status 403). Remedy: approve the device, or use a device with the right role.
     """
 
 
@@ -70,7 +70,7 @@ class HandshakeError(HomeAgentError):
 
 
 class RefusingRecord(TypedDict, total=False):
-    """State and expiry time of the stored record of a key."""
+    """State and expiry time of an idempotency key's stored record."""
 
     state: IdempotencyState
     expires_at: datetime
@@ -99,8 +99,8 @@ class IdempotencyError(HomeAgentError):
 
 
 class IdempotencyInProgressError(IdempotencyError):
-    """Another caller is running the effect of the key (HTTP status 409). The lease of the caller that runs the effect
-    ends after the time in `error.retry_after`. Remedy: repeat the call after `retry_after`.
+    """Another caller is running the effect of the idempotency key (HTTP status 409). The lease of the other caller ends
+    after `error.retry_after`. Remedy: repeat the call after `retry_after`.
     """
 
     def __init__(
@@ -113,8 +113,8 @@ class IdempotencyInProgressError(IdempotencyError):
 
 
 class FingerprintMismatchError(IdempotencyError):
-    """An earlier call used the key with different parameters (HTTP status 422). Remedy: use a new key for each new
-    call.
+    """An earlier call used the idempotency key with different parameters (HTTP status 422). Remedy: use a new key for
+    each new call.
     """
 
     def __init__(self, *, device_id: str, method: str, **record: Unpack[RefusingRecord]) -> None:
@@ -125,7 +125,8 @@ class FingerprintMismatchError(IdempotencyError):
 
 class OutcomeUnknownError(IdempotencyError):
     """The lease of an earlier attempt expired, and homeagent does not know whether the effect took place. Remedy: find
-    out the outcome, and then call `resolve()` or `forget()`, or pass `on_abandoned`.
+    out whether the effect took place, and then call `resolve()` or `forget()`. Alternatively, pass `on_abandoned` to
+    `run_once()`.
     """
 
     def __init__(self, *, device_id: str, method: str, attempt: int, **record: Unpack[RefusingRecord]) -> None:
@@ -148,8 +149,9 @@ class LeaseLostError(IdempotencyError):
 
 
 class EffectFailedError(HomeAgentError):
-    """The function that `run_once` calls raises this error to record a permanent failure. Each later call with the key
-    raises the stored error again. Remedy: read `error.detail`, and make a new call with a new key.
+    """The application's function for `run_once` raises EffectFailedError to record a permanent failure. Each later call
+    of `run_once` with the same key raises the stored error again. Remedy: read `error.detail`, and make a new call with
+    a new key.
 
     Args:
         detail: JSON value that homeagent stores.
@@ -163,6 +165,6 @@ class EffectFailedError(HomeAgentError):
 
 
 class EffectNotStartedError(HomeAgentError):
-    """The application's function for `run_once` raises this error if the function did not begin its effect. The
-    idempotency key is free again, so the next call can run the effect. Remedy: repeat the call.
+    """The application's function for `run_once` raises EffectNotStartedError if the function did not begin its effect.
+    The idempotency key is free again, so the next call can run the effect. Remedy: repeat the call.
     """

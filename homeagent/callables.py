@@ -17,13 +17,13 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
     """Return the function. For a generator function or an object that can't be called, raise InvalidArgumentError.
 
-    If `coroutine` is None, a coroutine function is valid. Otherwise the function raises InvalidArgumentError for a
-    coroutine function, and `coroutine` is the remedy in the error message.
+    If `coroutine` is None, a coroutine function is valid. If `coroutine` is a text, raise InvalidArgumentError for a
+    coroutine function, with the text as the remedy in the error message.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED
-    # For an ordinary function, skip the slow checks below. If `inspect.markcoroutinefunction()` has marked the
-    # function, the function's attribute `__dict__` is not empty.
+    # For an ordinary function, skip the slow checks below. Run the checks if `__dict__` is not empty, because
+    # `inspect.markcoroutinefunction()` marks a function by an attribute.
     if isinstance(plain, FunctionType) and not (plain.__code__.co_flags & deferred or plain.__dict__):
         return function
     if not callable(function):

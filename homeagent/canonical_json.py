@@ -21,7 +21,7 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
 def canonical_json(value: JsonValue, what: str = "params") -> bytes:
-    """Return the canonical text of a JSON value, in UTF-8. For any other value, raise InvalidArgumentError."""
+    """Return the canonical text of a JSON value, in UTF-8. If the value is not JSON, raise InvalidArgumentError."""
     try:
         return _write(value).encode()
     except InvalidArgumentError:

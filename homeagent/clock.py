@@ -33,12 +33,11 @@ def system_clock() -> datetime:
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest
     if milliseconds > latest:
-        # Two threads can run this block at the same time. Then each thread returns the time that this thread has read.
+        # If two threads run this block at the same time, each thread returns its own reading of the clock.
         timestamp = _EPOCH + milliseconds * _MILLISECOND
         reading = (milliseconds, timestamp)
-        # Do not add a call between the comparison and the assignment. CPython can switch to another thread only after a
-        # call. After a switch, this thread could replace a later time by an earlier time
-        # (`test_the_clock_never_goes_back`).
+        # Do not add a call between the comparison and the assignment. CPython could switch to another thread after the
+        # call, and this thread could then replace a later time by an earlier time (`test_the_clock_never_goes_back`).
         if reading > _latest:
             _latest = reading
     return timestamp

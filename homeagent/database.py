@@ -67,8 +67,8 @@ V = TypeVar("V", bound=UnitOfWork, default=UnitOfWork)
 class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     """An open database of homeagent. All threads of a process can share one `Database`.
 
-    The units of a `Database[HubUnit]` are instances of `HubUnit`. A function with a parameter of the type `Database`
-    also accepts a `Database[HubUnit]`.
+    The units of a `Database[HubUnit]` are instances of `HubUnit`, a subclass of `UnitOfWork`. A function with a
+    parameter of the type `Database` also accepts a `Database[HubUnit]`.
 
     A forked child process must open the database again. Open a database with `Database.open`. Close the database with
     `close()`, or use the database as a context manager.
@@ -117,20 +117,21 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             durability: `durability="full"` syncs every commit to the disk. With `durability="normal"`, a power cut can
                 lose the last commits. An attacker can replay a message whose nonce was lost.
             migrate: True to create or upgrade the schema. Before an upgrade, homeagent backs up a file with data.
-            pool_size: maximum number of connections for write units, from 1 to 1,000. The maximum for read-only units
-                is the same. SQLite ignores `pool_size`.
+            pool_size: maximum number of connections for write units, and also for read-only units, from 1 to 1,000.
+                SQLite ignores `pool_size`.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. An upgrade runs
                 homeagent's revisions first, and then the revisions in this folder.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
             acknowledged: names of the application's triggers on homeagent's tables. An upgrade, a copy and a restore
-                refuse a trigger on homeagent's tables if the list does not contain the trigger's name.
+                refuse a trigger on homeagent's tables if `acknowledged` does not contain the trigger's name.
             limits: limits on the rows that devices can create, and on the work that unknown devices can cause.
 
         Raises:
             InvalidArgumentError: if the target or another argument is invalid.
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
-            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if homeagent refuses the file (unchanged).
+            ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if homeagent refuses the file, which stays
+                unchanged.
             DatabaseError: if the database cannot be opened for a reason that no error above covers.
         """
         given = conceal(target)
@@ -159,7 +160,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         After a call of `close()`, all other methods except `counters()` raise DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
-            return  # Do not take the mutex: a thread of the parent process can hold the mutex during the fork.
+            # Do not take the mutex in a forked child: a thread of the parent can hold the mutex during the fork.
+            return
         with self._mutex:
             self._closed = True
             sweepers, self._sweepers = self._sweepers, []
@@ -215,7 +217,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def store(self, kind: type[S]) -> S:
         """Return a store that runs each call of a method as a separate unit of work.
 
-        A method that only reads runs one statement in autocommit mode, and takes no lock. A method that writes runs by
+        A method that only reads runs one statement in autocommit mode, and takes no lock. A method that writes runs in
         `Database.run()`, and raises `UnitStateError` if the thread already has an open write unit. If a write depends
         on a read, use one unit of work for the read and the write.
 
@@ -300,8 +302,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             work: function that gets the unit. The database can call this function several times, so the function must
                 have no side effect outside the unit.
             read_only: see `unit_of_work()`.
-            idempotent: True if a second run of the function changes nothing. With `idempotent=True`, the function also
-                runs again if the connection was lost during COMMIT.
+            idempotent: True if a second run of the function makes no further change. With `idempotent=True`, the
+                function also runs again if the connection was lost during COMMIT.
 
         Returns:
             Return value of the function, after the commit.
@@ -313,8 +315,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 shared commit for the whole `busy_timeout`. The failed call changed no row.
             ConnectionLostError: if the server was not reachable within the `busy_timeout`. The failed call changed no
                 row.
-            CommitUnknownError: if the connection was lost during COMMIT. Check whether the commit took place before you
-                repeat the call.
+            CommitUnknownError: if the connection was lost during COMMIT. Before you repeat the call, check whether the
+                commit took place.
         """
         return self._runner.run(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]  # a unit is a U
 
@@ -358,12 +360,12 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         Args:
             scope: identity of the call (the device, the method and the key that the device chose).
-            effect: function to call, which gets the attempt and returns any JSON value. The function can pass the text
-                `attempt.downstream_key` to another service. If the function raises `EffectFailedError`, the error is
-                stored, and later calls raise the stored error. If the function raises `EffectNotStartedError`, the key
-                is free again. After an exception that is neither EffectFailedError nor EffectNotStartedError, the
-                outcome of the effect is unknown.
-            params: parameters of the call. A later call with the key must have equal parameters.
+            effect: function to call, which gets the attempt and returns any JSON value. The function can pass
+                `attempt.downstream_key` to another service as an idempotency key. If the function raises
+                `EffectFailedError`, the error is stored, and later calls raise the stored error. If the function raises
+                `EffectNotStartedError`, the key is free again. After an exception that is neither EffectFailedError nor
+                EffectNotStartedError, the outcome of the effect is unknown.
+            params: parameters of the call. A later call with the same key must have equal parameters.
             lease: duration of the lease. If the lease ends without a renewal, the attempt counts as abandoned.
             ttl: time for which a retry of the call returns the stored outcome.
             on_abandoned: action if an earlier attempt of the key was abandoned. The action is "refuse", "rerun", or a

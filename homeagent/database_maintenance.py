@@ -50,8 +50,8 @@ class DatabaseMaintenance:
         """Delete expired nonces and idempotency keys, old device changes, and devices that were pending for too long.
 
         A pending device is deleted after `Limits.pending_ttl`, and a device change after `Limits.changes_kept`. Other
-        writers wait only briefly, because each batch is small. While other writers wait, `sweep()` makes the batches
-        smaller and the pauses longer.
+        writers wait only briefly, because `sweep()` deletes the rows in small batches. While other writers wait,
+        `sweep()` makes the batches smaller and the pauses longer.
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
@@ -130,9 +130,9 @@ class DatabaseMaintenance:
             destination: path of a new file, or of a directory. In a directory, the name of the new file contains the
                 schema's revision and the time. If a path with a final slash does not exist, homeagent creates a
                 directory with mode 0700.
-            keep: number of this database's backups to keep in the directory. homeagent deletes older backups. Three
-                kinds of files are neither counted nor deleted: files without a manifest, backups of other databases,
-                and copies from upgrades.
+            keep: number of this database's backups to keep in the directory. Older backups are deleted. The method
+                neither counts nor deletes files without a manifest, backups of other databases, and copies from
+                upgrades.
             replace: True to replace an existing file.
 
         Returns:
@@ -169,8 +169,8 @@ class DatabaseMaintenance:
             target: open database at the revision of the source, without devices, agents, sessions, nonces or
                 idempotency keys.
             live: True to allow other units to write to the source during the copy. The copy contains the state of the
-                source at the beginning of the copy, without later writes. Before you move to another database, stop all
-                writers.
+                source at the beginning of the copy, without later writes. For a move to another database, stop all
+                writers and pass `live=False`.
             leave: names of the application's tables that the copy leaves out.
             progress: function that homeagent calls after each page of copied rows.
 
@@ -244,9 +244,9 @@ class DatabaseMaintenance:
     ) -> maintenance.RestoreReport:
         """Replace a closed database by a backup, and keep the old database in quarantine.
 
-        The restore first verifies the backup, and upgrades the backup to the schema of this version. The restore begins
-        a new epoch. In the new epoch, the replay guard refuses all messages that devices signed before the restore.
-        After a crash, either the old or the new database is in place.
+        The restore first verifies the backup, and upgrades a copy of the backup to the schema of this version of
+        homeagent. The restore begins a new epoch. In the new epoch, the replay guard refuses all messages that devices
+        signed before the restore. After a crash, either the old or the new database is in place.
 
         Args:
             backup: file that `Database.backup()` made, or a copy of a closed database. If the backup has a manifest
@@ -272,9 +272,9 @@ class DatabaseMaintenance:
             SchemaTooNewError: if a newer version of homeagent made the backup.
             SchemaChangedError: if a person changed the schema of the backup, for example by adding a trigger.
             ForeignDatabaseError: if the backup or the target belongs to another application.
-            DatabaseError: if the restore failed for a reason that no error above covers. If the last step failed, the
-                next call of `Database.open()` finishes the restore. If a step before the last step failed, the target
-                is unchanged.
+            DatabaseError: if the restore failed for a reason that no error above covers. If the last step of the
+                restore failed, the next call of `Database.open()` finishes the restore. If an earlier step failed, the
+                target is unchanged.
         """
         from homeagent.maintenance.restore import restore
 
@@ -301,9 +301,9 @@ class DatabaseMaintenance:
         database in all processes.
 
         Call `begin_epoch()` after PostgreSQL's tools or a snapshot of a disk or a virtual machine have restored the
-        database.
-        The restored database lacks the nonces that were consumed after the backup. In the new epoch, the replay guard
-        refuses messages that devices signed earlier, so an attacker can't replay the messages of the lost nonces.
+        database. The restored database lacks the nonces that were consumed after the backup, so an attacker could
+        replay messages with these nonces. In the new epoch, the replay guard refuses all messages that devices signed
+        before the epoch.
 
         Args:
             target: path or URL of the database, as for `Database.open`.

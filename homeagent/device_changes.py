@@ -1,7 +1,7 @@
 """Deliver device changes to asynchronous iterators (see `Database.watch_devices`).
 
-One thread of each `Database` reads the change feed for all iterators. A lost connection can block this thread.
-Therefore each iterator also checks the time of the last read (`test_a_server_that_does_not_answer_ends_the_iterator`).
+One thread of each `Database` reads the change feed for all iterators. Each iterator also checks the time of the last
+read, because a lost connection can block the thread (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _CLOSED = "the database was closed, or was opened before the process was forked:
 
 
 class _Subscription:
-    """Queue of device changes between the thread and an iterator. The attribute `position` is the number of the last
-    change that the thread has read.
+    """Queue of device changes between the thread of a `DeviceWatcher` and an iterator. The attribute `position` is the
+    number of the last change that the thread has read.
     """
 
     def __init__(self, after: int) -> None:
@@ -61,7 +61,8 @@ class _Subscription:
         """Return the next change, or None if the queue is empty. When the thread adds a change, the thread calls
         `wake()`.
         """
-        # Set `_wake` first. Otherwise a change that the thread adds between the two lines would not wake the iterator.
+        # Set `_wake` before the queue is read, because a change that the thread adds after the read must wake the
+        # iterator.
         self._wake = wake
         return self._changes.popleft() if self._changes else None
 
@@ -141,7 +142,8 @@ class DeviceWatcher:
         self._is_closed = False
         self._read_at = 0.0
         self._error: Exception | None = None
-        # A signal handler or the garbage collector can call `put()` during another call of `put()`.
+        # The method `put()` of SimpleQueue is reentrant: a signal handler or the garbage collector can call `put()`
+        # during another call.
         self._wakes: SimpleQueue[None] = SimpleQueue()
 
     # The iterators

@@ -57,10 +57,10 @@ class DeviceSecrets:
 
     @clears_locals
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Add a device. The device is pending until an administrator approves the device. The store contains only a
-        hash of the secret.
+        """Add a device. The device is pending until an administrator approves the device. The store contains a hash
+        and, for a generated secret, a verifier, but not the secret.
 
-        The method deletes idempotency keys that an earlier device with this id left behind.
+        The method deletes idempotency keys that an earlier device with the same id left behind.
 
         Args:
             request: id, role and metadata of the device. If the request contains no secret, homeagent generates a
@@ -70,7 +70,7 @@ class DeviceSecrets:
             Device and secret. A program can't read the secret again later.
 
         Raises:
-            DeviceExistsError: if a device with this id exists. The error tells the caller that the id exists.
+            DeviceExistsError: if a device with this id exists. The error reveals to a caller that the id exists.
             PendingLimitError: if the number of pending devices has reached `Limits.pending_devices`.
             InvalidArgumentError: if the secret is too long or has a control character.
             TooManyAttemptsError: if the caller chose the secret and the number of waiting slow hashes has reached
@@ -120,8 +120,8 @@ class DeviceSecrets:
         """Return whether the secret is right, and whether the device is approved, pending or revoked.
 
         An attacker with a wrong secret can't learn whether the device exists, is approved, or has a generated secret.
-        For a wrong secret, two results depend only on the presented id and secret: the duration of the check, and
-        whether a limit refuses the check.
+        For a wrong secret, the duration of the check and a refusal by a limit depend only on the presented id and
+        secret.
 
         Args:
             device_id: presented id.
@@ -180,7 +180,9 @@ class DeviceSecrets:
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Replace a stored hash by a hash with the current costs. Only log an error, because the secret is right."""
+        """Replace a stored hash by a hash with the current costs. Log an error instead of raising the error, because
+        the secret is right.
+        """
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
@@ -211,7 +213,7 @@ class DeviceSecrets:
         To find out whether a device with a right proof is pending or revoked, call `check_proof()`.
 
         A proof is the client proof of SCRAM (RFC 5802, section 3) for the device's id, the nonce and the timestamp. A
-        device makes the proof by the function `homeagent.scram.make_proof`. The gateway stores a verifier. With a
+        device makes the proof with the function `homeagent.scram.make_proof`. The gateway stores a verifier. With a
         verifier, the gateway can check proofs but can't make proofs. Consume the nonce after the check of the proof and
         before you grant access. After a rotation, a proof with the old secret is wrong, even during an overlap.
 
@@ -223,7 +225,7 @@ class DeviceSecrets:
 
         Raises:
             InvalidArgumentError: if the nonce has an invalid form, the timestamp has no time zone, or the proof is not
-                bytes. The error is the same for every device.
+                bytes. The error does not reveal whether the device exists.
         """
         checked = self.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
         return checked.device if checked else None
@@ -252,7 +254,7 @@ class DeviceSecrets:
         if not check_proof(verifier, message, proof):
             return _checked(None)
         device = self._find_device(device_id)
-        # Another caller can delete the device or rotate the secret after the verifier was read.
+        # Compare the verifier, because another caller can delete the device or rotate the secret after the first read.
         return _checked(None if device is None or device.proof_verifier != verifier else device)
 
     @clears_locals
@@ -270,7 +272,7 @@ class DeviceSecrets:
         For an absent device or a device without a verifier, the method derives an answer from the id and a key of the
         store. The method takes equally long for an absent device and for a device with a verifier. All processes derive
         the same answer, even after a restore. A pairing, a deletion or a new secret of the device changes the answer
-        for the id. A caller can notice the change.
+        for the id, and a caller can notice the change.
 
         Args:
             device_id: presented id.
@@ -387,10 +389,10 @@ class DeviceSecrets:
 def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> Device:
     try:
         device = unit.devices.create(create)
-        # Check the limit only after the insert. If the unit runs again after its commit, the insert raises
-        # DeviceExistsError before this check, so the limit does not refuse the stored device.
+        # Check the limit only after the insert. In a second run of a committed unit, the insert raises
+        # DeviceExistsError, so the limit does not refuse the device that the first run stored.
         unit.devices.require_pending_room(limit)
-        # Do not delete a key in progress, because a call of `run_once()` with this key perhaps runs this pairing.
+        # Do not delete a key in progress, because the pairing can be the effect of a `run_once()` call with the key.
         unit.idempotency_keys.delete_ended(create.id)
         return device
     except DeviceExistsError:
@@ -407,12 +409,13 @@ def _checked(device: Device | None) -> models.SecretCheck:
 
 
 def _make_verifier(secret: SecretStr) -> str | None:
-    # An attacker could guess a human's secret faster with a verifier (PBKDF2) than with the hash (Argon2id).
+    # Do not make a verifier for a human's secret. An attacker could guess the secret faster with a verifier (PBKDF2)
+    # than with the hash (Argon2id).
     return make_verifier(secret) if is_generated(secret) else None
 
 
 def _encodable(device_id: str) -> str:
-    """Replace each lone surrogate in an id. No device has an id with a lone surrogate."""
+    """Replace each lone surrogate in an id, so that UTF-8 can encode the id. A stored id has no lone surrogate."""
     return device_id.encode(errors="replace").decode()
 
 

@@ -27,8 +27,8 @@ class _Number(int):
 
 
 # The three constants are the defaults in the signature of `Database.open`. To find out whether the caller left an
-# argument out, compare the argument with the constant by `is`, because the caller can pass an equal value. The
-# constants have separate classes, because Python can use one object for two equal texts or small numbers.
+# argument out, compare the argument with the constant by `is`, because the caller can pass an equal value. `DURABILITY`
+# and `POOL_SIZE` have separate classes, because Python can use one object for two equal texts or small numbers.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

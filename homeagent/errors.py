@@ -75,7 +75,7 @@ class SessionNotFoundError(NotFoundError):
 
 
 class AlreadyExistsError(HomeAgentError):
-    """A row with the given id or key exists already. The method did not change the existing row."""
+    """A row with the given id or key exists already. homeagent did not change the existing row."""
 
 
 class DeviceExistsError(AlreadyExistsError):
@@ -103,7 +103,7 @@ class SessionExistsError(AlreadyExistsError):
 
 
 class IdempotencyKeyExistsError(AlreadyExistsError):
-    """The key already has a record that has not expired. Remedy: call `find()`, and answer with the stored result."""
+    """The idempotency key already has an unexpired record. Remedy: call `find()`, and answer with the stored result."""
 
     def __init__(self, device_id: str, method: str) -> None:
         self.device_id = device_id
@@ -201,7 +201,7 @@ class PendingLimitError(LimitError):
 
 
 class NonceLimitError(LimitError):
-    """The device has the maximum number of unexpired nonces. Remedy: slow the device down, or call `forget()`."""
+    """The device has the maximum number of unexpired nonces. Remedy: slow the device down or call `nonces.forget()`."""
 
     def __init__(self, device_id: str, limit: int) -> None:
         self.device_id = device_id
@@ -229,7 +229,9 @@ class TargetNotEmptyError(ConflictError):
 
 
 class SourceChangedError(ConflictError):
-    """Another unit wrote to the source of a copy, so there is no copy. Remedy: stop every gateway, and copy again."""
+    """Another unit wrote to the source during a copy, so homeagent undid the copy. Remedy: stop every gateway, and copy
+    again.
+    """
 
     def __init__(self, table: str) -> None:
         self.table: str = table
@@ -244,8 +246,8 @@ class DatabaseError(HomeAgentError):
 
 
 class DatabaseBusyError(DatabaseError):
-    """Other units kept the database busy for longer than the `busy_timeout`. Remedy: make the unit that the message
-    names shorter, or raise `busy_timeout`.
+    """Other units kept the database busy for longer than the `busy_timeout`. Remedy: shorten the unit that the message
+    names, or raise `busy_timeout`.
     """
 
 
@@ -270,14 +272,15 @@ class CommitUnknownError(DatabaseError):
 
     On PostgreSQL, the connection was lost before the answer to COMMIT arrived, or PostgreSQL cancelled the wait for a
     synchronous standby. On SQLite, COMMIT failed, and homeagent could not remove the failed commit from the WAL.
-    Remedy: check whether the unit's rows exist before a retry. If the caller passed `idempotent=True`, `Database.run`
+    Remedy: before a retry, check whether the unit's rows exist. If the caller passed `idempotent=True`, `Database.run`
     repeats the unit after this error.
     """
 
 
 class SchemaTooNewError(DatabaseError):
-    """A newer version of homeagent or of the application upgraded the database. The version that raises this error does
-    not change the database. Remedy: upgrade homeagent or the application, or restore a backup from before the upgrade.
+    """A newer version of homeagent or of the application upgraded the database. The older version, which raises the
+    error, does not change the database. Remedy: upgrade homeagent or the application, or restore a backup from before
+    the upgrade.
     """
 
     def __init__(self, revision: str, *, known: str, application: str | None = None) -> None:
@@ -324,8 +327,8 @@ class SchemaChangedError(DatabaseError):
     """The schema was changed by statements that are not a part of a revision. The stored rows can violate the rules of
     homeagent's schema. Remedy: undo the changes, or list the application's triggers in the argument `acknowledged`.
 
-    A restore, a copy and an upgrade raise this error, and do not change the database. `error.changes` is a list with a
-    sentence for each change. Each sentence names the changed object, such as a table and its index.
+    A restore, a copy, an upgrade and an adoption raise this error, and do not change the database. `error.changes` is a
+    list with a sentence for each change. Each sentence names the changed object, such as a table and its index.
     """
 
     def __init__(self, changes: list[str], *, location: str, command: str | None, triggers: Sequence[str] = ()) -> None:
@@ -396,13 +399,15 @@ class DatabaseMovedError(CorruptDatabaseError):
     """The file or its WAL was deleted, moved or replaced while the database was open. The database did not commit the
     unit.
 
-    Remedy: put the original file back. After this, new units can commit. To use a different file, close the database
+    Remedy: put the original file back, so that new units can commit. To use a different file, close the database
     and open the database again.
     """
 
 
 class InsecureFileError(DatabaseError):
-    """The path is a link, or another user could read or replace the file. Remedy: correct what the message names."""
+    """The path is a link, or another user could read or replace the file. Remedy: correct the problem that the message
+    names.
+    """
 
 
 class DiskFullError(DatabaseError):

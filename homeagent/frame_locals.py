@@ -17,11 +17,11 @@ R = TypeVar("R")
 
 
 def clear_locals(error: BaseException) -> None:
-    """Clear the local variables in the tracebacks of an error and of the error's causes and contexts, in homeagent's
+    """In the tracebacks of an error and of the error's causes and contexts, clear the local variables of homeagent's
     frames.
 
-    Python can't clear the frame of a running function. Therefore the caller of `clear_locals()` must delete the
-    caller's own local variables.
+    The caller of `clear_locals()` must delete the caller's own local variables, because Python can't clear the frame of
+    a running function.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()

@@ -47,10 +47,10 @@ class GroupCommit:
     def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
         self._settings = settings
         self._executor = executor
-        # The mutex protects the states of the calls. If the thread of a caller holds the mutex, do not call a function,
-        # because Python can run a signal handler after a call. If this handler writes, the handler waits for the writer
-        # thread, and the writer thread waits for the mutex (`test_a_handler_that_writes_during_a_call`). The mutex is
-        # reentrant, because a signal handler can interrupt `close()` while `close()` holds the mutex.
+        # The mutex protects the states of the calls. Do not call a function while the thread of a caller holds the
+        # mutex, because Python can run a signal handler after a call. A signal handler that writes would wait for the
+        # writer thread, and the writer thread would wait for the mutex (`test_a_handler_that_writes_during_a_call`).
+        # The mutex is reentrant, because a signal handler can interrupt `close()` while `close()` holds the mutex.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._collected = CollectedCalls(self._submit)
@@ -185,7 +185,8 @@ class GroupCommit:
                 f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
             )
             with self._mutex:
-                # If another caller has started a writer thread in the meantime, this thread also runs these calls.
+                # If another caller has started a writer thread in the meantime, the new writer thread also runs
+                # `calls`.
                 ended = [call for call in calls if call.state is QUEUED and self._thread is None]
                 for call in ended:
                     call.error = failure
@@ -202,7 +203,7 @@ class GroupCommit:
         self._deliver(self._move(calls, DONE))
 
     def close(self) -> None:
-        """End the queued calls, and wait for the writer thread. Close the connection pools first."""
+        """End the queued calls, and wait for the writer thread. Close the connection pools before the call."""
         with self._mutex:
             self._is_closed = True
             thread, timeout = self._thread, self._settings.timeout
@@ -225,7 +226,7 @@ class GroupCommit:
         """Run batches until the database is closed, or until no call was queued for `_IDLE` seconds."""
         thread = threading.current_thread()
         with self._mutex:
-            # Two callers can start a thread at the same time. The second thread ends at once.
+            # If two callers start a writer thread at the same time, the second thread ends at once.
             if self._thread is None:
                 self._thread = thread
         while self._thread is thread:
@@ -321,7 +322,7 @@ class GroupCommit:
             return None
 
     def _move(self, calls: list[QueuedCall], state: CallState) -> list[QueuedCall]:
-        """Set the state of the calls that have not ended. Return only these calls."""
+        """Set the state of each call that has not ended, and return the calls with the new state."""
         now = monotonic()
         moved = []
         with self._mutex:
@@ -352,7 +353,7 @@ class GroupCommit:
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:
-        """Describe the function that the writer thread is running, or return None. Error messages contain the text."""
+        """Return a text for error messages that describes the running function of the writer thread, or None."""
         running = next((call for call in reversed(self._batch) if call.state is RUNNING), None)
         return None if running is None else f"{running} since {monotonic() - running.since:.3f} s"
 

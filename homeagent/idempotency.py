@@ -1,6 +1,8 @@
-"""Run a side effect once: commit a claim of the key, run the effect without a transaction, and commit the outcome.
+"""Run a side effect once: commit a claim of the idempotency key, run the effect without a transaction, and commit the
+outcome.
 
-If the process ends between the two commits, the outcome is unknown. By default, the next call does not run the effect.
+If the process ends between the commits of the claim and of the outcome, the outcome is unknown. By default, a later
+call with the same key does not run an effect with an unknown outcome.
 """
 
 from __future__ import annotations
@@ -107,8 +109,8 @@ def _once(
     attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Callable[[UnitOfWork], Any]:
     """Return a function that ends an attempt. The function can run twice, for example if the outcome of the first
-    commit is unknown. If `leaves_record` is False, `write` releases the key. If the second run then finds no lease, the
-    first run has released the key, and the second run succeeds.
+    commit is unknown. If `leaves_record` is False, `write` releases the key. If the first run released the key, the
+    second run finds no lease, and succeeds.
     """
     begun = False
 
@@ -141,7 +143,7 @@ class _Lease:
 class LeaseTimer:
     """Thread that renews the leases of all effects that run on a `Database`.
 
-    The end of an effect does not wake the thread. The same thread therefore serves many short effects.
+    The end of an effect does not wake the thread, so that a single thread serves many short effects.
     """
 
     def __init__(self, run: Run) -> None:
@@ -168,8 +170,8 @@ class LeaseTimer:
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Do not take the lock in the returned function. If the effect forks the process, the lock can stay locked in
-        # the child.
+        # Do not take the lock in the returned function, because the lock can stay locked in a child that the effect
+        # forks.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -253,7 +255,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 
 
 class _AsyncUnits:
-    """Units of work of an `arun_once()` call. If `substitute` is not None, call `substitute` and not the effect."""
+    """Units of work of an `arun_once()` call. If `substitute` is not None, call `substitute` instead of the effect."""
 
     def __init__(self, arun: ARun, call: OnceCall) -> None:
         self.substitute: Callable[[Attempt], Any] | None = None
@@ -301,9 +303,9 @@ class _AsyncUnits:
                     value = await self._arun(work)
                 break
             except anyio.get_cancelled_exc_class() as error:
-                # A CancelledError does not show whether the unit was committed. Run the unit again: a second run is
-                # safe (see `_once()`). Do so after each CancelledError, because AnyIO's cancel scope does not protect
-                # from `Task.cancel()`.
+                # A CancelledError does not show whether the unit was committed. Run the unit again after each
+                # CancelledError, because AnyIO's cancel scope does not protect from `Task.cancel()`. A second run is
+                # safe (see `_once()`).
                 cancellation, shield = error, anyio.CancelScope(shield=True)
             except HomeAgentError as error:
                 if cancellation is None:

@@ -1,5 +1,4 @@
-"""Create the stores of a database, such as `database.devices`. In these stores, each call of a method is a separate
-unit.
+"""Create the stores of a database, such as `database.devices`, in which each call of a method is a separate unit.
 
 homeagent first calls a method of an application's store without a unit. If the method writes or sends a second
 statement, homeagent stops the method, and calls the method again in a unit.
@@ -90,8 +89,8 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """Stops a store's method. homeagent then calls the method again, in a unit or, if `writes` is True, in a write
-    unit.
+    """Stops a store's method. homeagent then calls the method again in a read-only unit, or in a write unit if `writes`
+    is True.
     """
 
     def __init__(self, *, writes: bool) -> None:
@@ -100,7 +99,7 @@ class _NeedsUnitError(BaseException):
 
 class _Reads:
     """A stand-in for the unit in a store's method that only reads. The argument `allowed` is the maximum number of
-    statements. None means no limit.
+    statements, or None for no limit.
     """
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
@@ -135,7 +134,7 @@ class _Reads:
 
     def __getattr__(self, name: str) -> Any:
         # The store's method uses an attribute of UnitOfWork that this class does not have. Run the method in a write
-        # unit, because such a method can write.
+        # unit, because the attribute can be a method that writes.
         raise self._need(writes=True)
 
 

@@ -74,7 +74,7 @@ class UnitSession(Session):
                 self.expire(row, stale)
 
     def complete(self) -> None:
-        """Flush the pending changes, and load expired objects for use after the end of the unit."""
+        """Flush the pending changes, and reload expired objects, which the caller can use after the end of the unit."""
         if not self._unit._require_connection().has_orm_transaction:
             raise UnitStateError(
                 "the transaction of uow.session's connection was committed or rolled back inside the unit: use "

@@ -1,6 +1,6 @@
-"""A fair (first in, first out) pool of connections, or of the rights to run slow hashes. A pool of one connection is
-the write lock. `threading.Lock` and SQLite's busy handler are not fair: with `threading.Lock`, writers waited 400 ms
-for a sweep.
+"""A fair (first in, first out) pool of connections, or of the rights to run slow hashes. A pool with one connection is
+the write lock. Python's `threading.Lock` and SQLite's busy handler are not fair: with `threading.Lock`, a sweep let
+other writers wait for 400 ms.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ConnectionPool(Generic[T]):
         self._waited = waited
         # Use a reentrant lock, because a signal handler can interrupt the holder of the mutex and use the database.
         self.mutex: threading.RLock = threading.RLock()
-        # A thread holds this lock while the thread creates a resource. A fork waits for the lock.
+        # A thread holds this lock while the thread creates a resource, so that a fork waits until the resource exists.
         self.making: threading.RLock = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -70,16 +70,16 @@ class ConnectionPool(Generic[T]):
         return len(self._waiters)
 
     def acquire(self, timeout: float, *, most_waiting: int | None = None) -> T:
-        """Return a resource that no other caller holds. After `timeout` seconds, raise DatabaseBusyError. If
-        `most_waiting` callers wait already, raise QueueFullError at once.
+        """Return a resource that no other caller holds. If no resource is free within `timeout` seconds, raise
+        DatabaseBusyError. If `most_waiting` callers already wait, raise QueueFullError at once.
         """
         holder = get_ident(), monotonic()
         resource: T | None = None
         waiter: _Waiter[T] | None = None
         has_place = False
         # Do not add a call between the line that takes a resource and the line that records the holder. CPython runs a
-        # signal handler only after a call or a jump back. If a handler raised an error between the lines, the pool
-        # would lose the resource (see the interrupt tests in `tests/test_pool.py`).
+        # signal handler only after a call or a backward jump. If a signal handler raised an error before the holder is
+        # recorded, the pool would lose the resource (see the interrupt tests in `tests/test_pool.py`).
         try:
             with self.mutex:
                 if self._free and not self._waiters:
@@ -120,7 +120,9 @@ class ConnectionPool(Generic[T]):
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait for a resource or for the permission to create a resource. Return True for the permission."""
+        """Wait for a resource or for the permission to create a resource. Return True if the caller must create the
+        resource.
+        """
         self.waits += 1
         since = monotonic()
         try:
@@ -130,7 +132,7 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self.mutex:
-                # If the waiter is not in the queue, another thread has passed on a resource just after the timeout.
+                # If the waiter is not in the queue, another thread served the waiter just after the timeout.
                 if waiter in self._waiters:
                     raise self.busy(timeout)
         return waiter.has_place

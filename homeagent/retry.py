@@ -1,7 +1,7 @@
 """Run functions as units of work, and run a unit again after an error if a second run is safe.
 
-If the connection was lost during COMMIT, the outcome is unknown. After such an error, only an idempotent unit runs
-again.
+If the connection was lost during COMMIT, the outcome is unknown. After CommitUnknownError, only an idempotent unit
+runs again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WORKERS = 64
 
 
 class Runner:
-    """Runs functions as units of work of one database. No retry starts after the timeout in the settings."""
+    """Runs functions as units of work of one database. No retry starts after the time `settings.timeout`."""
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
@@ -78,8 +78,8 @@ class Runner:
             await checkpoint_if_cancelled()
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
         check_function(work, "work", coroutine=_NO_COROUTINE)
-        # No checkpoint is necessary here, because `GroupCommit.arun()` waits for another turn of the event loop before
-        # the unit can begin. In this turn, AnyIO cancels a caller with a cancelled scope.
+        # `checkpoint_if_cancelled()` is not necessary here, because `GroupCommit.arun()` starts the unit at least one
+        # turn of the event loop later. In the meantime, AnyIO cancels a caller with a cancelled scope.
         begun, retries = monotonic(), None
         while True:
             try:
@@ -90,7 +90,7 @@ class Runner:
             await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
-        """Call `work()` in a worker thread. A cancelled caller also waits for the end of the call.
+        """Call `work()` in a worker thread. Even a cancelled caller waits until a started call has ended.
 
         Slow hashes (`slow=True`) and short checks have separate threads, so that a check does not wait for a slow hash.
         """
@@ -102,9 +102,10 @@ class Runner:
             import anyio.to_thread
 
             return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
-        self._settings.engine.pool(read_only=True)  # raises an error in a forked child, which has no threads
-        # Collect only checks. In a shared thread, a function of the application could delay the other calls. On
-        # PostgreSQL a check spends most of its time waiting for the network, so each check has a thread.
+        # In a forked child, which has no threads, `pool()` raises an error.
+        self._settings.engine.pool(read_only=True)
+        # Collect only checks, because a function of the application could delay the other calls of a shared thread. On
+        # PostgreSQL, each check has a separate thread, because a check mostly waits for the network.
         collects = kind is _CHECKS and self._group_commit is not None
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
 
@@ -117,7 +118,7 @@ class Runner:
         return executor
 
     def close(self) -> None:
-        """End the writer thread. Close the connection pools first."""
+        """End the writer thread. The caller must close the connection pools before this call."""
         if self._group_commit is not None:
             self._group_commit.close()
         # The threads of an executor end when the last reference to the executor is gone. Do not call `shutdown()`,

@@ -20,7 +20,8 @@ messages:
 | the verifier | guess a secret that a human chose, or impersonate the gateway |
 | the verifier and the messages of one proof | make proofs until the secret is rotated (RFC 5802 section 9) |
 
-An attacker can't guess a generated secret. Use TLS, because a proof is not bound to a connection.
+An attacker can't guess a generated secret. Use TLS, because an attacker could forward a proof, which is not bound to a
+connection.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def derive_proof_keys(
     iterations.
 
     Args:
-        secret: the secret. The function does not normalize the characters (RFC 5802 does so by SASLprep, which changes
-            only non-ASCII characters).
+        secret: the secret. The function does not normalize the secret by SASLprep (RFC 5802), which changes only
+            non-ASCII characters.
         parameters: parameters of the verifier, which the device gets from the gateway.
         minimum_iterations: minimum number of iterations that the device accepts. A false gateway could ask for fewer
             iterations than the real verifier has, and then guess a human's secret at low cost.
@@ -157,7 +158,7 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
     except ValueError:
         # The cause of a ValueError is incomplete padding of base64, or a parameter that is out of range.
         return None
-    # Accept only the canonical text, because several base64 texts decode to the same bytes (RFC 4648 section 3.5).
+    # Accept only the canonical text, and not another base64 text for the same bytes (RFC 4648 section 3.5).
     canonical = _format_verifier(parameters, stored_key, server_key) == verifier
     return _Verifier(parameters, stored_key, server_key) if canonical else None
 
@@ -180,8 +181,8 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
     Args:
         secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
         iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default is 4,096 for a generated secret (about 2 ms),
-            and 600,000 for a secret that is not generated (about 0.2 s). With a number of iterations that is not the
-            default, the answers of `fake_parameters()` differ from the answers for existing devices.
+            and 600,000 for a secret that is not generated (about 0.2 s). With a number that is not the default, an
+            attacker can find out which devices exist, because `fake_parameters()` returns only default numbers.
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
@@ -216,15 +217,15 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
     device.
 
     The same arguments always give the same result. The answer for an existing device changes with each rotation of its
-    secret. If a caller asks before and after a rotation, the two answers show that the device exists.
+    secret. If a caller asks before and after a rotation, the two different answers show that the device exists.
 
     Args:
-        device_id: id in the request.
+        device_id: device id in the request.
         key: at least 16 random bytes. The default is a random key that the process creates once. Keep the key private,
             and do not change the key. With a new key, only the answers for absent devices change, so an attacker can
             find out which devices exist.
-        human_share: part of the absent ids, from 0 to 1. For these ids, the answer has the iterations of a secret that
-            a human chose. If all secrets are generated, as in `Database`, keep the default share of 0.
+        human_share: share of the absent ids, from 0 to 1, for which the answer has 600,000 iterations, as for a secret
+            that a human chose. If all secrets are generated, as in `Database`, keep the default share of 0.
 
     Raises:
         InvalidArgumentError: if the key is too short, `human_share` is out of range, or the id has a lone surrogate.
@@ -265,9 +266,9 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
 def make_proof(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> bytes:
-    """Return a proof of a secret, of 32 bytes. Use this function in a device.
+    """Return the 32-byte proof of a secret. Use this function in a device.
 
-    The message is the result of `proof_message()`. For the arguments that are not listed here, and for the errors, see
+    The message is the result of `proof_message()`. For the other arguments and for the errors, see
     `derive_proof_keys()`. For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
     """
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
@@ -285,7 +286,7 @@ _DECOY_TEXT = _format_verifier(_DECOY.parameters, _DECOY.stored_key, _DECOY.serv
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
     """Return True if the proof is right for the message and the verifier. Use this function in a gateway.
 
-    The duration is the same for a right proof, a wrong proof and an absent device. The caller must also check the
+    The check takes the same time for a right proof, a wrong proof and an absent device. The caller must also check the
     timestamp and consume the nonce, because an attacker could send an old proof again.
 
     Args:
@@ -306,8 +307,8 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
     """Return the salt and the iterations that a gateway sends to a device with this id.
 
-    If the verifier is None or damaged, the function returns an answer of `fake_parameters()`. The duration does not
-    show whether a device exists.
+    If the verifier is None or damaged, the function returns an answer of `fake_parameters()`. The duration of the call
+    does not show whether a device exists.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
@@ -333,7 +334,8 @@ def check_server_signature(
 ) -> bool:
     """Return True if the gateway's signature is right for the message and the secret. Use this function in a device.
 
-    Pass the parameters and the message of the proof. A signature that does not have 32 bytes is wrong.
+    Pass the parameters and the message that the device used for the proof. A signature that does not have 32 bytes is
+    wrong.
 
     Raises:
         InvalidArgumentError: if the secret is invalid. The error message does not show the secret.

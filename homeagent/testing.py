@@ -87,7 +87,7 @@ class _Templates:
         if server is not None:
             return _create_database(server, template=made.database)
         copied = self._new_directory()
-        # Copy the lock file too. Otherwise `Database.open` would write and sync a new marker.
+        # Copy the lock file too, because without the file `Database.open` would write and sync a new marker.
         for name in ("homeagent.db", "homeagent.db.lock"):
             shutil.copy(made.with_name(name), copied)
         return copied / "homeagent.db"
@@ -157,7 +157,8 @@ def check_revisions(
     During an upgrade of several hosts, old code uses the new schema, so a revision must only expand the schema. The
     function runs the revisions one by one on an empty database, and compares the schemas before and after each
     revision. The module of a revision can contain a line `oldest_revision = "…"`, with the oldest revision whose code
-    still runs. Such a revision can drop a table or column that no code since the oldest revision uses.
+    still runs. A revision with `oldest_revision` can drop a table or column that no code since the oldest revision
+    uses.
 
     Args:
         migrations: revisions of the application (see `Database.open`).

@@ -88,7 +88,7 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError, because a second write unit in a thread would wait for the first write unit."""
+    """Raise UnitStateError, because a second write unit in a thread would wait for the thread's first write unit."""
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
         "to be able to undo a part of a unit, use savepoint()"
@@ -98,8 +98,8 @@ def refuse_nesting() -> NoReturn:
 class Transaction:
     """Base class of `UnitOfWork`. As a context manager, the unit begins and ends the transaction.
 
-    A unit with the argument `joined` is a savepoint in the transaction of a batch. The method `_leave()` ends the unit.
-    The timeout is in seconds, and None means `settings.timeout`.
+    A unit with the argument `joined` is a savepoint in the transaction of a batch. The method `_leave()` ends a joined
+    unit. The timeout is in seconds, and None means `settings.timeout`.
     """
 
     __slots__ = (
@@ -185,7 +185,7 @@ class Transaction:
             call_back(self._after_commit)
 
     def _undo(self, connection: StoreConnection) -> bool:
-        """Roll back. Return False if the connection is not usable, because the database itself then rolls back."""
+        """Roll back. If the connection is not usable, return False: then the database itself rolls back."""
         if connection.is_lost:
             return False
         try:
@@ -206,7 +206,7 @@ class Transaction:
         sound = committed
         try:
             if not committed:
-                # Roll back even after a call of `rollback()`, because a second ROLLBACK has no effect.
+                # Do not check for an earlier call of `rollback()`, because a second ROLLBACK has no effect.
                 sound = self._undo(connection)
         finally:
             self._state = FINISHED
@@ -236,9 +236,9 @@ class Transaction:
                     if self.read_only:
                         engine.counters.reads += 1
                     else:
-                        # Do not discard the id of the thread before the release of the write lock. Otherwise a signal
-                        # handler could open a second write unit, which would wait for the write lock of the same
-                        # thread.
+                        # Do not discard the id of the thread before the release of the write lock. Without the id, a
+                        # signal handler could open a second write unit, which would wait for the write lock of the
+                        # same thread.
                         settings.writing.discard(self._owner)
                         if committed:
                             engine.counters.commits += 1
@@ -286,12 +286,12 @@ class Transaction:
             return
         if not connection.has_orm_transaction or not connection.in_transaction:
             if self._session is not None:
-                # Detach the objects first, because SQLAlchemy expires the objects of the session after this method.
+                # Detach the objects, because SQLAlchemy expires the session's objects when this method has returned.
                 self._session.expunge_all()
             self._undo_changes(connection)
 
     def _leave(self, *, keep: bool) -> list[Callable[[], object]] | None:
-        """End a unit in a batch. Return the callbacks. The caller calls the callbacks after the commit."""
+        """End a unit in a batch. Return the callbacks, which the caller must call after the commit."""
         connection, self._connection = self._connection, None
         session, self._session, self._run = self._session, None, None
         is_open, self._state = self._state is OPEN, FINISHED

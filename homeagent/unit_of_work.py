@@ -86,8 +86,8 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # The ORM session was opened inside the savepoint's block. The rollback can undo rows that
-                        # belong to objects in the ORM session.
+                        # The ORM session was opened inside the savepoint's block, so the rollback can undo the rows
+                        # of the session's objects.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -143,14 +143,13 @@ class UnitOfWork(Transaction):
     ) -> Outcome:
         """Run an effect on this database once. One commit contains the key, the changes of the effect and its result.
 
-        If the effect raises an exception, the unit undoes the changes of the effect, and the key is free again.
-        homeagent stores an `EffectFailedError` only if the caller catches the error inside the unit and the unit
-        commits.
+        If the effect raises an exception, the unit undoes the changes of the effect, and the key is free again. The
+        unit stores an `EffectFailedError` only if the caller catches the error inside the unit and the unit commits.
 
         Args:
             scope: identity of the call.
             effect: function that gets the attempt, uses this unit and returns any JSON value.
-            params: parameters of the call. A later call with the key must have equal parameters.
+            params: parameters of the call. A later call with the same key must have equal parameters.
             ttl: time for which a retry of the call returns the stored outcome.
 
         Raises:

@@ -1,5 +1,5 @@
-"""For a coroutine, call a function in another thread. An event loop hands over several calls together. A cancelled
-coroutine waits until its started call has ended.
+"""For a coroutine, call a function in another thread. An event loop hands several calls to a thread together. A
+cancelled coroutine waits until its started call has ended.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from homeagent.clock import monotonic
 C = TypeVar("C")
 T = TypeVar("T")
 
-# Maximum number of collected calls, and longest time of a collection. Without these limits, the calls would wait as
-# long as each turn of the event loop adds a call.
+# Maximum number of collected calls, and longest time of a collection. Without these limits, an event loop that adds
+# a call in each turn would not hand over the calls.
 _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
 # A thread with several calls reports ended calls after this time in seconds, and then continues. If a single call takes
-# longer, the remaining calls run in separate threads.
+# longer than this time, the remaining calls run in separate threads.
 _MAX_REPORT_SECONDS = 0.1
 
 
 class CollectedCalls(Generic[C]):
-    """Collects calls until a turn of the event loop adds no call, then hands the calls over in the loop's thread.
+    """Collects calls until a turn of the event loop adds no call, then calls `hand_over()` in the loop's thread.
 
     A thread releases the GIL in SQLite's statements and in socket calls. If the worker thread and the event loop's
     thread run at the same time, the switches between the threads take longer than the statements. With 200 concurrent
@@ -42,7 +42,7 @@ class CollectedCalls(Generic[C]):
         self._calls: WeakKeyDictionary[asyncio.AbstractEventLoop, list[C]] = WeakKeyDictionary()
 
     def add(self, loop: asyncio.AbstractEventLoop, call: C) -> None:
-        """Add a call. A later turn of the event loop hands the call over."""
+        """Add a call, which a later turn of the event loop passes to `hand_over()`."""
         calls = self._calls.get(loop)
         if calls is None:
             self._calls[loop] = [call]
@@ -60,8 +60,8 @@ class CollectedCalls(Generic[C]):
             return
         del self._calls[loop]
         if known < len(calls):
-            # Hand the calls over only in the next turn. In this turn, AnyIO cancels each caller whose scope was
-            # cancelled before the call (`test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run`).
+            # Hand the calls over one turn later, so that AnyIO can first cancel each caller whose scope was cancelled
+            # before the call (`test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run`).
             loop.call_soon(self._hand_over, calls)
         else:
             self._hand_over(calls)
@@ -118,7 +118,7 @@ def _run(executor: Executor, calls: list[ThreadCall]) -> None:
                 loop.call_soon_threadsafe(_wake, ended)
                 ended, report = [], now + _MAX_REPORT_SECONDS
                 if now - begun >= _MAX_REPORT_SECONDS:
-                    # A slow call waits, for example for a connection. If the remaining calls waited one after the
+                    # Run each remaining call in a separate thread. If the calls waited for a connection one after the
                     # other, the last call would wait for the sum of all timeouts.
                     for waiting in calls[place:]:
                         loop.call_soon_threadsafe(run_in_thread, executor, [waiting])

@@ -24,7 +24,7 @@ from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database
 from homeagent.errors import HomeAgentError, InvalidArgumentError
 
-# Typer contains a copy of Click. `_UsageError` is the class UsageError of this copy.
+# `_UsageError` is the class UsageError in Typer's copy of Click.
 _UsageError: Any = typer.BadParameter.__base__
 
 _CREDENTIALS = re.compile(r"://(?!USER@)\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
@@ -88,7 +88,8 @@ class _Commands(TyperGroup):
         super().__init__(commands=commands, params=[*params, _DATABASE, _JSON], **settings)
         for command in commands.values():
             command.context_class = _Context
-            command.short_help = " ".join(command.help.partition("\n\n")[0].split())  # otherwise Click cuts the text
+            # Set the short help, because Click would otherwise shorten the text.
+            command.short_help = " ".join(command.help.partition("\n\n")[0].split())
             if not isinstance(command, TyperGroup):
                 command.params += [_JSON] if isinstance(command, WithoutDatabase) else [_DATABASE, _JSON]
 
@@ -210,7 +211,7 @@ def confirm(
 app: typer.Typer = typer.Typer(
     cls=_Commands,
     context_settings={"help_option_names": ["--help", "-h"]},
-    # An error other than HomeAgentError is a bug. Typer's traceback would show local variables.
+    # An error other than HomeAgentError is a bug. Do not print Typer's traceback, which would show local variables.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # Typer's tables would shorten the names of options on a narrow terminal
 )
@@ -251,5 +252,5 @@ def target_of(context: typer.Context) -> str | None:
 
 def open_named(context: typer.Context) -> Database:
     """Open the database of the command without creating or upgrading it."""
-    # Only `init` and `migrate` create a database, so another command with a misspelt path creates no file.
+    # Do not create a database, because a command with a misspelt path must not create a file.
     return Database.open(target_of(context), migrate=False)

@@ -96,6 +96,6 @@ AcknowledgeOption = Annotated[
     list[str] | None,
     option(
         metavar="TRIGGER",
-        help="Accept the application's trigger with this name on homeagent's tables. Can be repeated.",
+        help="Name of an application's trigger to accept on homeagent's tables. Can be repeated.",
     ),
 ]

@@ -50,12 +50,12 @@ def backup(
             show_default="all",
         ),
     ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace DESTINATION if it is a file.")] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing file DESTINATION.")] = False,
 ) -> None:
     """Copy the database while other processes use it.
 
-    The copy gets its final name only after the command has verified it. The command writes a manifest next to the copy.
-    The manifest has the name of the copy with .json at the end, and records time, revision, rows, size and SHA-256.
+    The copy gets its final name only after the verification. The command writes a manifest next to the copy. The
+    manifest has the name of the copy with .json at the end, and records time, revision, rows, size and SHA-256.
     """
     with open_named(context) as opened, shown_progress(context, "copying and verifying"):
         made = opened.backup(destination, keep=keep, replace=replace)
@@ -75,8 +75,8 @@ def restore(
         int | None,
         option(
             metavar="NUMBER",
-            help="Refuse the restore if the database has another epoch. For a database that is absent or cannot be "
-            "opened, pass 0.",
+            help="Refuse the restore if the database has another epoch. The epoch of a database that is absent or "
+            "can't be opened is 0.",
         ),
     ] = None,
     yes: YesOption = False,
@@ -99,7 +99,9 @@ def restore(
         elif not os.path.lexists(database):
             epoch = epoch or 0
         else:
-            epoch = epoch or None  # `Database.restore` can read the epoch of many files that cannot be opened
+            # Replace 0 by None. With the expected epoch 0, `Database.restore` would refuse an unusable database whose
+            # epoch can be read.
+            epoch = epoch or None
     with shown_progress(context, "verifying and restoring"):
         report = Database.restore(
             backup,
@@ -218,7 +220,7 @@ def copy(
     """Copy a whole store into an empty database. SOURCE and TARGET can have different engines.
 
     First stop every gateway and sweeper that uses SOURCE. The command copies all rows in one transaction and compares
-    them row by row. If a step fails, TARGET stays empty. SOURCE is not changed.
+    each copied row with SOURCE. If a step fails, TARGET stays empty. SOURCE is not changed.
 
     Tables of an application are copied too. If TARGET does not have the application's tables yet, name the
     application's revisions by --migrations.
@@ -251,8 +253,7 @@ def _open_target(target: str, migrations: str | None) -> Database:
     try:
         return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
-        # Do not upgrade an existing target. If the target has rows, the copy refuses the target, and the target must
-        # stay unchanged.
+        # Do not upgrade an existing target, because a target that the copy refuses must stay unchanged.
         if outdated.revision is not None:
             raise
     return Database.open(target, migrations=migrations)

@@ -1,4 +1,4 @@
-"""All commands. Importing a module adds its commands. The help lists the commands in the order of the imports."""
+"""All commands. The imports below add the commands, and the help lists the commands in the order of the imports."""
 
 import io
 import logging

@@ -130,7 +130,8 @@ def approve(
             expected_role=role or seen.role,
             expected_secret_hash=seen.shared_secret_hash,
             expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
-            # While the command waits for the answer, another administrator can revoke the device.
+            # Compare the status, because another administrator can revoke the device while the command waits for the
+            # answer.
             expected_status=status if yes else status or seen.status,
         )
         now = opened.devices.get(device_id)
@@ -180,8 +181,8 @@ def delete(
     else:
         if not pending or before is None or force or paired_at is not None:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
-        # The store's method also deletes the devices that were paired exactly at `until`, but --before excludes its own
-        # time. So subtract a millisecond.
+        # Subtract a millisecond, because `delete_pending()` includes the devices that were paired exactly at the given
+        # time, but --before excludes these devices.
         until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
         with open_named(context) as opened:
             counts = {"deleted": _delete_pending(context, opened, until, dry_run=dry_run, yes=yes)}

@@ -100,10 +100,10 @@ def sweep(
     ] = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Delete expired nonces and idempotency keys, old device changes, and devices that waited for over 30 days.
+    """Delete expired nonces and idempotency keys, old device changes, and devices that were pending for over 30 days.
 
-    The command works in small transactions, so the gateway can run at the same time. With --dry-run the command counts
-    the rows and deletes none of them.
+    The command works in small transactions, so the gateway can run at the same time. With --dry-run the command only
+    counts the rows.
     """
     budget = None if time_budget is None else timedelta(seconds=time_budget)
     with open_named(context) as opened:

@@ -121,7 +121,7 @@ def _settle(
             lambda unit: _abandoned(unit, scope),
             lambda unit: change(unit.idempotency_keys),
             name=f"the key of {scope.method!r} by {scope.device_id!r}",
-            # Also compare the owner, because two attempts of a key can have the same number, but have different owners.
+            # Also compare the owner, because two attempts of a key can have the same number but different owners.
             columns=("attempt", "owner"),
             expected=attempt,
             yes=yes,
@@ -138,8 +138,8 @@ nonces: typer.Typer = group("nonces", help="Release the nonces of a device that 
 def forget_nonces(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
     """Exclude the stored nonces of a device from the limit of nonces.
 
-    First configure the gateway to keep nonces for a shorter time. homeagent keeps each nonce until the nonce expires,
-    and still refuses a message with the nonce as a replay.
+    First configure the gateway to keep nonces for a shorter time. Until a nonce expires, homeagent still keeps the
+    nonce and refuses a replayed message.
     """
     with open_named(context) as opened:
         released = opened.nonces.forget(device_id)

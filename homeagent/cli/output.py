@@ -23,11 +23,11 @@ _LEAST = 24  # minimum width of a column that contains a longer text, in charact
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print a value as JSON if the operator passed --json. Otherwise print `text`, or call `text` if `text` is a
+    """Print a value as JSON if the operator passed --json. Without --json, print `text`, or call `text` if `text` is a
     function.
     """
     if context.obj.as_json:
-        # Escape characters outside ASCII. The output is then valid in any encoding, and can't control the terminal.
+        # Escape characters outside ASCII, so that the output is valid in any encoding and can't control the terminal.
         typer.echo(json.dumps(value, indent=2))
     elif isinstance(text, str):
         typer.echo(text)
@@ -153,7 +153,7 @@ def shown_progress(
     if context.obj.as_json or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
-    # Import lazily, because most commands draw no progress bar.
+    # Import Rich lazily, because most commands draw no progress bar.
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TaskID
 

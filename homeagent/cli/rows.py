@@ -95,11 +95,11 @@ def change_shown(
     dry_run: bool = False,
     show: Callable[[Any], object] = lambda row: show_row(row, error=True),
 ) -> T:
-    """Show a row, ask a question, and change the row. If one of the columns changed in the meantime, raise
-    ConflictError.
+    """Show a row, ask a question, and change the row. If a value in one of `columns` changed after the row was shown,
+    raise ConflictError.
 
-    If `read` returns None, do not ask. If `expected` is not None, require that the first column has this value. Pass a
-    timestamp as text.
+    If `read` returns None, do not ask. The argument `expected` is the required value of the first column, with a
+    timestamp as text. None means any value.
     """
     seen = opened.run(read, read_only=True)
     confirm(context, question, yes=yes or seen is None, dry_run=dry_run, show=partial(show, seen))

@@ -52,8 +52,8 @@ def init(
     """Create the database, or upgrade an existing database. If the schema is current, the command
     changes no data.
 
-    With --adopt, the database can already have tables of an application. First stop the application. The command shows
-    a report and asks for a confirmation. The command copies a SQLite file before the first change.
+    With --adopt, the database can already have tables of an application. Stop the application before you use --adopt.
+    The command shows a report and asks for a confirmation. The command copies a SQLite file before the first change.
     """
     if not adopt or not _adopt(context, target_of(context), migrations, acknowledge or (), yes=yes):
         _report_upgrade(context, migrations, acknowledge or ())
@@ -195,7 +195,7 @@ def new(
 
 
 def import_tables(migrations: str | None) -> None:
-    """Import the modules of the package that --migrations names, because the modules define the column types."""
+    """Import the modules of the package that --migrations names. A copy needs the column types in the modules."""
     named, folder = named_folder(migrations or "")
     if named:
         _application_tables(named, Path(str(folder)))
@@ -229,7 +229,7 @@ def _write(application: Application, folder: Path, package: str, message: str, *
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
-        # Remove Alembic's comments, which ask the developer to read the revision. This command prints the same request.
+        # Remove Alembic's comments, because the command already asks the developer to read the revision.
         texts = {name: re.sub(r" *# ###.*\n?", "", text).rstrip() for name, text in rendered.items()}
         texts["imports"] += "\n" if texts["imports"] else ""
     revision = rev_id()

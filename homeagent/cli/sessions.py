@@ -62,8 +62,8 @@ def move(
 ) -> None:
     """Give a session a different agent, sender or channel.
 
-    After the move, the next message on the new route continues the session. If the option for the agent, sender or
-    channel is absent, this part of the route does not change.
+    After the move, the next message on the new route continues the session. The command changes only the parts of the
+    route that the options name.
     """
     if (sender is not None and no_sender) or (channel is not None and no_channel):
         raise typer.BadParameter("--no-sender and --sender, or --no-channel and --channel, exclude each other.")

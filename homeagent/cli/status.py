@@ -78,7 +78,7 @@ def config(context: typer.Context, form: FormatOption = Format.TABLE) -> None:
     settings = [("database", target.location, source)]
     settings.append(("engine", "sqlite" if target.url is None else "postgresql", source))
     if target.url is not None:
-        # PostgreSQL's client library also reads variables such as PGHOST. A password is not shown.
+        # Show variables such as PGHOST, which PostgreSQL's client library reads, but do not show a password.
         settings += [
             (name, "set" if name == "PGPASSWORD" else value, f"${name}")
             for name, value in sorted(os.environ.items())

@@ -43,7 +43,7 @@ def _is_mistakable(character: str, main: str | None) -> bool:
     ):
         return True
     if unicodedata.category(character).startswith(("P", "Sk", "Sm")):
-        return True  # for example, a dash that looks like a hyphen
+        return True  # punctuation such as a dash that looks like a hyphen
     script = _script(character)
     if script == "LATIN" and character >= "\u0180":
         return not unicodedata.normalize("NFD", character)[0].isascii()  # for example, U+0261 looks like `g`
@@ -51,7 +51,7 @@ def _is_mistakable(character: str, main: str | None) -> bool:
 
 
 def _escape(text: str) -> str:
-    """Return the text with an escape for each character that looks like another character. The text can be empty."""
+    """Return the text with an escape for each character that looks like another character."""
     if text.isascii() and text.isprintable():
         return text
     main = _main_script(text)
@@ -62,7 +62,7 @@ def _escape(text: str) -> str:
 
 def quoted(text: str) -> str:
     """Return an id in quotes. If the main writing system is not Latin, append the name of the writing system."""
-    # Double the backslashes of the id first. Otherwise a backslash of the id would look like the start of an escape.
+    # Double the backslashes of the id first, because a backslash of the id would look like the start of an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)
     return f"'{shown}'" if main in {None, "LATIN"} else f"'{shown}' ({main})"

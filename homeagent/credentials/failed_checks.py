@@ -19,7 +19,7 @@ from homeagent.errors import TooManyAttemptsError
 FAILED_CHECKS_PER_MINUTE = 30
 _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
-# A caller can present an id of any length. For an id over this length, the counter keeps only a hash.
+# A caller can present an id of any length. For an id over `_LONGEST_ID` characters, the counter keeps only a hash.
 _LONGEST_ID = 512
 
 # All instances share one lock, so that a forked child replaces only one lock. The lock is reentrant, because a signal
@@ -44,12 +44,12 @@ class CheckAttempt:
 class FailedChecks:
     """Counts the failed and unfinished checks of each device id, and refuses further checks of an id at a limit.
 
-    The object counts the checks of a limited number of ids (`most_ids`). At the limit, a new id replaces the id with
-    the fewest failures. To remove an id with 30 failures, an attacker needs 300,000 slow hashes in a minute. If a new
-    id replaced the oldest id, 10,000 slow hashes would be enough.
+    If `most_ids` ids have counts, a new id replaces the id with the fewest failures. To remove an id with 30
+    failures, an attacker needs 300,000 slow hashes in a minute. If a new id replaced the oldest id, an attacker would
+    need only 10,000 slow hashes.
 
-    Two clocks measure the minute: the wall clock and the monotonic clock. The minute ends as soon as one of the clocks
-    has advanced by 60 seconds. Therefore a refusal ends even if the wall clock stands still.
+    The wall clock and the monotonic clock measure the age of a check. A check no longer counts as soon as one of the
+    two clocks has advanced by 60 seconds. A refusal therefore ends even if the wall clock stands still.
     """
 
     def __init__(

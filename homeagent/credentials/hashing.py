@@ -77,7 +77,7 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# For an unknown device id, the check compares a generated secret with this hash, and takes as long as for a known id.
+# For an unknown device id, the check compares a generated secret with the decoy, and takes as long as for a known id.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 
 
@@ -122,7 +122,7 @@ class SecretHasher:
         self._timeout = timeout.total_seconds()
         self.concurrency: int = concurrency or min(4, os.cpu_count() or 1)
         self._free_all_runs()
-        # In a forked child, the runs of the parent's threads do not end.
+        # Free all runs in a forked child, because the child lacks the parent's threads, which would end the runs.
         os.register_at_fork(after_in_child=self._free_all_runs)
 
     def _free_all_runs(self) -> None:
@@ -147,9 +147,8 @@ class SecretHasher:
         """Check a presented secret against the hash of a device and, during an overlap, the previous hash.
 
         The duration depends only on the presented secret, even if the device is unknown. A generated secret costs one
-        SHA-256, an unusable secret costs no hash, and any other secret costs one Argon2 run. There are two exceptions:
-        a stored hash with outdated costs, and two stored hashes with different salts. The exceptions end when the
-        caller stores the replacement hash.
+        SHA-256, an unusable secret costs no hash, and any other secret costs one Argon2 run. If a stored hash has
+        outdated costs, or if two stored hashes have different salts, the duration also depends on the stored hashes.
         """
         text = reveal(secret)
         if what_is_wrong(text) is not None:
@@ -166,7 +165,7 @@ class SecretHasher:
 
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         recipes = [_recipe_of(one) for one in stored]
-        # Without an Argon2 hash, run Argon2 with the decoy's inputs.
+        # If no stored hash is an Argon2 hash, run Argon2 with the decoy's inputs, so that the check takes equally long.
         needed = dict.fromkeys(one for one in recipes if one is not None) or {self._decoy: None}
         hashes = {recipe: self._run(text, recipe, waiting) for recipe in needed}
         same = [
@@ -236,10 +235,11 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
         secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
             secret is not normalised.
         beside: stored hash that stays valid together with the new hash during a rotation. If both hashes are Argon2
-            hashes, the new hash has the same salt as the old hash. So one Argon2 run checks both hashes, and the
-            duration of a check does not reveal a rotation. RFC 9106 section 3.1 asks for a different salt for each
-            password, because otherwise an attacker can try one guess on many accounts. Here both hashes belong to one
-            device. Pass None to make the old secret invalid at once.
+            hashes with the current costs, the new hash has the same salt as the old hash. With the same salt, one
+            Argon2 run checks both hashes, and the duration of a check does not reveal a rotation. RFC 9106 section 3.1
+            asks for a different salt for each password, because otherwise an attacker can try one guess on many
+            accounts. The two hashes with the same salt belong to one device. Pass None if the old secret becomes
+            invalid at once.
         waiting: maximum number of callers in this process that wait for a slow hash, including this caller.
 
     Returns:

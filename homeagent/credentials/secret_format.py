@@ -33,7 +33,9 @@ def reveal(secret: SecretStr | str) -> str:
 
 
 def what_is_wrong(text: str) -> str | None:
-    """Return None if the text is a usable secret, or else the reason. The reason does not contain the secret."""
+    """Return the reason why a text is not a usable secret, or None for a usable secret. The reason does not contain the
+    secret.
+    """
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):
@@ -44,7 +46,9 @@ def what_is_wrong(text: str) -> str | None:
 
 
 def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a usable secret. Otherwise raise InvalidArgumentError without the text of the secret."""
+    """Return the text of a usable secret. For an unusable secret, raise InvalidArgumentError without the text of the
+    secret.
+    """
     text = reveal(secret)
     problem = what_is_wrong(text)
     if problem is not None:
@@ -64,7 +68,7 @@ def _checksum(random: bytes) -> bytes:
 def generate_secret() -> SecretStr:
     """Return a new secret of 256 random bits, for a device that can store a secret.
 
-    The text is `ha1_` and, in base64url (RFC 4648 section 5), the random bytes and a CRC-32.
+    The text is `ha1_`, followed by the random bytes and a CRC-32 in base64url (RFC 4648 section 5).
     """
     from pydantic import SecretStr
 
@@ -76,8 +80,8 @@ def generate_secret() -> SecretStr:
 def is_generated(secret: SecretStr | str) -> bool:
     """Return True if a secret has the format of the function `generate_secret()`.
 
-    Do not create other secrets in this format, because the stored SHA-256 is safe only for 256 random bits. A text that
-    a person chose has a right checksum with a probability of 1 in 2**32.
+    Do not create secrets in this format from fewer than 256 random bits, because the stored SHA-256 would not be safe.
+    A text that a person chose has a right checksum with a probability of 1 in 2**32.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
@@ -87,5 +91,5 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return True if the secret is usable and not generated. A check of such a secret runs Argon2."""
+    """Return True if the secret is usable and not generated, because a check of the secret then runs Argon2."""
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

@@ -1,1 +1,3 @@
-"""Engines for SQLite and PostgreSQL. The modules do not refer to devices, agents, sessions, nonces or keys."""
+"""Engines for SQLite and PostgreSQL. In the package `engine`, do not refer to devices, agents, sessions, nonces or
+keys.
+"""

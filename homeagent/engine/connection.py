@@ -105,8 +105,8 @@ class StoreConnection:
         raise failure
 
     def check_file(self) -> None:
-        """If the last check is too old, check the identity of the database's file. After a change, raise
-        DatabaseMovedError.
+        """If the last check is at least 10 ms old, check the identity of the database's file. If the file was moved or
+        replaced, raise DatabaseMovedError.
         """
         check = self._identity_check
         if check is not None and check.monotonic() >= check.due:
@@ -174,7 +174,7 @@ class StoreConnection:
         return self._root is not None and self._root.is_active
 
     def confine_orm(self, savepoint: str) -> None:
-        """Confine SQLAlchemy's transaction to a savepoint, because other units share the transaction (SQLite only)."""
+        """Limit a rollback of SQLAlchemy to a savepoint, because other units share the transaction (SQLite only)."""
         self._raw.confine(savepoint)
 
     def release_orm(self, *, keep: bool) -> None:
@@ -222,14 +222,16 @@ class StoreConnection:
         return compiled
 
     def rows(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run a statement, and return its rows. After an error, empty `parameters`, which a traceback could show."""
+        """Run a statement, and return its rows. After an error, clear the dictionary `parameters`, because a traceback
+        could show the values.
+        """
         stored: Sequence[Row] = ()
         failure: HomeAgentError
         try:
             compiled = self._compiled.get(statement) or self._compile(statement)
             cursor = self._execute(compiled.sql, compiled.bind(parameters))
-            # Do not use fetchone, because a statement with an unread row keeps SQLite's locks and snapshot. SQLite has
-            # the number of changed rows only after the last row of RETURNING.
+            # Do not use fetchone, because a statement with an unread row keeps SQLite's locks and snapshot. SQLite
+            # knows the number of changed rows only after the caller has fetched the last row of RETURNING.
             if compiled.columns:
                 stored = cursor.fetchall()
             elif compiled.is_text:
@@ -257,7 +259,7 @@ class StoreConnection:
         return rows
 
     def look_for_commits(self) -> bool:
-        """Return True if another connection can have committed since the last call of this method."""
+        """Return True if another connection may have committed since the last call of the method."""
         return True
 
     def _unread_rows(
@@ -315,13 +317,14 @@ class StoreConnection:
     def close(self) -> None:
         """Close the connection. The database rolls back a transaction that is still open."""
         if self.is_lost:
-            # Invalidate the connection, because SQLAlchemy would try to roll back, and would log an error.
+            # Invalidate the lost connection. Otherwise SQLAlchemy would try to roll back before the close, and would
+            # log an error.
             self._connection.invalidate()
         self._connection.close()
 
 
 class _ClosedAfterFork:
-    """A stand-in for a connection or cursor in a forked child. Each call raises an error."""
+    """A stand-in for a connection or cursor in a forked child. Each call of the object raises DatabaseClosedError."""
 
     in_transaction = False
     closed = False
@@ -344,7 +347,7 @@ def _keep_forever(connection: object) -> None:
     try:
         import ctypes
     except ImportError:
-        return  # without ctypes, the interpreter deletes the object when it shuts down
+        return  # without ctypes, the interpreter deletes the object at shutdown
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
 

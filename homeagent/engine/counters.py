@@ -1,5 +1,5 @@
-"""Counters of one open database, as plain integers without a lock. The statement `x += 1` needs no lock for an
-attribute, because CPython switches threads only at calls and at jumps backwards.
+"""Counters of one open database, as plain integers without a lock. CPython switches threads only at calls and at jumps
+backwards, so the statement `self.x += 1` needs no lock.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DatabaseCounters(BaseModel, frozen=True):
     Attributes:
         units: number of ended units of work (the sum of the reads, commits and rollbacks).
         reads: number of ended read-only units.
-        commits: number of committed write units. A batch of three units counts as three.
+        commits: number of committed write units. A batch of three units counts as three commits.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
         pool_waits: number of waits for a connection of the pool. On SQLite, `pool_waits` also counts the waits of
@@ -136,6 +136,6 @@ class Counters:
 
 def _percentile(values: deque[N], percent: int) -> N | None:
     """Return a percentile by the nearest-rank method, or None if there are no values."""
-    # Another thread can append to the deque, and `list(values)` copies the deque in one step.
+    # The call `list(values)` copies the deque in one step, so another thread can't append a value during the copy.
     ordered = sorted(list(values))  # noqa: C414
     return ordered[(len(ordered) * percent - 1) // 100] if ordered else None

@@ -58,7 +58,9 @@ def message_with_name(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return a colon, the text of `message_with_name()` and a remedy, or an empty text."""
+    """Return the text of `message_with_name()` after a colon. For a missing table or column, add a remedy. Without a
+    message, return an empty text.
+    """
     message = message_with_name(error)
     if not message:
         return ""
@@ -66,14 +68,16 @@ def named(error: BaseException) -> str:
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """Add the SQL text to the message of a DatabaseError, but not of a subclass. The SQL text has no stored values."""
+    """If the error's class is exactly DatabaseError, add the SQL text to the message. The SQL text has no stored
+    values.
+    """
     if type(error) is not DatabaseError:
         return error
     return DatabaseError(f"{error}; the statement was: {' '.join(sql.split())}")
 
 
 def connection_lost() -> ConnectionLostError:
-    """Return the error for a connection that ended before the server sent an error code (SQLSTATE)."""
+    """Return the error for a lost connection or an unreachable server."""
     return ConnectionLostError(
         "the PostgreSQL server can't be reached, or the connection ended: check the server, then run the unit again"
     )
@@ -98,8 +102,8 @@ _REASONS = {
 
 
 def constraint_conflict(kind: str, table: str | None, constraint: str | None, label: str) -> ConflictError:
-    """Return the error for a violated constraint. The argument `label` is the name or number that the database gives
-    the error.
+    """Return the error for a violated constraint. The argument `label` is the database's code for the error, such as
+    SQLSTATE 23505.
     """
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
     owner = "the database" if table is None else f"table {table!r}"
@@ -182,7 +186,8 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
-            # Remove the stored text, because SQLAlchemy keeps the driver's exception as the cause of an error.
+            # Remove the stored text from the driver's exception, because SQLAlchemy makes the exception the cause of an
+            # error.
             error.args = ()
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
@@ -217,7 +222,9 @@ _POSTGRESQL_CONSTRAINTS = {
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return the names of the table, and of the constraint or column, in an exception of psycopg, or None."""
+    """Return the table's name, and the name of the constraint or column, from an exception of psycopg. For a missing
+    name, return None.
+    """
     kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
     if kept is not None:
         return kept
@@ -239,7 +246,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         busy.sqlstate = state
         return busy
     if state.startswith(("08", "57P")) or state in {"25P03", "25P04"}:
-        # The server was restarted or replaced by another server, or the server ended a session after a long idle time.
+        # The server was restarted or replaced by another server, or the server ended a session after a timeout.
         return ConnectionLostError(
             "the PostgreSQL server closed the connection or is starting: run the unit again" + label
         )
@@ -267,7 +274,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
 
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for an exception of psycopg that has no SQLSTATE because the server did not answer."""
+    """Return homeagent's error for a driver's exception without an error code (SQLSTATE) of the server."""
     # Do not import the error classes of psycopg, because a SQLite store must work without psycopg. Compare the names of
     # the classes (PEP 249).
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -294,5 +301,6 @@ def translated(driver_errors: tuple[type[BaseException], ...], translate: Transl
         try:
             raise translation
         finally:
-            # Remove the driver's exception, because Python and SQLAlchemy have set it as the cause or the context.
+            # Remove the driver's exception, which Python or SQLAlchemy has set as the cause or context of homeagent's
+            # error.
             translation.__cause__ = translation.__context__ = None

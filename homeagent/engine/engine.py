@@ -88,7 +88,7 @@ class Engine:
 
     def begin(self, read_only: bool, timeout: float) -> StoreConnection:
         """Take a connection from its pool within `timeout` seconds, and begin a transaction. If the server has ended
-        the idle connection, try again. A second try is safe, because only BEGIN was sent.
+        the idle connection, try again. A second try can't repeat a change, because only BEGIN was sent.
         """
         # Do not call the method `self.pool()` here, because the call would cost time in every unit.
         if self.is_forked_copy:
@@ -155,7 +155,7 @@ class Engine:
 
     def translate(self, error: BaseException) -> HomeAgentError:
         """Return homeagent's error for an exception of the driver."""
-        raise NotImplementedError  # each engine overrides the method
+        raise NotImplementedError
 
     @contextmanager
     def translated(self) -> Iterator[None]:
@@ -179,7 +179,7 @@ class Engine:
         return self.begin_read if read_only else self.begin_write
 
     def require_reconnect(self) -> None:
-        """Mark every connection to be closed at the end of its unit."""
+        """Set `needs_reconnect` on every connection, so that each connection is closed at the end of its unit."""
         for connection in list(self._connections):
             connection.needs_reconnect = True
 
@@ -190,11 +190,11 @@ class Engine:
 
     def connect(self) -> sqlalchemy.Connection:
         """Return a new connection that belongs to no pool. The caller must close the connection."""
-        raise NotImplementedError  # each engine overrides the method
+        raise NotImplementedError
 
     def open_read_connection(self) -> sqlalchemy.Connection:
         """Return a new read-only connection. All statements of the connection's transaction read one snapshot."""
-        raise NotImplementedError  # each engine overrides the method
+        raise NotImplementedError
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
@@ -228,7 +228,7 @@ class Engine:
         """Release resources such as lock files. Call the method after the last connection was closed."""
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the mutexes that the caller holds during a fork, in the order of their acquisition."""
+        """Return the mutexes that the caller must acquire before a fork, in the order of acquisition."""
         # A thread that holds `feed_mutex` can wait for the mutex of a pool. To avoid a deadlock, take `feed_mutex`
         # first.
         pools = self.writers, self.readers

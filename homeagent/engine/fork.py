@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _known: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# Without this lock, two threads that fork at the same time would deadlock, because each thread takes all mutexes.
+# Without the lock `_forking`, two threads that fork at the same time could deadlock, because each thread takes all
+# mutexes.
 _forking = threading.RLock()
 _held: list[threading.RLock] = []
 

@@ -1,5 +1,5 @@
-"""Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy. The wrapper hides all
-parameters and the driver's error (https://docs.sqlalchemy.org/en/21/core/events.html).
+"""Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy. The listeners get neither the
+parameters nor the driver's exception (https://docs.sqlalchemy.org/en/21/core/events.html).
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class InstrumentedCursor:
 
     @contextmanager
     def _announced(self, statement: str, *, many: bool) -> Iterator[str]:
-        """Call the listeners before and after the block, or after an error of the block. Yield the statement to run."""
+        """Call the listeners before the block, and again after the block or after its error. Yield the statement to
+        run.
+        """
         execution = _Execution(self._connection, self._cursor, statement, many=many)
         dispatch: Any = self._connection.dispatch
         for listener in dispatch.before_cursor_execute:

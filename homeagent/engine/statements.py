@@ -1,5 +1,5 @@
 """Compile each statement once for each dialect, and run constant SQL. For each call, SQLAlchemy would build a cache
-key, a context and a result object. This work takes several times as long as a lookup by the primary key.
+key, a context and a result object, which takes several times as long as a lookup by the primary key.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Compiled(Generic[R]):
         self._dialect = dialect
 
     def unreadable(self, rows: Sequence[Row], parameters: Parameters) -> CorruptDatabaseError:
-        """Return an error that names the first unreadable value. Call the method after an error of `load()`."""
+        """Return an error that names the first unreadable value. Call the method after `load()` raised an error."""
         for row in rows:
             for place, (column, value) in enumerate(zip(self.columns, row, strict=True)):
                 convert = _processor(column, self._dialect)
@@ -96,7 +96,9 @@ class Compiled(Generic[R]):
     def unreadable_at(
         self, place: int | None, row: Row, parameters: Parameters, what: str = "holds a value that can't be read"
     ) -> CorruptDatabaseError:
-        """Return the error for an unreadable value. If the column or the row is unknown, pass None or an empty row."""
+        """Return the error for an unreadable value. Pass `place=None` if the column is unknown, and an empty `row` if
+        the row is unknown.
+        """
         column = None if place is None else self.columns[place]
         tables: list[Any] = [getattr(each, "table", None) for each in (column, *self.columns)]
         of = next((table for table in tables if table is not None), None)
@@ -177,7 +179,7 @@ class Statement(Generic[R]):
                 expression = expression.with_for_update()
             if self._returning is not None:
                 expression = expression.returning(*self._returning.__table__.columns)
-            # No lock is necessary. If two threads compile the statement at the same time, the results are equal.
+            # Compile without a lock, because two threads that compile the same statement get equal results.
             compiled = self._cache[key] = Compiled[R](expression, dialect, self._returning)
             return compiled
 
@@ -250,7 +252,7 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
         else:
             converted[value, direct] = f"bound{index}"
             values.append(f"(bound{index} := None if {value} is None else convert{index}({value}))")
-    # Do not convert a value inside the `try` block, in which a KeyError means a missing parameter.
+    # Convert values outside the `try` block, because a KeyError of a conversion would look like a missing parameter.
     source = f"""
 def bind(given):
     try:
@@ -272,9 +274,9 @@ _NUMERIC, _FLOAT8 = 1700, 701
 
 
 def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
-    """Return the function that converts a value of the driver, or None. The driver reports the codes of the column
-    types only after the execution. Therefore use the code of `numeric`, which is right for every type except a `Float`
-    column with Decimal values.
+    """Return the function that converts a value of the driver, or None if the value needs no conversion. Pass the type
+    code of `numeric` to SQLAlchemy, because the driver reports the codes only after the execution of a statement. The
+    code of `numeric` is right for every type except a `Float` column with Decimal values.
     """
     code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
     return column.type.dialect_impl(dialect).result_processor(dialect, code)

@@ -106,7 +106,9 @@ def _read(target: Given) -> Target:
 
 
 def refuse_address(path: object) -> None:
-    """Raise InvalidArgumentError, without the path, for a path that looks like a server's address or a SQLite URI."""
+    """Raise InvalidArgumentError for a path that looks like a server's address or a SQLite URI. The message does not
+    show the path.
+    """
     if not isinstance(path, str) or _PLAIN_PATH.match(path):
         return
     _refuse_sqlite_uri(path)

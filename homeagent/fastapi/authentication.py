@@ -48,7 +48,9 @@ def bearer_token(device_id: str, secret: SecretStr | str) -> str:
 
 
 class _CurrentDevice(SecurityBase):
-    """FastAPI dependency and security scheme. FastAPI would call a separate scheme at each use of the dependency."""
+    """FastAPI dependency and security scheme in one class, because FastAPI would call a separate scheme at each use of
+    the dependency.
+    """
 
     scheme_name: str = "device-bearer"
     model: OpenAPIScheme = HTTPBase(

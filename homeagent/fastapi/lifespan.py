@@ -29,7 +29,8 @@ def lifespan(
     sweep_every: timedelta | None = timedelta(minutes=5),
     **options: Any,
 ) -> Callable[[App], AbstractAsyncContextManager[Any]]:
-    """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database at its start.
+    """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database when the
+    process starts.
 
     Args:
         target: path or URL of the database, or an open `Database`, which the lifespan does not close.
@@ -48,7 +49,7 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: _open(given, options))
-        # `ping()` raises an error if the database was opened before a fork. Raise the error now, and not in each
+        # If the database was opened before a fork, let `ping()` raise the error when the server starts, and not in each
         # request.
         await run_sync(database.ping)
         try:

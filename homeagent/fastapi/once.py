@@ -40,7 +40,7 @@ MAX_BODY = 1024 * 1024
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')  # a String of RFC 8941, section 3.3.3
 
-# After an error that is not in this list, the outcome of the effect is unknown.
+# Errors after which the outcome of an effect is known.
 _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError)
 
 # Do not store headers such as Set-Cookie, which can hold a secret.
@@ -51,7 +51,7 @@ Effect = Callable[[Attempt], Any]
 
 class Once:
     """Run the effect of a request once. A retry of the request gets the status and the body of the first answer. The
-    dependency `idempotent()` creates the object.
+    dependency from `idempotent()` creates the `Once` object.
     """
 
     def __init__(
@@ -126,8 +126,8 @@ class Once:
             value = problem_response(error)
         self._first = value
         if not isinstance(value, Response):
-            # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value. The request fails
-            # later, when FastAPI encodes the reply.
+            # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value, and the request
+            # fails when FastAPI encodes the reply.
             with suppress(Exception):
                 self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
@@ -234,12 +234,11 @@ def _key_of(header: str) -> str:
 
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
-    # The result begins with the path at which the application is mounted. A prefix that a proxy removed is not
-    # included.
+    # The result begins with the path at which the application is mounted, without a prefix that a proxy removed.
     prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context, which is
-    # not public, has the whole path. If the context is absent, this function can return the same path for two routes.
-    # Their requests still differ in the path that `params_of()` returns.
+    # not public, has the whole path. Without the route context, `route_of()` can return the same path for two routes,
+    # but `params_of()` returns different paths for requests to the two routes.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route

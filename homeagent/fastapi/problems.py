@@ -50,7 +50,7 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     errors.LastAdminError: (409, "The device is the last approved administrator."),
     errors.ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     errors.DeviceNotApprovedError: (409, "The device is not approved."),
-    # A retry with the same idempotency key gets the stored reply, so the text asks for a new request.
+    # A retry with the same idempotency key gets the stored reply, so the text of a LimitError asks for a new request.
     errors.LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
     errors.PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     errors.TooManyAttemptsError: (429, "Too many attempts: try again later."),
@@ -220,11 +220,11 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
 
 
 async def _ignore(connection: Request | WebSocket, error: Exception) -> None:
-    """Ignore the end of a WebSocket. Without a handler, the server would log a traceback."""
+    """Ignore the end of a WebSocket, for which the server would otherwise log a traceback."""
 
 
 def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
-    """Describe the problem details in an OpenAPI document. A second call changes nothing."""
+    """Describe the problem details in an OpenAPI document. A second call does not change the document."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schema = ErrorReply.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update({**schema.pop("$defs"), "ErrorReply": schema})

@@ -26,12 +26,12 @@ from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
 _PREFIX = "whsec_"
-_MIN_KEY_BYTES = 24  # Standard Webhooks requires a secret of 24 bytes.
+_MIN_KEY_BYTES = 24  # Standard Webhooks requires a secret of at least 24 bytes.
 _OWNER_CHARACTERS = 22  # A text of 22 base64 characters has 132 random bits.
 
 
 class Webhook(Once):
-    """Message with a right signature and time. To handle the message, call the object with a function. The function
+    """Message with a right signature and time. To handle the message, call the `Webhook` with a function. The function
     runs once for each message. If the sender repeats the message, the reply is the answer to the first message.
 
     Attributes:
@@ -72,7 +72,8 @@ def signed_webhook(
             `device_id` of the key begins with the sender's name and `/`.
         tolerance: longest difference between the time of the message and the gateway's clock.
         lease: see `Database.run_once()`.
-        ttl: time for which a repetition gets the answer of the first message, longer than twice the tolerance.
+        ttl: time for which a repetition gets the answer of the first message. The time must be longer than twice the
+            tolerance.
         on_abandoned: see `Database.run_once()`.
         max_body: largest message in bytes, 1 MiB by default. A larger message gets a reply with status 413.
 
@@ -124,7 +125,7 @@ async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tup
     # Compare all signatures, so that the duration does not show the position of the right signature.
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]
     sent_at = _time_of(timestamp)
-    # With a full stop in an id, an attacker could split a signed text into a false id, time and body.
+    # If an id could contain a full stop, an attacker could split a signed text into a false id, time and body.
     if not any(right) or sent_at is None or "." in message_id:
         raise _refused()
     return message_id, sent_at, body
@@ -157,8 +158,9 @@ def _time_of(timestamp: str) -> datetime | None:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the `device_id` of a sender's idempotency keys. Keep the id secret. If a stranger paired a device with
-    this id, homeagent would delete the keys, and the stranger could send a recorded message again.
+    """Return the `device_id` of a sender's idempotency keys. Keep the `device_id` secret. If a stranger paired a device
+    with the same `device_id`, the deletion of the device would delete the sender's idempotency keys, and the stranger
+    could send a recorded message again.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
@@ -166,7 +168,9 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
-    """Return False if the time is wrong, or if a restore has perhaps lost the idempotency key of the message."""
+    """Return False if the time of the message is wrong, or if a restore has perhaps lost the idempotency key of the
+    message.
+    """
     record = unit.one(FIND_RECORD)
     if record is None:
         raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")

@@ -42,8 +42,8 @@ async def accept_device(
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
     If the device is revoked, is deleted, or gets a new secret or a different role, homeagent cancels the code in the
-    block, and closes the WebSocket. If the feed of changes can't be read, homeagent does the same. The page on FastAPI
-    lists the close codes.
+    block, and closes the WebSocket. homeagent also cancels the code and closes the WebSocket if the feed of device
+    changes can't be read. The page on FastAPI lists the close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.
@@ -52,10 +52,12 @@ async def accept_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        WebSocketException: if the device has no access, or loses its access. Starlette then closes the WebSocket.
+        WebSocketException: if the handshake fails, or if the device has no access or loses its access. Starlette then
+            closes the WebSocket.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
-    # Subscribe before the handshake reads the approval. A later subscription could miss a revocation.
+    # Subscribe to device changes before the handshake reads the approval, because a later subscription could miss a
+    # revocation.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()
 

@@ -1,6 +1,6 @@
 """The device's side of the handshake. The docstring of `homeagent.handshake` describes the messages.
 
-This code uses the library `websockets`:
+Example with the library `websockets`:
 
 ```python
 async with websockets.connect("wss://gateway.example/ws") as socket:

@@ -31,7 +31,7 @@ _DENIED = "the proof is wrong, the time differs too much, or the device does not
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Approved device after a successful handshake, with the verifier of the secret that the device proved."""
+    """Approved device after a successful handshake, with the verifier of the device at the time of the handshake."""
 
     device: Device
     verifier: str = field(repr=False)

@@ -41,7 +41,7 @@ _MODULES = {
     "sweep": ("BackupSchedule", "SweepReport", "Sweeper"),
 }
 
-# Hide `__getattr__` from type checkers, because they would then accept any misspelt name.
+# Hide `__getattr__` from type checkers, which would otherwise accept any misspelt name.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

@@ -1,7 +1,7 @@
 """Adopt the database of an application: add homeagent's tables next to the application's tables.
 
 A SQLite file can contain tables of homeagent's first version, with unnamed constraints and NULL keys. One transaction
-converts these tables and writes the application id, so a crash can't leave a partly adopted file.
+converts the tables of the first version and writes the application id, so a crash can't leave a partly adopted file.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class AdoptionReport(BaseModel, frozen=True):
         moved: number of rows whose primary key is NULL. homeagent moves the rows to a new table. The keys of the
             dictionary are the names of the new tables.
         application_id: application id that the adoption replaces in the SQLite file. None on PostgreSQL.
-        application_revision: revision in Alembic's table `alembic_version`. The table becomes the version table of the
-            application's own revisions. The value is None if the adoption does not rename the table.
-        backup: path of the copy of the file that homeagent made before the first change. The value is None before the
+        application_revision: revision in Alembic's table `alembic_version`. The adoption makes `alembic_version` the
+            version table of the application's own revisions. None if the adoption does not rename `alembic_version`.
+        backup: path of the backup that homeagent made of the file before the first change. The value is None before the
             adoption, and for a PostgreSQL database.
     """
 
@@ -92,9 +92,9 @@ def preview_adoption(
     acknowledged: Collection[str] = (),
     busy_timeout: timedelta = BUSY_TIMEOUT,
 ) -> AdoptionReport | None:
-    """Report what an adoption would change, and change nothing.
+    """Report the changes that an adoption would make, without making the changes.
 
-    SQLite first undoes the transaction of a program that was killed while writing.
+    If a program was killed during a transaction, SQLite first undoes the transaction.
 
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
@@ -103,7 +103,7 @@ def preview_adoption(
         busy_timeout: longest wait for a lock of PostgreSQL.
 
     Returns:
-        None if the database does not exist or needs no adoption.
+        The report, or None if the database does not exist or needs no adoption.
 
     Raises:
         ForeignDatabaseError: if a table has the name of a homeagent table, but different columns.

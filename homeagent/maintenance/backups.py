@@ -169,13 +169,13 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
 
 
 def _remove_stale(directory: Path, database: Path) -> None:
-    """Remove incomplete files of killed backups. The caller holds the lock of the directory."""
+    """Remove the incomplete backup files of killed processes. The caller holds the lock of the directory."""
     for partial in directory.glob(f".{glob.escape(database.name)}.*.backup{PARTIAL}"):
         discard(partial)
 
 
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
-    # Do not remove the new backup. If the clock was set back, the new backup looks like the oldest.
+    # Do not remove the new backup, which looks like the oldest backup if the clock was set back.
     found = [entry for entry in _backups_of(Path(manifest.database), made.parent) if entry[0] != made]
     # First remove backups with a time in the future, because such backups would always count as the newest backups.
     others = [backup for backup, _ in sorted(found, key=lambda entry: entry[1].taken_at <= manifest.taken_at)]
@@ -195,8 +195,7 @@ def _write_note(database: Path, backup: Path) -> None:
     try:
         remember_backup(database, backup)
     except HomeAgentError as error:
-        # Do not raise the error, because the backup is valid without the note. Only messages about a damaged database
-        # use the note.
+        # Do not raise the error, because the backup is valid, and only messages about a damaged database use the note.
         logger.warning(
             "could not write the path of the last backup to a note next to the database: %s",
             error,

@@ -1,6 +1,6 @@
 """Find the tables to copy, copy their rows, and compare the copied rows with the source.
 
-The engines store some types of the application differently, so the column types convert the application's values. The
+SQLite and PostgreSQL store some column types differently, so SQLAlchemy's types convert the application's values. The
 engines can sort text keys differently, so the comparison searches the target for the key of each row.
 """
 
@@ -58,7 +58,7 @@ PAGE = 1000
 PAGE_WITH_JSON = 25
 """Number of rows that a page of a table with JSON has. The JSON of one row has up to 1 MiB."""
 
-# Both engines store equal values in columns of these types, so homeagent copies the values without decoding.
+# Column types with the same stored values on both engines, so homeagent copies the values without decoding.
 _STORED_ALIKE = (AutoString, EnumColumn, FlagColumn, JsonColumn, TimestampColumn)
 
 _Row = tuple[Any, ...]
@@ -176,7 +176,8 @@ class CopiedTable:
         # Also compare the rows as texts, because `==` is False for two NaN values.
         if other is None or other == row or repr(other) == repr(row):
             return other is not None
-        # PostgreSQL's type jsonb changes the text of a JSON value, and SQLite changes the text of a number.
+        # Compare parsed JSON, because PostgreSQL's type jsonb changes the text of JSON, and SQLite the text of a
+        # number.
         return all(
             one == two
             or (isinstance(column.type, _JsonText) and None not in (one, two) and _parsed(one) == _parsed(two))
@@ -197,7 +198,7 @@ class CopiedTable:
             ) from None
 
     def continue_numbers(self, source: Connection, target: Connection) -> None:
-        """Make the target give new rows higher numbers than any row of the source had, including deleted rows."""
+        """Make the target number new rows after the highest number of the source, even the number of a deleted row."""
         last = self._last_number(source)
         if target.dialect.name == "sqlite":
             # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
@@ -238,7 +239,9 @@ _SET_VALUE = text("SELECT setval(s, :last) FROM pg_get_serial_sequence(:table, :
 
 
 def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTable]:
-    """Return homeagent's tables in the order of their foreign keys, except the feed that the target's triggers fill."""
+    """Return homeagent's tables in the order of their foreign keys. Leave out the feed of device changes, because the
+    target's triggers fill the feed.
+    """
     tables = []
     for model in SCHEMA:
         if model is not DeviceChange.__table__:
@@ -323,8 +326,8 @@ def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> It
 
 
 def _in_order(connection: Connection, names: set[str]) -> list[str]:
-    # SQLAlchemy sorts the tables without the foreign keys that form a circle. The function `late_references()` defers
-    # these foreign keys.
+    # For the order of the tables, SQLAlchemy ignores foreign keys that form a circle. `late_references()` defers such
+    # foreign keys.
     return [str(name) for name, _ in inspect(connection).get_sorted_table_and_fkc_names() if name in names]
 
 

@@ -163,7 +163,7 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: Connection, ta
         same = isinstance(first, SQLiteEngine) and isinstance(second, SQLiteEngine) and first.path.samefile(second.path)
     else:
         # Do not compare URLs: a server can have several names, and a name can lead to several servers. An advisory lock
-        # belongs to one database. If the second attempt to lock the key also succeeds, source and target are different
+        # belongs to one database. If source and target can both lock the same key, source and target are different
         # databases (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
         key = secrets.randbits(63)
         query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")

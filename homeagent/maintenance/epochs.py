@@ -1,4 +1,4 @@
-"""Begin a new epoch after the administrator restored a store by a tool of the server or by a snapshot of a disk."""
+"""Begin a new epoch after the administrator restored a store with the server's tools or from a disk snapshot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
 
-# Count the other sessions of homeagent on the server, because other processes would keep the old epoch in memory.
+# Count homeagent's other connections to the server, because the connected processes have the old epoch in memory.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
@@ -47,8 +47,8 @@ class EpochReport(BaseModel, frozen=True):
     Attributes:
         location: path of the file, or URL of the server without the password.
         epoch: number of the epoch.
-        restored_at: start of the epoch. A replay guard accepts only messages that are newer than the start of the epoch
-            plus the skew.
+        restored_at: start of the epoch. A replay guard accepts only messages that were signed after the start of the
+            epoch plus the allowed clock skew.
     """
 
     location: str
@@ -79,8 +79,8 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
-                pass  # `kept_from_sqlite()` raises an error if another program has the file open
-            # With temporary=True, `open_sqlite()` does not take the in-use lock, which `alone()` already holds.
+                pass  # `kept_from_sqlite()` raises an error if another program has the file open.
+            # Pass temporary=True, so that `open_sqlite()` does not take the in-use lock, which `alone()` already holds.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():
@@ -94,7 +94,7 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
     with closing(PostgreSQLEngine(url, busy_timeout=timeout)) as engine:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
-            # If another process connects later, the process waits for this lock, and then reads the new epoch.
+            # A process that connects later waits for the lock of the table, and then reads the new epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
             others = int(connection.execute(text(_OTHERS)).scalar_one())
             if others:

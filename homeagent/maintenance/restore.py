@@ -1,7 +1,7 @@
 """Restore a backup: check and upgrade a copy, replace the database, and keep the old database in quarantine.
 
-A backup lacks the nonces that were consumed after its time. Therefore a restore begins a new epoch, and the replay
-guard refuses messages that were signed before the start of the epoch.
+A backup lacks the nonces that devices used after the time of the backup. Therefore a restore begins a new epoch, and
+the replay guard refuses messages that were signed before the start of the epoch.
 """
 
 from __future__ import annotations
@@ -74,18 +74,19 @@ class RestoreReport(BaseModel, frozen=True):
     Attributes:
         database: path of the restored database.
         backup: path of the backup. The restore did not change the backup.
-        kept_aside: path of the old database in quarantine, next to its -wal and -shm. The value is None if no old
-            database existed.
-        taken_at: time of the backup. The value is None if the backup has no manifest.
+        kept_aside: path of the old database in quarantine, next to its -wal and -shm, or None if no old database
+            existed.
+        taken_at: time of the backup, or None if the backup has no manifest.
         epoch: new epoch of the store.
         restored_at: start of the new epoch.
-        upgraded_from: schema revision of the backup. The value is None if no upgrade was necessary.
+        upgraded_from: schema revision of the backup, or None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
         rows: number of rows of each table, including the application's tables.
         readmitted_devices: ids of devices that the restore approved, or gave another role. A device in this list was
-            revoked, deleted or paired again after the backup. The value is None if the old database could not be read.
+            revoked, deleted or paired again after the backup. The list is None if homeagent could not read the old
+            database.
         old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back an
-            older secret of each device in this list. The value is None if the old database could not be read.
+            older secret of each device in this list. The list is None if homeagent could not read the old database.
     """
 
     database: Path
@@ -110,18 +111,20 @@ def restore(
     acknowledged: Collection[str] = (),
     expected_epoch: int | None = None,
 ) -> RestoreReport:
-    """Replace a database that no process has open by a backup (see `Database.restore`)."""
+    """Restore a backup over a database that no process has open (see `Database.restore`)."""
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     source, database, manifest = check_paths(backup, target)
     with _not_in_use(source):
         _check_header(source, database, manifest)
         _identify_target(database)
         if not any(map(os.path.lexists, (database, lock_path(database), in_use_path(database)))):
-            _refuse_other_epoch(database, 0, expected_epoch)  # before a directory or lock file is created
+            # Check the epoch here, because the next steps create a directory and lock files.
+            _refuse_other_epoch(database, 0, expected_epoch)
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
         with alone(database, timeout=busy_timeout) as lock:
-            # Release the sidecar lock after reading the marker, because other processes take the in-use lock first.
+            # Do not keep the sidecar lock, because each other process must first take the in-use lock, which this
+            # process holds.
             with sidecar_lock(database, timeout=busy_timeout) as sidecar:
                 marker = sidecar.read_marker()
             _refuse_target(database, marker)
@@ -218,13 +221,13 @@ def _not_in_use(source: Path) -> Iterator[None]:
     with ExitStack() as locks:
         if os.path.lexists(in_use_path(source)):
             try:
-                # Open the lock file for reading, because the source can be in a read-only snapshot of a disk.
+                # Open the lock file for reading, because the backup can be in a read-only snapshot of a disk.
                 locks.enter_context(FileLock(in_use_path(source), timeout=timedelta(0), writable=False))
             except DatabaseBusyError:
                 raise DatabaseBusyError(
                     f"{quoted(source)} is open: close the database first, or back it up and restore the backup"
                 ) from None
-        if os.access(source, os.W_OK):  # skip the check on a read-only medium, because no process can change the file
+        if os.access(source, os.W_OK):  # on a read-only medium, no process can change the file
             with kept_from_sqlite(source):
                 pass
         yield
@@ -262,10 +265,12 @@ def _identify_target(database: Path) -> None:
 
 
 def _refuse_target(database: Path, marker: str | None) -> None:
-    """Refuse a target that is insecure or not homeagent's. The caller holds the in-use lock exclusively."""
+    """Refuse a target file that is insecure or is not a homeagent database. The caller holds the in-use lock
+    exclusively.
+    """
     state = inspect_file(database, is_database=False, repair=False)
     # If a lock file has a marker, a database file without homeagent's header is a damaged database of homeagent. A
-    # restore can replace this file.
+    # restore can replace a damaged database.
     has_content = state is not None and state.st_size
     if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
         raise _not_homeagent(database)

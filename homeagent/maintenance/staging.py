@@ -71,7 +71,7 @@ def stage(
     new database.
     """
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
-        discard(stale)  # a restore wrote this file, and was killed before it wrote the marker
+        discard(stale)  # leftover of a restore that was killed before it wrote the marker
     new = new_path(database, stamp)
     try:
         _copy(source, new, manifest, database=database)
@@ -111,7 +111,7 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
     if manifest is not None:
         if digest != manifest.sha256:
             raise damaged(source, "its SHA-256 is not the one in its manifest")
-        return  # a backup with a manifest is complete without sidecar files
+        return  # a backup with a manifest needs no sidecar files
     log, _, journal = sidecars(source)
     new_log, _, new_journal = sidecars(new)
     has_wal_format = header_of(source, database)[18:20] == _WAL_FORMAT

@@ -51,17 +51,16 @@ class DatabaseStatus(BaseModel, frozen=True):
         schema_revision: revision of the schema.
         epoch: number of the epoch; the first epoch has number 1. A restore or `begin_epoch()` increments the epoch.
             When the epoch changes, the application must read cached data again.
-        restored_at: start of the epoch. The value is None in the first epoch.
-        durability: "full" or "normal" (see `Database.open`). The value is None for a PostgreSQL server, because the
-            server's configuration decides about syncs.
-        pragmas: values of SQLite's settings on the writing connection, by name.
+        restored_at: start of the epoch, or None in the first epoch.
+        durability: "full" or "normal" (see `Database.open`), or None for a PostgreSQL server, whose configuration
+            decides when commits are synced to the disk.
+        pragmas: values of SQLite's settings on a new connection, by name.
         file_modes: permission bits of the directory and of each database file, in octal, by file name.
         rows: number of rows by table name. First come homeagent's tables, then the application's tables.
-        application_revision: revision of the application's own tables. The value is None if the application has no
-            revisions.
+        application_revision: revision of the application's own tables, or None if the application has no revisions.
         expired: number of expired rows that a sweep has not deleted, by table name.
-        wal_bytes: size of the write-ahead log in bytes. The value is None for a PostgreSQL server.
-        counters: counters of the database in this process since it was opened.
+        wal_bytes: size of the write-ahead log in bytes, or None for a PostgreSQL server.
+        counters: counters of this process since the database was opened.
     """
 
     engine: str

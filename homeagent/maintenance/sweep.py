@@ -1,8 +1,8 @@
 """Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly.
 
-If a constraint refuses a batch, the sweep continues in the order of the keys, and splits each refused batch into
-halves. The next batch starts after the last row of the previous batch, so a sweep tries to delete each skipped row only
-once.
+If a constraint refuses a batch, the sweep continues in the order of time and primary key, and splits each refused batch
+into halves. The next batch starts after the last row of the previous batch, so a later batch does not contain a skipped
+row again.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ _STATEMENTS = {
 
 
 class Batch(NamedTuple):
-    """Result of a batch, with times in seconds. The attribute `found` includes skipped rows. The attribute `held`
-    includes the time for the commit.
+    """Result of a sweep's batch, with times in seconds. The attribute `found` includes skipped rows. The attribute
+    `held` includes the time for the commit.
     """
 
     deleted: int
@@ -107,8 +107,8 @@ class ExpiredRows:
                 return Batch(count, count, worked, self._monotonic() - begun)
             except ConflictError:
                 if self._statements is None:
-                    # Do not skip a device change. A reader that still finds the skipped change would not notice that
-                    # later changes were deleted.
+                    # Do not skip a device change. A reader whose last change is the skipped change would not notice
+                    # that later changes were deleted.
                     raise
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
@@ -176,7 +176,7 @@ def _name(error: ConflictError) -> str:
     return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"
 
 
-# If other writers wait, a sweep empties the WAL after this number of deleted rows. Most deleted rows are in separate
+# Number of deleted rows after which a sweep empties the WAL, if other writers wait. Most deleted rows are in separate
 # database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
 _ROWS_IN_LOG = 250
 
@@ -198,8 +198,8 @@ class BackupSchedule:
 
     Args:
         directory: directory for the backups. The backup creates a missing directory with mode 0700.
-        every: maximum age of the newest backup. The age comes from the manifest of the backup. Therefore neither a
-            restart nor a second process with the same schedule makes an additional backup.
+        every: maximum age of the newest backup. The sweeper reads the age from the manifest of the newest backup, so a
+            restart or a second process with the same schedule makes no additional backup.
         keep: number of this database's backups to keep. Older backups are removed after a new backup is verified. With
             `keep=None`, no backup is removed.
 
@@ -228,8 +228,8 @@ class SweepReport(BaseModel, frozen=True):
         pending_devices: number of deleted devices that had waited too long for their approval.
         device_changes: number of deleted rows of the feed of device changes.
         more: True if the sweep ended early, so that expired rows can remain.
-        skipped: number of expired rows to which an application's table refers by a foreign key. The skipped rows count
-            as absent, and the next sweep tries to delete them again.
+        skipped: number of expired rows to which an application's table refers by a foreign key. homeagent treats a
+            skipped row as absent, and the next sweep tries again to delete the row.
         constraints: constraints that prevented the deletion of expired rows. Each text names the constraint and its
             table.
     """
@@ -313,7 +313,7 @@ class Pace:
         return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Return the pause after a batch that held the write lock for the given time. Both times are in seconds."""
+        """Compute the pause after a batch from the time for which the batch held the write lock. Return seconds."""
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
 

@@ -1,7 +1,8 @@
 """Find and run the application's own Alembic revisions, after homeagent's revisions.
 
-The identifiers are read from the syntax trees of the scripts, so an up-to-date database needs no import of Alembic. A
-revision must not change homeagent's tables, because homeagent's own revisions rely on the structure of these tables.
+homeagent reads the identifiers of the revisions from the syntax trees of the scripts, so opening an up-to-date database
+does not import Alembic. An application's revision must not change homeagent's tables, because homeagent's own revisions
+rely on the tables' structure.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ class Application:
         return stored
 
     def adopted_revisions(self, connection: Connection) -> set[str]:
-        """If the upgrade will rename Alembic's own version table, return the revisions in the table. Otherwise return
-        an empty set.
+        """Return the revisions in Alembic's own version table if the upgrade will rename the table, or else an empty
+        set.
         """
         if not self.adopts or not self.scripts or APPLICATION_VERSION_TABLE in tables(connection):
             return set()
@@ -157,7 +158,9 @@ class Application:
 
 
 def named_folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
-    """Return the package and the folder in the argument `migrations=`. For a path, the package is an empty text."""
+    """Return the package and the folder in the argument `migrations=`. If the argument is a path, the package is an
+    empty text.
+    """
     if not isinstance(given, (str, os.PathLike)):
         raise InvalidArgumentError(f"migrations must be 'package:folder' or a path, not {type(given).__name__}")
     named = _PACKAGE.fullmatch(given) if isinstance(given, str) else None
@@ -252,7 +255,7 @@ class _Guard:
             )
 
     def fail(self, reason: str) -> NoReturn:
-        """Store the reason, and raise an error. SQLAlchemy can replace the error, but not the stored reason."""
+        """Raise an error with the reason. Also store the reason, because SQLAlchemy can replace the raised error."""
         self.refused = reason
         raise RevisionFailedError(reason)
 
@@ -332,7 +335,7 @@ def revision_guard(
         event.remove(connection, "before_cursor_execute", guard.count)
 
 
-# For each table: the structure as one text, and the number of rows that the transaction wrote. TRUNCATE changes
+# Select the structure of each table as one text, and the number of rows that the transaction wrote. TRUNCATE changes
 # relfilenode.
 _STATE = text(
     "SELECT c.relname, concat_ws(' ', c.oid, c.relfilenode, c.relowner, c.relrowsecurity,"

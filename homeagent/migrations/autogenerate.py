@@ -1,5 +1,5 @@
-"""Compare tables with a database. Import this module only for a command that needs Alembic, because importing Alembic
-takes 80 ms.
+"""Compare the tables of the models with a database. Import this module only for a command that needs Alembic, because
+importing Alembic takes 80 ms.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColum
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Render homeagent's column types as SQLAlchemy's types. Later versions must not change an old revision."""
+    """Render homeagent's column types as SQLAlchemy's types, so that later versions of homeagent do not change an old
+    revision.
+    """
     if kind != "type":
         return False
     if isinstance(item, TimestampColumn):

@@ -1,7 +1,8 @@
 """Check that a revision only expands the schema, so that code of the previous version works with the new schema.
 
-Administrators upgrade hosts one after the other, so old code runs on the new schema. A revision that removes parts is a
-contraction. A contraction names the oldest revision whose code still works, for example `oldest_revision = "a7"`.
+Administrators upgrade hosts one after the other, so old code runs on the new schema. A revision that breaks old code,
+for example by removing a column, is a contraction. A contraction names the oldest revision whose code works with the
+new schema, for example `oldest_revision = "a7"`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _LATER = "keep it until no process uses it, and then drop it in a revision that 
 _NEW_COLUMN = "add another column instead"
 _IN_CODE = "check the rows in the application instead, or show by a test that old code works, and accept the name"
 
-# Error text for a removed part, by the kind of the part. Removing a foreign key or a trigger does not break old code.
+# Error texts for removed tables, columns and constraints, by kind. Removing a foreign key or a trigger does not break
+# old code.
 _REMOVED = {
     "table": f"{{table}} is dropped or renamed: {_LATER}",
     "column": f"{{table}}.{{name}} is dropped or renamed: {_LATER}",
@@ -110,7 +112,9 @@ def _triggers(connection: Connection) -> set[tuple[str, str]]:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield the problem and the remedy of each change that can break old code. Skip the names in `accepted`."""
+    """Yield the problem and the remedy of each change that can break old code. Skip an added check or trigger whose
+    name is in `accepted`.
+    """
     for part in sorted(old):
         kind, table, name = part
         if part in new:
@@ -138,7 +142,7 @@ def _breaks_of_addition(part: tuple[str, str, Any], old: Structure, new: Structu
     elif kind == "check" and not _mentions_only_new(new[part], table, old, new):
         yield f"CHECK {name} of {table} is new or changed, and old code can violate it: {_IN_CODE}"
     elif kind == "unique":
-        # Old code does not set a new nullable column, and a unique index accepts several nulls.
+        # Old code writes NULL to a new nullable column, and a unique index accepts several rows with NULL.
         columns = [new["column", table, column] for column in added & {*name}]
         if not any(column["nullable"] and not column["default"] for column in columns):
             yield f"{table} gets unique {name}, of which old code can write a duplicate: {_IN_CODE}"

@@ -43,11 +43,12 @@ if TYPE_CHECKING:
 
 # Key of the advisory lock that each host takes before an upgrade: the bytes of the text "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of the lock that a host keeps while a revision runs outside a transaction. Alembic's commands take only this lock.
+# Key of the lock that a host keeps while a revision runs outside a transaction. Alembic's commands take only
+# `_OUTSIDE_LOCK`.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
-# Longest wait of a revision for a table's lock, in seconds. During this wait, new readers and writers of the table also
-# wait.
+# Longest wait of a revision for a table's lock, in seconds. While a revision waits for a table's lock, new readers and
+# writers of the table also wait.
 _TABLE_LOCK_PATIENCE = 2
 
 # Longest time for a statement of a revision.
@@ -55,7 +56,7 @@ _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine changes the session's search_path, but the column reset_val still has the value from the URL, role or
+# The engine changes the session's search_path, but `pg_settings.reset_val` still has the value from the URL, role or
 # database.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
@@ -71,8 +72,8 @@ _NO_APPLICATION = Application()
 def open_postgresql(
     engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool, application: Application = _NO_APPLICATION
 ) -> None:
-    """Bring the schema to this version's revision, one host at a time. With `migrate=False`, raise an error if a
-    revision is missing.
+    """Create the schema, or upgrade the schema to this version's revision. Only one host at a time runs revisions. With
+    `migrate=False`, raise an error if a revision is missing.
     """
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
@@ -117,10 +118,10 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse a `search_path` whose first schema has the name of the role, if a later schema of the path has a store.
+    """Refuse a `search_path` that leads first to a schema with the role's name, and then to a schema with a store.
 
     By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE on the
-    database could create this schema, and store an approved device in the schema.
+    database could create a schema with the role's name, and store an approved device in the schema.
     """
     others = connection.execute(_OTHER_STORES, {"name": VERSION_TABLE}).scalars().all()
     if others:
@@ -132,7 +133,7 @@ def refuse_second_store(connection: Connection) -> None:
 
 
 def _views(connection: Connection) -> str:
-    """Return a hint about views that read homeagent's tables, because PostgreSQL can refuse to change such a table."""
+    """Return a hint about views of homeagent's tables, because PostgreSQL can refuse to change a table with a view."""
     with connection.begin():
         names = sorted({difference.text for difference in views_of_tables(connection)})
     hint = ": PostgreSQL can refuse to change such a table. Drop the view, upgrade, and create the view again"
@@ -141,7 +142,7 @@ def _views(connection: Connection) -> str:
 
 def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:
     if engine.search_schema is not None:
-        # Limit the search_path to homeagent's schema, so that a revision can't use a second store in a later schema.
+        # Limit the search_path to homeagent's schema, so that a revision can't use the tables of a second store.
         connection.execute(text(f"SET LOCAL {engine.search_schema}"))
     # Wait without statement_timeout, because the upgrade of another host can take longer than the role's timeout.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
@@ -163,8 +164,8 @@ def _make_or_upgrade(
     if suitable and not application.is_pending(connection):
         return
     if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
-        # Do not wait for the lock. CREATE INDEX CONCURRENTLY on another host would wait for this transaction, so both
-        # hosts would wait forever.
+        # Do not wait for `_OUTSIDE_LOCK`, because CREATE INDEX CONCURRENTLY on another host would wait for this
+        # transaction, and both hosts would wait forever.
         raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
@@ -183,7 +184,7 @@ def _make_or_upgrade(
     if not suitable:
         upgrade(connection)
     application.upgrade(connection, lambda: _outside_transaction(engine, connection, left))
-    # COMMIT can wait longer than a statement, for example for a standby server.
+    # COMMIT can take longer than the time limit of a statement, for example if the server waits for a standby.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
 
 

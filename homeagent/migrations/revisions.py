@@ -60,7 +60,7 @@ SPEAK_FOR_THEMSELVES = (
 
 
 class RevisionFailedError(Exception):
-    """A revision of the application failed. Callers of `run_revisions()` convert the error to a MigrationError."""
+    """A revision of the application failed. Callers of `Application.upgrade()` convert the error to MigrationError."""
 
 
 def script_directory() -> Traversable:
@@ -69,7 +69,7 @@ def script_directory() -> Traversable:
 
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # If homeagent is an installed package, the second folder is the library Alembic, which has no file `env.py`.
+        # If homeagent is an installed package, `parents[2] / "alembic"` is the library Alembic, which has no `env.py`.
         if (candidate / "env.py").is_file():
             return candidate
     raise MigrationError("this installation has no migrations: install homeagent anew")
@@ -147,7 +147,7 @@ def known_revisions() -> set[str]:
 
 
 def server_triggers(revision: str) -> dict[str, str]:
-    """Return the definition and the function's body of each trigger that homeagent has on PostgreSQL at a revision."""
+    """Return the definition and the function body of each PostgreSQL trigger that homeagent has at a revision."""
     found: dict[str, str] = {}
     for script in _scripts():
         if script.revision <= revision:

@@ -1,7 +1,8 @@
 """Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
-On SQLite the revisions run on a scratch database in memory, because no pragma shows a CHECK constraint. On PostgreSQL a
-scratch schema would need write access, so the models are compared with the server's catalogue.
+On SQLite, the revisions run on a scratch database in memory to get the expected SQL text, because no pragma shows a
+CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are compared with the server's
+catalogue.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of the schema. The field `command` is the SQL statement that undoes the change, or None if one
-    statement is not enough.
+    """A difference between a database's schema and homeagent's schema. The field `command` is the SQL statement that
+    undoes the change, or None if one statement is not enough.
 
     If a difference is grave, homeagent can fail, or accept values that homeagent must refuse. If the field `kind` is
     not None, the object can belong to the application. The field `trigger` is the name by which the application can
@@ -60,7 +61,9 @@ _Tables = dict[str, dict[str, _Part]]
 def refuse_changed_schema(
     connection: Connection, revision: str, location: str, acknowledged: Container[str] = ()
 ) -> None:
-    """Refuse a schema whose rows can't be trusted. The connection must be in a transaction."""
+    """Raise SchemaChangedError for grave differences that the application has not acknowledged. On PostgreSQL, check
+    only triggers and rules. The connection must be in a transaction.
+    """
     if revision not in known_revisions():
         raise SchemaTooNewError(revision, known=REVISION)
     if connection.dialect.name == "sqlite":
@@ -250,7 +253,7 @@ def _clauses(body: str) -> Iterator[str]:
 
 # PostgreSQL
 
-# The definition of a trigger is null if the trigger is disabled, or if its function has unexpected settings.
+# The query returns NULL as the definition of a trigger that is disabled or whose function has unexpected settings.
 _TRIGGERS = text(
     "SELECT 'trigger', tgname, tgtype & 2 = 2, CASE WHEN tgenabled IN ('O', 'A') AND p.prosecdef"
     " AND p.proconfig = ARRAY['search_path=pg_catalog, pg_temp'] THEN pg_get_triggerdef(t.oid, true) || p.prosrc END"
@@ -283,7 +286,7 @@ def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Diff
                 del expected[name]
                 continue
             command = f"DROP {kind.upper()} {_name(name)} ON {table}"
-            # Do not accept a BEFORE trigger or a rule. The trigger can replace the row, and the rule can replace an
+            # Do not accept a BEFORE trigger or a rule. A BEFORE trigger can replace the row, and a rule can replace an
             # INSERT by another statement.
             harmless: Literal["trigger"] | None = "trigger" if kind == "trigger" and not is_before else None
             trigger = name if kind == "trigger" else None

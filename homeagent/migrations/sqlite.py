@@ -66,10 +66,10 @@ def open_sqlite(
     temporary: bool,
     application: Application = _NO_APPLICATION,
 ) -> None:
-    """Check the file, switch the file to WAL mode, and bring the schema to the revision of this version of homeagent.
+    """Check the file, switch the file to WAL mode, and create or upgrade the schema.
 
-    A temporary file is private to the caller, so the file needs no in-use lock and no backup. The content of a refused
-    file is unchanged.
+    A temporary file is private to the caller, so the file needs no in-use lock and no backup. If homeagent refuses the
+    file, the content stays unchanged.
     """
     try:
         _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
@@ -87,8 +87,9 @@ def _open_sqlite(
     identified = identify_or_wait(engine)
     if not temporary and (in_use_path(path).exists() or database_file.size_of(path)):
         # First take the in-use lock. The function `hold_in_use_lock()` also finishes an interrupted restore. If the
-        # file has sidecar files, take the lock exclusively if possible. While this process has a shared lock, another
-        # process would skip the check of an unclean file (see `test_no_process_skips_the_check_of_another_process`).
+        # file has sidecar files, take the lock exclusively if possible. If this process had only a shared lock, another
+        # process would skip the check of a file that was not closed cleanly (see
+        # `test_no_process_skips_the_check_of_another_process`).
         has_sidecars = any(map(os.path.lexists, database_file.sidecars(path)))
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout, exclusive_if_free=has_sidecars))
     state = database_file.look_at(path) if identified else identify(engine)
@@ -126,7 +127,8 @@ def _open_sqlite(
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
     elif not migrate:
         if not temporary and database_file.size_of(lock_path(path)):
-            # Do not raise SchemaOutdatedError, because the administrator could then create a new database.
+            # Do not raise SchemaOutdatedError, because the administrator could then replace the lost database by an
+            # empty database.
             raise corrupt_after_all(path)
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
@@ -136,7 +138,9 @@ def _open_sqlite(
 
 
 def identify(engine: SQLiteEngine) -> os.stat_result | None:
-    """Return the state of a file without changing the file. If the content is not homeagent's, raise an error."""
+    """Return the `lstat` result of the file without changing the file. If the content is not a homeagent database,
+    raise an error.
+    """
     state = database_file.inspect_file(engine.path, repair=False)
     if state is not None and state.st_size:
         engine.refuse_foreign()
@@ -144,8 +148,8 @@ def identify(engine: SQLiteEngine) -> os.stat_result | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Identify the file before this process takes a lock. Return False if the caller must first take the lock, and then
-    identify the file.
+    """Call `identify()` before this process takes the in-use lock. Return False if the caller must first take the
+    in-use lock, and then call `identify()`.
     """
     if database_file.size_of(in_use_path(engine.path)):
         return False  # a restore can have added a hard link, which `identify()` would refuse
@@ -208,7 +212,7 @@ def _make_or_upgrade(
             suitable, pending = suits(connection, revision), application.is_pending(connection)
             has_tables = bool(tables(connection))
         if revision is not None and not initialised and not temporary:
-            # Write the marker before the upgrade. On a full disk the write fails, and the schema stays unchanged.
+            # Write the marker before the upgrade, so that a full disk prevents the upgrade.
             lock.write_marker("initialised")
             initialised = True
         if suitable and not pending:
@@ -322,7 +326,7 @@ def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str
 def back_up(
     engine: SQLiteEngine, revision: str, clock: Clock, kind: Literal["upgrade", "adoption"] = "upgrade"
 ) -> Path:
-    """Use another connection to back up the last commit. Then remove the backups of earlier, failed attempts."""
+    """Back up the last committed state through another connection. Then remove the backups of failed upgrades."""
     from homeagent.engine.sqlite.backup import backup_name, discard, write_backup
     from homeagent.engine.sqlite.manifests import PARTIAL, backups_in
 
@@ -330,7 +334,7 @@ def back_up(
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        # No running upgrade uses the partial backup, because this process holds the lock.
+        # No running upgrade uses the partial backup, because this process holds the lock for upgrades.
         discard(stale)
     try:
         manifest = write_backup(engine, target, partial=partial, taken_at=now, kind=kind)

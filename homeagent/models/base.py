@@ -1,5 +1,5 @@
 """Base classes of the models. Do not import `annotations` from `__future__` in a module of models, because Pydantic and
-SQLAlchemy would evaluate each annotation again for each subclass. This would add a twelfth to the import time.
+SQLAlchemy would evaluate each annotation again for each subclass, and the import would take a twelfth longer.
 """
 
 import copy
@@ -162,12 +162,12 @@ class _TableType(SQLModelMetaclass):
 class Table(Model, metaclass=_TableType):
     """Base class of table models. An application derives its own tables from this class with the argument `table=True`.
 
-    SQLModel does not validate a model with `table=True`. This class validates an instance on construction and on
+    SQLModel does not validate a model with `table=True`. The class `Table` validates an instance on construction and on
     assignment. If a value is invalid, the assignment raises an error, and the field keeps its old value. An instance
     that a store loads is not validated again.
 
-    The page on own tables lists the column types. A constraint or an index without a name gets a name such as
-    `fk_messages_session_id_sessions`.
+    The documentation page "Add own tables" lists the column types. A constraint or an index without a name gets a name
+    such as `fk_messages_session_id_sessions`.
 
     Raises (when the class is defined):
         InvalidArgumentError: if the name of the table is reserved or already in use, or if a datetime field does not
@@ -221,10 +221,12 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state of a loaded instance (see `_StateOnDemand`) before `__pydantic_fields_set__` is set.
+        # Create SQLAlchemy's state of a loaded instance before setting `__pydantic_fields_set__`, because
+        # `_StateOnDemand` can't create the state later.
         getattr(self, "_sa_instance_state", None)
-        # Pydantic replaces the dictionary in the attribute `__dict__` by a copy. Restore the old dictionary. Otherwise
-        # a flush would lose the values that a listener of `before_update` assigns (test_a_listener_of_a_flush_assigns).
+        # Pydantic replaces the dictionary in the attribute `__dict__` by a copy. With the copy, a flush would lose the
+        # values that a listener of `before_update` assigns (test_a_listener_of_a_flush_assigns), so restore the old
+        # dictionary.
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -253,7 +255,7 @@ class Table(Model, metaclass=_TableType):
     @classmethod
     def model_values(cls, **data: Any) -> dict[str, Any]:
         """Validate the values of a new row, and add the defaults. Return a dict from attribute name to value, for the
-        parameters of a `Statement`. This method takes a tenth of the time for creating an instance.
+        parameters of a `Statement`. Creating an instance would take ten times as long.
         """
         instance = object.__new__(cls)
         cls.__pydantic_validator__.validate_python(data, self_instance=instance)
@@ -263,7 +265,7 @@ class Table(Model, metaclass=_TableType):
         """Return a new, validated instance that does not belong to an ORM session. The values in `update={…}` replace
         the copied values. With `deep=True`, also copy the values of JSON columns.
         """
-        # Pydantic's method would also copy SQLAlchemy's state, which binds the instance to an ORM session.
+        # Pydantic's `model_copy()` would also copy SQLAlchemy's state, which binds the instance to an ORM session.
         values = {name: getattr(self, name) for name in type(self).model_fields}
         if deep:
             values = copy.deepcopy(values)

@@ -1,4 +1,4 @@
-"""The feed of device changes. Database triggers write the feed in the order of the commits."""
+"""The feed of device changes is a table that database triggers write in the order of the commits."""
 
 from enum import StrEnum
 from typing import Any, ClassVar

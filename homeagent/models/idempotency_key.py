@@ -169,7 +169,7 @@ class IdempotencyScope:
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
-# The class is frozen. Setting a field by its slot takes less time than `object.__setattr__()`.
+# `IdempotencyScope` is frozen, so `__init__` sets each field by its slot, which is faster than `object.__setattr__()`.
 _slots: Any = vars(IdempotencyScope)
 _set_device_id, _set_method, _set_key = (_slots[name].__set__ for name in ("device_id", "method", "key"))
 
@@ -191,12 +191,13 @@ class Attempt:
 
     Attributes:
         number: number of the attempt for the key, beginning with 1.
-        downstream_key: idempotency key that the effect can pass to another service. All attempts with the same
-            idempotency key pass the same value.
+        downstream_key: idempotency key that the effect can pass to another service. All attempts of the same call get
+            the same value.
         scope: device, method and key of the call.
         lease_expires_at: end of the lease.
         expires_at: time until which a repeated call gets the stored outcome.
-        ttl: time from the claim to `expires_at`. If the effect takes longer, the ttl begins at the end of the effect.
+        ttl: time from the claim to `expires_at`. If the effect ends after `expires_at`, the ttl begins at the end of
+            the effect.
         owner: random text that identifies this attempt.
     """
 
@@ -218,7 +219,7 @@ class Outcome:
         replayed: True if the outcome was read from the store. False if this call ran the effect.
         attempt: number of the attempt that recorded the outcome.
         omitted: True if the return value is not JSON or is larger than 1 MiB. The call that ran the effect returns the
-            value. Later callers get None.
+            value, and later calls return None.
     """
 
     value: JsonValue = field(repr=False)

@@ -9,8 +9,8 @@ from homeagent.errors import InvalidArgumentError
 MIN_ITERATIONS = 4_096
 """Minimum number of iterations in RFC 7677 section 4, which is enough for a generated secret."""
 
-# A device needs a few seconds for a proof with this number of iterations. With more iterations, a malicious gateway
-# could keep the device busy.
+# A device needs a few seconds for a proof with 10 million iterations. With more iterations, a malicious gateway could
+# keep the device busy.
 _MAX_ITERATIONS = 10_000_000
 _MIN_SALT_BYTES = 8
 _MAX_SALT_BYTES = 64

@@ -39,7 +39,7 @@ ChosenSecret = Annotated[
 class MetadataSchema(Model):
     """A schema with the field `metadata_`, whose alias is `metadata`. SQLAlchemy reserves the name `metadata`."""
 
-    # SQLAlchemy reads SQLModel's class variable `metadata` only for a class with a table.
+    # A schema can redefine `metadata`, because SQLAlchemy reads the class variable only for a class with a table.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""
@@ -127,7 +127,7 @@ class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
     Attributes:
         device: the stored device, which is not approved yet.
-        shared_secret: secret of the request. If the request had no secret, the generated secret.
+        shared_secret: secret of the request, or the generated secret if the request had no secret.
     """
 
     device: Device

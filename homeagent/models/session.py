@@ -29,8 +29,8 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return the hash of a route, for a unique index. An index on the three columns would not detect equal routes with
-    NULL.
+    """Return the hash of a route, for a unique index. A unique index on agent, sender and channel would accept equal
+    routes with NULL.
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
@@ -46,7 +46,7 @@ class AgentSession(Table, table=True):
     __table_args__: ClassVar[Any] = (
         Index("idx_sessions_agent", "agent_id"),
         Index("idx_sessions_sender", "sender_id"),
-        # The method `list()` of the store uses the next four indexes.
+        # The method `sessions.list()` uses the next four indexes.
         Index("idx_sessions_active", "last_active_at", "session_id"),
         Index("idx_sessions_agent_active", "agent_id", "last_active_at", "session_id"),
         Index("idx_sessions_sender_active", "sender_id", "last_active_at", "session_id"),
@@ -81,7 +81,8 @@ class AgentSession(Table, table=True):
     )
 
 
-# SQLAlchemy calls the following listeners only for `uow.session`. A store sets `route_key` in its own statements.
+# SQLAlchemy calls the following listeners only for `uow.session`. The sessions store sets `route_key` in its own
+# statements.
 
 _ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
 

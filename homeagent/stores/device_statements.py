@@ -66,15 +66,15 @@ PROOF_SECRETS = Statement[tuple[str | None, str | None]](
 )
 COUNT_PENDING = Statement[int](
     select(func.count()).select_from(
-        # Select only columns that the index contains.
+        # Select only columns of the index, so that the database does not read the table.
         select(_columns.paired_at)
         .where(PENDING, _columns.paired_at > bindparam("before"))
         .limit(bindparam("limit"))
         .subquery()
     )
 )
-# On PostgreSQL, two pairings at the same time would not count the device of the other pairing. With this lock, the
-# second pairing waits until the first pairing has ended.
+# With this lock, a second pairing waits until the first pairing has ended. Without the lock, two pairings at the same
+# time on PostgreSQL would not count each other's device.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """The parameter `before` is the current time minus `Limits.pending_ttl`."""
@@ -151,8 +151,8 @@ STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]
 IS_ADMIN = Statement[bool](
     select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
 )
-# The fixed order prevents a deadlock. If two admins revoke each other at the same time, the second revocation waits,
-# and then finds only one approved admin.
+# Lock the admins in the order of the ids to prevent a deadlock. If two admins revoke each other at the same time, the
+# second revocation waits, and then finds only one approved admin.
 APPROVED_ADMINS = Statement[bool](
     select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,
@@ -225,8 +225,8 @@ _after = bindparam("after", type_=_changes.number.type)
 _is_kept = select(constant(1, _changes.number.type)).where(_changes.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_changes.number)))
-# The statement selects the change with the given number and all later changes. If the change with the number was
-# deleted, later changes are perhaps deleted too, so the statement selects only the newest row.
+# The statement selects the change with the number `after` and all later changes. If the change with the number was
+# deleted, later changes are perhaps deleted too, so the statement selects only the newest change.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_changes.number >= case((_is_kept, _after), else_=_newest))
@@ -245,7 +245,7 @@ DELETE_OLD = Statement[DeviceChange](
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
     """Return the changes with a number greater than `after`. The argument `rows` is the result of `CHANGES`. If the
-    feed no longer contains the number, return one change of the kind `reset`.
+    feed no longer contains the change with the number `after`, return one change of the kind `reset`.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]

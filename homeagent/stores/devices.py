@@ -72,7 +72,7 @@ class DeviceStore(Store):
 
     @reading
     def find_secret_hashes(self, device_id: str) -> SecretHashes:
-        """Return the hashes of the device's secrets. The method takes the same time for an absent device."""
+        """Return the hashes of the device's secrets. The method takes the same time for present and absent devices."""
         row = self._unit.one(statements.SECRET_HASHES, id=self._searched(device_id, "device_id"))
         present, *previous = row or (None, None, None)
         return SecretHashes(present or "", *previous)
@@ -84,8 +84,8 @@ class DeviceStore(Store):
 
     @reading
     def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
-        """Return two values: the store's proof key, and the device's verifier or None. An absent device takes the same
-        time.
+        """Return two values: the store's proof key, and the device's verifier or None. The method takes the same time
+        for present and absent devices.
         """
         row = self._unit.one(statements.PROOF_SECRETS, id=self._searched(device_id, "device_id"))
         key, verifier = row or (None, None)
@@ -101,7 +101,9 @@ class DeviceStore(Store):
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
-        """If too many devices are pending, raise `PendingLimitError`. Other pairings wait until the unit ends."""
+        """If more than `limit` devices are pending, raise `PendingLimitError`. Pairings in other units wait until this
+        unit ends.
+        """
         self._unit.one(statements.LOCK_STORE)
         if self.count_pending(limit=limit + 1) > limit:
             raise PendingLimitError(limit)
@@ -139,8 +141,8 @@ class DeviceStore(Store):
             after: last device on the previous page, or the device's id. Default: the first page.
 
         Raises:
-            DeviceNotFoundError: if `order="paired_at"` and no device has the id `after`. Pass the `Device` object if
-                another caller could delete the device.
+            DeviceNotFoundError: if `order="paired_at"`, `after` is an id and the device does not exist. If another
+                caller could delete the device, pass the `Device` object as `after`.
         """
         if approved is not None and not isinstance(approved, bool):
             raise InvalidArgumentError("approved must be True, False or None")
@@ -270,8 +272,8 @@ class DeviceStore(Store):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return whether `update_last_seen()` would change no row. If the first value is True, the second value is the
-        result of `update_last_seen()`.
+        """Return two values. If `update_last_seen()` would not change the row, the first value is True, and the second
+        value is the result of `update_last_seen()`.
         """
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
@@ -281,7 +283,7 @@ class DeviceStore(Store):
     def update_last_seen(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> bool:
-        """Store the time at which a device was last seen. Return False if the method changed no row.
+        """Store the time at which a device was last seen. Return True if the method changed the row.
 
         Without `at=…`, or for a time in the future, the method stores the current time. The method changes the row only
         if the new time is later than the stored time by at least the granularity.
@@ -291,11 +293,11 @@ class DeviceStore(Store):
         return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
-        """Return the new time and a limit. The new time replaces only a stored time up to the limit."""
+        """Return two times: the new time, and the latest stored time that the new time replaces."""
         check_duration(granularity, "granularity", zero=True)
         at = not_after(self._unit.now(), at, "at")
-        # Use a granularity of at least 1 ms. Otherwise several calls within one millisecond would write the same
-        # timestamp.
+        # Use a granularity of at least 1 ms. With a granularity of zero, several calls within one millisecond would
+        # write the same timestamp.
         return at, earlier(at, max(granularity, MILLISECOND))
 
     @writing()
@@ -324,7 +326,7 @@ class DeviceStore(Store):
         previous_until: datetime | None = None,
     ) -> bool:
         """Replace the hash of the secret if the stored hash is the expected hash. If the device does not exist or has a
-        different hash, return False. `Database.rotate_secret()` also computes the new hash.
+        different hash, return False. To compute the new hash too, call `Database.rotate_secret()`.
 
         Args:
             device_id: id of the device.
@@ -381,8 +383,8 @@ class DeviceStore(Store):
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
         """Return the device changes after a number, oldest first.
 
-        If the change feed no longer contains the number, the method returns a single change of the kind `reset`, and
-        the caller must read all devices again. Pass the number of this change to the next call.
+        If the change feed no longer contains the number, the method returns a single change of the kind `reset`. After
+        a `reset` change, read all devices again, and pass the number of the `reset` change to the next call.
 
         Args:
             after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.
@@ -398,8 +400,8 @@ class DeviceStore(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete the oldest changes, at most the number `limit`. Stop at the first change that is later than the time
-        `before`. Return the number of deleted changes.
+        """Delete at most `limit` changes, oldest first. Keep the first change that is later than the time `before`, all
+        changes after that change, and in each case the newest change. Return the number of deleted changes.
         """
         return self._unit.write(
             statements.DELETE_OLD, before=check_timestamp(before, "before"), limit=check_limit(limit)

@@ -29,12 +29,12 @@ _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for the records that count as absent and that a sweep deletes."""
 
-# The statement reads only the index of the primary key. The column `result` can be long and comes before `expires_at`,
-# so SQLite would have to read `result` to skip expired rows.
+# Count expired rows too, so that the statement reads only the index of the primary key. To skip expired rows, SQLite
+# would have to read the column `result`, which can be long and comes before `expires_at`.
 COUNT = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
 )
-# Do not replace `device_id + ""` by `device_id`, because the database would use the primary key and not the index of
+# Do not replace `device_id + ""` by `device_id`, because the database would then use the primary key, not the index of
 # `expires_at` (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = Statement[int](
     select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))

@@ -71,7 +71,7 @@ class IdempotencyKeyStore(Store):
             expires_at=expires_at,
         ):
             raise IdempotencyKeyExistsError(scope.device_id, scope.method)
-        # A validation of the instance would take three times as long as the insert.
+        # Do not validate the instance, because the validation would take three times as long as the insert.
         return as_loaded(
             IdempotencyKey,
             {
@@ -101,7 +101,7 @@ class IdempotencyKeyStore(Store):
         return unit.one(statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
-        """Return the parameters for a search. The texts of the scope can break the rules for new texts."""
+        """Return the parameters for a search. The scope can contain texts that a new record must not contain."""
         _check_scope(scope)
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
@@ -122,7 +122,7 @@ class IdempotencyKeyStore(Store):
         stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
         if stored < self._unit.settings.limits.keys_per_device:
             return stored
-        # Count the expired rows only if the device has reached the limit, because this count is slow.
+        # Count the expired rows only if the device has reached the limit, because counting expired rows is slow.
         return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
     # Methods that `run_once()` calls
@@ -154,7 +154,8 @@ class IdempotencyKeyStore(Store):
             FingerprintMismatchError: if an earlier call used the key with different parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
             OutcomeUnknownError: if an attempt was abandoned and `rerun=False`.
-            EffectFailedError: if the effect has failed for good. The error contains the stored detail of the failure.
+            EffectFailedError: if the effect has failed permanently. The error contains the stored detail of the
+                failure.
             KeyLimitError: if the key is new and the device has reached the maximum number of keys.
         """
         scope = _check_new(scope)
@@ -177,7 +178,7 @@ class IdempotencyKeyStore(Store):
             downstream_key=downstream_key,
         ):
             row = self._unit.one(statements.ANY, **_parameters(scope))
-            if row is not None:  # without a row, another caller has deleted the record: claim again
+            if row is not None:  # if `row` is None, another caller has deleted the record: claim again
                 outcome = _outcome(scope, row, fingerprint)
                 return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
         return Attempt(
@@ -202,7 +203,7 @@ class IdempotencyKeyStore(Store):
     ) -> Attempt:
         """Return the next attempt of a key in progress, if the present attempt is abandoned and `rerun=True`."""
         if row.owner == owner:
-            # This claim was committed before, but the caller did not get the result of the commit.
+            # The caller has already committed the same claim, but did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=row.lease_expires_at - now)
@@ -245,7 +246,7 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
-        """Record that the effect failed for good. A retry raises `EffectFailedError` with the given detail."""
+        """Record that the effect failed permanently. A retry raises `EffectFailedError` with the given detail."""
         check_kind(attempt, Attempt, "attempt")
         return self._record(attempt, IdempotencyState.FAILED, error, self._unit.now(), recorded_by=attempt.owner)
 
@@ -320,7 +321,7 @@ class IdempotencyKeyStore(Store):
         abandoned attempt with this scope, return False.
 
         Raises:
-            IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
+            IdempotencyInProgressError: if the lease has not expired, because the effect is perhaps still running.
             InvalidArgumentError: if the result is over 1 MiB or not JSON.
         """
         encode_json(result, "result", limit=MAX_RESULT_BYTES)
@@ -335,7 +336,7 @@ class IdempotencyKeyStore(Store):
         no abandoned attempt with this scope, return False.
 
         Raises:
-            IdempotencyInProgressError: if the lease has not expired, because the effect can still end.
+            IdempotencyInProgressError: if the lease has not expired, because the effect is perhaps still running.
         """
         attempt = self._find_abandoned(scope, self._unit.now())
         if attempt is not None:

@@ -63,7 +63,7 @@ _RELEASE = Statement[Nonce](update(Nonce).where(*_COUNTED).values(created_at=_RE
 EXPIRED: Any = _columns.expires_at <= bindparam("before")
 """SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
 
-# On PostgreSQL, two hosts can sweep at the same time. With SKIP LOCKED, the two sweeps delete different rows.
+# If two hosts sweep at the same time (only on PostgreSQL), SKIP LOCKED makes the two sweeps delete different rows.
 _DELETE_EXPIRED = Statement[Nonce](
     delete(Nonce).where(
         tuple_(_columns.device_id, _columns.nonce).in_(
@@ -175,7 +175,9 @@ class NonceStore(Store):
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        """Return the time of the last restore. No restore can take place while a connection is open."""
+        """Return the time of the last restore. The connection keeps the time, because a restore can't take place while
+        a connection is open.
+        """
         memory = self._unit.connection_memory
         if "restored_at" not in memory:
             record = self._unit.one(FIND_RECORD)
@@ -198,10 +200,11 @@ class NonceStore(Store):
 
     @writing()
     def forget(self, device_id: str) -> int:
-        """Stop counting the stored nonces of a device towards the device's limit. Return the number of these nonces.
+        """Stop counting the stored nonces of a device towards the device's limit. Return the number of nonces that
+        no longer count.
 
-        The rows stay until the nonces expire, so that a replay is still refused. Before the call, shorten the time for
-        which new nonces are kept, so that the device does not reach the limit again.
+        The rows stay until the nonces expire, so that a replay is still refused. Before the call, choose a smaller skew
+        (or an earlier `expires_at`) for new nonces, so that the device does not reach the limit again.
         """
         device = self._searched(device_id, "device_id")
         return self._unit.write(_RELEASE, device_id=device, now=self._unit.now())
@@ -224,7 +227,7 @@ class ReplayGuard:
         limit: maximum number of a device's unexpired nonces. A limit above `Limits.nonces_per_device` has no effect.
 
     Raises:
-        InvalidArgumentError: if the skew is not more than zero, or if the limit is less than 1.
+        InvalidArgumentError: if the skew is zero or negative, or if the limit is less than 1.
     """
 
     def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int | None = None) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _MOST_GRANTS = 10_000
 
-# PostgreSQL releases the lock at the end of the transaction.
+# PostgreSQL releases an advisory lock at the end of the transaction.
 _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextextended(bindparam("device_id"), 0))))
 
 

@@ -33,7 +33,7 @@ _agents: Any = Agent.__table__.c
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
-# Do not lock the session. With a lock, two units could deadlock: one unit moves session A to the route of session B,
+# Do not lock the session. With a lock, two units could deadlock, if one unit moves session A to the route of session B,
 # and the other unit moves session B to the route of session A.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
 # With this lock, no other unit can delete the agent before this unit adds a session.
@@ -113,13 +113,13 @@ INDEX = Statement[AgentSession](
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
     """Return the columns for sorting. The session with the latest activity comes last."""
-    # For the plain column `last_active_at`, SQLite would read an index with the sessions of all routes
-    # (`test_a_route_is_searched_by_its_index`).
+    # Do not replace `last_active_at + 0` by `last_active_at`, because SQLite would read an index with the sessions of
+    # all routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
 def _last_active(*conditions: Any, has_sender: bool, has_channel: bool) -> Any:
-    # PostgreSQL would use no index for IS NOT DISTINCT FROM.
+    # Do not use IS NOT DISTINCT FROM here, because PostgreSQL would not use an index.
     return (
         select(_others.c.session_id)
         .where(
@@ -148,8 +148,8 @@ def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
     candidate = _last_active(is_free, has_sender=has_sender, has_channel=has_channel).correlate(None)
     return Statement(
         update(AgentSession)
-        # Keep `_IS_ON_ROUTE`. If another transaction moves the session, PostgreSQL checks this condition again for the
-        # changed row.
+        # Keep the condition `_IS_ON_ROUTE`. If another transaction moves the session, PostgreSQL checks the condition
+        # again for the changed row.
         .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
         .values(route_key=bindparam("route"))
     )

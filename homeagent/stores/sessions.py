@@ -9,8 +9,8 @@
 | `index()` | the last active session |
 | `delete()`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
 
-Several sessions can have the same time of last activity. Then the last active session is the session that was created
-last. For equal times of creation, the last active session is the session with the greatest id.
+If several sessions have the same time of last activity, the last active session is the session that was created last.
+If the times of creation are equal too, the last active session is the session with the greatest id.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> P
 
 
 def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return a route for a search. The texts can break the rules for new texts."""
+    """Return a route for a search. The route can contain texts that a new session must not contain."""
     check_searched(agent_id, "agent_id")
     for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
         if value is not None:
@@ -61,7 +61,7 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
-    """Return True if the session is on the route. Do not compare the route keys, because a key can be stale."""
+    """Return True if the session is on the route. Do not compare the route keys, because a stored key can be stale."""
     # Read `__dict__`, because reading the attributes takes five times as long.
     values = session.__dict__
     return bool(
@@ -72,7 +72,7 @@ def _is_on(session: AgentSession, route: Parameters) -> bool:
 
 
 def _shape(route: Parameters) -> dict[str, bool]:
-    """Return whether the route has a sender and a channel, as arguments of the functions that return statements."""
+    """Return the arguments `has_sender` and `has_channel`, for the functions that return statements for a route."""
     return {"has_sender": route["sender_id"] is not None, "has_channel": route["channel_id"] is not None}
 
 
@@ -131,8 +131,8 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return True and the session, if a session holds the route. If the first value is False, `resolve()` must
-        write.
+        """Return two values: True if a session holds the route, and the session. If the first value is False,
+        `resolve()` must write.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
@@ -143,13 +143,13 @@ class SessionStore(Store):
         """Return the session that holds a route.
 
         If no session holds the route, the last active session with this agent, sender and channel takes the route.
-        If there is no such session, the method adds a session. Callers that run at the same time get the same session.
+        If the route has no session, the method adds a session. Calls for a route at the same time get the same session.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
-        # Another caller can change the sessions of the route between two statements.
+        # Use a loop, because another caller can change the sessions of the route between two statements.
         while True:
             session = self._unit.one(statements.BY_ROUTE, route=route["route"])
             if session is not None and _is_on(session, route):
@@ -211,9 +211,8 @@ class SessionStore(Store):
         """Give a session a different agent, sender or channel, and return the session. The moved session takes the new
         route.
 
-        If the moved session held its old route, the last active session on the old route takes the old route. If the
-        caller passes no new value, the session takes the route of its present values, unless another session holds the
-        route.
+        If the moved session held its old route, the last active session on the old route takes the old route. Without a
+        new value, the session takes the route of its present values, unless another session holds the route.
 
         Args:
             session_id: id of the session.
@@ -224,7 +223,8 @@ class SessionStore(Store):
         Raises:
             SessionNotFoundError: if the session does not exist.
             AgentNotFoundError: if the new agent does not exist.
-            RouteTakenError: if the session `error.session_id` holds the new route.
+            RouteTakenError: if another session holds the new route. The error has the id of the other session in
+                `error.session_id`.
         """
         # Lock the agent before the session, as the method `agents.delete()` does, to prevent a deadlock.
         agent = (
@@ -268,8 +268,8 @@ class SessionStore(Store):
             sender_id: sender of the selected sessions. Default: all senders.
             channel_id: channel of the selected sessions. Default: all channels.
             limit: maximum number of sessions, 1 or more.
-            after: last session of the previous page. Default: the first page. The next page neither repeats nor skips a
-                session that did not change.
+            after: last session of the previous page. Default: the first page. A session that did not change is on
+                exactly one page.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise InvalidArgumentError("after must be the last session of the page before")
@@ -318,8 +318,8 @@ class SessionStore(Store):
         a route takes the route.
 
         Args:
-            sessions: transient instances, which the method reads in batches. Times in the future count as the current
-                time.
+            sessions: transient `AgentSession` objects, which the method reads in batches. Times in the future count as
+                the current time.
             progress: function that the method calls after each batch, with the number of sessions written so far.
 
         Raises:
@@ -334,7 +334,7 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Do not pass the generator to `write_many()`, because the generator reads agents from the database.
+            # Do not pass a generator to `write_many()`, because `_rows()` reads agents from the database.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
             while not self._index_rows(rows):
                 pass  # try again, because another transaction has taken a route (only on PostgreSQL)
@@ -365,7 +365,7 @@ class SessionStore(Store):
         return True
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
-        """Check each session of a batch, and yield its parameters. Add the id of its agent to the set `known`."""
+        """Check each session of a batch, and yield its parameters. Add each session's `agent_id` to the set `known`."""
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
                 raise InvalidArgumentError(f"number {number} is not an AgentSession but {type(session).__name__}")

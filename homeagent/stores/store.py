@@ -48,9 +48,9 @@ def reading(method: F) -> F:
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
     """Declare that a store's method writes. If `stream` is True, the method consumes an iterable.
 
-    Some methods do not write in each call. For such a method, `unless` is a function that reads and returns two values.
-    homeagent first calls `unless` with the arguments of the method. If the first value is True, the caller gets the
-    second value, and homeagent does not call the method.
+    If a method does not write in each call, `unless` is a function that reads and returns two values. Before the
+    method, homeagent calls `unless` with the same arguments. If the first value of `unless` is True, the caller gets
+    the second value, and homeagent does not call the method.
     """
 
     def declare(method: Any) -> Any:
@@ -64,9 +64,9 @@ class Store:
     """Base class of the stores. An application derives a class for each of its own tables.
 
     A method of a store runs statements by the methods of `self.unit`, and passes the value of each `bindparam()` as a
-    keyword argument. If a value is absent, the methods raise InvalidArgumentError. After the end of the unit, the
-    methods raise UnitStateError. homeagent can call a method twice, so a method must have no side effect outside the
-    unit.
+    keyword argument. If the value of a `bindparam()` is absent, the unit raises InvalidArgumentError. After the end of
+    the unit, the methods of `self.unit` raise UnitStateError. A store's method must have no side effect outside the
+    unit, because homeagent can call the method twice.
     """
 
     __slots__ = ("_unit",)

@@ -51,7 +51,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     if not text:
         raise InvalidArgumentError("the path of a database is empty: name a file")
     if CONTROL_CHARACTER.search(text):
-        # A path with a line break, for example from a file, would create a new, empty database.
+        # A path that was read from a file can end with a line break, and would name a new, empty database.
         raise InvalidArgumentError("the path holds a control character, such as a line break: remove the character")
     try:
         expanded = Path(text).expanduser()
@@ -81,13 +81,13 @@ def secure_sidecars(path: Path) -> list[Path]:
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """If a database is missing or empty but its WAL has content, raise CorruptDatabaseError. SQLite would delete the
-    WAL, and start a new database without revocations and nonces. A caller that creates a database must hold
+    """If a database is missing or empty but its WAL has content, raise CorruptDatabaseError. SQLite itself would delete
+    such a WAL, and start a new database without revocations and nonces. A caller that creates a database must hold
     `sidecar_lock`.
     """
     log = sidecars(path)[0]
-    # Do not swap the two calls of `size_of()`. Otherwise another process could create the database file and the WAL
-    # between the two calls.
+    # Do not swap the two calls of `size_of()`. If another process created both files between the swapped calls, the new
+    # WAL would look orphaned.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -97,8 +97,8 @@ def refuse_orphaned_log(path: Path) -> None:
 
 def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file with mode 0600, or return False if the file exists. The caller must hold
-    `sidecar_lock`. Otherwise another thread could open the file before this function closes the descriptor, and SQLite
-    would lose its locks.
+    `sidecar_lock`. Without the lock, another thread could open the file before this function closes the descriptor, and
+    SQLite would lose the locks on the file.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -116,7 +116,7 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
 def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
     """Create an empty file with mode 0600 and return its descriptor. If the path already exists, return None. For a
-    copy outside the database directory, pass the source database (see `give_to_owner`).
+    copy outside the database directory, pass the path of the source database (see `give_to_owner`).
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, FILE_MODE)
@@ -229,8 +229,8 @@ def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
 
 def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
     refuse_insecure(path, status, trusted_owners(path.parent))
-    # As root, do not change the mode. The owner of the directory could replace the file, and root would change the mode
-    # of a different file.
+    # As root, do not change the mode of another user's file. The user could replace the file, and root would change the
+    # mode of a different file.
     if status.st_uid != os.geteuid() and status.st_mode & 0o077:
         raise _not_the_callers(path, status)
     if is_database and 0 < status.st_size < SMALLEST_DATABASE:

@@ -28,7 +28,7 @@ def prepare_directory(directory: Path) -> None:
                     continue
                 step.mkdir(DIRECTORY_MODE)
             except FileExistsError:
-                continue  # the check after the loop refuses a broken link
+                continue  # for a broken link, `directory.stat()` fails after the loop
             if not _is_private_directory(step):
                 change_mode(step, DIRECTORY_MODE)  # a umask can also remove the owner's permissions
                 if not _is_private_directory(step):
@@ -71,8 +71,8 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use a descriptor, because the parent's owner could replace a directory of the path by a link. Replacing the new
-    # directory by another empty directory does no harm.
+    # Use a descriptor, because the owner of the parent directory could replace the path's directories by links.
+    # Replacing the new directory by another empty directory does no harm.
     parent = os.open(made.parent, flags)
     try:
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)
@@ -86,7 +86,7 @@ def _give_to_parents_owner(made: Path) -> None:
 
 
 def _is_private_directory(directory: Path) -> bool:
-    return os.lstat(directory).st_mode & 0o777 == DIRECTORY_MODE  # the directory can inherit a set-group-id bit
+    return os.lstat(directory).st_mode & 0o777 == DIRECTORY_MODE  # ignore an inherited set-group-id bit
 
 
 def _directory_problem(directory: Path, status: os.stat_result) -> str | None:

@@ -1,6 +1,6 @@
-"""Check that the name of a database still refers to the file that was opened. In WAL mode SQLite does not check the
-name. After a replacement, SQLite would use the old file, and all changes would be lost when the process ends
-(https://sqlite.org/howtocorrupt.html, section 4).
+"""Check that the name of a database still refers to the file that was opened. In WAL mode SQLite itself does not check
+the name of an open file. After a replacement of the file, SQLite would use the old file, and all changes would be lost
+when the process ends (https://sqlite.org/howtocorrupt.html, section 4).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FileIdentityCheck:
             self._check()
 
     def disconnected(self) -> None:
-        """Forget the WAL and the WAL index, because SQLite can delete both files while no connection is open."""
+        """Forget the identities of the WAL files, because SQLite can delete the files while no connection is open."""
         self._known = {}
 
     def after_begin(self) -> None:
@@ -68,7 +68,9 @@ class FileIdentityCheck:
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Check the files if the last check is too old. With `strict=True`, always check the database's file."""
+        """Check the files if the last check is at least 10 ms old. With `strict=True`, always check the database's
+        file.
+        """
         if self.monotonic() >= self.due:
             self.after_begin()
         elif self._strict:

@@ -41,7 +41,7 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
             place = place.parent
         status = place.stat()
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}".encode()
-    # Compare bytes, because Path.is_relative_to would take a tenth of the time for opening a database.
+    # Compare bytes, because Path.is_relative_to would use 10% of the time of Database.open.
     inside = os.fsencode(place).rstrip(b"/") + b"/"
     found: tuple[bool, int, bytes] | None = None
     for line in table.splitlines():
@@ -51,9 +51,9 @@ def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinf
         _, _, number, _, escaped, *_ = fields.split()
         point = _unescaped(escaped)
         if inside.startswith(point.rstrip(b"/") + b"/"):
-            # Prefer a mount with the device number of the path, because a later mount can hide the mount with the
-            # longest path. On Btrfs, no mount has the device number of the path, and the mount with the longest path is
-            # right. Of two mounts on one path, prefer the later mount.
+            # A later mount can hide the mount with the longest path, so prefer a mount with the path's device number.
+            # On Btrfs, no mount has the device number of the path, and the mount with the longest path is right. Of two
+            # mounts on one path, prefer the later mount.
             rank = (number == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0])

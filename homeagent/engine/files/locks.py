@@ -23,10 +23,10 @@ _LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notice
 
 class FileLock:
     """A lock between threads and processes, on a separate file. The holder can write a short text, the marker, for the
-    next holder. Unlike SQLite's POSIX locks, a lock by `flock()` works between threads of one process, and the close of
-    another descriptor does not drop the lock. With `exclusive_if_free=True`, the lock is exclusive if the lock has no
-    other holder, and otherwise shared. With `writable=False`, the mode of the file does not change, and the holder
-    can't write a marker.
+    next holder. Unlike SQLite's POSIX locks, a lock by `flock()` works between threads of one process. Closing another
+    descriptor of the file does not release a `flock()` lock. With `exclusive_if_free=True`, the lock is exclusive if
+    the lock has no other holder, and otherwise shared. With `writable=False`, the mode of the file does not change, and
+    the holder can't write a marker.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class FileLock:
         fsync_directory(self.path.parent)
 
     def clear_marker(self) -> None:
-        """Remove the marker, under the conditions of `write_marker()`."""
+        """Remove the marker. The caller must hold an exclusive lock."""
         self._replace(b"")
 
     def _replace(self, content: bytes) -> None:
@@ -129,7 +129,7 @@ class FileLock:
             raise DiskFullError(f"the disk has no room to write {quoted(self.path)}: free some space")
 
     def _try(self) -> bool:
-        """Try to lock the file. Open the path again, because another process can replace the file."""
+        """Try to lock the file. Each call opens the path again, because another process can replace the file."""
         descriptor = self._open()
         if descriptor is None:
             return False
@@ -158,7 +158,7 @@ class FileLock:
                 self._made = True
                 return descriptor
             # Another process can be creating the file at this moment. A umask can remove bits from the mode of a new
-            # file until the other process has set the mode again.
+            # file until the creating process has set the mode again.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None
@@ -177,7 +177,7 @@ _held: set[FileLock] = set()
 
 
 def _drop_inherited_locks() -> None:
-    # A flock lock belongs to the open file. A child with the inherited file open would also keep the lock.
+    # A flock lock belongs to the open file. A child that keeps the inherited file open would also keep the lock.
     for lock in list(_held):
         descriptor, lock._descriptor = lock._descriptor, -1
         os.close(descriptor)

@@ -5,7 +5,7 @@
 | an ordinary user | the user | the user and root |
 | root | root and the owner of the database's directory | the same users |
 
-As root, homeagent accepts the files of the directory's owner, because this user can replace every file in the directory
+As root, homeagent accepts the files of the directory's owner, because the owner can replace every file in the directory
 anyway.
 """
 
@@ -20,22 +20,23 @@ from homeagent.errors import InsecureFileError
 
 
 def trusted_owners(directory: Path) -> frozenset[int]:
-    """Return the users whose files in a database's directory are trusted. The directory can be missing."""
+    """Return the users whose files homeagent trusts in a database's directory. The directory can be missing."""
     caller = os.geteuid()
     return frozenset({0, _nearest(directory).st_uid} if caller == 0 else {caller})
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups homeagent accepts in any directory. The same users can own the file with the path
-    of the last backup.
+    """Return the users whose backups homeagent accepts in any directory. A trusted user can also own the note that
+    contains the path of the last backup.
     """
     return trusted_owners(database.parent) | {0}
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
     """If the process runs as root, give a new file or directory to the owner of its directory. Pass descriptors,
-    because another user can replace the file at a path. For a copy outside the database directory, pass the source
-    database. The owner of a copy can read all devices, so only a user in `backup_owners()` becomes the owner.
+    because another user can replace the file at a path. For a copy outside the database directory, pass the path of the
+    source database. The owner of a copy can read all devices, so only a user in `backup_owners()` becomes the owner of
+    a copy.
     """
     if os.geteuid() != 0:
         return

@@ -56,7 +56,7 @@ class PostgreSQLConnection(StoreConnection):
     def _translate(self, error: BaseException) -> HomeAgentError:
         failure = super()._translate(error)
         if isinstance(failure, ConnectionLostError):
-            # psycopg notices only the close of the connection, and not the error that the server sends before.
+            # psycopg notices that the connection was closed, but not the error that the server sends before the close.
             self._lost = True
         return failure
 
@@ -84,8 +84,8 @@ class PostgreSQLConnection(StoreConnection):
         raise failure
 
     def read_alone(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run one statement that only reads. Behind a pooler, run the statement in a transaction, because only a
-        transaction applies the settings.
+        """Run one statement that only reads. Behind a pooler, run the statement in a transaction, because the engine's
+        settings apply only inside a transaction.
         """
         if not self._pooled:
             return self.rows(statement, parameters)
@@ -109,7 +109,7 @@ class PostgreSQLConnection(StoreConnection):
             raise error_from_result(result)
 
     def commit(self) -> None:
-        """Commit the transaction. If the outcome is unknown, raise CommitUnknownError."""
+        """Commit the transaction. If the outcome of COMMIT is unknown, raise CommitUnknownError."""
         if self._raw.pgconn.transaction_status == _FAILED:
             # After a failed statement, the server would roll back at COMMIT without reporting an error.
             raise DatabaseError(
@@ -138,10 +138,10 @@ class PostgreSQLConnection(StoreConnection):
             raise commit_unknown()
 
     def _refuse_lost_connection(self) -> None:
-        """Raise `ConnectionLostError` if the server has ended the session. Read only data that has already arrived."""
+        """Raise `ConnectionLostError` if the server has ended the session. Do not wait for data from the server."""
         pgconn = self._raw.pgconn
         pgconn.consume_input()
-        pgconn.is_busy()  # the call parses the received data, and calls `_notice()` for each notice
+        pgconn.is_busy()  # is_busy() parses the received data, and calls `_notice()` for each notice
         if self.is_lost:
             raise connection_lost()
 
@@ -171,7 +171,7 @@ class PostgreSQLConnection(StoreConnection):
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
     """Return the error for a value that is too long for an index, or None. For a value over 8,191 bytes, PostgreSQL
-    does not name the index. In this case, the error names each index that can contain long values.
+    does not name the index. If the name is unknown, homeagent's error names each index that can contain long values.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-# Timeouts for a host that does not answer, in seconds (tcp_user_timeout: in milliseconds). By default, libpq waits
-# without a limit to connect, and about 15 minutes for the acknowledgement of data
+# Timeouts for a host that does not answer, in seconds (tcp_user_timeout: in milliseconds). By default, libpq waits for
+# a new connection without a limit, and for the acknowledgement of data about 15 minutes
 # (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # for each host
@@ -86,9 +86,9 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
-        # An error listener of a tracing library can run before homeagent's error listener. Therefore `_execute()` and
-        # `_execute_many()` remove stored values from the error. Do not raise the translated error in `_on_error()`,
-        # because SQLAlchemy would not call later listeners.
+        # An error listener of a tracing library can run before homeagent's error listener. Before the first listener
+        # runs, `_execute()` and `_execute_many()` remove stored values from the exception. Do not raise the translated
+        # error in `_on_error()`, because SQLAlchemy would not call later listeners.
         event.listen(sa_engine, "do_execute", _execute)
         event.listen(sa_engine, "do_executemany", _execute_many)
         event.listen(sa_engine, "handle_error", _on_error)
@@ -119,7 +119,7 @@ class PostgreSQLEngine(Engine):
             cursor.nextset()
         schemas = ['"{}"'.format(name.replace('"', '""')) for name in cursor.fetchone()[0]]
         if schemas:
-            # The application's tables and types can be in any of the schemas.
+            # Keep all schemas in the search_path, because the application's tables and types can be in any schema.
             self._settings.append(f"search_path = {', '.join(schemas)}, pg_temp")
             self.search_schema = f"search_path = {schemas[0]}, pg_temp"
 
@@ -225,10 +225,10 @@ def _remove_private(error: BaseException) -> None:
 
 def _on_error(context: ExceptionContext) -> BaseException | None:
     if isinstance(context, FailureContext):
-        return None  # the instrumented cursor raises the driver's exception, which the connection translates
+        return None  # `StoreConnection` translates the exception of the instrumented cursor
     original: Any = context.original_exception
     if isinstance(original, HomeAgentError):
-        raise original  # the error is already an error of homeagent
+        raise original  # The exception is already an error of homeagent.
     clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
     if not isinstance(context.sqlalchemy_exception, DBAPIError) and not isinstance(
         original, (OverflowError, UnicodeError)
@@ -240,14 +240,14 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
             failure = _connect_error(original)
         elif type(original).__name__ == "ProgrammingError":
             failure = InvalidArgumentError("the database URL has an option that libpq does not know: correct the query")
-    # SQLAlchemy makes the driver's exception the cause of the returned error.
+    # Remove private data, because SQLAlchemy makes the driver's exception the cause of the returned error.
     _remove_private(original)
     return failure
 
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
-    """Return the error for a failed connection. The message contains only the reason for each host, because libpq's
-    text can show options.
+    """Return the error for a failed connection. For each host, the message contains only the reason of the failure,
+    because libpq's full text can show options.
     """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""

@@ -1,6 +1,6 @@
 """Write one backup. SQLite's online backup starts again if another connection writes between two steps
-(https://sqlite.org/backup.html). With frequent writes, the backup could run forever. The source therefore stays in one
-read transaction, which does not block a writer in WAL mode.
+(https://sqlite.org/backup.html). With frequent writes, the backup could run forever. The backup therefore reads the
+source in one transaction, which does not block a writer in WAL mode.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def never_stop() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The part of a manifest that a connection reads from the database."""
+    """The part of a manifest that homeagent reads from the database."""
 
     rows: dict[str, int]
     schema_revision: str | None
@@ -67,8 +67,8 @@ class Contents:
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
-    """Return the file name of a backup. For one revision, the alphabetical order of the names is the order of the
-    times.
+    """Return the file name of a backup. For backups of one revision, the alphabetical order of the file names is the
+    order in time.
     """
     return f"{database.name}.{revision}-{taken_at.strftime('%Y%m%dT%H%M%S%fZ')}.backup"
 
@@ -84,7 +84,7 @@ def write_backup(
     stop: Stop = never_stop,
 ) -> Manifest:
     """Copy an open database to a new file, and write the manifest next to the copy. The copy is in rollback mode and
-    needs no WAL. Until the copy is verified, its path is `partial`. This path must be in the directory of the target.
+    needs no WAL. Write the copy to `partial`, verify the copy, and rename the file to `target` in the same directory.
     If `stop()` returns True, raise BackupStoppedError.
     """
     if not replace and os.path.lexists(target):
@@ -165,8 +165,8 @@ def read_contents(raw: Any) -> Contents:
 
 
 def find_damage(raw: Any) -> str | None:
-    """Return the first problem of SQLite's integrity check or of the references of homeagent's tables, or None. For
-    orphans in the application's tables, only log a warning.
+    """Run SQLite's integrity check and foreign key check, and return the first problem or None. For broken references
+    of the application's tables, only log a warning.
     """
     verdict = str(raw.execute("PRAGMA integrity_check(1)").get)
     if verdict != "ok":
@@ -202,7 +202,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
                 steps.step(_STEP)
                 _raise_if_stopped(stop)
         source.execute("ROLLBACK")
-        # The copied header still says that the database is in WAL mode.
+        # Change the journal mode, because the header of the copy still says WAL mode.
         copy.execute("PRAGMA journal_mode=DELETE")
         _verify(engine.path, copy, contents, needs_schema=needs_schema)
     return contents
@@ -255,7 +255,9 @@ def _describe(
 
 
 def require_room(size: int, directory: Path, what: str = "a backup") -> None:
-    """Raise DiskFullError if a copy would fill the disk. The database can be on the same disk."""
+    """Raise DiskFullError if a copy would fill the disk. A full disk would also stop the writes of a database on the
+    same disk.
+    """
     with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:

@@ -36,7 +36,7 @@ class _ForeignKey(NamedTuple):
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
     """Return the error for a change that a constraint refused, or None. SQLite checks a deferred foreign key at the
-    commit. In this case, pass COMMIT or None as the statement.
+    commit. For a refused commit, pass COMMIT or None as the statement.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:

@@ -27,14 +27,16 @@ from homeagent.errors import (
     TooManyFilesError,
 )
 
-# SQLite extends the WAL index by 32 KiB at a time, so a smaller write could succeed although the disk is full.
+# SQLite extends the WAL index by 32 KiB at a time, so a smaller probe could succeed although SQLite's write failed.
 _PIECE = 64 * 1024
 
 
 def diagnosed_error(
     error: BaseException, path: Path, *, find_moved: Callable[[], DatabaseMovedError | None]
 ) -> HomeAgentError:
-    """Return homeagent's error for an exception of apsw. For an unchanged file, `find_moved()` returns None."""
+    """Return homeagent's error for an exception of apsw. If the file was not moved or replaced, `find_moved()` returns
+    None.
+    """
     translation = sqlite_error(error)
     if isinstance(translation, CorruptDatabaseError):
         moved = find_moved()

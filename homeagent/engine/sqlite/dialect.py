@@ -49,7 +49,7 @@ Description = tuple[tuple[str, None, None, None, None, None, None], ...]
 
 
 def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
-    """Keep the column names of a statement for SQLAlchemy, because apsw drops the names with the last row."""
+    """Keep the column names of a statement for SQLAlchemy, because apsw drops the names after the last row."""
     cursor.description = tuple((name, None, None, None, None, None, None) for name, _ in cursor.get_description())
     cursor.is_write = not cursor.is_readonly
     cursor.changes_before = cursor.connection.total_changes()
@@ -65,13 +65,15 @@ def _execute_each(
     changed = 0
     for bindings in sets:
         rows: Any = execute(statement, bindings)
-        rows.fetchall()  # SQLite has the number of changed rows only after the last row of RETURNING
+        rows.fetchall()  # SQLite knows the number of changed rows only after the last row
         changed += connection.changes()
     return changed
 
 
 class StatementCursor(_Cursor):
-    """A cursor for a store's statements. The columns of each statement are fixed before the execution."""
+    """A cursor for a store's statements. The cursor does not record the names of columns, because the class `Compiled`
+    knows the columns of each statement.
+    """
 
     _changed: int | None = None
 
@@ -150,7 +152,7 @@ class Connection(_Connection):
             super().close(force)
 
     def commit(self) -> None:
-        """End an open transaction."""
+        """Commit an open transaction."""
         if not self.in_transaction:
             return
         try:
@@ -175,8 +177,8 @@ class Connection(_Connection):
     def _erase_failed_commit(self) -> bool:
         """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded. If only the
         sync failed, the WAL contains the whole commit, and a later connection could recover the commit. The empty
-        commit overwrites the first frame, so that the checksums of the later frames become invalid. Do not sync the
-        WAL, because the sync could fail again.
+        commit overwrites the first frame of the failed commit, so that the checksums of the later frames become
+        invalid. Do not sync the WAL, because the sync could fail again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
@@ -203,8 +205,8 @@ class Connection(_Connection):
 
     def confine(self, savepoint: str | None) -> None:
         """Make `rollback()` return to the given savepoint instead of the start of the transaction. A call with
-        `savepoint=None` removes this limit. If a savepoint is set, every COMMIT fails, and SQLite rolls back the whole
-        transaction (https://sqlite.org/c3ref/commit_hook.html).
+        `savepoint=None` undoes an earlier call. If a savepoint is set, every COMMIT fails, and SQLite rolls back the
+        whole transaction (https://sqlite.org/c3ref/commit_hook.html).
         """
         self._savepoint = savepoint
         self.set_commit_hook(None if savepoint is None else lambda: True)
@@ -215,7 +217,8 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
     connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
     connection.set_busy_timeout(int(timeout * 1000))
-    # A container can lack a directory for SQLite's temporary files (https://sqlite.org/tempfiles.html).
+    # Keep temporary data in memory, because a container can lack a directory for SQLite's temporary files
+    # (https://sqlite.org/tempfiles.html).
     connection.execute("PRAGMA temp_store=MEMORY")
     # Without `SQLITE_DBCONFIG_ENABLE_QPSG`, SQLite plans a statement with `LIMIT ?` again for each execution. In a test
     # that read pages of rows, the planning took 10% of the time (https://sqlite.org/queryplanner-ng.html#qpstab).
@@ -242,7 +245,7 @@ def undecoded_columns(names: Iterable[str]) -> str:
 
 
 def decoded_row(row: Sequence[Any]) -> list[Any]:
-    """Decode a row of a SELECT with `undecoded_columns()`."""
+    """Decode a row of a SELECT whose expressions come from `undecoded_columns()`."""
     return [_decoded(value) if kind == "text" else value for kind, value in zip(row[::2], row[1::2], strict=True)]
 
 
@@ -268,9 +271,9 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
-    # SQLAlchemy chooses its class for an error by the name of the driver's class
-    # (https://docs.sqlalchemy.org/en/21/core/exceptions.html). The base class declares this attribute as a plain
-    # dictionary, not as a ClassVar.
+    # SQLAlchemy chooses its error class by the name of the driver's error class
+    # (https://docs.sqlalchemy.org/en/21/core/exceptions.html). SQLAlchemy's base class declares the dictionary without
+    # ClassVar.
     dbapi_exception_translation_map: dict[str, str] = {  # noqa: RUF012
         "ConstraintError": "IntegrityError",
         "MismatchError": "IntegrityError",
@@ -301,7 +304,7 @@ class Dialect(SQLiteDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return the pool class: one connection for each thread for `:memory:`, and a queue for a file."""
+        """Return SingletonThreadPool (one connection for each thread) for `:memory:`, and QueuePool for a file."""
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
 
     def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:

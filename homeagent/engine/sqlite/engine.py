@@ -131,8 +131,8 @@ class SQLiteEngine(Engine):
         return translation
 
     def _listen_for_errors(self, sa_engine: sqlalchemy.Engine) -> None:
-        # Use a weak reference. The caches of compiled statements keep the dialect and its listeners in memory, so a
-        # strong reference would also keep a closed engine.
+        # Use a weak reference to this engine. The caches of compiled statements keep the dialect and its listeners in
+        # memory, so a strong reference would also keep a closed engine.
         on_error = weakref.WeakMethod(self._on_error)
         event.listen(sa_engine, "handle_error", lambda context: (method := on_error()) and method(context))
 
@@ -153,7 +153,7 @@ class SQLiteEngine(Engine):
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
         # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. If another
-        # program replaced the files, the WAL can contain commits of another process.
+        # program replaced the files, prevent the copy, because the WAL can contain commits of another process.
         moved: HomeAgentError | None
         try:
             moved = self.identity_check.find_moved(beside=True)
@@ -182,7 +182,7 @@ class SQLiteEngine(Engine):
             f"PRAGMA synchronous={self.durability.upper()}; PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON;"
             f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}"
         ).fetchall()
-        self._open.add(connection)  # no check here, because another process can delete the WAL before the first read
+        self._open.add(connection)  # do not check yet, because another process can delete the WAL before the first read
 
     def _keep_from_checkpoints(self) -> None:
         """After a replacement of the file, prevent SQLite from copying the WAL when a connection is closed."""
@@ -305,7 +305,8 @@ class SQLiteEngine(Engine):
         """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`."""
         with self.translated(), closing(self._open_existing()) as raw:
             raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
-            # Before the switch to WAL mode, SQLite writes the application id to the database file itself.
+            # Write the application id before the switch to WAL mode. Otherwise SQLite would write the id only to the
+            # WAL.
             if not self.path.stat().st_size:
                 raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
             mode = self._switch_to_wal(raw)
@@ -372,12 +373,13 @@ class SQLiteEngine(Engine):
         # Return the error. Do not raise the error, because SQLAlchemy would then skip later listeners, such as the
         # listeners of a tracing library.
         if isinstance(context, FailureContext):
-            return None  # the instrumented cursor raises the driver's exception, which the connection translates
+            return None  # `StoreConnection` translates the exception of the instrumented cursor
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # an error of `_ClosedAfterFork`
+            raise context.original_exception  # The exception is already an error of homeagent.
         clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
-        # Before a statement runs, a column type of the application can raise an exception of Python.
+        # Do not translate an exception of Python that a column type of the application raises before the statement
+        # runs.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):
             return None
@@ -415,8 +417,8 @@ class SQLiteEngine(Engine):
 
     def _release_in_use_lock(self) -> None:
         """Release the in-use lock if the engine is closed and no connection is open."""
-        # While another thread uses a connection, keep the lock. Without the lock, a check of the file in this process
-        # would close a descriptor, and the connection would lose SQLite's locks.
+        # While another thread uses a connection, keep the in-use lock. Otherwise a restore in this process could close
+        # a descriptor of the file, and the connection would lose SQLite's locks.
         if self._closed and not self._open and not self._closing and self.in_use_lock is not None:
             self.in_use_lock.release()
 

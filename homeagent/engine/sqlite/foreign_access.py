@@ -36,9 +36,9 @@ _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
 class FileGuard:
-    """Holds locks on one database file while this process has a connection to the file. On Linux, these locks belong to
-    an open file description, so closing another descriptor does not release the locks. The locks show a second SQLite
-    library that the database is open.
+    """Holds locks on one database file while this process has a connection to the file. On Linux, the guard's locks
+    belong to an open file description, so closing another descriptor does not release the locks. A second SQLite
+    library sees from the locks that the database is open.
     """
 
     def __init__(self, path: Path, identity: Identity) -> None:
@@ -59,8 +59,8 @@ class FileGuard:
     @contextmanager
     def closing(self) -> Iterator[None]:
         """Run a block that closes a connection, and count the connection as closed. Release the locks before the last
-        connection is closed, because SQLite then locks the file for a checkpoint. Do not close the descriptors before
-        the connection, because the connection would lose its locks.
+        connection is closed, because the close locks the file for a checkpoint. Do not close the descriptors before the
+        connection, because the connection would lose its locks.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -76,7 +76,7 @@ class FileGuard:
                         # Do not replace the guard while its descriptors are open, because closing the descriptors
                         # releases the locks of all connections to the file (`test_a_closing_guard_stays_registered`).
                         with _registry:
-                            # A signal handler can open a connection in this block.
+                            # Read the counter again, because a signal handler can have opened a connection.
                             self.is_closed = self._connections == 0
                             if self.is_closed and _guards.get(self._identity) is self:
                                 del _guards[self._identity]
@@ -124,8 +124,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold the lock while a connection is opened and counted. Without the lock, another thread could mistake the descriptor
-# of an uncounted connection for a descriptor of another library.
+# Hold the lock `_opening` while a connection is opened and counted. Without the lock, another thread could mistake the
+# descriptor of an uncounted connection for a descriptor of another library.
 _opening = threading.RLock()
 _is_hook_installed = False
 _uncounted = 0
@@ -137,7 +137,7 @@ _protected: weakref.WeakSet[FileIdentityCheck] = weakref.WeakSet()
 
 
 def guard_of(path: Path, identity: Identity) -> FileGuard:
-    """Return the guard that all `Database` objects of this process for one file share."""
+    """Return the guard of a file. All `Database` objects of the file in this process share the guard."""
     with _registry:
         guard = _guards.get(identity)
         if guard is None:
@@ -151,8 +151,8 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
     """
     global _uncounted
     with _opening:
-        # A signal handler can interrupt this function and call the function a second time. Do not search in the second
-        # call, because the search would find the descriptor that the first call has opened.
+        # A signal handler can interrupt this function and call the function a second time. Do not search for foreign
+        # descriptors in the second call, because the search would find the descriptor of the first call.
         if refuse and not _uncounted:
             _refuse_foreign_descriptors(path)
         _uncounted += 1
@@ -198,7 +198,7 @@ def protect(database: FileIdentityCheck) -> None:
 
 
 def unprotect(database: FileIdentityCheck) -> None:
-    """Stop protecting the file of a database that is being closed, unless another open database protects the file."""
+    """Stop protecting the file of a closed database, unless another `Database` object has the file open."""
     with _registry:
         _protected.discard(database)
 

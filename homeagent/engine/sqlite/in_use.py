@@ -1,9 +1,9 @@
-"""The in-use lock is a shared lock on the file `homeagent.db.open` that each process with an open database holds. A
-restore takes the lock exclusively, so a restore can't replace an open database.
+"""Each process with an open database holds the in-use lock, a shared lock on the file `homeagent.db.open`. A restore
+takes the lock exclusively, so a restore can't replace an open database.
 
 The restore replaces the database atomically: after a crash at any moment either the old or the new database is
 complete. No file system can change the database file and its WAL in one step. homeagent therefore first writes a marker
-to the in-use lock file. With the marker, the next `Database.open()` finishes the replacement.
+to the in-use lock file. After a crash, the next `Database.open()` finds the marker and finishes the replacement.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def in_use_path(database: Path) -> Path:
 
 
 def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: bool = False) -> FileLock | None:
-    """Finish an interrupted restore, and take the shared in-use lock. The caller holds the lock until the last
-    connection is closed. If the directory is read-only and has no lock file, return None, because neither a restore nor
-    SQLite can write there.
+    """Finish an interrupted restore, and take the in-use lock (for `exclusive_if_free`, see `FileLock`). The caller
+    must hold the lock until the last connection is closed. If the directory is read-only and has no lock file, return
+    None, because neither a restore nor SQLite can write there.
     """
     path = in_use_path(database)
     while True:
@@ -130,7 +130,7 @@ _MARKER = r"initialised, epoch (\d+)"
 
 
 def new_path(database: Path, stamp: str) -> Path:
-    """Return the path that the new database has until the new database replaces the old database."""
+    """Return the temporary path of a new database that will replace the old database."""
     return database.with_name(f"{database.name}.{stamp}.restoring")
 
 
@@ -153,8 +153,8 @@ def epoch_of_marker(marker: str | None) -> int:
 
 
 def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, timeout: timedelta) -> None:
-    """Move the file at `new_path` to the database's path, and the old files to `quarantine_path`. The caller holds the
-    in-use lock exclusively. If a step fails, the next process that opens the database finishes the replacement.
+    """Move the file at `new_path` to the database's path, and the old files to `quarantine_path`. The caller must hold
+    the in-use lock exclusively. If a step fails, the next process that opens the database finishes the replacement.
     """
     lock.write_marker(f"swap {stamp} {epoch} end")
     finish_replacement(lock, database, timeout=timeout)

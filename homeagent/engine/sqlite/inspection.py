@@ -58,8 +58,8 @@ def inspect_sqlite(
     """Open an existing file for reading. All statements see one snapshot. SQLite creates no file except a WAL index.
 
     Pass `assume_closed=False` if another process could open the file at the same time. Before you pass
-    `is_closed=True`, check that no process of homeagent has the file open. Such a process can add a frame to the WAL at
-    any time.
+    `is_closed=True`, check that no process of homeagent has the file open. A process with an open database can add a
+    frame to the WAL at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -73,8 +73,9 @@ def inspect_sqlite(
         connection = _open(path, options.pop(0), watch)
         try:
             with translated(DRIVER_ERRORS, sqlite_error):
-                # Do not begin the transaction earlier. A listener of the host application can run a PRAGMA on each new
-                # connection, and SQLite refuses some PRAGMAs in a transaction. The first read takes the snapshot.
+                # Begin the transaction only after the engine's connect event. A listener of the host application can
+                # run a PRAGMA on each new connection, and SQLite refuses some PRAGMAs in a transaction. The first read
+                # takes the snapshot.
                 raw: Any = connection.connection.driver_connection
                 raw.execute("BEGIN")
                 raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
@@ -123,9 +124,9 @@ def journal_mode(connection: Connection) -> str:
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
     """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables. SQLite reports
-    the tables that a compiled statement uses (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile
-    the statements, also return True. The names of the tables are in lower case. The argument `on` is the name of the
-    trigger's table, or the name of the view.
+    the tables that a compiled statement uses (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile a
+    statement that uses the trigger or the view, also return True. The names in `tables` are in lower case. The argument
+    `on` is the name of the trigger's table, or the name of the view.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []
@@ -141,7 +142,7 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
             failed = True
             with suppress(apsw.Error), closing(raw.execute(f"EXPLAIN {statement}", can_cache=False)):
                 failed = False
-            if used:  # a trigger belongs to only one of the statements
+            if used:  # only one of the statements fires the trigger
                 return failed or any(table in tables for action, table in used if kind == "view" or action in writes)
     finally:
         raw.set_authorizer(None)
@@ -169,5 +170,5 @@ def scratch_sqlite() -> Iterator[Connection]:
 
 
 def _on_error(context: ExceptionContext) -> None:
-    if isinstance(context.original_exception, Exception):  # Ctrl-C must end the doctor
+    if isinstance(context.original_exception, Exception):  # do not translate Ctrl-C, which must end the doctor
         raise sqlite_error(context.original_exception)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Largest sizes for the full check (about 5 ms per MiB) and the quick check (about 1 ms per MiB) when a database is
-# opened. The quick check does not compare indexes with tables.
+# Maximum database sizes, in bytes, for SQLite's full check (about 5 ms per MiB) and quick check (about 1 ms per MiB).
+# The quick check does not compare indexes with tables.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
@@ -81,7 +81,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
                 check_content(path, raw, always=True)
         except CorruptDatabaseError as error:
             damage = error
-    # While another program has the file open, the WAL index exists.
+    # If the WAL index exists, another program can have the file open, so check the file again with locks.
     if damage is not None and (look_at(index) is None or not _is_sound(engine)):
         raise damage
     seconds = monotonic() - began
@@ -127,7 +127,9 @@ class ContentCheck:
         self._left: list[str] = []
 
     def run_if_due(self, stop: Callable[[], bool]) -> None:
-        """If a check is due, check the remaining tables. If a table is damaged, raise CorruptDatabaseError."""
+        """If a check is due, check all tables, or the tables that the last call left unchecked. If a table is damaged,
+        raise CorruptDatabaseError.
+        """
         engine = self._engine
         now = self._monotonic()
         if not isinstance(engine, SQLiteEngine) or now < self._due:

@@ -27,7 +27,7 @@ Kind = Literal["backup", "upgrade", "adoption"]
 
 
 class Manifest(BaseModel, frozen=True):
-    """The content of a manifest. A manifest describes a backup at the time of its verification.
+    """Description of a backup at the time when homeagent verified the backup.
 
     Attributes:
         kind: "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file before its
@@ -58,8 +58,8 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest, or None. Without `database`, accept the owners that homeagent trusts in the backup's
-    directory.
+    """Return the manifest of a backup, or None if the manifest does not exist. If `database` is None, accept the owners
+    that homeagent trusts in the backup's directory.
     """
     path = manifest_path(backup)
     try:
@@ -99,8 +99,8 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 
 def newest_backup(database: Path) -> Path | None:
-    """Search the database's directory and the directory of the last backup. Return the newest backup, or None. Pass a
-    path from `locate_file()`.
+    """Search the database's directory and the directory of the last backup. Return the newest backup, or None. The
+    argument `database` must be a path from `locate_file()`.
     """
     # Compare only the file name of the source database, because the administrator can move the whole directory.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
@@ -108,7 +108,7 @@ def newest_backup(database: Path) -> Path | None:
     if last is not None and last.parent != database.parent:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # If the clock was wrong, a backup with a time in the future can be older than all other backups.
+    # Rank a backup with a time in the future last, because the clock was wrong at the time of the backup.
     newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 

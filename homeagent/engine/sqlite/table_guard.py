@@ -27,8 +27,8 @@ def refuse_changes(
 ) -> Iterator[None]:
     """While the block runs, refuse each statement that changes the rows, columns, indexes or triggers of the given
     tables, and each change of `PRAGMA writable_schema`. The names of the tables are in lower case. The triggers with
-    the names in `triggers` are allowed to change the tables. SQLite asks the authorizer while it compiles a statement
-    (https://sqlite.org/c3ref/set_authorizer.html), so a refused statement has no effect.
+    the names in `triggers` are allowed to change the tables. A refused statement has no effect, because SQLite asks the
+    authorizer during the compilation of a statement (https://sqlite.org/c3ref/set_authorizer.html).
     """
 
     def judge(action: int, first: str | None, second: str | None, _schema: object, by: str | None) -> int:

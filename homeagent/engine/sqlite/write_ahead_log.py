@@ -1,6 +1,7 @@
 """Find committed transactions that are lost from a WAL. SQLite treats the first frame with a wrong checksum as the end
 of the WAL, and silently discards the later commits (https://sqlite.org/fileformat2.html#walformat, section 4.2). The
-caller must ensure that no process of homeagent has the database open, because SQLite would lose its locks.
+caller must ensure that no process of homeagent has the database open, because a process that reads and closes the WAL
+index loses SQLite's locks on the WAL index.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Lost commits in a WAL. The attribute `frames` is the number of frames before the damage. SQLite still reads these
-    frames. With `by_power_cut=True`, a power cut with `durability="normal"` can be the cause.
+    """Lost commits in a WAL. The attribute `frames` is the number of frames before the damage, which SQLite still
+    reads. If `by_power_cut` is True, a power cut with `durability="normal"` can be the cause of the loss.
     """
 
     problem: str
@@ -51,8 +52,9 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL. The caller can have the database open. A WAL
-    without frames makes a connection with `readonly_shm=1` fail after 10 seconds (SQLITE_PROTOCOL).
+    """Return whether SQLite would read a frame of this database's WAL. The function is safe while the caller has the
+    database open. A WAL without frames makes a connection with `readonly_shm=1` fail after 10 seconds
+    (SQLITE_PROTOCOL).
     """
     log = sidecars(path)[0]
     return size_of(log) >= _SMALLEST_LOG and _page_size(read_start(log, _HEADER)) is not None
@@ -75,8 +77,8 @@ def _opened(path: Path) -> BinaryIO:
 @contextmanager
 def open_without_locks(path: Path) -> Iterator[Connection]:
     """Open a database for reading. Take no lock (virtual file system `unix-none`), and change no file. In exclusive
-    locking mode, SQLite ignores the WAL index of a killed process (https://sqlite.org/wal.html#noshm). Do not read
-    without a WAL, because SQLite would create a WAL.
+    locking mode, SQLite ignores the WAL index of a killed process (https://sqlite.org/wal.html#noshm). If the database
+    has no WAL, do not read from the connection, because SQLite would create a WAL.
     """
     refuse_orphaned_log(path)
     uri = f"file:{quote(os.fsencode(path))}?mode=ro&vfs=unix-none"
@@ -87,9 +89,9 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
 
 
 def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
-    """Find commits that SQLite would silently discard when it opens the database, or return None. Pass a connection
-    from `open_without_locks()`. Without a WAL index, the function ignores damage in the last commit, because a power
-    cut during COMMIT can cause the same damage.
+    """Describe the commits that SQLite would silently discard at the opening of the database, or return None. The
+    argument `raw` must be a connection from `open_without_locks()`. Without a WAL index, the function ignores damage in
+    the last commit, because a power cut during COMMIT can cause the same damage.
     """
     log, index = sidecars(path)[:2]
     known = _read_index(index)
@@ -177,10 +179,11 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
                 by_power_cut=True,
             )
     if log.salt is None:
-        # SQLite writes the header first. A power cut can't split the header, which is smaller than a disk's sector.
+        # SQLite writes the header of the WAL before the frames. A power cut can't split the header, which is smaller
+        # than a disk's sector.
         return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
-    # One later commit does not prove a loss. After a power cut, the last frame of an unfinished commit can be on the
-    # disk without the first frame.
+    # A single commit after the damage does not prove a loss. After a power cut, the last frame of an unfinished commit
+    # can be on the disk without the first frame.
     if log.later_commits > 1:
         return LostCommits(
             f"the log is damaged after {log.committed} frames, and {log.later_commits} commits follow",

@@ -49,7 +49,7 @@ def check_schema(collector: Collector, connection: Connection) -> None:
             )
     if accepted:
         listed = ", ".join(str(difference.trigger) for difference in accepted)
-        # Also report the names as a fact, because another finding can replace this summary.
+        # Also report the triggers as a fact, because another finding can replace the summary.
         collector.ok("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
 
 

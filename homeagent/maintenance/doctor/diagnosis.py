@@ -71,8 +71,8 @@ def diagnose(
             listed in `Diagnosis.not_checked`.
         fix: True to repair problems that can be repaired without loss. The doctor corrects modes of files, route keys
             of sessions and the journal mode. The doctor also deletes partial copies older than a day, expired rows, and
-            hashes of expired secrets. The doctor then empties the WAL. The returned findings describe the database
-            after the repair.
+            hashes of expired secrets. At the end, the doctor empties the WAL. The returned findings describe the
+            database after the repair.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:
@@ -95,7 +95,7 @@ def diagnose_open(settings: UnitSettings, *, thorough: bool, fix: bool) -> Diagn
 
 @contextmanager
 def _reading(settings: UnitSettings) -> Iterator[None]:
-    """If possible, keep a read-only unit open. Then SQLite keeps the WAL index, and the doctor creates no file."""
+    """If possible, keep a read-only unit open, so that SQLite keeps the WAL index and the doctor creates no file."""
     with ExitStack() as stack:
         try:
             stack.enter_context(UnitOfWork(settings, read_only=True))
@@ -172,7 +172,8 @@ _TAKE_ROUTE = Statement[AgentSession](
     .values(route_key=bindparam("route"))
 )
 
-# If one of these checks has a critical finding, the doctor changes no rows, because the rows or the clock can be wrong.
+# If a check in `_HANDS_OFF` has a critical finding, the doctor changes no rows, because the rows or the clock can be
+# wrong.
 _HANDS_OFF = (
     "database",
     "integrity",
@@ -269,7 +270,8 @@ def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
 def _correct_routes(settings: UnitSettings) -> Iterator[str]:
     with UnitOfWork(settings, read_only=False) as unit:
         stale = list(stale_routes(unit.session.connection()))
-        # First release all stale keys, because the stale key of one session can be the right key of another session.
+        # First release all stale route keys, because the stale key of one session can be the right key of another
+        # session.
         for session_id, _ in stale:
             unit.write(_RELEASE_ROUTE, id=session_id)
         taken = sum(unit.write(_TAKE_ROUTE, id=session_id, route=route) for session_id, route in stale)

@@ -133,7 +133,7 @@ def _check_directory(collector: Collector, directory: Path) -> None:
 def _check_names(collector: Collector, files: Files) -> bool:
     for file, status in files.items():
         try:
-            refuse_insecure(file, status, frozenset({status.st_uid}))  # another check reports the owner
+            refuse_insecure(file, status, frozenset({status.st_uid}))  # `_check_owners()` checks the owner
         except HomeAgentError as error:
             summary, _, remedy = str(error).rpartition(": ")
             meaning = (

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 _CONNECT_SECONDS = "5"
 
-# Set the output format of timestamps and definitions, because the role can have different settings.
+# Set PostgreSQL's output format of timestamps and trigger definitions, because the role's settings can change the
+# format.
 _SHOWN_AS = ("datestyle = ISO", "quote_all_identifiers = off")
 
 
 def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None) -> None:
-    """Run all checks on a server's database. No statement is allowed to take longer than `limit`."""
+    """Run all checks on a server's database. The server cancels each statement that takes longer than `limit`."""
     if "connect_timeout" not in url.query:
         url = url.update_query_dict({"connect_timeout": _CONNECT_SECONDS})
     try:
@@ -34,7 +35,8 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
         with closing(server) as engine, engine.connect() as connection:
             raw: Any = connection.connection.driver_connection
             with engine.translated():
-                # Use SET LOCAL, because a pooler gives the session to other clients after the transaction.
+                # Use SET LOCAL, because a plain SET would stay in the session, which a pooler then gives to another
+                # client.
                 raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 patience = 0 if limit is None else int(limit.total_seconds() * 1000)
                 for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):

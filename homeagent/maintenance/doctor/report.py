@@ -1,5 +1,5 @@
-"""Models of a diagnosis, and the findings collector. Do not rename fields or checks, because monitoring programs depend
-on their names.
+"""Models of the doctor's report, and the class that collects the findings. Do not rename fields or checks, because
+monitoring programs depend on their names.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
         severity: severity of the reported finding.
         summary: description of the state.
         meaning: consequence of a problem.
-        remedy: action for the administrator. The value is None if the administrator need not act.
-        command: command for the remedy or for its first step. The value is None if the remedy needs no command.
-        facts: figures by name, such as counts, bytes and seconds. The figures contain no value of a row.
+        remedy: action for the administrator, or None if the administrator need not act.
+        command: command for the first step of the remedy, or None if the remedy needs no command.
+        facts: figures by name, such as counts, bytes and seconds. The figures contain no value of a device, agent,
+            session, nonce or idempotency key.
     """
 
     check: str
@@ -81,7 +82,7 @@ class Diagnosis(BaseModel, frozen=True, extra="forbid"):
         location: path of the file, or URL of the server without the password.
         engine: name of the engine, `sqlite` or `postgresql`.
         checked_at: time of the diagnosis, from the store's clock.
-        thorough: True if the diagnosis was thorough.
+        thorough: True if the diagnosis included the slow checks.
         severity: worst severity of all findings.
         findings: one finding for each completed check, in the order of `CHECKS`.
         not_checked: reason why a check did not run or complete, by the check's name.
@@ -157,7 +158,7 @@ class Collector:
     critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why checks did not run. Keep a finding or reason that a check already has."""
+        """Record the reason why checks did not run. Do not replace a finding or a reason that a check already has."""
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)

@@ -48,7 +48,8 @@ def check_sqlite(collector: Collector, path: Path) -> None:
         _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
-            # Another process has opened the database. A file that is read without locks during a write looks damaged.
+            # Another process has opened the database. If a process writes while the doctor reads without locks, the
+            # file looks damaged.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
     collector.skip("the database can't be opened", *_INSIDE)
@@ -69,7 +70,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         return False
     in_use = look_at(in_use_path(path))
     if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
-        # Do not take the in-use lock, because the doctor would create the lock file or change its mode.
+        # Do not take the in-use lock, because taking the lock would create the lock file or change the file's mode.
         collector.skip("the 'database in use' lock file is missing or not private", "wal")
         return in_use is None  # while a process has the database open, the lock file exists
     try:
@@ -93,7 +94,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Return True if owners and sizes of the files allow the doctor to open the database. Otherwise add a finding."""
+    """Add a finding and return False if the doctor must not open the database because of a file's owner or size."""
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:

@@ -1,4 +1,6 @@
-"""Check a readable store, on both engines. A finding must not contain a secret, a hash, a nonce, a key or a result."""
+"""Check the schema and rows of a database, on both engines. A finding must not contain a secret, a hash, a nonce, a key
+or a result.
+"""
 
 from __future__ import annotations
 

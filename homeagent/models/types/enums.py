@@ -14,7 +14,9 @@ from homeagent.models.types.stored_values import StoredColumn
 
 
 class EnumColumn(StoredColumn[StrEnum]):
-    """Column type that stores the value of a StrEnum member. SQLAlchemy's column type Enum would store the name."""
+    """Column type that stores the value of a StrEnum member. SQLAlchemy's column type Enum would store the member's
+    name.
+    """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text
     cache_ok: bool | None = True
@@ -27,7 +29,7 @@ class EnumColumn(StoredColumn[StrEnum]):
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the text that the column stores for a member. The argument can be the member or its text."""
+        """Return the text that the column stores for an enum member. The argument can be the member or its text."""
         try:
             return self._stored[value]
         except (KeyError, TypeError):
@@ -44,8 +46,8 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as 0 or 1. If the column contains another value, a store returns the value that
-    was passed as `otherwise`. Choose a value for `otherwise` that grants no access.
+    """Column type for a bool, stored as 0 or 1. If the column contains a value other than 0 or 1, a store returns the
+    bool in the argument `otherwise`. Choose a value for `otherwise` that grants no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer

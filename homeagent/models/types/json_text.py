@@ -24,7 +24,7 @@ MAX_PAIRING_JSON_BYTES = 16 * 1024
 MAX_RESULT_BYTES = 1024 * 1024
 """Maximum length of the JSON text of a result."""
 
-# Python can refuse an integer with more digits (see `sys.set_int_max_str_digits()`).
+# Python can refuse to read an integer with more digits than `_READABLE_DIGITS` (see `sys.set_int_max_str_digits()`).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 
@@ -36,8 +36,9 @@ def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_B
         return "null" if value is None else "true" if value else "false"
     try:
         encoded = to_json(value, inf_nan_mode="null")
-        # For example, `to_json()` turns the key 1 into "1", and a tuple into a list. Pydantic's validator would take
-        # three times as long, because the validator calls a Python function for each value.
+        # Compare the decoded value with the argument, because `to_json()` turns the key 1 into "1", and a tuple into a
+        # list. Pydantic's validator would take three times as long, because the validator calls a Python function for
+        # each value.
         decoded = json.loads(encoded) if len(encoded) > _READABLE_DIGITS else decode_json(encoded)
         is_json = bool(value == decoded)
     except (ValueError, RecursionError):

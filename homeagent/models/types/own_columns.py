@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined
 from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
-# SQLModel has no public counterparts of these names. `FieldInfoMetadata` holds the arguments of `Field()`, and
-# `get_sa_type_from_field()` returns `int` for a field with the type `int | None`.
+# The next two imports use private names, because SQLModel has no public counterparts. `FieldInfoMetadata` holds the
+# arguments of `Field()`, and `get_sa_type_from_field()` returns `int` for a field with the type `int | None`.
 from sqlmodel._compat import get_sa_type_from_field
 from sqlmodel.main import FieldInfoMetadata
 
@@ -26,8 +26,8 @@ from homeagent.models.types.timestamps import TIMESTAMP_CHECK, TimestampColumn
 
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
-    """If the field has neither `sa_type` nor `sa_column`, choose a column type. Both engines sort its values in the
-    same order.
+    """If the field has neither `sa_type` nor `sa_column`, choose a column type. Both engines sort the values of a
+    chosen column type in the same order.
     """
     given = next((each for each in field.metadata if isinstance(each, FieldInfoMetadata)), None)
     if given is not None and not (given.sa_type is given.sa_column is PydanticUndefined):

@@ -1,4 +1,4 @@
-"""Errors for stored values that a column type cannot convert. Another program can have written such a value."""
+"""Errors for stored values that a column type cannot convert, for example because another program wrote the value."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def unreadable() -> CorruptDatabaseError:
 def unreadable_in(
     table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value in the row that has the value `key` in its `naming_column()`."""
+    """Return the error for an unreadable value in a row. The argument `key` is the value of the row's
+    `naming_column()`.
+    """
     row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
     return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
 

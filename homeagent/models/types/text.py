@@ -45,8 +45,8 @@ def _check_text(value: str, what: str, octets: int) -> str:
     """Return the value if it has 1 to `octets` bytes of UTF-8, no control character and no lone surrogate."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
-    # Check the number of characters first, so that the second check does not read a long text. Check the characters
-    # before the number of bytes, because a lone surrogate can't be encoded as UTF-8.
+    # Check the number of characters first, so that the check of the characters does not read a long text. Check the
+    # characters before the number of bytes, because a lone surrogate can't be encoded as UTF-8.
     if 1 <= len(value) <= octets:
         if not value.isprintable() and any(unicodedata.category(each) in _REFUSED_CATEGORIES for each in value):
             raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
@@ -68,7 +68,7 @@ def _check_id(value: str, what: str, octets: int) -> str:
     return value
 
 
-# Use the cache only for a plain str. Another object can be unhashable, or can be equal to a cached str.
+# Use the cache only for a plain str. An object of another class can be unhashable, or can be equal to a cached str.
 _check_known = lru_cache(8192)(_check_id)
 
 
@@ -179,8 +179,8 @@ WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
 
 
 def text_column() -> TypeEngine[str]:
-    """Return a column type for text that both engines compare by bytes. PostgreSQL needs the collation "C" for this
-    purpose.
+    """Return a column type for text that both engines compare by bytes. On PostgreSQL, the column has the collation
+    "C".
     """
     return Text().with_variant(Text(collation="C"), "postgresql")
 

@@ -21,7 +21,8 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
-_MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))  # for the time of each unit of work
+# Create the durations once, because each unit of work calls `check_timestamp()`.
+_MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
 
 def check_timestamp(value: datetime, what: str = "a timestamp") -> datetime:
@@ -45,7 +46,9 @@ def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return the value if it is a duration of a millisecond or more. With `zero=True`, also allow shorter durations."""
+    """Return the value if it is a duration of a millisecond or more. With `zero=True`, also allow zero and durations
+    below a millisecond.
+    """
     if not isinstance(value, timedelta):
         raise InvalidArgumentError(f"{what} must be a timedelta, not {type(value).__name__}")
     if value < timedelta(0) or (not zero and value < MILLISECOND):
@@ -54,7 +57,7 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
 
 
 def check_wait(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Check the duration. Return the value, but at most `LONGEST_WAIT`."""
+    """Check the duration. Return the smaller of the duration and `LONGEST_WAIT`."""
     return min(check_duration(value, what, zero=zero), LONGEST_WAIT)
 
 
@@ -106,7 +109,7 @@ In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQL
 
 
 def from_milliseconds(milliseconds: float) -> datetime:
-    """Return the timestamp of a stored number. Raise ValueError for another type."""
+    """Return the timestamp of a stored number. If the stored value is not a number, raise ValueError."""
     if not isinstance(milliseconds, (int, float)):
         raise ValueError("a timestamp is stored as a number")
     return EPOCH + milliseconds * MILLISECOND
