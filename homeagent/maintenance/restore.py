@@ -10,7 +10,7 @@ import logging
 import os
 import stat
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,15 +51,7 @@ from homeagent.errors import (
     ForeignDatabaseError,
     InvalidArgumentError,
 )
-from homeagent.maintenance.staging import (
-    SQLITE_HEADER,
-    Devices,
-    damaged,
-    devices_of,
-    header_of,
-    is_homeagent_database,
-    stage,
-)
+from homeagent.maintenance.staging import Devices, check_header, devices_of, stage
 from homeagent.models.types import check_timestamp, check_wait
 
 if TYPE_CHECKING:
@@ -115,8 +107,9 @@ def restore(
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     source, database, manifest = check_paths(backup, target)
     with _not_in_use(source):
-        _check_header(source, database, manifest)
-        _identify_target(database)
+        check_header(source, database, manifest)
+        # Check the file before the next steps create a lock file next to the file.
+        _refuse_foreign_target(database, initialised=any(map(size_of, (lock_path(database), in_use_path(database)))))
         if not any(map(os.path.lexists, (database, lock_path(database), in_use_path(database)))):
             # Check the epoch here, because the next steps create a directory and lock files.
             _refuse_other_epoch(database, 0, expected_epoch)
@@ -127,7 +120,9 @@ def restore(
             # process holds.
             with sidecar_lock(database, timeout=busy_timeout) as sidecar:
                 marker = sidecar.read_marker()
-            _refuse_target(database, marker)
+            _refuse_foreign_target(database, initialised=marker is not None)
+            inspect_file(database, is_database=False)
+            secure_sidecars(database)
             old_epoch, before = _read_old_database(database)
             _refuse_other_epoch(database, old_epoch, expected_epoch)
             known_epoch = max(epoch_of_marker(marker), old_epoch)
@@ -182,9 +177,8 @@ def _compared(before: Devices | None, now: Devices) -> tuple[list[str] | None, l
     """
     if before is None:
         return None, None
-    approved = {name: (role, before.get(name, (None, ""))) for name, (role, _) in now.items() if role is not None}
-    readmitted = [name for name, (role, (old_role, _)) in approved.items() if role != old_role]
-    old_secret = [name for name, (_, (old_role, hashed)) in approved.items() if old_role and hashed != now[name][1]]
+    readmitted = [name for name, (role, _) in now.items() if name not in before or before[name][0] != role]
+    old_secret = [name for name, (_, hashed) in now.items() if name in before and before[name][1] != hashed]
     return sorted(readmitted), sorted(old_secret)
 
 
@@ -233,49 +227,25 @@ def _not_in_use(source: Path) -> Iterator[None]:
         yield
 
 
-def _check_header(source: Path, database: Path, manifest: Manifest | None) -> None:
-    header = header_of(source, database)
-    size = source.stat().st_size
-    if manifest is not None and manifest.size != size:
-        raise damaged(source, f"it has {size:,} bytes, but its manifest says {manifest.size:,}")
-    if not header.startswith(SQLITE_HEADER):
-        raise damaged(source, "it is not a SQLite database")
-    if not is_homeagent_database(header):
-        raise ForeignDatabaseError(
-            f"{quoted(source)} is another application's SQLite database: name a homeagent backup. No file was changed"
-        )
-
-
 # The target
 
 
-def _identify_target(database: Path) -> None:
-    """Refuse a file of another application before homeagent creates a lock file next to the file."""
-    state = inspect_file(database, is_database=False, repair=False)
-    if state is None or state.st_size == 0 or any(map(size_of, (lock_path(database), in_use_path(database)))):
-        return  # `_refuse_target()` checks the file.
-    # Read the header through SQLite, because closing a plain descriptor would release the locks of another thread.
-    engine = SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")
-    try:
-        engine.refuse_foreign()
-    except (CorruptDatabaseError, ForeignDatabaseError):
-        raise _not_homeagent(database) from None
-    finally:
-        engine.close()
-
-
-def _refuse_target(database: Path, marker: str | None) -> None:
-    """Refuse a target file that is insecure or is not a homeagent database. The caller holds the in-use lock
-    exclusively.
+def _refuse_foreign_target(database: Path, *, initialised: bool) -> None:
+    """Refuse a file of another application. With `initialised=True`, a restore of homeagent or an open database has
+    left a marker, so a file without homeagent's header is a damaged database, which a restore can replace.
     """
     state = inspect_file(database, is_database=False, repair=False)
-    # If a lock file has a marker, a database file without homeagent's header is a damaged database of homeagent. A
-    # restore can replace a damaged database.
-    has_content = state is not None and state.st_size
-    if has_content and marker is None and not is_homeagent_database(header_of(database, database)):
-        raise _not_homeagent(database)
-    inspect_file(database, is_database=False)
-    secure_sidecars(database)
+    if initialised or state is None or state.st_size == 0:
+        return
+    # Read the header through SQLite, because closing a plain descriptor would release the locks of another thread.
+    with closing(SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")) as engine:
+        try:
+            engine.refuse_foreign()
+        except (CorruptDatabaseError, ForeignDatabaseError):
+            raise ForeignDatabaseError(
+                f"{quoted(database)} is not a homeagent database, or its header is damaged: name another path, or move "
+                "the file away first. No file was changed"
+            ) from None
 
 
 def _refuse_other_epoch(database: Path, epoch: int, expected: int | None) -> None:
@@ -285,13 +255,6 @@ def _refuse_other_epoch(database: Path, epoch: int, expected: int | None) -> Non
             f"{quoted(database)} has epoch {epoch}{reason}, but epoch {expected} was expected: check that you name the "
             "right database and its epoch. The database was not changed"
         )
-
-
-def _not_homeagent(database: Path) -> ForeignDatabaseError:
-    return ForeignDatabaseError(
-        f"{quoted(database)} is not a homeagent database, or its header is damaged: name another path, or move the "
-        "file away first. No file was changed"
-    )
 
 
 def _now(clock: Clock, manifest: Manifest | None) -> datetime:

@@ -21,37 +21,43 @@ from homeagent.engine.sqlite.backup import Contents, discard, find_damage, read_
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine, lock_path
 from homeagent.engine.sqlite.in_use import new_path
 from homeagent.engine.sqlite.manifests import Manifest
-from homeagent.errors import CorruptDatabaseError, DatabaseError, HomeAgentError
+from homeagent.errors import CorruptDatabaseError, DatabaseError, ForeignDatabaseError, HomeAgentError
 from homeagent.migrations import revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import APPLICATION_VERSION_TABLE, DATA_TABLES, TABLES, store_table
 
-SQLITE_HEADER = b"SQLite format 3\0"
-_HEADER_SIZE = 100
-_WAL_FORMAT = b"\x02\x02"  # bytes 18 and 19 of a header: https://sqlite.org/fileformat2.html, section 1.3
-_APPLICATION_ID = slice(68, 72)
+# Bytes 18 and 19 of a header are the format versions, and bytes 68 to 71 are the application id
+# (https://sqlite.org/fileformat2.html, section 1.3).
+_SQLITE_HEADER = b"SQLite format 3\0"
+_WAL_FORMAT = b"\x02\x02"
 
 _BOOKKEEPING = frozenset(TABLES).difference(DATA_TABLES) | {APPLICATION_VERSION_TABLE}
 """Tables that the report of a restore does not count."""
 
-Devices = dict[str, tuple[str | None, str]]
-"""Role of each device (None if the device is not approved) and hash of its secret, by device id."""
+Devices = dict[str, tuple[str, str]]
+"""Role and hash of the secret of each approved device, by device id."""
 
 
-def header_of(path: Path, database: Path) -> bytes:
-    """Return the first 100 bytes of a file. This process must not have the file open through SQLite."""
+def check_header(source: Path, database: Path, manifest: Manifest | None) -> None:
+    """Refuse a backup that is not a SQLite database of homeagent, or whose size differs from the manifest."""
+    header, size = _header_of(source, database), source.stat().st_size
+    if manifest is not None and manifest.size != size:
+        raise _damaged(source, f"it has {size:,} bytes, but its manifest says {manifest.size:,}")
+    if not header.startswith(_SQLITE_HEADER):
+        raise _damaged(source, "it is not a SQLite database")
+    if int.from_bytes(header[68:72], "big") != APPLICATION_ID:
+        raise ForeignDatabaseError(
+            f"{quoted(source)} is another application's SQLite database: name a homeagent backup. No file was changed"
+        )
+
+
+def _header_of(path: Path, database: Path) -> bytes:
     with explained("read", path), open_to_read(path, backup_owners(database)) as file:
-        return file.read(_HEADER_SIZE)
+        return file.read(100)
 
 
-def is_homeagent_database(header: bytes) -> bool:
-    """Return True if the header belongs to a SQLite database of this application."""
-    return header.startswith(SQLITE_HEADER) and int.from_bytes(header[_APPLICATION_ID], "big") == APPLICATION_ID
-
-
-def damaged(source: Path, how: str) -> CorruptDatabaseError:
-    """Return the error for a backup that can't be restored."""
+def _damaged(source: Path, how: str) -> CorruptDatabaseError:
     return CorruptDatabaseError(
         f"{quoted(source)} is damaged ({how}): restore another backup; the database was not changed"
     )
@@ -110,12 +116,10 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
     digest = _copy_file(source, new, database=database)
     if manifest is not None:
         if digest != manifest.sha256:
-            raise damaged(source, "its SHA-256 is not the one in its manifest")
+            raise _damaged(source, "its SHA-256 is not the one in its manifest")
         return  # a backup with a manifest needs no sidecar files
-    log, _, journal = sidecars(source)
-    new_log, _, new_journal = sidecars(new)
-    has_wal_format = header_of(source, database)[18:20] == _WAL_FORMAT
-    sidecar, new_sidecar = (log, new_log) if has_wal_format else (journal, new_journal)
+    log, _, journal = zip(sidecars(source), sidecars(new), strict=True)
+    sidecar, new_sidecar = log if _header_of(source, database)[18:20] == _WAL_FORMAT else journal
     if os.path.lexists(sidecar):
         _copy_file(sidecar, new_sidecar, database=database)
 
@@ -138,18 +142,18 @@ def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Co
     with engine.driver_connection() as raw:
         problem = find_damage(raw)
         if problem is not None:
-            raise damaged(source, problem)
+            raise _damaged(source, problem)
         found = read_contents(raw)
     if found.schema_revision is None:
-        raise damaged(source, "it contains no homeagent tables")
+        raise _damaged(source, "it contains no homeagent tables")
     if manifest is not None and (found.rows, found.schema_revision) != (manifest.rows, manifest.schema_revision):
-        raise damaged(source, "its row counts or schema revision differ from its manifest")
+        raise _damaged(source, "its row counts or schema revision differ from its manifest")
     return found
 
 
 def _restore_error(error: BaseException, source: Path) -> HomeAgentError:
     translation = sqlite_error(error)
-    return damaged(source, "SQLite can't read it") if isinstance(translation, CorruptDatabaseError) else translation
+    return _damaged(source, "SQLite can't read it") if isinstance(translation, CorruptDatabaseError) else translation
 
 
 def _require_single_file(new: Path) -> None:
@@ -172,9 +176,7 @@ def _require_single_file(new: Path) -> None:
 
 
 def devices_of(raw: Any) -> Devices:
-    """Return the role and the secret's hash of each device, by id. The role is None if the device is not approved."""
+    """Return the role and the secret's hash of each approved device, by id."""
+    # Also read the devices that are not approved, because a value that is not UTF-8 shows that a backup is damaged.
     rows = raw.execute("SELECT id, approved, role, shared_secret_hash FROM devices").fetchall()
-    return {
-        str(device_id): (str(role) if approved == 1 else None, str(hashed))
-        for device_id, approved, role, hashed in rows
-    }
+    return {str(device_id): (str(role), str(hashed)) for device_id, approved, role, hashed in rows if approved == 1}
