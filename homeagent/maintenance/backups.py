@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import logging
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -52,8 +51,7 @@ def back_up(settings: UnitSettings, destination: str | os.PathLike[str], *, keep
         check_limit(keep, "keep")
     refuse_address(destination)
     where = locate_file(destination)
-    given = os.fspath(destination)
-    into_directory = where.is_dir() or given.endswith(("/", os.sep))
+    into_directory = where.is_dir() or os.fspath(destination).endswith("/")
     directory = where if into_directory else where.parent
     prepare_directory(directory)
     with FileLock(directory / _LOCK, timeout=timedelta(seconds=settings.timeout)):
@@ -97,12 +95,17 @@ def back_up_on_schedule(settings: UnitSettings, schedule: BackupSchedule, stop: 
 
 
 def _make_in(directory: Path, engine: SQLiteEngine, clock: Clock, keep: int | None, stop: Stop = never_stop) -> Path:
-    _remove_stale(directory, engine.path)
+    for partial in directory.glob(f".{glob.escape(engine.path.name)}.*.backup{PARTIAL}"):
+        discard(partial)  # incomplete backup of a killed process, because the caller holds the lock of the directory
     with engine.reading() as connection:
         revision = revision_of(connection) or "none"
     taken_at = clock()
-    target = _free_name(directory / backup_name(engine.path, revision, taken_at))
-    return _make(target, engine, taken_at, keep, stop=stop)
+    target = free = directory / backup_name(engine.path, revision, taken_at)
+    number = 1
+    while os.path.lexists(free):
+        number += 1
+        free = target.with_name(f"{target.name.removesuffix('.backup')}-{number}.backup")
+    return _make(free, engine, taken_at, keep, stop=stop)
 
 
 def _make(
@@ -120,7 +123,15 @@ def _make(
     if keep is not None:
         _remove_oldest(target, manifest, keep)
     if not engine.is_temporary:
-        _write_note(engine.path, target)
+        try:
+            remember_backup(engine.path, target)
+        except HomeAgentError as error:
+            # Do not raise the error: the backup is valid, and only messages about a damaged database use the note.
+            logger.warning(
+                "could not write the path of the last backup to a note next to the database: %s",
+                error,
+                extra={"event": "backup_not_noted", "path": str(engine.path), "error": type(error).__name__},
+            )
     logger.info(
         "backed %s up to %s (%d bytes)",
         engine.path,
@@ -137,22 +148,13 @@ def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: date
     return not ages or min(ages) >= schedule.every
 
 
-def _backups_of(database: Path, directory: Path) -> Iterator[tuple[Path, Manifest]]:
-    for backup, manifest in backups_in(directory, database):
-        if manifest.kind == "backup" and manifest.database == str(database):
-            yield backup, manifest
+def _backups_of(database: Path, directory: Path) -> list[tuple[Path, Manifest]]:
+    found = backups_in(directory, database)
+    return [entry for entry in found if entry[1].kind == "backup" and entry[1].database == str(database)]
 
 
 def _partial(target: Path) -> Path:
     return target.with_name(f".{target.name}{PARTIAL}")
-
-
-def _free_name(path: Path) -> Path:
-    free, number = path, 1
-    while os.path.lexists(free):
-        number += 1
-        free = path.with_name(f"{path.name.removesuffix('.backup')}-{number}.backup")
-    return free
 
 
 def _refuse_files_in_use(database: Path, target: Path) -> None:
@@ -166,12 +168,6 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
                 f"{quoted(target)} is a database that is open or was not closed cleanly, since {quoted(sidecar)} "
                 "exists: name another file; to replace a database, restore a backup to it"
             )
-
-
-def _remove_stale(directory: Path, database: Path) -> None:
-    """Remove the incomplete backup files of killed processes. The caller holds the lock of the directory."""
-    for partial in directory.glob(f".{glob.escape(database.name)}.*.backup{PARTIAL}"):
-        discard(partial)
 
 
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
@@ -188,16 +184,4 @@ def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
             backup,
             keep,
             extra={"event": "backup_removed", "backup": str(backup), "keep": keep},
-        )
-
-
-def _write_note(database: Path, backup: Path) -> None:
-    try:
-        remember_backup(database, backup)
-    except HomeAgentError as error:
-        # Do not raise the error, because the backup is valid, and only messages about a damaged database use the note.
-        logger.warning(
-            "could not write the path of the last backup to a note next to the database: %s",
-            error,
-            extra={"event": "backup_not_noted", "path": str(database), "error": type(error).__name__},
         )

@@ -137,29 +137,23 @@ def discard(partial: Path) -> None:
 
 def read_contents(raw: Any) -> Contents:
     """Read the row counts, revisions and epoch. If the file can change, pass a connection in a transaction."""
-    tables = [
-        str(row[0])
-        for row in raw.execute(
-            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite~_%' ESCAPE '~' ORDER BY name"
-        )
-    ]
-    quoted_names = {name: name.replace('"', '""') for name in tables if name != VERSION_TABLE}
-    rows = {
-        name: int(raw.execute(f'SELECT count(*) FROM "{escaped}"').get)  # noqa: S608  a name, escaped
-        for name, escaped in quoted_names.items()
-    }
-    versions, own = (
-        [str(row[0]) for row in raw.execute(f"SELECT version_num FROM {table} ORDER BY version_num").fetchall()]  # noqa: S608  a constant
-        if table in tables
-        else []
-        for table in (VERSION_TABLE, APPLICATION_VERSION_TABLE)
-    )
-    epochs = raw.execute("SELECT epoch FROM store").fetchall() if "store" in tables else []
+    query = "SELECT name, replace(name, '\"', '\"\"') FROM sqlite_master WHERE type = 'table' ORDER BY name"
+    escaped = {str(name): str(text) for name, text in raw.execute(query) if not str(name).startswith("sqlite_")}
+
+    def column(name: str, table: str) -> list[Any]:
+        query = f"SELECT {name} FROM {table} ORDER BY {name}"  # noqa: S608  constants
+        return [value for (value,) in raw.execute(query)] if table in escaped else []
+
+    versions, epochs = column("version_num", VERSION_TABLE), column("epoch", "store")
     return Contents(
-        rows=rows,
-        schema_revision=versions[0] if len(versions) == 1 else None,
-        application_revision=", ".join(own) or None,
-        epoch=int(epochs[0][0]) if len(epochs) == 1 else None,
+        rows={
+            name: int(raw.execute(f'SELECT count(*) FROM "{text}"').get)  # noqa: S608  a name, escaped
+            for name, text in escaped.items()
+            if name != VERSION_TABLE
+        },
+        schema_revision=str(versions[0]) if len(versions) == 1 else None,
+        application_revision=", ".join(map(str, column("version_num", APPLICATION_VERSION_TABLE))) or None,
+        epoch=int(epochs[0]) if len(epochs) == 1 else None,
         schema_version=int(raw.execute("PRAGMA schema_version").get),
     )
 
@@ -196,7 +190,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")
         contents = read_contents(source)
-        require_room(_size(source), partial.parent)
+        require_room(source.pragma("page_count") * source.pragma("page_size"), partial.parent)
         with copy.backup("main", source, "main") as steps:
             while not steps.done:
                 steps.step(_STEP)
@@ -265,11 +259,6 @@ def require_room(size: int, directory: Path, what: str = "a backup") -> None:
             f"there is no room for {what} in {quoted(directory)}: it takes {size:,} bytes and {free:,} are free. "
             "Free some space, or name another directory"
         )
-
-
-def _size(source: Any) -> int:
-    pages, page_size = (int(source.execute(f"PRAGMA {name}").get) for name in ("page_count", "page_size"))
-    return pages * page_size
 
 
 @contextmanager
