@@ -7,12 +7,13 @@ engines can sort text keys differently, so the comparison searches the target fo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
-from functools import cached_property, partial
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
@@ -100,11 +101,11 @@ class CopiedTable:
     source: Table
     target: Table
     model: Table | None
-    page: int
 
-    @cached_property
-    def _key(self) -> list[int]:
-        return [number for number, column in enumerate(self.source.columns) if column.primary_key]
+    @property
+    def _page(self) -> int:
+        has_json = self.model is not None and any(isinstance(column.type, JsonColumn) for column in self.model.columns)
+        return PAGE_WITH_JSON if has_json else PAGE
 
     def count(self, connection: Connection) -> int:
         """Return the number of rows."""
@@ -114,8 +115,9 @@ class CopiedTable:
         """Yield all rows of the source in pages."""
         return self._read(connection, select(*self.source.columns))
 
-    def _key_of(self, row: _Row) -> _Row:
-        return tuple(row[place] for place in self._key)
+    def _by_key(self, rows: Iterable[_Row]) -> dict[_Row, _Row]:
+        places = [number for number, column in enumerate(self.source.columns) if column.primary_key]
+        return {tuple(row[place] for place in places): row for row in rows}
 
     def insert(self, target: UnitOfWork, page: Sequence[_Row]) -> None:
         """Insert a page of rows into the target. Raise CorruptDatabaseError for a value that no store writes."""
@@ -164,13 +166,10 @@ class CopiedTable:
         return False
 
     def _is_copied(self, page: list[_Row], target: Connection) -> bool:
-        columns = list(self.target.columns)
-        key = [columns[place] for place in self._key]
-        keys = [self._key_of(row) for row in page]
-        chosen = tuple_(*key).in_(keys) if len(key) > 1 else key[0].in_([one for (one,) in keys])
-        found = self._read(target, select(*columns).where(chosen))
-        copied = {self._key_of(row): row for rows in found for row in rows}
-        return all(self._is_same(row, copied.get(one)) for one, row in zip(keys, page, strict=True))
+        wanted, key = self._by_key(page), [column for column in self.target.columns if column.primary_key]
+        chosen = tuple_(*key).in_(wanted) if len(key) > 1 else key[0].in_([one for (one,) in wanted])
+        copied = self._by_key(chain.from_iterable(self._read(target, select(*self.target.columns).where(chosen))))
+        return all(self._is_same(row, copied.get(one)) for one, row in wanted.items())
 
     def _is_same(self, row: _Row, other: _Row | None) -> bool:
         # Also compare the rows as texts, because `==` is False for two NaN values.
@@ -186,7 +185,7 @@ class CopiedTable:
 
     def _read(self, connection: Connection, rows: Any) -> Iterator[list[_Row]]:
         try:
-            with connection.execute(rows, execution_options={"yield_per": self.page}) as found:
+            with connection.execute(rows, execution_options={"yield_per": self._page}) as found:
                 for page in found.partitions():
                     yield [tuple(row) for row in page]
         except HomeAgentError:
@@ -242,13 +241,11 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
     """Return homeagent's tables in the order of their foreign keys. Leave out the feed of device changes, because the
     target's triggers fill the feed.
     """
-    tables = []
-    for model in SCHEMA:
-        if model is not DeviceChange.__table__:
-            sides = (_described(model.name, source, None), _described(model.name, target, None))
-            has_json = any(isinstance(column.type, JsonColumn) for column in model.columns)
-            tables.append(CopiedTable(model.name, *sides, model, PAGE_WITH_JSON if has_json else PAGE))
-    return tables
+    return [
+        CopiedTable(model.name, _described(model.name, source, None), _described(model.name, target, None), model)
+        for model in SCHEMA
+        if model is not DeviceChange.__table__
+    ]
 
 
 def applications_tables(
@@ -344,7 +341,7 @@ def _own_table(name: str, source: Connection, target: Connection, declared: Tabl
     elif source.execute(select(1).select_from(sides[0]).where(is_null).limit(1)).first() is not None:
         problem = "has a row whose primary key is NULL: correct or delete the row"
     else:
-        return CopiedTable(name, *sides, None, PAGE)
+        return CopiedTable(name, *sides, None)
     raise InvalidArgumentError(f"the table {name} {problem}, or leave the table (leave={[name]!r}, or --leave)")
 
 
