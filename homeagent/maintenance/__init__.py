@@ -13,22 +13,12 @@ if TYPE_CHECKING:
     from homeagent.maintenance.status import DatabaseStatus
     from homeagent.maintenance.sweep import BackupSchedule, Sweeper, SweepReport
 
+# fmt: off
 __all__ = [
-    "AdoptionReport",
-    "BackupSchedule",
-    "CopyProgress",
-    "CopyReport",
-    "DatabaseCounters",
-    "DatabaseStatus",
-    "Diagnosis",
-    "EpochReport",
-    "Finding",
-    "RestoreReport",
-    "SweepReport",
-    "Sweeper",
-    "adopt",
-    "preview_adoption",
+    "AdoptionReport", "BackupSchedule", "CopyProgress", "CopyReport", "DatabaseCounters", "DatabaseStatus", "Diagnosis",
+    "EpochReport", "Finding", "RestoreReport", "SweepReport", "Sweeper", "adopt", "preview_adoption",
 ]
+# fmt: on
 
 # Import each name only when a program first uses the name, to shorten the start of a process.
 _MODULES = {

@@ -66,6 +66,13 @@ _STATEMENTS = {
     "pending_devices": _Statements(Device, and_(PENDING, OVERDUE), "paired_at"),
 }
 
+_DELETE_BATCH: dict[Kind, Callable[[UnitOfWork, datetime, int], int]] = {
+    "nonces": lambda unit, before, limit: unit.nonces.delete_expired(limit=limit),
+    "idempotency_keys": lambda unit, before, limit: unit.idempotency_keys.delete_expired(limit=limit),
+    "pending_devices": lambda unit, before, limit: unit.devices.delete_pending(paired_before=before, limit=limit),
+    "device_changes": lambda unit, before, limit: unit.devices.delete_changes(before=before, limit=limit),
+}
+
 
 class Batch(NamedTuple):
     """Result of a sweep's batch, with times in seconds. The attribute `found` includes skipped rows. The attribute
@@ -102,7 +109,7 @@ class ExpiredRows:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:
                     begun = self._monotonic()
-                    count = self._delete_batch(unit, limit)
+                    count = _DELETE_BATCH[self._kind](unit, self._times()["before"], limit)
                     worked = self._monotonic() - begun
                 return Batch(count, count, worked, self._monotonic() - begun)
             except ConflictError:
@@ -119,15 +126,6 @@ class ExpiredRows:
         self._after = page[-1] if page else self._after
         held = self._monotonic() - begun
         return Batch(deleted, len(page), held, held)
-
-    def _delete_batch(self, unit: UnitOfWork, limit: int) -> int:
-        if self._kind == "nonces":
-            return unit.nonces.delete_expired(limit=limit)
-        if self._kind == "idempotency_keys":
-            return unit.idempotency_keys.delete_expired(limit=limit)
-        if self._kind == "device_changes":
-            return unit.devices.delete_changes(before=self._times()["before"], limit=limit)
-        return unit.devices.delete_pending(paired_before=self._times()["before"], limit=limit)
 
     def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
         if not page:
