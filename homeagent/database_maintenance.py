@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection
 from datetime import timedelta
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sqlalchemy import URL
 
@@ -21,9 +21,6 @@ from homeagent.models.types import check_duration, check_names
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
-
-if TYPE_CHECKING:
-    from homeagent.engine.sqlite.integrity import ContentCheck
 
 
 class DatabaseMaintenance:
@@ -88,22 +85,21 @@ class DatabaseMaintenance:
         """
         from homeagent.maintenance.sweep import Sweeper, sweep
 
+        jobs: list[Callable[[Callable[[], bool]], None]] = []
         if backups is not None:
             from homeagent.maintenance.backups import back_up_on_schedule, require_file
 
             require_file(self._engine)
-        check: ContentCheck | None = None
+            jobs.append(partial(back_up_on_schedule, self._settings, backups))
         if check_every is not None:
             from homeagent.engine.sqlite.integrity import ContentCheck
 
-            check = ContentCheck(self._engine, every=check_duration(check_every, "check_every"))
+            jobs.append(ContentCheck(self._engine, every=check_duration(check_every, "check_every")).run_if_due)
 
         def run(stop: threading.Event) -> maintenance.SweepReport:
             report = sweep(self._settings, stop=stop)
-            if backups is not None:
-                back_up_on_schedule(self._settings, backups, stop.is_set)
-            if check is not None:
-                check.run_if_due(stop.is_set)
+            for job in jobs:
+                job(stop.is_set)
             return report
 
         sweeper = Sweeper(run, every)
