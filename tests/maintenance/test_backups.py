@@ -16,14 +16,15 @@ from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
-from sqlalchemy import text
 
 from homeagent import AgentCreate, Database, errors
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.sqlite import backup as engine_backup
 from homeagent.engine.sqlite.dialect import connect
+from homeagent.engine.sqlite.integrity import ContentCheck
 from homeagent.engine.sqlite.manifests import backups_in, manifest_path, newest_backup, read_manifest
 from homeagent.maintenance import BackupSchedule, backups
 from homeagent.maintenance.backups import back_up_if_due
@@ -82,19 +83,6 @@ def test_backup_into_a_directory(sqlite_database: Database, sqlite_path: Path, t
     assert newest_backup(sqlite_path) == backup
 
 
-def test_backup_is_private_under_any_umask(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """Under a umask that is too loose or too strict, all files of a backup still get the mode 0600."""
-    script = (
-        "import os, sys\nfrom homeagent import Database\nos.umask(int(sys.argv[3], 8))\n"
-        "with Database.open(sys.argv[1]) as database:\n    database.backup(sys.argv[2])\n"
-    )
-    for umask in ("000", "377"):
-        children.run(script, sqlite_path, tmp_path / f"{umask}.db", umask)
-        for path in (tmp_path / f"{umask}.db", tmp_path / f"{umask}.db.json"):
-            assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert stat.S_IMODE((tmp_path / ".homeagent-backups.lock").stat().st_mode) == 0o600
-
-
 def test_existing_file_is_refused(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
     """If the path, or a WAL next to the path, exists, the backup raises an error, and never overwrites a database."""
     used, link, stale = tmp_path / "used", tmp_path / "link", tmp_path / "copy.db-wal"
@@ -105,25 +93,16 @@ def test_existing_file_is_refused(sqlite_database: Database, sqlite_path: Path, 
     with Database.open(other) as opened:
         add_agent(opened, "other")
         before = names(tmp_path), names(other.parent)
-        for destination, options, error, match in (
-            (used, {}, errors.InvalidArgumentError, "exists already"),
-            (link, {}, errors.InvalidArgumentError, "exists already"),
-            (link, {"replace": True}, errors.InsecureFileError, "symbolic link"),
-            (tmp_path / "copy.db", {}, errors.InvalidArgumentError, r"copy\.db-wal"),
-            # The commits of an open database would be lost.
-            (other, {"replace": True}, errors.InvalidArgumentError, "is open or was not closed"),
-            *(
-                (
-                    f"{sqlite_path}{end}",
-                    {"replace": True},
-                    errors.InvalidArgumentError,
-                    "belongs to the database itself",
-                )
-                for end in ("", "-wal", "-shm", ".lock")
-            ),
+        for destination, replace, match in (
+            (used, False, "exists already"),
+            (link, False, "exists already"),
+            (link, True, "symbolic link"),
+            (tmp_path / "copy.db", False, r"copy\.db-wal"),
+            (other, True, "is open or was not closed"),  # the commits of an open database would be lost
+            *((f"{sqlite_path}{end}", True, "belongs to the database itself") for end in ("", "-wal", "-shm", ".lock")),
         ):
-            with pytest.raises(error, match=match):
-                sqlite_database.backup(destination, **options)  # type: ignore[arg-type]  # the options are known
+            with pytest.raises((errors.InvalidArgumentError, errors.InsecureFileError), match=match):
+                sqlite_database.backup(destination, replace=replace)
         assert (names(tmp_path), names(other.parent)) == before
         assert used.read_text() == "precious"
         add_agent(opened, "another")
@@ -184,22 +163,45 @@ def test_keep_removes_backups_from_the_future_first(
     assert kept == [now + timedelta(hours=hour) for hour in (1, 2, 3)]
 
 
-def test_damaged_database_has_no_backup(sqlite_path: Path, tmp_path: Path) -> None:
-    """If the database is damaged, the backup raises an error with the remedy, and no file is left."""
+def test_damaged_database(
+    sqlite_path: Path, clock: FakeClock, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If an index is damaged, a backup raises an error and leaves no file, and a content check ends all later units."""
     with Database.open(sqlite_path) as database:
         for number in range(200):
             add_agent(database, f"agent-{number}")
-    with closing(connect(str(sqlite_path))) as raw:
-        root: Any = raw.execute("SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'").get
+    ((root,),) = rows(sqlite_path, "SELECT rootpage FROM sqlite_master WHERE name = 'idx_sessions_agent'")
     # Open the database before the damage: opening would find damage in so small a file.
-    with Database.open(sqlite_path) as database:
+    with Database.open(sqlite_path, clock=clock) as database:
         with sqlite_path.open("r+b") as file:
             # An index page with a count of three entries, but without the entries.
             file.seek((root - 1) * 4096 + 3)
             file.write(b"\x00\x03")
         with pytest.raises(errors.CorruptDatabaseError, match="newest good backup"):
             database.backup(tmp_path / "copy.db")
-    assert names(tmp_path) == {"database"}
+        assert names(tmp_path) == {"database"}
+        add_agent(database, "kept")
+        check = ContentCheck(database._engine, every=timedelta(hours=1))
+        with pytest.raises(errors.CorruptDatabaseError):
+            check.run_if_due(lambda: False)
+        assert "is damaged" in caplog.text
+        with pytest.raises(errors.CorruptDatabaseError, match="is damaged"):
+            add_agent(database, "lost")
+
+
+def test_valid_database_is_checked_periodically(database: Database) -> None:
+    """If a check finds no damage, no error is raised, and the next check is due after its interval (either engine)."""
+    now = [0.0]
+    counts = []
+    stop = Mock(return_value=False)
+    check = ContentCheck(database._engine, every=timedelta(hours=1), monotonic=lambda: now[0])
+    for now[0] in (0.0, 0.0, 3600.0):
+        check.run_if_due(stop)
+        counts.append(stop.call_count)
+    first, second, third = counts
+    assert first == second
+    assert (0 < first < third) == (database._engine.dialect_name == "sqlite")
+    add_agent(database, "after")
 
 
 def test_replaced_file_is_not_backed_up(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
@@ -239,17 +241,6 @@ def test_backup_does_not_wait_for_an_open_unit(sqlite_database: Database, tmp_pa
         status = sqlite_database.status()
     assert rows(backup, "SELECT id FROM agents") == [("committed",)]
     assert (status.rows["agents"], status.pragmas["journal_mode"]) == (1, "wal")
-
-
-def test_separate_connection_raises_homeagents_errors(sqlite_path: Path) -> None:
-    """If a write on a separate connection comes too late, DatabaseBusyError is raised, not the driver's error."""
-    with (
-        Database.open(sqlite_path, busy_timeout=timedelta(0)) as database,
-        database.unit_of_work(),
-        pytest.raises(errors.DatabaseBusyError),
-        database._engine.connect() as connection,
-    ):
-        connection.execute(text("DELETE FROM agents"))
 
 
 def test_writers_do_not_wait_for_a_backup(
@@ -536,25 +527,6 @@ def test_stopped_sweeper_ends_its_backup(
     go_on.set()
     sweeper.stop()
     assert names(directory) == set()
-
-
-SCHEDULED = """
-import sys
-from homeagent import Database
-from homeagent.maintenance import BackupSchedule
-from homeagent.maintenance.backups import back_up_on_schedule
-
-with Database.open(sys.argv[1]) as database:
-    print("ready", flush=True)
-    sys.stdin.readline()
-    back_up_on_schedule(database._settings, BackupSchedule(sys.argv[2]), stop=lambda: False)
-"""
-
-
-def test_processes_share_a_schedule(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
-    """If four processes find a backup due at the same time, one backup is made."""
-    children.together(SCHEDULED, [(sqlite_path, tmp_path / "backups")] * 4)
-    assert len(list((tmp_path / "backups").glob("*.backup"))) == 1
 
 
 def test_one_process_makes_a_due_backup(

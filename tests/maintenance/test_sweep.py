@@ -107,55 +107,34 @@ def test_sweep_rests_longer_after_a_wait(batches: Batches) -> None:
     assert batches.rests.noted == [0.001, 0.012, 0.001, 0.012, 0.001]
 
 
-def test_rest_longer_than_the_budget_ends_the_sweep(batches: Batches) -> None:
-    """If a rest would exceed the time budget, the sweep ends without the rest and without another batch."""
+def test_sweep_ends_early(batches: Batches) -> None:
+    """A sweep ends before a rest that would exceed the time budget, and in its first rest after a stop."""
     batches.awaited = {1}
     report = batches.sweep(batch_size=10, time_budget=timedelta(milliseconds=19))
     assert (report.nonces, report.more) == (20, True)
     assert batches.rests.noted == [0.001]
-
-
-def test_stopped_sweep_ends_in_its_rest(batches: Batches) -> None:
-    """If a sweeper is stopped, it ends after at most one more batch."""
     batches.rests.set()
     report = batches.sweep(batch_size=10)
     assert (report.nonces, report.more) == (10, True)
 
 
-def test_waiters_get_the_greater_part_of_the_time() -> None:
-    """After a batch that delayed another unit, the rest is four times as long, at most a quarter of a second."""
-    pace = Pace(100)
-    assert pace.after_batch(worked=0.001, held=0.003, contended=True) == pytest.approx(0.012)
-    assert pace.after_batch(worked=0.001, held=0.0001, contended=True) == pytest.approx(0.001)
-    assert pace.after_batch(worked=0.001, held=60, contended=True) == pytest.approx(0.25)
-    assert pace.rest_after(0.01) == pytest.approx(0.04)
-
-
-def test_batches_are_short_if_others_wait() -> None:
-    """If other units wait, a batch shrinks step by step to at least ten rows, and grows when deletes get faster."""
-    pace = Pace(100)
+@pytest.mark.parametrize("most", [1, 3, 9, 10, 100])
+def test_pace_if_others_wait(most: int) -> None:
+    """If other units wait, a batch shrinks to at least 10 rows; the rest is 4 times as long, at most 0.25 s."""
+    pace = Pace(most)
     rows = []
     for worked_per_row in [0.001] * 5 + [0.00002] * 5:
-        pace.after_batch(worked=pace.rows * worked_per_row, held=0.1, contended=True)
+        assert pace.after_batch(worked=pace.rows * worked_per_row, held=0.003, contended=True) == pytest.approx(0.012)
         rows.append(pace.rows)
-    assert rows == [50, 25, 12, 10, 10, 20, 40, 80, 100, 100]
+    assert rows == [min(number, most) for number in (50, 25, 12, 10, 10, 20, 40, 80, 100, 100)]
+    assert pace.after_batch(worked=0.0, held=0.0001, contended=True) == pytest.approx(0.001)
+    assert pace.after_batch(worked=3, held=60, contended=True) == pytest.approx(0.25)
     # When no other unit waits any more, however slow the disk is, rests are short and batches are full again.
-    for worked in (1, 1, 1, 3, 3):
-        pace.after_batch(worked=worked, held=worked, contended=True)
     for _ in range(5):
+        pace.after_batch(worked=3, held=3, contended=True)
+    for number in (20, 40, 80, 100):
         assert pace.after_batch(worked=3, held=4, contended=False) == pytest.approx(0.001)
-        rows.append(pace.rows)
-    assert rows[10:] == [20, 40, 80, 100, 100]
-
-
-@pytest.mark.parametrize("most", [1, 3, 9, 10, 11])
-def test_batch_size_is_never_exceeded(most: int) -> None:
-    """A small batch size is kept or reduced, and is never zero."""
-    pace = Pace(most)
-    for worked, contended in ((0.0, True), (1.0, True), (0.0, False), (1.0, True), (0.0001, True)):
-        pace.after_batch(worked=worked, held=worked, contended=contended)
-        assert 1 <= pace.rows <= most
-        assert pace.rows >= min(most, 10)
+        assert pace.rows == min(number, most)
 
 
 def test_wal_is_emptied_in_separate_turns_if_others_wait(
