@@ -56,18 +56,6 @@ def test_open_database_is_refused(target: str, clock: FakeClock) -> None:
         assert database.status().epoch == 1
 
 
-def test_restore_continues_the_count(sqlite_path: Path, tmp_path: Path, clock: FakeClock) -> None:
-    """The lock file remembers the epoch too, so a restore over an unreadable file begins a later epoch.
-
-    SQLite only, because `restore` is.
-    """
-    with Database.open(sqlite_path, clock=clock) as database:
-        backup = database.backup(tmp_path / "the.backup")
-    assert Database.begin_epoch(sqlite_path, clock=clock).epoch == 2
-    sqlite_path.write_bytes(b"\xff" * 8192)
-    assert Database.restore(backup, sqlite_path, clock=clock).epoch == 3
-
-
 def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:
     """After a second epoch, `homeagent status` shows the epoch. SQLite only: the output is the same for PostgreSQL."""
 

@@ -152,16 +152,6 @@ def test_changed_approval_or_role_is_reported(sqlite_path: Path, tmp_path: Path)
     assert (report.readmitted_devices, report.old_secret_devices) == (["desk", "odd"], [])
 
 
-def test_restore_to_an_empty_place(tmp_path: Path, backup: Path, clock: FakeClock) -> None:
-    """If no database is in place, the restore creates a private directory and the database, and keeps no old copy."""
-    path = tmp_path / "elsewhere" / "deep" / "homeagent.db"
-    report = Database.restore(backup, path, clock=clock)
-    assert report.kept_aside is None
-    assert (agents(path), report.epoch) == (["old"], 2)
-    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert {entry.name for entry in path.parent.iterdir()} == {f"homeagent.db{end}" for end in ("", ".lock", ".open")}
-
-
 def test_epochs_never_repeat(
     sqlite_path: Path, backup: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -178,6 +168,10 @@ def test_epochs_never_repeat(
     with Database.open(alone, clock=clock) as database:
         latest = database.backup(sqlite_path.parent / "latest.backup")
     assert Database.restore(latest, sqlite_path, clock=clock).epoch == 6
+    # The lock file remembers the epoch of `begin_epoch()` too.
+    assert Database.begin_epoch(sqlite_path, clock=clock).epoch == 7
+    sqlite_path.write_bytes(b"\xff" * 8192)
+    assert Database.restore(backup, sqlite_path, clock=clock).epoch == 8
     # The clock is behind the time of the backup.
     assert "before the backup was taken" not in caplog.text
     clock.advance(-timedelta(days=400))
@@ -252,44 +246,39 @@ INDEX = (
     "UPDATE sqlite_master SET rootpage = (SELECT rootpage FROM sqlite_master WHERE name = 'idx_nonces_expires')"
     " WHERE name = 'idx_sessions_agent'"
 )
-# What spoils the backup, the error and its text, and whether the backup keeps its manifest.
-BACKUPS: dict[str, tuple[Callable[[Path], object], type[errors.DatabaseError], str, bool]] = {
-    "newer": (lambda path: change(path, *NEWER), errors.SchemaTooNewError, "upgrade homeagent", False),
-    "foreign": (FOREIGN, errors.ForeignDatabaseError, "another application", False),
-    "reference": (lambda path: change(path, NO_REFERENCE), errors.CorruptDatabaseError, "refers to a row", False),
+# What spoils the backup, the text of the error, and whether the backup keeps its manifest. The errors that are not in
+# ERRORS are CorruptDatabaseError.
+BACKUPS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
+    "newer": (lambda path: change(path, *NEWER), "upgrade homeagent", False),
+    "foreign": (FOREIGN, "another application", False),
+    "reference": (lambda path: change(path, NO_REFERENCE), "refers to a row", False),
     # An entry of an index is missing, which only an integrity check finds.
-    "index": (
-        lambda path: change(path, "PRAGMA writable_schema = ON", INDEX),
-        errors.CorruptDatabaseError,
-        "is damaged",
-        False,
-    ),
-    "no store": (NO_TABLES, errors.CorruptDatabaseError, "no homeagent tables", False),
-    "text": (lambda path: path.write_text("dear diary " * 100), errors.CorruptDatabaseError, "not a SQLite", False),
-    "empty": (lambda path: path.write_bytes(b""), errors.CorruptDatabaseError, "not a SQLite", False),
-    "cut": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "is damaged", False),
-    "cut, with manifest": (lambda path: os.truncate(path, 40960), errors.CorruptDatabaseError, "its manifest", True),
-    "flipped": (flipped, errors.CorruptDatabaseError, "SHA-256", True),
-    "another": (
-        lambda path: change(path, "UPDATE agents SET name = 'eve'"), errors.CorruptDatabaseError, "SHA-256", True,
-    ),
-    "manifest": (lambda path: manifest_path(path).write_text("{}"), errors.CorruptDatabaseError, "as a manifest", True),
-}  # fmt: skip
+    "index": (lambda path: change(path, "PRAGMA writable_schema = ON", INDEX), "is damaged", False),
+    "no store": (NO_TABLES, "no homeagent tables", False),
+    "text": (lambda path: path.write_text("dear diary " * 100), "not a SQLite", False),
+    "empty": (lambda path: path.write_bytes(b""), "not a SQLite", False),
+    "cut": (lambda path: os.truncate(path, 40960), "is damaged", False),
+    "cut, with manifest": (lambda path: os.truncate(path, 40960), "its manifest", True),
+    "flipped": (flipped, "SHA-256", True),
+    "another": (lambda path: change(path, "UPDATE agents SET name = 'eve'"), "SHA-256", True),
+    "manifest": (lambda path: manifest_path(path).write_text("{}"), "as a manifest", True),
+}
+ERRORS = {"newer": errors.SchemaTooNewError, "foreign": errors.ForeignDatabaseError}
 
 
 @pytest.mark.parametrize(("kind", "is_there"), [("newer", False), *((kind, True) for kind in BACKUPS)])
 def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: str, is_there: bool) -> None:
     """If a backup is damaged, another application's or newer, the restore raises an error and changes no file."""
-    spoil, error, says, keeps_manifest = BACKUPS[kind]
+    spoil, says, keeps_manifest = BACKUPS[kind]
     if not keeps_manifest:
         manifest_path(backup).unlink()
     spoil(backup)
     target = sqlite_path if is_there else tmp_path / "empty" / "homeagent.db"
     target.parent.mkdir(mode=0o700, exist_ok=True)
     before, content = listing(target.parent), backup.read_bytes()
-    with pytest.raises(error, match=says) as caught:
+    with pytest.raises(errors.DatabaseError, match=says) as caught:
         Database.restore(backup, target)
-    assert type(caught.value) is error
+    assert type(caught.value) is ERRORS.get(kind, errors.CorruptDatabaseError)
     assert listing(target.parent) == before
     assert backup.read_bytes() == content
     if is_there:
@@ -298,21 +287,16 @@ def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: s
 
 def test_refused_target(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
     """If the target is not homeagent's database and never was, the restore raises an error and keeps the file."""
-    photo, link, directory = tmp_path / "photo.jpg", tmp_path / "link.db", tmp_path / "directory"
+    photo, link, directory, other = (tmp_path / name for name in ("photo.jpg", "link.db", "directory", "other.db"))
     photo.write_bytes(b"\xff\xd8" * 1000)
     link.symlink_to(sqlite_path)
     directory.mkdir()
-    other = tmp_path / "other.db"
     other.touch()
     FOREIGN(other)
     for target, error in (
-        (photo, errors.ForeignDatabaseError),
-        (other, errors.ForeignDatabaseError),
-        (directory, errors.ForeignDatabaseError),
+        *((target, errors.ForeignDatabaseError) for target in (photo, other, directory)),
         (link, errors.InsecureFileError),
-        (":memory:", errors.InvalidArgumentError),
-        ("postgresql://host/db", errors.InvalidArgumentError),
-        (backup, errors.InvalidArgumentError),
+        *((target, errors.InvalidArgumentError) for target in (":memory:", "postgresql://host/db", backup)),
     ):
         with pytest.raises(error):
             Database.restore(backup, target)
@@ -412,15 +396,17 @@ def test_open_waits_for_a_restore(sqlite_path: Path, backup: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("revision", [REVISIONS[0], REVISION])
-def test_backup_of_an_older_version(tmp_path: Path, clock: FakeClock, revision: str) -> None:
-    """A backup with an older schema is upgraded before the replacement, so that it has an epoch."""
-    path = tmp_path / "homeagent.db"
+def test_restore_to_an_empty_place(tmp_path: Path, clock: FakeClock, revision: str) -> None:
+    """If no database is in place, the restore creates a private directory, and upgrades a backup of an older schema."""
+    path = tmp_path / "elsewhere" / "deep" / "homeagent.db"
     report = Database.restore(ROOT / "tests" / "fixtures" / "revisions" / f"{revision}.db", path, clock=clock)
     assert (report.upgraded_from, report.schema_revision) == (None if revision == REVISION else revision, REVISION)
+    assert report.kept_aside is None
     with Database.open(path, migrate=False) as database:
         status = database.status()
     assert (status.epoch, status.restored_at, status.rows["agents"]) == (2, START, 2)
-    assert {entry.name for entry in tmp_path.iterdir()} == {f"homeagent.db{end}" for end in ("", ".lock", ".open")}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert {entry.name for entry in path.parent.iterdir()} == {f"homeagent.db{end}" for end in ("", ".lock", ".open")}
 
 
 def test_backup_on_a_read_only_medium(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
@@ -509,8 +495,11 @@ print("done")
 """
 
 
-def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: int) -> Counter[str]:
-    """Restore over a database with a WAL, kill the restore at each of these steps, and count the found states."""
+@pytest.mark.parametrize("every", [29, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_restore(
+    sqlite_path: Path, backup: Path, tmp_path: Path, every: int, record_property: RecordProperty
+) -> None:
+    """If a restore over a database with a WAL is killed at any step, the old or the new database is in place."""
     found: Counter[str] = Counter()
     # The old database's last commit is only in its WAL.
     source = tmp_path / "source"
@@ -529,16 +518,15 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
         with Database.open(path) as database:
             status = database.status()
         kept = [entry for entry in directory.iterdir() if entry.name.endswith(".quarantine")]
+        found[seen[0]] += 1
         if seen == ["old"]:
             assert status.epoch == 2
             assert (directory / "homeagent.db.lock").read_text().startswith("initialised, epoch 2")
             assert agents(kept[0]) == ["logged", "new", "old"]
-            found["new"] += 1
         else:
             # With the commit that was only in its WAL.
             assert seen == ["logged", "new", "old"]
             assert (status.epoch, kept) == (1, [])
-            found["old"] += 1
         # The next restore works, and leaves no file of the killed restore.
         assert Database.restore(backup, path).epoch == status.epoch + 1
         assert agents(path) == ["old"]
@@ -546,22 +534,11 @@ def killed_restores(sqlite_path: Path, backup: Path, tmp_path: Path, *, every: i
         assert all(entry.stat().st_nlink == 1 for entry in directory.iterdir())
         shutil.rmtree(directory)
         if child.returncode == 0:
-            return found
-    raise AssertionError("it never came to its end")
-
-
-def test_killed_at_some_steps(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
-    """If a restore is killed at every 29th step, the old database with its WAL or the new database is in place."""
-    assert set(killed_restores(sqlite_path, backup, tmp_path, every=29)) == {"old", "new"}
-
-
-@pytest.mark.slow
-def test_killed_at_any_step(sqlite_path: Path, backup: Path, tmp_path: Path, record_property: RecordProperty) -> None:
-    """If a restore is killed at any step, the old or the new database is in place."""
-    found = killed_restores(sqlite_path, backup, tmp_path, every=1)
-    assert set(found) == {"old", "new"}
-    # The last restore was not killed.
-    record_property("restores killed at each step", sum(found.values()) - 1)
+            break
+    else:
+        raise AssertionError("it never came to its end")
+    assert found.keys() == {"old", "logged"}
+    record_property("restores killed at each step", found.total() - 1)  # the last restore was not killed
 
 
 def test_intent_of_a_killed_restore(sqlite_path: Path, backup: Path) -> None:
