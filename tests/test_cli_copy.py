@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from sqlalchemy import make_url
 from homeagent import Database, DevicePair
 from homeagent.migrations import REVISION
 from tests.command_line import invoke
-from tests.conftest import ROOT, add_agent, copy_template
+from tests.conftest import add_agent, copy_template
 
 
 def _rows(target: str | Path) -> dict[str, int]:
@@ -129,48 +126,3 @@ def test_an_old_schema_is_upgraded_by_its_owner_alone(source: Path, tmp_path: Pa
         assert "homeagent migrate" in done.stderr
     assert not (tmp_path / "new").exists()
     assert old.read_bytes() == fixture.read_bytes()
-
-
-HUB = ROOT / "docs" / "examples" / "hub"
-# Not ru_maxrss, which begins with what the parent took.
-_MEASURED = """
-import sys
-from pathlib import Path
-from homeagent.cli import main
-try:
-    main()
-finally:
-    print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0], file=sys.stderr)
-"""
-
-
-def _peak(*arguments: str | Path) -> int:
-    """Run a command in the directory of the example hub, and return the most memory that its process took, in KiB."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", _MEASURED, *map(str, arguments)],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=HUB,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HUB}"},
-    )
-    return int(done.stderr.split()[-1])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_million_rows_of_an_application(empty_postgres_url: str, tmp_path: Path) -> None:
-    """A copy of 1,000,000 own rows to a server and back takes at most 64 MiB more memory than `homeagent status`."""
-    source, back = tmp_path / "source" / "h.db", tmp_path / "back" / "h.db"
-    with Database.open(source, migrations=HUB / "hub" / "migrations", durability="normal") as database:
-        add_agent(database)
-        session = database.sessions.resolve(agent_id="ada").session_id
-        with database.unit_of_work() as unit:
-            for start in range(0, 1_000_000, 10_000):
-                rows = [(session, f"message {n}", n) for n in range(start, start + 10_000)]
-                unit.insert_rows("messages", ("session_id", "text", "sent_at"), rows)
-    idle = _peak("status", "--database", source)
-    for origin, target in ((source, empty_postgres_url), (empty_postgres_url, back)):
-        peak = _peak("copy", origin, target, "--migrations", "hub:migrations")
-        assert peak - idle < 64 * 1024
-    assert _rows(back)["messages"] == 1_000_000

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from contextlib import closing
 from pathlib import Path
+from typing import IO
 
 from homeagent import AgentCreate, Database
 from homeagent.engine.sqlite.dialect import connect
+from tests.conftest import Children, Process
 
 ACCOUNTS = 20
 WRITERS = 4
@@ -56,3 +59,17 @@ def look(path: Path) -> tuple[int, dict[int, int]]:
     counts = {number: values[f"writer-{number}"] for number in range(WRITERS)}
     assert sum(counts.values()) == values["ledger"]
     return values["ledger"], counts
+
+
+def start(children: Children, path: Path, told: dict[int, int]) -> list[Process]:
+    """Start the writers, and remember in `told` the last count that each writer printed."""
+
+    def remember(stream: IO[str], writer: int) -> None:
+        for line in stream:
+            if line.strip().isdigit():
+                told[writer] = int(line)
+
+    writers = [children.start(SCRIPT, path, number) for number in range(WRITERS)]
+    for number, writer in enumerate(writers):
+        threading.Thread(target=remember, args=(writer.stdout, number), daemon=True).start()
+    return writers

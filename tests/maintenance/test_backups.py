@@ -12,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import threading
+import time
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,8 @@ from homeagent.engine.sqlite.manifests import backups_in, manifest_path, newest_
 from homeagent.maintenance import BackupSchedule, backups
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.migrations import REVISION
-from tests.conftest import START, Children, FakeClock, add_agent, add_device, postgres_database
+from tests.conftest import START, Children, FakeClock, RecordProperty, add_agent, add_device, postgres_database
+from tests.maintenance import load
 from tests.migrations.old_databases import change
 
 DAY = timedelta(days=1)
@@ -459,6 +461,41 @@ def test_lost_database_names_its_backup(sqlite_path: Path, tmp_path: Path, how: 
             Database.open(sqlite_path, migrate=migrate)
         assert str(backup) in str(caught.value)
         assert "init" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_backups_under_load(
+    sqlite_path: Path, tmp_path: Path, children: Children, record_property: RecordProperty
+) -> None:
+    """Fifty backups while four processes write: each is valid, complete and newer than the previous one."""
+    told: dict[int, int] = {}
+    ledgers = []
+    with Database.open(sqlite_path, busy_timeout=timedelta(seconds=60)) as database:
+        load.begin(database)
+        writers = load.start(children, sqlite_path, told)
+        while len(told) < load.WRITERS:
+            time.sleep(0.01)
+        for number in range(50):
+            durable = dict(told)
+            ledger, counts = load.look(database.backup(tmp_path / f"{number}.db"))
+            # A backup contains each commit that a writer reported before the backup began.
+            assert all(counts[writer] >= count for writer, count in durable.items())
+            ledgers.append(ledger)
+        for writer in writers:
+            writer.stdin.write("\n")
+            writer.stdin.flush()
+        for writer in writers:
+            writer.wait(60)
+            assert writer.returncode == 0, writer.stderr.read() if writer.stderr else ""
+        assert ledgers == sorted(ledgers)
+        # The writers never stopped: between most backups the state has changed.
+        assert len(set(ledgers)) > len(ledgers) // 2
+        counts = load.look(database.backup(tmp_path / "last.db"))[1]
+    deadline = time.monotonic() + 60
+    while told != counts and time.monotonic() < deadline:
+        time.sleep(0.01)  # the threads read the rest of the output
+    assert told == counts
+    record_property("backups under load, each of which was valid and complete", len(ledgers))
 
 
 # The schedule

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,6 @@ from homeagent import Database
 from homeagent.errors import DatabaseBusyError
 from tests.conftest import ROOT, Children, add_agent
 from tests.maintenance import load
-from tests.maintenance.test_backups_under_load import last_line
 
 LITESTREAM = shutil.which("litestream", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
 
@@ -90,11 +88,9 @@ def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) 
 
         wait_until(lambda: replicated() > 0, replicator)
         told: dict[int, int] = {}
-        writers = [children.start(load.SCRIPT, sqlite_path, number) for number in range(load.WRITERS)]
-        for number, writer in enumerate(writers):
-            threading.Thread(target=last_line, args=(writer.stdout, told, number), daemon=True).start()
+        writers = load.start(children, sqlite_path, told)
         wait_until(lambda: len(told) == load.WRITERS and sum(told.values()) > 500, replicator, *writers)
-        durable, before = dict(told), time.monotonic()
+        durable = dict(told)
 
         def reached() -> bool:
             # The number of files in use is Litestream's choice: only a restore's result counts here.
@@ -105,8 +101,6 @@ def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) 
             return all(counts[writer] >= count for writer, count in durable.items())
 
         wait_until(reached, replicator, *writers)
-        between = time.monotonic() - before
-        in_between = sum(told.values()) - sum(durable.values())
     for writer in writers:
         writer.kill()
         writer.wait()
@@ -115,10 +109,6 @@ def test_machine_is_lost(sqlite_path: Path, tmp_path: Path, children: Children) 
     ledger, counts = load.look(restored)
     # The replica keeps the commits of each writer that had reached the replica.
     assert all(counts[writer] >= count for writer, count in durable.items())
-    lost = sum(told.values()) - ledger
-    rate = in_between / between
-    # Visible with `pytest -s`.
-    sys.stdout.write(f"lost {lost} of {sum(told.values())} units, {lost / rate:.1f} s at {rate:.0f} a second\n")
     # Simulate another machine.
     target = tmp_path / "new" / "homeagent.db"
     report = Database.restore(restored, target)
