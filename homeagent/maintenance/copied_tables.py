@@ -288,7 +288,10 @@ def applications_tables(
     if target.dialect.name == "sqlite":
         # A row can refer to a later row of the same table, so let COMMIT check the foreign keys.
         target.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
-    return [_own_table(name, source, target, declared.get(name)) for name in _in_order(target, names)]
+    # For the order of the tables, SQLAlchemy ignores foreign keys that form a circle. `late_references()` defers such
+    # foreign keys.
+    order = [str(name) for name, _ in inspect(target).get_sorted_table_and_fkc_names() if name in names]
+    return [_own_table(name, source, target, declared.get(name)) for name in order]
 
 
 # Only the owner of a table can defer the check of its foreign keys.
@@ -320,12 +323,6 @@ def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> It
     connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
     for alter in late:
         connection.execute(text(f"{alter} NOT DEFERRABLE"))
-
-
-def _in_order(connection: Connection, names: set[str]) -> list[str]:
-    # For the order of the tables, SQLAlchemy ignores foreign keys that form a circle. `late_references()` defers such
-    # foreign keys.
-    return [str(name) for name, _ in inspect(connection).get_sorted_table_and_fkc_names() if name in names]
 
 
 def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> CopiedTable:

@@ -84,7 +84,11 @@ def copy_store(
         _refuse_same_database(engines, origin, destination)
         own = applications_tables(engines, origin, destination, leave)
         tables = [*homeagents_tables(origin, destination), *own]
-        _keep_writers_out(destination, tables)
+        quote = destination.dialect.identifier_preparer.quote
+        names = [] if destination.dialect.name == "sqlite" else [quote(table.name) for table in tables]
+        if names:
+            # On SQLite the write unit excludes other writers. On PostgreSQL the lock excludes writers, but not readers.
+            destination.execute(text(f"LOCK TABLE {', '.join(names)} IN EXCLUSIVE MODE"))
         for table in tables:
             if table.name == store_table.name:
                 # Replace the row that a revision inserted, so that the target continues with the epoch of the source.
@@ -94,7 +98,9 @@ def copy_store(
         rows = {table.name: table.count(origin) for table in tables}
         step = partial(_reporter, sum(rows.values()), progress)
         _copy(origin, target, tables, own, step("copying"))
-        _analyze(destination, tables)
+        for name in names:
+            # Without statistics the server's planner would assume empty tables until autovacuum runs.
+            destination.execute(text(f"ANALYZE {name}"))
         # Compare the target with a new snapshot of the source, to find rows that were written during the copy.
         with nullcontext(source) if live else UnitOfWork(read, read_only=True) as later:
             differing = _first_difference(later.session.connection(), destination, tables, step("comparing"))
@@ -172,18 +178,3 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: Connection, ta
         same = not free and source_schema == target_schema
     if same:
         raise InvalidArgumentError("source and target are the same database: name another target")
-
-
-def _keep_writers_out(target: Connection, tables: Sequence[CopiedTable]) -> None:
-    # On SQLite the write unit excludes other writers. On PostgreSQL the table lock excludes writers, but not readers.
-    if target.dialect.name != "sqlite":
-        quote = target.dialect.identifier_preparer.quote
-        names = ", ".join(quote(table.name) for table in tables)
-        target.execute(text(f"LOCK TABLE {names} IN EXCLUSIVE MODE"))
-
-
-def _analyze(target: Connection, tables: Sequence[CopiedTable]) -> None:
-    # Without statistics the server's planner would assume empty tables until autovacuum runs.
-    if target.dialect.name != "sqlite":
-        for table in tables:
-            target.execute(text(f"ANALYZE {target.dialect.identifier_preparer.quote(table.name)}"))

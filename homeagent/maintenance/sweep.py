@@ -14,8 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 from pydantic import BaseModel
 from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tuple_
@@ -74,17 +73,6 @@ _DELETE_BATCH: dict[Kind, Callable[[UnitOfWork, datetime, int], int]] = {
 }
 
 
-class Batch(NamedTuple):
-    """Result of a sweep's batch, with times in seconds. The attribute `found` includes skipped rows. The attribute
-    `held` includes the time for the commit.
-    """
-
-    deleted: int
-    found: int
-    worked: float
-    held: float
-
-
 class ExpiredRows:
     """The expired rows of one table. The attribute `skipped` counts the skipped rows for each constraint."""
 
@@ -103,15 +91,17 @@ class ExpiredRows:
             statement = COUNT_OLD if self._statements is None else self._statements.count
             return unit.one(statement, **self._times()) or 0
 
-    def delete(self, limit: int) -> Batch:
-        """Delete the next batch. The batch has at most the given number of rows."""
+    def _delete(self, limit: int) -> tuple[int, int, float, float]:
+        """Delete a batch of at most `limit` rows. Return the numbers of deleted rows and of found rows, which include
+        the skipped rows, and the times in seconds for the work and for the work with its commit.
+        """
         if self._after is None:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:
                     begun = self._monotonic()
                     count = _DELETE_BATCH[self._kind](unit, self._times()["before"], limit)
                     worked = self._monotonic() - begun
-                return Batch(count, count, worked, self._monotonic() - begun)
+                return count, count, worked, self._monotonic() - begun
             except ConflictError:
                 if self._statements is None:
                     # Do not skip a device change. A reader whose last change is the skipped change would not notice
@@ -125,7 +115,7 @@ class ExpiredRows:
         deleted = self._delete_each(page)
         self._after = page[-1] if page else self._after
         held = self._monotonic() - begun
-        return Batch(deleted, len(page), held, held)
+        return deleted, len(page), held, held
 
     def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
         if not page:
@@ -148,14 +138,14 @@ class ExpiredRows:
         deleted = in_log = 0
         while True:
             contention, asked = engine.contention, pace.rows
-            batch = self.delete(asked)
-            deleted += batch.deleted
-            if batch.found < asked:
+            count, found, worked, held = self._delete(asked)
+            deleted += count
+            if found < asked:
                 return deleted, True
             contended = engine.contention != contention
-            if not paused(pace.after_batch(worked=batch.worked, held=batch.held, contended=contended)):
+            if not paused(pace.after_batch(worked=worked, held=held, contended=contended)):
                 return deleted, False
-            in_log = in_log + batch.deleted if contended else 0
+            in_log = in_log + count if contended else 0
             if in_log >= _ROWS_IN_LOG:
                 in_log = 0
                 begun = self._monotonic()
@@ -361,9 +351,7 @@ class Sweeper:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def _loop(self, stop: threading.Event) -> None:
