@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
@@ -16,10 +17,12 @@ from sqlalchemy import Column, ForeignKey, Integer, MetaData, Row, Table, insert
 
 from homeagent import AgentSession, Database, diagnose
 from homeagent.errors import DatabaseError, InvalidArgumentError, SchemaChangedError, TargetNotEmptyError
-from homeagent.maintenance import CopyProgress, copied_tables
+from homeagent.maintenance import CopyProgress, Finding, copied_tables
 from tests.conftest import add_agent, postgres_execute
 from tests.migrations.old_databases import sqlite
 from tests.migrations.own_revisions import write_revision
+
+OpenThree = Callable[..., list[Database]]
 
 
 class Colour(Enum):
@@ -82,6 +85,37 @@ def folder(tmp_path: Path) -> Path:
     return write_revision(tmp_path / "hub", "a1", None, CREATE.format("own")).parents[1]
 
 
+@pytest.fixture
+def open_three(sqlite_path: Path, empty_postgres_url: str, tmp_path: Path) -> Iterator[OpenThree]:
+    """Opens a file, a server and another file with the application's revisions."""
+    with ExitStack() as stack:
+
+        def open_three(folder: Path, metadata: Sequence[MetaData] = ()) -> list[Database]:
+            targets = (sqlite_path, empty_postgres_url, tmp_path / "back" / "homeagent.db")
+            # A copy also finds a type that only one of its two databases declares.
+            declared = (metadata, metadata, metadata[:1])
+            return [
+                stack.enter_context(Database.open(target, migrations=folder, metadata=known))
+                for target, known in zip(targets, declared, strict=True)
+            ]
+
+        yield open_three
+
+
+def run(database: Database, *statements: str) -> Any:
+    """Run SQL statements in one unit, and return the value that the last statement returns."""
+    with database.unit_of_work() as unit:
+        *_, last = [unit.session.connection().execute(text(statement)) for statement in statements]
+        return last.scalar() if last.returns_rows else None
+
+
+def finding(database: Database, check: str = "schema") -> Finding:
+    """Return a finding of the doctor."""
+    found = database.doctor().finding(check)
+    assert found is not None
+    return found
+
+
 def fill(database: Database, rows: int) -> None:
     """Insert rows into the application's tables."""
     add_agent(database)
@@ -120,103 +154,75 @@ def row_of(row: Row[Any]) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("declared", [True, False])
 def test_copy_to_another_engine_and_back(
-    sqlite_path: Path,
-    empty_postgres_url: str,
-    folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    declared: bool,
+    open_three: OpenThree, folder: Path, monkeypatch: pytest.MonkeyPatch, declared: bool
 ) -> None:
     """Own tables, declared with any common type, move to PostgreSQL and back, and new rows get new numbers."""
     monkeypatch.setattr(copied_tables, "PAGE", 40)
-    tables, metadata = [notes, tags], []
+    tables = [notes, tags]
     if declared:
         write_revision(folder, "a2", "a1", CREATE.format("types"))
-        tables, metadata = [*tables, values], [types, own]
+        tables = [*tables, values]
+    source, server, back = open_three(folder, [types, own] if declared else [])
     seen: list[CopyProgress] = []
-    with Database.open(sqlite_path, migrations=folder, metadata=metadata) as source:
-        fill(source, 41)
-        if declared:
-            with source.unit_of_work() as unit:
-                unit.session.connection().execute(insert(values).values(VALUES))
-            assert stored(source, values) == [VALUES]
-        expected = stored(source, *tables)
-        with Database.open(empty_postgres_url, migrations=folder, metadata=metadata) as server:
-            report = source.copy_to(server, progress=seen.append)
-            assert (report.rows["notes"], report.rows["a tag"]) == (41, 123)
-            assert seen[-1].rows == seen[-1].total
-            assert stored(server, *tables) == expected
-            with Database.open(tmp_path / "back" / "homeagent.db", migrations=folder, metadata=metadata[:1]) as back:
-                server.copy_to(back)
-                assert stored(back, *tables) == expected
-            with server.unit_of_work() as unit:
-                (session,) = unit.sessions.list()
-                new = insert(notes).values(session_id=session.session_id, is_read=False).returning(notes.c.id)
-                assert unit.session.connection().execute(new).scalar_one() == 42
-            with pytest.raises(TargetNotEmptyError):
-                source.copy_to(server)
+    fill(source, 41)
+    if declared:
+        with source.unit_of_work() as unit:
+            unit.session.connection().execute(insert(values).values(VALUES))
+        assert stored(source, values) == [VALUES]
+    expected = stored(source, *tables)
+    report = source.copy_to(server, progress=seen.append)
+    assert (report.rows["notes"], report.rows["a tag"]) == (41, 123)
+    assert seen[-1].rows == seen[-1].total
+    assert stored(server, *tables) == expected
+    server.copy_to(back)
+    assert stored(back, *tables) == expected
+    add = "INSERT INTO notes (session_id, is_read) SELECT session_id, false FROM sessions RETURNING id"
+    assert run(server, add) == 42
+    with pytest.raises(TargetNotEmptyError):
+        source.copy_to(server)
 
 
 NODES = (
+    "import sqlalchemy.dialects.postgresql\n"
     'op.create_table("node", sa.Column("id", sa.Integer, primary_key=True), sa.Column("parent", sa.Integer,'
     ' sa.ForeignKey("node.id")), sa.Column("more", sa.JSON), sa.Column("b", sa.JSON().with_variant('
     'sa.dialects.postgresql.JSONB(), "postgresql")))'
 )
 
 
-def test_json_and_late_parents_are_copied(sqlite_path: Path, empty_postgres_url: str, tmp_path: Path) -> None:
+def test_json_and_late_parents_are_copied(open_three: OpenThree, tmp_path: Path) -> None:
     """A copy keeps NULL apart from JSON's null, keeps all digits, and inserts a row before the row it refers to."""
-    folder = write_revision(tmp_path / "hub", "a1", None, f"import sqlalchemy.dialects.postgresql\n{NODES}").parents[1]
     rows = [
         (-3, 0, None, '{"b":1,"a":2}'),
         (-2, -3, "null", None),
         (-1, -1, '{"n":  1.00000000000000000001}', "null"),
         (0, None, "5", "[1.50]"),
     ]
-    query = "SELECT id, parent, CAST(more AS TEXT), {} FROM node ORDER BY id"
-    with Database.open(sqlite_path, migrations=folder) as source:
-        with source.unit_of_work() as unit:
-            for row in rows:
-                unit.session.connection().exec_driver_sql("PRAGMA defer_foreign_keys=ON")
-                unit.session.connection().exec_driver_sql("INSERT INTO node VALUES (?, ?, ?, ?)", row)
-        with Database.open(empty_postgres_url, migrations=folder) as server:
-            source.copy_to(server)
-            with server.read_connection() as connection:
-                found = [tuple(row) for row in connection.execute(text(query.format("b IS NULL")))]
-                late = connection.execute(
-                    text("SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND condeferrable")
-                ).scalar()
-            assert found == [(*row[:3], row[3] is None) for row in rows]
-            assert late == 0
-            with Database.open(tmp_path / "back" / "homeagent.db", migrations=folder) as back:
-                server.copy_to(back)
-                with back.read_connection() as connection:
-                    found = [tuple(row) for row in connection.execute(text(query.format("b IS NULL")))]
-                assert found == [(*row[:3], row[3] is None) for row in rows]
+    query = text("SELECT id, parent, CAST(more AS TEXT), b IS NULL FROM node ORDER BY id")
+    source, server, back = open_three(write_revision(tmp_path / "hub", "a1", None, NODES).parents[1])
+    with source.unit_of_work() as unit:
+        unit.session.connection().exec_driver_sql("PRAGMA defer_foreign_keys=ON")
+        for row in rows:
+            unit.session.connection().exec_driver_sql("INSERT INTO node VALUES (?, ?, ?, ?)", row)
+    source.copy_to(server)
+    server.copy_to(back)
+    for database in (server, back):
+        with database.read_connection() as connection:
+            assert [tuple(row) for row in connection.execute(query)] == [(*row[:3], row[3] is None) for row in rows]
+    assert run(server, "SELECT count(*) FROM pg_constraint WHERE contype = 'f' AND condeferrable") == 0
 
 
-def test_numbers_of_deleted_rows_are_not_used_again(sqlite_path: Path, empty_postgres_url: str, tmp_path: Path) -> None:
+def test_numbers_of_deleted_rows_are_not_used_again(open_three: OpenThree, tmp_path: Path) -> None:
     """With AUTOINCREMENT, and on PostgreSQL, a row in a copy does not get the number of a row that was deleted."""
     create = 'op.create_table("log", sa.Column("id", sa.Integer, primary_key=True), sqlite_autoincrement=True)'
-    folder = write_revision(tmp_path / "hub", "a1", None, create).parents[1]
     add = "INSERT INTO log DEFAULT VALUES RETURNING id"
-
-    def run(database: Database, *statements: str) -> Any:
-        with database.unit_of_work() as unit:
-            *_, last = [unit.session.connection().execute(text(statement)) for statement in statements]
-            return last.scalar() if last.returns_rows else None
-
-    with (
-        Database.open(sqlite_path, migrations=folder) as source,
-        Database.open(empty_postgres_url, migrations=folder) as server,
-        Database.open(tmp_path / "back" / "homeagent.db", migrations=folder) as back,
-    ):
-        run(source, add, add, add, "DELETE FROM log WHERE id > 1")
-        source.copy_to(server)
-        assert run(server, add) == 4
-        run(server, "DELETE FROM log")
-        server.copy_to(back)
-        assert run(back, add) == 5
+    source, server, back = open_three(write_revision(tmp_path / "hub", "a1", None, create).parents[1])
+    run(source, add, add, add, "DELETE FROM log WHERE id > 1")
+    source.copy_to(server)
+    assert run(server, add) == 4
+    run(server, "DELETE FROM log")
+    server.copy_to(back)
+    assert run(back, add) == 5
 
 
 def test_unknown_tables_are_named(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
@@ -242,13 +248,11 @@ def test_orphan(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
         fill(source, 2)
     with closing(sqlite(sqlite_path)) as raw:
         raw.execute("DELETE FROM notes WHERE id = 1")
-    found = diagnose(sqlite_path)
-    application = found.finding("application")
-    references = found.finding("references")
+    diagnosis = diagnose(sqlite_path)
+    application, references = diagnosis.finding("application"), diagnosis.finding("references")
     assert application is not None
     assert references is not None
-    assert references.severity == "ok"
-    assert application.severity == "warning"
+    assert (references.severity, application.severity) == ("ok", "warning")
     assert (application.facts["tables"], application.facts["rows"], application.facts["orphans"]) == (2, 7, 4)
     assert "from a tag to notes: 3" in application.summary
     assert "from notes to notes: 1" in application.summary
@@ -263,40 +267,38 @@ def test_orphan(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
     assert (report.rows["notes"], report.rows["a tag"]) == (1, 6)
 
 
+def add_trigger(database: Database, target: str, *, can_change_rows: bool) -> None:
+    """Create the trigger `audit` on the agents. On PostgreSQL only a BEFORE trigger can change the row."""
+    moment, result = ("BEFORE", "NEW") if can_change_rows else ("AFTER", "NULL")
+    body = f"BEGIN {'UPDATE devices SET approved = 1' if can_change_rows else 'SELECT 1'}; END"
+    if target.startswith("postgresql"):
+        body = "FOR EACH ROW EXECUTE FUNCTION f()"
+        function = f"CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN {result}; END'"
+        postgres_execute(target, function)
+    run(database, f"CREATE TRIGGER audit {moment} INSERT ON agents {body}")
+
+
 def test_objects_of_the_application(target: str, folder: Path, tmp_path: Path) -> None:
     """Status and doctor count own rows; the doctor names an own view, index and trigger, which can be acknowledged."""
-    trigger = "CREATE TRIGGER audit AFTER INSERT ON agents BEGIN SELECT 1; END"
-    if target.startswith("postgresql"):
-        postgres_execute(target, "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'")
-        trigger = "CREATE TRIGGER audit AFTER INSERT ON agents FOR EACH ROW EXECUTE FUNCTION f()"
     with Database.open(target, migrations=folder) as database:
         fill(database, 2)
         status = database.status()
         assert (status.rows["notes"], status.rows["a tag"], status.application_revision) == (2, 6, "a1")
-        application = database.doctor().finding("application")
-        assert application is not None
+        application = finding(database, "application")
         assert application.severity == "ok"
         assert "at revision a1: a tag (rows: 6), notes (rows: 2)" in application.summary
-        with database.unit_of_work() as unit:
-            for statement in (
-                trigger,
-                "CREATE INDEX own_index ON agents (name)",
-                "CREATE VIEW own_view AS SELECT id FROM agents",
-            ):
-                unit.session.connection().execute(text(statement))
-        found = database.doctor().finding("schema")
-        assert found is not None
+        add_trigger(database, target, can_change_rows=False)
+        run(database, "CREATE INDEX own_index ON agents (name)", "CREATE VIEW own_view AS SELECT id FROM agents")
+        found = finding(database)
         assert found.severity == "warning"
         assert "changed by hand" not in found.summary
-        assert all(f"{kind} {name}" in found.summary for kind, name in KINDS.items())
-        assert found.remedy is not None
-        assert "acknowledged=['audit']" in found.remedy
-        assert "DROP VIEW own_view" in found.remedy
+        assert all(name in found.summary for name in ("trigger audit", "index own_index", "view own_view"))
+        assert "acknowledged=['audit']" in str(found.remedy)
+        assert "DROP VIEW own_view" in str(found.remedy)
         with Database.open(tmp_path / "new" / "x.db", migrations=folder) as copy, pytest.raises(SchemaChangedError):
             database.copy_to(copy)
     with Database.open(target, migrations=folder, acknowledged=["audit"]) as database:
-        found = database.doctor().finding("schema")
-        assert found is not None
+        found = finding(database)
         assert found.facts["acknowledged"] == "audit"
         assert "acknowledged=" not in (found.remedy or "")
         with Database.open(tmp_path / "new" / "x.db", migrations=folder) as copy:
@@ -310,23 +312,11 @@ def test_objects_of_the_application(target: str, folder: Path, tmp_path: Path) -
 
 def test_trigger_that_can_change_rows(target: str) -> None:
     """A trigger of the application that can change homeagent's rows is critical, and the remedy names both choices."""
-    trigger = "CREATE TRIGGER hook BEFORE INSERT ON agents BEGIN UPDATE devices SET approved = 1; END"
-    if target.startswith("postgresql"):
-        postgres_execute(target, "CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'")
-        trigger = "CREATE TRIGGER hook BEFORE INSERT ON agents FOR EACH ROW EXECUTE FUNCTION f()"
     with Database.open(target) as database:
-        with database.unit_of_work() as unit:
-            unit.session.connection().execute(text(trigger))
-        found = database.doctor().finding("schema")
-    assert found is not None
+        add_trigger(database, target, can_change_rows=True)
+        found = finding(database)
     assert found.severity == "critical"
-    assert found.remedy is not None
-    assert "DROP TRIGGER hook" in found.remedy
-    assert "acknowledged=['hook']" in found.remedy
-    with Database.open(target, acknowledged=["hook"]) as database:
-        found = database.doctor().finding("schema")
-    assert found is not None
-    assert found.severity == "ok"
-
-
-KINDS = {"trigger": "audit", "index": "own_index", "view": "own_view"}
+    assert "DROP TRIGGER audit" in str(found.remedy)
+    assert "acknowledged=['audit']" in str(found.remedy)
+    with Database.open(target, acknowledged=["audit"]) as database:
+        assert finding(database).severity == "ok"
