@@ -40,6 +40,7 @@ from tests.conftest import (
     write_past_checks,
 )
 from tests.migrations.old_databases import REVISIONS, change, sqlite
+from tests.test_open import half_made
 
 
 def listing(directory: Path) -> dict[str, tuple[int, int, str]]:
@@ -219,6 +220,16 @@ def test_damaged_target(sqlite_path: Path, backup: Path, how: str | bytes) -> No
     assert agents(sqlite_path) == ["old"]
     assert report.kept_aside is not None
     assert report.kept_aside.read_bytes() == content
+
+
+def test_half_made_target(tmp_path: Path, backup: Path) -> None:
+    """If the first transaction of the target was cut off, a restore replaces the file, which SQLite would empty."""
+    path = tmp_path / "half" / "homeagent.db"
+    half_made(path, bytes(4096))
+    report = Database.restore(backup, path)
+    assert agents(path) == ["old"]
+    assert report.kept_aside is not None
+    assert report.kept_aside.read_bytes() == bytes(4096)
 
 
 def replaced_by(*statements: str) -> Callable[[Path], None]:
