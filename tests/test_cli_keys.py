@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from homeagent import Attempt, Database, IdempotencyScope
 from tests import command_line
@@ -108,8 +109,8 @@ def test_nothing_changes_without_the_expected_attempt(path: Path, command: list[
 def test_a_later_attempt_with_the_same_number(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If another operator settles the key during the question, and a new attempt is abandoned, no row changes."""
 
-    def settle(*_: Any, yes: bool, **__: Any) -> None:
-        if yes:
+    def settle(context: typer.Context, *_: object, **__: object) -> None:
+        if context.params["yes"]:
             return
         invoke(path, "forget", *parts(SCOPES[0]), "--yes", "--attempt", "1")
         with Database.open(path) as database:

@@ -22,8 +22,8 @@ agents: typer.Typer = group("agents", help="Create, list, change and delete agen
 def create(
     context: typer.Context,
     agent_id: arguments.AgentArgument,
-    name: Annotated[str, arguments.option(metavar="TEXT", help="Name for people.")],
-    workspace: Annotated[str, arguments.option(metavar="DIRECTORY", help="Workspace of the agent.")],
+    name: Annotated[str, arguments.option("TEXT", "Name for people.")],
+    workspace: Annotated[str, arguments.option("DIRECTORY", "Workspace of the agent.")],
     config: arguments.ConfigOption = None,
 ) -> None:
     """Add an agent. The command does not create the workspace directory."""
@@ -59,8 +59,8 @@ def show(context: typer.Context, agent_id: arguments.AgentArgument) -> None:
 def update(
     context: typer.Context,
     agent_id: arguments.AgentArgument,
-    name: Annotated[str | None, arguments.option(metavar="TEXT", help="New name.")] = None,
-    workspace: Annotated[str | None, arguments.option(metavar="DIRECTORY", help="New workspace.")] = None,
+    name: Annotated[str | None, arguments.option("TEXT", "New name.")] = None,
+    workspace: Annotated[str | None, arguments.option("DIRECTORY", "New workspace.")] = None,
     config: arguments.ConfigOption = None,
 ) -> None:
     """Change an agent. Only the values of the given options change; --config null clears the configuration."""
@@ -79,9 +79,7 @@ def update(
 def delete(
     context: typer.Context,
     agent_id: arguments.AgentArgument,
-    with_sessions: Annotated[
-        bool, typer.Option("--with-sessions", help="Also delete the sessions of the agent.")
-    ] = False,
+    with_sessions: Annotated[bool, arguments.flag("--with-sessions", "Also delete the sessions of the agent.")] = False,
     created_at: arguments.CreatedAtOption = None,
     dry_run: arguments.DryRunOption = False,
     yes: arguments.YesOption = False,
@@ -90,7 +88,7 @@ def delete(
 
     The command shows the agent and asks for a confirmation. The option --yes needs --created-at.
     """
-    require_expected(yes=yes, option="--created-at", value=created_at)
+    require_expected(context, "created_at")
     with open_named(context) as opened:
         sessions = count_rows(opened, AgentSession.agent_id, agent_id) if with_sessions else 0
         what = f"this agent and {count(sessions, 'session')}" if with_sessions else "this agent"
@@ -102,9 +100,6 @@ def delete(
             lambda unit: unit.agents.delete(agent_id, delete_sessions=with_sessions),
             name=f"agent {agent_id!r}",
             columns=("created_at",),
-            expected=created_at,
-            yes=yes,
-            dry_run=dry_run,
         )
     if dry_run:
         text = f"Would delete {quoted(agent_id)} and {count(sessions, 'session')}. Nothing was changed."

@@ -19,9 +19,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from homeagent.cli.arguments import flag, option
 from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database
+from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import HomeAgentError, InvalidArgumentError
 
 # `_UsageError` is the class UsageError in Typer's copy of Click.
@@ -43,30 +45,26 @@ def _name_database(context: typer.Context, database: str | None) -> None:
         context.obj.database = database
 
 
+_declaring = typer.Typer(add_completion=False)
+
+
+@_declaring.command()
 def _declare(
     database: Annotated[
         str | None,
-        typer.Option(
-            "--database",
-            metavar="TARGET",
-            help="SQLite file or PostgreSQL URL. Default: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
-            show_default=False,
+        option(
+            "TARGET",
+            "SQLite file or PostgreSQL URL. Default: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
             expose_value=False,
             callback=_name_database,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, also for an error.", expose_value=False)] = False,
+    as_json: Annotated[bool, flag("--json", "Print JSON, also for an error.", expose_value=False)] = False,
 ) -> None:
     """Declare the common options. The functions of the commands do not take the common options as arguments."""
 
 
-def _common_options() -> list[Any]:
-    declared = typer.Typer(add_completion=False)
-    declared.command()(_declare)
-    return typer.main.get_command(declared).params
-
-
-_DATABASE, _JSON = _common_options()
+_DATABASE, _JSON = typer.main.get_command(_declaring).params
 
 
 class WithoutDatabase(TyperCommand):
@@ -105,11 +103,10 @@ class _Commands(TyperGroup):
             return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        with _reported_errors(ctx.obj):
-            if ctx.parent is not None:
-                return super().invoke(ctx)
-            with _printed_warnings(ctx.obj):
-                return super().invoke(ctx)
+        if ctx.parent is not None:
+            return super().invoke(ctx)
+        with _reported_errors(ctx.obj), _printed_warnings(ctx.obj):
+            return super().invoke(ctx)
 
 
 @contextmanager
@@ -125,7 +122,8 @@ def _reported_errors(common: _Common) -> Iterator[None]:
         _print_message(common, operator_text(text) + help, error="UsageError")
         raise typer.Exit(error.exit_code) from None
     except HomeAgentError as error:
-        _print_message(common, operator_text(str(error)), error=type(error).__name__, details=_details(error))
+        shown = {key: value for key, value in vars(error).items() if isinstance(value, (str, int, float, timedelta))}
+        _print_message(common, operator_text(str(error)), error=type(error).__name__, details=shown)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         text = "the command was interrupted, and may have done its work already"
@@ -145,17 +143,9 @@ def _reported_errors(common: _Common) -> Iterator[None]:
 def _print_message(common: _Common, text: str, **facts: object) -> None:
     line = escape_words(" ".join(text.split()))
     if common.as_json:
-        typer.echo(json.dumps({**facts, "message": line}), err=True)
+        typer.echo(json.dumps({**facts, "message": line}, default=timedelta.total_seconds), err=True)
     else:
         typer.echo(f"homeagent: {line}" if "error" in facts else f"homeagent: warning: {line}", err=True)
-
-
-def _details(error: HomeAgentError) -> dict[str, object]:
-    details: dict[str, object] = {}
-    for name, value in vars(error).items():
-        if isinstance(value, (str, int, float, timedelta)):
-            details[name] = value.total_seconds() if isinstance(value, timedelta) else value
-    return details
 
 
 def _discard_output() -> None:
@@ -181,22 +171,22 @@ def _printed_warnings(common: _Common) -> Iterator[None]:
         _print_message(common, record.getMessage(), warning=getattr(record, "event", "warning"))
 
 
-def confirm(
-    context: typer.Context, question: str, *, yes: bool, dry_run: bool = False, show: Callable[[], object] | None = None
-) -> None:
-    """Show the planned change, and ask a question on standard error. If the answer is not yes, end with status 1."""
-    if dry_run:
-        if show is not None and not context.obj.as_json:
+def confirm(context: typer.Context, question: str, show: Callable[[], object], *, asks: bool = True) -> None:
+    """Show the planned change, and ask a question on standard error. If the answer is not yes, end with status 1.
+
+    With --yes do not ask. With --dry-run only show the change.
+    """
+    if context.params.get("dry_run"):
+        if not context.obj.as_json:
             show()
         return
-    if yes:
+    if context.params["yes"] or not asks:
         return
     if context.obj.as_json:
         raise typer.BadParameter("with --json the command can't ask: pass --yes.")
     if sys.stdin is None:
         raise InvalidArgumentError("the command can't ask, because it has no standard input: pass --yes")
-    if show is not None:
-        show()
+    show()
     # The function `typer.confirm()` would print a space on standard output, which is for results only.
     typer.echo(f"{question} [y/N]: ", nl=False, err=True)
     answer = sys.stdin.readline()
@@ -228,7 +218,7 @@ def _show_version(asked: bool) -> None:
 @app.callback()
 def _before_command(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+        bool, flag("--version", "Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     """Operate the database of a home agent gateway.
@@ -244,13 +234,15 @@ def group(name: str, *, help: str) -> typer.Typer:
     return commands
 
 
-def target_of(context: typer.Context) -> str | None:
-    """Return the value of the option --database, or None. The option can stand before or after the command."""
-    target: str | None = context.obj.database
-    return target
+def lasting_target(target: str | None) -> Target:
+    """Return a parsed target. Raise InvalidArgumentError for `:memory:`."""
+    where = resolve_target(target)
+    if where.is_temporary:
+        raise InvalidArgumentError("a temporary database ends with this command: name a file or a server's URL")
+    return where
 
 
 def open_named(context: typer.Context) -> Database:
     """Open the database of the command without creating or upgrading it."""
     # Do not create a database, because a command with a misspelt path must not create a file.
-    return Database.open(target_of(context), migrate=False)
+    return Database.open(context.obj.database, migrate=False)

@@ -1,47 +1,47 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and short forms of Typer's declarations."""
 
 from __future__ import annotations
 
 import sys
 from datetime import datetime
 from enum import StrEnum
-from functools import partial
 from typing import Annotated, Any
 
 import typer
 
-from homeagent.models.types import MAX_LIMIT
-
-argument: partial[Any] = partial(typer.Argument, show_default=False)
-"""An argument whose default value is not shown in the help."""
-
-option: partial[Any] = partial(typer.Option, show_default=False)
-"""An option whose default value is not shown in the help."""
+from homeagent.models.types import MAX_LIMIT, check_timestamp
 
 
-def choice(values: type[StrEnum], **settings: Any) -> Any:
+def argument(metavar: str, help: str) -> Any:
+    """Declare an argument whose default value is not shown in the help."""
+    return typer.Argument(metavar=metavar, help=help, show_default=False)
+
+
+def option(metavar: str, help: str, *names: str, show_default: bool | str = False, **settings: Any) -> Any:
+    """Declare an option with a value. Without `show_default` the help does not show the default value."""
+    return typer.Option(*names, metavar=metavar, help=help, show_default=show_default, **settings)
+
+
+def flag(name: str, help: str, **settings: Any) -> Any:
+    """Declare an option without a value. Typer does not add the opposite option, because `name` is explicit."""
+    return typer.Option(name, help=help, **settings)
+
+
+def choice(values: type[StrEnum], help: str, *names: str, **settings: Any) -> Any:
     """Declare an option whose value is a member of an enum."""
-    return option(metavar="|".join(values), **settings)
+    return option("|".join(values), help, *names, **settings)
 
 
-def _check_timestamp(text: str | None) -> str | None:
-    if text is not None:
-        try:
-            aware = datetime.fromisoformat(text).tzinfo is not None
-        except ValueError:
-            aware = False
-        if not aware:
-            raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.")
-    return text
+def timestamp(help: str) -> Any:
+    """Declare an option whose value is a timestamp with an offset."""
+    return option("TIMESTAMP", help, parser=_read_timestamp)
 
 
-timestamp_option: partial[Any] = partial(option, callback=_check_timestamp, metavar="TIMESTAMP")
-"""An option whose value is a timestamp with an offset."""
-
-
-def parsed_timestamp(text: str | None) -> datetime | None:
-    """Return the value of a `timestamp_option`, or None if the option is absent."""
-    return None if text is None else datetime.fromisoformat(text)
+def _read_timestamp(text: str) -> datetime:
+    try:
+        return check_timestamp(datetime.fromisoformat(text))
+    except ValueError:
+        raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.") from None
 
 
 def _find_packages(migrations: str | None) -> str | None:
@@ -58,44 +58,21 @@ class Format(StrEnum):
     TSV = "tsv"
 
 
-DeviceArgument = Annotated[str, argument(metavar="DEVICE", help="Id of the device.")]
-AgentArgument = Annotated[str, argument(metavar="AGENT", help="Id of the agent.")]
-SessionArgument = Annotated[str, argument(metavar="SESSION", help="Id of the session.")]
-MethodArgument = Annotated[str, argument(metavar="METHOD", help="Name of the method.")]
-KeyArgument = Annotated[str, argument(metavar="KEY", help="Key that the device chose.")]
+DeviceArgument = Annotated[str, argument("DEVICE", "Id of the device.")]
+AgentArgument = Annotated[str, argument("AGENT", "Id of the agent.")]
+SessionArgument = Annotated[str, argument("SESSION", "Id of the session.")]
 
-LimitOption = Annotated[int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of rows.")]
-AfterOption = Annotated[str | None, option(metavar="ID", help="Last id of the previous page.")]
-FormatOption = Annotated[
-    Format,
-    typer.Option(
-        "--format",
-        metavar="|".join(Format),
-        help="Form of the list. The form tsv prints tab-separated values below the column names. Times are in UTC.",
-    ),
-]
-YesOption = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what the command would do. Change nothing.")]
-PairedAtOption = Annotated[
-    str | None, timestamp_option(help="Refuse the change if the device was paired at another time.")
-]
-CreatedAtOption = Annotated[
-    str | None, timestamp_option(help="Refuse the deletion if the row was created at another time.")
-]
-ConfigOption = Annotated[str | None, option(metavar="JSON", help="Configuration of the agent.")]
+LimitOption = Annotated[int, option("ROWS", "Maximum number of rows.", min=1, max=MAX_LIMIT, show_default=True)]
+AfterOption = Annotated[str | None, option("ID", "Last id of the previous page.")]
+_FORMS = "Form of the list. The form tsv prints tab-separated values below the column names. Times are in UTC."
+FormatOption = Annotated[Format, choice(Format, _FORMS, "--format", show_default=True)]
+YesOption = Annotated[bool, flag("--yes", "Do not ask.")]
+DryRunOption = Annotated[bool, flag("--dry-run", "Show what the command would do. Change nothing.")]
+PairedAtOption = Annotated[datetime | None, timestamp("Refuse the change if the device was paired at another time.")]
+CreatedAtOption = Annotated[datetime | None, timestamp("Refuse the deletion if the row was created at another time.")]
+ConfigOption = Annotated[str | None, option("JSON", "Configuration of the agent.")]
 
-MigrationsOption = Annotated[
-    str | None,
-    option(
-        metavar="PACKAGE:FOLDER",
-        help="The application's own Alembic revisions: a folder of a package, or a path.",
-        callback=_find_packages,
-    ),
-]
-AcknowledgeOption = Annotated[
-    list[str] | None,
-    option(
-        metavar="TRIGGER",
-        help="Name of an application's trigger to accept on homeagent's tables. Can be repeated.",
-    ),
-]
+_REVISIONS = "The application's own Alembic revisions: a folder of a package, or a path."
+MigrationsOption = Annotated[str | None, option("PACKAGE:FOLDER", _REVISIONS, callback=_find_packages)]
+_TRIGGERS = "Name of an application's trigger to accept on homeagent's tables. Can be repeated."
+AcknowledgeOption = Annotated[list[str] | None, option("TRIGGER", _TRIGGERS)]

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import WithoutDatabase, app, confirm, open_named, target_of
-from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, YesOption, argument, option
+from homeagent.cli.application import WithoutDatabase, app, confirm, lasting_target, open_named
+from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, YesOption, argument, flag, option
 from homeagent.cli.operator_texts import operator_text
 from homeagent.cli.output import count, format_timestamp, print_facts, print_result, shown_progress
 from homeagent.cli.rows import require_expected
@@ -18,39 +18,30 @@ from homeagent.cli.schema import import_tables
 from homeagent.cli.visible_text import escape_words, identity, quoted
 from homeagent.database import Database
 from homeagent.engine.sqlite.manifests import Manifest, manifest_path, read_manifest
-from homeagent.engine.target import Target, resolve_target
 from homeagent.environment import BUSY_TIMEOUT, busy_timeout_or_default
-from homeagent.errors import DatabaseBusyError, DatabaseError, InvalidArgumentError, SchemaOutdatedError
+from homeagent.errors import DatabaseBusyError, DatabaseError, SchemaOutdatedError
 from homeagent.maintenance import DatabaseStatus, RestoreReport
 from homeagent.maintenance.restore import check_paths
 from homeagent.models.types import MAX_LIMIT
+
+_DESTINATION_HELP = (
+    "Directory, or file that does not exist. A path with a slash at the end is a directory, and is created if it does "
+    "not exist."
+)
+_KEEP_HELP = "After the backup, remove the oldest backups of this database in the directory until N backups are left."
+_EPOCH_HELP = (
+    "Refuse the restore if the database has another epoch. The epoch of a database that is absent or can't be opened "
+    "is 0."
+)
+_LIVE_HELP = "For a trial: allow programs to change SOURCE during the copy. The copy lacks these changes."
 
 
 @app.command()
 def backup(
     context: typer.Context,
-    destination: Annotated[
-        str,
-        argument(
-            metavar="DESTINATION",
-            help="Directory, or file that does not exist. A path with a slash at the end is a directory, "
-            "and is created if it does not exist.",
-        ),
-    ],
-    keep: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MAX_LIMIT,
-            metavar="N",
-            help=(
-                "After the backup, remove the oldest backups of this database in the directory until N"
-                " backups are left."
-            ),
-            show_default="all",
-        ),
-    ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace an existing file DESTINATION.")] = False,
+    destination: Annotated[str, argument("DESTINATION", _DESTINATION_HELP)],
+    keep: Annotated[int | None, option("N", _KEEP_HELP, min=1, max=MAX_LIMIT, show_default="all")] = None,
+    replace: Annotated[bool, flag("--replace", "Replace an existing file DESTINATION.")] = False,
 ) -> None:
     """Copy the database while other processes use it.
 
@@ -69,16 +60,9 @@ def backup(
 @app.command()
 def restore(
     context: typer.Context,
-    backup: Annotated[str, argument(metavar="BACKUP", help="Backup to restore. The backup does not change.")],
+    backup: Annotated[str, argument("BACKUP", "Backup to restore. The backup does not change.")],
     acknowledge: AcknowledgeOption = None,
-    epoch: Annotated[
-        int | None,
-        option(
-            metavar="NUMBER",
-            help="Refuse the restore if the database has another epoch. The epoch of a database that is absent or "
-            "can't be opened is 0.",
-        ),
-    ] = None,
+    epoch: Annotated[int | None, option("NUMBER", _EPOCH_HELP)] = None,
     yes: YesOption = False,
 ) -> None:
     """Replace the database by a backup, and keep the old database in quarantine.
@@ -88,12 +72,12 @@ def restore(
     database and the backup, and asks for a confirmation. The option --yes needs --epoch.
     """
     source_of_epoch = "as 'status --json' prints it, or 0 if the database is absent or cannot be opened"
-    require_expected(yes=yes, option="--epoch", value=epoch, source=source_of_epoch)
+    require_expected(context, "epoch", source_of_epoch)
     if not yes or epoch == 0:
-        source, database, manifest = check_paths(backup, target_of(context))
+        source, database, manifest = check_paths(backup, context.obj.database)
         seen = _status(context)
         show = partial(print_facts, _facts(source, manifest, database, seen).items(), error=True)
-        confirm(context, "Replace this database by this backup?", yes=yes, show=show)
+        confirm(context, "Replace this database by this backup?", show)
         if isinstance(seen, DatabaseStatus):
             epoch = seen.epoch if epoch is None else epoch
         elif not os.path.lexists(database):
@@ -105,7 +89,7 @@ def restore(
     with shown_progress(context, "verifying and restoring"):
         report = Database.restore(
             backup,
-            target_of(context),
+            context.obj.database,
             acknowledged=acknowledge or (),
             busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT),
             expected_epoch=epoch,
@@ -165,9 +149,7 @@ def _print(report: RestoreReport) -> None:
 @app.command()
 def begin_epoch(
     context: typer.Context,
-    epoch: Annotated[
-        int | None, option(metavar="NUMBER", help="Refuse the change if the database has another epoch.")
-    ] = None,
+    epoch: Annotated[int | None, option("NUMBER", "Refuse the change if the database has another epoch.")] = None,
     yes: YesOption = False,
 ) -> None:
     """Begin a new epoch after a program other than homeagent has restored the database.
@@ -177,7 +159,7 @@ def begin_epoch(
     an epoch cannot be undone, so the command shows the current epoch and asks for a confirmation. The option --yes
     needs --epoch.
     """
-    require_expected(yes=yes, option="--epoch", value=epoch, source="as 'status --json' prints it")
+    require_expected(context, "epoch", "as 'status --json' prints it")
     if not yes:
         with open_named(context) as opened:
             seen = opened.status()
@@ -186,11 +168,10 @@ def begin_epoch(
             "Epoch": str(seen.epoch),
             "Restored at": format_timestamp(seen.restored_at),
         }
-        show = partial(print_facts, facts.items(), error=True)
-        confirm(context, "Begin a new epoch of this database?", yes=False, show=show)
+        confirm(context, "Begin a new epoch of this database?", partial(print_facts, facts.items(), error=True))
         epoch = seen.epoch if epoch is None else epoch
     report = Database.begin_epoch(
-        target_of(context), busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT), expected_epoch=epoch
+        context.obj.database, busy_timeout=busy_timeout_or_default(BUSY_TIMEOUT), expected_epoch=epoch
     )
     text = f"Epoch {report.epoch} of {report.location} begins at {format_timestamp(report.restored_at)}."
     print_result(context, report.model_dump(mode="json"), text)
@@ -199,21 +180,12 @@ def begin_epoch(
 @app.command(cls=WithoutDatabase)
 def copy(
     context: typer.Context,
-    source: Annotated[str, argument(metavar="SOURCE", help="SQLite file or PostgreSQL URL.")],
-    target: Annotated[
-        str, argument(metavar="TARGET", help="Empty PostgreSQL database, or SQLite file that is empty or absent.")
-    ],
-    live: Annotated[
-        bool,
-        typer.Option(
-            "--live",
-            help="For a trial: allow programs to change SOURCE during the copy. The copy lacks these changes.",
-        ),
-    ] = False,
+    source: Annotated[str, argument("SOURCE", "SQLite file or PostgreSQL URL.")],
+    target: Annotated[str, argument("TARGET", "Empty PostgreSQL database, or SQLite file that is empty or absent.")],
+    live: Annotated[bool, flag("--live", _LIVE_HELP)] = False,
     migrations: MigrationsOption = None,
     leave: Annotated[
-        list[str] | None,
-        option(metavar="TABLE", help="Table of an application that the command does not copy. Can be repeated."),
+        list[str] | None, option("TABLE", "Table of an application that the command does not copy. Can be repeated.")
     ] = None,
     acknowledge: AcknowledgeOption = None,
 ) -> None:
@@ -227,7 +199,7 @@ def copy(
     """
     if context.obj.database is not None:
         raise typer.BadParameter("copy takes SOURCE and TARGET: leave out --database.")
-    origin, destination = _named(source), _named(target)
+    origin, destination = lasting_target(source), lasting_target(target)
     import_tables(migrations)
     with (
         Database.open(source, migrate=False, acknowledged=acknowledge or ()) as opened,
@@ -240,13 +212,6 @@ def copy(
     rows = count(sum(report.rows.values()), "row")
     text = f"Copied {origin.location} to {destination.location}: {rows}, {same}."
     print_result(context, {**places, "live": live, **report.model_dump(mode="json")}, text)
-
-
-def _named(target: str) -> Target:
-    where = resolve_target(target)
-    if where.is_temporary:
-        raise InvalidArgumentError("a temporary database ends with this command: name a file or a server's URL")
-    return where
 
 
 def _open_target(target: str, migrations: str | None) -> Database:

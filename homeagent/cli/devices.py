@@ -16,11 +16,10 @@ from homeagent.cli.application import confirm, group, open_named
 from homeagent.cli.output import count, print_list, print_result, print_table
 from homeagent.cli.rows import change_shown, count_rows, json_argument, public, request, require_expected, show_row
 from homeagent.cli.visible_text import quoted
-from homeagent.database import Database
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.schemas import DevicePair
-from homeagent.models.types import MILLISECOND, check_timestamp, earlier
+from homeagent.models.types import MILLISECOND, earlier
 
 devices: typer.Typer = group("devices", help="Pair, list, approve, revoke and delete devices.")
 
@@ -30,6 +29,15 @@ _HEADINGS = ("Device", "Role", "Status", "Paired at", "Last seen at")
 
 _DECISIVE = ("paired_at", "status", "role", "shared_secret_hash")
 """Columns of a device on which an operator's decision depends."""
+
+
+_ORDER_HELP = "Order of the list. With paired_at, the device that was paired last comes first."
+_STATUS_HELP = (
+    "Refuse the approval if the status of the device differs from this status. With --yes, a revoked device is "
+    "approved only if you name its status."
+)
+_OVERLAP_HELP = "Time for which the old secret also works. The device must be approved."
+_LONGEST_OVERLAP = 366 * 24 * 3600  # in seconds
 
 
 class _Order(StrEnum):
@@ -56,20 +64,12 @@ def _report_secret(context: typer.Context, word: str, device: Device, secret: Se
 @devices.command("list")
 def list_devices(
     context: typer.Context,
-    status: Annotated[
-        DeviceStatus | None, arguments.choice(DeviceStatus, help="Only devices with this status.")
-    ] = None,
-    role: Annotated[Role | None, arguments.choice(Role, help="Only devices with this role.")] = None,
+    status: Annotated[DeviceStatus | None, arguments.choice(DeviceStatus, "Only devices with this status.")] = None,
+    role: Annotated[Role | None, arguments.choice(Role, "Only devices with this role.")] = None,
     seen_before: Annotated[
-        str | None, arguments.timestamp_option(help="Only devices that were last seen before this time.")
+        datetime | None, arguments.timestamp("Only devices that were last seen before this time.")
     ] = None,
-    order: Annotated[
-        _Order,
-        typer.Option(
-            metavar="|".join(_Order),
-            help="Order of the list. With paired_at, the device that was paired last comes first.",
-        ),
-    ] = _Order.ID,
+    order: Annotated[_Order, arguments.choice(_Order, _ORDER_HELP, show_default=True)] = _Order.ID,
     limit: arguments.LimitOption = 100,
     after: arguments.AfterOption = None,
     form: arguments.FormatOption = arguments.Format.TABLE,
@@ -79,7 +79,7 @@ def list_devices(
         page = opened.devices.list(
             status=status,
             role=role,
-            seen_before=arguments.parsed_timestamp(seen_before),
+            seen_before=seen_before,
             order=order.value,
             limit=limit,
             after=after,
@@ -99,18 +99,9 @@ def show(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
 def approve(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
-    role: Annotated[
-        Role | None, arguments.choice(Role, help="Refuse the approval if the device has another role.")
-    ] = None,
+    role: Annotated[Role | None, arguments.choice(Role, "Refuse the approval if the device has another role.")] = None,
     paired_at: arguments.PairedAtOption = None,
-    status: Annotated[
-        DeviceStatus | None,
-        arguments.choice(
-            DeviceStatus,
-            help="Refuse the approval if the status of the device differs from this status. With --yes, a revoked "
-            "device is approved only if you name its status.",
-        ),
-    ] = None,
+    status: Annotated[DeviceStatus | None, arguments.choice(DeviceStatus, _STATUS_HELP)] = None,
     yes: arguments.YesOption = False,
 ) -> None:
     """Approve a device.
@@ -119,17 +110,16 @@ def approve(
     secret, time of pairing or status changes before the operator answers. The option --yes needs --role and
     --paired-at. For a revoked device, --yes also needs --status revoked.
     """
-    require_expected(yes=yes, option="--role", value=role)
-    require_expected(yes=yes, option="--paired-at", value=paired_at)
+    require_expected(context, "role")
+    require_expected(context, "paired_at")
     with open_named(context) as opened:
         seen = opened.devices.get(device_id)
-        show = partial(show_row, seen, error=True)
-        confirm(context, "Approve this device?", yes=yes or seen.approved, show=show)
+        confirm(context, "Approve this device?", partial(show_row, seen, error=True), asks=not seen.approved)
         changed = opened.devices.approve(
             device_id,
             expected_role=role or seen.role,
             expected_secret_hash=seen.shared_secret_hash,
-            expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
+            expected_paired_at=paired_at or seen.paired_at,
             # Compare the status, because another administrator can revoke the device while the command waits for the
             # answer.
             expected_status=status if yes else status or seen.status,
@@ -142,8 +132,8 @@ def approve(
 def revoke(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
-    reason: Annotated[str | None, arguments.option(metavar="TEXT", help="Reason, stored with the device.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Allow the revocation of the last approved admin.")] = False,
+    reason: Annotated[str | None, arguments.option("TEXT", "Reason, stored with the device.")] = None,
+    force: Annotated[bool, arguments.flag("--force", "Allow the revocation of the last approved admin.")] = False,
 ) -> None:
     """Revoke a device. After the command, the device has no access until an administrator approves the device again."""
     with open_named(context) as opened:
@@ -155,12 +145,12 @@ def revoke(
 @devices.command()
 def delete(
     context: typer.Context,
-    device_id: Annotated[str | None, arguments.argument(metavar="DEVICE", help="Id of the device.")] = None,
-    pending: Annotated[bool, typer.Option("--pending", help="Delete pending devices. Needs --before.")] = False,
+    device_id: Annotated[str | None, arguments.argument("DEVICE", "Id of the device.")] = None,
+    pending: Annotated[bool, arguments.flag("--pending", "Delete pending devices. Needs --before.")] = False,
     before: Annotated[
-        str | None, arguments.timestamp_option(help="Delete the pending devices that were paired before this time.")
+        datetime | None, arguments.timestamp("Delete the pending devices that were paired before this time.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Allow the deletion of the last approved admin.")] = False,
+    force: Annotated[bool, arguments.flag("--force", "Allow the deletion of the last approved admin.")] = False,
     paired_at: arguments.PairedAtOption = None,
     dry_run: arguments.DryRunOption = False,
     yes: arguments.YesOption = False,
@@ -171,87 +161,70 @@ def delete(
     command does not delete the device. If a pending device is approved or revoked before the operator answers, the
     command keeps the device. The option --yes needs --paired-at or --before.
     """
-    if device_id is not None:
-        if pending or before is not None:
-            raise typer.BadParameter("name either a device, or --pending with --before.")
-        require_expected(yes=yes, option="--paired-at", value=paired_at)
-        with open_named(context) as opened:
-            counts = _delete_one(context, opened, device_id, paired_at, force=force, dry_run=dry_run, yes=yes)
-        word = "device"
-    else:
+    if device_id is None:
         if not pending or before is None or force or paired_at is not None:
             raise typer.BadParameter("name a device, or name the kind of devices by --pending with --before.")
+        _delete_pending(context, before, dry_run=dry_run, yes=yes)
+        return
+    if pending or before is not None:
+        raise typer.BadParameter("name either a device, or --pending with --before.")
+    require_expected(context, "paired_at")
+    with open_named(context) as opened:
+        keys = count_rows(opened, IdempotencyKey.device_id, device_id)
+        change_shown(
+            context,
+            opened,
+            f"Delete this device and {count(keys, 'idempotency key')}?",
+            lambda unit: unit.devices.get(device_id),
+            lambda unit: unit.devices.delete(device_id, force=force),
+            name=f"device {device_id!r}",
+            columns=_DECISIVE,
+        )
+    if dry_run:
+        text = f"Would delete 1 device and {count(keys, 'idempotency key')}. Nothing was changed."
+        print_result(context, {"dry_run": True, "deleted": 1, "idempotency_keys": keys}, text)
+    else:
+        print_result(context, {"deleted": 1}, "Deleted 1 device.")
+
+
+def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, yes: bool) -> None:
+    with open_named(context) as opened:
+        if dry_run or not yes:
+            found: list[Device] = []
+            page: Sequence[Device] = ()
+            while page := opened.devices.list(
+                status=DeviceStatus.PENDING, order="paired_at", limit=1000, after=page[-1] if page else None
+            ):
+                found += [device for device in page if device.paired_at < before]
+            devices = count(len(found), "pending device")
+            confirm(context, f"Delete {devices}?", partial(_show_first, found))
+        if dry_run:
+            text = f"Would delete {devices}. Nothing was changed."
+            print_result(context, {"dry_run": True, "deleted": len(found)}, text)
+            return
         # Subtract a millisecond, because `delete_pending()` includes the devices that were paired exactly at the given
         # time, but --before excludes these devices.
-        until = earlier(check_timestamp(datetime.fromisoformat(before), "before"), MILLISECOND)
-        with open_named(context) as opened:
-            counts = {"deleted": _delete_pending(context, opened, until, dry_run=dry_run, yes=yes)}
-        word = "pending device"
-    deleted = count(counts["deleted"], word)
-    if dry_run:
-        keys = f" and {count(counts['idempotency_keys'], 'idempotency key')}" if device_id is not None else ""
-        print_result(context, {"dry_run": True, **counts}, f"Would delete {deleted}{keys}. Nothing was changed.")
-    else:
-        print_result(context, {"deleted": counts["deleted"]}, f"Deleted {deleted}.")
+        until = earlier(before, MILLISECOND)
+        deleted = 0
+        while batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until)):
+            deleted += batch
+    print_result(context, {"deleted": deleted}, f"Deleted {count(deleted, 'pending device')}.")
 
 
-def _delete_one(
-    context: typer.Context,
-    opened: Database,
-    device_id: str,
-    paired_at: str | None,
-    *,
-    force: bool,
-    dry_run: bool,
-    yes: bool,
-) -> dict[str, int]:
-    keys = count_rows(opened, IdempotencyKey.device_id, device_id)
-    change_shown(
-        context,
-        opened,
-        f"Delete this device and {count(keys, 'idempotency key')}?",
-        lambda unit: unit.devices.get(device_id),
-        lambda unit: unit.devices.delete(device_id, force=force),
-        name=f"device {device_id!r}",
-        columns=_DECISIVE,
-        expected=paired_at,
-        yes=yes,
-        dry_run=dry_run,
-    )
-    return {"deleted": 1, "idempotency_keys": keys}
-
-
-def _delete_pending(context: typer.Context, opened: Database, until: datetime, *, dry_run: bool, yes: bool) -> int:
-    if dry_run or not yes:
-        found: list[Device] = []
-        page: Sequence[Device] = ()
-        while page := opened.devices.list(
-            status=DeviceStatus.PENDING, order="paired_at", limit=1000, after=page[-1] if page else None
-        ):
-            found += [device for device in page if device.paired_at <= until]
-
-        def show() -> None:
-            print_table(_HEADINGS, map(_row_of, found[:_SHOWN]), error=True)
-            if len(found) > _SHOWN:
-                typer.echo(f"and {count(len(found) - _SHOWN, 'other device')}", err=True)
-
-        confirm(context, f"Delete {count(len(found), 'pending device')}?", yes=False, dry_run=dry_run, show=show)
-        if dry_run:
-            return len(found)
-    deleted = 0
-    while batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until)):
-        deleted += batch
-    return deleted
+def _show_first(found: list[Device]) -> None:
+    print_table(_HEADINGS, map(_row_of, found[:_SHOWN]), error=True)
+    if len(found) > _SHOWN:
+        typer.echo(f"and {count(len(found) - _SHOWN, 'other device')}", err=True)
 
 
 @devices.command()
 def pair(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
-    role: Annotated[Role, arguments.choice(Role, help="Role of the device.")],
-    metadata: Annotated[str | None, arguments.option(metavar="JSON", help="Metadata of the device.")] = None,
+    role: Annotated[Role, arguments.choice(Role, "Role of the device.")],
+    metadata: Annotated[str | None, arguments.option("JSON", "Metadata of the device.")] = None,
     approved: Annotated[
-        bool, typer.Option("--approve", help="Approve the device at once, for example the first admin.")
+        bool, arguments.flag("--approve", "Approve the device at once, for example the first admin.")
     ] = False,
 ) -> None:
     """Add a device, and print its new secret once.
@@ -275,13 +248,7 @@ def rotate(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
     overlap: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=366 * 24 * 3600,
-            metavar="SECONDS",
-            help="Time for which the old secret also works. The device must be approved.",
-        ),
+        int, arguments.option("SECONDS", _OVERLAP_HELP, min=0, max=_LONGEST_OVERLAP, show_default=True)
     ] = 0,
     paired_at: arguments.PairedAtOption = None,
     yes: arguments.YesOption = False,
@@ -291,17 +258,17 @@ def rotate(
     The command shows the device and asks for a confirmation, because the old secret becomes invalid. The option
     --yes needs --paired-at.
     """
-    require_expected(yes=yes, option="--paired-at", value=paired_at)
+    require_expected(context, "paired_at")
     with open_named(context) as opened:
         seen = opened.devices.get(device_id)
         end = f"in {overlap:,} s" if overlap else "at once"
         question = f"Replace the secret of this device? The old secret ends {end}."
-        confirm(context, question, yes=yes, show=partial(show_row, seen, error=True))
+        confirm(context, question, partial(show_row, seen, error=True))
         secret = opened.rotate_secret(
             device_id,
             overlap=timedelta(seconds=overlap),
             expected_secret_hash=seen.shared_secret_hash,
-            expected_paired_at=arguments.parsed_timestamp(paired_at) or seen.paired_at,
+            expected_paired_at=paired_at or seen.paired_at,
         )
         device = opened.devices.get(device_id)
     _report_secret(context, "Rotated the secret of", device, secret)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import app, open_named, target_of
-from homeagent.cli.arguments import AcknowledgeOption, DryRunOption
+from homeagent.cli.application import app, open_named
+from homeagent.cli.arguments import AcknowledgeOption, DryRunOption, flag, option
 from homeagent.cli.output import count, print_facts, print_result, shown_progress
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
@@ -21,12 +21,8 @@ _COLOURS = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.CRITICAL:
 @app.command()
 def doctor(
     context: typer.Context,
-    thorough: Annotated[
-        bool, typer.Option("--thorough", help="Run the full integrity check too, without a time limit.")
-    ] = False,
-    fix: Annotated[
-        bool, typer.Option("--fix", help="Make the repairs that lose no data, and list each repair.")
-    ] = False,
+    thorough: Annotated[bool, flag("--thorough", "Run the full integrity check too, without a time limit.")] = False,
+    fix: Annotated[bool, flag("--fix", "Make the repairs that lose no data, and list each repair.")] = False,
     acknowledge: AcknowledgeOption = None,
 ) -> None:
     """Check the database. For each problem, show its meaning and its remedy.
@@ -38,7 +34,7 @@ def doctor(
     """
     try:
         with shown_progress(context, "checking"):
-            diagnosis = diagnose(target_of(context), thorough=thorough, fix=fix, acknowledged=acknowledge or ())
+            diagnosis = diagnose(context.obj.database, thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
         # Exit with status 2 instead of 1, because exit status 1 of the doctor means warnings.
         raise typer.BadParameter(str(error)) from None
@@ -90,13 +86,10 @@ def _budget(seconds: float | None) -> float | None:
 def sweep(
     context: typer.Context,
     batch_size: Annotated[
-        int, typer.Option(min=1, max=MAX_LIMIT, metavar="ROWS", help="Maximum number of rows per transaction.")
+        int, option("ROWS", "Maximum number of rows per transaction.", min=1, max=MAX_LIMIT, show_default=True)
     ] = 100,
     time_budget: Annotated[
-        float | None,
-        typer.Option(
-            callback=_budget, metavar="SECONDS", help="Longest time for the command.", show_default="no limit"
-        ),
+        float | None, option("SECONDS", "Longest time for the command.", callback=_budget, show_default="no limit")
     ] = None,
     dry_run: DryRunOption = False,
 ) -> None:

@@ -20,12 +20,10 @@ from homeagent.unit_of_work import UnitOfWork
 
 keys: typer.Typer = group("keys", help="Settle the idempotency keys with an abandoned attempt.")
 
-AttemptOption = Annotated[
-    int | None,
-    arguments.option(
-        metavar="NUMBER", help="Refuse the change if the number of the last attempt differs from this number."
-    ),
-]
+MethodArgument = Annotated[str, arguments.argument("METHOD", "Name of the method.")]
+KeyArgument = Annotated[str, arguments.argument("KEY", "Key that the device chose.")]
+_ATTEMPT_HELP = "Refuse the change if the number of the last attempt differs from this number."
+AttemptOption = Annotated[int | None, arguments.option("NUMBER", _ATTEMPT_HELP)]
 
 _HEADINGS = ("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at")
 
@@ -54,9 +52,9 @@ def abandoned(
 def resolve(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
-    method: arguments.MethodArgument,
-    key: arguments.KeyArgument,
-    result: Annotated[str, arguments.argument(metavar="RESULT", help="Return value of the effect, as JSON.")],
+    method: MethodArgument,
+    key: KeyArgument,
+    result: Annotated[str, arguments.argument("RESULT", "Return value of the effect, as JSON.")],
     attempt: AttemptOption = None,
     yes: arguments.YesOption = False,
 ) -> None:
@@ -68,15 +66,15 @@ def resolve(
     scope = IdempotencyScope.of_record(device_id, method, key)
     question = f"Record that this effect took place, with the result {json.dumps(value)}?"
     done = "Resolved: retries return this result."
-    _settle(context, scope, lambda store: store.resolve(scope, value), question, done, attempt=attempt, yes=yes)
+    _settle(context, scope, lambda store: store.resolve(scope, value), question, done)
 
 
 @keys.command()
 def forget(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
-    method: arguments.MethodArgument,
-    key: arguments.KeyArgument,
+    method: MethodArgument,
+    key: KeyArgument,
     attempt: AttemptOption = None,
     yes: arguments.YesOption = False,
 ) -> None:
@@ -87,7 +85,7 @@ def forget(
     scope = IdempotencyScope.of_record(device_id, method, key)
     question = "Let the next call run this effect again?"
     done = "Forgotten: the next call runs the effect."
-    _settle(context, scope, lambda store: store.forget(scope), question, done, attempt=attempt, yes=yes)
+    _settle(context, scope, lambda store: store.forget(scope), question, done)
 
 
 def _abandoned(unit: UnitOfWork, scope: IdempotencyScope) -> IdempotencyKey | None:
@@ -108,11 +106,8 @@ def _settle(
     change: Callable[[IdempotencyKeyStore], bool],
     question: str,
     done: str,
-    *,
-    attempt: int | None,
-    yes: bool,
 ) -> None:
-    require_expected(yes=yes, option="--attempt", value=attempt, source="as 'keys abandoned --json' prints it")
+    require_expected(context, "attempt", "as 'keys abandoned --json' prints it")
     with open_named(context) as opened:
         changed = change_shown(
             context,
@@ -123,9 +118,7 @@ def _settle(
             name=f"the key of {scope.method!r} by {scope.device_id!r}",
             # Also compare the owner, because two attempts of a key can have the same number but different owners.
             columns=("attempt", "owner"),
-            expected=attempt,
-            yes=yes,
-            show=lambda row: print_table(_HEADINGS, [] if row is None else [_row_of(row)], error=True),
+            show=lambda row: print_table(_HEADINGS, [_row_of(row)], error=True),
         )
     text = done if changed else "This key has no abandoned attempt: nothing to do."
     print_result(context, {"changed": changed}, text)

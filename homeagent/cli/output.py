@@ -23,9 +23,7 @@ _LEAST = 24  # minimum width of a column that contains a longer text, in charact
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print a value as JSON if the operator passed --json. Without --json, print `text`, or call `text` if `text` is a
-    function.
-    """
+    """Print a value as JSON if the operator passed --json, and otherwise print the text, or call the function."""
     if context.obj.as_json:
         # Escape characters outside ASCII, so that the output is valid in any encoding and can't control the terminal.
         typer.echo(json.dumps(value, indent=2))
@@ -38,15 +36,12 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
 def print_list(
     context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object, form: Format
 ) -> None:
-    """Print a list as JSON or as rows. If the list has as many rows as `--limit`, print a note on standard error that
-    more rows can exist.
-    """
+    """Print a list as JSON or as rows. If the list has `--limit` rows, print a note about more rows."""
     rows = list(rows)
     print_result(context, values, lambda: print_table(headings, rows, form=form))
     if len(rows) == context.params.get("limit") and not context.obj.as_json:
-        typer.echo(
-            f"The list ends at its limit of {count(len(rows), 'row')}: raise --limit to see more rows.", err=True
-        )
+        limit = count(len(rows), "row")
+        typer.echo(f"The list ends at its limit of {limit}: raise --limit to see more rows.", err=True)
 
 
 def print_table(
@@ -99,11 +94,13 @@ def print_facts(
                 # Print the value below its name, because the space next to the name is too narrow.
                 space, indent = "\n  ", 2
             # Do not wrap a line that begins with a space, because the line is a command to copy.
-            wrapped = [
-                [line] if line.startswith(" ") else wrap(line, available - indent, break_long_words=False)
+            lines = [
+                part
                 for line in lines
+                for part in (
+                    [line] if line[:1] in ("", " ") else wrap(line, available - indent, break_long_words=False)
+                )
             ]
-            lines = [part for parts in wrapped for part in parts or [""]]
         typer.echo(label + space + ("\n" + " " * indent).join(lines), err=error)
 
 

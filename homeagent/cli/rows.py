@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import func, select
 
 from homeagent.cli.application import confirm
-from homeagent.cli.arguments import parsed_timestamp
 from homeagent.cli.output import format_timestamp, print_facts
 from homeagent.cli.visible_text import identity
 from homeagent.database import Database
@@ -74,11 +73,11 @@ def json_argument(text: str | None, name: str) -> Any:
 
 
 def require_expected(
-    *, yes: bool, option: str, value: object, source: str = "as the list of the rows prints it with --json"
+    context: typer.Context, name: str, source: str = "as the list of the rows prints it with --json"
 ) -> None:
-    """Raise `typer.BadParameter` if the operator passed --yes without the value that identifies the row."""
-    if yes and value is None:
-        raise typer.BadParameter(f"--yes needs {option}, {source}.")
+    """Raise `typer.BadParameter` if the operator passed --yes without the option `name`, which identifies the row."""
+    if context.params["yes"] and context.params[name] is None:
+        raise typer.BadParameter(f"--yes needs --{name.replace('_', '-')}, {source}.")
 
 
 def change_shown(
@@ -90,32 +89,28 @@ def change_shown(
     *,
     name: str,
     columns: tuple[str, ...],
-    expected: str | int | None,
-    yes: bool,
-    dry_run: bool = False,
     show: Callable[[Any], object] = lambda row: show_row(row, error=True),
 ) -> T:
-    """Show a row, ask a question, and change the row. If a value in one of `columns` changed after the row was shown,
-    raise ConflictError.
+    """Show a row, ask a question, and change the row. If `read` returns None, do not ask.
 
-    If `read` returns None, do not ask. The argument `expected` is the required value of the first column, with a
-    timestamp as text. None means any value.
+    Raise ConflictError if a value in one of `columns` changed after the row was shown, or if the first column differs
+    from the option of the same name. With --dry-run undo the change.
     """
+    expected = context.params[columns[0]]
     seen = opened.run(read, read_only=True)
-    confirm(context, question, yes=yes or seen is None, dry_run=dry_run, show=partial(show, seen))
-    wanted = parsed_timestamp(expected) if isinstance(expected, str) else expected
+    confirm(context, question, partial(show, seen), asks=seen is not None)
 
     def work(unit: UnitOfWork) -> T:
         now = read(unit)
         if now is not None:
-            if wanted not in (None, getattr(now, columns[0])):
+            if expected not in (None, getattr(now, columns[0])):
                 raise ConflictError(
                     f"{name} has another value of {columns[0]} than {expected}: show it again, then decide"
                 )
             if any(getattr(seen, column, None) != getattr(now, column) for column in columns):
                 raise ConflictError(f"{name} changed after it was shown: show it again, then decide")
         result = change(unit)
-        if dry_run:
+        if context.params.get("dry_run"):
             unit.rollback()
         return result
 

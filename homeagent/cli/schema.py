@@ -1,6 +1,4 @@
-"""Commands that create or upgrade the schema (`homeagent init` and `homeagent migrate`), and the command that writes a
-revision of the application's own tables (`homeagent migrations new`).
-"""
+"""Commands that create or upgrade the schema (`init` and `migrate`), or write a revision (`migrations new`)."""
 
 from __future__ import annotations
 
@@ -13,13 +11,14 @@ from typing import Annotated
 
 import typer
 
-from homeagent.cli.application import WithoutDatabase, app, confirm, group, target_of
-from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, YesOption
+from homeagent.cli.application import WithoutDatabase, app, confirm, group, lasting_target
+from homeagent.cli.arguments import AcknowledgeOption, MigrationsOption, YesOption, flag, option
 from homeagent.cli.output import print_result
 from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.engine import APPLICATION_ID
+from homeagent.engine.sqlite.manifests import newest_backup
 from homeagent.engine.target import resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
 from homeagent.maintenance.adoption import AdoptionReport, preview_adoption
@@ -28,24 +27,13 @@ from homeagent.migrations import REVISION
 from homeagent.migrations.application import Application, named_folder
 
 
-def _backups(path: Path | None) -> set[Path]:
-    if path is None or not path.parent.is_dir():
-        return set()
-    return {
-        file
-        for file in path.parent.iterdir()
-        if file.name.startswith(f"{path.name}.") and file.name.endswith(".backup")
-    }
-
-
 @app.command()
 def init(
     context: typer.Context,
     migrations: MigrationsOption = None,
     acknowledge: AcknowledgeOption = None,
     adopt: Annotated[
-        bool,
-        typer.Option("--adopt", help="Add homeagent's tables to a database of an application, after a confirmation."),
+        bool, flag("--adopt", "Add homeagent's tables to a database of an application, after a confirmation.")
     ] = False,
     yes: YesOption = False,
 ) -> None:
@@ -55,23 +43,26 @@ def init(
     With --adopt, the database can already have tables of an application. Stop the application before you use --adopt.
     The command shows a report and asks for a confirmation. The command copies a SQLite file before the first change.
     """
-    if not adopt or not _adopt(context, target_of(context), migrations, acknowledge or (), yes=yes):
+    if not adopt or not _adopt(context, migrations, acknowledge or (), yes=yes):
         _report_upgrade(context, migrations, acknowledge or ())
 
 
-def _adopt(
-    context: typer.Context, target: str | None, migrations: str | None, acknowledged: Collection[str], *, yes: bool
-) -> bool:
+def _newest_backup(path: Path | None) -> Path | None:
+    return None if path is None else newest_backup(path)
+
+
+def _adopt(context: typer.Context, migrations: str | None, acknowledged: Collection[str], *, yes: bool) -> bool:
+    target = context.obj.database
     found = preview_adoption(target, migrations=migrations, acknowledged=acknowledged)
     if found is None:
         return False
-    confirm(context, f"Adopt {found.location}?", yes=yes, show=lambda: typer.echo("\n".join(_changes(found)), err=True))
+    confirm(context, f"Adopt {found.location}?", lambda: typer.echo("\n".join(_changes(found)), err=True))
     path = resolve_target(target).path
-    before = _backups(path)
+    before = _newest_backup(path)
     done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
-    # If the file already has homeagent's tables, the upgrade makes the backup, and `done.backup` is None.
-    made = sorted(_backups(path) - before)
-    done = done.model_copy(update={"backup": done.backup or (made[-1] if made else None)})
+    if done.backup is None and (newest := _newest_backup(path)) != before:
+        # The file had homeagent's tables already, so the upgrade made the backup.
+        done = done.model_copy(update={"backup": newest})
     kept = f" A copy from before is in {done.backup}." if done.backup else ""
     text = f"Adopted {done.location} at schema revision {REVISION}.{kept}"
     if yes:  # without --yes, the report is printed above the question
@@ -106,10 +97,8 @@ def migrate(context: typer.Context, migrations: MigrationsOption = None, acknowl
 
 
 def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged: Collection[str]) -> None:
-    target = target_of(context)
-    where = resolve_target(target)
-    if where.is_temporary:
-        raise InvalidArgumentError("a temporary database ends with this command: name a file or a server's URL")
+    target = context.obj.database
+    where = lasting_target(target)
     action, application = "unchanged", None
     found: str | None = REVISION
     try:
@@ -119,11 +108,12 @@ def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged
             action, application = "upgraded application", outdated.needed
         else:
             action, found = "made" if outdated.revision is None else "upgraded", outdated.revision
-    before = _backups(where.path)
+    before = _newest_backup(where.path)
     # Call `Database.open()` even for a current schema, because the call repairs the modes of directories and files.
     Database.open(target, migrations=migrations, acknowledged=acknowledged).close()
-    made = sorted(_backups(where.path) - before)
-    kept = f" A copy from before the upgrade is in {made[-1]}." if made else ""
+    newest = _newest_backup(where.path)
+    made = None if newest == before else newest
+    kept = f" A copy from before the upgrade is in {made}." if made else ""
     texts = {
         "made": f"Made {where.location} at schema revision {REVISION}.",
         "upgraded": f"Upgraded {where.location} from schema revision {found} to {REVISION}.{kept}",
@@ -135,7 +125,7 @@ def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged
         "action": action,
         "from_revision": found,
         "schema_revision": REVISION,
-        "backup": str(made[-1]) if made else None,
+        "backup": str(made) if made else None,
         **({} if application is None else {"application_revision": application}),
     }
     print_result(context, values, texts[action])
@@ -165,14 +155,12 @@ def downgrade() -> None:
 @migrations.command(cls=WithoutDatabase)
 def new(
     context: typer.Context,
-    message: Annotated[
-        str, typer.Option("--message", "-m", metavar="TEXT", help="Description of the change.", show_default=False)
-    ],
+    message: Annotated[str, option("TEXT", "Description of the change.", "--message", "-m")],
     migrations: MigrationsOption = None,
     package: Annotated[
-        str | None, typer.Option("--package", help="Package with the tables. Default: the package of --migrations.")
+        str | None, option("PACKAGE", "Package with the tables. Default: the package of --migrations.")
     ] = None,
-    empty: Annotated[bool, typer.Option("--empty", help="Write a revision that you complete by hand.")] = False,
+    empty: Annotated[bool, flag("--empty", "Write a revision that you complete by hand.")] = False,
 ) -> None:
     """Compare the application's tables with its revisions, and write the next revision.
 
@@ -188,10 +176,11 @@ def new(
     with explained("create the folder", folder / "versions"):
         (folder / "versions").mkdir(parents=True, exist_ok=True)
     script = _write(Application.of(migrations), folder, package, message, empty=empty)
-    text = "The revisions create all tables already: no revision was written. An empty revision needs --empty."
-    if script is not None:
-        text = f"Wrote {script}. Read the revision before you use it."
-    print_result(context, {"script": None if script is None else str(script)}, text)
+    if script is None:
+        text = "The revisions create all tables already: no revision was written. An empty revision needs --empty."
+        print_result(context, {"script": None}, text)
+    else:
+        print_result(context, {"script": str(script)}, f"Wrote {script}. Read the revision before you use it.")
 
 
 def import_tables(migrations: str | None) -> None:

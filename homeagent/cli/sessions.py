@@ -21,9 +21,9 @@ sessions: typer.Typer = group("sessions", help="List, move and delete sessions, 
 @sessions.command("list")
 def list_sessions(
     context: typer.Context,
-    agent: Annotated[str | None, arguments.option(metavar="AGENT", help="Only sessions of this agent.")] = None,
-    sender: Annotated[str | None, arguments.option(metavar="SENDER", help="Only sessions with this sender.")] = None,
-    channel: Annotated[str | None, arguments.option(metavar="CHANNEL", help="Only sessions in this channel.")] = None,
+    agent: Annotated[str | None, arguments.option("AGENT", "Only sessions of this agent.")] = None,
+    sender: Annotated[str | None, arguments.option("SENDER", "Only sessions with this sender.")] = None,
+    channel: Annotated[str | None, arguments.option("CHANNEL", "Only sessions in this channel.")] = None,
     limit: arguments.LimitOption = 100,
     after: arguments.AfterOption = None,
     form: arguments.FormatOption = arguments.Format.TABLE,
@@ -54,11 +54,11 @@ def show(context: typer.Context, session_id: arguments.SessionArgument) -> None:
 def move(
     context: typer.Context,
     session_id: arguments.SessionArgument,
-    agent: Annotated[str | None, arguments.option(metavar="AGENT", help="New agent.")] = None,
-    sender: Annotated[str | None, arguments.option(metavar="SENDER", help="New sender.")] = None,
-    no_sender: Annotated[bool, typer.Option("--no-sender", help="Move to a route without a sender.")] = False,
-    channel: Annotated[str | None, arguments.option(metavar="CHANNEL", help="New channel.")] = None,
-    no_channel: Annotated[bool, typer.Option("--no-channel", help="Move to a route without a channel.")] = False,
+    agent: Annotated[str | None, arguments.option("AGENT", "New agent.")] = None,
+    sender: Annotated[str | None, arguments.option("SENDER", "New sender.")] = None,
+    no_sender: Annotated[bool, arguments.flag("--no-sender", "Move to a route without a sender.")] = False,
+    channel: Annotated[str | None, arguments.option("CHANNEL", "New channel.")] = None,
+    no_channel: Annotated[bool, arguments.flag("--no-channel", "Move to a route without a channel.")] = False,
 ) -> None:
     """Give a session a different agent, sender or channel.
 
@@ -89,7 +89,7 @@ def delete(
 
     The command shows the session and asks for a confirmation. The option --yes needs --created-at.
     """
-    require_expected(yes=yes, option="--created-at", value=created_at)
+    require_expected(context, "created_at")
     with open_named(context) as opened:
         change_shown(
             context,
@@ -99,7 +99,5 @@ def delete(
             lambda unit: unit.sessions.delete(session_id),
             name=f"session {session_id!r}",
             columns=("created_at",),
-            expected=created_at,
-            yes=yes,
         )
     print_result(context, {"deleted": 1}, f"Deleted {quoted(session_id)}.")

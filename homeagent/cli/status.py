@@ -8,7 +8,7 @@ from datetime import datetime
 
 import typer
 
-from homeagent.cli.application import app, open_named, target_of
+from homeagent.cli.application import app, open_named
 from homeagent.cli.arguments import Format, FormatOption
 from homeagent.cli.output import count, format_timestamp, print_facts, print_list, print_result, print_table
 from homeagent.engine.target import DEFAULT_PATH, ENVIRONMENT_VARIABLE, resolve_target
@@ -54,22 +54,21 @@ def _summary(found: DatabaseStatus) -> dict[str, str]:
     facts = {
         "Database": found.location,
         "Engine": engine,
-        "Schema revision": str(found.schema_revision),
-        **({} if found.application_revision is None else {"Application's revision": found.application_revision}),
+        "Schema revision": found.schema_revision,
+        "Application's revision": found.application_revision,
+        "Epoch": None
+        if found.restored_at is None
+        else f"{found.epoch}, restored at {format_timestamp(found.restored_at)}",
+        "Durability": found.durability,
+        "Write-ahead log": None if found.wal_bytes is None else count(found.wal_bytes, "byte"),
     }
-    if found.restored_at is not None:
-        facts["Epoch"] = f"{found.epoch}, restored at {format_timestamp(found.restored_at)}"
-    if found.durability is not None:
-        facts["Durability"] = found.durability
-    if found.wal_bytes is not None:
-        facts["Write-ahead log"] = count(found.wal_bytes, "byte")
-    return facts
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 @app.command()
 def config(context: typer.Context, form: FormatOption = Format.TABLE) -> None:
     """Show the settings of the commands, and where each setting comes from. The command opens no database."""
-    named = target_of(context)
+    named = context.obj.database
     target = resolve_target(named)
     if named is not None:
         source = "--database"

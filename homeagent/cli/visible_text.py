@@ -24,9 +24,7 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
-    """Return the main writing system: Latin if the text has Latin letters, and otherwise the most frequent writing
-    system.
-    """
+    """Return Latin if the text has Latin letters, and otherwise the most frequent writing system."""
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None
 
