@@ -6,12 +6,16 @@ import io
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import pytest
 
+from homeagent import AgentCreate, AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
 from homeagent.cli.commands import command
+from tests.conftest import START, FakeClock
 
 
 class Result(NamedTuple):
@@ -58,3 +62,14 @@ def invoke(
             command(list(map(str, arguments)), prog_name="homeagent")
     assert isinstance(ended.value.code, int)
     return Result(ended.value.code, output.getvalue(), errors.getvalue())
+
+
+def create_rows(path: Path) -> None:
+    """Open a store, and create a row in each table at `START`. The attempt of the idempotency key is abandoned."""
+    with Database.open(path, clock=FakeClock()) as database:
+        database.pair(DevicePair(id="lamp", role=Role.NODE))
+        database.agents.create(AgentCreate(id="butler", name="Butler", workspace_path="/srv"))
+        database.sessions.create(AgentSessionCreate(session_id="talk", agent_id="butler"))
+        database.nonces.consume("lamp", "n1", expires_at=START + timedelta(minutes=5))
+        scope = IdempotencyScope("lamp", "play", "k1")
+        database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(days=300))

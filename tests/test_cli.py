@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from alembic import command
+from alembic import command as alembic
 from homeagent import Database, DevicePair, Role
 from homeagent.cli.visible_text import escape_words, identity
 from homeagent.engine.files import database_file as files
@@ -30,16 +31,6 @@ def _run(*arguments: str, environment: dict[str, str] | None = None) -> Any:
     return fork_server.run_command(*arguments, environment=inherited | (environment or {}))
 
 
-def _assert_refused(done: Any, *words: str) -> None:
-    assert done.returncode == 1, done
-    assert done.stdout == ""
-    assert done.stderr.startswith("homeagent: ")
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.endswith("\n")
-    for word in words:
-        assert word in done.stderr
-
-
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Path of a database in a private directory that does not exist yet."""
@@ -49,38 +40,31 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def ready(sqlite_path: Path) -> Path:
     """Create a database with an admin device that waits for approval."""
-    with Database.open(sqlite_path) as database:
-        database.pair(DevicePair.model_validate({"id": "desk", "role": "admin", "metadata": {"os": "[bold]x"}}))
+    add_device(sqlite_path)
     return sqlite_path
 
 
-def test_init_status_and_sweep_as_processes(path: Path) -> None:
-    """If a process creates the file, other processes find it through the option and through the environment."""
+def add_device(path: Path) -> None:
+    with Database.open(path) as database:
+        database.pair(DevicePair.model_validate({"id": "desk", "role": "admin", "metadata": {"os": "[bold]x"}}))
+
+
+def test_init_and_status_as_processes(path: Path) -> None:
+    """If a process creates the file, other processes find it by the option and by the variable, and keep its rows."""
     made = _run("--database", str(path), "init", "--json")
     assert (made.returncode, made.stderr) == (0, "")
-    assert json.loads(made.stdout) == {
-        "location": str(path),
-        "action": "made",
-        "from_revision": None,
-        "schema_revision": REVISION,
-        "backup": None,
-    }
+    expected = {"location": str(path), "action": "made", "from_revision": None, "schema_revision": REVISION}
+    assert json.loads(made.stdout) == {**expected, "backup": None}
+    add_device(path)
     seen = _run("status", "--json", environment={"HOMEAGENT_DATABASE": str(path)})
     assert (seen.returncode, seen.stderr) == (0, "")
     status = json.loads(seen.stdout)
-    assert status["location"] == str(path)
-    assert status["schema_revision"] == REVISION
+    assert (status["location"], status["schema_revision"]) == (str(path), REVISION)
     assert status["pragmas"]["foreign_keys"] == 1
     assert status["file_modes"][path.name] == "0600"
-    assert status["rows"]["devices"] == 0
-
-
-def test_init_is_idempotent(ready: Path) -> None:
-    """If the database exists, `init` reports that the schema is up to date and keeps the stored rows."""
-    again = invoke("init", "--database", ready)
-    assert again.exit_code == 0
-    assert again.stdout == f"{ready} is at schema revision {REVISION} already: nothing to do.\n"
-    assert json.loads(invoke("status", "--json", "--database", ready).stdout)["rows"]["devices"] == 1
+    again = invoke("init", "--database", path)
+    assert (again.exit_code, again.stdout) == (0, f"{path} is at schema revision {REVISION} already: nothing to do.\n")
+    assert json.loads(invoke("status", "--json", "--database", path).stdout)["rows"]["devices"] == 1
 
 
 def test_migrate_says_from_and_to_and_names_the_copy(path: Path) -> None:
@@ -103,7 +87,7 @@ def _at_revision(path: Path, revision: str) -> None:
     engine = SQLiteEngine(path, busy_timeout=timedelta(seconds=5), durability="full")
     engine.prepare_header()
     with engine.connect() as connection, connection.begin():
-        command.upgrade(alembic_config(connection), revision)
+        alembic.upgrade(alembic_config(connection), revision)
     engine.close()
 
 
@@ -136,7 +120,9 @@ def test_a_server_is_made_and_shown_without_its_password(empty_postgres_url: str
 def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
     """A repaired file mode causes a warning if the command succeeds, and no second line if the command is refused."""
     ready.chmod(0o644)
-    _assert_refused(_run("devices", "approve", "nobody", "--database", str(ready)), "no device 'nobody'")
+    refused = _run("devices", "approve", "nobody", "--database", str(ready))
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert re.fullmatch(r"homeagent: no device 'nobody'.*\n", refused.stderr)
     ready.chmod(0o644)
     repaired = _run("status", "--database", str(ready))
     assert repaired.returncode == 0
@@ -162,6 +148,12 @@ def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
         "devices approve desk --status gone",
         "devices approve desk --paired-at 2030-01-01",
         "devices list --role king",
+        "devices delete --before 2030-01-01T00:00:00Z --yes",
+        "devices delete --pending --yes",
+        "devices delete --pending --before 2030-01-01 --yes",
+        "sessions move talk",
+        "sessions move talk --sender anna --no-sender",
+        "agents update maid",
     ],
 )
 def test_wrong_usage_ends_with_2(arguments: str, path: Path) -> None:
@@ -205,15 +197,8 @@ def test_sweep_removes_expired_rows(ready: Path) -> None:
     waiting = json.loads(invoke("status", "--json", "--database", ready).stdout)
     assert waiting["expired"]["nonces"] == 5
     swept = invoke("sweep", "--json", "--batch-size", "2", "--time-budget", "60", "--database", ready)
-    assert json.loads(swept.stdout) == {
-        "nonces": 5,
-        "idempotency_keys": 0,
-        "pending_devices": 0,
-        "device_changes": 0,
-        "more": False,
-        "skipped": 0,
-        "constraints": [],
-    }
+    zeros = dict.fromkeys(("idempotency_keys", "pending_devices", "device_changes", "skipped"), 0)
+    assert json.loads(swept.stdout) == {"nonces": 5, "more": False, "constraints": [], **zeros}
     assert invoke("sweep", "--database", ready).stdout == "Removed 0 nonces and 0 idempotency keys.\n"
 
 
@@ -233,37 +218,37 @@ def test_approve_shows_the_device_and_asks(ready: Path) -> None:
     assert "nothing to do" in invoke("devices", "approve", "desk", "--database", ready).stdout
 
 
-@pytest.mark.parametrize("status", ["pending", "approved"])
-def test_approve_keeps_a_device_revoked_meanwhile(ready: Path, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If another admin revokes the device before `approve` commits, the device stays revoked."""
+def _revoke(other: Database) -> None:
+    other.devices.revoke("desk", reason="stolen", force=True)
+
+
+def _pair_again(other: Database) -> None:
+    other.devices.delete("desk", force=True)
+    other.pair(DevicePair(id="desk", role=Role.ADMIN))
+
+
+@pytest.mark.parametrize(
+    ("command", "approved", "change", "refusal", "status"),
+    [
+        ("approve", False, _revoke, "another status", "revoked"),
+        ("approve", True, _revoke, "another status", "revoked"),
+        ("approve", False, _pair_again, "another secret", "pending"),
+        ("delete", False, lambda other: other.devices.approve("desk"), "changed after it was shown", "approved"),
+    ],
+)
+def test_a_device_that_changes_during_the_question(
+    ready: Path, command: str, approved: bool, change: Any, refusal: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If another admin revokes, approves or replaces the device before the command commits, the command refuses."""
     with Database.open(ready) as other:
-        if status == "approved":
+        if approved:
             other.devices.approve("desk")
-
-        def revoke(*_: Any, **__: Any) -> None:
-            other.devices.revoke("desk", reason="stolen", force=True)
-
-        monkeypatch.setattr("homeagent.cli.devices.confirm", revoke)
-        done = invoke("devices", "approve", "desk", "--database", ready, input="y\n")
-    assert done.exit_code == 1
-    assert "another status" in done.stderr
-    assert _devices(ready)[0]["status"] == "revoked"
-
-
-def test_a_yes_to_another_device_is_refused(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the device is deleted and pairs again while `approve` asks, a yes is refused."""
-
-    def pair_again(*_: Any, **__: Any) -> None:
-        with Database.open(ready) as other:
-            other.run(lambda unit: unit.devices.delete("desk"))
-            other.pair(DevicePair(id="desk", role=Role.ADMIN))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("homeagent.cli.devices.confirm", pair_again)
-        refused = invoke("devices", "approve", "desk", "--database", ready)
-    assert (refused.exit_code, refused.stdout) == (1, "")
-    assert "another secret" in refused.stderr
-    assert _devices(ready)[0]["approved"] is False
+        module = {"approve": "devices", "delete": "rows"}[command]
+        monkeypatch.setattr(f"homeagent.cli.{module}.confirm", lambda *_, **__: change(other))
+        done = invoke("devices", command, "desk", "--database", ready)
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert refusal in done.stderr
+    assert _devices(ready)[0]["status"] == status
 
 
 def test_a_revoked_device_is_approved_by_its_status_alone(ready: Path) -> None:
@@ -289,19 +274,18 @@ def test_a_revoked_device_is_approved_by_its_status_alone(ready: Path) -> None:
 
 def test_approve_refuses_a_device_other_than_the_listed(ready: Path) -> None:
     """If the script passes another role or pairing time than the list prints, `approve` refuses."""
-    seen = _devices(ready)[0]
-    approve = ["devices", "approve", "desk", "--yes", "--json", "--database", str(ready)]
-    wrong_role = invoke(*approve, "--role", "client", "--paired-at", seen["paired_at"])
-    assert wrong_role.exit_code == 1
-    assert "another role" in wrong_role.stderr
-    wrong_time = invoke(*approve, "--role", "admin", "--paired-at", "2020-01-01T00:00:00Z")
-    assert wrong_time.exit_code == 1
-    assert "another time of pairing" in wrong_time.stderr
+    paired_at = _devices(ready)[0]["paired_at"]
+    approve = ["devices", "approve", "desk", "--yes", "--json", "--database", str(ready), "--role"]
+    for values, refusal in (
+        (["client", "--paired-at", paired_at], "another role"),
+        (["admin", "--paired-at", "2020-01-01T00:00:00Z"], "another time of pairing"),
+    ):
+        refused = invoke(*approve, *values)
+        assert refused.exit_code == 1
+        assert refusal in refused.stderr
     assert _devices(ready)[0]["approved"] is False
-    done = invoke(*approve, "--role", "admin", "--paired-at", seen["paired_at"])
-    assert done.exit_code == 0
-    assert json.loads(done.stdout)["changed"] is True
-    assert json.loads(done.stdout)["device"]["approved"] is True
+    done = json.loads(invoke(*approve, "admin", "--paired-at", paired_at).stdout)
+    assert (done["changed"], done["device"]["approved"]) == (True, True)
 
 
 def test_an_id_that_resembles_another_is_escaped(ready: Path) -> None:

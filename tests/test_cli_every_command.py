@@ -15,42 +15,28 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy.engine.default import DefaultDialect
 
-from homeagent import AgentCreate, AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
+from homeagent import Database
 from homeagent.cli.commands import command
 from homeagent.cli.operator_texts import PHRASES
 from homeagent.engine.sqlite.dialect import connect
 from tests import fork_server
-from tests.command_line import Result, invoke
+from tests.command_line import Result, create_rows, invoke
 from tests.conftest import ROOT, START, FakeClock
 
 # Values of parameters. A new parameter with another name needs a value only if its command requires the parameter.
+# BACKUP is a path in the directory of the store, as are STORE and NEW.
 VALUES = {
-    "agent_id": "butler",
-    "attempt": "1",
-    "backup": "BACKUP",  # a path in the directory of the store, as are STORE and NEW
-    "created_at": START.isoformat(),
-    "destination": "NEW",
-    "device_id": "lamp",
-    "epoch": "1",
-    "key": "k1",
-    "message": "Nothing",
-    "method": "play",
-    "name": "New",
-    "paired_at": START.isoformat(),
-    "result": "null",
-    "role": "node",
-    "session_id": "talk",
-    "source": "STORE",
-    "target": "NEW",
-    "workspace": "/srv",
-}
+    "agent_id": "butler", "attempt": "1", "backup": "BACKUP", "created_at": START.isoformat(), "destination": "NEW",
+    "device_id": "lamp", "epoch": "1", "key": "k1", "message": "Nothing", "method": "play", "name": "New",
+    "paired_at": START.isoformat(), "result": "null", "role": "node", "session_id": "talk", "source": "STORE",
+    "target": "NEW", "workspace": "/srv",
+}  # fmt: skip
 OTHERS = {"devices pair": {"device_id": "new"}, "agents create": {"agent_id": "new"}}
 MORE = {
     "agents delete": ["--with-sessions"],
@@ -86,13 +72,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a closed store with a row in each table, and of a backup."""
     directory = tmp_path_factory.mktemp("prepared") / "private"
     path = directory / "h.db"
+    create_rows(path)
     with Database.open(path, clock=FakeClock()) as database:
-        database.pair(DevicePair(id="lamp", role=Role.NODE))
-        database.agents.create(AgentCreate(id="butler", name="Butler", workspace_path="/srv"))
-        database.sessions.create(AgentSessionCreate(session_id="talk", agent_id="butler"))
-        database.nonces.consume("lamp", "n1", expires_at=START + timedelta(minutes=5))
-        scope = IdempotencyScope("lamp", "play", "k1")
-        database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(days=300))
         database.backup(directory / "h.backup")
     return directory
 

@@ -18,6 +18,7 @@ from tests.conftest import FakeClock
 
 SCOPES = [IdempotencyScope("lamp", "orders.create", f"key-{number}") for number in range(2)]
 LIVE = IdempotencyScope("lamp", "orders.create", "live")
+UNKNOWN = IdempotencyScope.of_record("a/../b", "m", "k")
 
 
 def invoke(path: Path, *arguments: str, input: str = "") -> Result:
@@ -91,18 +92,29 @@ def test_forget(path: Path) -> None:
     assert call(path, SCOPES[1]) == "ran"
 
 
-@pytest.mark.parametrize("command", [["resolve", *parts(SCOPES[0]), "1"], ["forget", *parts(SCOPES[0])]], ids=str)
-def test_nothing_changes_without_the_expected_attempt(path: Path, command: list[str]) -> None:
-    """Without the answer yes, without `--attempt` after `--yes`, or with another attempt, no row changes."""
-    for options, status, text in (
-        (["--yes"], 2, "--yes needs --attempt"),
-        (["--json"], 2, "pass --yes"),
-        (["--yes", "--attempt", "2"], 1, "another value of attempt than 2"),
-        ([], 1, "[y/N]"),
-    ):
-        refused = invoke(path, *command, *options, input="n\n")
-        assert (refused.exit_code, refused.stdout) == (status, "")
-        assert text in refused.stderr
+@pytest.mark.parametrize("command", ["resolve", "forget"])
+@pytest.mark.parametrize(
+    ("scope", "options", "status", "text"),
+    [
+        (SCOPES[0], ["--yes"], 2, "--yes needs --attempt"),
+        (SCOPES[0], ["--json"], 2, "pass --yes"),
+        (SCOPES[0], ["--yes", "--attempt", "2"], 1, "another value of attempt than 2"),
+        (SCOPES[0], [], 1, "[y/N]"),
+        (LIVE, [], 1, "in progress"),
+        (UNKNOWN, [], 1, "no idempotency key has this device, method and key: find"),
+        (UNKNOWN, ["--yes", "--attempt", "1", "--json"], 1, '"error": "NotFoundError"'),
+    ],
+    ids=str,
+)
+def test_refusals(
+    path: Path, command: str, scope: IdempotencyScope, options: list[str], status: int, text: str
+) -> None:
+    """Without the answer yes, the expected attempt or an abandoned attempt, the command refuses and changes no row."""
+    result = ["1"] if command == "resolve" else []
+    refused = invoke(path, command, *parts(scope), *result, *options, input="n\n")
+    assert (refused.exit_code, refused.stdout) == (status, "")
+    assert text in refused.stderr
+    assert "[y/N]" in text or refused.stderr.count("\n") == 1
     assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
 
 
@@ -124,29 +136,9 @@ def test_a_later_attempt_with_the_same_number(path: Path, monkeypatch: pytest.Mo
     assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
 
 
-@pytest.mark.parametrize("arguments", [["resolve", *parts(LIVE), "1"], ["forget", *parts(LIVE)]], ids=str)
-def test_unexpired_lease(path: Path, arguments: list[str]) -> None:
-    """If the lease has not expired, the commands refuse in a line that does not show the key."""
-    refused = invoke(path, *arguments)
-    assert refused.exit_code == 1
-    assert refused.stdout == ""
-    assert refused.stderr.count("\n") == 1
-    assert "in progress" in refused.stderr
-
-
 def test_wrong_usage(path: Path) -> None:
     """If a result is not JSON, the status is 2 and no row changes."""
     wrong = invoke(path, "resolve", *parts(SCOPES[0]), "{order")
     assert wrong.exit_code == 2
     assert "must be JSON" in wrong.stderr
     assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
-
-
-@pytest.mark.parametrize("arguments", [["resolve", "a/../b", "m", "k", "1"], ["forget", "a/../b", "m", "k"]], ids=str)
-def test_unknown_key(path: Path, arguments: list[str]) -> None:
-    """If the key does not exist, the commands refuse in a line that names the remedy."""
-    refused = invoke(path, *arguments)
-    assert (refused.exit_code, refused.stdout, refused.stderr.count("\n")) == (1, "", 1)
-    assert "no idempotency key has this device, method and key: find" in refused.stderr
-    refused = invoke(path, *arguments, "--yes", "--attempt", "1", "--json")
-    assert (refused.exit_code, json.loads(refused.stderr)["error"]) == (1, "NotFoundError")

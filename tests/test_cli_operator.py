@@ -1,4 +1,4 @@
-"""What an operator does with the command line: lists, decisions with a question, dry runs, and a whole day."""
+"""What an operator does with the command line: lists, decisions with a question, and dry runs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ import time
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import apsw
 import pytest
-from pydantic import SecretStr
 
-from homeagent import AgentCreate, AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
+from homeagent import AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
 from homeagent.errors import DatabaseBusyError
-from tests.command_line import invoke
-from tests.conftest import START, Children, FakeClock
+from tests.command_line import create_rows, invoke
+from tests.conftest import START, FakeClock
 
 LONG_ID = "kitchen-thermostat-on-the-left-side-of-the-door-to-the-garden"
 AT_START = START.isoformat()
@@ -26,13 +24,8 @@ AT_START = START.isoformat()
 
 @pytest.fixture
 def store(sqlite_path: Path) -> Path:
-    """A closed store with a device, an agent with a session, and an idempotency key, all created at `START`."""
-    with Database.open(sqlite_path, clock=FakeClock()) as database:
-        database.pair(DevicePair(id="lamp", role=Role.NODE))
-        database.agents.create(AgentCreate(id="butler", name="Butler", workspace_path="/srv"))
-        database.sessions.create(AgentSessionCreate(session_id="talk", agent_id="butler"))
-        scope = IdempotencyScope("lamp", "play", "k1")
-        database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(days=300))
+    """A closed store with a row in each table, all created at `START`."""
+    create_rows(sqlite_path)
     return sqlite_path
 
 
@@ -68,15 +61,9 @@ def test_times_and_forms_of_a_list(store: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(table) == 3
     assert LONG_ID in table[1]
     assert "2026-01-02 08:34:05.678+05:30" in table[2]
-    rows = [
-        line.split("\t")
-        for line in invoke("devices", "list", "--format", "tsv", "--database", store).stdout.splitlines()
-    ]
-    assert rows == [
-        ["device", "role", "status", "paired_at", "last_seen_at"],
-        [LONG_ID, "node", "pending", "2026-01-02T03:04:05.678Z", ""],
-        ["lamp", "node", "pending", "2026-01-02T03:04:05.678Z", ""],
-    ]
+    rows = invoke("devices", "list", "--format", "tsv", "--database", store).stdout
+    row = "\tnode\tpending\t2026-01-02T03:04:05.678Z\t\n"
+    assert rows == f"device\trole\tstatus\tpaired_at\tlast_seen_at\n{LONG_ID}{row}lamp{row}"
 
 
 def test_the_first_admin_in_one_command(sqlite_path: Path) -> None:
@@ -132,7 +119,7 @@ def test_a_deletion_shows_the_row_and_asks(store: Path, command: str) -> None:
         (["devices", "delete", "lamp"], {"deleted": 1, "idempotency_keys": 1}),
         (["devices", "delete", "--pending", "--before", "2030-01-01T00:00:00Z"], {"deleted": 1}),
         (["agents", "delete", "butler", "--with-sessions"], {"deleted": 1, "sessions": 1}),
-        (["sweep"], {"nonces": 0, "idempotency_keys": 1, "pending_devices": 1, "device_changes": 0}),
+        (["sweep"], {"nonces": 1, "idempotency_keys": 1, "pending_devices": 1, "device_changes": 0}),
     ],
     ids=str,
 )
@@ -150,13 +137,6 @@ def test_a_dry_run_counts_and_changes_nothing(store: Path, arguments: list[str],
     assert shown.stdout.endswith("Nothing was changed.\n")
     with Database.open(store) as database:
         assert database.status().rows == before
-
-
-def test_a_dry_run_refuses_what_the_deletion_refuses(store: Path) -> None:
-    """If an agent has sessions, the dry run of its deletion is refused as the deletion is."""
-    refused = invoke("agents", "delete", "butler", "--dry-run", "--database", store)
-    assert refused.exit_code == 1
-    assert "or pass --with-sessions" in refused.stderr
 
 
 def test_questions_and_progress_at_a_terminal(store: Path, tmp_path: Path) -> None:
@@ -216,35 +196,20 @@ def test_an_epoch_is_expected(store: Path, tmp_path: Path, monkeypatch: pytest.M
         assert "cannot be opened: " in asked.stderr
 
 
-def test_a_device_that_changed_after_the_question_stays(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the device is approved while `delete` asks, the answer yes does not delete the device."""
-
-    def approve(*_: Any, **__: Any) -> None:
-        with Database.open(store) as other:
-            other.devices.approve("lamp")
-
-    monkeypatch.setattr("homeagent.cli.rows.confirm", approve)
-    refused = invoke("devices", "delete", "lamp", "--database", store)
-    assert refused.exit_code == 1
-    assert "changed after it was shown" in refused.stderr
-    assert invoke("devices", "show", "lamp", "--database", store).exit_code == 0
-
-
 def test_agents_are_created_and_changed(store: Path) -> None:
     """`create` and `update` store the values; an invalid value and an agent with sessions are refused in a line."""
     at = ["--database", str(store)]
-    made = invoke(
-        "agents", "create", "maid", "--name", "M", "--workspace", "/srv", "--config", '{"a": 1}', "--json", *at
-    )
+    create = ["--name", "M", "--workspace", "/srv", *at]
+    made = invoke("agents", "create", "maid", "--config", '{"a": 1}', "--json", *create)
     assert json.loads(made.stdout)["config"] == {"a": 1}
     assert invoke("agents", "update", "maid", "--config", "null", *at).exit_code == 0
     changed = json.loads(invoke("agents", "show", "maid", "--json", *at).stdout)
     assert (changed["name"], changed["config"]) == ("M", None)
-    assert invoke("agents", "update", "maid", *at).exit_code == 2
-    assert invoke("agents", "create", "x\ny", "--name", "M", "--workspace", "/srv", *at).exit_code == 2
-    in_use = invoke("agents", "delete", "butler", "--yes", "--created-at", AT_START, "--json", *at)
-    assert json.loads(in_use.stderr)["details"] == {"agent_id": "butler", "session_count": 1}
-    assert "--with-sessions" in json.loads(in_use.stderr)["message"]
+    assert invoke("agents", "create", "x\ny", *create).exit_code == 2
+    for option in ([], ["--dry-run"]):
+        in_use = invoke("agents", "delete", "butler", "--yes", "--created-at", AT_START, "--json", *option, *at)
+        assert json.loads(in_use.stderr)["details"] == {"agent_id": "butler", "session_count": 1}
+        assert "or pass --with-sessions" in json.loads(in_use.stderr)["message"]
 
 
 def test_sessions_are_moved(store: Path) -> None:
@@ -259,8 +224,6 @@ def test_sessions_are_moved(store: Path) -> None:
     taken = invoke("sessions", "move", "other", "--sender", "anna", *at)
     assert taken.exit_code == 1
     assert "move or delete that session" in taken.stderr
-    for options in ([], ["--sender", "anna", "--no-sender"]):
-        assert invoke(*move, *options, *at).exit_code == 2
 
 
 def test_config_shows_the_source(store: Path) -> None:
@@ -285,66 +248,3 @@ def test_nonces_forget_releases_the_limit(sqlite_path: Path) -> None:
     with Database.open(sqlite_path) as database:
         database.nonces.consume("lamp", "n1", expires_at=soon)
     assert invoke("nonces", "forget", "lamp", "--database", sqlite_path).stdout == "Released 1 nonce of 'lamp'.\n"
-
-
-GATEWAY = """
-import sys
-import anyio
-from homeagent import Database
-
-async def main():
-    with Database.open(sys.argv[1]) as database:
-        print("ready", flush=True)
-        async for change in database.watch_devices(after=0):
-            print(change.kind, change.device_id, flush=True)
-
-anyio.run(main)
-"""
-
-
-def test_a_whole_day(tmp_path: Path, children: Children, empty_postgres_url: str) -> None:
-    """Each decision of an operator takes effect in a running gateway, and survives a restore and a move to a server."""
-    path = tmp_path / "store" / "h.db"
-
-    def run(*arguments: object) -> Any:
-        done = invoke("--json", "--database", path, *arguments, input=None)
-        assert done.exit_code == 0, done.stderr
-        return json.loads(done.stdout)
-
-    def status_of(secret: SecretStr | str) -> str:
-        with Database.open(path) as database:
-            return str(database.check_secret("phone", secret).status)
-
-    run("init")
-    assert run("devices", "pair", "desk", "--role", "admin", "--approve")["device"]["status"] == "approved"
-    gateway = children.start(GATEWAY, path)
-    obeyed = iter(gateway.stdout.readline, "")
-    assert next(obeyed) == "ready\n"
-    with Database.open(path) as database:  # a phone asks the gateway
-        secret = database.pair(DevicePair(id="phone", role=Role.CLIENT)).shared_secret
-    (asks,) = run("devices", "list", "--status", "pending")
-    seen = ["--yes", "--paired-at", asks["paired_at"]]
-    run("devices", "approve", "phone", "--role", asks["role"], *seen)
-    assert status_of(secret) == "approved"
-    new = run("devices", "rotate", "phone", *seen)["shared_secret"]  # the phone was lost, and is replaced
-    assert (status_of(secret), status_of(new)) == ("denied", "approved")
-    with Database.open(path) as database:
-        scope = IdempotencyScope("phone", "door.open", "k1")
-        database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(days=1))
-    (key,) = run("keys", "abandoned")
-    names = [key[name] for name in ("device_id", "method", "key")]
-    assert run("keys", "resolve", *names, "null", "--yes", "--attempt", key["attempt"]) == {"changed": True}
-    made = run("backup", f"{tmp_path}/backups/")["backup"]
-    run("devices", "revoke", "phone", "--reason", "lost again")
-    assert status_of(new) == "revoked"
-    changes = ["paired phone", "approved phone", "rotated phone", "revoked phone"]
-    assert [next(line for line in obeyed if "phone" in line) for _ in changes] == [f"{change}\n" for change in changes]
-    gateway.kill()
-    gateway.wait()
-    epoch = run("status")["epoch"]
-    assert run("restore", made, "--yes", "--epoch", epoch)["readmitted_devices"] == ["phone"]
-    run("devices", "revoke", "phone")
-    assert invoke("doctor", "--database", path).exit_code in {0, 1}  # a directory in memory is a warning
-    invoke("copy", path, empty_postgres_url)
-    listed = json.loads(invoke("devices", "list", "--json", "--database", empty_postgres_url).stdout)
-    assert {device["id"]: device["status"] for device in listed} == {"desk": "approved", "phone": "revoked"}
