@@ -6,7 +6,7 @@ import ast
 import functools
 import logging
 import re
-import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,12 @@ def documented() -> dict[str, tuple[set[str], set[str]]]:
 
 
 def test_every_record_has_its_event_and_is_documented() -> None:
-    """The code and the documented table name the same events, levels and fields."""
+    """The code and the page name the same events, levels and fields, and no field hides an attribute of each record."""
+    own = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
     found: dict[str, tuple[set[str], set[str]]] = {}
     for place, call in calls():
         fields = fields_of(place, call)
+        assert not set(fields) & own, place
         event = fields.pop("event", None)
         assert isinstance(event, ast.Constant), f"{place} has no event"
         assert isinstance(call.func, ast.Attribute)
@@ -92,13 +94,6 @@ def test_no_record_is_given_a_value_of_a_row() -> None:
         assert not names & VALUES, f"{place} is given {names & VALUES}"
 
 
-def test_no_field_hides_a_built_in_attribute() -> None:
-    """No field has the name of a built-in attribute of records such as `name`, at which logging itself would fail."""
-    own = set(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
-    for place, call in calls():
-        assert not set(fields_of(place, call)) & own, place
-
-
 def test_the_package_configures_no_logging_and_never_prints() -> None:
     """The package has a single logger, and outside the command line no handler, level, basicConfig or print."""
     for path in PACKAGE.rglob("*.py"):
@@ -109,48 +104,24 @@ def test_the_package_configures_no_logging_and_never_prints() -> None:
         assert set(re.findall(r"getLogger\((.*?)\)", text)) <= {'"homeagent"'}, path
 
 
-class Awaited(logging.Handler):
-    """A handler that sets an event when a record of the expected name arrives."""
-
-    def __init__(self, event: str) -> None:
-        super().__init__()
-        self.event = event
-        self.came = threading.Event()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Set the event if the record has the expected name."""
-        if _event(record) == self.event:
-            self.came.set()
-
-
-class Upset(Exception):
-    """An exception of a host's callback or clock."""
-
-
 def test_records_as_a_host_gets_them(sqlite_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     """Real records carry their event and figures as attributes, and no value of a row."""
     caplog.set_level(logging.DEBUG, logger="homeagent")
     sqlite_path.chmod(0o644)
-
-    def upset() -> None:
-        raise Upset
-
     with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=1)) as database:
         with database.unit_of_work() as unit:
             unit.devices.create(DeviceCreate(id="geheim-id", role=Role.NODE, shared_secret_hash="sha256$geheim"))
             unit.nonces.consume("geheim-id", "geheim-nonce", expires_at=clock.now + timedelta(minutes=1))
             unit.idempotency_keys.insert(IdempotencyScope("geheim-id", "geheim", "geheim"), "geheim", ttl=timedelta(1))
-            unit.after_commit(upset)
+            unit.after_commit(lambda: 1 / 0)
         database.pair(DevicePair.model_validate({"id": "geheim-2", "role": "node", "shared_secret": "geheim-secret"}))
         clock.advance(days=2)
-        swept_up = Awaited("swept")
-        logging.getLogger("homeagent").addHandler(swept_up)
-        try:
-            with database.sweeper(every=timedelta(hours=1)):
-                assert swept_up.came.wait(60)
-        finally:
-            logging.getLogger("homeagent").removeHandler(swept_up)
-    events = {_event(record): record for record in caplog.records if record.name == "homeagent"}
+        with database.sweeper(every=timedelta(hours=1)):
+            deadline = time.monotonic() + 60
+            while "swept" not in events_of(caplog):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+    events = events_of(caplog)
     assert {"file_mode_repaired", "after_commit_failed", "swept"} <= events.keys()
     swept: Any = events["swept"]
     assert (swept.nonces, swept.idempotency_keys, swept.more) == (1, 1, False)
@@ -160,5 +131,6 @@ def test_records_as_a_host_gets_them(sqlite_path: Path, clock: FakeClock, caplog
         assert "geheim" not in repr({**vars(record), "message": record.getMessage()})
 
 
-def _event(record: logging.LogRecord) -> str:
-    return str(getattr(record, "event", None))
+def events_of(caplog: pytest.LogCaptureFixture) -> dict[str, logging.LogRecord]:
+    """Return the last record of each event."""
+    return {str(vars(record).get("event")): record for record in caplog.records if record.name == "homeagent"}
