@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from homeagent import AgentCreate, Database, DevicePair, IdempotencyScope, Role
 from homeagent.engine.target import resolve_target
 from tests import fork_server
 from tests.command_line import invoke
-from tests.conftest import ROOT, FakeClock
+from tests.conftest import ROOT, FakeClock, add_device
 
 PAGES = {
     page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8")
@@ -35,7 +36,6 @@ FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 TESTS = {
     "chart": {"*": ".ci/site.py"},
     "mermaid": {"*": ".ci/site.py"},
-    "python": {"*": "tests/test_readme.py"},
     "py": {
         "docs/fastapi.md": "tests/test_fastapi_once.py",  # and tests/test_websocket.py
         "docs/how-to/migrate-own-tables.md": "tests/examples/test_hub.py",
@@ -53,7 +53,7 @@ TESTS = {
 }
 """The programs that run the blocks of a kind: by the name of a page, of a folder, or * for every page."""
 
-HERE = {"console", "json", "nginx", "sh", "text", "toml"}
+HERE = {"console", "json", "nginx", "python", "sh", "text", "toml"}
 """The kinds that this module checks, on each page that has no entry above."""
 
 NOT_RUN = {
@@ -102,6 +102,21 @@ def test_each_kind_has_a_test() -> None:
             for test in named:
                 source = (ROOT / test).read_text(encoding="utf-8")
                 assert Path(page).name in source or "*" in TESTS[language] or page.startswith("docs/tutorial/"), test
+
+
+@pytest.mark.parametrize("page", sorted({str(block.values[0]) for block in of_kind("python")}))
+def test_python_sessions(page: str, sqlite_database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python session of a page prints the documented output, with an open `database` and a pending `lamp`."""
+    add_device(sqlite_database, "lamp")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("HOMEAGENT_DATABASE", raising=False)
+    text = "".join(str(block.values[1]) for block in of_kind("python") if block.values[0] == page)
+    session = doctest.DocTestParser().get_doctest(text, {"database": sqlite_database}, page, page, 0)
+    assert len(session.examples) == text.count("\n>>> ") + text.startswith(">>> ") > 0
+    said: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session, out=said.append)
+    assert result.failed == 0, "".join(said)
 
 
 @pytest.fixture(scope="module")

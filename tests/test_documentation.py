@@ -88,8 +88,25 @@ def test_layers_diagram() -> None:
     assert named == re.findall(r"\w+", layers)
 
 
+def anchor_of(heading: str) -> str:
+    """Return the name of a heading after `#`: small letters, no punctuation, hyphens for blanks."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_link_targets_exist() -> None:
+    """Each link to a file of this tree leads to an existing file, and each section link leads to a heading."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    texts = {page.resolve(): page.read_text(encoding="utf-8") for page in pages}
+    for page, text in texts.items():
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text):
+            path = (page.parent / target).resolve() if target else page
+            assert path.exists(), (page, target)
+            headings = re.findall(r"^#+ (.+)$", texts[path], flags=re.MULTILINE) if anchor else []
+            assert not anchor or anchor in map(anchor_of, headings), (page, target, anchor)
+
+
 def test_answers_are_in_the_menu() -> None:
-    """Each question links to a heading of the page at the named place of the menu. Another test checks the links."""
+    """Each question links to a heading of the page at the named place of the menu."""
     navigation = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))["project"]["nav"]
     menu = {}
     for section, pages in (item for group in navigation for item in group.items()):
@@ -101,6 +118,6 @@ def test_answers_are_in_the_menu() -> None:
     answers = re.findall(r"^\| .+\? \| \[(.+)\]\((.+)#(.+)\) \| (.+) \|$", text, flags=re.MULTILINE)
     assert len(answers) >= 30
     for heading, page, anchor, place in answers:
-        assert anchor == re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        assert anchor == anchor_of(heading)
         # `.ci/site.py` copies the pages of the project's root with names in small letters.
         assert menu[place] == page.removeprefix("../").lower()

@@ -6,7 +6,7 @@ import ast
 import functools
 import logging
 import re
-import time
+import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,14 @@ def test_the_package_configures_no_logging_and_never_prints() -> None:
 def test_records_as_a_host_gets_them(sqlite_path: Path, clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
     """Real records carry their event and figures as attributes, and no value of a row."""
     caplog.set_level(logging.DEBUG, logger="homeagent")
+    swept_up = threading.Event()
+
+    def notice(record: logging.LogRecord) -> bool:
+        if vars(record).get("event") == "swept":
+            swept_up.set()
+        return True
+
+    caplog.handler.addFilter(notice)
     sqlite_path.chmod(0o644)
     with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=1)) as database:
         with database.unit_of_work() as unit:
@@ -117,11 +125,8 @@ def test_records_as_a_host_gets_them(sqlite_path: Path, clock: FakeClock, caplog
         database.pair(DevicePair.model_validate({"id": "geheim-2", "role": "node", "shared_secret": "geheim-secret"}))
         clock.advance(days=2)
         with database.sweeper(every=timedelta(hours=1)):
-            deadline = time.monotonic() + 60
-            while "swept" not in events_of(caplog):
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-    events = events_of(caplog)
+            assert swept_up.wait(60)
+    events = {str(vars(record).get("event")): record for record in caplog.records if record.name == "homeagent"}
     assert {"file_mode_repaired", "after_commit_failed", "swept"} <= events.keys()
     swept: Any = events["swept"]
     assert (swept.nonces, swept.idempotency_keys, swept.more) == (1, 1, False)
@@ -129,8 +134,3 @@ def test_records_as_a_host_gets_them(sqlite_path: Path, clock: FakeClock, caplog
     assert (repaired.path, repaired.mode_before, repaired.mode) == (str(sqlite_path), 0o644, 0o600)
     for record in events.values():
         assert "geheim" not in repr({**vars(record), "message": record.getMessage()})
-
-
-def events_of(caplog: pytest.LogCaptureFixture) -> dict[str, logging.LogRecord]:
-    """Return the last record of each event."""
-    return {str(vars(record).get("event")): record for record in caplog.records if record.name == "homeagent"}
