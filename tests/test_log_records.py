@@ -126,6 +126,7 @@ def test_records_as_a_host_gets_them(sqlite_path: Path, clock: FakeClock, caplog
         clock.advance(days=2)
         with database.sweeper(every=timedelta(hours=1)):
             assert swept_up.wait(60)
+    caplog.handler.removeFilter(notice)
     events = {str(vars(record).get("event")): record for record in caplog.records if record.name == "homeagent"}
     assert {"file_mode_repaired", "after_commit_failed", "swept"} <= events.keys()
     swept: Any = events["swept"]

@@ -35,13 +35,8 @@ FORBIDDEN_TEXTS = {
 def shipped_files() -> list[Path]:
     """Return the files of the project: the files that git tracks or could track, or all files of an unpacked sdist."""
     if (ROOT / ".git").exists():
-        listed = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=ROOT,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
     skipped = {".venv", "__pycache__", ".pytest_cache", ".hypothesis"}
     return [path for path in ROOT.rglob("*") if path.is_file() and skipped.isdisjoint(path.relative_to(ROOT).parts)]
@@ -51,10 +46,9 @@ def build(hook: str, source: Path, destination: Path) -> Path:
     """Run a hook of hatchling on a tree, as pip would but without a network, and return the built file."""
     destination.mkdir(exist_ok=True)
     program = f"import sys; from hatchling.build import {hook}; print({hook}(sys.argv[1]))"
-    name = subprocess.run(
-        [sys.executable, "-c", program, destination], cwd=source, check=True, capture_output=True, text=True
-    ).stdout.split()[-1]
-    return destination / name
+    command = [sys.executable, "-c", program, destination]
+    done = subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
+    return destination / done.stdout.split()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -89,29 +83,10 @@ def contents(wheel: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def shell_blocks(markdown: Path) -> list[str]:
-    """Return the text of each fenced block of shell commands, in order."""
-    return re.findall(r"^```sh\n(.*?)^```$", markdown.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-
-
-def check_contracts(tree: Path) -> subprocess.CompletedProcess[str]:
-    """Run import-linter on a tree.
-
-    Use a separate process: this process has imported the real package, and import-linter configures logging again.
-    """
-    program = "from importlinter.cli import lint_imports_command as lint; lint()"
-    return subprocess.run(
-        [sys.executable, "-c", program, "--config", "pyproject.toml", "--no-logo", "--no-cache"],
-        cwd=tree,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tree)},
-    )
-
-
 def test_readme_and_ci_name_the_same_commands() -> None:
     """The README's first commands run the example and then the tests, by the same line as the CI script."""
-    example, tests = shell_blocks(ROOT / "README.md")[:2]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example, tests = re.findall(r"^```sh\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)[:2]
     program = re.fullmatch(
         r"python3 -m venv \.venv && \.venv/bin/pip install --quiet --editable \. && \.venv/bin/python (\S+)\n", example
     )
@@ -202,13 +177,9 @@ def test_every_test_has_a_docstring() -> None:
     assert [test[:2] for test in tests if not test[2].lstrip().startswith('"""')] == []
 
 
-def test_the_folder_of_revisions_is_not_a_package() -> None:
-    """The folder of revisions has no `__init__.py`, which would hide the Alembic library in the checkout."""
-    assert list((ROOT / "alembic").rglob("__init__.py")) == []
-
-
 def test_alembic_finds_the_revisions() -> None:
-    """The `alembic` command needs no file except pyproject.toml, and the revisions are a single numbered chain."""
+    """The `alembic` command needs only pyproject.toml, and the revisions are a numbered chain that hides no library."""
+    assert list((ROOT / "alembic").rglob("__init__.py")) == []
     script = ScriptDirectory.from_config(Config(toml_file=ROOT / "pyproject.toml"))
     revisions = [revision.revision for revision in script.walk_revisions()]
     assert revisions[::-1] == [f"{number:04}" for number in range(1, len(revisions) + 1)]
@@ -241,29 +212,14 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert dict(entry_points["console_scripts"]) == {"homeagent": "homeagent.cli:main"}
 
 
-FROM_A_ZIP = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import homeagent
-from homeagent.cli import main
-assert homeagent.__file__.startswith(sys.argv[1]), homeagent.__file__
-sys.argv[1:] = ["init", "--database", sys.argv[2]]
-main()
-"""
-
-
 def test_package_runs_from_a_zip_file(wheel: Path, tmp_path: Path) -> None:
     """If the package runs from a zip file such as the wheel, homeagent finds the revisions."""
-    done = subprocess.run(
-        [sys.executable, "-c", FROM_A_ZIP, str(wheel), str(tmp_path / "private" / "h.db")],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        timeout=120,
-    )
+    database = tmp_path / "private" / "h.db"
+    command = [sys.executable, "-m", "homeagent", "init", "--database", database]
+    environment = {**os.environ, "PYTHONPATH": str(wheel)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "private" / "h.db").stat().st_size > 0
+    assert database.stat().st_size > 0
 
 
 def test_wheel_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp_path: Path) -> None:
@@ -312,7 +268,12 @@ def test_contracts_report_forbidden_imports(tmp_path: Path) -> None:
     for module, imported, _ in FORBIDDEN_IMPORTS:
         with (package / f"{module.replace('.', '/')}.py").open("a", encoding="utf-8") as file:
             file.write(f"\nimport {imported}\n")
-    report = " ".join(check_contracts(tmp_path).stdout.split())
+    # Use a separate process, because this process has imported the real package.
+    program = "from importlinter.cli import lint_imports_command as lint; lint()"
+    command = [sys.executable, "-c", program, "--config", "pyproject.toml", "--no-logo", "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    report = " ".join(done.stdout.split())
     # The last occurrence of a contract's name begins the list of its forbidden imports.
     names = {each["id"]: each["name"] for each in PYPROJECT["tool"]["importlinter"]["contracts"]}
     starts = sorted((report.rindex(name), contract) for contract, name in names.items())
