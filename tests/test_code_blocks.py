@@ -38,7 +38,7 @@ TESTS = {
     "mermaid": {"*": ".ci/site.py"},
     "py": {
         "docs/fastapi.md": "tests/test_fastapi_once.py",  # and tests/test_websocket.py
-        "docs/how-to/migrate-own-tables.md": "tests/examples/test_hub.py",
+        "docs/how-to/migrate-own-tables.md": "tests/examples/test_applications.py",
         "docs/how-to/observability.md": "tests/test_opentelemetry.py",
         "docs/how-to/test.md": "tests/test_testing.py",
         "docs/tutorial/": "tests/examples/test_tutorial.py",

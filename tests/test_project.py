@@ -46,7 +46,7 @@ def build(hook: str, source: Path, destination: Path) -> Path:
     """Run a hook of hatchling on a tree, as pip would but without a network, and return the built file."""
     destination.mkdir(exist_ok=True)
     program = f"import sys; from hatchling.build import {hook}; print({hook}(sys.argv[1]))"
-    command = [sys.executable, "-c", program, destination]
+    command = [sys.executable, "-c", program, str(destination)]
     done = subprocess.run(command, cwd=source, check=True, capture_output=True, text=True)
     return destination / done.stdout.split()[-1]
 
