@@ -15,7 +15,7 @@ import pytest
 
 from homeagent import AgentCreate, AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
 from homeagent.cli.commands import command
-from tests.conftest import START, FakeClock
+from tests.conftest import ROOT, START, FakeClock
 
 
 class Result(NamedTuple):
@@ -73,3 +73,12 @@ def create_rows(path: Path) -> None:
         database.nonces.consume("lamp", "n1", expires_at=START + timedelta(minutes=5))
         scope = IdempotencyScope("lamp", "play", "k1")
         database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(days=300))
+
+
+def old_store(directory: Path) -> Path:
+    """Return the path of a private store at revision 0002, in a new directory."""
+    path = directory / "h.db"
+    directory.mkdir(mode=0o700)
+    path.write_bytes((ROOT / "tests" / "fixtures" / "revisions" / "0002.db").read_bytes())
+    path.chmod(0o600)
+    return path
