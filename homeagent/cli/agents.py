@@ -9,7 +9,7 @@ import typer
 
 from homeagent.cli import arguments
 from homeagent.cli.application import group, open_named
-from homeagent.cli.output import count, print_list, print_result
+from homeagent.cli.output import count, print_deletion, print_list, print_result
 from homeagent.cli.rows import change_shown, count_rows, json_argument, public, request, require_expected, show_row
 from homeagent.cli.visible_text import quoted
 from homeagent.models.schemas import AgentCreate, AgentUpdate
@@ -44,7 +44,7 @@ def list_agents(
     with open_named(context) as opened:
         page = opened.agents.list(limit=limit, after=after)
     rows = [(agent.id, agent.name, agent.workspace_path, agent.created_at) for agent in page]
-    print_list(context, ("Agent", "Name", "Workspace", "Created at"), rows, list(map(public, page)), form)
+    print_list(context, ("Agent", "Name", "Workspace", "Created at"), rows, list(map(public, page)))
 
 
 @agents.command()
@@ -101,8 +101,4 @@ def delete(
             name=f"agent {agent_id!r}",
             columns=("created_at",),
         )
-    if dry_run:
-        text = f"Would delete {quoted(agent_id)} and {count(sessions, 'session')}. Nothing was changed."
-        print_result(context, {"dry_run": True, "deleted": 1, "sessions": sessions}, text)
-    else:
-        print_result(context, {"deleted": 1}, f"Deleted {quoted(agent_id)}.")
+    print_deletion(context, 1, quoted(agent_id), sessions=sessions)

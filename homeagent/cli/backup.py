@@ -20,7 +20,7 @@ from homeagent.database import Database
 from homeagent.engine.sqlite.manifests import Manifest, manifest_path, read_manifest
 from homeagent.environment import BUSY_TIMEOUT, busy_timeout_or_default
 from homeagent.errors import DatabaseBusyError, DatabaseError, SchemaOutdatedError
-from homeagent.maintenance import DatabaseStatus, RestoreReport
+from homeagent.maintenance import RestoreReport
 from homeagent.maintenance.restore import check_paths
 from homeagent.models.types import MAX_LIMIT
 
@@ -75,17 +75,12 @@ def restore(
     require_expected(context, "epoch", source_of_epoch)
     if not yes or epoch == 0:
         source, database, manifest = check_paths(backup, context.obj.database)
-        seen = _status(context)
-        show = partial(print_facts, _facts(source, manifest, database, seen).items(), error=True)
-        confirm(context, "Replace this database by this backup?", show)
-        if isinstance(seen, DatabaseStatus):
-            epoch = seen.epoch if epoch is None else epoch
-        elif not os.path.lexists(database):
-            epoch = epoch or 0
-        else:
-            # Replace 0 by None. With the expected epoch 0, `Database.restore` would refuse an unusable database whose
-            # epoch can be read.
-            epoch = epoch or None
+        seen, state = _state(context, database)
+        facts = {"Database": identity(str(database)), **state, "Backup": identity(str(source)), **_described(manifest)}
+        confirm(context, "Replace this database by this backup?", partial(print_facts, facts.items(), error=True))
+        # If the database can't be opened, replace 0 by None. With the expected epoch 0, `Database.restore` would
+        # refuse the database if the epoch can be read.
+        epoch = seen if epoch is None or (epoch == 0 and seen is None) else epoch
     with shown_progress(context, "verifying and restoring"):
         report = Database.restore(
             backup,
@@ -97,30 +92,24 @@ def restore(
     print_result(context, report.model_dump(mode="json"), lambda: _print(report))
 
 
-def _status(context: typer.Context) -> DatabaseStatus | DatabaseError:
+def _state(context: typer.Context, database: Path) -> tuple[int | None, dict[str, str]]:
+    """Return the epoch and the facts about a database. The epoch is 0 for an absent, None for an unusable database."""
     try:
         with open_named(context) as opened:
-            return opened.status()
+            seen = opened.status()
     except DatabaseBusyError:
         raise  # a busy database is not necessarily damaged
     except DatabaseError as error:
-        return error
+        if not os.path.lexists(database):
+            return 0, {"State": "absent"}
+        return None, {"State": escape_words(f"cannot be opened: {operator_text(str(error))}")}
+    return seen.epoch, {"Epoch": str(seen.epoch), "Devices": f"{seen.rows['devices']:,}"}
 
 
-def _facts(
-    source: Path, manifest: Manifest | None, database: Path, seen: DatabaseStatus | DatabaseError
-) -> dict[str, str]:
-    facts = {"Database": identity(str(database))}
-    if isinstance(seen, DatabaseStatus):
-        facts |= {"Epoch": str(seen.epoch), "Devices": f"{seen.rows['devices']:,}"}
-    elif os.path.lexists(database):
-        facts["State"] = escape_words(f"cannot be opened: {operator_text(str(seen))}")
-    else:
-        facts["State"] = "absent"
-    facts["Backup"] = identity(str(source))
+def _described(manifest: Manifest | None) -> dict[str, str]:
     if manifest is None:
-        return facts | {"Manifest": "absent"}
-    return facts | {
+        return {"Manifest": "absent"}
+    return {
         "Taken at": format_timestamp(manifest.taken_at),
         "Schema revision": str(manifest.schema_revision),
         "Devices in backup": f"{manifest.rows.get('devices', 0):,}",
@@ -134,14 +123,11 @@ def _print(report: RestoreReport) -> None:
     if report.kept_aside is not None:
         typer.echo(f"The old database is kept in {report.kept_aside}.")
     if report.readmitted_devices is None:
-        typer.echo(
-            "The devices revoked since the backup are unknown: check each device of 'devices list --status approved'."
-        )
+        advice = "check each device of 'devices list --status approved'"
+        typer.echo(f"The devices revoked since the backup are unknown: {advice}.")
     for device_id in report.readmitted_devices or ():
-        typer.echo(
-            f"{quoted(device_id)} has an approval or a role again that it had lost since the backup: "
-            "check or revoke it."
-        )
+        change = "has an approval or a role again that it had lost since the backup"
+        typer.echo(f"{quoted(device_id)} {change}: check or revoke it.")
     for device_id in report.old_secret_devices or ():
         typer.echo(f"{quoted(device_id)} has an older secret again: rotate the secret.")
 

@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group, open_named
-from homeagent.cli.output import count, print_list, print_result, print_table
+from homeagent.cli.output import count, print_deletion, print_list, print_result, print_table
 from homeagent.cli.rows import change_shown, count_rows, json_argument, public, request, require_expected, show_row
 from homeagent.cli.visible_text import quoted
 from homeagent.models.device import Device, DeviceStatus, Role
@@ -84,7 +84,7 @@ def list_devices(
             limit=limit,
             after=after,
         )
-    print_list(context, _HEADINGS, map(_row_of, page), list(map(public, page)), form)
+    print_list(context, _HEADINGS, map(_row_of, page), list(map(public, page)))
 
 
 @devices.command()
@@ -180,14 +180,11 @@ def delete(
             name=f"device {device_id!r}",
             columns=_DECISIVE,
         )
-    if dry_run:
-        text = f"Would delete 1 device and {count(keys, 'idempotency key')}. Nothing was changed."
-        print_result(context, {"dry_run": True, "deleted": 1, "idempotency_keys": keys}, text)
-    else:
-        print_result(context, {"deleted": 1}, "Deleted 1 device.")
+    print_deletion(context, 1, "1 device", idempotency_keys=keys)
 
 
 def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, yes: bool) -> None:
+    deleted = 0
     with open_named(context) as opened:
         if dry_run or not yes:
             found: list[Device] = []
@@ -196,19 +193,14 @@ def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, 
                 status=DeviceStatus.PENDING, order="paired_at", limit=1000, after=page[-1] if page else None
             ):
                 found += [device for device in page if device.paired_at < before]
-            devices = count(len(found), "pending device")
-            confirm(context, f"Delete {devices}?", partial(_show_first, found))
-        if dry_run:
-            text = f"Would delete {devices}. Nothing was changed."
-            print_result(context, {"dry_run": True, "deleted": len(found)}, text)
-            return
+            confirm(context, f"Delete {count(len(found), 'pending device')}?", partial(_show_first, found))
+            deleted = len(found) if dry_run else 0
         # Subtract a millisecond, because `delete_pending()` includes the devices that were paired exactly at the given
         # time, but --before excludes these devices.
         until = earlier(before, MILLISECOND)
-        deleted = 0
-        while batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until)):
+        while not dry_run and (batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until))):
             deleted += batch
-    print_result(context, {"deleted": deleted}, f"Deleted {count(deleted, 'pending device')}.")
+    print_deletion(context, deleted, count(deleted, "pending device"))
 
 
 def _show_first(found: list[Device]) -> None:

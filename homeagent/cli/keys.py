@@ -45,7 +45,7 @@ def abandoned(
     # Do not show parameters or results, because parameters and results can be private.
     shown = {"device_id", "method", "key", "attempt", "created_at", "lease_expires_at", "downstream_key"}
     values = [row.model_dump(mode="json", include=shown) for row in rows]
-    print_list(context, _HEADINGS, map(_row_of, rows), values, form)
+    print_list(context, _HEADINGS, map(_row_of, rows), values)
 
 
 @keys.command()

@@ -34,25 +34,34 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
 
 
 def print_list(
-    context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object, form: Format
+    context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object
 ) -> None:
-    """Print a list as JSON or as rows. If the list has `--limit` rows, print a note about more rows."""
+    """Print a list as JSON, or in the form of `--format`. If the list has `--limit` rows, print a note about more."""
     rows = list(rows)
-    print_result(context, values, lambda: print_table(headings, rows, form=form))
+    print_rows = _print_tsv if context.params["form"] is Format.TSV else print_table
+    print_result(context, values, lambda: print_rows(headings, rows))
     if len(rows) == context.params.get("limit") and not context.obj.as_json:
         limit = count(len(rows), "row")
         typer.echo(f"The list ends at its limit of {limit}: raise --limit to see more rows.", err=True)
 
 
-def print_table(
-    headings: Sequence[str], rows: Iterable[Sequence[object]], *, form: Format = Format.TABLE, error: bool = False
-) -> None:
+def _print_tsv(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    for row in ([heading.lower().replace(" ", "_") for heading in headings], *rows):
+        typer.echo("\t".join(map(_value, row)))
+
+
+def print_deletion(context: typer.Context, deleted: int, what: str, **others: int) -> None:
+    """Print what a command deleted. With --dry-run also print the numbers of the `others`, such as `sessions`."""
+    if context.params.get("dry_run"):
+        more = "".join(f" and {count(rows, name.removesuffix('s').replace('_', ' '))}" for name, rows in others.items())
+        text = f"Would delete {what}{more}. Nothing was changed."
+        print_result(context, {"dry_run": True, "deleted": deleted, **others}, text)
+    else:
+        print_result(context, {"deleted": deleted}, f"Deleted {what}.")
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, error: bool = False) -> None:
     """Print a table of texts, numbers and timestamps on standard output, or on standard error with `error=True`."""
-    if form is Format.TSV:
-        names = [heading.lower().replace(" ", "_") for heading in headings]
-        for row in (names, *rows):
-            typer.echo("\t".join(map(_value, row)))
-        return
     rows = list(rows)
     cells = [list(map(_cell, row)) for row in rows]
     widths = [max(map(_width, column)) for column in zip(headings, *cells, strict=True)]

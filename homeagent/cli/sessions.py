@@ -9,7 +9,7 @@ import typer
 
 from homeagent.cli import arguments
 from homeagent.cli.application import group, open_named
-from homeagent.cli.output import print_list, print_result
+from homeagent.cli.output import print_deletion, print_list, print_result
 from homeagent.cli.rows import change_shown, public, require_expected, show_row
 from homeagent.cli.visible_text import quoted
 from homeagent.models.session import AgentSession
@@ -39,7 +39,7 @@ def list_sessions(
         page = opened.run(read, read_only=True)
     rows = [(row.session_id, row.agent_id, row.sender_id, row.channel_id, row.last_active_at) for row in page]
     headings = ("Session", "Agent", "Sender", "Channel", "Last active at")
-    print_list(context, headings, rows, list(map(public, page)), form)
+    print_list(context, headings, rows, list(map(public, page)))
 
 
 @sessions.command()
@@ -100,4 +100,4 @@ def delete(
             name=f"session {session_id!r}",
             columns=("created_at",),
         )
-    print_result(context, {"deleted": 1}, f"Deleted {quoted(session_id)}.")
+    print_deletion(context, 1, quoted(session_id))

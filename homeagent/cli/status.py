@@ -68,38 +68,27 @@ def _summary(found: DatabaseStatus) -> dict[str, str]:
 @app.command()
 def config(context: typer.Context, form: FormatOption = Format.TABLE) -> None:
     """Show the settings of the commands, and where each setting comes from. The command opens no database."""
-    named = context.obj.database
-    target = resolve_target(named)
-    if named is not None:
-        source = "--database"
-    else:
-        source = f"${ENVIRONMENT_VARIABLE}" if os.environ.get(ENVIRONMENT_VARIABLE) else f"default, {DEFAULT_PATH}"
-    settings = [("database", target.location, source)]
-    settings.append(("engine", "sqlite" if target.url is None else "postgresql", source))
-    if target.url is not None:
-        # Show variables such as PGHOST, which PostgreSQL's client library reads, but do not show a password.
-        settings += [
-            (name, "set" if name == "PGPASSWORD" else value, f"${name}")
-            for name, value in sorted(os.environ.items())
-            if name.startswith("PG")
-        ]
-    durability = durability_or_default(DURABILITY)
+    target = resolve_target(context.obj.database)
+    source = _source(ENVIRONMENT_VARIABLE, f"default, {DEFAULT_PATH}") if context.obj.database is None else "--database"
+    server = () if target.url is None else sorted(name for name in os.environ if name.startswith("PG"))
     busy_timeout = busy_timeout_or_default(BUSY_TIMEOUT).total_seconds()
-    pool_size = pool_size_or_default(POOL_SIZE)
-    settings += [
-        (name, str(value), f"${variable}" if os.environ.get(variable) else "default")
-        for name, value, variable in (
-            ("durability", durability, "HOMEAGENT_DURABILITY"),
-            ("busy timeout", f"{busy_timeout:g} s", "HOMEAGENT_BUSY_TIMEOUT"),
-            ("pool size", pool_size, "HOMEAGENT_POOL_SIZE"),
-        )
-    ]
     zone = datetime.now().astimezone()
-    settings += [
-        ("time zone", f"{zone:%Z %z}", "$TZ" if os.environ.get("TZ") else "system"),
+    settings = [
+        ("database", target.location, source),
+        ("engine", "sqlite" if target.url is None else "postgresql", source),
+        # Show variables such as PGHOST, which PostgreSQL's client library reads, but do not show a password.
+        *((name, "set" if name == "PGPASSWORD" else os.environ[name], f"${name}") for name in server),
+        ("durability", str(durability_or_default(DURABILITY)), _source("HOMEAGENT_DURABILITY")),
+        ("busy timeout", f"{busy_timeout:g} s", _source("HOMEAGENT_BUSY_TIMEOUT")),
+        ("pool size", str(pool_size_or_default(POOL_SIZE)), _source("HOMEAGENT_POOL_SIZE")),
+        ("time zone", f"{zone:%Z %z}", _source("TZ", "system")),
         ("version", __version__, "package"),
         ("schema revision", REVISION, "package"),
         ("python", sys.version.split()[0], sys.executable),
     ]
     values = [{"setting": name, "value": value, "source": source} for name, value, source in settings]
-    print_list(context, ("Setting", "Value", "Source"), settings, values, form)
+    print_list(context, ("Setting", "Value", "Source"), settings, values)
+
+
+def _source(variable: str, default: str = "default") -> str:
+    return f"${variable}" if os.environ.get(variable) else default
