@@ -1,4 +1,4 @@
-"""What an operator does with the command line: lists, decisions with a question, and dry runs."""
+"""What an operator does with the command line: lists, decisions with a question, dry runs, and the doctor."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ import pytest
 
 from homeagent import AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
 from homeagent.errors import DatabaseBusyError
+from homeagent.maintenance import Diagnosis
+from homeagent.maintenance.doctor import CHECKS
 from tests.command_line import create_rows, invoke
-from tests.conftest import START, FakeClock
+from tests.conftest import ROOT, START, FakeClock, write_past_checks
 
 LONG_ID = "kitchen-thermostat-on-the-left-side-of-the-door-to-the-garden"
 AT_START = START.isoformat()
@@ -248,3 +250,153 @@ def test_nonces_forget_releases_the_limit(sqlite_path: Path) -> None:
     with Database.open(sqlite_path) as database:
         database.nonces.consume("lamp", "n1", expires_at=soon)
     assert invoke("nonces", "forget", "lamp", "--database", sqlite_path).stdout == "Released 1 nonce of 'lamp'.\n"
+
+
+# Long lists, and ids of an earlier version
+
+
+def _ids(path: Path, *options: str) -> list[str]:
+    done = invoke("devices", "list", *options, "--json", "--database", path)
+    assert done.exit_code == 0, done.stderr
+    return [device["id"] for device in json.loads(done.stdout)]
+
+
+def _pair(path: Path, *device_ids: str) -> None:
+    """Pair devices, a minute after one another."""
+    clock = FakeClock()
+    with Database.open(path, clock=clock) as database:
+        for device_id in device_ids:
+            database.pair(DevicePair(id=device_id, role=Role.NODE))
+            clock.advance(minutes=1)
+
+
+def test_delete_old_pending_devices(sqlite_path: Path) -> None:
+    """`delete` shows the old pending devices, asks, and deletes only these devices."""
+    _pair(sqlite_path, "old/1", "approved", "old/2", "new")
+    with Database.open(sqlite_path) as database:
+        database.devices.approve("approved")
+    before = (START + timedelta(minutes=3)).isoformat()
+    delete = ["devices", "delete", "--pending", "--before", before, "--database", str(sqlite_path)]
+    declined = invoke(*delete, input="n\n")
+    assert declined.exit_code == 1
+    assert "Delete 2 pending devices?" in declined.stderr
+    assert "old/2" in declined.stderr
+    assert "new" not in declined.stderr
+    assert _ids(sqlite_path) == ["approved", "new", "old/1", "old/2"]
+    assert json.loads(invoke(*delete, "--json", "--yes").stdout) == {"deleted": 2}
+    assert _ids(sqlite_path) == ["approved", "new"]
+    assert invoke(*delete, "--yes").stdout == "Deleted 0 pending devices.\n"
+
+
+def test_many_devices_are_shown_in_part(sqlite_path: Path) -> None:
+    """The question shows 20 devices and the number of the others."""
+    _pair(sqlite_path, *(f"device-{number:02}" for number in range(23)))
+    asked = invoke(
+        "devices", "delete", "--pending", "--before", "2030-01-01T00:00:00Z", "--database", sqlite_path, input="y\n"
+    )
+    assert "device-22" in asked.stderr
+    assert "device-02" not in asked.stderr
+    assert "and 3 other devices" in asked.stderr
+    assert asked.stdout == "Deleted 23 pending devices.\n"
+
+
+def test_list_in_the_order_of_pairing(sqlite_path: Path) -> None:
+    """The newest device comes first, pages continue after an id, and `--seen-before` leaves out other devices."""
+    _pair(sqlite_path, "b", "c", "a")
+    assert _ids(sqlite_path, "--order", "paired_at") == ["a", "c", "b"]
+    assert _ids(sqlite_path, "--order", "paired_at", "--limit", "1", "--after", "a") == ["c"]
+    for limit, note in (("2", "The list ends at its limit of 2 rows: raise --limit to see more rows.\n"), ("4", "")):
+        assert invoke("devices", "list", "--limit", limit, "--database", sqlite_path).stderr == note
+    with Database.open(sqlite_path) as database:
+        database.devices.update_last_seen("a", START)
+        database.devices.update_last_seen("b", START + timedelta(hours=1))
+    assert _ids(sqlite_path, "--seen-before", (START + timedelta(hours=1)).isoformat()) == ["a"]
+
+
+def test_commands_cope_with_ids_of_an_earlier_version(sqlite_path: Path) -> None:
+    """If a row has an id that no new row can have, the commands list, approve, revoke and settle the row."""
+    odd = "a/../b\u202e" + "x" * 600
+    with Database.open(sqlite_path) as database:
+        database.pair(DevicePair(id="lamp", role=Role.NODE))
+        scope = IdempotencyScope("lamp", "m", "k")
+        database.idempotency_keys.claim(scope, fingerprint="f", lease=timedelta(0), ttl=timedelta(hours=1))
+    for table, column in (("devices", "id"), ("idempotency_keys", "device_id"), ("idempotency_keys", "key")):
+        write_past_checks(sqlite_path, f"UPDATE {table} SET {column} = '{odd}'")
+    assert _ids(sqlite_path) == [odd]
+    assert odd.replace("\u202e", r"\u202e") in invoke("devices", "list", "--database", sqlite_path).stdout
+    (seen,) = json.loads(invoke("devices", "list", "--json", "--database", sqlite_path).stdout)
+    approve = ["--yes", "--role", "node", "--paired-at", seen["paired_at"], "--json"]
+    done = json.loads(invoke("devices", "approve", odd, *approve, "--database", sqlite_path).stdout)
+    assert done["device"]["id"] == odd
+    assert invoke("devices", "revoke", odd, "--database", sqlite_path).exit_code == 0
+    settled = invoke("keys", "resolve", odd, "m", odd, "1", "--database", sqlite_path, input="y\n")
+    assert "Resolved" in settled.stdout
+    assert invoke("keys", "abandoned", "--json", "--database", sqlite_path).stdout == "[]\n"
+    checked = invoke("doctor", "--database", sqlite_path)
+    assert "can be read" in checked.stdout
+    refused = invoke("devices", "revoke", "\udcff", "--database", sqlite_path)
+    assert refused.exit_code == 1
+    assert "no device" in refused.stderr
+
+
+# The doctor, on whose output and exit status monitoring can rely
+
+
+@pytest.fixture
+def on_disk(sqlite_path: Path, on_a_disk: None) -> Path:
+    """A fresh, migrated file on a file system that the doctor treats as a disk."""
+    return sqlite_path
+
+
+def test_the_status_shows_the_worst_finding(on_disk: Path) -> None:
+    """The status is 0 without findings, 1 for warnings and 2 for critical findings; the JSON is the model."""
+    statuses = []
+    for mode in (0o600, 0o640, 0o666):
+        on_disk.chmod(mode)
+        done = invoke("--database", on_disk, "doctor", "--json")
+        found = Diagnosis.model_validate_json(done.stdout)
+        assert (done.exit_code, done.stderr) == (found.exit_status, "")
+        # If the temporary directory is in memory, the doctor gives a further warning.
+        modes = found.finding("files")
+        assert modes is not None
+        statuses.append(modes.severity.exit_status)
+    assert statuses == [0, 1, 2]
+
+
+def test_the_text_names_remedies(on_disk: Path) -> None:
+    """The text shows each bad finding with its meaning, remedy and command, and ends with their number."""
+    with Database.open(on_disk) as database:
+        database.pair(DevicePair(id="lamp", role=Role.NODE))
+    done = invoke("doctor", "--database", on_disk, env={"COLUMNS": "200"})
+    assert done.exit_code == 1
+    assert "There are devices and no approved admin." in done.stdout
+    assert "It means: devices can be approved or revoked only by a shell" in done.stdout
+    assert "What to do: pair a device with the role admin" in done.stdout
+    assert "homeagent devices list --role admin" in done.stdout
+    assert f"{on_disk}: 1 of " in done.stdout
+    assert "lamp" not in done.stdout
+
+
+def test_fix_reports_repairs(on_disk: Path) -> None:
+    """`--fix` repairs, reports each repair, and ends with the remaining findings."""
+    on_disk.chmod(0o644)
+    done = invoke("doctor", "--fix", "--database", on_disk, env={"COLUMNS": "200"})
+    assert done.exit_code == 0
+    assert "Repaired, files: gave 'homeagent.db' mode 0600; it had 0644." in done.stdout
+    assert "All is well" in done.stdout
+
+
+@pytest.mark.parametrize("target", [":memory:", "mysql://me:geheim@127.0.0.1/db", ""])
+def test_an_invalid_target_ends_with_2(target: str) -> None:
+    """If the doctor can't inspect a target, the status is 2 for wrong usage, and no password is shown."""
+    done = invoke("--database", target, "doctor", env={"HOMEAGENT_DATABASE": ":memory:"})
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert "geheim" not in done.output
+
+
+def test_every_check_is_documented() -> None:
+    """The tables of the documentation list every check, in the order of the doctor's report."""
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = page.partition("## Doctor")[2].partition("\n## ")[0]
+    assert tuple(re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE)) == CHECKS
