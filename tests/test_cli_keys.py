@@ -36,13 +36,8 @@ def path(sqlite_path: Path) -> Path:
     clock = FakeClock(datetime.now(UTC) - timedelta(hours=1))
     with Database.open(sqlite_path, clock=clock) as database:
         for scope in (*SCOPES, LIVE):
-            if scope is LIVE:
-                clock.advance(hours=2)
-            database.run(
-                lambda unit, scope=scope: unit.idempotency_keys.claim(  # type: ignore[misc]
-                    scope, fingerprint="f", lease=timedelta(minutes=1), ttl=timedelta(days=1)
-                )
-            )
+            lease = timedelta(hours=2) if scope is LIVE else timedelta(minutes=1)
+            database.idempotency_keys.claim(scope, fingerprint="f", lease=lease, ttl=timedelta(days=1))
             clock.advance(minutes=1)
     return sqlite_path
 
@@ -62,15 +57,8 @@ def test_abandoned(path: Path) -> None:
     assert shown.stdout.index("key-0") < shown.stdout.index("key-1")
     listed = json.loads(invoke(path, "abandoned", "--json").stdout)
     assert [row["key"] for row in listed] == ["key-0", "key-1"]
-    assert set(listed[0]) == {
-        "device_id",
-        "method",
-        "key",
-        "attempt",
-        "created_at",
-        "lease_expires_at",
-        "downstream_key",
-    }
+    fields = "device_id method key attempt created_at lease_expires_at downstream_key"
+    assert set(listed[0]) == set(fields.split())
     assert [row["key"] for row in json.loads(invoke(path, "abandoned", "--json", "--limit", "1").stdout)] == ["key-0"]
 
 

@@ -68,7 +68,7 @@ NOT_RUN = {
     "pg_basebackup": "tests/postgresql/server.py makes each standby by this program.",
     "pg_restore": "The PostgreSQL of the tests comes without this program.",
     "pip": "A test needs no network. Another test here checks the names of the extras.",
-    "python3": "`.ci/run` and tests/examples/test_gateway.py run the commands of the README.",
+    "python3": "`.ci/run` and tests/examples/test_applications.py run the commands of the README.",
     "systemctl": "The tests have no service manager.",
     "umask": "The mode of the files of this test is private already.",
 }
