@@ -102,15 +102,13 @@ def print_facts(
             if max([min(_LEAST, _width(value)), *map(_width, value.split())]) > available - indent:
                 # Print the value below its name, because the space next to the name is too narrow.
                 space, indent = "\n  ", 2
-            # Do not wrap a line that begins with a space, because the line is a command to copy.
-            lines = [
-                part
-                for line in lines
-                for part in (
-                    [line] if line[:1] in ("", " ") else wrap(line, available - indent, break_long_words=False)
-                )
-            ]
+            lines = [part for line in lines for part in _wrapped(line, available - indent)]
         typer.echo(label + space + ("\n" + " " * indent).join(lines), err=error)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    # Do not wrap a line that begins with a space, because the line is a command to copy.
+    return [line] if line[:1] in ("", " ") else wrap(line, width, break_long_words=False)
 
 
 def _width(text: str) -> int:

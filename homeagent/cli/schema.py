@@ -47,10 +47,6 @@ def init(
         _report_upgrade(context, migrations, acknowledge or ())
 
 
-def _newest_backup(path: Path | None) -> Path | None:
-    return None if path is None else newest_backup(path)
-
-
 def _adopt(context: typer.Context, migrations: str | None, acknowledged: Collection[str], *, yes: bool) -> bool:
     target = context.obj.database
     found = preview_adoption(target, migrations=migrations, acknowledged=acknowledged)
@@ -58,9 +54,9 @@ def _adopt(context: typer.Context, migrations: str | None, acknowledged: Collect
         return False
     confirm(context, f"Adopt {found.location}?", lambda: typer.echo("\n".join(_changes(found)), err=True))
     path = resolve_target(target).path
-    before = _newest_backup(path)
+    before = path and newest_backup(path)
     done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
-    if done.backup is None and (newest := _newest_backup(path)) != before:
+    if done.backup is None and path is not None and (newest := newest_backup(path)) != before:
         # The file had homeagent's tables already, so the upgrade made the backup.
         done = done.model_copy(update={"backup": newest})
     kept = f" A copy from before is in {done.backup}." if done.backup else ""
@@ -108,10 +104,10 @@ def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged
             action, application = "upgraded application", outdated.needed
         else:
             action, found = "made" if outdated.revision is None else "upgraded", outdated.revision
-    before = _newest_backup(where.path)
+    before = where.path and newest_backup(where.path)
     # Call `Database.open()` even for a current schema, because the call repairs the modes of directories and files.
     Database.open(target, migrations=migrations, acknowledged=acknowledged).close()
-    newest = _newest_backup(where.path)
+    newest = where.path and newest_backup(where.path)
     made = None if newest == before else newest
     kept = f" A copy from before the upgrade is in {made}." if made else ""
     texts = {

@@ -51,14 +51,13 @@ def _print(found: DatabaseStatus) -> None:
 def _summary(found: DatabaseStatus) -> dict[str, str]:
     name = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}.get(found.engine, found.engine)
     engine = f"{name} {found.engine_version}, through {found.driver} {found.driver_version}"
+    epoch = f"{found.epoch}, restored at {format_timestamp(found.restored_at)}" if found.restored_at else None
     facts = {
         "Database": found.location,
         "Engine": engine,
         "Schema revision": found.schema_revision,
         "Application's revision": found.application_revision,
-        "Epoch": None
-        if found.restored_at is None
-        else f"{found.epoch}, restored at {format_timestamp(found.restored_at)}",
+        "Epoch": epoch,
         "Durability": found.durability,
         "Write-ahead log": None if found.wal_bytes is None else count(found.wal_bytes, "byte"),
     }
