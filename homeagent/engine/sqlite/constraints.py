@@ -5,8 +5,7 @@ of a UNIQUE constraint. The names of all other constraints are only in the text 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import apsw
 
@@ -28,10 +27,21 @@ _TARGET = re.compile(rf"\s*(?:WITH\b.*?\)\s*)?(INSERT|REPLACE|UPDATE|DELETE)\b.*
 _IGNORED = re.compile(r"/\*.*?\*/|\b(OR\s+\w+|INTO|FROM)\b\s*", re.I | re.S)
 
 
-class _ForeignKey(NamedTuple):
-    table: str
-    columns: tuple[str, ...]
-    parent: str
+# Without a target, SQLite has refused a COMMIT. Then only a deferred key can be violated.
+_FOREIGN_KEYS = """
+    SELECT child.name, group_concat(key."from", ', ' ORDER BY key.seq)
+    FROM sqlite_master AS child, pragma_foreign_key_list(child.name) AS key
+    WHERE child.type = 'table' AND CASE WHEN :target = ''
+        THEN child.sql LIKE '%DEFERR%' AND key.id IN (SELECT fkid FROM pragma_foreign_key_check(child.name))
+        ELSE :verb <> 'DELETE' AND child.name = :target COLLATE NOCASE
+            OR :verb <> 'INSERT' AND key."table" = :target COLLATE NOCASE
+        END
+    GROUP BY child.name, key.id
+"""
+_UNIQUE_INDEXES = """
+    SELECT name FROM pragma_index_list(:table) AS listed WHERE "unique" AND origin = 'c' AND :columns =
+        (SELECT group_concat(name, ', ' ORDER BY seqno) FROM pragma_index_info(listed.name))
+"""
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
@@ -53,24 +63,22 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
             table, _, constraint = str(error).rpartition(" ")[2].partition(".")
         elif message.startswith("index '"):
             constraint = message.removeprefix("index '").removesuffix("'")
-            found = _rows(raw, "SELECT tbl_name FROM sqlite_master WHERE type = 'index' AND name = ?", constraint)
+            found = _rows(
+                raw, "SELECT tbl_name FROM sqlite_master WHERE type = 'index' AND name = :name", name=constraint
+            )
             table = str(found[0][0]) if found else None
         else:
             table = message.partition(".")[0]
-            columns = tuple(part.removeprefix(f"{table}.") for part in message.split(", "))
-            constraint = (_unique_name(raw, table, columns) if kind == "unique" else None) or ", ".join(columns)
+            columns = message.replace(f"{table}.", "")
+            constraint = (_unique_name(raw, table, columns) if kind == "unique" else None) or columns
     except (apsw.Error, UnicodeError):
         pass  # the schema can't be read, so the error contains only the names that were found before
     return constraint_conflict(kind, table, constraint, sqlite_code_name(error))
 
 
-def _rows(raw: Any, query: str, *parameters: object) -> list[Any]:
+def _rows(raw: Any, query: str, **parameters: object) -> list[Any]:
     rows: list[Any] = raw.execute(query, parameters).fetchall()
     return rows
-
-
-def _tables(raw: Any) -> list[tuple[str, str]]:
-    return _rows(raw, "SELECT name, sql FROM sqlite_master WHERE type = 'table'")
 
 
 def _target(statement: str | None) -> tuple[str, str]:
@@ -84,26 +92,25 @@ def _unquoted(name: str) -> str:
 
 
 def _table_of_check(raw: Any, check: str, statement: str | None) -> str | None:
-    holders = [name for name, sql in _tables(raw) if check in sql]
+    holders = _rows(raw, "SELECT name FROM sqlite_master WHERE type = 'table' AND instr(sql, :check)", check=check)
     _, target = _target(statement)
-    of_target = [name for name in holders if name.lower() == target.lower()]
-    found = of_target or holders
+    found = [name for (name,) in holders if name.lower() == target.lower()] or [name for (name,) in holders]
     return found[0] if len(found) == 1 else None
 
 
-def _unique_name(raw: Any, table: str, columns: tuple[str, ...]) -> str | None:
+def _unique_name(raw: Any, table: str, columns: str) -> str | None:
     """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on the given columns, or None."""
-    for (index,) in _rows(raw, "SELECT name FROM pragma_index_list(?) WHERE \"unique\" AND origin = 'c'", table):
-        if tuple(row[2] for row in _rows(raw, "SELECT * FROM pragma_index_info(?)", index)) == columns:
-            return str(index)
+    for (index,) in _rows(raw, _UNIQUE_INDEXES, table=table, columns=columns):
+        return str(index)
     return _constraint_name(raw, table, r"(?:UNIQUE|PRIMARY\s+KEY)", columns)
 
 
-def _constraint_name(raw: Any, table: str, kind: str, columns: tuple[str, ...]) -> str | None:
-    sql = next((sql for name, sql in _tables(raw) if name.lower() == table.lower()), "")
-    for name, listed in re.findall(rf"CONSTRAINT\s+({_NAME})\s+{kind}\s*\(([^)]*)\)", sql, re.I):
-        if tuple(_unquoted(column.strip()) for column in listed.split(",")) == columns:
-            return _unquoted(name)
+def _constraint_name(raw: Any, table: str, kind: str, columns: str) -> str | None:
+    query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = :table COLLATE NOCASE"
+    for (sql,) in _rows(raw, query, table=table):
+        for name, listed in re.findall(rf"CONSTRAINT\s+({_NAME})\s+{kind}\s*\(([^)]*)\)", sql, re.I):
+            if ", ".join(_unquoted(column.strip()) for column in listed.split(",")) == columns:
+                return _unquoted(name)
     return None
 
 
@@ -112,32 +119,10 @@ def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | Non
     determine.
     """
     verb, target = _target(statement)
-    candidates = [
-        key
-        for key in _foreign_keys(raw, violated=not target)
-        if not target
-        or (verb != "DELETE" and key.table.lower() == target.lower())
-        or (verb in ("DELETE", "UPDATE", "REPLACE") and key.parent.lower() == target.lower())
-    ]
-    tables = {key.table for key in candidates}
-    table = tables.pop() if len(tables) == 1 else None
+    candidates = _rows(raw, _FOREIGN_KEYS, target=target, verb=verb)
+    if len({child for child, _ in candidates}) != 1:
+        return None, None
+    table, columns = candidates[0]
     if len(candidates) != 1:
         return table, None
-    (key,) = candidates
-    return table, _constraint_name(raw, key.table, r"FOREIGN\s+KEY", key.columns) or ", ".join(key.columns)
-
-
-def _foreign_keys(raw: Any, *, violated: bool) -> Iterator[_ForeignKey]:
-    """Yield all foreign keys. With `violated=True`, yield only the deferred keys that a row of the open transaction
-    violates.
-    """
-    for table, sql in _tables(raw):
-        if violated and "DEFERR" not in sql.upper():
-            continue
-        keys: dict[int, tuple[str, list[str]]] = {}
-        for number, _, parent, column, *_ in _rows(raw, "SELECT * FROM pragma_foreign_key_list(?)", table):
-            keys.setdefault(number, (parent, []))[1].append(column)
-        if violated:
-            broken = {number for (number,) in _rows(raw, "SELECT fkid FROM pragma_foreign_key_check(?)", table)}
-            keys = {number: key for number, key in keys.items() if number in broken}
-        yield from (_ForeignKey(table, tuple(columns), parent) for parent, columns in keys.values())
+    return table, _constraint_name(raw, table, r"FOREIGN\s+KEY", columns) or columns
