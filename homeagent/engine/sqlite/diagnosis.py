@@ -38,16 +38,11 @@ def diagnosed_error(
     None.
     """
     translation = sqlite_error(error)
-    if isinstance(translation, CorruptDatabaseError):
-        moved = find_moved()
-        if moved is not None:
-            return moved
-        return type(translation)(f"{translation}; the file is {quoted(path)}, and {newest_backup_hint(path)}")
-    code = sqlite_code(error)
-    if code not in (apsw.SQLITE_CANTOPEN, apsw.SQLITE_IOERR, apsw.SQLITE_READONLY):
+    is_corrupt = isinstance(translation, CorruptDatabaseError)
+    code, name = sqlite_code(error), sqlite_code_name(error)
+    if not is_corrupt and code not in (apsw.SQLITE_CANTOPEN, apsw.SQLITE_IOERR, apsw.SQLITE_READONLY):
         return translation
-    name = sqlite_code_name(error)
-    if code != apsw.SQLITE_READONLY and _no_descriptor_left():
+    if not is_corrupt and code != apsw.SQLITE_READONLY and _no_descriptor_left():
         return TooManyFilesError(
             "this process or the system has reached its limit of open files: close some files, or raise the limit "
             f"('ulimit -n'), then run the unit again [{name}]"
@@ -55,6 +50,8 @@ def diagnosed_error(
     moved = find_moved()
     if moved is not None:
         return moved
+    if is_corrupt:
+        return type(translation)(f"{translation}; the file is {quoted(path)}, and {newest_backup_hint(path)}")
     if code == apsw.SQLITE_READONLY:
         return translation
     if _at_size_limit(path):

@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -104,17 +104,10 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
 
 def _holders(path: Path) -> str:
     """Return a text that names the processes with a lock on the file, from /proc/locks (proc_locks(5))."""
-    try:
-        inode = path.stat().st_ino
-        lines = Path("/proc/locks").read_text().splitlines()
-    except OSError:
-        return "another process or thread"
-    fields = [line.split() for line in lines]
-    numbers = {
-        int(field[4])
-        for field in fields
-        if len(field) > 5 and field[1] == "FLOCK" and field[5].endswith(f":{inode}") and int(field[4]) > 0
-    }
+    numbers: set[int] = set()
+    with suppress(OSError):
+        held = re.compile(rf"^\d+: FLOCK +\S+ +\S+ +([1-9]\d*) \S+:{path.stat().st_ino} ", re.M)
+        numbers = set(map(int, held.findall(Path("/proc/locks").read_text())))
     if not numbers:
         return "another process or thread"
     if numbers == {os.getpid()}:
