@@ -4,16 +4,18 @@ sends no BEGIN itself. An SQL text can contain several statements. Undecodable t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import apsw
 from apsw import Connection as _Connection
 from apsw import Cursor as _Cursor
-from sqlalchemy import util
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.engine import URL
@@ -212,10 +214,12 @@ class Connection(_Connection):
         self.set_commit_hook(None if savepoint is None else lambda: True)
 
 
-def connect(database: str, *, uri: bool = False, create: bool = True, timeout: float = 5.0) -> Connection:
-    """Open a SQLite file, a URI (https://sqlite.org/uri.html) or `":memory:"`. The timeout for a lock is in seconds."""
-    flags = apsw.SQLITE_OPEN_READWRITE | (apsw.SQLITE_OPEN_CREATE if create else 0)
-    connection = Connection(database, flags | (apsw.SQLITE_OPEN_URI if uri else 0))
+def connect(database: str = ":memory:", *, uri: bool = False, timeout: float = 5.0) -> Connection:
+    """Open or create a SQLite file. With `uri=True`, open the existing file of a URI (https://sqlite.org/uri.html). The
+    timeout for a lock is in seconds.
+    """
+    how = apsw.SQLITE_OPEN_URI if uri else apsw.SQLITE_OPEN_CREATE
+    connection = Connection(database, apsw.SQLITE_OPEN_READWRITE | how)
     connection.set_busy_timeout(int(timeout * 1000))
     # Keep temporary data in memory, because a container can lack a directory for SQLite's temporary files
     # (https://sqlite.org/tempfiles.html).
@@ -224,6 +228,11 @@ def connect(database: str, *, uri: bool = False, create: bool = True, timeout: f
     # that read pages of rows, the planning took 10% of the time (https://sqlite.org/queryplanner-ng.html#qpstab).
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection
+
+
+def open_existing(path: Path, options: str, *, timeout: float = 5.0) -> Connection:
+    """Open an existing file with options of SQLite's URIs, such as `mode=ro`."""
+    return connect(f"file:{quote(os.fsencode(path))}?{options}", uri=True, timeout=timeout)
 
 
 def deny_attach(operation: int, *names: str | None) -> int:
@@ -264,6 +273,16 @@ def _regexp(*arguments: Any) -> bool | None:
         raise apsw.SQLError(f"regexp: {error}") from None
 
 
+# SQLAlchemy's error class for classes of apsw. All other classes of apsw become DatabaseError.
+_SQLALCHEMY_ERRORS = {
+    "IntegrityError": "Constraint Mismatch",
+    "DataError": "TooBig",
+    "ProgrammingError": "Range Misuse Bindings ConnectionClosed CursorClosed ThreadingViolation IncompleteExecution",
+    "OperationalError": "SQL Busy Locked ReadOnly IO Full CantOpen Protocol Interrupt Abort SchemaChange NoMem "
+    "Permissions Auth NoLFS NotFound",
+}
+
+
 class Dialect(SQLiteDialect):
     """SQLAlchemy's SQLite dialect on apsw (https://docs.sqlalchemy.org/en/21/core/internals.html)."""
 
@@ -272,27 +291,10 @@ class Dialect(SQLiteDialect):
     supports_statement_cache = True
     returns_native_bytes = True
     # SQLAlchemy chooses its error class by the name of the driver's error class
-    # (https://docs.sqlalchemy.org/en/21/core/exceptions.html). SQLAlchemy's base class declares the dictionary without
-    # ClassVar.
-    dbapi_exception_translation_map: dict[str, str] = {  # noqa: RUF012
-        "ConstraintError": "IntegrityError",
-        "MismatchError": "IntegrityError",
-        "TooBigError": "DataError",
-        "RangeError": "ProgrammingError",
-        "MisuseError": "ProgrammingError",
-        "BindingsError": "ProgrammingError",
-        "ConnectionClosedError": "ProgrammingError",
-        "CursorClosedError": "ProgrammingError",
-        "ThreadingViolationError": "ProgrammingError",
-        "IncompleteExecutionError": "ProgrammingError",
-        "CorruptError": "DatabaseError",
-        "NotADBError": "DatabaseError",
-        "Error": "DatabaseError",
-    }
-    for _name in ("SQL", "Busy", "Locked", "ReadOnly", "IO", "Full", "CantOpen", "Protocol", "Interrupt", "Abort"):
-        dbapi_exception_translation_map[f"{_name}Error"] = "OperationalError"
-    for _name in ("SchemaChange", "NoMem", "Permissions", "Auth", "NoLFS", "NotFound"):
-        dbapi_exception_translation_map[f"{_name}Error"] = "OperationalError"
+    # (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
+    dbapi_exception_translation_map: dict[str, str] = {
+        f"{name}Error": kind for kind, names in _SQLALCHEMY_ERRORS.items() for name in names.split()
+    } | {"Error": "DatabaseError"}
     _isolation_lookup = SQLiteDialect._isolation_lookup.union({"AUTOCOMMIT": None})
 
     @classmethod
@@ -306,13 +308,6 @@ class Dialect(SQLiteDialect):
     def get_pool_class(cls, url: URL) -> type[Pool]:
         """Return SingletonThreadPool (one connection for each thread) for `:memory:`, and QueuePool for a file."""
         return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
-
-    def create_connect_args(self, url: URL) -> tuple[Sequence[str], dict[str, Any]]:
-        """Return the arguments of the method `connect()` for a URL. Options come from the URL's query."""
-        options: dict[str, Any] = dict(url.query)
-        for name, kind in (("uri", bool), ("create", bool), ("timeout", float)):
-            util.coerce_kw_type(options, name, kind)
-        return [url.database or ":memory:"], options
 
     def on_connect(self) -> Callable[[Any], None]:
         """Return a function that adds the SQL function `regexp()`, which SQLAlchemy's `regexp_match()` uses."""

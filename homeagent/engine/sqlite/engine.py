@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import apsw
 import sqlalchemy
@@ -28,7 +26,7 @@ from homeagent.engine.files.file_identity import FileIdentityCheck
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.fork import inherit, refuse_inherited
 from homeagent.engine.instrumented_cursor import FailureContext
-from homeagent.engine.sqlite.connection import LockWait, SQLiteConnection, end_with_transactions
+from homeagent.engine.sqlite.connection import SQLiteConnection, busy_handler, end_with_transactions
 from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.diagnosis import diagnosed_error
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, deny_attach
@@ -59,6 +57,7 @@ READERS = 16
 _JOURNAL_SIZE_LIMIT = 64 * 1024 * 1024
 _WAL_PAUSE = 0.002  # seconds
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+_FIRST_READ = "SELECT 1 FROM sqlite_master WHERE 0"
 
 
 def lock_path(database: Path) -> Path:
@@ -96,7 +95,7 @@ class SQLiteEngine(Engine):
     # (https://sqlite.org/lang_transaction.html).
     begin_write: Sequence[str] = ("BEGIN IMMEDIATE",)
     # SQLite takes the snapshot at the first read, not at BEGIN.
-    begin_read: Sequence[str] = ("BEGIN; SELECT 1 FROM sqlite_master WHERE 0",)
+    begin_read: Sequence[str] = (f"BEGIN; {_FIRST_READ}",)
     driver_errors: tuple[type[BaseException], ...] = DRIVER_ERRORS
     identity_check: FileIdentityCheck
 
@@ -107,21 +106,12 @@ class SQLiteEngine(Engine):
         self._open: weakref.WeakSet[DriverConnection] = weakref.WeakSet()
         self._closing: weakref.WeakSet[DriverConnection] = weakref.WeakSet()
         self._lock_waits = 0
-        self._busy_ms = min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1)
+        self.busy_seconds: float = min(busy_timeout.total_seconds(), (2**31 - 1) / 1000)
+        """Longest wait of a statement for a lock of another process, in seconds."""
         self.is_temporary = temporary
         self.identity_check = FileIdentityCheck(path, strict=durability == "full", on_moved=self._keep_from_checkpoints)
         self.in_use_lock: FileLock | None = None
-        sa_engine = sqlalchemy.create_engine(
-            URL.create(DRIVER_NAME, database=str(path)),
-            poolclass=NullPool,
-            hide_parameters=True,
-            creator=self._open_existing,
-        )
-        event.listen(sa_engine, "connect", self._on_connect)
-        event.listen(sa_engine, "close", self._on_close)
-        event.listen(sa_engine, "begin", self._on_begin)
-        self._listen_for_errors(sa_engine)
-        super().__init__(sa_engine, writers=1, readers=READERS)
+        super().__init__(self._create_engine(self._open_existing), writers=1, readers=READERS)
 
     def translate(self, error: BaseException) -> HomeAgentError:
         """Return homeagent's error for an exception that the driver raised."""
@@ -130,18 +120,21 @@ class SQLiteEngine(Engine):
             self.require_reconnect()
         return translation
 
-    def _listen_for_errors(self, sa_engine: sqlalchemy.Engine) -> None:
+    def _create_engine(self, open_file: Callable[[], DriverConnection]) -> sqlalchemy.Engine:
+        url = URL.create(DRIVER_NAME, database=str(self.path))
+        sa_engine = sqlalchemy.create_engine(url, poolclass=NullPool, hide_parameters=True, creator=open_file)
+        event.listen(sa_engine, "connect", self._on_connect)
+        event.listen(sa_engine, "close", self._on_close)
+        event.listen(sa_engine, "begin", self._on_begin)
         # Use a weak reference to this engine. The caches of compiled statements keep the dialect and its listeners in
         # memory, so a strong reference would also keep a closed engine.
         on_error = weakref.WeakMethod(self._on_error)
         event.listen(sa_engine, "handle_error", lambda context: (method := on_error()) and method(context))
+        return sa_engine
 
     def _open_existing(self, options: str = "mode=rw") -> DriverConnection:
         """Open the file. Do not create a missing file, because an empty file must not replace a deleted database."""
-        return open_guarded(self.path, self._uri(options), timeout=self.busy_seconds, refuse=True)
-
-    def _uri(self, options: str) -> str:
-        return f"file:{quote(os.fsencode(self.path))}?{options}"
+        return open_guarded(self.path, options, timeout=self.busy_seconds, refuse=True)
 
     def _on_begin(self, connection: Connection) -> None:
         raw: Any = connection.connection.driver_connection
@@ -176,11 +169,9 @@ class SQLiteEngine(Engine):
         self._release_in_use_lock()
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
-        # Set busy_timeout first, because the later pragmas can wait for a lock.
         connection.execute(
-            f"PRAGMA busy_timeout={self._busy_ms}; PRAGMA foreign_keys=ON;"
-            f"PRAGMA synchronous={self.durability.upper()}; PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON;"
-            f"PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}"
+            f"PRAGMA foreign_keys=ON; PRAGMA synchronous={self.durability.upper()}; PRAGMA trusted_schema=OFF;"
+            f"PRAGMA cell_size_check=ON; PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}"
         ).fetchall()
         self._open.add(connection)  # do not check yet, because another process can delete the WAL before the first read
 
@@ -190,23 +181,23 @@ class SQLiteEngine(Engine):
             with suppress(apsw.ConnectionClosedError):
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
 
-    @property
-    def busy_seconds(self) -> float:
-        """Longest wait of a statement for a lock of another process, in seconds."""
-        return self._busy_ms / 1000
-
     def connect(self) -> Connection:
         """Return a new connection. The caller must close the connection."""
+        return self._connect(self.sa_engine)
+
+    def _connect(self, sa_engine: sqlalchemy.Engine, *, take_snapshot: bool = False) -> Connection:
         # Check the file before and after opening, because SQLite would apply the WAL of a replaced file to the new
         # file.
         self.identity_check.before_connect()
         with self.translated():
-            connection = self.sa_engine.connect()
-        try:
-            self.identity_check.connected()
-        except BaseException:
-            connection.close()
-            raise
+            connection = sa_engine.connect()
+            try:
+                if take_snapshot:
+                    connection.exec_driver_sql(_FIRST_READ)
+                self.identity_check.connected()
+            except BaseException:
+                connection.close()
+                raise
         return connection
 
     @contextmanager
@@ -231,24 +222,7 @@ class SQLiteEngine(Engine):
             raw.authorizer = deny_attach
             return raw
 
-        self.identity_check.before_connect()
-        sa_engine = sqlalchemy.create_engine(
-            f"{DRIVER_NAME}://", poolclass=NullPool, hide_parameters=True, creator=open_file
-        )
-        self._listen_for_errors(sa_engine)
-        event.listen(sa_engine, "close", self._on_close)
-        with self.translated():
-            connection = sa_engine.connect()
-        try:
-            with self.translated():
-                # SQLite takes the snapshot at the first read.
-                connection.exec_driver_sql("SELECT 1 FROM sqlite_master WHERE 0")
-            self._open.add(connection.connection.driver_connection)  # type: ignore[arg-type]
-            self.identity_check.connected()
-        except BaseException:
-            connection.close()
-            raise
-        return connection
+        return self._connect(self._create_engine(open_file), take_snapshot=True)
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -257,10 +231,10 @@ class SQLiteEngine(Engine):
             yield connection
 
     def prepare_connection(self, connection: Connection, *, read_only: bool) -> None:
-        """Make a reader's connection read-only. Install the busy handler `LockWait` on a writer's connection."""
+        """Make a reader's connection read-only. Install `busy_handler()` on a writer's connection."""
         raw: Any = connection.connection.driver_connection
         with self.translated():
-            raw.execute("SELECT 1 FROM sqlite_master WHERE 0")  # SQLite opens the WAL index at the first read.
+            raw.execute(_FIRST_READ)  # SQLite opens the WAL index at the first read.
         if self.identity_check.identity is not None:
             guard_of(self.path, self.identity_check.identity).hold()
         if read_only:
@@ -272,7 +246,7 @@ class SQLiteEngine(Engine):
         def count() -> None:
             self._lock_waits += 1
 
-        raw.set_busy_handler(LockWait(timeout, count))
+        raw.set_busy_handler(busy_handler(timeout, count))
 
     @property
     def contention(self) -> int:
@@ -286,15 +260,15 @@ class SQLiteEngine(Engine):
         connection = pool.acquire(timeout)
         try:
             connection.check_file()
-            if truncate:  # see https://sqlite.org/pragma.html#pragma_wal_checkpoint
+            if truncate:
                 self._wait_for_locks(connection.driver_connection, timeout)
-                ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            mode = "TRUNCATE" if truncate else "PASSIVE"  # https://sqlite.org/pragma.html#pragma_wal_checkpoint
+            ((blocked, _, _),) = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+            if truncate:
                 # Make an empty commit, which writes a new header to the truncated WAL. After a power cut, an empty WAL
                 # and an outdated WAL index would look like lost commits.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
-            else:
-                ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         except BaseException:
             pool.discard(connection)
             raise
@@ -303,31 +277,28 @@ class SQLiteEngine(Engine):
 
     def prepare_header(self) -> None:
         """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`."""
+        deadline = monotonic() + self.busy_seconds
         with self.translated(), closing(self._open_existing()) as raw:
             raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
             # Write the application id before the switch to WAL mode. Otherwise SQLite would write the id only to the
             # WAL.
             if not self.path.stat().st_size:
                 raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            mode = self._switch_to_wal(raw)
+            mode = None
+            while mode is None:
+                try:
+                    mode = raw.pragma("journal_mode", "WAL")
+                except apsw.BusyError:
+                    # SQLite needs an exclusive lock to change the journal mode, but does not call the busy handler.
+                    # Another process that reads the revision of a file in rollback mode can hold a lock for a moment.
+                    if monotonic() >= deadline:
+                        raise
+                    time.sleep(_WAL_PAUSE)
         if mode != "wal":
             raise DatabaseError(
                 f"{self.path} can't be switched to a write-ahead log (its journal mode stays {mode!r}): "
                 "move the database to a local file system"
             )
-
-    def _switch_to_wal(self, raw: Any) -> str:
-        """Try to switch to WAL mode, for at most `busy_timeout`. Return the journal mode that SQLite reports."""
-        deadline = monotonic() + self._busy_ms / 1000
-        while True:
-            try:
-                return str(raw.execute("PRAGMA journal_mode=WAL").get)
-            except apsw.BusyError:
-                # SQLite needs an exclusive lock to change the journal mode, but does not call the busy handler. Another
-                # process that reads the revision of a file in rollback mode can hold a lock for a moment.
-                if monotonic() >= deadline:
-                    raise
-            time.sleep(_WAL_PAUSE)
 
     def refuse_foreign(self) -> None:
         """Refuse a file that has content and does not belong to homeagent. Do not change the file."""
@@ -358,16 +329,18 @@ class SQLiteEngine(Engine):
             # A connection with `readonly_shm=1` takes SQLite's locks, but can't write the file or the WAL index. Open
             # the connection only if the WAL has frames, because SQLite would create a missing WAL.
             return self._application_id("readonly_shm=1")
-        lock = FileLock(lock_path(self.path), timeout=timedelta(milliseconds=self._busy_ms), writable=False)
+        lock = FileLock(lock_path(self.path), timeout=timedelta(seconds=self.busy_seconds), writable=False)
         if database_file.look_at(lock.path) is None:
             return self._application_id("immutable=1")
         with lock:  # wait for a process that creates the database and holds the lock
             return self._application_id("immutable=1")
 
     def _application_id(self, option: str) -> int:
-        uri = self._uri(f"mode=ro&{option}")
-        with self.translated(), closing(open_guarded(self.path, uri, timeout=self.busy_seconds)) as raw:
-            return int(raw.execute("PRAGMA application_id").get)
+        with (
+            self.translated(),
+            closing(open_guarded(self.path, f"mode=ro&{option}", timeout=self.busy_seconds)) as raw,
+        ):
+            return int(raw.pragma("application_id"))
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
         # Return the error. Do not raise the error, because SQLAlchemy would then skip later listeners, such as the

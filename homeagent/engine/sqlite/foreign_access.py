@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from homeagent.engine.files.database_file import OPEN_FLAGS, identity_of, look_at, sidecars
 from homeagent.engine.files.file_identity import FileIdentityCheck
 from homeagent.engine.files.system_errors import explained, quoted
-from homeagent.engine.sqlite.dialect import Connection, connect
+from homeagent.engine.sqlite.dialect import Connection, open_existing
 from homeagent.errors import ForeignAccessError
 
 Identity = tuple[int, int]
@@ -145,9 +145,9 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
         return guard
 
 
-def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) -> Connection:
-    """Open an existing database by its SQLite URI, and count the connection until its close. With `refuse=True`, raise
-    ForeignAccessError if other code has the file open in this process.
+def open_guarded(path: Path, options: str, *, timeout: float, refuse: bool = False) -> Connection:
+    """Open an existing database (see `open_existing`), and count the connection until its close. With `refuse=True`,
+    raise ForeignAccessError if other code has the file open in this process.
     """
     global _uncounted
     with _opening:
@@ -157,7 +157,7 @@ def open_guarded(path: Path, uri: str, *, timeout: float, refuse: bool = False) 
             _refuse_foreign_descriptors(path)
         _uncounted += 1
         try:
-            connection = connect(uri, uri=True, create=False, timeout=timeout)
+            connection = open_existing(path, options, timeout=timeout)
             status = look_at(path)
             while status is not None:
                 guard = guard_of(path, identity_of(status))

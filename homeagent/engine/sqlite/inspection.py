@@ -9,7 +9,6 @@ from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import apsw
 from sqlalchemy import create_engine, event
@@ -19,6 +18,7 @@ from homeagent.clock import monotonic
 from homeagent.engine.driver_errors import sqlite_error, translated
 from homeagent.engine.files.database_file import look_at, sidecars
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME
+from homeagent.engine.sqlite.dialect import Connection as DriverConnection
 from homeagent.engine.sqlite.foreign_access import open_guarded
 from homeagent.engine.sqlite.write_ahead_log import has_frames
 from homeagent.errors import ReadOnlyError
@@ -36,13 +36,12 @@ class Stopwatch:
 
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
-        self._began = monotonic()
-        self.ran_out: bool = False
+        self.start()
 
     def start(self) -> None:
         """Restart the clock."""
         self._began = monotonic()
-        self.ran_out = False
+        self.ran_out: bool = False
 
     def __call__(self) -> bool:
         """Return True if the statement has reached the limit. SQLite then ends the statement."""
@@ -69,48 +68,44 @@ def inspect_sqlite(
         options = ["readonly_shm=1", ""]
     else:
         options = [""]
-    while True:
-        connection = _open(path, options.pop(0), watch)
+
+    def open_file() -> DriverConnection:
+        # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
+        raw = open_guarded(path, f"mode=ro&{options.pop(0)}", timeout=1)
+        try:
+            raw.set_progress_handler(watch, _INSTRUCTIONS)
+            raw.execute("PRAGMA query_only=ON; PRAGMA trusted_schema=OFF; PRAGMA cell_size_check=ON")
+        except BaseException:
+            raw.close()
+            raise
+        return raw
+
+    engine = create_engine(f"{DRIVER_NAME}://", creator=open_file, poolclass=NullPool, hide_parameters=True)
+    event.listen(engine, "handle_error", _on_error)
+    connection: Connection | None = None
+    while connection is None:
         try:
             with translated(DRIVER_ERRORS, sqlite_error):
-                # Begin the transaction only after the engine's connect event. A listener of the host application can
-                # run a PRAGMA on each new connection, and SQLite refuses some PRAGMAs in a transaction. The first read
-                # takes the snapshot.
-                raw: Any = connection.connection.driver_connection
-                raw.execute("BEGIN")
-                raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
-            break
+                connection = _begin(engine.connect())
         except ReadOnlyError:
             # While another process writes, a read-only WAL index can lack a free slot for this reader. Try the next
             # option.
-            connection.close()
             if not options:
                 raise
-        except BaseException:
-            connection.close()
-            raise
-    try:
+    with connection:
         yield connection
-    finally:
-        connection.close()
 
 
-def _open(path: Path, option: str, watch: Stopwatch | None) -> Connection:
-    with translated(DRIVER_ERRORS, sqlite_error):
-        # https://sqlite.org/wal.html#readonly and https://sqlite.org/c3ref/open.html
-        raw: Any = open_guarded(path, f"file:{quote(str(path))}?mode=ro&{option}", timeout=1)
+def _begin(connection: Connection) -> Connection:
+    # Begin the transaction only after the engine's connect event. A listener of the host application can run a PRAGMA
+    # on each new connection, and SQLite refuses some PRAGMAs in a transaction. The first read takes the snapshot.
+    raw: Any = connection.connection.driver_connection
     try:
-        with translated(DRIVER_ERRORS, sqlite_error):
-            raw.set_progress_handler(watch, _INSTRUCTIONS)
-            raw.execute("PRAGMA query_only=ON")
-            raw.execute("PRAGMA trusted_schema=OFF")
-            raw.execute("PRAGMA cell_size_check=ON")
-        engine = create_engine(f"{DRIVER_NAME}://", creator=lambda: raw, poolclass=NullPool, hide_parameters=True)
-        event.listen(engine, "handle_error", _on_error)
-        return engine.connect()
+        raw.execute("BEGIN; SELECT count(*) FROM sqlite_master").fetchall()
     except BaseException:
-        raw.close()
+        connection.close()
         raise
+    return connection
 
 
 def journal_mode(connection: Connection) -> str:
@@ -158,15 +153,9 @@ def _using(raw: Any, kind: str, place: str) -> list[str]:
     return [f"INSERT INTO {place} DEFAULT VALUES", f"UPDATE {place} SET {settings}", f"DELETE FROM {place}"]  # noqa: S608  likewise
 
 
-@contextmanager
-def scratch_sqlite() -> Iterator[Connection]:
-    """Open an empty in-memory database. The database is discarded at the end of the block."""
-    engine = create_engine(f"{DRIVER_NAME}://")
-    try:
-        with engine.connect() as connection:
-            yield connection
-    finally:
-        engine.dispose()
+def scratch_sqlite() -> Connection:
+    """Open an empty in-memory database. The database exists until the connection is closed."""
+    return create_engine(f"{DRIVER_NAME}://", poolclass=NullPool).connect()
 
 
 def _on_error(context: ExceptionContext) -> None:

@@ -13,14 +13,20 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
-from urllib.parse import quote
 
 import apsw
 
 from homeagent.engine.driver_errors import sqlite_error, translated
-from homeagent.engine.files.database_file import OPEN_FLAGS, SMALLEST_DATABASE, refuse_orphaned_log, sidecars, size_of
+from homeagent.engine.files.database_file import (
+    OPEN_FLAGS,
+    SMALLEST_DATABASE,
+    look_at,
+    refuse_orphaned_log,
+    sidecars,
+    size_of,
+)
 from homeagent.engine.files.system_errors import explained
-from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, Connection, connect
+from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, Connection, open_existing
 
 _HEADER = 32
 _FRAME_HEADER = 24
@@ -81,8 +87,7 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
     has no WAL, do not read from the connection, because SQLite would create a WAL.
     """
     refuse_orphaned_log(path)
-    uri = f"file:{quote(os.fsencode(path))}?mode=ro&vfs=unix-none"
-    with translated(DRIVER_ERRORS, sqlite_error), closing(connect(uri, uri=True, create=False)) as raw:
+    with translated(DRIVER_ERRORS, sqlite_error), closing(open_existing(path, "mode=ro&vfs=unix-none")) as raw:
         raw.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
         raw.execute("PRAGMA locking_mode=EXCLUSIVE; PRAGMA trusted_schema=OFF")
         yield raw
@@ -94,45 +99,43 @@ def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
     the last commit, because a power cut during COMMIT can cause the same damage.
     """
     log, index = sidecars(path)[:2]
-    known = _read_index(index)
-    found = _Log(0, 0, None, exists=False)
+    known, found = _read_index(index), _Log()
     with explained("read", log), suppress(FileNotFoundError), _opened(log) as file:
-        found = _Log.read(file, raw)
-    return _judged(known, found)
+        found = _read_log(file, raw)
+    return _judged(known, found, "is missing" if look_at(log) is None else "can't be read as one")
 
 
 class _Log(NamedTuple):
-    committed: int  # Number of frames up to the end of the last intact commit.
-    later_commits: int  # Number of frames that end a commit and come after the last intact commit.
-    salt: bytes | None  # None if the WAL has no valid header
-    exists: bool = True
-    is_blank: bool = False  # True if the WAL is too short for a frame, or has only zeros, for example after a power cut
+    salt: bytes | None = None  # None if the WAL has no valid header
+    committed: int = 0  # Number of frames up to the end of the last intact commit.
+    later_commits: int = 0  # Number of frames that end a commit and come after the last intact commit.
+    is_blank: bool = True  # True if the WAL is missing, is too short for a frame, or has only zeros after a power cut
 
-    @classmethod
-    def read(cls, file: BinaryIO, raw: Connection) -> _Log:
-        length = os.fstat(file.fileno()).st_size
-        header = file.read(_HEADER)
-        size = _page_size(header)
-        if size is None:
-            blank = not any(header)
-            while blank and (rest := file.read(1 << 20)):
-                blank = not any(rest)
-            return cls(0, 0, None, is_blank=blank or length < _SMALLEST_LOG)
-        salt = header[16:24]
-        if length < _SMALLEST_LOG:
-            return cls(0, 0, salt)
-        raw.execute("PRAGMA schema_version")  # SQLite recovers the frames of the WAL at the first read
-        try:
-            committed = raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
-        except apsw.ReadOnlyError:
-            committed = _count_frames(file, header, size)
-        frame = _FRAME_HEADER + size
-        later = 0
-        for place in range(_HEADER + committed * frame, length - frame + 1, frame):
-            file.seek(place)
-            _, size_after, its_salt = struct.unpack(">II8s", file.read(16))
-            later += its_salt == salt and size_after > 0
-        return cls(committed, later, salt)
+
+def _read_log(file: BinaryIO, raw: Connection) -> _Log:
+    length = os.fstat(file.fileno()).st_size
+    header = file.read(_HEADER)
+    size = _page_size(header)
+    if size is None:
+        blank = not any(header)
+        while blank and (rest := file.read(1 << 20)):
+            blank = not any(rest)
+        return _Log(is_blank=blank or length < _SMALLEST_LOG)
+    salt = header[16:24]
+    if length < _SMALLEST_LOG:
+        return _Log(salt)
+    raw.execute("PRAGMA schema_version")  # SQLite recovers the frames of the WAL at the first read
+    try:
+        committed = raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
+    except apsw.ReadOnlyError:
+        committed = _count_frames(file, header, size)
+    frame = _FRAME_HEADER + size
+    later = 0
+    for place in range(_HEADER + committed * frame, length - frame + 1, frame):
+        file.seek(place)
+        _, size_after, its_salt = struct.unpack(">II8s", file.read(16))
+        later += its_salt == salt and size_after > 0
+    return _Log(salt, committed, later)
 
 
 def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
@@ -162,14 +165,11 @@ def _page_size(header: bytes) -> int | None:
     return size if _checksum(header[:24], order) == (first, second) else None
 
 
-def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
+def _judged(index: _Index | None, log: _Log, state: str) -> LostCommits | None:
     if index is not None and index.committed > index.moved:
         # Frames that were committed, but not copied into the database by a checkpoint, exist only in the WAL.
         if log.salt is None:
-            what = "is missing" if not log.exists else "can't be read as one"
-            return LostCommits(
-                f"the log of {index.committed} frames {what}", 0, by_power_cut=log.is_blank or not log.exists
-            )
+            return LostCommits(f"the log of {index.committed} frames {state}", 0, by_power_cut=log.is_blank)
         if log.salt != index.salt and not _is_later(log.salt, than=index.salt):
             return LostCommits("the log and its index are not of one database and time", log.committed, False)
         if log.salt == index.salt and log.committed < index.committed:
@@ -181,7 +181,7 @@ def _judged(index: _Index | None, log: _Log) -> LostCommits | None:
     if log.salt is None:
         # SQLite writes the header of the WAL before the frames. A power cut can't split the header, which is smaller
         # than a disk's sector.
-        return None if log.is_blank or not log.exists else LostCommits("the log has no sound header", 0, False)
+        return None if log.is_blank else LostCommits("the log has no sound header", 0, False)
     # A single commit after the damage does not prove a loss. After a power cut, the last frame of an unfinished commit
     # can be on the disk without the first frame.
     if log.later_commits > 1:

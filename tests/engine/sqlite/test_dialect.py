@@ -53,7 +53,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def engine(path: Path) -> Iterator[sa.Engine]:
     """SQLAlchemy's engine on that database; statements do not wait for a lock."""
-    engine = sa.create_engine(f"{DRIVER_NAME}:///{path}?timeout=0", poolclass=NullPool)
+    engine = sa.create_engine(f"{DRIVER_NAME}:///{path}", poolclass=NullPool, connect_args={"timeout": 0})
     yield engine
     engine.dispose()
 
@@ -443,7 +443,7 @@ def test_alembic_rebuilds_a_table(engine: sa.Engine, raw: Connection) -> None:
 
 
 def test_default_pool(path: Path) -> None:
-    """An in-memory database stays the same for a thread, a file gets a pool, and options come from the URL."""
+    """An in-memory database stays the same for a thread, and a URI does not create a file."""
     memory = sa.create_engine(f"{DRIVER_NAME}://")
     with memory.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE here (id)")
@@ -452,7 +452,7 @@ def test_default_pool(path: Path) -> None:
     memory.dispose()
     absent = path.with_name("absent.db")
     with pytest.raises(exc.OperationalError):
-        sa.create_engine(f"{DRIVER_NAME}:///{absent}?create=false").connect()
+        sa.create_engine(f"{DRIVER_NAME}:///file:{absent}?uri=true").connect()
     assert not absent.exists()
     by_uri = sa.create_engine(f"{DRIVER_NAME}:///file:{path}?uri=true", poolclass=NullPool)
     with by_uri.connect() as connection:

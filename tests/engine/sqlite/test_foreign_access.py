@@ -213,16 +213,16 @@ with Database.open(path) as database:
 def test_a_signal_handler_can_open_the_file(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal handler can open the database while its thread opens the database's first connection."""
     Database.open(sqlite_path).close()
-    connect = foreign_access.connect
+    open_existing = foreign_access.open_existing
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(foreign_access, "connect", connect)
-        connection = connect(*arguments, **options)
+        monkeypatch.setattr(foreign_access, "open_existing", open_existing)
+        connection = open_existing(*arguments, **options)
         with Database.open(sqlite_path) as inner:
             inner.agents.list()
         return connection
 
-    monkeypatch.setattr(foreign_access, "connect", interrupted)
+    monkeypatch.setattr(foreign_access, "open_existing", interrupted)
     with Database.open(sqlite_path) as database:
         add_agent(database)
     assert foreign_access._uncounted == 0
