@@ -15,23 +15,35 @@ from homeagent import Database, errors
 from homeagent.engine.sqlite import foreign_access
 from homeagent.engine.sqlite.foreign_access import FileGuard, guard_of
 from tests.conftest import Children, add_agent
+from tests.fork_server import Process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="F_OFD_SETLK and /proc are Linux's")
+
+BEGIN = """
+import contextlib, os, sqlite3, sys
+from homeagent import AgentCreate, Database, errors
+path = sys.argv[1]
+def write(database, name):
+    database.agents.create(AgentCreate(id=name, name=name, workspace_path="/a"))
+def print_whether_refused(target=path, **options):
+    try:
+        sqlite3.connect(target, **options).close()
+    except errors.ForeignAccessError as error:
+        assert "read_connection" in str(error)
+        print("refused", flush=True)
+    else:
+        print("let in", flush=True)
+"""
 
 # Opens the database, runs `act` before each commit, prints the name of each committed agent, and waits for a SIGKILL,
 # so that no clean end follows.
 HOST = """
-import contextlib, os, sqlite3, sys
-from homeagent import AgentCreate, Database
-path = sys.argv[1]
 database = Database.open(path)
-def write(name):
-    database.agents.create(AgentCreate(id=name, name=name, workspace_path="/a"))
 {act}
-write("first")
+write(database, "first")
 for number in range(5):
     act()
-    write(f"a{{number}}")
+    write(database, f"a{{number}}")
     print(f"a{{number}}", flush=True)
 act()
 print("told", flush=True)
@@ -74,7 +86,11 @@ connection.close()
 """
 
 
-def agents(path: Path) -> set[str]:
+def agents(path: Path, host: Process | None = None) -> set[str]:
+    """Kill the process, and return the agents that the next process finds."""
+    if host is not None:
+        host.kill()
+        host.wait()
     with Database.open(path) as database:
         return {agent.id for agent in database.agents.list()}
 
@@ -82,7 +98,7 @@ def agents(path: Path) -> set[str]:
 @pytest.mark.parametrize("act", [READ_THE_FILES, OPEN_THE_INDEX, ATTACH], ids=["files", "index", "attach"])
 def test_no_commit_is_lost_after_foreign_access(sqlite_path: Path, children: Children, act: str) -> None:
     """If a host opens the files without homeagent, visitors close and the host is killed, no commit is lost."""
-    host = children.start(HOST.format(act=act), sqlite_path)
+    host = children.start(BEGIN + HOST.format(act=act), sqlite_path)
     told = {"first"}
     while (line := host.stdout.readline().strip()) != "told":
         assert line, host.communicate()[1]
@@ -93,108 +109,57 @@ def test_no_commit_is_lost_after_foreign_access(sqlite_path: Path, children: Chi
     for visitor in (PLAIN_VISITOR, VISITOR):
         assert children.run(visitor, sqlite_path).split() == sorted(told)
         assert sqlite_path.with_name(sqlite_path.name + "-wal").exists()
-    host.kill()
-    host.wait()
-    assert agents(sqlite_path) == told
+    assert agents(sqlite_path, host) == told
 
 
-def test_commits_after_foreign_access_reach_the_file(sqlite_path: Path, children: Children) -> None:
-    """After foreign access and a visitor's end, the host's later commits are in the file that others open."""
-    script = HOST.format(act=ATTACH) + 'write("last")\nprint("end", flush=True)\nsys.stdin.readline()\n'
-    host = children.start(script, sqlite_path)
-    while host.stdout.readline() != "told\n":
-        assert host.poll() is None
-    before = set(children.run(VISITOR, sqlite_path).split())
-    host.stdin.write("go\n")
-    host.stdin.flush()
-    assert host.stdout.readline() == "end\n"
-    assert set(children.run(VISITOR, sqlite_path).split()) == before | {"last"}
-    host.kill()
-    host.wait()
-    assert agents(sqlite_path) == before | {"last"}
-
-
-def test_sqlite3_is_refused_in_the_process(sqlite_path: Path, children: Children) -> None:
-    """`sqlite3.connect` to the open file raises ForeignAccessError in each spelling; other files can be opened."""
+@pytest.mark.parametrize("locks", [True, False], ids=["", "without open file description locks"])
+def test_sqlite3_is_refused_in_the_process(sqlite_path: Path, children: Children, locks: bool) -> None:
+    """`sqlite3.connect` to the open file raises ForeignAccessError in each spelling, before sqlite3 opens the file."""
     printed = children.run(
-        """
-import os, sqlite3, sys
+        BEGIN
+        + f"""
 from pathlib import Path
-from homeagent import Database, errors
 from homeagent.engine.sqlite import foreign_access
-path = Path(sys.argv[1])
+foreign_access._HAS_OFD_LOCKS &= {locks}
+path = Path(path)
 os.chdir(path.parent)
 os.symlink(path, "link.db")
 os.mkdir("inner")
-targets = [
-    (str(path), {}), (os.fsencode(path), {}), (path, {}), (path.name, {}),
-    ("inner/../" + path.name, {}), ("link.db", {}),
-    (f"file:{path}", {"uri": True}), (f"file:{path}?mode=ro", {"uri": True}), (f"file://{path}", {"uri": True}),
-    (f"file://localhost{path}", {"uri": True}), (f"file:{path.name}", {"uri": True}),
-    (f"file:{str(path).replace('.', '%2e')}?immutable=1", {"uri": True}),
+spellings = [str(path), os.fsencode(path), path, path.name, "inner/../" + path.name, "link.db"]
+uris = [
+    f"file:{{path}}", f"file:{{path}}?mode=ro", f"file://{{path}}", f"file://localhost{{path}}", f"file:{{path.name}}",
+    f"file:{{str(path).replace('.', '%2e')}}?immutable=1",
 ]
+def try_all():
+    for spelling in spellings:
+        print_whether_refused(spelling)
+    for spelling in uris:
+        print_whether_refused(spelling, uri=True)
 database = Database.open(path)
-for use in ("before the first unit", "with a connection"):
-    for target, options in targets:
-        try:
-            sqlite3.connect(target, **options)
-        except errors.ForeignAccessError as error:
-            assert "read_connection" in str(error)
-        else:
-            print("let in:", use, target)
-    database.agents.list()
+try_all()
+database.agents.list()
+before = sorted(os.listdir("/proc/self/fd"))
+try_all()
+assert sorted(os.listdir("/proc/self/fd")) == before
 for target in ("other.db", ":memory:", "", Path("other.db"), b"other.db"):
-    connection = sqlite3.connect(target)
-    connection.execute("CREATE TABLE IF NOT EXISTS t (id)")
-    connection.close()
+    print_whether_refused(target)
 database.close()
-for target, options in targets:
-    connection = sqlite3.connect(target, **options)
-    assert connection.execute("SELECT count(*) FROM agents").fetchone() == (0,)
-    connection.close()
+try_all()
 with Database.open(path) as database:
     database.agents.list()
-    try:
-        sqlite3.connect(path)
-    except errors.ForeignAccessError:
-        print("refused again")
+    print_whether_refused()
 """,
         sqlite_path,
     )
-    assert printed == "refused again"
-
-
-def test_a_refused_connect_leaves_no_descriptor(sqlite_path: Path, children: Children) -> None:
-    """The error comes before sqlite3 opens the file, so that no lock is dropped."""
-    printed = children.run(
-        """
-import os, sqlite3, sys
-from homeagent import Database, errors
-from homeagent.engine.sqlite import foreign_access
-with Database.open(sys.argv[1]) as database:
-    database.agents.list()
-    before = sorted(os.listdir("/proc/self/fd"))
-    for _ in range(20):
-        try:
-            sqlite3.connect(sys.argv[1])
-        except errors.ForeignAccessError:
-            pass
-    print(sorted(os.listdir("/proc/self/fd")) == before)
-""",
-        sqlite_path,
-    )
-    assert printed == "True"
+    assert printed.splitlines() == ["refused"] * 24 + ["let in"] * 17 + ["refused"]
 
 
 @pytest.mark.parametrize("how", ["os.open(path, os.O_RDONLY)", "sqlite3.connect(path)"])
 def test_open_descriptor_refuses_open(sqlite_path: Path, children: Children, how: str) -> None:
     """If the process already has the file open, `Database.open` raises ForeignAccessError until that is closed."""
     printed = children.run(
-        f"""
-import os, sqlite3, sys
-from homeagent import Database, errors
-from homeagent.engine.sqlite import foreign_access
-path = sys.argv[1]
+        BEGIN
+        + f"""
 foreign = {how}
 try:
     Database.open(path)
@@ -231,12 +196,10 @@ def test_a_signal_handler_can_open_the_file(sqlite_path: Path, monkeypatch: pyte
 def test_forked_child_may_use_sqlite3(sqlite_path: Path, children: Children) -> None:
     """A forked child can use sqlite3 on the file, and its end drops no lock of the parent."""
     host = children.start(
-        """
-import os, sqlite3, sys
-from homeagent import AgentCreate, Database
-path = sys.argv[1]
+        BEGIN
+        + """
 database = Database.open(path)
-database.agents.create(AgentCreate(id="before", name="B", workspace_path="/b"))
+write(database, "before")
 child = os.fork()
 if child == 0:
     connection = sqlite3.connect(path)
@@ -245,23 +208,16 @@ if child == 0:
     os.close(os.open(path, os.O_RDONLY))
     os._exit(found)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-database.agents.create(AgentCreate(id="after", name="A", workspace_path="/a"))
-try:
-    sqlite3.connect(path)
-except Exception as error:
-    print(type(error).__name__, flush=True)
-else:
-    print("let in", flush=True)
+write(database, "after")
+print_whether_refused()
 sys.stdin.readline()
 """,
         sqlite_path,
     )
-    assert [host.stdout.readline().strip() for _ in range(2)] == ["1", "ForeignAccessError"]
+    assert [host.stdout.readline().strip() for _ in range(2)] == ["1", "refused"]
     assert children.run(PLAIN_VISITOR, sqlite_path) == "after before"
     assert sqlite_path.with_name(sqlite_path.name + "-wal").exists()
-    host.kill()
-    host.wait()
-    assert agents(sqlite_path) == {"after", "before"}
+    assert agents(sqlite_path, host) == {"after", "before"}
 
 
 def test_every_descriptor_is_closed(sqlite_path: Path, children: Children) -> None:
@@ -302,38 +258,29 @@ print(open_descriptors() - before, len(foreign_access._guards))
 def test_the_last_database_on_a_file_keeps_the_locks(sqlite_path: Path, children: Children) -> None:
     """If one of several databases on a file is closed, the others keep the locks and the refusal."""
     host = children.start(
-        """
-import os, sqlite3, sys
-from homeagent import AgentCreate, Database
-path = sys.argv[1]
+        BEGIN
+        + """
 first, second = Database.open(path), Database.open(path)
-for number, database in enumerate((first, second)):
-    database.agents.create(AgentCreate(id=f"a{number}", name="A", workspace_path="/a"))
+write(first, "a0")
+write(second, "a1")
 first.close()
 os.close(os.open(path, os.O_RDONLY))
 os.close(os.open(path + "-shm", os.O_RDONLY))
-try:
-    sqlite3.connect(path)
-except Exception as error:
-    print(type(error).__name__, flush=True)
-else:
-    print("let in", flush=True)
+print_whether_refused()
 sys.stdin.readline()
-second.agents.create(AgentCreate(id="a2", name="A", workspace_path="/a"))
+write(second, "a2")
 print("written", flush=True)
 sys.stdin.readline()
 """,
         sqlite_path,
     )
-    assert host.stdout.readline() == "ForeignAccessError\n"
+    assert host.stdout.readline() == "refused\n"
     assert children.run(PLAIN_VISITOR, sqlite_path) == "a0 a1"
     host.stdin.write("go\n")
     host.stdin.flush()
     assert host.stdout.readline() == "written\n"
     assert children.run(PLAIN_VISITOR, sqlite_path) == "a0 a1 a2"
-    host.kill()
-    host.wait()
-    assert agents(sqlite_path) == {"a0", "a1", "a2"}
+    assert agents(sqlite_path, host) == {"a0", "a1", "a2"}
 
 
 def test_last_close_removes_the_wal(sqlite_path: Path, children: Children) -> None:
@@ -362,12 +309,11 @@ def test_another_file_is_not_written_at_close(
     children.run("import shutil, sys; shutil.copyfile(*sys.argv[1:])", sqlite_template, sqlite_path)
     sqlite_path.chmod(0o600)
     other = children.start(
-        """
-import sys
-from homeagent import AgentCreate, Database
-database = Database.open(sys.argv[1])
+        BEGIN
+        + """
+database = Database.open(path)
 for number in range(20):
-    database.agents.create(AgentCreate(id=f"n{number:02}", name="N", workspace_path="/n"))
+    write(database, f"n{number:02}")
 print("written", flush=True)
 sys.stdin.readline()
 """,
@@ -418,25 +364,3 @@ def test_new_connection_after_the_last_close_gets_a_new_guard() -> None:
     assert other.opened()
     with other.closing():
         pass
-
-
-def test_sqlite3_is_refused_without_open_file_description_locks(sqlite_path: Path, children: Children) -> None:
-    """On a platform without open file description locks, `sqlite3.connect` still raises ForeignAccessError."""
-    printed = children.run(
-        """
-import sqlite3, sys
-from homeagent import Database, errors
-from homeagent.engine.sqlite import foreign_access
-from homeagent.engine.sqlite import foreign_access
-foreign_access._HAS_OFD_LOCKS = False
-with Database.open(sys.argv[1]) as database:
-    database.agents.list()
-    try:
-        sqlite3.connect(sys.argv[1])
-    except errors.ForeignAccessError:
-        print("refused")
-sqlite3.connect(sys.argv[1]).close()
-""",
-        sqlite_path,
-    )
-    assert printed == "refused"
