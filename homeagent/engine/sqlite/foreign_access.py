@@ -172,12 +172,13 @@ def open_guarded(path: Path, options: str, *, timeout: float, refuse: bool = Fal
 def _refuse_foreign_descriptors(path: Path) -> None:
     """Raise ForeignAccessError if code other than homeagent has the file open in this process."""
     status = look_at(path)
-    if status is None or identity_of(status) in _guards or not _DESCRIPTORS.is_dir():
+    if status is None or (identity := identity_of(status)) in _guards or not _DESCRIPTORS.is_dir():
         return
     with explained("look into", _DESCRIPTORS), os.scandir(_DESCRIPTORS) as links:
         for link in links:
             with suppress(OSError):  # the descriptor was closed after the directory of descriptors was listed
-                if identity_of(link.stat()) == identity_of(status):
+                # Read the guards again, because a signal handler can have opened the file in the meantime.
+                if identity_of(link.stat()) == identity and identity not in _guards:
                     raise ForeignAccessError(
                         f"this process has {quoted(path)} open already, as descriptor {link.name}, but not through "
                         "homeagent: close the descriptor before Database.open, since a later close would drop "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -175,21 +176,24 @@ with Database.open(path) as database:
     assert printed.split() == ["refused", "0"]
 
 
-def test_a_signal_handler_can_open_the_file(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["os.scandir", "homeagent.engine.sqlite.foreign_access.open_existing"])
+def test_a_signal_handler_can_open_the_file(sqlite_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """A signal handler can open the database while its thread opens the database's first connection."""
     Database.open(sqlite_path).close()
-    open_existing = foreign_access.open_existing
+    real = resolve_name(where)
+    opened: list[Database] = []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
-        monkeypatch.setattr(foreign_access, "open_existing", open_existing)
-        connection = open_existing(*arguments, **options)
-        with Database.open(sqlite_path) as inner:
-            inner.agents.list()
-        return connection
+        monkeypatch.setattr(where, real)
+        result = real(*arguments, **options)
+        opened.append(Database.open(sqlite_path))
+        opened[0].agents.list()
+        return result
 
-    monkeypatch.setattr(foreign_access, "open_existing", interrupted)
+    monkeypatch.setattr(where, interrupted)
     with Database.open(sqlite_path) as database:
         add_agent(database)
+        opened[0].close()
     assert foreign_access._uncounted == 0
 
 
