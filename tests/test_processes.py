@@ -5,7 +5,6 @@ SQLite only, except for tests of either engine: a second process can harm only t
 
 from __future__ import annotations
 
-import os
 import pickle
 import signal
 from datetime import timedelta
@@ -21,8 +20,6 @@ from homeagent.errors import DatabaseBusyError
 
 if TYPE_CHECKING:
     from tests.conftest import Children
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 # Start of every script; add() runs a unit, and names() returns the agents.
 BEGIN = """
@@ -48,6 +45,24 @@ def refused(*acts):
         except DatabaseClosedError:
             count += 1
     return count
+def in_child(act):
+    "Return the exit status of a forked child, which is the number that the function returns."
+    child = os.fork()
+    if not child:
+        signal.alarm(30)  # a child that hangs is killed, and shows in its status
+        os._exit(act())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def load_until(stop, work, threads):
+    "Start threads, each of which calls the function with new names until the event is set."
+    def load(number):
+        count = 0
+        while not stop.is_set():
+            work(f"t{number}-{count}")
+            count += 1
+    started = [threading.Thread(target=load, args=(number,)) for number in range(threads)]
+    for thread in started:
+        thread.start()
+    return started
 """
 
 
@@ -59,23 +74,19 @@ def names(path: Path | str) -> list[str]:
         return sorted(agent.id for agent in unit.agents.list(limit=100_000))
 
 
-@needs_fork
 @pytest.mark.parametrize("orm", [False, True], ids=["stores", "ORM session"])
 def test_fork_in_the_middle_of_a_unit(target: str, children: Children, orm: bool) -> None:
     """If a process forks in a unit, the child is refused every use of the unit and its end (either engine)."""
-    script = (
-        BEGIN
-        + f"orm = {orm}"
-        + """
+    script = """
 database = Database.open(target)
 with database.unit_of_work() as unit:
     create(unit, "before-fork")
     session = unit.session if orm else None
-    child = os.fork()
-    if not child:
+    def use():
+        global database, unit, session
         from sqlmodel import select
         from homeagent import Agent
-        acts = [
+        count = refused(
             lambda: unit.agents.get("before-fork"),
             lambda: create(unit, "child"),
             lambda: unit.agents.delete("before-fork"),
@@ -84,78 +95,59 @@ with database.unit_of_work() as unit:
             lambda: add(database, "child"),
             lambda: names(database),
             lambda: unit.__exit__(None, None, None),
-        ]
-        count = refused(*acts)
+        )
         database.close()
         del database, unit, session
-        os._exit(count)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        return count
+    print(in_child(use))
     create(unit, "after-fork")
 print(*names(database))
 database.close()
 """
-    )
-    assert children.run(script, target).split() == ["8", "after-fork", "before-fork"]
+    assert children.run(BEGIN + f"orm = {orm}" + script, target).split() == ["8", "after-fork", "before-fork"]
     assert names(target) == ["after-fork", "before-fork"]
 
 
-@needs_fork
 def test_fork_while_other_threads_are_busy(target: str, children: Children) -> None:
     """If another thread holds a lock at the fork, the child is refused at once, without waiting."""
-    script = (
-        BEGIN
-        + """
+    script = """
 database = Database.open(target)
 stop = threading.Event()
-def load(number):
-    count = 0
-    while not stop.is_set():
-        database.run(lambda unit: create(unit, f"t{number}-{count}"))
-        names(database)
-        count += 1
-threads = [threading.Thread(target=load, args=(number,)) for number in range(4)]
-for thread in threads:
-    thread.start()
-codes = []
-for number in range(15):
+def work(name):
+    database.run(lambda unit: create(unit, name))
+    names(database)
+def use():
+    count = refused(
+        lambda: add(database, "lost"),
+        lambda: names(database),
+        lambda: database.run(lambda unit: None),
+        database.sweep,
+        database.sweeper,
+        database.doctor,
+        lambda: database.backup(target + ".backup"),
+    )
+    database.close()
+    return count
+threads = load_until(stop, work, threads=4)
+for _ in range(15):
     time.sleep(0.005)
-    child = os.fork()
-    if not child:
-        signal.alarm(20)  # a child that hangs is killed, and shows in its status
-        count = refused(
-            lambda: add(database, "lost"),
-            lambda: names(database),
-            lambda: database.run(lambda unit: None),
-            database.sweep,
-            database.sweeper,
-            database.doctor,
-            lambda: database.backup(target + ".backup"),
-        )
-        database.close()
-        os._exit(count)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(in_child(use))
 stop.set()
 for thread in threads:
     thread.join()
-print(*codes)
 database.close()
 """
-    )
-    assert children.run(script, target).split() == ["7"] * 15
+    assert children.run(BEGIN + script, target).split() == ["7"] * 15
     assert "lost" not in names(target)
 
 
-@needs_fork
 @pytest.mark.parametrize("failing", ["discard_free", "after_fork_in_child"])
 def test_an_error_in_a_fork_hook(sqlite_path: Path, tmp_path: Path, children: Children, failing: str) -> None:
     """If the fork hook of a database fails, the child refuses every database, and the parent uses all of them.
 
     SQLite only: the hooks are the same for both engines.
     """
-    script = (
-        BEGIN
-        + f"failing = {failing!r}"
-        + """
+    script = """
 from homeagent.engine.sqlite.engine import SQLiteEngine
 others = (f"{sys.argv[2]}/{number}.db" for number in range(2))
 databases = [Database.open(path, busy_timeout=timedelta(seconds=3)) for path in (target, *others)]
@@ -169,27 +161,20 @@ def fail(engine):
         raise MemoryError
     real(engine)
 setattr(SQLiteEngine, failing, fail)
-child = os.fork()
-if not child:
-    signal.alarm(20)  # a child that hangs is killed, and shows in its status
-    os._exit(refused(*(lambda d=d: add(d, "lost") for d in databases)) + 10 * (told != [True]))
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(in_child(lambda: refused(*(lambda d=d: add(d, "lost") for d in databases)) + 10 * (told != [True])))
 for database in databases:
     add(database, "after")
 print(*names(databases[1]))
 for database in databases:
     database.close()
 """
-    )
-    assert children.run(script, sqlite_path, tmp_path / "others").split() == ["3", "after", "before"]
+    printed = children.run(BEGIN + f"failing = {failing!r}" + script, sqlite_path, tmp_path / "others")
+    assert printed.split() == ["3", "after", "before"]
 
 
-@needs_fork
 def test_child_that_outlives_the_parent_s_database(sqlite_path: Path, children: Children) -> None:
     """If a child outlives the parent's database, its end does not delete the WAL of a later process."""
-    script = (
-        BEGIN
-        + """
+    script = """
 database = Database.open(target)
 add(database, "before")
 names(database)
@@ -211,20 +196,16 @@ os.write(write, b"x")
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 print(log > 0, os.stat(target + "-wal").st_size == log)
 """
-    )
-    assert children.run(script, sqlite_path).split() == ["True", "True"]
+    assert children.run(BEGIN + script, sqlite_path).split() == ["True", "True"]
     assert names(sqlite_path) == ["before", "in the log"]
 
 
-@needs_fork
 def test_child_that_works_on_when_the_parent_ends(sqlite_path: Path, children: Children) -> None:
     """If a child opens the file itself, it holds separate locks, and the parent's end does not delete the WAL.
 
     SQLite only: a server manages its locks.
     """
-    script = (
-        BEGIN
-        + """
+    script = """
 database = Database.open(target)
 add(database, "before")
 names(database)
@@ -243,94 +224,71 @@ database.close()
 os.write(to_child[1], b"x")
 os.waitpid(child, 0)
 """
-    )
-    children.run(script, sqlite_path)
+    children.run(BEGIN + script, sqlite_path)
     assert set(names(sqlite_path)) == {"before", "first", *(f"later-{count}" for count in range(20))}
 
 
-@needs_fork
 def test_a_closed_connection_does_not_count_at_a_fork(sqlite_path: Path, children: Children) -> None:
     """If a unit is open at the fork, opening the file in the child raises and names the remedy; otherwise it opens.
 
     A remaining reference to a closed connection makes no difference. SQLite only: a server manages its locks.
     """
-    script = (
-        BEGIN
-        + """
+    script = """
 from homeagent.errors import DatabaseError
 database = Database.open(target)
 add(database, "before")
 with database.unit_of_work() as unit:
     remembered = unit._require_connection()
 database._engine.discard_free()
-for under_way in ("reads", "writes", ""):
-    unit = database.unit_of_work(read_only=under_way == "reads")
-    if under_way:
-        unit.__enter__()
-    child = os.fork()
-    if not child:
-        signal.alarm(30)
-        try:
-            add(Database.open(target), "child")
-        except DatabaseError as error:
-            os._exit(7 if "spawn" in str(error) else 8)
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    if under_way:
-        unit.__exit__(None, None, None)
+def use():
+    try:
+        add(Database.open(target), "child")
+    except DatabaseError as error:
+        return 7 if "spawn" in str(error) else 8
+    return 0
+for read_only in (True, False):
+    with database.unit_of_work(read_only=read_only):
+        print(in_child(use))
+print(in_child(use))
 print(*names(database))
 database.close()
 """
-    )
-    assert children.run(script, sqlite_path).split() == ["7", "7", "0", "before", "child"]
+    assert children.run(BEGIN + script, sqlite_path).split() == ["7", "7", "0", "before", "child"]
 
 
-@needs_fork
 def test_forks_under_load(sqlite_path: Path, tmp_path: Path, children: Children) -> None:
     """If a process forks under load, the child works on the file or is refused, and keeps every acknowledged row.
 
     SQLite only: a server manages its locks.
     """
     ledger = tmp_path / "ledger"
-    script = (
-        BEGIN
-        + """
+    script = """
 from homeagent.errors import DatabaseError
 database = Database.open(target)
 stop = threading.Event()
-def load(number):
-    count = 0
-    while not stop.is_set():
-        add(database, f"t{number}-{count}")
-        count += 1
-        time.sleep(0.002)
-threads = [threading.Thread(target=load, args=(number,)) for number in range(2)]
-for thread in threads:
-    thread.start()
+def work(name):
+    add(database, name)
+    time.sleep(0.002)
+def use():
+    try:
+        own = Database.open(target)
+    except DatabaseError:
+        return 1
+    for each in range(5):
+        add(own, f"c{number}-{each}")
+        os.write(ledger, f"c{number}-{each}\\n".encode())
+    return 0
 ledger = os.open(sys.argv[2], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-codes = []
+threads = load_until(stop, work, threads=2)
 for number in range(20):
     if number == 19:
         stop.set()
         for thread in threads:
             thread.join()
-    child = os.fork()
-    if not child:
-        signal.alarm(30)
-        try:
-            own = Database.open(target)
-        except DatabaseError:
-            os._exit(1)
-        for each in range(5):
-            add(own, f"c{number}-{each}")
-            os.write(ledger, f"c{number}-{each}\\n".encode())
-        os._exit(0)
-    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(in_child(use))
 database.close()
-print(*codes)
 """
-    )
-    codes = children.run(script, sqlite_path, ledger).split()
+    codes = children.run(BEGIN + script, sqlite_path, ledger).split()
     assert set(codes) <= {"0", "1"}
     # The last child was forked while no unit was open.
     assert codes[-1] == "0"
@@ -339,7 +297,6 @@ print(*codes)
     assert set(told) <= set(names(sqlite_path))
 
 
-@needs_fork
 @pytest.mark.parametrize(
     "method", ["fork", *(pytest.param(method, marks=pytest.mark.slow) for method in ("forkserver", "spawn"))]
 )
@@ -465,9 +422,7 @@ def test_dropped_generator_releases_the_write_lock(database: Database) -> None:
 # Signals
 def test_signal_handler_that_uses_the_database(target: str, children: Children) -> None:
     """A signal handler in a unit may read; its write unit is refused, and no call hangs (either engine)."""
-    script = (
-        BEGIN
-        + """
+    script = """
 database = Database.open(target, busy_timeout=timedelta(seconds=20))
 answers = []
 inside = False
@@ -501,17 +456,13 @@ found = names(database)
 print(answers.count("busy"), len(found) == count + answers.count("added"), "refused" in answers)
 database.close()
 """
-    )
-    assert children.run(script, target).split() == ["0", "True", "True"]
+    assert children.run(BEGIN + script, target).split() == ["0", "True", "True"]
 
 
 @pytest.mark.parametrize("way", ["block", "function"])
 def test_interrupt_in_the_middle_of_a_unit(target: str, children: Children, way: str) -> None:
     """If Ctrl-C arrives in a unit, the unit is rolled back, and the write lock is free (either engine)."""
-    script = (
-        BEGIN
-        + f"way = {way!r}"
-        + """
+    script = """
 # A shell starts what it runs in the background with this signal ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 database = Database.open(target, busy_timeout=timedelta(seconds=5))
@@ -531,8 +482,7 @@ for _ in range(3):
 print(*names(database))
 database.close()
 """
-    )
-    process = children.start(script, target)
+    process = children.start(BEGIN + f"way = {way!r}" + script, target)
     for _ in range(3):
         assert process.stdout.readline() == "inside\n"
         process.send_signal(signal.SIGINT)
