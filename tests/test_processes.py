@@ -360,15 +360,11 @@ time.sleep(0.05)
 """,
     "an open unit": """
 unit = database.unit_of_work().__enter__()
+unit.session.connection()
 create(unit, "unfinished")
 """,
     "atexit": """
 atexit.register(lambda: (add(database, "at exit"), print(*names(database)), database.close()))
-""",
-    "an ORM session": """
-unit = database.unit_of_work().__enter__()
-unit.session.connection()
-create(unit, "unfinished")
 """,
     "a generator that is not finished": """
 def rows():
@@ -377,11 +373,6 @@ def rows():
         yield 1
 generator = rows()
 next(generator)
-""",
-    "an exception": """
-with database.unit_of_work() as unit:
-    create(unit, "unfinished")
-    raise SystemExit(0)
 """,
 }
 

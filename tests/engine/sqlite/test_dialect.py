@@ -12,8 +12,6 @@ from typing import Any
 import apsw
 import pytest
 import sqlalchemy as sa
-from alembic.migration import MigrationContext
-from alembic.operations import Operations
 from sqlalchemy import exc
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.pool import NullPool
@@ -324,24 +322,6 @@ def test_unfinished_statement_does_not_block_close(sqlite_database: Database, tm
         other.execute("PRAGMA locking_mode=EXCLUSIVE; BEGIN EXCLUSIVE; COMMIT")
     with Database.open(tmp_path / "backup.db") as copy:
         assert {agent.id for agent in copy.agents.list()} == {"ada", "later"}
-
-
-def test_alembic_rebuilds_a_table(engine: sa.Engine, raw: Connection) -> None:
-    """Alembic's batch mode reflects a table, rebuilds it with a new column and constraint, and keeps its rows."""
-    with engine.begin() as connection:
-        operations = Operations(MigrationContext.configure(connection))
-        with operations.batch_alter_table("room", recreate="always") as batch:
-            batch.add_column(sa.Column("floor", sa.Integer, server_default="0", nullable=False))
-            batch.create_check_constraint("ck_floor", sa.column("floor") < 9)
-    assert raw.execute("SELECT * FROM room ORDER BY id").fetchall() == [(1, "hall", 0), (2, "attic", 0)]
-    with engine.connect() as connection:
-        inspector = sa.inspect(connection)
-        assert [column["name"] for column in inspector.get_columns("room")] == ["id", "name", "floor"]
-        checks = {check["name"] for check in inspector.get_check_constraints("room")}
-        assert checks == {"ck_name", "ck_floor"}
-        assert inspector.get_foreign_keys("lamp")[0]["referred_table"] == "room"
-        with pytest.raises(exc.IntegrityError):
-            connection.exec_driver_sql("UPDATE room SET floor = 9")
 
 
 def test_default_pool(path: Path) -> None:
