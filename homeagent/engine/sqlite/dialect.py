@@ -18,8 +18,7 @@ from apsw import Connection as _Connection
 from apsw import Cursor as _Cursor
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
-from sqlalchemy.engine import URL
-from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool
+from sqlalchemy.pool import SingletonThreadPool
 
 from homeagent.engine.driver_errors import commit_unknown
 from homeagent.errors import HomeAgentError
@@ -36,10 +35,7 @@ paramstyle = "qmark"
 sqlite_version_info: tuple[int, ...] = tuple(map(int, SQLITE_VERSION.split(".")))
 Binary = bytes
 Error = apsw.Error
-# apsw has an exception class for each of SQLite's result codes. `Dialect.dbapi_exception_translation_map` assigns each
-# class to a class of DB-API.
-InterfaceError = DatabaseError = DataError = OperationalError = IntegrityError = apsw.Error
-InternalError = ProgrammingError = NotSupportedError = apsw.Error
+"""apsw has a subclass for each of SQLite's result codes, and not DB-API's subclasses (see `_SQLALCHEMY_ERRORS`)."""
 
 DRIVER_ERRORS = (apsw.Error, OverflowError, UnicodeError)
 """Exceptions that a statement can raise: SQLite's errors, and errors for integers over 64 bits and undecodable text."""
@@ -58,20 +54,6 @@ def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
     return True
 
 
-def _execute_each(
-    execute: Callable[[str, Any], object], connection: _Connection, statement: str, sets: Iterable[Any]
-) -> int:
-    """Run a statement once for each set of bindings, and return the number of changed rows."""
-    # Do not use `total_changes`, because it also counts rows of triggers and foreign keys: the ORM would raise
-    # StaleDataError.
-    changed = 0
-    for bindings in sets:
-        rows: Any = execute(statement, bindings)
-        rows.fetchall()  # SQLite knows the number of changed rows only after the last row
-        changed += connection.changes()
-    return changed
-
-
 class StatementCursor(_Cursor):
     """A cursor for a store's statements. The cursor does not record the names of columns, because the class `Compiled`
     knows the columns of each statement.
@@ -81,7 +63,13 @@ class StatementCursor(_Cursor):
 
     def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> _Cursor:
         """Run a statement once for each set of bindings."""
-        self._changed = _execute_each(self.execute, self.connection, statements, sequenceofbindings)
+        # Do not use `total_changes`, because it also counts rows of triggers and foreign keys: the ORM would raise
+        # StaleDataError.
+        changed = 0
+        for bindings in sequenceofbindings:
+            self.execute(statements, bindings).fetchall()  # SQLite counts the changed rows only after the last row
+            changed += self.connection.changes()
+        self._changed = changed
         return self
 
     @property
@@ -265,8 +253,7 @@ def _decoded(value: bytes) -> str | Undecodable:
         return Undecodable(value)
 
 
-def _regexp(*arguments: Any) -> bool | None:
-    pattern, value = arguments
+def _regexp(pattern: Any, value: Any) -> bool | None:
     try:
         return None if value is None else re.search(pattern, value) is not None
     except (re.error, TypeError) as error:
@@ -290,6 +277,7 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
+    poolclass = SingletonThreadPool  # an in-memory database stays the same for a thread
     # SQLAlchemy chooses its error class by the name of the driver's error class
     # (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
     dbapi_exception_translation_map: dict[str, str] = {
@@ -304,18 +292,9 @@ class Dialect(SQLiteDialect):
 
         return module
 
-    @classmethod
-    def get_pool_class(cls, url: URL) -> type[Pool]:
-        """Return SingletonThreadPool (one connection for each thread) for `:memory:`, and QueuePool for a file."""
-        return SingletonThreadPool if url.database in (None, "", ":memory:") else QueuePool
-
     def on_connect(self) -> Callable[[Any], None]:
         """Return a function that adds the SQL function `regexp()`, which SQLAlchemy's `regexp_match()` uses."""
-
-        def prepare(connection: Connection) -> None:
-            connection.create_scalar_function("regexp", _regexp, 2, deterministic=True)
-
-        return prepare
+        return lambda connection: connection.create_scalar_function("regexp", _regexp, 2, deterministic=True)
 
     def do_begin(self, dbapi_connection: Any) -> None:
         """Send BEGIN, unless a listener of SQLAlchemy's `begin` event has already sent a BEGIN."""

@@ -74,15 +74,10 @@ def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
 def read_transaction(connection: Connection) -> Iterator[None]:
     """Run the block in a transaction that takes no write lock."""
     raw: Any = connection.connection.driver_connection
-    # Do not call SQLAlchemy's method `begin()`, because the listener `_on_begin()` would take the write lock.
-    raw.execute("BEGIN")
-    try:
+    raw.execute("BEGIN")  # otherwise the listener `_on_begin()` would take the write lock
+    with connection.begin() as transaction:
         yield
-    finally:
-        connection.rollback()
-        # If Ctrl-C interrupts a statement, SQLAlchemy closes the connection.
-        if not connection.invalidated and raw.in_transaction:
-            raw.execute("ROLLBACK")
+        transaction.rollback()
 
 
 class SQLiteEngine(Engine):
@@ -147,9 +142,8 @@ class SQLiteEngine(Engine):
     def _on_close(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
         # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. If another
         # program replaced the files, prevent the copy, because the WAL can contain commits of another process.
-        moved: HomeAgentError | None
         try:
-            moved = self.identity_check.find_moved(beside=True)
+            moved: HomeAgentError | None = self.identity_check.find_moved(beside=True)
         except HomeAgentError as error:
             moved = error  # if the files can't be inspected, leave the files unchanged
             self._keep_from_checkpoints()

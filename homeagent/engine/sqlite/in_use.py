@@ -43,10 +43,9 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: b
         lock = FileLock(path, timeout=timeout, shared=True, exclusive_if_free=exclusive_if_free)
         try:
             lock.acquire()
-        except ReadOnlyError:
-            return None
         except DatabaseError as error:
-            if isinstance(error.__cause__, PermissionError) and not os.access(database.parent, os.W_OK):
+            is_denied = isinstance(error.__cause__, PermissionError) and not os.access(database.parent, os.W_OK)
+            if is_denied or isinstance(error, ReadOnlyError):
                 return None
             raise
         if lock.read_marker() is None:

@@ -134,51 +134,38 @@ class ContentCheck:
         now = self._monotonic()
         if not isinstance(engine, SQLiteEngine) or now < self._due:
             return
-        self._left = self._left or [*TABLES, VERSION_TABLE]
-        first = self._left[0]
-        while (
-            self._left
-            and not stop()
-            and self._check(engine, self._left[0], lambda: stop() or self._monotonic() >= now + _BUDGET)
-        ):
-            del self._left[0]
+        left = self._left = self._left or [*TABLES, VERSION_TABLE]
+        first = left[0]
+        while left and not stop() and _check(engine, left[0], lambda: stop() or self._monotonic() >= now + _BUDGET):
+            del left[0]
         if stop():
             return
-        if self._left and self._left[0] == first:
-            logger.warning(
-                "%s: the check of table %s was stopped after %g s: run homeagent doctor --thorough",
-                engine.path,
-                first,
-                _BUDGET,
-                extra={
-                    "event": "content_check_gave_up",
-                    "path": str(engine.path),
-                    "table": first,
-                    "seconds": _BUDGET,
-                },
-            )
-            del self._left[0]
+        if first in left:
+            del left[0]
+            facts = {"event": "content_check_gave_up", "path": str(engine.path), "table": first, "seconds": _BUDGET}
+            text = "%s: the check of table %s was stopped after %g s: run homeagent doctor --thorough"
+            logger.warning(text, engine.path, first, _BUDGET, extra=facts)
         self._due = self._monotonic() + self._every
 
-    @staticmethod
-    def _check(engine: SQLiteEngine, table: str, give_up: Callable[[], bool]) -> bool:
-        """Check a table and its indexes. If the table is damaged, raise CorruptDatabaseError, and make later units
-        raise the error too. Return False if `give_up()` ended the check. SQLite calls `give_up()` every few
-        milliseconds.
-        """
-        try:
-            with engine.translated(), engine.driver_connection() as raw:
-                raw.set_progress_handler(give_up, _INSTRUCTIONS)
-                try:
-                    found = raw.execute(f"PRAGMA integrity_check({table})").fetchall()
-                except apsw.InterruptError:
-                    return False
-            _refuse(engine.path, found)
-        except CorruptDatabaseError as error:
-            engine.identity_check.marked_corrupt = str(error)
-            logger.error("%s", error, extra={"event": "content_damaged", "path": str(engine.path)})
-            raise
-        return True
+
+def _check(engine: SQLiteEngine, table: str, give_up: Callable[[], bool]) -> bool:
+    """Check a table and its indexes. If the table is damaged, raise CorruptDatabaseError, and make later units
+    raise the error too. Return False if `give_up()` ended the check. SQLite calls `give_up()` every few
+    milliseconds.
+    """
+    try:
+        with engine.translated(), engine.driver_connection() as raw:
+            raw.set_progress_handler(give_up, _INSTRUCTIONS)
+            try:
+                found = raw.execute(f"PRAGMA integrity_check({table})").fetchall()
+            except apsw.InterruptError:
+                return False
+        _refuse(engine.path, found)
+    except CorruptDatabaseError as error:
+        engine.identity_check.marked_corrupt = str(error)
+        logger.error("%s", error, extra={"event": "content_damaged", "path": str(engine.path)})
+        raise
+    return True
 
 
 def _refuse(path: Path, found: list[Any]) -> None:
