@@ -142,9 +142,14 @@ class ContentCheck:
             return
         if first in left:
             del left[0]
-            facts = {"event": "content_check_gave_up", "path": str(engine.path), "table": first, "seconds": _BUDGET}
-            text = "%s: the check of table %s was stopped after %g s: run homeagent doctor --thorough"
-            logger.warning(text, engine.path, first, _BUDGET, extra=facts)
+            path = str(engine.path)
+            logger.warning(
+                "%s: the check of table %s was stopped after %g s: run homeagent doctor --thorough",
+                path,
+                first,
+                _BUDGET,
+                extra={"event": "content_check_gave_up", "path": path, "table": first, "seconds": _BUDGET},
+            )
         self._due = self._monotonic() + self._every
 
 
