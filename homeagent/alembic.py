@@ -18,12 +18,15 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from alembic.util import CommandError
 from sqlalchemy import MetaData
 
 from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.target import ENVIRONMENT_VARIABLE
 from homeagent.environment import BUSY_TIMEOUT
+from homeagent.migrations.application import Application, revision_guard
+from homeagent.migrations.autogenerate import application_tables, options, scratch_database
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, VERSION_TABLE
 from homeagent.opening import open_engine
 
@@ -90,8 +93,6 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
         alembic.util.CommandError: if no database is named, or if the connection is not usable.
         HomeAgentError: if the function can't open or upgrade the database.
     """
-    from homeagent.migrations.autogenerate import application_tables, options
-
     tables = application_tables(package, more=metadata, scripts=Path(context.script.dir).resolve())
 
     def configure(engine: str, **how: Any) -> None:
@@ -108,14 +109,8 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
     with _connection(context, given, target, metadata) as connection:
         configure(connection.dialect.name, connection=connection)
         if given is None and target is None and context.get_context().opts["fn"].__name__ != "retrieve_migrations":
-            raise _command_error(f"name the database: -x database=TARGET, or ${ENVIRONMENT_VARIABLE}")
+            raise CommandError(f"name the database: -x database=TARGET, or ${ENVIRONMENT_VARIABLE}")
         _run(context, connection)
-
-
-def _command_error(message: str) -> Exception:
-    from alembic.util import CommandError
-
-    return CommandError(message)
 
 
 def _target(context: Any) -> str | None:
@@ -133,11 +128,8 @@ def _connection(
         with _without_foreign_keys(given):
             yield given
     elif target is None:
-        from homeagent.migrations.application import Application
-        from homeagent.migrations.autogenerate import scratch_database
-
         folder = Path(context.script.dir)
-        application = Application.of(folder) if (folder / "versions").is_dir() else None
+        application = Application.of(folder) if (folder / "versions").is_dir() else Application()
         with scratch_database(application) as connection:
             yield connection
     else:
@@ -161,15 +153,12 @@ def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:
 @contextmanager
 def _without_foreign_keys(connection: Connection) -> Iterator[None]:
     """Switch foreign keys off, because the rebuild of a table would otherwise delete rows that refer to the table."""
-    if connection.dialect.name != "sqlite":
-        yield
-        return
     raw: Any = connection.connection.driver_connection
-    if not raw.execute("PRAGMA foreign_keys").fetchall()[0][0]:
+    if connection.dialect.name != "sqlite" or not raw.execute("PRAGMA foreign_keys").fetchall()[0][0]:
         yield
         return
     if raw.in_transaction:
-        raise _command_error(
+        raise CommandError(
             "the connection is in a transaction with foreign keys, so a batch operation could delete rows of other "
             "tables: pass a connection without a transaction, or name the database and pass no connection"
         )
@@ -181,8 +170,6 @@ def _without_foreign_keys(connection: Connection) -> Iterator[None]:
 
 
 def _run(context: Any, connection: Connection) -> None:
-    from homeagent.migrations.application import revision_guard
-
     with context.begin_transaction():
         with revision_guard(connection, frozenset()) as guard:
             guard.begin("")
@@ -192,8 +179,8 @@ def _run(context: Any, connection: Connection) -> None:
             except Exception as error:
                 if guard.refused is None:
                     raise
-                raise _command_error(f"the revision was undone: {guard.refused}") from error
+                raise CommandError(f"the revision was undone: {guard.refused}") from error
         if connection.dialect.name == "sqlite":
             broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
             if broken:
-                raise _command_error(f"the revision left {len(broken)} broken references from {broken[0][0]}")
+                raise CommandError(f"the revision left {len(broken)} broken references from {broken[0][0]}")

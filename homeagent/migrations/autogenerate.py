@@ -96,13 +96,13 @@ def _import_modules(name: str, scripts: Path | None) -> None:
 
 
 @contextmanager
-def scratch_database(application: Application | None = None) -> Iterator[Connection]:
+def scratch_database(application: Application) -> Iterator[Connection]:
     """Open a SQLite database in memory with the tables of homeagent and the application, without foreign keys."""
     with scratch_sqlite() as connection:
         try:
             with connection.begin():
                 upgrade(connection)
-                (application or Application()).upgrade(connection)
+                application.upgrade(connection)
         except RevisionFailedError as error:
             raise MigrationError(f"a scratch database can't get the application's tables: {error}") from error.__cause__
         yield connection
