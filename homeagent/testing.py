@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
     from homeagent.database import Database
-    from homeagent.engine.engine import Engine
 
 __all__ = ["START", "DatabaseFactory", "FakeClock", "check_revisions"]
 
@@ -69,23 +68,27 @@ class FakeClock:
 class _Templates:
     """Closed template databases with a schema and no rows. Copying a template takes less time than a migration."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, closing: ExitStack) -> None:
         self._directory = directory
+        self._closing = closing
         self._numbers = itertools.count()
         self._made: dict[tuple[str | None, str], Any] = {}
 
-    def copy(self, server: str | None, options: dict[str, Any]) -> Path | URL:
+    def copy(self, server: str | None, options: dict[str, Any], closing: ExitStack) -> Path | URL:
         from homeagent.database import Database
 
         schema = {name: options[name] for name in _SCHEMA_OPTIONS if name in options}
         key = (server, str(schema.get("migrations")))
         made: Any = self._made.get(key)
         if made is None:
-            made = self._new_directory() / "homeagent.db" if server is None else _create_database(server)
+            if server is None:
+                made = self._new_directory() / "homeagent.db"
+            else:
+                made = self._closing.enter_context(_server_database(server))
             Database.open(made, **schema).close()
             self._made[key] = made
         if server is not None:
-            return _create_database(server, template=made.database)
+            return closing.enter_context(_server_database(server, template=made.database))
         copied = self._new_directory()
         # Copy the lock file too, because without the file `Database.open` would write and sync a new marker.
         for name in ("homeagent.db", "homeagent.db.lock"):
@@ -98,12 +101,6 @@ class _Templates:
         directory.mkdir(mode=0o700)
         return directory
 
-    def close(self) -> None:
-        """Drop the template databases on servers; pytest deletes the files."""
-        for (server, _), made in self._made.items():
-            if server is not None:
-                _drop_database(server, made)
-
 
 class DatabaseFactory:
     """Open fresh databases, and close the databases at the end of the test."""
@@ -112,8 +109,7 @@ class DatabaseFactory:
         self._templates = templates
         self._options = options
         self._server = server
-        self._opened: list[Database] = []
-        self._on_servers: list[tuple[str, URL]] = []
+        self._closing = ExitStack()
 
     def __call__(self, *, server: str | None = None, **options: Any) -> Database:
         """Return a new, empty database.
@@ -129,20 +125,12 @@ class DatabaseFactory:
 
         options = {**self._options, **options}
         server = self._server if server is None else server
-        target = self._templates.copy(server, options)
-        if not isinstance(target, Path):
-            assert server is not None  # noqa: S101  a URL comes from a server
-            self._on_servers.append((server, target))
-        database = Database.open(target, **options)
-        self._opened.append(database)
-        return database
+        target = self._templates.copy(server, options, self._closing)
+        return self._closing.enter_context(Database.open(target, **options))
 
     def close(self) -> None:
         """Close all databases, and drop the databases on servers."""
-        for database in self._opened:
-            database.close()
-        for server, url in self._on_servers:
-            _drop_database(server, url)
+        self._closing.close()
 
 
 def check_revisions(
@@ -178,51 +166,36 @@ def check_revisions(
     from homeagent.migrations.expansion import check_expansion
     from homeagent.opening import open_engine
 
-    with _scratch_target(server) as target:
-
-        def open_step(step: Application) -> Engine:
-            return open_engine(target, durability="normal", migrations=step)
-
-        check_expansion(Application.of(migrations, acknowledged), open_step, accepted)
+    with ExitStack() as closing:
+        if server is None:
+            directory = closing.enter_context(tempfile.TemporaryDirectory(prefix="homeagent-"))
+            target: Path | URL = Path(directory) / "scratch.db"
+        else:
+            target = closing.enter_context(_server_database(server))
+        check_expansion(
+            Application.of(migrations, acknowledged),
+            lambda step: open_engine(target, durability="normal", migrations=step),
+            accepted,
+        )
 
 
 @contextmanager
-def _scratch_target(server: str | None) -> Iterator[Path | URL]:
-    """Yield the path or the URL of an empty database. Delete the database at the end of the block."""
-    if server is None:
-        with tempfile.TemporaryDirectory(prefix="homeagent-") as directory:
-            yield Path(directory) / "scratch.db"
-        return
-    url = _create_database(server)
+def _server_database(server: str, *, template: str | None = None) -> Iterator[URL]:
+    """Create a database with a random name on a server, and yield its URL. Drop the database after the block."""
+    from sqlalchemy import create_engine, make_url, text
+    from sqlalchemy.pool import NullPool
+
+    url = make_url(server).set(database=f"homeagent_test_{uuid.uuid4().hex}")
+    # PostgreSQL can't create a database inside a transaction.
+    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "poolclass": NullPool}
+    engine = create_engine(make_url(server).set(drivername="postgresql+psycopg"), **options)
+    with engine.connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {url.database}" + (f" TEMPLATE {template}" if template else "")))
     try:
         yield url
     finally:
-        _drop_database(server, url)
-
-
-def _create_database(server: str, *, template: str | None = None) -> URL:
-    """Create a database with a random name on a server, and return its URL."""
-    from sqlalchemy import make_url
-
-    name = f"homeagent_test_{uuid.uuid4().hex}"
-    _execute(server, f"CREATE DATABASE {name}" + (f" TEMPLATE {template}" if template else ""))
-    return make_url(server).set(database=name)
-
-
-def _drop_database(server: str, url: URL) -> None:
-    _execute(server, f"DROP DATABASE IF EXISTS {url.database} WITH (FORCE)")
-
-
-def _execute(server: str, statement: str) -> None:
-    """Run a statement without a transaction, because PostgreSQL can't create a database inside a transaction."""
-    from sqlalchemy import create_engine, make_url, text
-
-    engine = create_engine(make_url(server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
-    try:
         with engine.connect() as connection:
-            connection.execute(text(statement))
-    finally:
-        engine.dispose()
+            connection.execute(text(f"DROP DATABASE IF EXISTS {url.database} WITH (FORCE)"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -255,9 +228,8 @@ def homeagent_server(pytestconfig: pytest.Config) -> str | None:
 
 @pytest.fixture(scope="session")
 def _homeagent_templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Templates]:
-    templates = _Templates(tmp_path_factory.mktemp("homeagent"))
-    yield templates
-    templates.close()
+    with ExitStack() as closing:
+        yield _Templates(tmp_path_factory.mktemp("homeagent"), closing)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
@@ -53,12 +54,9 @@ def check_expansion(
     homeagents = {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE}
     old: Structure = {}
     for step in _steps(application):
-        engine, revision = open_step(step), str(step.head)
-        try:
-            with engine.connect() as connection:
-                new = {part: fact for part, fact in structure(connection).items() if part[1] not in homeagents}
-        finally:
-            engine.close()
+        revision = str(step.head)
+        with closing(open_step(step)) as engine, engine.connect() as connection:
+            new = {part: fact for part, fact in structure(connection).items() if part[1] not in homeagents}
         oldest: str | None = getattr(loaded(step.scripts[revision].file), "oldest_revision", None)
         if oldest is None:
             problems = list(breaks(old, new, accepted))
@@ -85,9 +83,15 @@ def _steps(application: Application) -> Iterator[Application]:
 
 def structure(connection: Connection) -> Structure:
     """Read the tables and views of the current schema."""
+    if connection.dialect.name == "sqlite":
+        triggers = "SELECT tbl_name, name FROM sqlite_master WHERE type = 'trigger'"
+    else:
+        triggers = "SELECT tgrelid::regclass::text, tgname FROM pg_trigger WHERE NOT tgisinternal"
     with connection.begin():
         inspector = inspect(connection)
-        parts: dict[tuple[str, str, Any], Any] = {("trigger", *trigger): None for trigger in _triggers(connection)}
+        parts: dict[tuple[str, str, Any], Any] = {
+            ("trigger", table, trigger): None for table, trigger in connection.execute(text(triggers))
+        }
         for table in (*inspector.get_table_names(), *inspector.get_view_names()):
             parts["table", table, ""] = inspector.get_pk_constraint(table)["constrained_columns"]
             for column in inspector.get_columns(table):
@@ -103,28 +107,24 @@ def structure(connection: Connection) -> Structure:
         return parts
 
 
-def _triggers(connection: Connection) -> set[tuple[str, str]]:
-    if connection.dialect.name == "sqlite":
-        query = "SELECT tbl_name, name FROM sqlite_master WHERE type = 'trigger'"
-    else:
-        query = "SELECT tgrelid::regclass::text, tgname FROM pg_trigger WHERE NOT tgisinternal"
-    return {(str(table), str(trigger)) for table, trigger in connection.execute(text(query))}
-
-
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
     """Yield the problem and the remedy of each change that can break old code. Skip an added check or trigger whose
     name is in `accepted`.
     """
     for part in sorted(old):
         kind, table, name = part
-        if part in new:
-            yield from _breaks_of_change(part, old, new)
-        elif kind in _REMOVED and (kind == "table" or ("table", table, "") in new):
-            yield _REMOVED[kind].format(table=table, name=name)
-    for part in sorted(new.keys() - old.keys()):
+        if part not in new:
+            if kind in _REMOVED and (kind == "table" or ("table", table, "") in new):
+                yield _REMOVED[kind].format(table=table, name=name)
+        elif kind == "column":
+            yield from _breaks_of_column(f"{table}.{name}", old[part], new[part])
+        elif kind == "table" and old[part] != new[part]:
+            yield f"the primary key of {table} changes, which old code's upserts name: create another table instead"
+    for part in sorted(new):
         kind, table, name = part
-        is_accepted = kind in ("check", "trigger") and name in accepted
-        if ("table", table, "") in old and not is_accepted:
+        is_added = part not in old and not (kind in ("check", "trigger") and name in accepted)
+        is_changed = kind == "check" and part in old and old[part] != new[part]
+        if ("table", table, "") in old and (is_added or is_changed):
             yield from _breaks_of_addition(part, old, new)
 
 
@@ -139,8 +139,10 @@ def _breaks_of_addition(part: tuple[str, str, Any], old: Structure, new: Structu
         column = new[part]
         if not column["nullable"] and all(column.get(key) is None for key in ("default", "computed", "identity")):
             yield f"{table}.{name} is NOT NULL without a server default: add server_default, or allow NULL"
-    elif kind == "check" and not _mentions_only_new(new[part], table, old, new):
-        yield f"CHECK {name} of {table} is new or changed, and old code can violate it: {_IN_CODE}"
+    elif kind == "check":
+        words = set(re.findall(r"\w+", re.sub(r"'[^']*'", "", new[part])))
+        if not words & added or words & _columns(old, table):
+            yield f"CHECK {name} of {table} is new or changed, and old code can violate it: {_IN_CODE}"
     elif kind == "unique":
         # Old code writes NULL to a new nullable column, and a unique index accepts several rows with NULL.
         columns = [new["column", table, column] for column in added & {*name}]
@@ -150,17 +152,6 @@ def _breaks_of_addition(part: tuple[str, str, Any], old: Structure, new: Structu
         yield f"{table} gets a foreign key on {name[0]}, which old code can violate: {_NEW_COLUMN}"
     elif kind == "trigger":
         yield f"{table} gets trigger {name}, which also runs for old code: {_IN_CODE}"
-
-
-def _breaks_of_change(part: tuple[str, str, Any], old: Structure, new: Structure) -> Iterator[str]:
-    kind, table, name = part
-    before, after = old[part], new[part]
-    if kind == "column":
-        yield from _breaks_of_column(f"{table}.{name}", before, after)
-    elif kind == "table" and before != after:
-        yield f"the primary key of {table} changes, which old code's upserts name: create another table instead"
-    elif kind == "check" and before != after and not _mentions_only_new(after, table, old, new):
-        yield f"CHECK {name} of {table} is new or changed, and old code can violate it: {_IN_CODE}"
 
 
 def _breaks_of_column(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
@@ -173,14 +164,8 @@ def _breaks_of_column(name: str, old: Mapping[str, Any], new: Mapping[str, Any])
     before, after = old["type"], new["type"]
     if str(before) == str(after):
         return
-    kinds = (re.sub(r"\(.*", "", str(before)), re.sub(r"\(.*", "", str(after)))
-    lengths = (getattr(before, "length", None), getattr(after, "length", None))
-    wider = kinds[0] == kinds[1] and lengths[0] is not None and (lengths[1] is None or lengths[1] >= lengths[0])
-    if not wider and kinds not in _WIDER:
+    kinds = tuple(re.sub(r"\(.*", "", str(kind)) for kind in (before, after))
+    length, new_length = (getattr(kind, "length", None) for kind in (before, after))
+    is_longer = kinds[0] == kinds[1] and length is not None and (new_length is None or new_length >= length)
+    if not is_longer and kinds not in _WIDER:
         yield f"{name} changes its type from {before} to {after}: {_NEW_COLUMN}"
-
-
-def _mentions_only_new(condition: str, table: str, old: Structure, new: Structure) -> bool:
-    words = set(re.findall(r"\w+", re.sub(r"'[^']*'", "", condition)))
-    before = _columns(old, table)
-    return bool(words & (_columns(new, table) - before)) and not words & before
