@@ -19,7 +19,7 @@ from sqlalchemy.types import NullType
 
 from homeagent.engine.sqlite.inspection import reaches, scratch_sqlite
 from homeagent.errors import SchemaChangedError, SchemaTooNewError
-from homeagent.migrations.revisions import REVISION, known_revisions, server_triggers, upgrade
+from homeagent.migrations.revisions import REVISION, known_revisions, server_triggers, tables, upgrade
 from homeagent.models import SCHEMA, TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
@@ -92,9 +92,10 @@ def schema_differences(connection: Connection) -> list[Difference]:
 
 def homeagents_objects(revision: str) -> set[str]:
     """Return the names of homeagent's indexes and triggers on SQLite at a revision."""
-    expected = _sqlite_expected(revision)
-    indexes = {part.index_name for parts in expected.tables.values() for part in parts.values() if part.index_name}
-    return indexes | expected.others.keys()
+    wanted, triggers = _sqlite_expected(revision)
+    return triggers.keys() | {
+        part.index_name for parts in wanted.values() for part in parts.values() if part.index_name
+    }
 
 
 def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
@@ -129,36 +130,30 @@ def _name(name: str) -> str:
 # SQLite
 
 
-class _Expected(NamedTuple):
-    tables: _Tables
-    others: dict[str, str]
-
-
 @cache
-def _sqlite_expected(revision: str) -> _Expected:
+def _sqlite_expected(revision: str) -> tuple[_Tables, dict[str, str]]:
+    """Return homeagent's tables at a revision, and the SQL of homeagent's triggers by name."""
     with scratch_sqlite() as scratch:
         with scratch.begin():
             upgrade(scratch, revision)
-        others = {name: _plain(sql) for _, name, _, sql in _sqlite_others(scratch)}
-        return _Expected(_sqlite_tables(scratch), others)
+        return _sqlite_tables(scratch), {name: _plain(sql) for _, name, _, sql in _sqlite_others(scratch)}
 
 
 def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Difference]:
-    expected = _sqlite_expected(revision)
-    found = {name: table for name, table in _sqlite_tables(connection).items() if name in expected.tables}
-    yield from _compare(expected.tables, found)
+    wanted, triggers = _sqlite_expected(revision)
+    yield from _compare(wanted, _sqlite_tables(connection))
     others = _sqlite_others(connection)
-    for name in expected.others.keys() - {name for _, name, _, _ in others}:
-        yield Difference(f"trigger {name} is missing", True, expected.others[name])
+    for name in triggers.keys() - {name for _, name, _, _ in others}:
+        yield Difference(f"trigger {name} is missing", True, triggers[name])
     raw: Any = connection.connection.driver_connection
-    mention = re.compile(rf"\b({'|'.join(expected.tables)})\b", re.IGNORECASE)
+    mention = re.compile(rf"\b({'|'.join(wanted)})\b", re.IGNORECASE)
     for kind, name, on, sql in others:
-        if expected.others.get(name) == _plain(sql):
+        if triggers.get(name) == _plain(sql):
             continue
         command = f"DROP {kind.upper()} {_name(name)}"
-        uses = mention.search(sql) is not None and reaches(raw, expected.tables, kind=kind, name=name, on=on)
+        uses = mention.search(sql) is not None and reaches(raw, wanted, kind=kind, name=name, on=on)
         # Compare names in lower case, because a trigger can spell the name of a table in upper case.
-        if kind == "trigger" and on.lower() in expected.tables:
+        if kind == "trigger" and on.lower() in wanted:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
             yield Difference(what, True, command, None if uses else "trigger", name)
         elif kind == "trigger" and uses:
@@ -204,19 +199,13 @@ def _sqlite_parts(table: str, sql: str) -> Iterator[tuple[str, _Part]]:
             yield f"column {table}.{first}", _Part(rest, "NOT NULL" in rest and "DEFAULT" not in rest)
 
 
-def _sqlite_leftovers(connection: Connection) -> list[Difference]:
+def _sqlite_leftovers(connection: Connection) -> Iterator[Difference]:
     # Alembic's batch mode builds a table under a temporary name, and renames the table at the end.
-    found = connection.exec_driver_sql(
-        "SELECT name FROM sqlite_master WHERE type = 'table' AND name LIKE '~_alembic~_tmp~_%' ESCAPE '~'"
-    )
-    return [
-        Difference(
-            f"table {name} was left behind by an upgrade that another tool ran",
-            grave=False,
-            command=f"DROP TABLE {name}",
-        )
-        for (name,) in found
-    ]
+    for name in tables(connection):
+        if name.startswith("_alembic_tmp_"):
+            yield Difference(
+                f"table {name} was left behind by an upgrade that another tool ran", False, f"DROP TABLE {name}"
+            )
 
 
 _QUOTED_OR_BLANK = re.compile(
@@ -235,19 +224,12 @@ def _plain(sql: str) -> str:
 
 
 def _clauses(body: str) -> Iterator[str]:
-    depth, start, quoted = 0, 0, False
-    for place, character in enumerate(body):
-        if character == "'":
-            quoted = not quoted
-        elif quoted:
-            continue
-        elif character == "(":
-            depth += 1
-        elif character == ")":
-            depth -= 1
-        elif character == "," and not depth:
-            yield body[start:place].strip()
-            start = place + 1
+    depth, start = 0, 0
+    for found in re.finditer(r"'[^']*'|[(),]", body):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if found[0] == "," and not depth:
+            yield body[start : found.start()].strip()
+            start = found.end()
     yield body[start:].strip()
 
 
