@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from sqlalchemy import text
@@ -41,7 +41,7 @@ from homeagent.migrations.revisions import (
     upgrade,
 )
 from homeagent.migrations.schema_drift import refuse_changed_schema
-from homeagent.migrations.sqlite import back_up, undone_on_failure, verify_upgrade
+from homeagent.migrations.sqlite import back_up, upgrade_transaction
 from homeagent.opening import open_engine
 
 if TYPE_CHECKING:
@@ -249,23 +249,18 @@ def _adopt_file(
             with engine.translated(), engine.driver_connection() as raw:
                 # Without a WAL, the commit writes the application id to the file itself.
                 raw.execute("PRAGMA journal_mode=DELETE")
-            with engine.translated(), engine.connect() as connection:
-                driver: Any = connection.connection.driver_connection
-                driver.execute("PRAGMA foreign_keys=OFF")
-                driver.execute("PRAGMA secure_delete=ON")
-                with undone_on_failure(engine, f"adopting {quoted(path)}") as attempt, connection.begin():
-                    if _examine(connection, application, report.location) != report:
-                        raise DatabaseBusyError(
-                            f"{quoted(path)} has changed since the report: stop the application that uses the file, "
-                            "and begin again. Nothing was changed"
-                        )
-                    attempt.backup = back_up(engine, "adoption", clock, kind="adoption")
-                    broken = broken_references(connection)
-                    _add_tables(connection, report)
-                    application.upgrade(connection)
-                    verify_upgrade(connection, broken, attempt.backup)
-                    refuse_changed_schema(connection, REVISION, quoted(path), application.acknowledged)
-                    connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
+            with upgrade_transaction(engine, f"adopting {quoted(path)}") as attempt:
+                connection = attempt.connection
+                if _examine(connection, application, report.location) != report:
+                    raise DatabaseBusyError(
+                        f"{quoted(path)} has changed since the report: stop the application that uses the file, and "
+                        "begin again. Nothing was changed"
+                    )
+                attempt.backup = back_up(engine, "adoption", clock, kind="adoption")
+                _add_tables(connection, report)
+                application.upgrade(connection)
+                refuse_changed_schema(connection, REVISION, quoted(path), application.acknowledged)
+                connection.exec_driver_sql(f"PRAGMA application_id={APPLICATION_ID}")
     return report.model_copy(update={"backup": attempt.backup})
 
 

@@ -22,7 +22,7 @@ from homeagent.errors import (
     SchemaOutdatedError,
     TransientError,
 )
-from homeagent.migrations.application import Application
+from homeagent.migrations.application import NO_APPLICATION, Application
 from homeagent.migrations.revisions import (
     REVISION,
     SPEAK_FOR_THEMSELVES,
@@ -66,11 +66,8 @@ _OTHER_STORES = text(
 _PAUSE = 0.2  # longest pause between two attempts, in seconds
 
 
-_NO_APPLICATION = Application()
-
-
 def open_postgresql(
-    engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool, application: Application = _NO_APPLICATION
+    engine: PostgreSQLEngine, *, timeout: timedelta, migrate: bool, application: Application = NO_APPLICATION
 ) -> None:
     """Create the schema, or upgrade the schema to this version's revision. Only one host at a time runs revisions. With
     `migrate=False`, raise an error if a revision is missing.

@@ -30,7 +30,8 @@ from homeagent.errors import (
     ReadOnlyError,
     SchemaOutdatedError,
 )
-from homeagent.migrations.application import Application
+from homeagent.migrations.application import NO_APPLICATION, Application
+from homeagent.migrations.rehearsal import kept_objects, refuse_broken_objects, refuse_unconvertible_rows
 from homeagent.migrations.revisions import (
     REVISION,
     SPEAK_FOR_THEMSELVES,
@@ -42,7 +43,8 @@ from homeagent.migrations.revisions import (
     tables,
     upgrade,
 )
-from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE
+from homeagent.migrations.schema_drift import refuse_changed_schema
+from homeagent.models import TABLES
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -54,9 +56,6 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("homeagent")
 
 
-_NO_APPLICATION = Application()
-
-
 def open_sqlite(
     engine: SQLiteEngine,
     *,
@@ -64,7 +63,7 @@ def open_sqlite(
     timeout: timedelta,
     migrate: bool,
     temporary: bool,
-    application: Application = _NO_APPLICATION,
+    application: Application = NO_APPLICATION,
 ) -> None:
     """Check the file, switch the file to WAL mode, and create or upgrade the schema.
 
@@ -101,24 +100,16 @@ def _open_sqlite(
         is_unclean = database_file.secure_sidecars(path) and lock is not None and lock.is_exclusive
         is_checked = is_unclean and os.access(path.parent, os.W_OK) and refuse_unclean_damage(engine)
         _hold_in_use_lock(engine, timeout=timeout, temporary=temporary)
-        with engine.translated(), engine.driver_connection() as raw:
+        with engine.translated(), engine.connect() as connection:
             if not is_checked:
-                check_content(path, raw)
-            is_current = _is_current(raw, application)
-        revision: str | None = REVISION if is_current else None
-        suitable, pending = is_current, False
-        # SQLite empties a file whose first transaction was cut off.
-        if not is_current and database_file.size_of(path):
+                check_content(path, connection.connection.driver_connection)
             # Read the revision and the schema in one snapshot, because another process can upgrade the file.
-            with engine.translated(), engine.reading() as connection:
+            with read_transaction(connection):
                 revision = revision_of(connection)
                 suitable, pending = suits(connection, revision), application.is_pending(connection)
                 if suitable and pending and not migrate:
                     raise application.outdated(connection)
                 if revision is not None and not suitable and migrate and not temporary:
-                    from homeagent.migrations.rehearsal import refuse_broken_objects
-                    from homeagent.migrations.schema_drift import refuse_changed_schema
-
                     refuse_changed_schema(connection, revision, quoted(path), application.acknowledged)
                     refuse_broken_objects(connection, f"upgrading {quoted(path)} from {revision!r}")
         if suitable and not pending and (temporary or not migrate or database_file.size_of(lock_path(path))):
@@ -170,16 +161,6 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
         engine.keep_in_use_lock(hold_in_use_lock(engine.path, timeout=timeout))
 
 
-def _is_current(raw: Any, application: Application) -> bool:
-    """Return True if the schema has both this version's revision and the application's newest revision."""
-    heads = {VERSION_TABLE: [REVISION]} | ({APPLICATION_VERSION_TABLE: [application.head]} if application.name else {})
-    names = {row[0] for row in raw.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()}
-    return heads.keys() <= names and all(
-        [row[0] for row in raw.execute(f"SELECT version_num FROM {table}").fetchall()] == head  # noqa: S608  constant names
-        for table, head in heads.items()
-    )
-
-
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
     """Create the file if it does not exist, and prepare the header of the file. Return True if the lock file has a
     marker.
@@ -205,40 +186,31 @@ def _make_or_upgrade(
     """Create or upgrade the schema if necessary. The caller must hold the lock `sidecar_lock`."""
     path = engine.path
     initialised = _prepare_file(engine, lock)
-    with engine.translated(), engine.connect() as connection:
-        raw: Any = connection.connection.driver_connection
-        with read_transaction(connection):
-            revision = revision_of(connection)
-            suitable, pending = suits(connection, revision), application.is_pending(connection)
-            has_tables = bool(tables(connection))
-        if revision is not None and not initialised and not temporary:
-            # Write the marker before the upgrade, so that a full disk prevents the upgrade.
-            lock.write_marker("initialised")
-            initialised = True
-        if suitable and not pending:
-            return
-        if revision is None and (initialised or has_tables):
-            raise CorruptDatabaseError(
-                f"{path} has lost its schema: move the file and its -wal and -shm to another directory, and restore "
-                "the newest good backup"
-            )
-        # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
-        # pragma foreign_keys before the transaction, because the pragma has no effect inside a transaction.
-        raw.execute("PRAGMA foreign_keys=OFF")
-        # A revision can recreate a table. The deleted rows of the old table hold hashes, so let SQLite overwrite the
-        # rows.
-        raw.execute("PRAGMA secure_delete=ON")
-        _upgrade(engine, connection, application, None if temporary else clock)
+    with engine.translated(), engine.reading() as connection:
+        revision = revision_of(connection)
+        suitable, pending = suits(connection, revision), application.is_pending(connection)
+        has_tables = bool(tables(connection))
+    if revision is not None and not initialised and not temporary:
+        # Write the marker before the upgrade, so that a full disk prevents the upgrade.
+        lock.write_marker("initialised")
+        initialised = True
+    if suitable and not pending:
+        return
+    if revision is None and (initialised or has_tables):
+        raise CorruptDatabaseError(
+            f"{path} has lost its schema: move the file and its -wal and -shm to another directory, and restore "
+            "the newest good backup"
+        )
+    _upgrade(engine, application, None if temporary else clock)
     if not initialised and not temporary:
         lock.write_marker("initialised")
 
 
-def _upgrade(
-    engine: SQLiteEngine, connection: Connection, application: Application, backup_clock: Clock | None
-) -> None:
+def _upgrade(engine: SQLiteEngine, application: Application, backup_clock: Clock | None) -> None:
     """Run the missing revisions in one transaction, after a backup. With `backup_clock=None`, make no backup."""
     path = engine.path
-    with undone_on_failure(engine, f"upgrading {path}") as attempt, connection.begin():
+    with upgrade_transaction(engine, f"upgrading {path}") as attempt:
+        connection = attempt.connection
         # After BEGIN IMMEDIATE the transaction holds the write lock, so no other process can change the revision.
         revision = revision_of(connection)
         attempt.act = f"upgrading {path} from {revision!r}"
@@ -246,19 +218,13 @@ def _upgrade(
         if suitable and not application.is_pending(connection):
             return
         if revision is not None and not suitable:
-            from homeagent.migrations.rehearsal import refuse_unconvertible_rows
-
             refuse_unconvertible_rows(connection, revision)
         if revision is not None and backup_clock is not None:
             attempt.backup = back_up(engine, revision, backup_clock)
-        broken = broken_references(connection)
         if not suitable:
-            from homeagent.migrations.rehearsal import kept_objects
-
             with kept_objects(connection, revision) if revision is not None else nullcontext():
                 upgrade(connection)
         application.upgrade(connection)
-        verify_upgrade(connection, broken, attempt.backup)
     logger.info(
         "upgraded the schema of %s to revision %s (from %s)%s",
         path,
@@ -277,50 +243,59 @@ def _upgrade(
 
 @dataclass
 class _Attempt:
+    connection: Connection
     act: str
     backup: Path | None = None
 
+    def error(self, problem: str) -> MigrationError:
+        kept = f"the schema is unchanged; the backup is {self.backup or 'not needed'}"
+        return MigrationError(f"{problem}: {kept}", backup=self.backup)
+
 
 @contextmanager
-def undone_on_failure(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
-    """If the block raises an error that is not in `SPEAK_FOR_THEMSELVES`, raise MigrationError."""
-    attempt = _Attempt(act)
-    try:
-        yield attempt
-    except SPEAK_FOR_THEMSELVES:
-        raise
-    except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
-        # After Ctrl-C, Alembic still runs a statement, which fails. Raise the KeyboardInterrupt and not this error.
-        first: BaseException | None = error
-        while isinstance(first, Exception):
-            first = first.__context__
-        if isinstance(first, KeyboardInterrupt):
-            raise first from None
-        cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
-        raise MigrationError(
-            f"{attempt.act} failed and was undone ({reason_of(error)}): "
-            f"the schema is unchanged; the backup is {attempt.backup or 'not needed'}",
-            backup=attempt.backup,
-        ) from (None if isinstance(cause, engine.driver_errors) else cause)
+def upgrade_transaction(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
+    """Run the block in one transaction, and verify the schema at the end of the block. If the block raises an error
+    that is not in `SPEAK_FOR_THEMSELVES`, raise MigrationError.
+    """
+    with engine.translated(), engine.connect() as connection:
+        raw: Any = connection.connection.driver_connection
+        # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
+        # pragma foreign_keys before the transaction, because the pragma has no effect inside a transaction.
+        raw.execute("PRAGMA foreign_keys=OFF")
+        # A revision can recreate a table. The deleted rows of the old table hold hashes, so let SQLite overwrite the
+        # rows.
+        raw.execute("PRAGMA secure_delete=ON")
+        attempt = _Attempt(connection, act)
+        try:
+            with connection.begin():
+                broken = broken_references(connection)
+                yield attempt
+                _verify_upgrade(attempt, broken)
+        except SPEAK_FOR_THEMSELVES:
+            raise
+        except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
+            # After Ctrl-C, Alembic still runs a statement, which fails. Raise the KeyboardInterrupt and not this error.
+            first: BaseException | None = error
+            while isinstance(first, Exception):
+                first = first.__context__
+            if isinstance(first, KeyboardInterrupt):
+                raise first from None
+            cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
+            shown_cause = None if isinstance(cause, engine.driver_errors) else cause
+            raise attempt.error(f"{attempt.act} failed and was undone ({reason_of(error)})") from shown_cause
 
 
-def verify_upgrade(connection: Connection, broken_before: Counter[tuple[str, str]], backup: Path | None) -> None:
+def _verify_upgrade(attempt: _Attempt, broken_before: Counter[tuple[str, str]]) -> None:
     """Raise MigrationError if the upgrade left a broken reference, or ended at an unexpected revision."""
-    broken = broken_references(connection)
+    broken = broken_references(attempt.connection)
     # In the application's tables, accept as many broken references as before the upgrade.
     worse = [keys for keys, rows in broken.items() if keys[0] in TABLES or rows > broken_before[keys]]
-    revision = revision_of(connection)
+    revision = revision_of(attempt.connection)
     if worse:
         shown = ", ".join(f"{broken[keys]:,} from {keys[0]} to {keys[1]}" for keys in worse[:10])
-        problem = f"left broken references ({shown})"
-    elif not suits(connection, revision):
-        problem = f"ended at revision {revision!r} instead of {REVISION!r}"
-    else:
-        return
-    raise MigrationError(
-        f"the upgrade {problem} and was undone: the schema is unchanged; the backup is {backup or 'not needed'}",
-        backup=backup,
-    )
+        raise attempt.error(f"the upgrade left broken references ({shown}) and was undone")
+    if not suits(attempt.connection, revision):
+        raise attempt.error(f"the upgrade ended at revision {revision!r} instead of {REVISION!r} and was undone")
 
 
 def back_up(
