@@ -17,7 +17,6 @@ databases.
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import tempfile
 import uuid
@@ -71,7 +70,6 @@ class _Templates:
     def __init__(self, directory: Path, closing: ExitStack) -> None:
         self._directory = directory
         self._closing = closing
-        self._numbers = itertools.count()
         self._made: dict[tuple[str | None, str], Any] = {}
 
     def copy(self, server: str | None, options: dict[str, Any], closing: ExitStack) -> Path | URL:
@@ -97,9 +95,7 @@ class _Templates:
 
     def _new_directory(self) -> Path:
         # Do not use pytest's function mktemp(), because each call reads the whole directory.
-        directory = self._directory / str(next(self._numbers))
-        directory.mkdir(mode=0o700)
-        return directory
+        return Path(tempfile.mkdtemp(dir=self._directory))
 
 
 class DatabaseFactory:

@@ -17,19 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
-from homeagent.errors import (
-    ConnectionLostError,
-    CorruptDatabaseError,
-    DatabaseBusyError,
-    DiskFullError,
-    ForeignDatabaseError,
-    HomeAgentError,
-    InvalidArgumentError,
-    MigrationError,
-    ReadOnlyError,
-    SchemaChangedError,
-    SchemaTooNewError,
-)
+from homeagent import errors
 from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE, metadata
 
 if TYPE_CHECKING:
@@ -45,16 +33,16 @@ REVISION = "0009"
 logger: logging.Logger = logging.getLogger("homeagent")
 
 SPEAK_FOR_THEMSELVES = (
-    ConnectionLostError,
-    CorruptDatabaseError,
-    DatabaseBusyError,
-    DiskFullError,
-    ForeignDatabaseError,
-    InvalidArgumentError,
-    MigrationError,
-    ReadOnlyError,
-    SchemaChangedError,
-    SchemaTooNewError,
+    errors.ConnectionLostError,
+    errors.CorruptDatabaseError,
+    errors.DatabaseBusyError,
+    errors.DiskFullError,
+    errors.ForeignDatabaseError,
+    errors.InvalidArgumentError,
+    errors.MigrationError,
+    errors.ReadOnlyError,
+    errors.SchemaChangedError,
+    errors.SchemaTooNewError,
 )
 """Errors that explain why an upgrade failed. Other errors become a MigrationError."""
 
@@ -72,7 +60,7 @@ def script_directory() -> Traversable:
         # If homeagent is an installed package, `parents[2] / "alembic"` is the library Alembic, which has no `env.py`.
         if (candidate / "env.py").is_file():
             return candidate
-    raise MigrationError("this installation has no migrations: install homeagent anew")
+    raise errors.MigrationError("this installation has no migrations: install homeagent anew")
 
 
 def _scripts() -> list[ModuleType]:
@@ -128,7 +116,7 @@ def revision_of(connection: Connection) -> str | None:
         return None
     rows = connection.exec_driver_sql(f"SELECT version_num FROM {VERSION_TABLE}").fetchall()  # noqa: S608  a constant
     if len(rows) != 1:
-        raise CorruptDatabaseError(
+        raise errors.CorruptDatabaseError(
             f"{VERSION_TABLE} holds {len(rows)} rows where one belongs: restore the newest good backup"
         )
     return str(rows[0][0])
@@ -165,13 +153,11 @@ def suits(connection: Connection, revision: str | None) -> bool:
     known = known_revisions()
     if revision in known:
         return False
-    if "store" not in tables(connection):
-        raise SchemaTooNewError(revision, known=REVISION)
-    oldest = connection.execute(text("SELECT oldest_revision FROM store")).scalar()
     # A newer version stores the oldest compatible revision. If this version knows the stored revision, this version is
     # compatible.
-    if oldest not in known:
-        raise SchemaTooNewError(revision, known=REVISION)
+    query = text("SELECT oldest_revision FROM store")
+    if "store" not in tables(connection) or connection.execute(query).scalar() not in known:
+        raise errors.SchemaTooNewError(revision, known=REVISION)
     logger.info(
         "the schema is at revision %s, which this version, made for %s, may work with",
         revision,
@@ -188,7 +174,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, RevisionFailedError):
         return str(error)
     name = type(error).__name__
-    return f"{name}: {error}" if isinstance(error, HomeAgentError) else name
+    return f"{name}: {error}" if isinstance(error, errors.HomeAgentError) else name
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:
