@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
@@ -23,13 +23,13 @@ from sqlalchemy import text
 from alembic import command
 from homeagent import AgentCreate, Database, IdempotencyScope, IdempotencyState
 from homeagent.engine.files.database_file import create_file
-from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine
 from homeagent.errors import IdempotencyKeyExistsError
 from homeagent.migrations import REVISION, VERSION_TABLE
 from homeagent.models import DATA_TABLES, SCHEMA, metadata
 from homeagent.models.session import route_key
 from tests import fork_server
+from tests.conftest import postgres_execute
 from tests.migrations.alembic_commands import alembic_config
 from tests.migrations.old_databases import (
     CHECKOUT,
@@ -37,7 +37,7 @@ from tests.migrations.old_databases import (
     NOW,
     RECIPE,
     REVISIONS,
-    SPECIFICATION,
+    change,
     clock,
     fetch,
     few,
@@ -53,41 +53,28 @@ from tests.migrations.structure import postgresql_structure, sqlite_structure
 # The models and the revisions give the same schema
 
 
-def alembic_cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Alembic's command line in the checkout, as a contributor does."""
+def alembic_cli(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Run Alembic's command line in the checkout, as a contributor does, and return the exit code and the output."""
     known = {name: value for name, value in os.environ.items() if name != "HOMEAGENT_DATABASE"}
     program = "from alembic.config import main\nmain(prog='alembic')"
-    return fork_server.run(program, *arguments, environment={**known, **environment})
+    done = fork_server.run(program, *arguments, environment={**known, **environment})
+    return done.returncode, done.stdout + done.stderr
 
 
-def test_alembic_check_on_sqlite() -> None:
-    """`alembic check` in a checkout compares the models with a scratch database, and finds no difference."""
-    done = alembic_cli("check")
-    assert (done.returncode, "No new upgrade operations detected" in done.stdout) == (0, True), (
-        done.stdout + done.stderr
-    )
-
-
-def test_alembic_check_on_an_old_file(tmp_path: Path) -> None:
-    """If the named database is not upgraded, `alembic check` says so: the previous test can fail."""
-    path = old_database(tmp_path, "0003")
-    before = path.read_bytes()
-    done = alembic_cli("check", HOMEAGENT_DATABASE=str(path))
-    assert done.returncode != 0
-    assert "not up to date" in done.stdout + done.stderr
-    assert path.read_bytes() == before
-
-
-def test_alembic_check_on_postgresql(empty_postgres_url: str) -> None:
-    """`alembic check` finds no difference on an upgraded PostgreSQL database, even with a host application's tables."""
+def test_alembic_check(tmp_path: Path, empty_postgres_url: str) -> None:
+    """`alembic check` compares the models with a scratch database or a server, and reports an old file as outdated."""
     Database.open(empty_postgres_url).close()
     with server(empty_postgres_url).begin() as connection:
         connection.execute(text("CREATE TABLE a_host_application (id integer PRIMARY KEY)"))
         connection.execute(text("CREATE TABLE alembic_version (version_num varchar(32) NOT NULL)"))
-    done = alembic_cli("check", HOMEAGENT_DATABASE=empty_postgres_url)
-    assert (done.returncode, "No new upgrade operations detected" in done.stdout) == (0, True), (
-        done.stdout + done.stderr
-    )
+    for environment in ({}, {"HOMEAGENT_DATABASE": empty_postgres_url}):
+        code, output = alembic_cli("check", **environment)
+        assert (code, "No new upgrade operations detected" in output) == (0, True), output
+    path = old_database(tmp_path, "0003")
+    before = path.read_bytes()
+    code, output = alembic_cli("check", HOMEAGENT_DATABASE=str(path))
+    assert (code != 0, "not up to date" in output) == (True, True), output
+    assert path.read_bytes() == before
 
 
 def test_autogenerate_drafts_plain_types(tmp_path: Path) -> None:
@@ -98,8 +85,10 @@ def test_autogenerate_drafts_plain_types(tmp_path: Path) -> None:
         next(copy.glob(f"versions/{revision}_*")).unlink()
     configuration = tmp_path / "alembic.ini"
     configuration.write_text(f"[alembic]\nscript_location = {copy}\n")
-    done = alembic_cli("-c", str(configuration), "revision", "--autogenerate", "--rev-id", "0003", "-m", "draft")
-    assert done.returncode == 0, done.stdout + done.stderr
+    code, output = alembic_cli(
+        "-c", str(configuration), "revision", "--autogenerate", "--rev-id", "0003", "-m", "draft"
+    )
+    assert code == 0, output
     draft = (copy / "versions" / "0003_draft.py").read_text()
     assert "sa.Column('approved_at', sa.BigInteger().with_variant(sa.Integer(), \"sqlite\")" in draft
     assert "idx_sessions_route" in draft
@@ -121,9 +110,9 @@ def test_sqlite_schema_equals_the_models(tmp_path: Path) -> None:
     with closing(sqlite(migrated)) as upgraded, closing(sqlite(created)) as model:
         structure = sqlite_structure(upgraded)
         assert structure == sqlite_structure(model)
-    assert "CONSTRAINT ck_devices_role CHECK (role IN ('client', 'node', 'admin'))" in structure["devices"]["clauses"]
-    assert structure["idempotency_keys"]["indexes"]["idx_idempotency_lease"][3] == "state = 'in_progress'"
-    assert structure["nonces"]["options"] == "WITHOUT ROWID"
+    assert "CONSTRAINT ck_devices_role CHECK (role IN ('client', 'node', 'admin'))" in structure["devices"][0]
+    assert structure["idx_idempotency_lease"].endswith(" WHERE state = 'in_progress'")
+    assert structure["nonces"][1] == "WITHOUT ROWID"
 
 
 def test_postgresql_schema_equals_the_models(empty_postgres_url: str) -> None:
@@ -138,28 +127,6 @@ def test_postgresql_schema_equals_the_models(empty_postgres_url: str) -> None:
 
 
 # Released revisions do not change
-
-
-def test_first_revision_follows_the_specification(tmp_path: Path) -> None:
-    """Revision 0001 creates the specified tables: names, types, defaults, keys, reference, four indexes."""
-
-    def promised(raw: Any) -> dict[str, Any]:
-        structure = sqlite_structure(raw)
-        del structure["views"]
-        for table in structure.values():
-            # The specification names no constraint, and its keys are NOT NULL only because they are keys.
-            del table["clauses"], table["options"]
-            table["columns"] = [(*row[:2], row[2] or row[4], *row[3:]) for row in table["columns"]]
-        return structure
-
-    upgrade(tmp_path / "first.db", "0001")
-    with closing(sqlite(tmp_path / "first.db")) as first, closing(connect(":memory:")) as written:
-        written.execute(SPECIFICATION)
-        assert promised(first) == promised(written)
-        checks = [clause for clause in sqlite_structure(first)["devices"]["clauses"] if "CHECK" in clause]
-        assert checks == ["CONSTRAINT ck_devices_role CHECK (role IN ('client', 'node', 'admin'))"]
-        names = {row[0] for row in first.execute("SELECT name FROM sqlite_master WHERE name LIKE 'idx%'")}
-    assert names == {"idx_sessions_agent", "idx_sessions_sender", "idx_nonces_expires", "idx_idempotency_expires"}
 
 
 @pytest.mark.parametrize("revision", REVISIONS)
@@ -284,28 +251,54 @@ def test_unreadable_approvals_are_withdrawn(tmp_path: Path, revision: str, caplo
     assert not [record for record in caplog.records if getattr(record, "event", "") == "approvals_withdrawn"]
 
 
+@pytest.fixture
+def old_target(engine_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """Create an empty database on each engine at a revision, and return the path or the URL."""
+
+    def make(revision: str) -> Any:
+        if engine_name == "sqlite":
+            upgrade(tmp_path / "homeagent.db", revision)
+            return tmp_path / "homeagent.db"
+        url = request.getfixturevalue("empty_postgres_url")
+        with server(url).begin() as connection:
+            command.upgrade(alembic_config(connection), revision)
+        return url
+
+    return make
+
+
+def insert(target: Any, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Insert rows into their tables, as another program would."""
+    statements = [
+        (f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values()))
+        for table, row in rows
+    ]
+    if isinstance(target, Path):
+        with closing(sqlite(target)) as raw:
+            for statement, values in statements:
+                raw.execute(statement, values)
+        return
+    with server(target).begin() as connection:
+        for statement, values in statements:
+            connection.exec_driver_sql(statement.replace("?", "%s"), values)
+
+
+@pytest.mark.parametrize("engine_name", ["postgresql"])
 @pytest.mark.parametrize("revision", ["0001", "0005"])
 def test_unreadable_approvals_are_withdrawn_on_postgresql(
-    empty_postgres_url: str, revision: str, caplog: pytest.LogCaptureFixture
+    old_target: Callable[[str], Any], revision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """On PostgreSQL 0006 also turns any other number, and a null from another program, into 0."""
-    with server(empty_postgres_url).begin() as connection:
-        command.upgrade(alembic_config(connection), revision)
-        connection.execute(text("ALTER TABLE devices ALTER COLUMN approved DROP NOT NULL"))
-        for value in ("0", "1", "2", "-1", "NULL"):
-            connection.execute(
-                text(
-                    "INSERT INTO devices (id, role, shared_secret_hash, approved, paired_at)"
-                    f" VALUES ('is {value}', 'admin', 'h', {value}, 1)"
-                )
-            )
-    with Database.open(empty_postgres_url) as database, database.unit_of_work(read_only=True) as unit:
+    url = old_target(revision)
+    postgres_execute(url, "ALTER TABLE devices ALTER COLUMN approved DROP NOT NULL")
+    device = {"role": "admin", "shared_secret_hash": "h", "paired_at": 1}
+    insert(url, (("devices", {**device, "id": f"is {value}", "approved": value}) for value in (0, 1, 2, -1, None)))
+    with Database.open(url) as database, database.unit_of_work(read_only=True) as unit:
         assert [device.id for device in unit.devices.list(approved=True)] == ["is 1"]
+        found = unit.session.connection().execute(text("SELECT DISTINCT approved FROM devices ORDER BY 1"))
+        assert found.scalars().all() == [0, 1]
     (record,) = [record for record in caplog.records if getattr(record, "event", "") == "approvals_withdrawn"]
-    assert vars(record)["devices"] == ["is -1", "is 2", "is NULL"]
-    with server(empty_postgres_url).begin() as connection:
-        found = connection.execute(text("SELECT DISTINCT approved FROM devices ORDER BY 1")).scalars().all()
-    assert found == [0, 1]
+    assert vars(record)["devices"] == ["is -1", "is 2", "is None"]
 
 
 # Sender, stored key, last activity; the key is right if it equals the sender.
@@ -322,39 +315,17 @@ ROUTES_OF_0007: dict[str, tuple[str | bytes | None, str | None, int]] = {
 }
 
 
-@pytest.mark.parametrize("engine", ["sqlite", "postgresql"])
-def test_routes_are_computed_again(tmp_path: Path, engine: str, request: pytest.FixtureRequest) -> None:
+def test_routes_are_computed_again(old_target: Callable[[str], Any]) -> None:
     """0008 gives each route to the last active session with a key, or else to the last active session."""
-    target: Any = tmp_path / "homeagent.db"
-    if engine == "sqlite":
-        upgrade(target, "0007")
-    else:
-        target = request.getfixturevalue("empty_postgres_url")
-        with server(target).begin() as connection:
-            command.upgrade(alembic_config(connection), "0007")
-
-    def run(statement: str, *values: Any) -> None:
-        if engine == "sqlite":
-            with closing(sqlite(target)) as raw:
-                raw.execute(statement.replace("%s", "?"), values)
-        else:
-            with server(target).begin() as connection:
-                connection.exec_driver_sql(statement, values)
-
-    run("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('ada', 'A', '/a', 1)")
+    target = old_target("0007")
+    insert(target, [("agents", {"id": "ada", "name": "A", "workspace_path": "/a", "created_at": 1})])
     rows = dict(ROUTES_OF_0007)
-    if engine == "sqlite":
+    if isinstance(target, Path):
         rows["binary"] = (b"\xff", None, 1)  # SQLite keeps a value that is not text; the row stays and has no route
     for session_id, (sender, key, active) in rows.items():
         stored = key and (route_key("ada", key, None) if key == sender else key)
-        run(
-            "INSERT INTO sessions (session_id, agent_id, sender_id, created_at, last_active_at, route_key)"
-            " VALUES (%s, 'ada', %s, 1, %s, %s)",
-            session_id,
-            sender,
-            active,
-            stored,
-        )
+        session = {"session_id": session_id, "agent_id": "ada", "sender_id": sender, "created_at": 1}
+        insert(target, [("sessions", {**session, "last_active_at": active, "route_key": stored})])
     expected = {"ann": "holder", "bob": "free-2", "eve": "stale-2", "kim": "moved", None: "alone"}
     with Database.open(target) as database, database.unit_of_work(read_only=True) as unit:
         connection = unit.session.connection()
@@ -390,29 +361,17 @@ def awkward_rows() -> list[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "revision"),
+    ("engine_name", "revision"),
     [
         *(pytest.param("sqlite", *each.values, marks=each.marks) for each in few("0001", "0007", of=REVISIONS)),
         ("postgresql", "0001"),
         ("postgresql", "0007"),
     ],
 )
-def test_awkward_rows_are_kept(tmp_path: Path, request: pytest.FixtureRequest, revision: str, engine: str) -> None:
+def test_awkward_rows_are_kept(old_target: Callable[[str], Any], revision: str) -> None:
     """An upgrade from each revision keeps rows that no method would store today, and the stores find these rows."""
-    target: Any = tmp_path / "homeagent.db"
-    if engine == "sqlite":
-        upgrade(target, revision)
-        with closing(sqlite(target)) as raw:
-            for table, row in awkward_rows():
-                marks = ", ".join("?" * len(row))
-                raw.execute(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", list(row.values()))
-    else:
-        target = request.getfixturevalue("empty_postgres_url")
-        with server(target).begin() as connection:
-            command.upgrade(alembic_config(connection), revision)
-            for table, row in awkward_rows():
-                names, marks = ", ".join(row), ", ".join(f":{name}" for name in row)
-                connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({marks})"), row)
+    target = old_target(revision)
+    insert(target, awkward_rows())
     # Before revision 0009 there was no feed, and the upgrade adds no change of an old device.
     with Database.open(target, clock=clock) as database:
         changes = {change.device_id for change in database.devices.changes(after=0)}
@@ -445,28 +404,15 @@ def test_large_database_upgrades_in_one_transaction(tmp_path: Path) -> None:
     """A version 1 file with 100,000 rows in each table is upgraded in one transaction, within seconds."""
     path, count = tmp_path / "homeagent.db", 100_000
     upgrade(path, "0001")
-    with closing(sqlite(path)) as raw:
-        raw.execute("BEGIN")
-        for table, columns, values in (
-            ("agents", "id, name, workspace_path, created_at", "'a' || n, 'A', '/a', n"),
-            ("devices", "id, role, shared_secret_hash, paired_at", "'d' || n, 'node', 'h', n"),
-            (
-                "sessions",
-                "session_id, agent_id, sender_id, created_at, last_active_at",
-                "'s' || n, 'a' || (1 + n % 1000), 'p' || (n % 70000 / 1000), n, n",
-            ),
-            ("nonces", "nonce, device_id, created_at, expires_at", "'n' || n, 'd' || (n % 100), n, n"),
-            (
-                "idempotency_keys",
-                "key, method, device_id, result, created_at, expires_at",
-                "'k' || n, 'm', 'd' || (n % 100), '1', n, n",
-            ),
-        ):
-            raw.execute(
-                f"WITH RECURSIVE counter(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM counter WHERE n < {count})"
-                f" INSERT INTO {table} ({columns}) SELECT {values} FROM counter"
-            )
-        raw.execute("COMMIT")
+    rows = f"WITH RECURSIVE rows(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM rows WHERE n < {count}) INSERT INTO "
+    change(
+        path,
+        f"{rows} agents SELECT 'a' || n, 'A', '/a', n, NULL FROM rows",
+        f"{rows} devices SELECT 'd' || n, 'node', 'h', 0, n, NULL, NULL FROM rows",
+        f"{rows} sessions SELECT 's' || n, 'a' || (1 + n % 1000), 'p' || (n % 70000 / 1000), NULL, n, n FROM rows",
+        f"{rows} nonces SELECT 'n' || n, 'd' || (n % 100), n, n FROM rows",
+        f"{rows} idempotency_keys SELECT 'k' || n, 'm', 'd' || (n % 100), '1', n, n FROM rows",
+    )
     Database.open(path).close()
     assert is_sound(path)
     for table in DATA_TABLES:
