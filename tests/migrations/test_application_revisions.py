@@ -14,8 +14,8 @@ from homeagent import Database
 from homeagent.errors import InvalidArgumentError, MigrationError, SchemaOutdatedError, SchemaTooNewError
 from homeagent.migrations import REVISION
 from homeagent.testing import FakeClock
-from tests.conftest import Children, add_agent, postgres_execute
-from tests.migrations.old_databases import change, clock, fetch, is_sound, killed_at_statements, old_database, rows_of
+from tests.conftest import add_agent
+from tests.migrations.old_databases import change, clock, fetch, old_database, rows_of
 from tests.migrations.own_revisions import CREATE, write_revision, write_revisions
 
 
@@ -265,51 +265,3 @@ def test_package(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) 
     write_revision(folder, "a4", "a3", "pass")
     with pytest.raises(SchemaOutdatedError, match="of the application hub, needed"):
         Database.open(tmp_path / "new" / "homeagent.db", migrations="hub:migrations", migrate=False)
-
-
-# Processes
-
-OPENS = """
-import sys
-from homeagent import Database
-print("ready", flush=True)
-sys.stdin.readline()
-Database.open(sys.argv[1], migrations=sys.argv[2]).close()
-"""
-
-
-@pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.slow)])
-def test_eight_processes_open_a_fresh_database(
-    engine_name: str, tmp_path: Path, folder: Path, children: Children, request: pytest.FixtureRequest, rounds: int
-) -> None:
-    """If 8 processes open a fresh database at once, one runs the revisions, and all succeed."""
-    for number in range(rounds):
-        target = str(tmp_path / str(number) / "homeagent.db")
-        if engine_name == "postgresql":
-            target = request.getfixturevalue("empty_postgres_url")
-            postgres_execute(target, "DROP SCHEMA public CASCADE")
-            postgres_execute(target, "CREATE SCHEMA public")
-        children.together(OPENS, [(target, folder)] * 8)
-        with Database.open(target, migrations=folder) as database:
-            assert rows(database, "SELECT version_num FROM application_schema_version") == [("a3",)]
-
-
-@pytest.mark.parametrize("step", [20, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_any_statement(tmp_path: Path, folder: Path, step: int) -> None:
-    """If a process is killed at any statement, the old state or the new state is there, and the next open succeeds."""
-    source = tmp_path / "source" / "homeagent.db"
-    source.parent.mkdir(mode=0o700)
-    Database.open(source).close()
-    action = "Database.open(path, migrations=arguments[0]).close()"
-    paths = killed_at_statements(source, tmp_path, step, action, folder)
-    assert len(paths) * step > 30
-    found = []
-    for path in paths:
-        assert is_sound(path)
-        tables = {row[0] for row in fetch(path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
-        own = {name for name in tables if "notes" in name or name == "application_schema_version"}
-        assert own in (set(), {"notes", "application_schema_version"})
-        found.append(bool(own))
-        Database.open(path, migrations=folder).close()
-        assert fetch(path, "SELECT version_num FROM application_schema_version") == [("a3",)]
-    assert found == sorted(found)

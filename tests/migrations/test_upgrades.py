@@ -9,12 +9,10 @@ from __future__ import annotations
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import apsw
 import pytest
@@ -28,8 +26,8 @@ from homeagent.errors import MigrationError, SchemaOutdatedError
 from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from homeagent.migrations import postgresql as postgresql_migrations
 from homeagent.migrations import sqlite as sqlite_migrations
-from tests.conftest import RecordProperty, add_agent, in_threads
-from tests.fork_server import Child
+from homeagent.models import TABLES
+from tests.conftest import Children, RecordProperty, add_agent, postgres_execute
 from tests.migrations.old_databases import (
     CHECKOUT,
     FIXTURES,
@@ -44,7 +42,15 @@ from tests.migrations.old_databases import (
     server,
     sqlite,
 )
+from tests.migrations.own_revisions import write_revisions
 from tests.migrations.structure import postgresql_structure
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder of an application's three revisions."""
+    return write_revisions(tmp_path / "hub" / "migrations")
+
 
 # Failures
 
@@ -220,122 +226,101 @@ def test_upgrade_within_a_command_of_alembic(tmp_path: Path, revision: str | Non
 # kill -9
 
 
-@pytest.mark.parametrize("revision", [None, "0001"])
+@pytest.mark.parametrize("revision", [None, "0001", REVISION])
 @pytest.mark.parametrize("step", [80, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_statement(
-    tmp_path: Path, revision: str | None, step: int, record_property: RecordProperty
+    tmp_path: Path, folder: Path, revision: str | None, step: int, record_property: RecordProperty
 ) -> None:
-    """If an upgrade is killed at any statement, the old or the new schema is there, and the next upgrade succeeds."""
+    """If an upgrade is killed at any statement, both schemas are old or both are new, and the next upgrade succeeds."""
     source = FIXTURES / "revisions" / f"{revision}.db" if revision else None
-    paths = killed_at_statements(source, tmp_path, step, "Database.open(path, clock=lambda: now).close()")
+    action = "Database.open(path, clock=lambda: now, migrations=arguments[0]).close()"
+    paths = killed_at_statements(source, tmp_path, step if revision != REVISION else min(step, 20), action, folder)
     assert len(paths) * step > 60
-    found: list[str | None] = []
+    old = (revision, set[str]())
+    new = (REVISION, {"application_schema_version", "notes"})
+    found = []
     for path in paths:
-        version = None
+        version, own = None, set()
         if path.exists() and path.stat().st_size:
             assert is_sound(path)
             tables = {row[0] for row in fetch(path, "SELECT name FROM sqlite_master WHERE type = 'table'")}
             assert not any("tmp" in table for table in tables)
             if VERSION_TABLE in tables:
                 ((version,),) = fetch(path, f"SELECT version_num FROM {VERSION_TABLE}")
+                own = tables - {*TABLES, VERSION_TABLE, "sqlite_sequence"}
             else:
                 assert tables == set()
-        found.append(version)
-        with Database.open(path, clock=clock) as database:
-            assert database.status().schema_revision == REVISION
-            with database.unit_of_work(read_only=True) as unit:
-                assert len(unit.agents.list()) == (2 if revision else 0)
+        found.append((version, own))
+        with Database.open(path, clock=clock, migrations=folder) as database:
+            status = database.status()
+            assert (status.schema_revision, status.application_revision) == (REVISION, "a3")
+            assert status.rows["agents"] == (2 if revision else 0)
         assert is_sound(path)
     # First the old state and from some statement on the new state, never a mixture.
-    assert set(found) == {revision, REVISION}
-    assert found == sorted(found, key=lambda version: version == REVISION)
+    first = found.index(new)
+    assert found == [old] * first + [new] * (len(found) - first)
+    assert first
     record_property("upgrades killed at each statement", len(paths) - 1)
 
 
 # Many at the same time
 
-OPENS_TOGETHER = """
+OPENS = """
 import sys
 from homeagent import AgentCreate, Database
-
 print("ready", flush=True)
-for line in sys.stdin:
-    name, _, path = line.rstrip().partition(" ")
-    try:
-        with Database.open(path) as database, database.unit_of_work() as unit:
-            unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/" + name))
-        print("opened", flush=True)
-    except Exception as error:
-        print(repr(error), flush=True)
+sys.stdin.readline()
+target, migrations, name = sys.argv[1:]
+with Database.open(target, migrations=migrations) as database:
+    database.agents.create(AgentCreate(id=name, name=name, workspace_path="/" + name))
 """
-
-PROCESSES, ROUNDS = 8, 25
-
-
-@pytest.fixture(scope="module")
-def openers() -> Iterator[list[Child]]:
-    """Return processes that wait for a path to open."""
-    processes = [Child(OPENS_TOGETHER) for _ in range(PROCESSES)]
-    try:
-        for process in processes:
-            assert answer(process) == "ready"
-        yield processes
-    finally:
-        for process in processes:
-            process.communicate(timeout=30)
-
-
-def answer(process: Child) -> str:
-    """Return the next line that a process prints."""
-    return process.stdout.readline().rstrip()
-
-
-def open_together(processes: list[Child], target: str) -> list[str]:
-    """Let all processes open one target at the same moment, and return their output."""
-    for number, process in enumerate(processes):
-        process.stdin.write(f"p{number} {target}\n")
-        process.stdin.flush()
-    return [answer(process) for process in processes]
-
-
-FEW_OR_ALL_ROUNDS = pytest.mark.parametrize("rounds", [1, pytest.param(ROUNDS, marks=pytest.mark.slow)])
+TOGETHER = 8
+FEW_OR_ALL_ROUNDS = pytest.mark.parametrize("rounds", [1, pytest.param(25, marks=pytest.mark.slow)])
 
 
 @FEW_OR_ALL_ROUNDS
-@pytest.mark.parametrize("revision", [None, "0001"])
-def test_processes_open_together(tmp_path: Path, openers: list[Child], revision: str | None, rounds: int) -> None:
-    """If eight processes open a new or old file together, one schema is made, no row is lost, and all succeed."""
+@pytest.mark.parametrize(("engine", "revision"), [("sqlite", None), ("sqlite", "0001"), ("postgresql", None)])
+def test_processes_open_together(
+    tmp_path: Path,
+    folder: Path,
+    children: Children,
+    request: pytest.FixtureRequest,
+    engine: str,
+    revision: str | None,
+    rounds: int,
+) -> None:
+    """If eight processes open a new or old database together, one makes both schemas, no row is lost, all succeed."""
     for number in range(rounds):
         directory = tmp_path / str(number)
         directory.mkdir(mode=0o700)
-        path = old_database(directory, revision) if revision else directory / "homeagent.db"
-        assert open_together(openers, str(path)) == ["opened"] * PROCESSES
-        assert fetch(path, f"SELECT version_num FROM {VERSION_TABLE}") == [(REVISION,)]
-        assert fetch(path, "SELECT count(*) FROM agents WHERE id LIKE 'p_'") == [(PROCESSES,)]
-        assert is_sound(path)
+        target = str(old_database(directory, revision) if revision else directory / "homeagent.db")
+        if engine == "postgresql":
+            target = request.getfixturevalue("empty_postgres_url")
+            postgres_execute(target, "DROP SCHEMA public CASCADE")
+            postgres_execute(target, "CREATE SCHEMA public")
+        names = [f"p{process}" for process in range(TOGETHER)]
+        children.together(OPENS, [(target, folder, name) for name in names])
+        with Database.open(target, migrations=folder, migrate=False) as database:
+            assert {agent.id for agent in database.agents.list()} >= set(names)
         assert len(list(directory.glob("*.backup"))) == (1 if revision else 0)
+        assert engine == "postgresql" or is_sound(Path(target))
 
 
 @FEW_OR_ALL_ROUNDS
 def test_threads_open_together(tmp_path: Path, rounds: int) -> None:
     """If eight threads open a new file at the same time, one schema is made, and all succeed."""
     for number in range(rounds):
-        path = tmp_path / str(number) / "homeagent.db"
-        failures: list[BaseException] = []
-        start = threading.Barrier(PROCESSES)
+        path, start = tmp_path / str(number) / "homeagent.db", threading.Barrier(TOGETHER)
 
-        def opened(name: int, path: Path = path, start: threading.Barrier = start, failed: Any = failures) -> None:
-            try:
-                start.wait(30)
-                with Database.open(path) as database:
-                    add_agent(database, f"p{name}")
-            except BaseException as error:  # noqa: BLE001  the assertion below shows the error
-                failed.append(error)
+        def opened(name: int, path: Path = path, start: threading.Barrier = start) -> None:
+            start.wait(30)
+            with Database.open(path) as database:
+                add_agent(database, f"p{name}")
 
-        in_threads(*(partial(opened, name) for name in range(PROCESSES)))
-        assert failures == []
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            list(pool.map(opened, range(TOGETHER)))  # raises the first error
         assert fetch(path, f"SELECT version_num FROM {VERSION_TABLE}") == [(REVISION,)]
-        assert fetch(path, "SELECT count(*) FROM agents") == [(PROCESSES,)]
+        assert fetch(path, "SELECT count(*) FROM agents") == [(TOGETHER,)]
 
 
 @pytest.mark.parametrize("revision", [None, "0001"])
