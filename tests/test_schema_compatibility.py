@@ -64,97 +64,77 @@ def test_no_revision_breaks_the_previous_version(
 NEXT = f"{int(REVISION) + 1:04}"
 
 
-def sample(directory: Path, body: str, *, declares: str | None = None) -> Path:
-    """Return the revisions with a further revision that runs these operations."""
+def sample(directory: Path, body: str, *lines: str) -> Path:
+    """Return the revisions with a further revision that runs these operations and has these lines."""
     scripts = directory / "alembic"
     shutil.copytree(SCRIPTS, scripts, ignore=shutil.ignore_patterns("__pycache__"))
-    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    operations = "\n".join(f"    {line}" for line in body.splitlines())
     (scripts / "versions" / f"{NEXT}_sample.py").write_text(
         "import sqlalchemy as sa\nfrom alembic import op\n"
         f'revision, down_revision, branch_labels, depends_on = "{NEXT}", "{REVISION}", None, None\n'
-        + (f'oldest_revision = "{declares}"\n' if declares else "")
-        + f"\n\ndef upgrade():\n{lines}\n"
+        + "\n".join(lines)
+        + f"\n\ndef upgrade():\n{operations}\n"
     )
     return scripts
 
 
-EITHER = pytest.mark.parametrize("engine_name", ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
-
-
-NEW_CHECK, CHANGED_CHECK = (
+NEW_CHECK = (
     'with op.batch_alter_table("agents") as batch:\n'
-    '    batch.create_check_constraint(op.f("ck_agents_name"), "name <> \'x\'")',
+    '    batch.create_check_constraint(op.f("ck_agents_name"), "name <> \'x\'")'
+)
+CHANGED_CHECK = (
     'with op.batch_alter_table("devices") as batch:\n'
     '    batch.drop_constraint(op.f("ck_devices_approved"), type_="check")\n'
-    '    batch.create_check_constraint(op.f("ck_devices_approved"), "approved IN (0, 1, 2)")',
+    '    batch.create_check_constraint(op.f("ck_devices_approved"), "approved IN (0, 1, 2)")'
 )
+TRIGGER = 'op.execute("CREATE TRIGGER t AFTER INSERT ON nonces BEGIN DELETE FROM nonces; END")'
+DECLARED = 'SQLITE_TRIGGERS = {"t": "AFTER INSERT ON nonces"}'
+CONTRACTION = 'with op.batch_alter_table("devices") as batch:\n    batch.drop_column("last_seen_at")'
+STORES = f"{CONTRACTION}\nop.execute(\"UPDATE store SET oldest_revision = '{{}}'\")"
+TEST = "test_each_revision_is_judged"
+
+# The body and further lines of a revision, the test named for a CHECK or a trigger, and the problem that is reported.
+JUDGED: dict[str, tuple[str, list[str], dict[str, str], str | None]] = {
+    "a CHECK that a test shows": (NEW_CHECK, [], {"ck_agents_name": TEST}, None),
+    "a CHECK without the test": (NEW_CHECK, [], {"ck_agents_name": "test_that_is_not_there"}, "CHECK ck_agents_name"),
+    "a changed CHECK": (CHANGED_CHECK, [], {"ck_devices_approved": TEST}, "CHECK ck_devices_approved"),
+    "a trigger that a test shows": (TRIGGER, [DECLARED], {"t": TEST}, None),
+    "a trigger without a test": (TRIGGER, [DECLARED], {}, "gets trigger t"),
+    "a trigger that is not declared": (TRIGGER, [], {"t": TEST}, "gets trigger t"),
+    "a contraction": (STORES.format(REVISION), [f"oldest_revision = {REVISION!r}"], {}, None),
+    "a contraction that old code can't use": (
+        *(STORES.format(NEXT), [f"oldest_revision = {NEXT!r}"], {}),
+        f"code of {REVISION} can't work with it",
+    ),
+    "a contraction that stores nothing": (
+        CONTRACTION,
+        [f"oldest_revision = {REVISION!r}"],
+        {},
+        "store.oldest_revision is",
+    ),
+    "a contraction that is not declared": (STORES.format(REVISION), [], {}, "declare itself"),
+}
 
 
-@EITHER
 @pytest.mark.parametrize(
-    ("check", "body", "test", "passes"),
+    ("engine_name", "kind"),
     [
-        ("ck_agents_name", NEW_CHECK, "test_a_check_that_a_test_shows_passes", True),
-        ("ck_agents_name", NEW_CHECK, "test_that_is_not_there", False),
-        ("ck_devices_approved", CHANGED_CHECK, "test_a_check_that_a_test_shows_passes", False),
+        *(("sqlite", kind) for kind in JUDGED),
+        *(pytest.param("postgresql", kind, marks=pytest.mark.slow) for kind in JUDGED if "CHECK" in kind),
     ],
-    ids=["shown", "by no test", "changed"],
 )
-def test_a_check_that_a_test_shows_passes(
-    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: str, body: str, test: str, passes: bool
-) -> None:
-    """A new CHECK on an old column passes if its named test exists; a changed CHECK is reported."""
-    monkeypatch.setitem(SHOWN, check, f"tests/test_schema_compatibility.py::{test}")
+def test_each_revision_is_judged(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A CHECK or trigger passes only if a test shows it, and a dropped column only if the revision declares it."""
+    body, lines, shown, problem = JUDGED[kind]
+    for name, test in shown.items():
+        monkeypatch.setitem(SHOWN, name, f"tests/test_schema_compatibility.py::{test}")
     with connected(target) as connection:
-        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body))
-    assert [f"CHECK {check}" in problem for problem in problems] == ([] if passes else [True])
-
-
-@pytest.mark.parametrize(
-    ("declares", "shown", "passes"),
-    [(True, False, False), (False, True, False), (True, True, True)],
-)
-def test_a_trigger_is_refused_unless_declared_and_shown(
-    sqlite_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declares: bool, shown: bool, passes: bool
-) -> None:
-    """A trigger on an old table is reported unless the revision declares the trigger and a test is named.
-
-    SQLite only, since PostgreSQL's triggers need a function first.
-    """
-    if shown:
-        monkeypatch.setitem(SHOWN, "t", "tests/test_schema_compatibility.py::test_changes_of_old_code_are_in_the_feed")
-    body = 'op.execute("CREATE TRIGGER t AFTER INSERT ON nonces BEGIN DELETE FROM nonces; END")'
-    scripts = sample(tmp_path, body)
-    if declares:
-        with (scripts / "versions" / f"{NEXT}_sample.py").open("a") as script:
-            script.write('SQLITE_TRIGGERS = {"t": "AFTER INSERT ON nonces"}\n')
-    with connected(str(sqlite_path)) as connection:
-        problems = problems_of(NEXT, connection, scripts=scripts)
-    assert (problems == []) is passes, problems
-
-
-@pytest.mark.parametrize(
-    ("declares", "stores", "problem"),
-    [
-        (REVISION, REVISION, None),
-        (NEXT, NEXT, f"code of {REVISION} can't work with it"),
-        (REVISION, None, "store.oldest_revision is"),
-        (None, REVISION, "declare itself"),
-    ],
-)
-def test_a_contraction_declares_itself(
-    sqlite_path: Path, tmp_path: Path, declares: str | None, stores: str | None, problem: str | None
-) -> None:
-    """A contraction may drop unused columns, and must declare the oldest code that still works.
-
-    SQLite only: the declaration does not depend on the engine.
-    """
-    body = 'with op.batch_alter_table("devices") as batch:\n    batch.drop_column("last_seen_at")'
-    if stores:
-        body += f"\nop.execute(\"UPDATE store SET oldest_revision = '{stores}'\")"
-    with connected(str(sqlite_path)) as connection:
-        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body, declares=declares))
-    assert problems == [] if problem is None else any(problem in line for line in problems), problems
+        problems = problems_of(NEXT, connection, scripts=sample(tmp_path, body, *lines))
+    if problem is None:
+        assert problems == []
+    else:
+        assert any(problem in line for line in problems), problems
+        assert len(problems) == 1 or "contraction" in kind
 
 
 def make_newer(target: str, *, oldest: str) -> None:
