@@ -53,6 +53,19 @@ def execute(statement: str) -> Callable[[UnitOfWork], None]:
     return work
 
 
+def refused_in_batch(own: Database, work: Callable[[UnitOfWork], object]) -> ConflictError:
+    """Run a unit in a batch with units that succeed, and return its error."""
+
+    async def together() -> list[Any]:
+        works = [own.arun(work), *(own.arun(lambda unit: None) for _ in range(5))]
+        return await asyncio.gather(*works, return_exceptions=True)
+
+    refused, *others = asyncio.run(together())
+    assert others == [None] * 5
+    assert isinstance(refused, ConflictError)
+    return refused
+
+
 @pytest.mark.parametrize("what", REFUSED)
 def test_the_error_names_the_constraint(own: Database, what: str) -> None:
     """In a block, in `run` and in a batch, the error has the table, the constraint and the kind."""
@@ -62,17 +75,12 @@ def test_the_error_names_the_constraint(own: Database, what: str) -> None:
         with own.unit_of_work() as unit:
             execute(statement)(unit)
 
-    async def together() -> None:
-        works = [own.arun(execute(statement)), *(own.arun(lambda unit: len(unit.agents.list())) for _ in range(5))]
-        refused, *others = await asyncio.gather(*works, return_exceptions=True)
-        assert others == [0] * 5
-        assert isinstance(refused, ConflictError)
-        raise refused
-
-    for act in (block, lambda: own.run(execute(statement)), lambda: asyncio.run(together())):
+    raised = [refused_in_batch(own, execute(statement))]
+    for act in (block, lambda: own.run(execute(statement))):
         with pytest.raises(ConflictError) as caught:
             act()
-        error = caught.value
+        raised.append(caught.value)
+    for error in raised:
         assert [error.table, error.constraint, error.kind] == expected
         assert all(str(name) in str(error) for name in expected)
         for value in ("geheim", "77", "-7"):
@@ -84,12 +92,5 @@ def test_a_store_s_statement_names_an_own_constraint(own: Database) -> None:
     """If an own row refers to an agent, the error of `agents.delete` names the constraint, also in a batch."""
     add_agent(own)
     own.run(execute("INSERT INTO own_plans VALUES ('ada')"))
-
-    async def together() -> list[Any]:
-        works = [own.arun(lambda unit: unit.agents.delete("ada")), *(own.arun(lambda unit: None) for _ in range(5))]
-        return list(await asyncio.gather(*works, return_exceptions=True))
-
-    refused, *others = asyncio.run(together())
-    assert others == [None] * 5
-    assert isinstance(refused, ConflictError)
+    refused = refused_in_batch(own, lambda unit: unit.agents.delete("ada"))
     assert (refused.table, refused.constraint, refused.kind) == ("own_plans", "fk_own_plans_agent", "foreign_key")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from sqlalchemy import text
 
 from homeagent import Database
 from homeagent.errors import InvalidArgumentError, MigrationError, SchemaOutdatedError, SchemaTooNewError
-from homeagent.migrations import REVISION
 from homeagent.testing import FakeClock
 from tests.conftest import add_agent
 from tests.migrations.old_databases import change, clock, fetch, old_database, rows_of
@@ -23,15 +21,6 @@ from tests.migrations.own_revisions import CREATE, write_revision, write_revisio
 def folder(tmp_path: Path) -> Path:
     """The folder of an application's three revisions."""
     return write_revisions(tmp_path / "hub" / "migrations")
-
-
-@pytest.fixture
-def fresh(engine_name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The path of a file that does not exist yet, or the URL of an empty PostgreSQL database."""
-    if engine_name == "postgresql":
-        yield request.getfixturevalue("empty_postgres_url")
-    else:
-        yield str(tmp_path / "private" / "homeagent.db")
 
 
 def rows(database: Database, query: str) -> list[tuple[Any, ...]]:
@@ -49,17 +38,6 @@ def add_note(database: Database, note: str) -> None:
         unit.session.connection().execute(text("INSERT INTO notes (session_id, text) VALUES (:session, :note)"), values)
 
 
-def test_fresh_database(fresh: str, folder: Path) -> None:
-    """A fresh database gets both schemas, and a second open of the same revisions changes nothing."""
-    with Database.open(fresh, migrations=folder) as database:
-        assert database.status().schema_revision == REVISION
-        assert rows(database, "SELECT version_num FROM application_schema_version") == [("a3",)]
-        add_note(database, "kept")
-    for migrate in (False, True):
-        with Database.open(fresh, migrations=folder, migrate=migrate) as database:
-            assert rows(database, "SELECT text, stars FROM notes") == [("kept", 0)]
-
-
 def test_current_database(target: str, folder: Path, tmp_path: Path) -> None:
     """A database with homeagent's tables gets the application's, and a rebuild of a table keeps the rows."""
     first = write_revision(tmp_path / "first", "a1", None, CREATE).parents[1]
@@ -70,11 +48,13 @@ def test_current_database(target: str, folder: Path, tmp_path: Path) -> None:
         add_note(database, "kept")
     with pytest.raises(SchemaOutdatedError, match=r"is at revision 'a1' of .*needed is 'a3': .*migrate --migrations"):
         Database.open(target, migrations=folder, migrate=False)
+    for migrate in (True, False, True):  # the second and third open change nothing
+        with Database.open(target, migrations=folder, migrate=migrate) as database:
+            assert rows(database, "SELECT version_num FROM application_schema_version") == [("a3",)]
+            assert rows(database, "SELECT text, stars FROM notes") == [("kept", 0)]
     with Database.open(target, migrations=folder) as database:
-        assert rows(database, "SELECT text, stars FROM notes") == [("kept", 0)]
-        with database.unit_of_work() as unit:
-            (session,) = unit.sessions.list()
-            unit.sessions.delete(session.session_id)
+        (session,) = database.sessions.list()
+        database.sessions.delete(session.session_id)
         assert rows(database, "SELECT count(*) FROM notes") == [(0,)]
 
 
@@ -221,8 +201,13 @@ def test_statement_outside_a_transaction(empty_postgres_url: str, folder: Path) 
         assert rows(database, "SELECT version_num FROM application_schema_version") == [("a4",)]
 
 
-BROKEN: dict[str, Callable[[Path], object]] = {
-    "two heads": lambda folder: write_revision(folder, "b3", "a2", "pass"),
+# What makes the revisions unusable. A string or a number is the argument `migrations`.
+BROKEN: dict[str, Any] = {
+    "there is no folder 'nowhere/versions'.*homeagent migrations new": "nowhere",
+    "'no_package' can't be imported": "no_package:migrations",
+    "there is no folder": "json:migrations",
+    "must be 'package:folder' or a path": 3,
+    "must have one head and have 2": lambda folder: write_revision(folder, "b3", "a2", "pass"),
     "have one head": lambda folder: write_revision(folder, "a1", "a3", "pass"),
     "refer to the revision 'no'": lambda folder: write_revision(folder, "b1", "no", "pass"),
     "two scripts of .* have the revision 'a3'": lambda folder: (folder / "versions" / "copy.py").write_text(
@@ -235,26 +220,13 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("problem", BROKEN)
 def test_unusable_revisions(tmp_path: Path, folder: Path, problem: str) -> None:
-    """Scripts that are not one line of revisions are refused before a file is created."""
-    BROKEN[problem](folder)
-    with pytest.raises(InvalidArgumentError, match="must have one head and have 2" if "two h" in problem else problem):
-        Database.open(tmp_path / "new" / "homeagent.db", migrations=folder)
-    assert not (tmp_path / "new").exists()
-
-
-MISSING: dict[str, Any] = {
-    "there is no folder 'nowhere/versions'.*homeagent migrations new": "nowhere",
-    "'no_package' can't be imported": "no_package:migrations",
-    "there is no folder": "json:migrations",
-    "must be 'package:folder' or a path": 3,
-}
-
-
-@pytest.mark.parametrize("problem", MISSING)
-def test_missing_revisions(tmp_path: Path, problem: str) -> None:
-    """A package or a folder that is missing is refused with the remedy."""
+    """A missing package or folder, and scripts that are not one line of revisions, raise before a file is made."""
+    make: Any = BROKEN[problem]
+    if callable(make):
+        make(folder)
     with pytest.raises(InvalidArgumentError, match=problem):
-        Database.open(tmp_path / "homeagent.db", migrations=MISSING[problem])
+        Database.open(tmp_path / "new" / "homeagent.db", migrations=folder if callable(make) else make)
+    assert not (tmp_path / "new").exists()
 
 
 def test_package(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,14 +129,18 @@ def test_new_and_old_databases(make_hub: Any, tmp_path: Path) -> None:
         Database.open(path, migrations=hub.package / "migrations", migrate=False).close()
 
 
-def test_change_of_a_table_of_homeagent(sqlite_path: Path, make_hub: Any) -> None:
-    """A command of Alembic undoes a revision that changes homeagent's tables."""
+def test_refused_commands(sqlite_path: Path, make_hub: Any) -> None:
+    """A command undoes a revision that changes homeagent's tables, and refuses a connection in a transaction."""
     hub = make_hub(str(sqlite_path))
     write_revision(hub.package / "migrations", "b1", None, 'op.add_column("agents", sa.Column("extra", sa.Text))')
     with pytest.raises(CommandError, match="undone: it changes homeagent's table agents"):
         command.upgrade(hub.config, "head")
-    with Database.open(sqlite_path) as database:
-        assert database.agents.list() == []
+    with Database.open(sqlite_path) as database, database.unit_of_work() as unit:
+        assert unit.agents.list() == []
+        hub.config.attributes["connection"] = unit.session.connection()
+        # A rebuilt table would lose the rows that refer to it.
+        with pytest.raises(CommandError, match="is in a transaction with foreign keys"):
+            command.upgrade(hub.config, "head")
 
 
 def test_lock_of_postgresql(empty_postgres_url: str, make_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,15 +157,6 @@ def test_lock_of_postgresql(empty_postgres_url: str, make_hub: Any, monkeypatch:
         with pytest.raises(DatabaseBusyError, match="another host or command upgrades it"):
             command.upgrade(hub.config, "head")
     command.upgrade(hub.config, "head")
-
-
-def test_connection_of_a_unit(sqlite_path: Path, make_hub: Any) -> None:
-    """A connection in a transaction is refused, because a rebuilt table would lose the rows that refer to it."""
-    hub = make_hub()
-    with Database.open(sqlite_path) as database, database.unit_of_work() as unit:
-        hub.config.attributes["connection"] = unit.session.connection()
-        with pytest.raises(CommandError, match="is in a transaction with foreign keys"):
-            command.upgrade(hub.config, "head")
 
 
 @pytest.mark.parametrize("target", ["homeagent.db", "postgresql://localhost/hub"])
