@@ -40,8 +40,6 @@ __all__ = ["START", "DatabaseFactory", "FakeClock", "check_revisions"]
 START = datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)
 """Time at which a `FakeClock` begins."""
 
-_SCHEMA_OPTIONS = ("migrations", "metadata", "acknowledged")
-
 
 class FakeClock:
     """Clock that stands still until a test moves the clock."""
@@ -75,7 +73,7 @@ class _Templates:
     def copy(self, server: str | None, options: dict[str, Any], closing: ExitStack) -> Path | URL:
         from homeagent.database import Database
 
-        schema = {name: options[name] for name in _SCHEMA_OPTIONS if name in options}
+        schema = {name: options[name] for name in ("migrations", "metadata", "acknowledged") if name in options}
         key = (server, str(schema.get("migrations")))
         made: Any = self._made.get(key)
         if made is None:

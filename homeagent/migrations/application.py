@@ -81,8 +81,14 @@ class Application:
         triggers = check_names(acknowledged, "acknowledged", "audit_devices")
         if given is None:
             return cls(acknowledged=triggers)
-        name, folder = _folder(given)
-        scripts = _read_scripts(name, folder)
+        package, folder = named_folder(given)
+        name, versions = package or os.fspath(given), folder / "versions"
+        if not versions.is_dir():
+            raise InvalidArgumentError(
+                f"migrations={os.fspath(given)!r}: there is no folder {str(versions)!r}. Correct the name, or create "
+                "the first revision with 'homeagent migrations new'"
+            )
+        scripts = _read_scripts(name, versions)
         followed = {parent for script in scripts.values() for parent in script.parents}
         needed = {other for script in scripts.values() for other in script.dependencies}
         unknown = sorted((followed | needed) - scripts.keys())
@@ -139,15 +145,7 @@ class Application:
         modules = [loaded(script.file) for script in self.scripts.values()]
         with revision_guard(connection, self.acknowledged, outside) as guard:
             try:
-                run_revisions(
-                    connection,
-                    modules,
-                    version_table=APPLICATION_VERSION_TABLE,
-                    to=str(self.head),
-                    autocommit=guard.autocommit,
-                    before=guard.begin,
-                    after=guard.check,
-                )
+                run_revisions(connection, modules, APPLICATION_VERSION_TABLE, str(self.head), guard)
             except SPEAK_FOR_THEMSELVES:
                 raise
             except Exception as error:
@@ -178,19 +176,9 @@ def named_folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
         ) from error
 
 
-def _folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
-    package, folder = named_folder(given)
-    if not (folder / "versions").is_dir():
-        raise InvalidArgumentError(
-            f"migrations={os.fspath(given)!r}: there is no folder {str(folder / 'versions')!r}. Correct the name, "
-            "or create the first revision with 'homeagent migrations new'"
-        )
-    return package or os.fspath(given), folder
-
-
-def _read_scripts(name: str, folder: Traversable) -> dict[str, _Script]:
+def _read_scripts(name: str, versions: Traversable) -> dict[str, _Script]:
     scripts: dict[str, _Script] = {}
-    for file in sorted((folder / "versions").iterdir(), key=lambda file: file.name):
+    for file in sorted(versions.iterdir(), key=lambda file: file.name):
         if not file.name.endswith(".py") or file.name.startswith(("_", ".")):
             continue
         script = _read_script(name, file)
@@ -233,7 +221,7 @@ def _constants(module: ast.Module) -> Iterator[tuple[str, Any]]:
                     yield one.id, ast.literal_eval(its_value)
 
 
-class _Guard:
+class RevisionGuard:
     """State of one run of the application's revisions."""
 
     def __init__(self, connection: Connection, acknowledged: frozenset[str], outside: Outside | None) -> None:
@@ -322,9 +310,9 @@ class _Guard:
 @contextmanager
 def revision_guard(
     connection: Connection, acknowledged: frozenset[str], outside: Outside | None = None
-) -> Iterator[_Guard]:
+) -> Iterator[RevisionGuard]:
     """While the block runs, prevent the application's revisions from changing homeagent's tables."""
-    guard = _Guard(connection, acknowledged, outside)
+    guard = RevisionGuard(connection, acknowledged, outside)
     raw: Any = connection.connection.driver_connection
     event.listen(connection, "before_cursor_execute", guard.count)
     try:

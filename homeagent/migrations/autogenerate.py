@@ -122,9 +122,7 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
             autogen.imports = imports
             return render_item(kind, item, autogen)
 
-        upgrade, downgrade = (
-            "    "
-            + render_python_code(ops, render_as_batch=True, render_item=render, migration_context=context).strip()
-            for ops in (script.upgrade_ops, script.downgrade_ops)
-        )
-        return {"imports": "\n".join(sorted(imports)), "upgrade": upgrade, "downgrade": downgrade}
+        how: dict[str, Any] = {"render_as_batch": True, "render_item": render, "migration_context": context}
+        operations: dict[str, Any] = {"upgrade": script.upgrade_ops, "downgrade": script.downgrade_ops}
+        texts = {name: "    " + render_python_code(ops, **how).strip() for name, ops in operations.items()}
+        return {**texts, "imports": "\n".join(sorted(imports))}

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from alembic.runtime.migration import MigrationContext, MigrationStep
     from sqlalchemy import Connection
+
+    from homeagent.migrations.application import RevisionGuard
 
 
 REVISION = "0009"
@@ -53,8 +56,6 @@ class RevisionFailedError(Exception):
 
 def script_directory() -> Traversable:
     """Return the directory of `env.py` and the revisions. In a checkout the directory is `alembic/`."""
-    from importlib.resources import files  # import lazily, because the import is slow and rarely needed
-
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
         # If homeagent is an installed package, `parents[2] / "alembic"` is the library Alembic, which has no `env.py`.
@@ -179,22 +180,17 @@ def reason_of(error: Exception) -> str:
 
 def upgrade(connection: Connection, to: str = "head") -> None:
     """Run homeagent's missing revisions up to the given revision. The caller holds the lock for upgrades."""
-    run_revisions(connection, _scripts(), version_table=VERSION_TABLE, to=to)
+    run_revisions(connection, _scripts(), VERSION_TABLE, to)
 
 
 def run_revisions(
     connection: Connection,
     modules: Sequence[ModuleType],
-    *,
     version_table: str,
-    to: str = "head",
-    autocommit: Callable[[], AbstractContextManager[None]] = nullcontext,
-    before: Callable[[str], None] = lambda revision: None,
-    after: Callable[[], None] = lambda: None,
+    to: str,
+    guard: RevisionGuard | None = None,
 ) -> None:
-    """Run the missing revisions in the current transaction. Call `before()` before each revision, and `after()` after
-    each revision.
-    """
+    """Run the missing revisions in the current transaction. Let the guard check each revision."""
     from alembic.operations import Operations
     from alembic.runtime.migration import MigrationContext, MigrationStep
     from alembic.script import Script
@@ -207,11 +203,14 @@ def run_revisions(
         for revision in reversed(list(known.iterate_revisions(to, current, implicit_base=True))):
             script = scripts[revision.revision]
             vars(script.module)["op"] = Operations(context)
-            before(revision.revision)
+            if guard is not None:
+                guard.begin(revision.revision)
             yield MigrationStep.upgrade_from_script(known, script)
-            after()
+            if guard is not None:
+                guard.check()
 
     options = {"fn": missing, "target_metadata": metadata, "transactional_ddl": True, "version_table": version_table}
     context = MigrationContext.configure(connection, opts=options)
-    context.autocommit_block = autocommit  # type: ignore[assignment, method-assign]  # the caller began the transaction
+    # The caller began the transaction.
+    context.autocommit_block = nullcontext if guard is None else guard.autocommit  # type: ignore[assignment, method-assign]
     context.run_migrations()
