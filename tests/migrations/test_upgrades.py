@@ -24,7 +24,6 @@ from homeagent.engine.sqlite.backup import backup_name
 from homeagent.engine.sqlite.manifests import PARTIAL
 from homeagent.errors import MigrationError, SchemaOutdatedError
 from homeagent.migrations import REVISION, VERSION_TABLE, revisions
-from homeagent.migrations import postgresql as postgresql_migrations
 from homeagent.migrations import sqlite as sqlite_migrations
 from homeagent.models import TABLES
 from tests.conftest import Children, RecordProperty, add_agent, postgres_execute
@@ -39,11 +38,9 @@ from tests.migrations.old_databases import (
     killed_at_statements,
     old_database,
     rows_of,
-    server,
     sqlite,
 )
 from tests.migrations.own_revisions import write_revisions
-from tests.migrations.structure import postgresql_structure
 
 
 @pytest.fixture
@@ -67,7 +64,7 @@ def with_revision(directory: Path, monkeypatch: pytest.MonkeyPatch, body: str) -
         f"def upgrade():\n{lines}\n"
     )
     monkeypatch.setattr(revisions, "script_directory", lambda: scripts)
-    for module in (revisions, sqlite_migrations, postgresql_migrations):
+    for module in (revisions, sqlite_migrations):
         monkeypatch.setattr(module, "REVISION", following)
 
 
@@ -161,23 +158,6 @@ def test_rebuilding_a_parent_table_keeps_its_children(tmp_path: Path, monkeypatc
         raw.execute("PRAGMA foreign_keys=ON")
         with pytest.raises(apsw.ConstraintError, match="FOREIGN KEY"):
             raw.execute("DELETE FROM agents")
-
-
-def test_failed_upgrade_on_postgresql_is_undone(
-    empty_postgres_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """On PostgreSQL a failed upgrade leaves the old schema, and the next upgrade succeeds."""
-    Database.open(empty_postgres_url).close()
-    engine = server(empty_postgres_url)
-    with engine.begin() as connection:
-        before = postgresql_structure(connection)
-    with monkeypatch.context() as patch:
-        with_revision(tmp_path, patch, FAILING["sql"])
-        with pytest.raises(MigrationError):
-            Database.open(empty_postgres_url)
-    with engine.begin() as connection:
-        assert postgresql_structure(connection) == before
-    Database.open(empty_postgres_url).close()
 
 
 # Within a command of the application's own Alembic
