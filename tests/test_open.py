@@ -25,7 +25,7 @@ from homeagent.engine.sqlite.engine import APPLICATION_ID
 from homeagent.maintenance import BackupSchedule
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION, VERSION_TABLE
-from tests.conftest import START, add_agent
+from tests.conftest import add_agent
 from tests.engine.files.conftest import snapshot
 from tests.migrations.old_databases import sqlite
 
@@ -128,12 +128,11 @@ def test_memory_without_a_directory_for_temporary_files(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("value", [None, 5, "audit_devices", MetaData(), [None]], ids=repr)
-@pytest.mark.parametrize("option", ["metadata", "acknowledged"])
-def test_an_invalid_collection(tmp_path: Path, option: str, value: Any) -> None:
-    """An argument that is not a collection of the right objects is refused before a directory is created."""
-    options: Any = {option: value}
+@pytest.mark.parametrize("option", ["metadata", "acknowledged", "clock"])
+def test_an_invalid_option(tmp_path: Path, option: str, value: Any) -> None:
+    """An argument that is not a clock or a collection of the right objects is refused before a directory is made."""
     with pytest.raises(errors.InvalidArgumentError, match=f"{option} must be"):
-        Database.open(tmp_path / "new" / "homeagent.db", **options)
+        Database.open(tmp_path / "new" / "homeagent.db", **{option: value})
     assert not (tmp_path / "new").exists()
 
 
@@ -256,13 +255,6 @@ def test_invalid_paths(sqlite_database: Database, tmp_path: Path, path: Any) -> 
         sqlite_database.backup(path)
     with pytest.raises(errors.InvalidArgumentError, match="path"):
         Database.restore(path, tmp_path / "restored.db")
-
-
-def test_invalid_clock(path: Path) -> None:
-    """If the clock is not callable, opening refuses the clock and creates no database."""
-    with pytest.raises(errors.InvalidArgumentError, match="clock"):
-        Database.open(path, clock=START)  # type: ignore[arg-type]  # on purpose
-    assert not path.exists()
 
 
 def foreign(path: Path, *, wal: bool) -> None:

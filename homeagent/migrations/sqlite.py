@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
     from homeagent.engine.sqlite.engine import SQLiteEngine
-    from homeagent.engine.sqlite.manifests import Manifest
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -317,7 +316,10 @@ def back_up(
         for backup, earlier in backups_in(path.parent, path) if kind == "upgrade" else ():
             # Do not remove a backup that the administrator has renamed.
             named = backup.name == backup_name(path, revision, earlier.taken_at)
-            if named and backup != target and _is_same_upgrade(earlier, manifest):
+            # If the facts are equal, no successful upgrade, restore or downgrade happened between the two backups.
+            facts = ("kind", "database", "epoch", "schema_revision", "application_revision", "schema_version")
+            is_same = all(getattr(earlier, name) == getattr(manifest, name) for name in facts)
+            if named and backup != target and is_same and earlier.schema_version is not None:
                 discard(backup)
                 logger.info(
                     "removed the backup %s of a failed upgrade: %s replaces the backup",
@@ -330,11 +332,3 @@ def back_up(
     except HomeAgentError as error:
         raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target
-
-
-def _is_same_upgrade(earlier: Manifest, new: Manifest) -> bool:
-    """Return True if no successful upgrade, restore or downgrade happened between the two backups."""
-    return earlier.schema_version is not None and all(
-        getattr(earlier, name) == getattr(new, name)
-        for name in ("kind", "database", "epoch", "schema_revision", "application_revision", "schema_version")
-    )
