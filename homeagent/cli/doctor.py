@@ -45,14 +45,10 @@ def doctor(
 def _print(diagnosis: Diagnosis) -> None:
     for repair in diagnosis.repairs:
         typer.secho(f"Repaired, {repair.check}: {repair.action}.", fg="green")
-    facts: list[tuple[str, str]] = []
-    colours: dict[str, str] = {}
     width = max((len(finding.check) for finding in diagnosis.findings), default=0)
-    for finding in diagnosis.findings:
-        label = f"{finding.severity:<8}  {finding.check:<{width}}"
-        facts.append((label, _finding_text(finding)))
-        colours[label] = _COLOURS[finding.severity]
-    print_facts(facts, colours=colours)
+    labels = [f"{finding.severity:<8}  {finding.check:<{width}}" for finding in diagnosis.findings]
+    colours = {label: _COLOURS[finding.severity] for label, finding in zip(labels, diagnosis.findings, strict=True)}
+    print_facts(zip(labels, map(_finding_text, diagnosis.findings), strict=True), colours=colours)
     for reason in dict.fromkeys(diagnosis.not_checked.values()):
         checks = [check for check, why in diagnosis.not_checked.items() if why == reason]
         print_facts([("not checked", f"{', '.join(checks)}: {reason}.")])

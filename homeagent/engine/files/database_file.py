@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from homeagent.engine.files.owners import give_to_owner, refuse_replaceable, trusted_owners
-from homeagent.engine.files.permissions import FILE_MODE, change_mode, modes_not_kept
 from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import (
@@ -30,6 +29,8 @@ logger: logging.Logger = logging.getLogger("homeagent")
 # The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
 # treats a file of fewer than 512 bytes as an empty database, so all revocations and nonces would be lost.
 SMALLEST_DATABASE = 512
+
+FILE_MODE = 0o600
 
 CONTROL_CHARACTER = re.compile(r"[\0-\x1f\x7f-\x9f]")
 
@@ -74,16 +75,13 @@ def sidecars(path: Path) -> list[Path]:
 
 
 def secure_sidecars(path: Path) -> list[Path]:
-    """Inspect each sidecar file, and return the existing files. SQLite does not correct the mode of an existing sidecar
-    file.
-    """
+    """Inspect each sidecar file, because SQLite does not correct the mode of an existing file. Return the files."""
     return [sidecar for sidecar in sidecars(path) if inspect_file(sidecar, is_database=False) is not None]
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """If a database is missing or empty but its WAL has content, raise CorruptDatabaseError. SQLite itself would delete
-    such a WAL, and start a new database without revocations and nonces. A caller that creates a database must hold
-    `sidecar_lock`.
+    """Refuse a WAL with content whose database is missing or empty, because SQLite itself would delete such a WAL. A
+    caller that creates a database must hold `sidecar_lock`.
     """
     log = sidecars(path)[0]
     # Do not swap the two calls of `size_of()`. If another process created both files between the swapped calls, the new
@@ -97,8 +95,7 @@ def refuse_orphaned_log(path: Path) -> None:
 
 def create_file(path: Path, *, database: Path | None = None) -> bool:
     """Create an empty database file with mode 0600, or return False if the file exists. The caller must hold
-    `sidecar_lock`. Without the lock, another thread could open the file before this function closes the descriptor, and
-    SQLite would lose the locks on the file.
+    `sidecar_lock`, so that no other thread opens the file before this function closes the descriptor.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -167,7 +164,15 @@ def inspect_file(
         if status is None:
             return None
         refuse_replaceable(path.parent)
-        _refuse(path, status, is_database=is_database)
+        refuse_insecure(path, status, trusted_owners(path.parent))
+        # As root, do not change the mode of another user's file. The user could replace the file, and root would change
+        # the mode of a different file.
+        if status.st_uid != os.geteuid() and status.st_mode & 0o077:
+            raise _not_the_callers(path, status)
+        if is_database and 0 < status.st_size < SMALLEST_DATABASE:
+            raise CorruptDatabaseError(
+                f"{quoted(path)} has {status.st_size} bytes, too few for a database: restore a backup, or move it away"
+            )
         mode = stat.S_IMODE(status.st_mode)
         wanted = mode & FILE_MODE
         if (is_database or complete_empty) and status.st_size == 0:
@@ -227,16 +232,26 @@ def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
     )
 
 
-def _refuse(path: Path, status: os.stat_result, *, is_database: bool) -> None:
-    refuse_insecure(path, status, trusted_owners(path.parent))
-    # As root, do not change the mode of another user's file. The user could replace the file, and root would change the
-    # mode of a different file.
-    if status.st_uid != os.geteuid() and status.st_mode & 0o077:
-        raise _not_the_callers(path, status)
-    if is_database and 0 < status.st_size < SMALLEST_DATABASE:
-        raise CorruptDatabaseError(
-            f"{quoted(path)} has {status.st_size} bytes, too few for a database: restore a backup, or move it away"
-        )
+def change_mode(path: Path, mode: int) -> None:
+    """Change the mode of the caller's own file or directory without following a link, or raise InsecureFileError."""
+    try:
+        path.chmod(mode, follow_symlinks=False)
+    except NotImplementedError:
+        # Python raises NotImplementedError for a link, and on some systems for every file.
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
+        path.chmod(mode)
+    except PermissionError as error:
+        # The caller has checked that the file belongs to this user, so the file system refuses the mode.
+        raise modes_not_kept(path) from error
+
+
+def modes_not_kept(path: Path) -> InsecureFileError:
+    """Return the error for a file system that does not keep the mode of a file or directory."""
+    return InsecureFileError(
+        f"{quoted(path)} can't be made private, its file system does not keep modes or does not let them change: "
+        "move the database to another file system"
+    )
 
 
 def look_at(path: Path) -> os.stat_result | None:

@@ -6,16 +6,20 @@ import logging
 import os
 import stat
 import tempfile
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
+from homeagent.engine.files.database_file import change_mode, modes_not_kept
 from homeagent.engine.files.owners import give_to_owner, is_replaceable, refuse_replaceable
-from homeagent.engine.files.permissions import DIRECTORY_MODE, change_mode, modes_not_kept
 from homeagent.engine.files.sync import fsync_directory
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseError, InvalidArgumentError
 
 logger: logging.Logger = logging.getLogger("homeagent")
+
+
+DIRECTORY_MODE = 0o700
 
 
 def prepare_directory(directory: Path) -> None:
@@ -71,18 +75,15 @@ def _give_to_parents_owner(made: Path) -> None:
     if os.geteuid() != 0:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    # Use a descriptor, because the owner of the parent directory could replace the path's directories by links.
-    # Replacing the new directory by another empty directory does no harm.
-    parent = os.open(made.parent, flags)
-    try:
+    with ExitStack() as stack:
+        # Use descriptors, because the owner of the parent directory could replace the path's directories by links.
+        # Replacing the new directory by another empty directory does no harm.
+        parent = os.open(made.parent, flags)
+        stack.callback(os.close, parent)
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)
-        try:
-            if not os.listdir(descriptor):
-                give_to_owner(descriptor, parent)
-        finally:
-            os.close(descriptor)
-    finally:
-        os.close(parent)
+        stack.callback(os.close, descriptor)
+        if not os.listdir(descriptor):
+            give_to_owner(descriptor, parent)
 
 
 def _is_private_directory(directory: Path) -> bool:

@@ -14,25 +14,25 @@ from homeagent.errors import DatabaseError
 # folders of Docker Desktop and Podman (virtiofs), even if only one machine uses the file.
 _NETWORK_KINDS = frozenset(
     {
+        # Network file systems, and file systems by which a host shares folders with its virtual machines:
         "9p", "afpfs", "afs", "beegfs", "ceph", "cifs", "coda", "cvfs", "davfs", "fakeowner", "glusterfs", "gpfs",
-        "lustre", "mfs", "ncpfs", "nfs", "nfs4", "orangefs", "panfs", "prl_fs", "pvfs2", "smb3", "smbfs", "vboxsf",
-        "virtiofs", "vmhgfs", "wekafs",
-        # FUSE file systems (the mount table shows "fuse.<kind>") of file servers:
-        "alluxio-fuse", "ceph-fuse", "cephfs", "curlftpfs", "davfs2", "fuse-nfs", "fuse_dfs", "gvfsd-fuse", "lizardfs",
-        "moosefs", "quobyte", "rozofs", "saunafs", "seaweedfs", "smbnetfs", "sshfs",
-        # FUSE file systems of object stores and of drives on the internet:
-        "blobfuse", "blobfuse2", "cosfs", "gcsfuse", "geesefs", "google-drive-ocamlfuse", "goofys", "juicefs",
-        "mountpoint-s3", "onedriver", "ossfs", "rclone", "s3fs", "s3ql",
-        # FUSE file systems by which a host shares folders with its virtual machines:
-        "grpcfuse", "osxfs", "vmhgfs-fuse",
+        "grpcfuse", "lustre", "mfs", "ncpfs", "nfs", "nfs4", "orangefs", "osxfs", "panfs", "prl_fs", "pvfs2", "smb3",
+        "smbfs", "vboxsf", "virtiofs", "vmhgfs", "vmhgfs-fuse", "wekafs",
+        # FUSE file systems (the mount table shows "fuse.<kind>") of file servers, object stores and internet drives:
+        "alluxio-fuse", "blobfuse", "blobfuse2", "ceph-fuse", "cephfs", "cosfs", "curlftpfs", "davfs2", "fuse-nfs",
+        "fuse_dfs", "gcsfuse", "geesefs", "google-drive-ocamlfuse", "goofys", "gvfsd-fuse", "juicefs", "lizardfs",
+        "moosefs", "mountpoint-s3", "onedriver", "ossfs", "quobyte", "rclone", "rozofs", "s3fs", "s3ql", "saunafs",
+        "seaweedfs", "smbnetfs", "sshfs",
     }
 )  # fmt: skip
 
+MOUNT_TABLE = Path("/proc/self/mountinfo")
 
-def filesystem_kind(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> str | None:
+
+def filesystem_kind(path: Path) -> str | None:
     """Return the kind of a path's file system, such as "ext4" (proc_pid_mountinfo(5)), or None without /proc."""
     try:
-        table = mount_table.read_bytes()
+        table = MOUNT_TABLE.read_bytes()
     except OSError:
         return None  # the list of mounts can't be read, so the kind is unknown
     with explained("inspect", path):
@@ -65,9 +65,9 @@ def is_network_filesystem(kind: str) -> bool:
     return kind.removeprefix("fuse.") in _NETWORK_KINDS
 
 
-def refuse_network_filesystem(path: Path, *, mount_table: Path = Path("/proc/self/mountinfo")) -> None:
+def refuse_network_filesystem(path: Path) -> None:
     """Raise DatabaseError for a path on a network file system or a shared folder. Accept an unknown file system."""
-    kind = filesystem_kind(path, mount_table=mount_table)
+    kind = filesystem_kind(path)
     if kind is not None and is_network_filesystem(kind):
         raise DatabaseError(
             f"{quoted(path)} is on a network file system or shared folder ({kind}), where SQLite's write-ahead log "

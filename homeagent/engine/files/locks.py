@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from time import sleep
 from typing import Self
 
 from homeagent.clock import monotonic
@@ -37,16 +36,12 @@ class FileLock:
         shared: bool = False,
         exclusive_if_free: bool = False,
         writable: bool = True,
-        monotonic: Callable[[], float] = monotonic,
-        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         self.path = path
         self._operations = [fcntl.LOCK_EX] * (exclusive_if_free or not shared) + [fcntl.LOCK_SH] * shared
         self.is_exclusive: bool = not shared
         self._access = os.O_RDWR if writable else os.O_RDONLY
         self._seconds = timeout.total_seconds()
-        self._monotonic = monotonic
-        self._pause = pause
         self._descriptor = -1
         self._made = False
 
@@ -57,16 +52,16 @@ class FileLock:
 
     def acquire(self) -> None:
         """Acquire the lock. After the timeout, raise DatabaseBusyError."""
-        deadline = self._monotonic() + self._seconds
+        deadline = monotonic() + self._seconds
         delay = _FIRST_PAUSE
         while not self._try():
-            left = deadline - self._monotonic()
+            left = deadline - monotonic()
             if left <= 0:
                 raise DatabaseBusyError(
                     f"another process or thread holds {quoted(self.path)}, waited {self._seconds:g} s for the lock: "
                     "try again later, or allow a longer timeout"
                 )
-            self._pause(min(delay, left))
+            sleep(min(delay, left))
             delay = min(delay * 2, _LONGEST_PAUSE)
 
     def release(self) -> None:

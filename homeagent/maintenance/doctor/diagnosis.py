@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import stat
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from datetime import timedelta
+from datetime import datetime, timedelta
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, exists, or_, update
+from sqlalchemy import exists, update
 
 from homeagent.clock import Clock, system_clock
-from homeagent.engine.files.permissions import FILE_MODE, change_mode
+from homeagent.engine.files.database_file import FILE_MODE, change_mode
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.inspection import Stopwatch
-from homeagent.engine.statements import Statement
 from homeagent.engine.target import Target, conceal, resolve_target
 from homeagent.environment import BUSY_TIMEOUT
 from homeagent.errors import DatabaseClosedError, DatabaseError, HomeAgentError, InvalidArgumentError
-from homeagent.maintenance.doctor.files import megabytes, public_files, stale_partials
+from homeagent.maintenance.doctor.files import database_files, is_public, megabytes, stale_partials
 from homeagent.maintenance.doctor.postgresql import check_postgresql
 from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.sqlite import check_sqlite
-from homeagent.maintenance.doctor.store import SECRETS_GRACE, STORE_CHECKS, stale_routes
+from homeagent.maintenance.doctor.store import STORE_CHECKS, expired_secrets, stale_routes
 from homeagent.maintenance.sweep import sweep
 from homeagent.models import AgentSession, Device
 from homeagent.models.limits import Limits
@@ -119,7 +119,7 @@ def _diagnose(
     fix: bool,
     settings: UnitSettings | None = None,
 ) -> Diagnosis:
-    def check(repairs: Sequence[Repair]) -> Diagnosis:
+    def check(repairs: list[Repair]) -> Diagnosis:
         limit = None if thorough else QUICK
         now = check_timestamp(clock(), "the clock's time")
         collector = Collector(now, acknowledged, thorough=thorough, watch=Stopwatch(limit))
@@ -138,42 +138,17 @@ def _diagnose(
             severity=max((finding.severity for finding in findings), key=list(Severity).index, default=Severity.OK),
             findings=findings,
             not_checked={check: collector.not_checked[check] for check in CHECKS if check in collector.not_checked},
-            repairs=list(repairs),
+            repairs=repairs,
         )
 
-    found = check(())
+    found = check([])
     repairs = _repair(found, target, clock, settings) if fix else []
     return check(repairs) if repairs else found
 
 
 # Repairs without loss of data
 
-_device: Any = Device.__table__.c
-_session: Any = AgentSession.__table__.c
-
-_FORGET_PREVIOUS = Statement[Device](
-    update(Device)
-    .where(
-        _device.previous_secret_hash.is_not(None),
-        or_(_device.previous_secret_expires_at.is_(None), _device.previous_secret_expires_at <= bindparam("before")),
-    )
-    .values(previous_secret_hash=None, previous_secret_expires_at=None)
-)
-
-_RELEASE_ROUTE = Statement[AgentSession](
-    update(AgentSession).where(_session.session_id == bindparam("id")).values(route_key=None)
-)
-_TAKE_ROUTE = Statement[AgentSession](
-    update(AgentSession)
-    .where(
-        _session.session_id == bindparam("id"),
-        ~exists().where(_session.route_key == bindparam("route")).correlate(None),
-    )
-    .values(route_key=bindparam("route"))
-)
-
-# If a check in `_HANDS_OFF` has a critical finding, the doctor changes no rows, because the rows or the clock can be
-# wrong.
+# If one of these checks has a critical finding, the doctor changes no rows, because the rows or the clock can be wrong.
 _HANDS_OFF = (
     "database",
     "integrity",
@@ -194,22 +169,18 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
     # If the database file can belong to another application, change neither the file nor the files next to the file.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
-        with _noted(done, "files"):
-            _make_private(target.path, done)
-        with _noted(done, "leftovers"):
-            _remove_partials(target.path, diagnosis, done)
+        _record(done, "files", _make_private(target.path))
+        _record(done, "leftovers", _remove_partials(target.path, diagnosis.checked_at))
     present = "schema_revision" in found and "schema_revision" not in bad
     if not present or any(bad.get(check) is Severity.CRITICAL for check in _HANDS_OFF):
         return done
     if target.path is not None and settings is None and "wal" in bad and "mode" in found["wal"].facts:
-        with _noted(done, "wal"):
-            _switch_to_wal(target.path, done)
+        _record(done, "wal", _switch_to_wal(target.path))
     needed = [check for check in _REPAIRS if check in bad and "mode" not in found[check].facts]
     if needed:
         with _noted(done, needed[0]), _opened(target, clock, settings) as used:
             for check in needed:
-                with _noted(done, check):
-                    done += [Repair(check=check, action=action) for action in _REPAIRS[check](used)]
+                _record(done, check, _REPAIRS[check](used))
     return done
 
 
@@ -221,30 +192,35 @@ def _noted(done: list[Repair], check: str) -> Iterator[None]:
         done.append(Repair(check=check, action=f"gave up: {error}"))
 
 
-def _make_private(path: Path, done: list[Repair]) -> None:
-    for file in public_files(path):
-        mode = stat.S_IMODE(file.lstat().st_mode)
-        with explained("make private", file):
-            change_mode(file, mode & FILE_MODE)
-        action = f"gave {file.name!r} mode {mode & FILE_MODE:04o}; it had {mode:04o}"
-        done.append(Repair(check="files", action=action))
+def _record(done: list[Repair], check: str, actions: Iterator[str]) -> None:
+    """Make a repair, and record each of its actions."""
+    with _noted(done, check):
+        for action in actions:
+            done.append(Repair(check=check, action=action))
 
 
-def _remove_partials(path: Path, diagnosis: Diagnosis, done: list[Repair]) -> None:
-    for file, status in stale_partials(path, diagnosis.checked_at).items():
+def _make_private(path: Path) -> Iterator[str]:
+    for file, status in database_files(path).items():
+        if is_public(status) and status.st_nlink == 1 and status.st_uid == os.geteuid():
+            mode = stat.S_IMODE(status.st_mode)
+            with explained("make private", file):
+                change_mode(file, mode & FILE_MODE)
+            yield f"gave {file.name!r} mode {mode & FILE_MODE:04o}; it had {mode:04o}"
+
+
+def _remove_partials(path: Path, now: datetime) -> Iterator[str]:
+    for file, status in stale_partials(path, now).items():
         with explained("remove", file):
             file.unlink()
-        action = f"removed {file.name!r}, {megabytes(status.st_size)} of half a copy"
-        done.append(Repair(check="leftovers", action=action))
+        yield f"removed {file.name!r}, {megabytes(status.st_size)} of half a copy"
 
 
-def _switch_to_wal(path: Path, done: list[Repair]) -> None:
-    with (
-        closing(SQLiteEngine(path, busy_timeout=timedelta(seconds=5), durability="full")) as engine,
-        sidecar_lock(path, timeout=timedelta(seconds=5)),
-    ):
+def _switch_to_wal(path: Path) -> Iterator[str]:
+    timeout = timedelta(seconds=5)
+    engine = SQLiteEngine(path, busy_timeout=timeout, durability="full")
+    with closing(engine), sidecar_lock(path, timeout=timeout):
         engine.prepare_header()
-    done.append(Repair(check="wal", action="switched the file to a write-ahead log"))
+    yield "switched the file to a write-ahead log"
 
 
 @contextmanager
@@ -263,18 +239,26 @@ def _sweep(settings: UnitSettings) -> Iterator[str]:
 
 def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
     with UnitOfWork(settings, read_only=False) as unit:
-        count = unit.write(_FORGET_PREVIOUS, before=unit.now() - SECRETS_GRACE)
+        forget = update(Device).where(expired_secrets(unit.now()))
+        forget = forget.values(previous_secret_hash=None, previous_secret_expires_at=None)
+        count = unit.session.connection().execute(forget).rowcount
     yield f"removed the hash of a previous secret from {count:,} devices"
 
 
 def _correct_routes(settings: UnitSettings) -> Iterator[str]:
+    routes: Any = AgentSession.__table__
+    taken = 0
     with UnitOfWork(settings, read_only=False) as unit:
-        stale = list(stale_routes(unit.session.connection()))
+        connection = unit.session.connection()
+        stale = list(stale_routes(connection))
         # First release all stale route keys, because the stale key of one session can be the right key of another
         # session.
         for session_id, _ in stale:
-            unit.write(_RELEASE_ROUTE, id=session_id)
-        taken = sum(unit.write(_TAKE_ROUTE, id=session_id, route=route) for session_id, route in stale)
+            connection.execute(update(routes).where(routes.c.session_id == session_id).values(route_key=None))
+        for session_id, route in stale:
+            is_free = ~exists().where(routes.c.route_key == route).correlate(None)
+            take = update(routes).where(routes.c.session_id == session_id, is_free).values(route_key=route)
+            taken += connection.execute(take).rowcount
     yield f"gave {taken:,} sessions the key of their route, and left {len(stale) - taken:,} without a route"
 
 

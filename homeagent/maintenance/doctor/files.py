@@ -11,8 +11,11 @@ import re
 import shlex
 import shutil
 import stat
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from homeagent.engine.files.database_file import refuse_insecure, sidecars
 from homeagent.engine.files.filesystems import filesystem_kind, is_network_filesystem
@@ -20,7 +23,7 @@ from homeagent.engine.files.owners import backup_owners, is_replaceable, trusted
 from homeagent.engine.sqlite.in_use import in_use_path, new_path, quarantine_path
 from homeagent.engine.sqlite.manifests import newest_backup, read_manifest, remembered_backup
 from homeagent.errors import HomeAgentError
-from homeagent.maintenance.doctor.report import Collector, Severity
+from homeagent.maintenance.doctor.report import Collector
 
 OLD_BACKUP = timedelta(days=7)
 
@@ -36,8 +39,6 @@ WAL_RESERVE = 64 * 1024 * 1024
 SCARCE = 16 * 1024 * 1024
 """Free space below which the next burst of writes can fail."""
 
-_IN_MEMORY = frozenset({"ramfs", "tmpfs"})
-
 Files = dict[Path, os.stat_result]
 
 
@@ -51,20 +52,14 @@ def database_files(path: Path) -> Files:
     found = {}
     for entry in entries:
         if entry in own or entry.name.removeprefix(".").startswith(f"{path.name}."):
-            try:
+            with suppress(OSError):  # the check `"database"` reports a file that cannot be read
                 found[entry] = entry.lstat()
-            except OSError:
-                continue  # The check `"database"` reports a file that cannot be read.
     return found
 
 
-def public_files(path: Path) -> list[Path]:
-    """Return the caller's regular database files that other users can read or write."""
-    return [
-        file
-        for file, status in database_files(path).items()
-        if _is_public(status) and status.st_nlink == 1 and status.st_uid == os.geteuid()
-    ]
+def is_public(status: os.stat_result) -> bool:
+    """Return whether other users can use a regular file, or anyone can execute the file."""
+    return stat.S_ISREG(status.st_mode) and status.st_mode & 0o177 != 0
 
 
 def stale_partials(path: Path, now: datetime) -> Files:
@@ -95,10 +90,6 @@ def check_files(collector: Collector, path: Path) -> bool:
     return may_open
 
 
-def _is_public(status: os.stat_result) -> bool:
-    return stat.S_ISREG(status.st_mode) and status.st_mode & 0o177 != 0
-
-
 def _check_directory(collector: Collector, directory: Path) -> None:
     named = shlex.quote(str(directory))
     try:
@@ -111,23 +102,18 @@ def _check_directory(collector: Collector, directory: Path) -> None:
         meaning = os.strerror(error.errno or 0)
         collector.critical("directory", summary, meaning, "create it, or correct its owner and mode", f"ls -ld {named}")
         return
-    mode = stat.S_IMODE(status.st_mode)
-    foreign = os.geteuid() not in (0, status.st_uid) and status.st_uid != 0
+    mode = f"{stat.S_IMODE(status.st_mode):04o}"
+    summary = f"The directory {str(directory)!r} belongs to user {status.st_uid} and has mode {mode}."
+    foreign = os.geteuid() != 0 and status.st_uid not in (0, os.geteuid())
     critical = foreign or is_replaceable(status)
-    public = mode & 0o022
-    collector.add(
-        Severity.CRITICAL if critical else Severity.WARNING if public else Severity.OK,
-        "directory",
-        f"The directory {str(directory)!r} belongs to user {status.st_uid} and has mode {mode:04o}.",
-        "other users can replace the database"
-        if critical
-        else "other users can put files next to the database; homeagent refuses such files",
-        "keep the database in your own directory, in which no other user can write",
-        # Do not suggest a different mode for a sticky directory such as /tmp, which is meant for all users.
-        f"chmod go-w {named}" if is_replaceable(status) else f"ls -ld {named}",
-        mode=f"{mode:04o}",
-        uid=status.st_uid,
-    )
+    meaning = "other users can put files next to the database; homeagent refuses such files"
+    if critical:
+        meaning = "other users can replace the database"
+    remedy = "keep the database in your own directory, in which no other user can write"
+    # Do not suggest a different mode for a sticky directory such as /tmp, which is meant for all users.
+    command = f"chmod go-w {named}" if is_replaceable(status) else f"ls -ld {named}"
+    severity = {"critical": critical, "warning": status.st_mode & 0o022}
+    collector.add("directory", summary, meaning, remedy, command, **severity, mode=mode, uid=status.st_uid)
 
 
 def _check_names(collector: Collector, files: Files) -> bool:
@@ -149,32 +135,31 @@ def _check_owners(collector: Collector, path: Path, files: Files) -> None:
     if path not in files:
         return
     owner, group = files[path].st_uid, files[path].st_gid
-    others = [file for file, status in files.items() if status.st_uid != owner]
     if owner not in trusted_owners(path.parent):
         summary = f"The database belongs to user {owner}, and the caller is user {os.geteuid()}."
         meaning = "homeagent refuses a file of another user"
         collector.critical("files", summary, meaning, "run as the owner of the database", uid=owner)
-        return
-    planted = _planted(path, files)
-    if planted:
+    elif planted := _planted(path, files):
         summary = (
             f"Files of another user next to the database or its backups: {len(planted)}, such as {str(planted[0])!r}."
         )
         meaning = "another user chose the content; homeagent refuses these files, and does not count them as backups"
         remedy = "find out which program created them; chown the files that you know to be sound, and remove the others"
-        command = f"ls -l {' '.join(shlex.quote(str(file)) for file in planted)}"
-        collector.critical("files", summary, meaning, remedy, command, foreign=len(planted), uid=owner)
-        return
-    collector.add(
-        Severity.CRITICAL if others else Severity.OK,
-        "files",
-        f"The database belongs to user {owner}, and {len(others)} of its {len(files)} files to another user.",
-        "the gateway can't open these files: a command was probably run as another user, such as root",
-        "change the owner of these files to the owner of the database",
-        f"chown {owner}:{group} {' '.join(shlex.quote(str(file)) for file in others)}",
-        foreign=len(others),
-        uid=owner,
-    )
+        collector.critical(
+            "files", summary, meaning, remedy, f"ls -l {_words(planted)}", foreign=len(planted), uid=owner
+        )
+    else:
+        others = [file for file, status in files.items() if status.st_uid != owner]
+        summary = f"The database belongs to user {owner}, and {len(others)} of its {len(files)} files to another user."
+        meaning = "the gateway can't open these files: a command was probably run as another user, such as root"
+        remedy = "change the owner of these files to the owner of the database"
+        command = f"chown {owner}:{group} {_words(others)}"
+        facts = {"foreign": len(others), "uid": owner}
+        collector.add("files", summary, meaning, remedy, command, critical=others, **facts)
+
+
+def _words(files: Iterable[Path]) -> str:
+    return shlex.join(map(str, files))
 
 
 def _planted(path: Path, files: Files) -> list[Path]:
@@ -186,69 +171,54 @@ def _planted(path: Path, files: Files) -> list[Path]:
 
 
 def _check_modes(collector: Collector, files: Files) -> None:
-    public = {file: stat.S_IMODE(status.st_mode) for file, status in files.items() if _is_public(status)}
+    public = {file: stat.S_IMODE(status.st_mode) for file, status in files.items() if is_public(status)}
     if not public:
-        collector.ok("files", "Only the owner can read and write the files.", public=0)
+        collector.add("files", "Only the owner can read and write the files.", public=0)
         return
     file, mode = max(public.items(), key=lambda item: (item[1] & 0o022 != 0, item[1]))
-    collector.add(
-        Severity.CRITICAL if mode & 0o022 else Severity.WARNING,
-        "files",
-        f"Files with more rights than 0600: {len(public)}, such as {file.name!r} with {mode:04o}.",
-        "other users can write to the database, and so approve a device"
-        if mode & 0o022
-        else "other users can read every device, session and stored result",
-        "remove these rights (or run 'homeagent doctor --fix'), then check which devices are approved",
-        f"chmod 600 {' '.join(shlex.quote(str(file)) for file in public)}",
-        public=len(public),
-    )
+    summary = f"Files with more rights than 0600: {len(public)}, such as {file.name!r} with {mode:04o}."
+    meaning = "other users can read every device, session and stored result"
+    if mode & 0o022:
+        meaning = "other users can write to the database, and so approve a device"
+    remedy = "remove these rights (or run 'homeagent doctor --fix'), then check which devices are approved"
+    severity = {"critical": mode & 0o022, "warning": True}
+    collector.add("files", summary, meaning, remedy, f"chmod 600 {_words(public)}", **severity, public=len(public))
 
 
 def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
     partial = stale_partials(path, collector.now)
     in_use_lock = files.get(in_use_path(path))
-    kept = {file: made for file in files if (made := _stamp(file, quarantine_path(path, "*"))) is not None}
+    kept = _stamps(files, quarantine_path(path, "*"))
     old = [file for file, made in kept.items() if made < collector.now - KEPT]
-    halves = [
-        file
-        for file in files
-        if (made := _stamp(file, new_path(path, "*"))) is not None and made < collector.now - STALE
-    ]
-    collector.ok(
-        "leftovers",
-        "No leftover file needs to be removed.",
-        partial=len(partial),
-        bytes=sum(status.st_size for status in partial.values()),
-        kept=len(kept),
-        old=len(old),
-        halves=len(halves),
-    )
+    halves = [file for file, made in _stamps(files, new_path(path, "*")).items() if made < collector.now - STALE]
+    facts: dict[str, Any] = {"partial": len(partial), "bytes": sum(status.st_size for status in partial.values())}
+    facts |= {"kept": len(kept), "old": len(old), "halves": len(halves)}
+    collector.add("leftovers", "No leftover file needs to be removed.", **facts)
     if in_use_lock is not None and in_use_lock.st_size:  # the content of the lock file describes an unfinished restore
         summary = "A restore was interrupted and is not finished."
         meaning = "the next program that opens the database finishes the restore first"
-        remedy = "open the database once"
-        collector.warn("leftovers", summary, meaning, remedy, "homeagent status")
+        collector.warn("leftovers", summary, meaning, "open the database once", "homeagent status")
     if partial:
         summary = f"Partial copies whose writer has ended: {len(partial)}, such as {next(iter(partial)).name!r}."
         meaning = "a partial copy is useless and takes up space"
         collector.warn("leftovers", summary, meaning, "remove the partial copies", "homeagent doctor --fix")
     if old or halves:
-        collector.warn(
-            "leftovers",
+        summary = (
             f"{len(old)} files that restores moved to quarantine over {KEPT.days} days ago, and {len(halves)} partial "
-            "copies of interrupted restores.",
-            "these files hold devices and hashes like the database, and take up space",
-            "check whether you still need these files, then remove them",
-            f"rm {' '.join(shlex.quote(str(file)) for file in sorted([*old, *halves]))}",
+            "copies of interrupted restores."
         )
+        meaning = "these files hold devices and hashes like the database, and take up space"
+        remedy = "check whether you still need these files, then remove them"
+        collector.warn("leftovers", summary, meaning, remedy, f"rm {_words(sorted([*old, *halves]))}")
 
 
-def _stamp(file: Path, pattern: Path) -> datetime | None:
-    """Return the time in the name of a file that a restore created. If the name contains no time, return None."""
+def _stamps(files: Iterable[Path], pattern: Path) -> dict[Path, datetime]:
+    """Return the files that a restore created, and the time in the name of each file."""
     before, _, after = pattern.name.partition("*")
     # A quarantined WAL or WAL index has the name of the quarantined database and a suffix.
-    found = re.fullmatch(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?", file.name)
-    return None if found is None else datetime.strptime(found[1], "%Y%m%dT%H%M%S%fZ").replace(tzinfo=UTC)
+    name = re.compile(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?")
+    found = {file: match[1] for file in files if (match := name.fullmatch(file.name))}
+    return {file: datetime.strptime(f"{time}+0000", "%Y%m%dT%H%M%S%fZ%z") for file, time in found.items()}
 
 
 def _check_backup(collector: Collector, path: Path) -> None:
@@ -256,34 +226,29 @@ def _check_backup(collector: Collector, path: Path) -> None:
     manifest = None if backup is None else read_manifest(backup, path)
     if backup is None or manifest is None:
         # A missing backup is not a warning, because the administrator can use another backup tool.
-        collector.ok("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
+        collector.add("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
         return
     collector.restore_command = f"homeagent restore {shlex.quote(str(backup))}"
     age = collector.now - manifest.taken_at
-    collector.add(
-        Severity.WARNING if age > OLD_BACKUP else Severity.OK,
-        "backup",
-        f"The newest backup is {str(backup)!r}, of {manifest.taken_at:%Y-%m-%d %H:%M} UTC, {age.days} days ago.",
-        "if the file is lost, all changes since the backup are lost, including revocations and used nonces",
-        "make a backup now, and let the gateway or a timer make regular backups",
-        "homeagent backup",
-        age_seconds=round(age.total_seconds(), 3),
-    )
+    summary = f"The newest backup is {str(backup)!r}, of {manifest.taken_at:%Y-%m-%d %H:%M} UTC, {age.days} days ago."
+    meaning = "if the file is lost, all changes since the backup are lost, including revocations and used nonces"
+    remedy = "make a backup now, and let the gateway or a timer make regular backups"
+    facts = {"age_seconds": round(age.total_seconds(), 3)}
+    collector.add("backup", summary, meaning, remedy, "homeagent backup", warning=age > OLD_BACKUP, **facts)
 
 
 def _check_filesystem(collector: Collector, path: Path) -> None:
     kind = filesystem_kind(path)
+    summary = f"The file system is {kind or 'of an unknown kind'}."
+    meaning = "the file system is in memory: at the next restart every device, revocation and nonce is lost"
     network = kind is not None and is_network_filesystem(kind)
-    collector.add(
-        Severity.CRITICAL if network else Severity.WARNING if kind in _IN_MEMORY else Severity.OK,
-        "filesystem",
-        f"The file system is {kind or 'of an unknown kind'}.",
-        "SQLite's write-ahead log can corrupt a database on a network file system (https://sqlite.org/wal.html)"
-        if network
-        else "the file system is in memory: at the next restart every device, revocation and nonce is lost",
-        "move the database to a local disk, in a container to a named volume, or use PostgreSQL",
-        kind=kind,
-    )
+    if network:
+        meaning = (
+            "SQLite's write-ahead log can corrupt a database on a network file system (https://sqlite.org/wal.html)"
+        )
+    remedy = "move the database to a local disk, in a container to a named volume, or use PostgreSQL"
+    in_memory = kind in ("ramfs", "tmpfs")
+    collector.add("filesystem", summary, meaning, remedy, critical=network, warning=in_memory, kind=kind)
 
 
 def _check_space(collector: Collector, path: Path, files: Files) -> None:
@@ -293,19 +258,16 @@ def _check_space(collector: Collector, path: Path, files: Files) -> None:
         collector.skip(os.strerror(error.errno or 0), "disk_space")
         return
     size = sum(files[file].st_size for file in (path, *sidecars(path)) if file in files)
-    lacking = size + WAL_RESERVE - free
-    collector.add(
-        Severity.OK if lacking <= 0 else Severity.WARNING if free >= SCARCE else Severity.CRITICAL,
-        "disk_space",
-        f"{megabytes(free)} are free, and the database has {megabytes(size)}.",
-        "the free space is too small for a backup, and without a backup homeagent does not upgrade the schema"
-        if free >= SCARCE
-        else "writes will soon fail, and every request that writes fails too",
-        f"free {megabytes(lacking)} or more",
-        f"df -h {shlex.quote(str(path.parent))}",
-        free_bytes=free,
-        database_bytes=size,
-    )
+    lacking = max(0, size + WAL_RESERVE - free)
+    summary = f"{megabytes(free)} are free, and the database has {megabytes(size)}."
+    meaning = "the free space is too small for a backup, and without a backup homeagent does not upgrade the schema"
+    if free < SCARCE:
+        meaning = "writes will soon fail, and every request that writes fails too"
+    remedy = f"free {megabytes(lacking)} or more"
+    command = f"df -h {shlex.quote(str(path.parent))}"
+    severity = {"critical": free < SCARCE, "warning": lacking}
+    facts = {"free_bytes": free, "database_bytes": size}
+    collector.add("disk_space", summary, meaning, remedy, command, **severity, **facts)
 
 
 def megabytes(size: int) -> str:

@@ -11,7 +11,7 @@ from sqlalchemy import URL, text
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.target import presentable_url
 from homeagent.errors import HomeAgentError, InvalidArgumentError
-from homeagent.maintenance.doctor.report import Collector, Severity
+from homeagent.maintenance.doctor.report import Collector
 from homeagent.maintenance.doctor.store import STORE_CHECKS, check_store
 from homeagent.migrations.postgresql import refuse_second_store
 from homeagent.models import TABLES
@@ -19,17 +19,11 @@ from homeagent.models import TABLES
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-_CONNECT_SECONDS = "5"
-
-# Set PostgreSQL's output format of timestamps and trigger definitions, because the role's settings can change the
-# format.
-_SHOWN_AS = ("datestyle = ISO", "quote_all_identifiers = off")
-
 
 def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None) -> None:
     """Run all checks on a server's database. The server cancels each statement that takes longer than `limit`."""
     if "connect_timeout" not in url.query:
-        url = url.update_query_dict({"connect_timeout": _CONNECT_SECONDS})
+        url = url.update_query_dict({"connect_timeout": "5"})
     try:
         server = PostgreSQLEngine(url, busy_timeout=timedelta(seconds=5))
         with closing(server) as engine, engine.connect() as connection:
@@ -39,7 +33,8 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
                 # client.
                 raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 patience = 0 if limit is None else int(limit.total_seconds() * 1000)
-                for setting in (f"statement_timeout = {patience}", *_SHOWN_AS):
+                # The role's settings can change PostgreSQL's output format of timestamps and trigger definitions.
+                for setting in (f"statement_timeout = {patience}", "datestyle = ISO", "quote_all_identifiers = off"):
                     raw.execute(f"SET LOCAL {setting}")
             name = connection.execute(text("SELECT current_database()")).scalar_one()
             _check_path(collector, connection, name)
@@ -65,7 +60,7 @@ def _check_path(collector: Collector, connection: Connection, name: str) -> None
         remedy = "name the schema in the URL or in the role; if another role created the first schema, drop that schema"
         collector.critical("database", "The search_path leads to two stores.", str(error), remedy)
     else:
-        collector.ok("database", f"The server answers, database {name!r}.")
+        collector.add("database", f"The server answers, database {name!r}.")
 
 
 def _check_durability(collector: Collector, connection: Connection) -> None:
@@ -74,18 +69,14 @@ def _check_durability(collector: Collector, connection: Connection) -> None:
     settings: dict[str, Any] = dict(zip(names, connection.execute(query).one(), strict=True))
     shown = ", ".join(f"{name} is {value}" for name, value in settings.items())
     unsafe = "off" in (settings["fsync"], settings["full_page_writes"])
+    summary = f"The server's settings: {shown}."
+    meaning = "a crash may lose the last commits; a lost nonce may be used again"
+    if unsafe:
+        meaning = "a power cut may lose all data, or leave a database that can't be started"
+    remedy = "switch on all three settings, and reload the server's configuration"
+    command = f"ALTER SYSTEM SET {'fsync' if unsafe else 'synchronous_commit'} = on"
     early = settings["synchronous_commit"] == "off"
-    collector.add(
-        Severity.CRITICAL if unsafe else Severity.WARNING if early else Severity.OK,
-        "durability",
-        f"The server's settings: {shown}.",
-        "a power cut may lose all data, or leave a database that can't be started"
-        if unsafe
-        else "a crash may lose the last commits; a lost nonce may be used again",
-        "switch on all three settings, and reload the server's configuration",
-        f"ALTER SYSTEM SET {'fsync' if unsafe else 'synchronous_commit'} = on",
-        **settings,
-    )
+    collector.add("durability", summary, meaning, remedy, command, critical=unsafe, warning=early, **settings)
 
 
 def _check_write_access(collector: Collector, connection: Connection) -> None:
@@ -102,12 +93,8 @@ def _check_write_access(collector: Collector, connection: Connection) -> None:
         remedy = "name all hosts in the URL, with target_session_attrs=read-write"
         collector.critical("write_access", "The server is a standby.", "a standby accepts no writes", remedy)
     shown = ", ".join(lacking)
-    collector.add(
-        Severity.CRITICAL if lacking else Severity.OK,
-        "write_access",
-        f"Tables that this role may not read and write: {shown or 'none'}.",
-        "units of the gateway that use these tables fail",
-        "grant the role these rights, or use the role that owns the tables",
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON {shown} TO CURRENT_USER",
-        tables=len(lacking),
-    )
+    summary = f"Tables that this role may not read and write: {shown or 'none'}."
+    meaning = "units of the gateway that use these tables fail"
+    remedy = "grant the role these rights, or use the role that owns the tables"
+    command = f"GRANT SELECT, INSERT, UPDATE, DELETE ON {shown} TO CURRENT_USER"
+    collector.add("write_access", summary, meaning, remedy, command, critical=lacking, tables=len(lacking))

@@ -125,37 +125,34 @@ class Collector:
 
     def add(
         self,
-        severity: Severity,
         check: str,
         summary: str,
         meaning: str | None = None,
         remedy: str | None = None,
         command: str | None = None,
+        *,
+        critical: object = False,
+        warning: object = False,
         **facts: Fact,
     ) -> None:
-        """Add a finding with the given fields. If the severity is OK, ignore meaning, remedy and command."""
-        if severity is Severity.OK:
-            meaning = remedy = command = None
-        if remedy is RESTORE:
-            command = command or self.restore_command
-        if command is not None and command.startswith("homeagent ") and "--database" not in command:
-            command += self.database_option
-        finding = Finding(
-            check=check,
-            severity=severity,
-            summary=summary,
-            meaning=meaning,
-            remedy=remedy,
-            command=command,
-            facts=facts,
-        )
+        """Add a finding. The finding is critical if `critical` is true, else a warning if `warning` is true, and else
+        OK. If the finding is OK, ignore meaning, remedy and command.
+        """
+        severity, advice = Severity.OK, {}
+        if critical or warning:
+            severity = Severity.CRITICAL if critical else Severity.WARNING
+            if remedy is RESTORE:
+                command = command or self.restore_command
+            if command is not None and command.startswith("homeagent ") and "--database" not in command:
+                command += self.database_option
+            advice = {"meaning": meaning, "remedy": remedy, "command": command}
+        finding = Finding(check=check, severity=severity, summary=summary, facts=facts, **advice)
         self.not_checked.pop(check, None)
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    ok: partialmethod[None] = partialmethod(add, Severity.OK)
-    warn: partialmethod[None] = partialmethod(add, Severity.WARNING)
-    critical: partialmethod[None] = partialmethod(add, Severity.CRITICAL)
+    warn: partialmethod[None] = partialmethod(add, warning=True)
+    critical: partialmethod[None] = partialmethod(add, critical=True)
 
     def skip(self, reason: str, *checks: str) -> None:
         """Record the reason why checks did not run. Do not replace a finding or a reason that a check already has."""
@@ -168,9 +165,9 @@ class Collector:
         """Run the block as a check. If the block raises an error, report a finding, so that later checks still run."""
         self.watch.start()
         # After a failed statement, PostgreSQL refuses all later statements of the transaction.
-        guarded = on is not None and on.dialect.name == "postgresql"
-        if on is not None and guarded:
-            on.exec_driver_sql("SAVEPOINT doctor")
+        guarded = on if on is not None and on.dialect.name == "postgresql" else None
+        if guarded is not None:
+            guarded.exec_driver_sql("SAVEPOINT doctor")
         try:
             yield
         except CorruptDatabaseError as error:
@@ -182,24 +179,17 @@ class Collector:
             elif check not in self.findings:
                 self.warn(check, "This check could not be made.", str(error), "remove the cause, then check again")
         finally:
-            if on is not None and guarded:
-                on.exec_driver_sql("ROLLBACK TO SAVEPOINT doctor")
+            if guarded is not None:
+                guarded.exec_driver_sql("ROLLBACK TO SAVEPOINT doctor")
 
 
 def _combined(one: Finding, other: Finding) -> Finding:
     if other.severity.exit_status > one.severity.exit_status:
         one, other = other, one
-    facts = {**one.facts, **other.facts}
-    if other.severity is Severity.OK and one.severity is not Severity.OK:
-        return one.model_copy(update={"facts": facts})
-    texts = {
-        name: "; ".join(filter(None, (getattr(one, name), getattr(other, name)))) for name in ("meaning", "remedy")
-    }
-    return one.model_copy(
-        update={
-            "summary": f"{one.summary} {other.summary}",
-            **{name: text or None for name, text in texts.items()},
-            "command": one.command or other.command,
-            "facts": facts,
-        }
-    )
+    update: dict[str, object] = {"facts": {**one.facts, **other.facts}}
+    if one.severity is Severity.OK or other.severity is not Severity.OK:
+        for name, separator in (("summary", " "), ("meaning", "; "), ("remedy", "; ")):
+            texts = filter(None, (getattr(one, name), getattr(other, name)))
+            update[name] = separator.join(texts) or None
+        update["command"] = one.command or other.command
+    return one.model_copy(update=update)

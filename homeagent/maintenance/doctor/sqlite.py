@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from homeagent.engine.files.database_file import SMALLEST_DATABASE, look_at, sidecars
+from homeagent.engine.files.database_file import FILE_MODE, SMALLEST_DATABASE, look_at, sidecars, size_of
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.owners import backup_owners
-from homeagent.engine.files.permissions import FILE_MODE
 from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
 from homeagent.engine.sqlite.in_use import in_use_path
 from homeagent.engine.sqlite.inspection import inspect_sqlite, journal_mode
 from homeagent.engine.sqlite.write_ahead_log import find_lost_commits, open_without_locks
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, HomeAgentError
-from homeagent.maintenance.doctor.application import report_orphans
 from homeagent.maintenance.doctor.files import check_files, megabytes
 from homeagent.maintenance.doctor.report import RESTORE, Collector, Severity
-from homeagent.maintenance.doctor.store import STORE_CHECKS, check_store
+from homeagent.maintenance.doctor.store import STORE_CHECKS, check_store, report_orphans
 from homeagent.migrations.revisions import broken_references
 from homeagent.models import TABLES
 
@@ -30,16 +28,13 @@ if TYPE_CHECKING:
 WAL_LIMIT = 64 * 1024 * 1024
 """SQLite truncates the WAL to this size after a checkpoint (`journal_size_limit`)."""
 
-_INSIDE = ("wal", *STORE_CHECKS, "integrity")
-
 
 def check_sqlite(collector: Collector, path: Path) -> None:
     """Run all checks on a database file in any state."""
     may_open = check_files(collector, path)
     if not may_open:
         summary = f"homeagent does not open {str(path)!r}: one of its files is a link or not a regular file."
-        meaning = "the gateway can't start"
-        collector.critical("database", summary, meaning, "see the check 'files'")
+        collector.critical("database", summary, "the gateway can't start", "see the check 'files'")
     elif _may_hold_database(collector, path):
         is_closed = False
         with collector.attempt("wal"):
@@ -52,21 +47,20 @@ def check_sqlite(collector: Collector, path: Path) -> None:
             # file looks damaged.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
-    collector.skip("the database can't be opened", *_INSIDE)
+    collector.skip("the database can't be opened", "wal", *STORE_CHECKS, "integrity")
 
 
 def _check_wal(collector: Collector, path: Path) -> bool:
     """Check the WAL. Return True only if no process of homeagent can have the database open."""
     log, index, _ = sidecars(path)
-    state = look_at(log)
-    size = 0 if state is None else state.st_size
+    size = size_of(log)
     if size > WAL_LIMIT:
         summary = f"The write-ahead log (WAL) has {megabytes(size)}."
         meaning = "a reader holds its snapshot open, or no checkpoint moved the WAL into the file: reads get slow"
         remedy = "end long read-only units; then move the WAL into the file"
         collector.warn("wal", summary, meaning, remedy, "homeagent doctor --fix", wal_bytes=size)
-    if state is None and look_at(index) is None:
-        collector.ok("wal", "The database was closed cleanly: its WAL is empty.", wal_bytes=0)
+    if look_at(log) is None and look_at(index) is None:
+        collector.add("wal", "The database was closed cleanly: its WAL is empty.", wal_bytes=0)
         return False
     in_use = look_at(in_use_path(path))
     if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
@@ -77,19 +71,17 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         with FileLock(in_use_path(path), timeout=timedelta(0)), open_without_locks(path) as raw:
             lost = find_lost_commits(path, raw)
     except DatabaseBusyError:
-        collector.ok("wal", "A process has the database open and uses the WAL.", wal_bytes=size)
+        collector.add("wal", "A process has the database open and uses the WAL.", wal_bytes=size)
         return False
     if lost is None:
-        collector.ok("wal", "The database was not closed cleanly, and its WAL is complete.", wal_bytes=size)
+        collector.add("wal", "The database was not closed cleanly, and its WAL is complete.", wal_bytes=size)
         return True
-    accepted = "; after a power cut, durability='normal' opens it without the lost commits" if lost.by_power_cut else ""
-    summary = "The WAL lost commits."
     meaning = f"revocations and used nonces may be lost, and homeagent refuses to open the database: {lost.problem}"
-    remedy = f"{RESTORE}{accepted}"
-    command = collector.restore_command
-    collector.critical(
-        "wal", summary, meaning, remedy, command, wal_bytes=size, frames=lost.frames, by_power_cut=lost.by_power_cut
-    )
+    remedy = RESTORE
+    if lost.by_power_cut:
+        remedy += "; after a power cut, durability='normal' opens it without the lost commits"
+    facts = {"wal_bytes": size, "frames": lost.frames, "by_power_cut": lost.by_power_cut}
+    collector.critical("wal", "The WAL lost commits.", meaning, remedy, collector.restore_command, **facts)
     return True
 
 
@@ -107,16 +99,13 @@ def _may_hold_database(collector: Collector, path: Path) -> bool:
     sizes = {file: 0 if status is None else status.st_size for file, status in states.items()}
     if any(status is not None and status.st_uid not in owners for file, status in states.items() if file != lock):
         summary = f"homeagent does not open {str(path)!r}: the file, its WAL or its journal belongs to another user."
-        meaning = "the gateway can't start"
-        collector.critical("database", summary, meaning, "see the check 'files'")
+        collector.critical("database", summary, "the gateway can't start", "see the check 'files'")
     elif sizes[path] == 0 and (sizes[log] or sizes[lock]):
         meaning = "a new database would have no devices, revocations and nonces; homeagent does not create it"
         collector.critical("database", f"{str(path)!r} held a database, and is missing or empty now.", meaning, RESTORE)
     elif sizes[path] == 0:
-        summary = f"There is no database at {str(path)!r}."
-        meaning = "the gateway can't open it"
-        remedy = "check the path, or create the database"
-        collector.critical("database", summary, meaning, remedy, "homeagent init")
+        summary, meaning = f"There is no database at {str(path)!r}.", "the gateway can't open it"
+        collector.critical("database", summary, meaning, "check the path, or create the database", "homeagent init")
     elif sizes[path] < SMALLEST_DATABASE:
         summary = f"{str(path)!r} has {sizes[path]} bytes, too few for a database."
         meaning = "the file was truncated, or is another kind of file"
@@ -124,8 +113,7 @@ def _may_hold_database(collector: Collector, path: Path) -> bool:
     elif sizes[journal]:
         summary = "A transaction was interrupted and must be rolled back: there is a rollback journal with content."
         meaning = "SQLite rolls it back when the file is opened for writing; until then the checks can't read the file"
-        remedy = "open the database once, then check again"
-        collector.warn("database", summary, meaning, remedy, "homeagent status")
+        collector.warn("database", summary, meaning, "open the database once, then check again", "homeagent status")
     else:
         return True
     return False
@@ -139,12 +127,11 @@ def _check_inside(collector: Collector, path: Path, *, assume_closed: bool, is_c
         ) as connection:
             found = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
             if found == APPLICATION_ID:
-                _check_open(collector, path, connection)
+                _check_open(collector, connection)
             else:
                 summary = f"{str(path)!r} is another application's SQLite database (application_id {found:#x})."
-                meaning = "homeagent refuses it"
                 remedy = "name another path, or add homeagent's tables with 'homeagent init --adopt'"
-                collector.critical("database", summary, meaning, remedy, application_id=found)
+                collector.critical("database", summary, "homeagent refuses it", remedy, application_id=found)
     except CorruptDatabaseError as error:
         collector.critical("database", f"{str(path)!r} can't be read.", str(error), RESTORE)
     except HomeAgentError as error:
@@ -152,14 +139,12 @@ def _check_inside(collector: Collector, path: Path, *, assume_closed: bool, is_c
         collector.critical("database", f"{str(path)!r} can't be opened.", str(error), remedy)
 
 
-def _check_open(collector: Collector, path: Path, connection: Connection) -> None:
-    pages, free, size = (
-        connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
-        for name in ("page_count", "freelist_count", "page_size")
-    )
+def _check_open(collector: Collector, connection: Connection) -> None:
+    facts: dict[str, Any] = {"sqlite_version": SQLITE_VERSION, "apsw_version": APSW_VERSION}
+    for fact, pragma in (("pages", "page_count"), ("free_pages", "freelist_count"), ("page_size", "page_size")):
+        facts[fact] = connection.exec_driver_sql(f"PRAGMA {pragma}").scalar_one()
     summary = f"SQLite {SQLITE_VERSION} (apsw {APSW_VERSION}) can open the file, and it is a homeagent database."
-    versions = {"sqlite_version": SQLITE_VERSION, "apsw_version": APSW_VERSION}
-    collector.ok("database", summary, pages=pages, free_pages=free, page_size=size, **versions)
+    collector.add("database", summary, **facts)
     with collector.attempt("wal"):
         _check_journal_mode(collector, connection)
     with collector.attempt("integrity"):
@@ -171,27 +156,21 @@ def _check_open(collector: Collector, path: Path, connection: Connection) -> Non
 
 def _check_journal_mode(collector: Collector, connection: Connection) -> None:
     mode = journal_mode(connection)
-    if mode == "wal":
-        return
-    summary = f"The journal mode is {mode!r} and not 'wal'."
-    meaning = "readers and the writer wait for each other; a copy made by another tool may be in this mode"
-    remedy = "switch the database to WAL mode while no process has it open"
-    collector.warn("wal", summary, meaning, remedy, "homeagent doctor --fix", mode=mode)
+    if mode != "wal":
+        summary = f"The journal mode is {mode!r} and not 'wal'."
+        meaning = "readers and the writer wait for each other; a copy made by another tool may be in this mode"
+        remedy = "switch the database to WAL mode while no process has it open"
+        collector.warn("wal", summary, meaning, remedy, "homeagent doctor --fix", mode=mode)
 
 
 def _check_integrity(collector: Collector, connection: Connection) -> None:
     pragma = "integrity_check" if collector.thorough else "quick_check"
-    problems = [str(row[0]) for row in connection.exec_driver_sql(f"PRAGMA {pragma}(100)")]
-    sound = problems == ["ok"]
-    collector.add(
-        Severity.OK if sound else Severity.CRITICAL,
-        "integrity",
-        f"SQLite's {pragma} finds {'no damage' if sound else f'damage: {problems[0].splitlines()[0]!r}'}.",
-        "rows may be missing or wrong, and each write may increase the damage",
-        RESTORE,
-        pragma=pragma,
-        problems=0 if sound else len(problems),
-    )
+    problems = [str(row[0]) for row in connection.exec_driver_sql(f"PRAGMA {pragma}(100)") if row[0] != "ok"]
+    found = f"damage: {problems[0].splitlines()[0]!r}" if problems else "no damage"
+    summary = f"SQLite's {pragma} finds {found}."
+    meaning = "rows may be missing or wrong, and each write may increase the damage"
+    facts: dict[str, Any] = {"pragma": pragma, "problems": len(problems)}
+    collector.add("integrity", summary, meaning, RESTORE, critical=problems, **facts)
 
 
 def _check_foreign_keys(collector: Collector, connection: Connection) -> None:
@@ -201,4 +180,4 @@ def _check_foreign_keys(collector: Collector, connection: Connection) -> None:
     summary = f"Foreign keys that refer to a row that does not exist: {broken:,}."
     meaning = "another program wrote to the database without foreign keys; an upgrade will fail"
     remedy = "create the missing rows again, or remove the rows that refer to them"
-    collector.add(Severity.CRITICAL if broken else Severity.OK, "references", summary, meaning, remedy, broken=broken)
+    collector.add("references", summary, meaning, remedy, critical=broken, broken=broken)

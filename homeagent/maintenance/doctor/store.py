@@ -4,26 +4,27 @@ or a result.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import and_, column, exists, func, not_, or_, select, text
-from sqlalchemy import table as sql_table
+from sqlalchemy import and_, exists, func, not_, or_, select, text
 
 from homeagent.engine.sqlite.dialect import Undecodable, decoded_row, undecoded_columns
 from homeagent.errors import CorruptDatabaseError
-from homeagent.maintenance.doctor.application import check_application, check_schema
 from homeagent.maintenance.doctor.report import RESTORE, TOO_LONG, Collector, Severity
 from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
-from homeagent.models import SCHEMA, Agent, AgentSession, Device, IdempotencyKey, Nonce, Role, store_table
-from homeagent.models.idempotency_key import IdempotencyState
+from homeagent.migrations.revisions import count_rows, own_tables, stored_revisions
+from homeagent.migrations.schema_drift import Difference, schema_differences
+from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, Agent, AgentSession, Device, Nonce, Role, store_table
+from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyState
 from homeagent.models.session import route_key
 from homeagent.models.types import JsonColumn, TimestampColumn, naming_column, problem_of_stored
 from homeagent.stores.nonces import NONCE_GRACE
 
 if TYPE_CHECKING:
-    from sqlalchemy import Column, ColumnElement, Connection, Dialect, Table
+    from sqlalchemy import ColumnElement, Connection, Dialect, Table
 
 BACKLOG = 10_000
 """If the store has more expired rows than this number, the doctor assumes that no process sweeps."""
@@ -74,7 +75,7 @@ def _check_revision(collector: Collector, connection: Connection) -> None:
     check, revision = "schema_revision", revision_of(connection)
     facts = {"revision": revision, "needed": REVISION}
     if revision == REVISION:
-        collector.ok(check, f"The schema is at revision {revision}.", **facts)
+        collector.add(check, f"The schema is at revision {revision}.", **facts)
     elif revision is None:
         summary = f"There is no schema: no table {VERSION_TABLE}."
         remedy = f"if there was a schema, {RESTORE}; if not, create the schema"
@@ -82,16 +83,97 @@ def _check_revision(collector: Collector, connection: Connection) -> None:
     elif revision < REVISION:
         summary = f"The schema is at revision {revision}, and this version needs {REVISION}."
         meaning = "the gateway upgrades the schema at its next start; until then read-only programs refuse it"
-        collector.warn(
-            check, summary, meaning, "upgrade it; a SQLite file is backed up first", "homeagent migrate", **facts
-        )
+        remedy = "upgrade it; a SQLite file is backed up first"
+        collector.warn(check, summary, meaning, remedy, "homeagent migrate", **facts)
     elif (connection.execute(select(store_table.c.oldest_revision)).scalar() or revision) <= REVISION:
-        collector.ok(check, f"The schema is at the newer revision {revision}, which works with this version.", **facts)
+        collector.add(check, f"The schema is at the newer revision {revision}, which works with this version.", **facts)
     else:
         summary = f"The schema is at revision {revision}, and this version knows {REVISION} at most."
         meaning = "a newer version upgraded the schema; this version refuses it, because writes could do damage"
         remedy = "install the newer version again, or restore the backup that was made before the upgrade"
         collector.critical(check, summary, meaning, remedy, "pip install --upgrade homeagent", **facts)
+
+
+# The schema, and the objects and tables of the application
+
+# Meaning and remedy for each kind of object of the application.
+_OBJECTS = {
+    "trigger": (
+        "the trigger runs at writes to homeagent's tables; a copy, a restore and an upgrade refuse the trigger",
+        "if the trigger is the application's, open the database with acknowledged={names!r} (on the command line: "
+        "--acknowledge); otherwise {command}",
+    ),
+    "view": (
+        "an upgrade that rebuilds the table fails while the view exists",
+        "if an upgrade fails, drop the view ({command}), upgrade, and create the view again",
+    ),
+    "index": ("each write also changes the index", "if no query needs the index, drop the index: {command}"),
+}
+
+
+def _check_schema(collector: Collector, connection: Connection) -> None:
+    differences = schema_differences(connection)
+    accepted = [difference for difference in differences if difference.trigger in collector.acknowledged]
+    remaining = [difference for difference in differences if difference.trigger not in collector.acknowledged]
+    _report_changes(collector, [difference for difference in remaining if difference.kind is None])
+    for kind, (meaning, remedy) in _OBJECTS.items():
+        found = [difference for difference in remaining if difference.kind == kind]
+        if found:
+            summary = f"The application uses homeagent's tables: {_texts(found)}."
+            names = [difference.trigger for difference in found]
+            remedy = remedy.format(names=names, command=found[0].command)
+            fact = "application_indexes" if kind == "index" else f"application_{kind}s"
+            collector.warn("schema", summary, meaning, remedy, **{fact: len(found)})
+    if accepted:
+        listed = ", ".join(str(difference.trigger) for difference in accepted)
+        # Also report the triggers as a fact, because another finding can replace the summary.
+        collector.add("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
+
+
+def _report_changes(collector: Collector, differences: Sequence[Difference]) -> None:
+    if not differences:
+        collector.add("schema", "The schema is the same as homeagent's revisions create.", differences=0)
+        return
+    grave = [difference for difference in differences if difference.grave]
+    summary = f"The schema was changed by hand: {_texts(differences)}."
+    meaning = "homeagent works, perhaps slowly; the next upgrade may fail or lose what was added"
+    if grave:
+        meaning = "homeagent relies on the schema: it may fail, or accept what it must refuse"
+    command = (grave or differences)[0].command
+    remedy = "undo the change" if command is None else f"undo the change; the first step is: {command}"
+    triggers = [difference.trigger for difference in differences if difference.trigger is not None]
+    if triggers:
+        remedy += f"; if a trigger is the application's, open the database with acknowledged={triggers!r} instead"
+    count = len(differences)
+    collector.add("schema", summary, meaning, remedy, critical=grave, warning=True, differences=count)
+
+
+def _texts(differences: Sequence[Difference]) -> str:
+    return _first_ten([difference.text for difference in differences])
+
+
+def _check_application(collector: Collector, connection: Connection) -> None:
+    rows = count_rows(connection, own_tables(connection))
+    revision = ", ".join(sorted(stored_revisions(connection, APPLICATION_VERSION_TABLE))) or None
+    shown = ", ".join(f"{name} (rows: {number:,})" for name, number in rows.items())
+    place = "" if revision is None else f" at revision {revision}"
+    summary = f"Tables of the application{place}: {shown or 'none'}."
+    collector.add("application", summary, revision=revision, tables=len(rows), rows=sum(rows.values()))
+
+
+def report_orphans(collector: Collector, broken: Counter[tuple[str, str]]) -> None:
+    """Report rows of the application's tables that refer to a missing row."""
+    if not broken:
+        return
+    shown = "; ".join(f"from {child} to {parent}: {rows:,}" for (child, parent), rows in sorted(broken.items()))
+    child = min(broken)[0].replace('"', '""')
+    summary = f"Rows of the application that refer to a row that does not exist: {shown}."
+    meaning = (
+        "another program wrote to the table, or a revision rebuilt the table, without foreign keys; the file is not "
+        "damaged, and a backup can't restore these rows"
+    )
+    remedy = f'list the rows by: PRAGMA foreign_key_check("{child}"); then correct or delete the rows'
+    collector.warn("application", summary, meaning, remedy, orphans=broken.total())
 
 
 # Stored values
@@ -101,78 +183,66 @@ def _check_rows(collector: Collector, connection: Connection) -> None:
     faults: list[str] = []
     rows = 0
     for described in SCHEMA:
+        find_fault = _fault_finder(described, connection.dialect)
         try:
-            count, found = _read(described, connection, collector.watch)
+            for page in _pages(described, connection):
+                rows += len(page)
+                faults += filter(None, map(find_fault, page))
+                if collector.watch():
+                    break
         except CorruptDatabaseError as error:
-            count, found = 0, [f"table {described.name} can't be read to its end ({error})"]
-        rows += count
-        faults += found
+            faults.append(f"table {described.name} can't be read to its end ({error})")
     if faults:
-        shown = "; ".join(faults[:10])
-        collector.critical(
-            "rows",
-            f"Rows that no store writes and that can't be used: {len(faults):,}: {shown}"
-            f"{'; …' if len(faults) > 10 else ''}.",
-            "units that read such a row raise CorruptDatabaseError; another program wrote it, or the file is damaged",
-            "correct or delete these rows, or restore a backup",
-            rows=rows,
-            unreadable=len(faults),
+        summary = f"Rows that no store writes and that can't be used: {len(faults):,}: {_first_ten(faults)}."
+        meaning = (
+            "units that read such a row raise CorruptDatabaseError; another program wrote it, or the file is damaged"
         )
+        remedy = "correct or delete these rows, or restore a backup"
+        collector.critical("rows", summary, meaning, remedy, rows=rows, unreadable=len(faults))
     elif collector.watch():
         collector.skip(TOO_LONG, "rows")
     else:
-        collector.ok("rows", f"Rows that can be read: {rows:,} of {rows:,}.", rows=rows, unreadable=0)
+        collector.add("rows", f"Rows that can be read: {rows:,} of {rows:,}.", rows=rows, unreadable=0)
 
 
-def _read(described: Table, connection: Connection, watch: Callable[[], bool]) -> tuple[int, list[str]]:
-    """Read the stored values of all rows of a table. Return the number of rows, and a description of each bad row."""
-    columns = list(described.columns)
-    names = [c.name for c in columns]
-    # For a nonce or an idempotency key, a finding shows only the device, because the nonce or key is secret.
-    named = names.index(naming_column(described))
-    tests = [_test(c, connection.dialect) for c in columns]
-    count, faults = 0, []
-    for page in _pages(described, connection):
-        for row in page:
-            odd = next(((at, what) for at, test in enumerate(tests) if (what := test(row[at])) is not None), None)
-            if odd is not None:
-                where = f"{described.name}.{names[odd[0]]}"
-                faults.append(f"{where} {odd[1]}, in the row with {names[named]} {row[named]!r}")
-        count += len(page)
-        if watch():
-            break
-    return count, faults
+def _first_ten(texts: Sequence[str]) -> str:
+    """Join at most ten texts for a summary."""
+    return "; ".join(texts if len(texts) <= 10 else [*texts[:10], "…"])
 
 
 def _pages(described: Table, connection: Connection) -> Iterator[Sequence[Sequence[Any]]]:
+    """Yield the stored values of all rows of a table, without the conversions of the column types."""
     quote = connection.dialect.identifier_preparer.quote
-    rows: Any = select(*(column(c.name) for c in described.columns)).select_from(sql_table(described.name))
+    names = [quote(c.name) for c in described.columns]
     # On SQLite, read texts as bytes, because the driver raises an error for a page of rows with invalid UTF-8.
     undecoded = connection.dialect.name == "sqlite"
-    if undecoded:
-        names = undecoded_columns(quote(c.name) for c in described.columns)
-        rows = text(f"SELECT {names} FROM {quote(described.name)}")  # noqa: S608  quoted
+    columns = undecoded_columns(names) if undecoded else ", ".join(names)
+    rows = text(f"SELECT {columns} FROM {quote(described.name)}")  # noqa: S608  quoted
     size = _PAGE_WITH_JSON if any(isinstance(c.type, JsonColumn) for c in described.columns) else _PAGE
     for page in connection.execute(rows, execution_options={"yield_per": size}).partitions():
         yield [decoded_row(row) for row in page] if undecoded else page
 
 
-def _test(described: Column[Any], dialect: Dialect) -> Callable[[Any], str | None]:
-    problem = problem_of_stored(described)
-    load = getattr(described.type, "process_result_value", None)
+def _fault_finder(described: Table, dialect: Dialect) -> Callable[[Sequence[Any]], str | None]:
+    """Return a function that describes the first bad value of a row, or returns None."""
+    tests = [(c.name, problem_of_stored(c), getattr(c.type, "process_result_value", None)) for c in described.columns]
+    # For a nonce or an idempotency key, a finding shows only the device, because the nonce or key is secret.
+    naming = naming_column(described)
+    place = list(described.columns.keys()).index(naming)
 
-    def test(value: Any) -> str | None:
-        if isinstance(value, Undecodable):
-            return "holds text that is not UTF-8"
-        what = problem(value)
-        if what is None and load is not None:
-            try:
-                load(value, dialect)
-            except CorruptDatabaseError:
-                return "holds a value that can't be read"
-        return what
+    def find_fault(row: Sequence[Any]) -> str | None:
+        for (name, find_problem, load), value in zip(tests, row, strict=True):
+            problem = "holds text that is not UTF-8" if isinstance(value, Undecodable) else find_problem(value)
+            if problem is None and load is not None:
+                try:
+                    load(value, dialect)
+                except CorruptDatabaseError:
+                    problem = "holds a value that can't be read"
+            if problem is not None:
+                return f"{described.name}.{name} {problem}, in the row with {naming} {row[place]!r}"
+        return None
 
-    return test
+    return find_fault
 
 
 # Rows that need the administrator's attention
@@ -185,29 +255,27 @@ def _count(connection: Connection, model: Any, *conditions: ColumnElement[bool])
 
 def _check_abandoned(collector: Collector, connection: Connection) -> None:
     lapsed = or_(_key.lease_expires_at <= collector.now, _key.lease_expires_at.is_(None))
-    abandoned = _count(connection, IdempotencyKey, _key.state == IdempotencyState.IN_PROGRESS, lapsed)
-    collector.add(
-        Severity.WARNING if abandoned else Severity.OK,
-        "abandoned_effects",
-        f"Effects that began and have no recorded end: {abandoned:,}.",
-        "their retries get OutcomeUnknownError until the administrator records how each ended",
-        "list the effects, find out how each ended, then run 'homeagent keys resolve' or 'homeagent keys forget'",
-        "homeagent keys abandoned",
-        keys=abandoned,
-    )
+    keys = _count(connection, IdempotencyKey, _key.state == IdempotencyState.IN_PROGRESS, lapsed)
+    summary = f"Effects that began and have no recorded end: {keys:,}."
+    meaning = "their retries get OutcomeUnknownError until the administrator records how each ended"
+    remedy = "list the effects, find out how each ended, then run 'homeagent keys resolve' or 'homeagent keys forget'"
+    command = "homeagent keys abandoned"
+    collector.add("abandoned_effects", summary, meaning, remedy, command, warning=keys, keys=keys)
+
+
+def expired_secrets(now: datetime) -> ColumnElement[bool]:
+    """Return the SQL condition for devices that no longer need the hash of their previous secret."""
+    until = _device.previous_secret_expires_at
+    return and_(_device.previous_secret_hash.is_not(None), or_(until.is_(None), until <= now - SECRETS_GRACE))
 
 
 def _check_previous_secrets(collector: Collector, connection: Connection) -> None:
-    expired = _device.previous_secret_expires_at <= collector.now - SECRETS_GRACE
-    ended = or_(_device.previous_secret_expires_at.is_(None), expired)
-    stale = _count(connection, Device, _device.previous_secret_hash.is_not(None), ended)
-    summary = f"Devices that still hold the hash of an expired secret: {stale:,}."
+    devices = _count(connection, Device, expired_secrets(collector.now))
+    summary = f"Devices that still hold the hash of an expired secret: {devices:,}."
     meaning = "the secret is refused and the hash is not needed: a thief of the file has one more hash to guess at"
-    remedy = "remove these hashes"
     command = "homeagent doctor --fix"
-    collector.add(
-        Severity.WARNING if stale else Severity.OK, "previous_secrets", summary, meaning, remedy, command, devices=stale
-    )
+    remedy = "remove these hashes"
+    collector.add("previous_secrets", summary, meaning, remedy, command, warning=devices, devices=devices)
 
 
 def _check_references(collector: Collector, connection: Connection) -> None:
@@ -215,14 +283,12 @@ def _check_references(collector: Collector, connection: Connection) -> None:
     summary = f"Sessions whose agent does not exist: {sessions:,}."
     meaning = "another program wrote to the database with foreign keys switched off"
     remedy = "create the missing agents again, or remove these sessions; then find out which program wrote them"
-    collector.add(
-        Severity.CRITICAL if sessions else Severity.OK, "references", summary, meaning, remedy, sessions=sessions
-    )
+    collector.add("references", summary, meaning, remedy, critical=sessions, sessions=sessions)
     keys = _count(connection, IdempotencyKey, not_(exists().where(_device.id == _key.device_id)))
     summary = f"Idempotency keys whose device does not exist: {keys:,}."
     meaning = "the device was removed by other means than devices.delete, or never paired"
     remedy = "wait until the keys expire and are swept; if the device never existed, find out which program writes them"
-    collector.add(Severity.WARNING if keys else Severity.OK, "references", summary, meaning, remedy, keys=keys)
+    collector.add("references", summary, meaning, remedy, warning=keys, keys=keys)
 
 
 def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
@@ -240,64 +306,50 @@ def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
 
 
 def _check_routes(collector: Collector, connection: Connection) -> None:
-    stale = sum(1 for _ in stale_routes(connection))
-    collector.add(
-        Severity.WARNING if stale else Severity.OK,
-        "routes",
-        f"Sessions whose route key is not that of their agent, sender and channel: {stale:,}.",
-        "an UPDATE past the stores moved them: sessions.resolve does not find them and makes new sessions",
-        "compute these keys again; if another session has the route, the moved session stays listed without it",
-        "homeagent doctor --fix",
-        sessions=stale,
-    )
+    sessions = sum(1 for _ in stale_routes(connection))
+    summary = f"Sessions whose route key is not that of their agent, sender and channel: {sessions:,}."
+    meaning = "an UPDATE past the stores moved them: sessions.resolve does not find them and makes new sessions"
+    remedy = "compute these keys again; if another session has the route, the moved session stays listed without it"
+    command = "homeagent doctor --fix"
+    collector.add("routes", summary, meaning, remedy, command, warning=sessions, sessions=sessions)
 
 
 def _check_store_record(collector: Collector, connection: Connection) -> None:
     epochs = connection.execute(select(store_table.c.epoch)).scalars().all()
-    collector.add(
-        Severity.OK if len(epochs) == 1 else Severity.CRITICAL,
-        "store_record",
-        f"Rows of the table store: {len(epochs)}, of epoch {max(epochs, default=None)}; one belongs there.",
-        "the epoch is unknown, and the versions that can work with the store are unknown",
-        RESTORE,
-        rows=len(epochs),
-        epoch=epochs[0] if epochs else None,
-    )
+    summary = f"Rows of the table store: {len(epochs)}, of epoch {max(epochs, default=None)}; one belongs there."
+    meaning = "the epoch is unknown, and the versions that can work with the store are unknown"
+    facts: dict[str, Any] = {"rows": len(epochs), "epoch": epochs[0] if epochs else None}
+    collector.add("store_record", summary, meaning, RESTORE, critical=len(epochs) != 1, **facts)
 
 
 def _check_clock(collector: Collector, connection: Connection) -> None:
     newest = [time for c in _TIMES if (time := connection.execute(select(func.max(c))).scalar_one())]
     if not newest:
-        collector.ok("clock", "There is no row to compare the clock with.")
+        collector.add("clock", "There is no row to compare the clock with.")
         return
     ahead = max(newest) - collector.now
     seconds = round(ahead.total_seconds(), 3)
-    late = ahead > NONCE_GRACE
-    collector.add(
-        Severity.CRITICAL if late else Severity.WARNING if ahead > AHEAD else Severity.OK,
-        "clock",
-        f"The newest row is {seconds:,} s ahead of the clock." if ahead > AHEAD else "No row comes from the future.",
-        "the clock was set back, or another host's clock is ahead; leases and expiries end late"
-        f"{', and a message whose nonce was swept may be accepted once more' if late else ''}",
-        "correct the clock, and run a time service",
-        "timedatectl status",
-        newest_row_ahead_seconds=seconds,
+    summary = (
+        f"The newest row is {seconds:,} s ahead of the clock." if ahead > AHEAD else "No row comes from the future."
     )
+    meaning = "the clock was set back, or another host's clock is ahead; leases and expiries end late"
+    if ahead > NONCE_GRACE:
+        meaning += ", and a message whose nonce was swept may be accepted once more"
+    remedy = "correct the clock, and run a time service"
+    severity = {"critical": ahead > NONCE_GRACE, "warning": ahead > AHEAD}
+    collector.add("clock", summary, meaning, remedy, "timedatectl status", **severity, newest_row_ahead_seconds=seconds)
 
 
 def _check_backlog(collector: Collector, connection: Connection) -> None:
     nonces = _count(connection, Nonce, _nonce.expires_at <= collector.now - NONCE_GRACE)
     ended = _key.state.in_([IdempotencyState.COMPLETED, IdempotencyState.FAILED])
     keys = _count(connection, IdempotencyKey, _key.expires_at <= collector.now, ended)
+    summary = f"Expired rows that wait to be swept: {nonces + keys:,}."
+    meaning = "no process sweeps, so the database only grows; expired rows count as absent all the same"
+    remedy = "sweep now, and let the gateway sweep in the background"
+    many = nonces + keys > BACKLOG
     collector.add(
-        Severity.WARNING if nonces + keys > BACKLOG else Severity.OK,
-        "expired_backlog",
-        f"Expired rows that wait to be swept: {nonces + keys:,}.",
-        "no process sweeps, so the database only grows; expired rows count as absent all the same",
-        "sweep now, and let the gateway sweep in the background",
-        "homeagent sweep",
-        nonces=nonces,
-        keys=keys,
+        "expired_backlog", summary, meaning, remedy, "homeagent sweep", warning=many, nonces=nonces, keys=keys
     )
 
 
@@ -305,39 +357,30 @@ def _check_pending(collector: Collector, connection: Connection) -> None:
     pending = and_(_device.approved.is_distinct_from(True), _device.approved_at.is_(None), _device.revoked_at.is_(None))
     waiting = _count(connection, Device, pending)
     overdue = _count(connection, Device, pending, _device.paired_at <= collector.now - PENDING)
-    collector.add(
-        Severity.WARNING if overdue else Severity.OK,
-        "pending_devices",
-        f"Devices that wait for approval: {waiting:,}, for over {PENDING.days} days: {overdue:,}.",
-        "a user waits to be let in, or a stranger tries to get in",
-        "approve or revoke each device that you know, then run 'homeagent devices delete --pending --before TIME'",
-        "homeagent devices list --status pending",
-        pending=waiting,
-        overdue=overdue,
-    )
+    summary = f"Devices that wait for approval: {waiting:,}, for over {PENDING.days} days: {overdue:,}."
+    meaning = "a user waits to be let in, or a stranger tries to get in"
+    remedy = "approve or revoke each device that you know, then run 'homeagent devices delete --pending --before TIME'"
+    command = "homeagent devices list --status pending"
+    facts = {"pending": waiting, "overdue": overdue}
+    collector.add("pending_devices", summary, meaning, remedy, command, warning=overdue, **facts)
 
 
 def _check_admins(collector: Collector, connection: Connection) -> None:
     admins = _count(connection, Device, _device.role == Role.ADMIN, _device.approved == True)  # noqa: E712  an expression
     devices = _count(connection, Device)
     lacking = devices and not admins
-    collector.add(
-        Severity.WARNING if lacking else Severity.OK,
-        "admins",
-        "There are devices and no approved admin."
-        if lacking
-        else f"Devices: {devices:,}, approved admins: {admins:,}.",
-        "devices can be approved or revoked only by a shell on this host",
-        "pair a device with the role admin, and approve it here",
-        "homeagent devices list --role admin",
-        admins=admins,
-        devices=devices,
-    )
+    summary = f"Devices: {devices:,}, approved admins: {admins:,}."
+    if lacking:
+        summary = "There are devices and no approved admin."
+    meaning = "devices can be approved or revoked only by a shell on this host"
+    remedy = "pair a device with the role admin, and approve it here"
+    command = "homeagent devices list --role admin"
+    collector.add("admins", summary, meaning, remedy, command, warning=lacking, admins=admins, devices=devices)
 
 
 _CHECKS: dict[str, Callable[[Collector, Connection], None]] = {
-    "schema": check_schema,
-    "application": check_application,
+    "schema": _check_schema,
+    "application": _check_application,
     "rows": _check_rows,
     "references": _check_references,
     "routes": _check_routes,

@@ -9,7 +9,7 @@ import stat
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import chdir, closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -127,17 +127,8 @@ def fifo(path: Path) -> None:
 
 def unix_socket(path: Path) -> None:
     # A socket's address is short, so bind the socket from inside the directory with the long name.
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        with closing(socket.socket(socket.AF_UNIX)) as server:
-            previous = Path.cwd()
-            os.chdir(descriptor)
-            try:
-                server.bind(path.name)
-            finally:
-                os.chdir(previous)
-    finally:
-        os.close(descriptor)
+    with chdir(path.parent), closing(socket.socket(socket.AF_UNIX)) as server:
+        server.bind(path.name)
 
 
 NOT_A_FILE_OF_OURS = [
