@@ -16,9 +16,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import apsw
 import pytest
@@ -72,14 +72,8 @@ database.close()
 """
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A database as its process left it.
-
-    Attributes:
-        files: its files by the suffix after the name of the database.
-        rows: all rows of all tables.
-    """
+class Sample(NamedTuple):
+    """A database as its process left it: the files by the suffix after the database's name, and all rows."""
 
     files: Files
     rows: Rows
@@ -119,6 +113,13 @@ def read(path: Path, opened: Callable[[], None] = lambda: None) -> Rows:
         return rows
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The path of a database in a private directory."""
+    (tmp_path / "private").mkdir(mode=0o700)
+    return tmp_path / "private" / "homeagent.db"
+
+
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
     """A database that was closed, a database whose process was killed, and another database of a killed process."""
@@ -139,91 +140,81 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sample]:
     return made
 
 
-def flip(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+def flip(content: bytearray, chance: random.Random) -> bytearray:
     """Change some bits at random places."""
-    which = chance.choice([name for name in files if name != ".lock" and files[name]])
-    changed = bytearray(files[which])
-    for _number in range(chance.choice([1, 1, 2, 8])):
-        changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
-    files[which] = bytes(changed)
-    return f"flip {which or 'db'}"
+    for _ in range(chance.choice([1, 1, 2, 8])):
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    return content
 
 
-def zero(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+def zero(content: bytearray, chance: random.Random) -> bytearray:
     """Fill some pages with zeros, as a disk or a file system does after losing the pages."""
-    which = chance.choice(["", *(name for name in files if name == "-wal")])
-    changed = bytearray(files[which])
-    for _number in range(chance.choice([1, 1, 3])):
-        start = chance.randrange(max(len(changed) // 4096, 1)) * 4096
-        end = min(start + 4096, len(changed))
-        changed[start:end] = bytes(end - start)
-    files[which] = bytes(changed)
-    return f"zero {which or 'db'}"
+    for _ in range(chance.choice([1, 1, 3])):
+        start = chance.randrange(max(len(content) // 4096, 1)) * 4096
+        end = min(start + 4096, len(content))
+        content[start:end] = bytes(end - start)
+    return content
 
 
-def cut(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+def cut(content: bytearray, chance: random.Random) -> bytearray:
     """Truncate a file, at a page boundary or elsewhere."""
-    which = chance.choice([name for name in files if name != ".lock"])
-    length = chance.randrange(len(files[which]))
-    if chance.random() < 0.5:
-        length -= length % 4096
-    files[which] = files[which][:length]
-    return f"cut {which or 'db'}"
+    length = chance.randrange(len(content))
+    return content[: length - length % 4096 if chance.random() < 0.5 else length]
 
 
-def behead(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
+def header(content: bytearray, chance: random.Random) -> bytearray:
     """Overwrite the first bytes with other bytes."""
-    which = chance.choice([name for name in files if name in ("", "-wal")])
     size = chance.choice([1, 16, 32, 100])
-    files[which] = chance.randbytes(size) + files[which][size:]
-    return f"header {which or 'db'}"
+    return bytearray(chance.randbytes(size)) + content[size:]
+
+
+def lose(content: bytearray, chance: random.Random) -> None:
+    """Remove a file."""
+
+
+def one_file(
+    files: Files, chance: random.Random, change: Callable[[bytearray, random.Random], bytearray | None]
+) -> str:
+    """Change or remove one of the files."""
+    suitable = ("", "-wal") if change is zero or change is header else ("", *SIDECARS)
+    which = chance.choice([name for name in files if name in suitable])
+    changed = change(bytearray(files[which]), chance)
+    if changed is None:
+        del files[which]
+    else:
+        files[which] = bytes(changed)
+    return f"{change.__name__} {which or 'db'}"
 
 
 def foreign(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
     """Replace the database with a file that is not a homeagent database, and keep the files next to the database."""
-    kind = chance.choice(["sqlite", "text", "noise", "zeros", "gzip", "our own backup, packed"])
-    match kind:
-        case "sqlite":
-            with closing(sqlite3.connect(":memory:")) as raw:
-                raw.executescript("CREATE TABLE devices (id TEXT PRIMARY KEY); INSERT INTO devices VALUES ('theirs')")
-                files[""] = raw.serialize()
-        case "text":
-            files[""] = b"# settings\n" * 200
-        case "noise":
-            files[""] = chance.randbytes(20_000)
-        case "zeros":
-            files[""] = bytes(len(files[""]))
-        case "gzip":
-            files[""] = gzip.compress(b"x" * 100_000 + chance.randbytes(2000))
-        case _:
-            files[""] = gzip.compress(samples["closed"].files[""], 1)
+    with closing(sqlite3.connect(":memory:")) as raw:
+        raw.executescript("CREATE TABLE devices (id TEXT PRIMARY KEY); INSERT INTO devices VALUES ('theirs')")
+        contents = {
+            "sqlite": raw.serialize(),
+            "text": b"# settings\n" * 200,
+            "noise": chance.randbytes(20_000),
+            "zeros": bytes(len(files[""])),
+            "gzip": gzip.compress(b"x" * 100_000 + chance.randbytes(2000)),
+            "our own backup, packed": gzip.compress(samples["closed"].files[""], 1),
+        }
+    kind = chance.choice(list(contents))
+    files[""] = contents[kind]
     return f"foreign {kind}"
 
 
-def stale_log(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
-    """Put another database's WAL next to the database, with or without the WAL index."""
-    other = samples["other"].files
-    taken = chance.choice([("-wal",), ("-wal", "-shm")])
-    for name in SIDECARS:
-        files.pop(name, None)
-    files.update({name: other[name] for name in taken})
+def stale(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
+    """Put another database's WAL, WAL index or both next to the database."""
+    taken = chance.choice([("-wal",), ("-wal", "-shm"), ("-shm",)])
+    if "-wal" in taken:
+        for name in SIDECARS:
+            files.pop(name, None)
+    files.update({name: samples["other"].files[name] for name in taken})
     return f"stale {'+'.join(taken)}"
 
 
-def stale_index(files: Files, chance: random.Random, samples: dict[str, Sample]) -> str:
-    """Put another database's WAL index next to the database."""
-    files["-shm"] = samples["other"].files["-shm"]
-    return "stale -shm"
-
-
-def lose(files: Files, chance: random.Random, _: dict[str, Sample]) -> str:
-    which = chance.choice([name for name in files if name != ".lock"])
-    del files[which]
-    return f"lost {which or 'db'}"
-
-
-DAMAGES: tuple[Callable[[Files, random.Random, dict[str, Sample]], str], ...] = (
-    flip, flip, flip, zero, zero, cut, cut, behead, foreign, stale_log, stale_index, lose,
+DAMAGES: tuple[Callable[..., Any], ...] = (
+    flip, flip, flip, zero, zero, cut, cut, header, foreign, stale, stale, lose,
 )  # fmt: skip
 
 
@@ -255,16 +246,17 @@ def judge(path: Path, sample: Sample, damaged: Files) -> str:
     return outcome
 
 
-def attempt(number: int, tmp_path: Path, samples: dict[str, Sample]) -> tuple[str, str]:
+def attempt(number: int, tmp_path: Path, samples: dict[str, Sample]) -> str:
     """Damage a database in the way of this number, and return the kind of damage and the outcome."""
     chance = random.Random(number)
     sample = samples[chance.choice(["closed", "killed", "killed"])]
     damaged = dict(sample.files)
-    what = DAMAGES[number % len(DAMAGES)](damaged, chance, samples)
+    damage = DAMAGES[number % len(DAMAGES)]
+    what = damage(damaged, chance, samples) if damage in (foreign, stale) else one_file(damaged, chance, damage)
     directory = tmp_path / str(number)
     directory.mkdir(mode=0o700)
     try:
-        return what, judge(directory / "homeagent.db", sample, damaged)
+        return f"{what}: {judge(directory / 'homeagent.db', sample, damaged)}"
     except AssertionError as error:
         raise AssertionError(f"damage {number}, {what}: {error}") from error
     finally:
@@ -272,12 +264,7 @@ def attempt(number: int, tmp_path: Path, samples: dict[str, Sample]) -> tuple[st
 
 
 def attempts(numbers: range, tmp_path: Path, samples: dict[str, Sample]) -> Counter[str]:
-    return Counter(": ".join(attempt(number, tmp_path, samples)) for number in numbers)
-
-
-def told(found: Counter[str]) -> str:
-    """Return the counts as text for the log of a test run."""
-    return "\n".join(f"{count:4} {end}" for end, count in sorted(found.items()))
+    return Counter(attempt(number, tmp_path, samples) for number in numbers)
 
 
 def test_damaged_files(tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +273,7 @@ def test_damaged_files(tmp_path: Path, samples: dict[str, Sample], monkeypatch: 
     The outcomes do not depend on whether the WAL can be written.
     """
     found = attempts(range(30), tmp_path, samples)
-    assert {end.partition(": ")[2].partition(" ")[0] for end in found} >= {"right", "refused:"}, told(found)
+    assert {end.partition(": ")[2].partition(" ")[0] for end in found} >= {"right", "refused:"}, found
 
     def refuse(*_: object, **__: object) -> None:
         raise apsw.ReadOnlyError
@@ -299,7 +286,7 @@ def test_damaged_files(tmp_path: Path, samples: dict[str, Sample], monkeypatch: 
 def test_530_damaged_files(tmp_path: Path, samples: dict[str, Sample], record_property: RecordProperty) -> None:
     """Of 530 damaged files, only bytes that were flipped in the database file give wrong values."""
     found = attempts(range(30, 560), tmp_path, samples)
-    print(told(found))  # noqa: T201  printing is the purpose of the test, shown with -s
+    print("\n".join(f"{count:4} {end}" for end, count in sorted(found.items())))  # noqa: T201  shown with -s
     assert sum(found.values()) == 530
     record_property("damaged, truncated or foreign files opened", 530)
     assert {end.partition(":")[0] for end in found if "another value" in end} <= {"flip db"}
@@ -325,9 +312,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.fixture(params=[1, 3])
-def restarted(request: pytest.FixtureRequest, tmp_path: Path, children: Children) -> Path:
+def restarted(request: pytest.FixtureRequest, path: Path, children: Children) -> Path:
     """A killed database whose WAL restarted once or more often; `.index` and `.log` are from before the restart."""
-    path = tmp_path / "private" / "homeagent.db"
     assert children.start(RESTART, path, request.param).wait(timeout=60) == -9
     return path
 
@@ -340,17 +326,16 @@ def test_power_cut_leaves_an_older_index(restarted: Path, caplog: pytest.LogCapt
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_older_wal_is_refused(restarted: Path) -> None:
-    """If the WAL is from before its last restart and the index is current, later commits are lost: opening refuses."""
-    Path(f"{restarted}-wal").write_bytes(Path(f"{restarted}.log").read_bytes())
-    with pytest.raises(CorruptDatabaseError, match="not of one database and time"):
-        read(restarted)
-
-
-def test_an_emptied_wal_is_refused(restarted: Path) -> None:
-    """If the WAL is empty and the index counts commits that only the WAL held, opening refuses the database."""
-    Path(f"{restarted}-wal").write_bytes(b"")
-    with pytest.raises(CorruptDatabaseError, match="can't be read as one"):
+@pytest.mark.parametrize(
+    ("suffix", "words"),
+    [(".log", "not of one database and time"), ("", "can't be read as one")],
+    ids=["older", "empty"],
+)
+def test_a_wal_that_lost_commits_is_refused(restarted: Path, suffix: str, words: str) -> None:
+    """If the WAL is from before its last restart or is empty, but the index is current, opening refuses."""
+    older = Path(f"{restarted}{suffix}").read_bytes() if suffix else b""
+    Path(f"{restarted}-wal").write_bytes(older)
+    with pytest.raises(CorruptDatabaseError, match=words):
         read(restarted)
 
 
@@ -368,9 +353,8 @@ with database.unit_of_work(read_only=True) as reader:
 """
 
 
-def test_a_large_wal_is_checked_once(tmp_path: Path, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_wal_is_checked_once(path: Path, children: Children, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a kill, opening checks the content once, with the check that suits the size of file and WAL."""
-    path = tmp_path / "private" / "homeagent.db"
     assert children.start(LARGE, path).wait(timeout=60) == -9
     assert path.stat().st_size < 2 * 1024 * 1024 < Path(f"{path}-wal").stat().st_size
     checks: list[str] = []
@@ -386,14 +370,10 @@ def test_a_large_wal_is_checked_once(tmp_path: Path, children: Children, monkeyp
     assert checks == ["quick_check"]
 
 
-def test_check_of_a_wal_writes_no_file(
-    tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_of_a_wal_writes_no_file(path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch) -> None:
     """The check after a kill writes no file, neither next to the database nor in a directory for temporary files."""
-    path = tmp_path / "private" / "homeagent.db"
-    path.parent.mkdir(mode=0o700)
     put(samples["killed"].files, path)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    monkeypatch.setattr(tempfile, "tempdir", str(path / "absent"))
 
     def check(path: Path, raw: Connection, *, always: bool = False) -> None:
         assert raw.execute("SELECT count(*) FROM agents").get == len(samples["killed"].rows["Agent"])
@@ -405,11 +385,9 @@ def test_check_of_a_wal_writes_no_file(
 
 
 def test_damage_without_locks_is_confirmed_with_locks(
-    tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
+    path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If another program writes during the check without locks, the file looks damaged, and a second check opens it."""
-    path = tmp_path / "private" / "homeagent.db"
-    path.parent.mkdir(mode=0o700)
     put(samples["killed"].files, path)
     locks: list[str] = []
 
@@ -424,11 +402,9 @@ def test_damage_without_locks_is_confirmed_with_locks(
 
 
 def test_no_process_skips_the_check_of_another_process(
-    tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
+    path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a process opens a file whose WAL lost commits, a second process waits, and does not open the file."""
-    path = tmp_path / "private" / "homeagent.db"
-    path.parent.mkdir(mode=0o700)
     put({**samples["killed"].files, "-wal": b"", ".open": b""}, path)
     secure = database_file.secure_sidecars
 
@@ -477,26 +453,23 @@ def expected(samples: dict[str, Sample], tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.parametrize("index", ["none", pytest.param("zeros", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scrap", SCRAPS)
 def test_a_wal_without_frames_counts_as_absent(
-    tmp_path: Path, samples: dict[str, Sample], expected: dict[str, Severity], scrap: str, index: str
+    path: Path, tmp_path: Path, samples: dict[str, Sample], expected: dict[str, Severity], scrap: str, index: str
 ) -> None:
     """If a WAL has no valid frame, the doctor, an opening and a restore of the file treat the WAL as absent."""
     sample = samples["closed"]
     files = {**sample.files, ".open": b"", "-wal": SCRAPS[scrap](samples["killed"].files["-wal"])}
     if (content_of_index := INDEXES[index]) is not None:
         files["-shm"] = content_of_index
-    path, restored = tmp_path / "private" / "homeagent.db", tmp_path / "restored" / "homeagent.db"
-    path.parent.mkdir(mode=0o700)
+    restored = tmp_path / "restored" / "homeagent.db"
     assert judged(path, files) == expected
     Database.restore(path, restored)
     assert read(restored) == sample.rows
     assert read(path) == sample.rows
 
 
-def test_a_rollback_journal_next_to_a_wal(tmp_path: Path, samples: dict[str, Sample]) -> None:
+def test_a_rollback_journal_next_to_a_wal(path: Path, samples: dict[str, Sample]) -> None:
     """Opening rolls a hot journal back if the WAL has no frames, and otherwise asks to move the journal away."""
     whole, killed = samples["closed"].files, samples["killed"]
-    path = tmp_path / "private" / "homeagent.db"
-    path.parent.mkdir(mode=0o700)
     journal = path.with_name("homeagent.db-journal")
     put({**whole, "": whole[""][:-4096] + bytes(4096), "-wal": killed.files["-wal"][:32], ".open": b""}, path)
     put({"-journal": hot_journal(whole[""])}, path)
@@ -512,13 +485,11 @@ def test_a_rollback_journal_next_to_a_wal(tmp_path: Path, samples: dict[str, Sam
 
 @pytest.mark.parametrize("database", [b"", None], ids=["empty", "missing"])
 def test_the_doctor_keeps_the_wal_of_a_lost_database(
-    tmp_path: Path, samples: dict[str, Sample], database: bytes | None
+    path: Path, samples: dict[str, Sample], database: bytes | None
 ) -> None:
     """If a database was emptied or deleted, the doctor reports the loss, and keeps the WAL with the last commits."""
     files = {**samples["killed"].files, "": database, ".open": b""}
     found = {suffix: content for suffix, content in files.items() if content is not None}
-    path = tmp_path / "private" / "homeagent.db"
-    path.parent.mkdir(mode=0o700)
     put(found, path)
     assert diagnose(path).severity is Severity.CRITICAL
     assert content(path) == {suffix: found[suffix] for suffix in found if suffix != ".open"}
@@ -527,7 +498,7 @@ def test_the_doctor_keeps_the_wal_of_a_lost_database(
 @pytest.mark.parametrize("index", ["live", *INDEXES])
 @pytest.mark.parametrize("rest", [b"", b"\1" * 2000, bytes(9000)], ids=["half", "noise", "zeros"])
 def test_a_commit_that_was_cut_off(
-    tmp_path: Path, samples: dict[str, Sample], expected: dict[str, Severity], index: str, rest: bytes
+    path: Path, samples: dict[str, Sample], expected: dict[str, Severity], index: str, rest: bytes
 ) -> None:
     """If a commit was cut off, opening ignores the frames after the last commit and keeps every commit before."""
     files = {**samples["killed"].files, ".open": b""}
@@ -536,24 +507,19 @@ def test_a_commit_that_was_cut_off(
     indexes = {**INDEXES, "live": files.pop("-shm")}
     if (content_of_index := indexes[index]) is not None:
         files["-shm"] = content_of_index
-    path = tmp_path / "private" / "homeagent.db"
-    path.parent.mkdir(mode=0o700)
     assert judged(path, files) == expected
     assert read(path) == samples["killed"].rows
 
 
-def test_a_damaged_file_next_to_a_wal_header(tmp_path: Path, samples: dict[str, Sample]) -> None:
+@pytest.mark.parametrize("begin", [0, 4096], ids=["header", "page"])
+def test_a_damaged_file_next_to_a_wal_header(path: Path, samples: dict[str, Sample], begin: int) -> None:
     """If the database file is damaged, the error reports the damage, whatever remains of WAL and WAL index."""
-    killed = samples["killed"].files
-    database = samples["closed"].files[""]
-    damaged = {"page": database[:4096] + bytes(8192) + database[12288:], "header": b"\1" * 100 + database[100:]}
-    for name, changed in damaged.items():
-        path = tmp_path / name / "homeagent.db"
-        path.parent.mkdir(mode=0o700)
-        put({"": changed, ".lock": killed[".lock"], "-wal": killed["-wal"][:32], "-shm": bytes(32768)}, path)
-        assert diagnose(path).severity is Severity.CRITICAL
-        with pytest.raises(CorruptDatabaseError):
-            read(path)
+    killed, database = samples["killed"].files, bytearray(samples["closed"].files[""])
+    database[begin : begin + 100] = b"\1" * 100
+    put({"": bytes(database), ".lock": killed[".lock"], "-wal": killed["-wal"][:32], "-shm": bytes(32768)}, path)
+    assert diagnose(path).severity is Severity.CRITICAL
+    with pytest.raises(CorruptDatabaseError):
+        read(path)
 
 
 # Texts in the file that are no longer UTF-8 if their third byte is 0xAC.
@@ -567,13 +533,11 @@ TEXTS = (
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_undecodable_schema(tmp_path: Path, samples: dict[str, Sample], text: bytes) -> None:
+def test_undecodable_schema(path: Path, tmp_path: Path, samples: dict[str, Sample], text: bytes) -> None:
     """If a text of the schema has an undecodable byte, opening, doctor, copy and restore report damage."""
     files = dict(samples["closed"].files)
     at = files[""].index(text) + 2
     files[""] = files[""][:at] + b"\xac" + files[""][at + 1 :]
-    path = tmp_path / "private" / "homeagent.db"
-    path.parent.mkdir(mode=0o700)
     put(files, path)
     before = content(path)
     assert diagnose(path).severity is Severity.CRITICAL
@@ -589,9 +553,8 @@ SECRET = "sha256$do-not-tell"
 
 
 @pytest.fixture
-def undecodable(tmp_path: Path) -> Path:
+def undecodable(path: Path) -> Path:
     """A database in which another program wrote a device and an agent whose texts are not UTF-8."""
-    path = tmp_path / "private" / "homeagent.db"
     Database.open(path).close()
     with closing(connect(str(path))) as raw, raw:
         raw.execute(
@@ -609,16 +572,11 @@ def told_by(error: BaseException | None) -> str:
 def test_undecodable_rows(undecodable: Path, tmp_path: Path) -> None:
     """If a text of a row can't be decoded, reading the row raises CorruptDatabaseError without the text."""
     with Database.open(undecodable) as database, Database.open(tmp_path / "copy.db") as copy:
-
-        def through_the_orm() -> None:
-            with database.unit_of_work(read_only=True) as unit:
-                unit.session.exec(select(Device)).all()
-
-        def through_the_stores() -> None:
-            with database.unit_of_work(read_only=True) as unit:
-                unit.devices.list()
-
-        acts: list[Callable[[], object]] = [through_the_orm, through_the_stores, lambda: database.copy_to(copy)]
+        acts: list[Callable[[], object]] = [
+            lambda: database.run(lambda unit: unit.session.exec(select(Device)).all(), read_only=True),
+            lambda: database.run(lambda unit: unit.devices.list(), read_only=True),
+            lambda: database.copy_to(copy),
+        ]
         for act in acts:
             with pytest.raises(CorruptDatabaseError, match="not UTF-8") as refusal:
                 act()

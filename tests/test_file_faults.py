@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event
 
 from homeagent import AgentCreate, Database
 from homeagent.engine.files import file_identity
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.errors import CorruptDatabaseError, DatabaseMovedError, DiskFullError, ReadOnlyError
-from tests.conftest import add_agent, dump
+from tests.conftest import add_agent, copy_template, dump
 
 if TYPE_CHECKING:
     from tests.conftest import Children, FakeClock
@@ -91,18 +90,31 @@ def test_replaced_file_is_left_alone(
     assert sqlite_path.read_bytes() == before
 
 
-def test_symbolic_link_in_place_of_the_file_is_refused(opened: Database, sqlite_path: Path) -> None:
-    """If a symbolic link to the same file takes its place, units refuse the link."""
-    kept = sqlite_path.rename(sqlite_path.with_name("kept"))
-    sqlite_path.symlink_to(kept)
-    refused(opened, "replaced by another file")
+def linked(path: Path) -> None:
+    path.symlink_to(path.rename(path.with_name("kept")))
 
 
-def test_emptied_file_is_refused(opened: Database, sqlite_path: Path) -> None:
-    """If the file was truncated to zero bytes in place, units do not write to it as to a new file."""
-    os.truncate(sqlite_path, 0)
-    refused(opened, "was emptied")
-    assert sqlite_path.stat().st_size == 0
+@pytest.mark.parametrize(
+    ("act", "words"),
+    [
+        (linked, "replaced by another file"),
+        (lambda path: os.truncate(path, 0), "was emptied"),
+        (lambda path: path.parent.rename(path.parent.with_name("kept")), "deleted or moved away"),
+    ],
+    ids=["symbolic link to the same file", "emptied in place", "moved directory"],
+)
+def test_changed_path_is_refused(
+    opened: Database, sqlite_path: Path, act: Callable[[Path], object], words: str
+) -> None:
+    """If the path no longer leads to the whole open file, units neither write nor read; later they can work again."""
+    act(sqlite_path)
+    refused(opened, words)
+    kept = sqlite_path.parent.with_name("kept")
+    if kept.exists():
+        kept.rename(sqlite_path.parent)
+        add_agent(opened, "after")
+    elif not sqlite_path.is_symlink():
+        assert sqlite_path.stat().st_size == 0
 
 
 @pytest.mark.parametrize("suffix", ["-wal", "-shm"])
@@ -147,15 +159,6 @@ def test_the_commits_in_a_new_wal_are_kept(
     assert [vars(record)["event"] for record in caplog.records] == ["closed_without_checkpoint"]
     with Database.open(sqlite_path) as database:
         assert "theirs" in names(database)
-
-
-def test_moved_directory(opened: Database, sqlite_path: Path) -> None:
-    """If the directory moves away, units are refused; if the directory moves back, units work again."""
-    kept = sqlite_path.parent.with_name("kept")
-    sqlite_path.parent.rename(kept)
-    refused(opened, "deleted or moved away")
-    kept.rename(sqlite_path.parent)
-    add_agent(opened, "after")
 
 
 @pytest.mark.parametrize("durability", ["full", "normal"])
@@ -205,19 +208,6 @@ def test_file_check_is_not_older_than_ten_milliseconds(
 # No space left
 
 
-def room(database: Database) -> Callable[[int], None]:
-    """Return a function that limits the number of pages of the file on each new connection."""
-    assert isinstance(database._engine, SQLiteEngine)
-
-    def limit(pages: int) -> None:
-        def on_connect(connection: Any, record: object) -> None:
-            connection.execute(f"PRAGMA max_page_count={pages}")
-
-        event.listen(database._engine.sa_engine, "connect", on_connect)
-
-    return limit
-
-
 def fill(database: Database, prefix: str, count: int = 10_000) -> int:
     """Add agents of a given size until the space is used up, and return their number."""
     for number in range(count):
@@ -239,20 +229,6 @@ def verified(database: Database, prefix: str, count: int) -> None:
         wanted = {f"{prefix}{number}{suffix}" for number in range(count) for suffix in ("", "-too")}
         assert found == wanted
         assert unit._require_connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-def test_file_that_may_not_grow(sqlite_path: Path, clock: FakeClock) -> None:
-    """At `max_page_count` DiskFullError rolls the unit back, reads work, and after a deletion writes do too."""
-    with Database.open(sqlite_path, clock=clock) as database:
-        room(database)(60)
-        count = fill(database, "a")
-        assert count > 0
-        verified(database, "a", count)
-        with database.unit_of_work() as unit:
-            for number in range(count):
-                unit.agents.delete(f"a{number}")
-                unit.agents.delete(f"a{number}-too")
-        assert fill(database, "b") > 0
 
 
 FULL = """
@@ -297,11 +273,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a megabyte; the test is skipped if this user may not mount a file system."""
     place = tmp_path / "disk"
     place.mkdir()
-    if not sys.platform.startswith("linux") or shutil.which("mount") is None or os.geteuid() != 0:
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(place)]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(command, check=False).returncode:
         pytest.skip("only the superuser of a Linux may mount a file system")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(place)], check=False)
-    if done.returncode:
-        pytest.skip("no file system may be mounted here")
     try:
         yield place
     finally:
@@ -310,9 +284,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_full_disk(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
     """If the disk is full, DiskFullError rolls a unit back; with space again, the same database works."""
-    path = small_disk / "homeagent.db"
-    shutil.copy(sqlite_template, path)
-    path.chmod(0o600)
+    path = copy_template(sqlite_template, small_disk / "database")
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(400_000))
     with Database.open(path, clock=clock) as database:
@@ -322,53 +294,35 @@ def test_full_disk(small_disk: Path, sqlite_template: Path, clock: FakeClock) ->
         ballast.unlink()
         more = fill(database, "b")
         assert more > 0
-        verified(database, "b", more)
     with Database.open(path, clock=clock) as database:
         verified(database, "a", count)
         verified(database, "b", more)
 
 
-def take_all(directory: Path) -> Path:
-    """Use up all space, and return the file that occupies the space."""
-    ballast = directory / "ballast"
+@pytest.mark.parametrize("exists", [True, False])
+def test_opening_on_a_full_disk(small_disk: Path, sqlite_template: Path, exists: bool) -> None:
+    """Without space for the WAL index or a new schema, opening raises DiskFullError; with space it succeeds."""
+    path = small_disk / "homeagent.db"
+    if exists:
+        path = copy_template(sqlite_template, small_disk / "database")
+        before = path.read_bytes()
+    ballast = small_disk / "ballast"
     with pytest.raises(OSError, match="space"), ballast.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
-    return ballast
-
-
-def test_no_space_for_the_wal_index(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
-    """If a reader lacks the 32 KiB for the WAL index, opening raises DiskFullError; with space the database opens."""
-    path = small_disk / "homeagent.db"
-    shutil.copy(sqlite_template, path)
-    path.chmod(0o600)
-    ballast = take_all(small_disk)
-    before = path.read_bytes()
     with pytest.raises(DiskFullError) as refusal:
-        Database.open(path, clock=clock)
-    assert refusal.value.__cause__ is None
-    assert refusal.value.__context__ is None
-    assert path.read_bytes() == before
+        Database.open(path)
+    if exists:
+        assert (refusal.value.__cause__, refusal.value.__context__) == (None, None)
+        assert path.read_bytes() == before
     ballast.unlink()
-    with Database.open(path, clock=clock) as database:
-        assert names(database) == []
-
-
-def test_new_database_on_a_full_disk(small_disk: Path) -> None:
-    """If a new database has no space for the schema, DiskFullError says so, and the next start creates the database."""
-    ballast = take_all(small_disk)
-    with pytest.raises(DiskFullError):
-        Database.open(small_disk / "homeagent.db")
-    ballast.unlink()
-    with Database.open(small_disk / "homeagent.db") as database:
+    with Database.open(path) as database:
         add_agent(database, "first")
 
 
 def test_read_only_disk(small_disk: Path, sqlite_template: Path, clock: FakeClock) -> None:
     """While the file system is read-only, as after a disk failure, a unit raises ReadOnlyError."""
-    path = small_disk / "homeagent.db"
-    shutil.copy(sqlite_template, path)
-    path.chmod(0o600)
+    path = copy_template(sqlite_template, small_disk / "database")
     with Database.open(path, clock=clock) as database:
         add_agent(database, "before")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
@@ -400,17 +354,15 @@ with Database.open(path) as database:
             taken.append(os.open("/dev/null", os.O_RDONLY))
         except OSError:
             break
-    for read_only in (False, True):
-        for _ in range(3):
-            try:
-                with database.unit_of_work(read_only=read_only):
-                    raise SystemExit("it must not begin")
-            except TooManyFilesError:
-                pass
+    for read_only in (False, True) * 3:
+        try:
+            with database.unit_of_work(read_only=read_only):
+                raise SystemExit("it must not begin")
+        except TooManyFilesError:
+            pass
     for descriptor in taken:
         os.close(descriptor)
-    with database.unit_of_work() as unit:
-        unit.agents.create(AgentCreate(id="after", name="A", workspace_path="/a"))
+    database.agents.create(AgentCreate(id="after", name="A", workspace_path="/a"))
     with database.unit_of_work(read_only=True) as unit:
         assert unit.agents.get("after")
 """,

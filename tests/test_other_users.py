@@ -10,6 +10,7 @@ import shutil
 import struct
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,18 +18,19 @@ from homeagent import Database, DevicePair, Role, diagnose
 from homeagent.engine.sqlite.in_use import in_use_path, new_path
 from homeagent.engine.sqlite.manifests import manifest_path, newest_backup
 from homeagent.errors import CorruptDatabaseError, InsecureFileError
-from homeagent.maintenance import BackupSchedule, Diagnosis
+from homeagent.maintenance import BackupSchedule
 from homeagent.maintenance.backups import back_up_if_due
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION
 from tests.conftest import ROOT, STRANGER, Children, FakeClock, add_agent, copy_template
+from tests.engine.files.conftest import needs_root
+from tests.maintenance.test_doctor import at
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can act as two users")
 
-
-def give(path: Path, uid: int = STRANGER) -> None:
-    """Change the owner of a file to another user."""
-    os.chown(path, uid, uid)
+def give(*paths: Path) -> None:
+    """Change the owner of files to another user."""
+    for path in paths:
+        os.chown(path, STRANGER, STRANGER)
 
 
 def plant(path: Path, content: bytes = b"") -> Path:
@@ -51,12 +53,6 @@ def contents(directory: Path) -> dict[str, bytes]:
 def devices(path: Path) -> list[str]:
     with Database.open(path) as database:
         return database.run(lambda unit: [device.id for device in unit.devices.list()], read_only=True)
-
-
-def severity_of(diagnosis: Diagnosis, check: str) -> Severity | None:
-    """Return the severity of a finding, or None if the check did not run."""
-    finding = diagnosis.finding(check)
-    return None if finding is None else finding.severity
 
 
 @pytest.fixture
@@ -103,37 +99,27 @@ def hot_journal(content: bytes) -> bytes:
 
 
 @needs_root
-def test_a_rollback_journal_that_another_user_put_there(path: Path, shared: Path, intruders: bytes) -> None:
-    """If a rollback journal belongs to another user, opening refuses the journal before SQLite replays it."""
-    planted = plant(Path(f"{path}-journal"), hot_journal(intruders))
-    before = contents(shared)
-    with pytest.raises(InsecureFileError, match=r"h\.db-journal' belongs to user 65534.*move the file away"):
-        Database.open(path)
-    diagnosis = diagnose(path)
-    assert severity_of(diagnosis, "files") is Severity.CRITICAL
-    assert severity_of(diagnosis, "database") is Severity.CRITICAL
-    assert contents(shared) == before
-    planted.unlink()
-    assert devices(path) == ["lamp"]
-
-
-@needs_root
 @pytest.mark.parametrize("migrate", [True, False])
 @pytest.mark.parametrize("end", ["", "-wal", "-shm", "-journal", ".open", ".lock"])
-def test_a_file_of_another_user(path: Path, shared: Path, end: str, migrate: bool) -> None:
+def test_a_file_of_another_user(path: Path, shared: Path, intruders: bytes, end: str, migrate: bool) -> None:
     """If another user owns a file of the database, opening names the file, and the doctor reports the file."""
     with Database.open(path) as database:
         backup = database.backup(f"{shared.parent}/safe/")
     planted = Path(f"{path}{end}")
-    plant(planted, planted.read_bytes() if planted.exists() else b"x")
+    content = planted.read_bytes() if planted.exists() else b"x"
+    plant(planted, hot_journal(intruders) if end == "-journal" else content)
     before = contents(shared)
-    with pytest.raises(InsecureFileError, match="belongs to user 65534"):
+    with pytest.raises(InsecureFileError, match=f"h.db{end}' belongs to user 65534.*move the file away"):
         # An up-to-date database is opened without the lock that guards the creation of the schema.
         Database.restore(backup, path) if end == ".lock" else Database.open(path, migrate=migrate)
+    diagnosis = diagnose(path)
+    assert at(diagnosis, "files").severity is Severity.CRITICAL
+    if end in ("", "-wal", "-journal"):
+        assert at(diagnosis, "database").severity is Severity.CRITICAL
     assert contents(shared) == before
-    finding = diagnose(path).finding("files")
-    assert finding is not None
-    assert finding.severity is Severity.CRITICAL
+    if end:
+        planted.unlink()
+        assert devices(path) == ["lamp"]
 
 
 @needs_root
@@ -179,10 +165,9 @@ def test_a_directory_in_which_others_can_replace_files(path: Path, shared: Path,
     ):
         with pytest.raises(InsecureFileError, match=f"mode {mode:04o}.*chmod go-w"):
             attempt()
-    assert severity_of(diagnose(path), "directory") is Severity.CRITICAL
+    assert at(diagnose(path), "directory").severity is Severity.CRITICAL
     shared.chmod(0o1777)
-    finding = diagnose(path).finding("directory")
-    assert finding is not None
+    finding = at(diagnose(path), "directory")
     assert (finding.severity, "chmod" in str(finding.command)) == (Severity.WARNING, False)
     assert devices(path) == ["lamp"]
 
@@ -195,35 +180,27 @@ def backups(shared: Path) -> Path:
     return directory
 
 
-def by_owner(backup: Path) -> None:
-    """Change the owner of a backup and its manifest to the other user."""
-    for file in (backup, manifest_path(backup)):
-        give(file)
-
-
-def by_manifests_owner(backup: Path) -> None:
-    give(manifest_path(backup))
-
-
-def by_link(backup: Path) -> None:
-    backup.rename(backup.with_name("real"))
-    backup.symlink_to(backup.with_name("real"))
-
-
-def by_second_name(backup: Path) -> None:
-    backup.with_name("second").hardlink_to(backup)
+def link(backup: Path) -> None:
+    backup.symlink_to(backup.rename(backup.with_name("real")))
 
 
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        pytest.param(by_owner, "belongs to user 65534.*chown it", marks=needs_root),
-        pytest.param(by_manifests_owner, r"json' belongs to user 65534.*chown it", marks=needs_root),
-        (by_link, "symbolic link: name the file itself"),
-        (by_second_name, r"2 names .*copy it"),
+        pytest.param(
+            lambda backup: give(backup, manifest_path(backup)), "belongs to user 65534.*chown", marks=needs_root
+        ),
+        pytest.param(
+            lambda backup: give(manifest_path(backup)), "json' belongs to user 65534.*chown", marks=needs_root
+        ),
+        (link, "symbolic link: name the file itself"),
+        (lambda backup: backup.with_name("second").hardlink_to(backup), "2 names .*copy it"),
     ],
+    ids=["owner", "owner of the manifest", "link", "second name"],
 )
-def test_an_unsafe_backup_does_not_count(sqlite_path: Path, tmp_path: Path, clock: FakeClock, spoil, says: str) -> None:  # type: ignore[no-untyped-def]
+def test_an_unsafe_backup_does_not_count(
+    sqlite_path: Path, tmp_path: Path, clock: FakeClock, spoil: Any, says: str
+) -> None:
     """An unsafe backup is never the newest, does not count for `keep` or a schedule, and is not restored."""
     backups = tmp_path / "backups"
     with Database.open(sqlite_path, clock=clock) as database:
@@ -246,9 +223,8 @@ def test_an_unsafe_backup_does_not_count(sqlite_path: Path, tmp_path: Path, cloc
     with pytest.raises(InsecureFileError, match=says):
         Database.restore(spoiled, sqlite_path)
     assert sqlite_path.read_bytes() == before
-    if spoil in (by_owner, by_manifests_owner):
-        finding = diagnose(sqlite_path, clock=clock).finding("files")
-        assert finding is not None
+    if "belongs" in says:
+        finding = at(diagnose(sqlite_path, clock=clock), "files")
         assert (finding.severity, str(backups) in str(finding.command)) == (Severity.CRITICAL, True)
         shutil.copy(spoiled, tmp_path / "copy.db")
         assert Database.restore(tmp_path / "copy.db", sqlite_path).database == sqlite_path

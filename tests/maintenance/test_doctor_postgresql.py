@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
+import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from homeagent import AgentSessionCreate, Database, IdempotencyScope, Role, diagnose
+from homeagent import AgentSessionCreate, Database, Role, diagnose
 from homeagent.clock import system_clock
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.inspection import Stopwatch
-from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS, Severity
 from homeagent.maintenance.doctor.report import Collector
 from homeagent.maintenance.doctor.store import check_store
 from homeagent.migrations import REVISION
 from tests.conftest import add_agent, add_device, postgres_copy, postgres_execute
-
-# The test server has fsync off, which is always a finding; another test covers the finding.
-DURABILITY = "durability"
+from tests.maintenance.test_doctor import at, bad, healthy, only
 
 
 @pytest.fixture(scope="module")
@@ -36,24 +33,6 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
 def engine_name() -> str:
     """PostgreSQL only: the tests cover connections, standbys and roles."""
     return "postgresql"
-
-
-def bad(found: Diagnosis) -> dict[str, Severity]:
-    """Return the findings that are not ok, except the test server's own, and check the diagnosis against its model."""
-    assert Diagnosis.model_validate_json(found.model_dump_json()) == found
-    assert set(found.not_checked) | {finding.check for finding in found.findings} <= set(CHECKS)
-    return {
-        finding.check: finding.severity
-        for finding in found.findings
-        if finding.severity is not Severity.OK and finding.check != DURABILITY
-    }
-
-
-def at(found: Diagnosis, check: str) -> Any:
-    """Return the finding of a check, which must have been made."""
-    finding = found.finding(check)
-    assert finding is not None, found.not_checked
-    return finding
 
 
 def execute(url: str, *statements: str) -> None:
@@ -92,10 +71,8 @@ def test_passwords_are_not_shown(url: str) -> None:
 
 def test_empty_database(empty_postgres_url: str) -> None:
     """A database without homeagent's tables has no schema; the finding's command creates it."""
-    found = diagnose(empty_postgres_url)
-    assert bad(found) == {"schema_revision": Severity.CRITICAL}
-    assert at(found, "schema_revision").command == "homeagent init"
-    assert at(found, "schema_revision").facts["revision"] is None
+    finding = only(diagnose(empty_postgres_url), "schema_revision", Severity.CRITICAL)
+    assert (finding.command, finding.facts["revision"]) == ("homeagent init", None)
     Database.open(empty_postgres_url).close()
     assert bad(diagnose(empty_postgres_url)) == {}
 
@@ -107,9 +84,8 @@ def test_another_revision(url: str, revision: str, severity: Severity) -> None:
     execute(url, *(statement.format(revision) for statement in statements))
     found = diagnose(url, fix=True)
     execute(url, *(statement.format(REVISION) for statement in statements))
-    assert bad(found) == {"schema_revision": severity}
     assert found.repairs == []
-    assert at(found, "schema_revision").facts == {"revision": revision, "needed": REVISION}
+    assert only(found, "schema_revision", severity).facts == {"revision": revision, "needed": REVISION}
 
 
 # The manual change, its severity, and the names in the finding.
@@ -162,7 +138,7 @@ def test_a_missing_index_is_made_by_its_remedy(url: str) -> None:
 
 def test_server_without_fsync(url: str) -> None:
     """The test server's fsync setting is a finding, and so is a commit that returns before it is durable."""
-    finding = at(diagnose(url), DURABILITY)
+    finding = at(diagnose(url), "durability")
     assert (finding.severity, finding.facts["fsync"]) == (Severity.CRITICAL, "off")
 
 
@@ -177,22 +153,12 @@ def test_role_without_privileges(url: str) -> None:
     )
     try:
         reader = make_url(url).set(username=name, password="x")
-        found = diagnose(reader)
-        assert bad(found) == {"write_access": Severity.CRITICAL}
-        assert "devices" in at(found, "write_access").summary
-        execute(url, at(found, "write_access").command.replace("CURRENT_USER", name))
+        finding = only(diagnose(reader), "write_access", Severity.CRITICAL)
+        assert "devices" in finding.summary
+        execute(url, finding.command.replace("CURRENT_USER", name))
         assert bad(diagnose(reader)) == {}
     finally:
         execute(url, f"DROP OWNED BY {name}", f"DROP ROLE {name}")
-
-
-@pytest.fixture
-def session(url: str) -> Iterator[Any]:
-    """A session of another client."""
-    import psycopg
-
-    with closing(psycopg.connect(url)) as connection:
-        yield connection
 
 
 @pytest.mark.parametrize("setting", ["datestyle = 'German'", "quote_all_identifiers = on"])
@@ -202,41 +168,26 @@ def test_display_settings_of_a_role_are_ignored(target: str, setting: str) -> No
     assert bad(diagnose(target)) == {}
 
 
-def test_rows_are_checked_and_repaired(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows are checked on a server too, and --fix sweeps expired rows and removes old hashes there."""
-    monkeypatch.setattr("homeagent.maintenance.doctor.store.BACKLOG", 1)
-    past = system_clock() - timedelta(days=30)
+def test_rows_are_checked_and_repaired(target: str) -> None:
+    """If no process has the database open, --fix repairs its rows, and unreadable rows are a finding."""
+    past = system_clock() - timedelta(days=3)
     with Database.open(target, clock=lambda: past) as database:
         add_device(database, "desk", role=Role.ADMIN, approved=True)
-        add_device(database, "lamp")
         database.rotate_secret("desk", overlap=timedelta(hours=1))
-        for nonce in ("n1", "n2"):
-            database.nonces.consume("desk", nonce, expires_at=past + timedelta(minutes=1))
-        ghost, desk = (IdempotencyScope(name, "m", "k") for name in ("ghost", "desk"))
-        database.idempotency_keys.insert(ghost, 1, ttl=timedelta(days=60))
-        database.idempotency_keys.claim(desk, fingerprint="f", lease=timedelta(1), ttl=timedelta(2))
-    left = dict.fromkeys(("references", "abandoned_effects", "pending_devices"), Severity.WARNING)
-    found = diagnose(target)
-    assert bad(found) == {**left, "expired_backlog": Severity.WARNING, "previous_secrets": Severity.WARNING}
-    fixed = diagnose(target, fix=True)
-    assert bad(fixed) == left
-    assert [repair.check for repair in fixed.repairs] == ["expired_backlog", "previous_secrets"]
-    ahead = diagnose(target, clock=lambda: past - timedelta(hours=3))
-    assert bad(ahead)["clock"] is Severity.CRITICAL
+    assert bad(diagnose(target)) == {"previous_secrets": Severity.WARNING}
+    assert healthy(diagnose(target, fix=True), "previous_secrets")
     execute(target, "UPDATE devices SET metadata = 'hello' WHERE id = 'desk'")
-    unreadable = diagnose(target)
-    assert bad(unreadable) == {**left, "rows": Severity.CRITICAL}
-    named = "devices.metadata holds a value that can't be read, in the row with id 'desk'"
-    assert named in at(unreadable, "rows").summary
+    finding = only(diagnose(target), "rows", Severity.CRITICAL)
+    assert "devices.metadata holds a value that can't be read, in the row with id 'desk'" in finding.summary
 
 
-def test_slow_check_is_cut_off(url: str, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_check_is_cut_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """If a check has to wait, the check is ended and reported, and the later checks are still made."""
     monkeypatch.setattr("homeagent.maintenance.doctor.diagnosis.QUICK", timedelta(milliseconds=300))
-    session.execute("LOCK TABLE agents IN ACCESS EXCLUSIVE MODE")
-    found = diagnose(url)
+    with closing(psycopg.connect(url)) as session:
+        session.execute("LOCK TABLE agents IN ACCESS EXCLUSIVE MODE")
+        found = diagnose(url)
     assert "--thorough" in found.not_checked["clock"]
     assert "--thorough" in found.not_checked["rows"]
     assert at(found, "admins").severity is Severity.OK
-    session.rollback()
     assert bad(diagnose(url)) == {}
