@@ -68,12 +68,10 @@ def _finding_text(finding: Finding) -> str:
     return "\n".join(lines)
 
 
-_LONGEST_BUDGET = 366 * 24 * 3600.0
-
-
 def _budget(seconds: float | None) -> float | None:
-    # Do not split the chained comparison: `seconds < 0.001 or seconds > _LONGEST_BUDGET` would accept the value NaN.
-    if seconds is not None and not 0.001 <= seconds <= _LONGEST_BUDGET:
+    longest = 366 * 24 * 3600
+    # Do not split the chained comparison: `seconds < 0.001 or seconds > longest` would accept the value NaN.
+    if seconds is not None and not 0.001 <= seconds <= longest:
         raise typer.BadParameter("it must be from 0.001 seconds to 366 days.")
     return seconds
 

@@ -38,8 +38,7 @@ _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
-# A correct program does not replace a file of SQLite ten times during one inspection.
-_ATTEMPTS = 10
+_ATTEMPTS = 10  # a correct program does not replace a file of SQLite ten times during one inspection
 
 
 def locate_file(path: str | os.PathLike[str]) -> Path:

@@ -48,8 +48,7 @@ def prepare_directory(directory: Path) -> None:
             ) from None
     if not stat.S_ISDIR(status.st_mode):
         raise InvalidArgumentError(f"{quoted(directory)} is a file: name a directory")
-    problem = _directory_problem(directory, status)
-    if problem is not None:
+    if (problem := _directory_problem(directory, status)) is not None:
         _warn_once(directory, problem)
 
 

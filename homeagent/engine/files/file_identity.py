@@ -14,17 +14,14 @@ from homeagent.engine.files.database_file import identity_of, sidecars
 from homeagent.engine.files.system_errors import explained
 from homeagent.errors import CorruptDatabaseError, DatabaseMovedError
 
-Identity = tuple[int, int]
-
 # Interval between two checks, in seconds. A check takes almost as long as a small unit of work.
 _INTERVAL = 0.01
 
 
 class FileIdentityCheck:
     """Checks the identity (device and inode) of one open database's file, its WAL and its WAL index. With
-    `strict=False`, a commit checks the file only if the last check is at least 10 ms old. The attribute `due` is the
-    time of the next check, by the monotonic clock. If the attribute `marked_corrupt` is set, every check raises
-    CorruptDatabaseError.
+    `strict=True`, every commit checks the file. The attribute `due` is the time of the next check, by the monotonic
+    clock. If the attribute `marked_corrupt` is set, every check raises CorruptDatabaseError.
     """
 
     def __init__(self, path: Path, *, strict: bool, on_moved: Callable[[], object] = lambda: None) -> None:
@@ -34,8 +31,8 @@ class FileIdentityCheck:
         # Convert the paths to text only once, because a conversion takes as long as a check.
         self._name = str(path)
         self._wal_files = [str(each) for each in sidecars(path)[:2]]
-        self.identity: Identity | None = None
-        self._known: dict[str, Identity] = {}
+        self.identity: tuple[int, int] | None = None
+        self._known: dict[str, tuple[int, int]] = {}
         self.due: float = 0.0
         self.marked_corrupt: str | None = None
 
@@ -68,24 +65,18 @@ class FileIdentityCheck:
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Check the files if the last check is at least 10 ms old. With `strict=True`, always check the database's
-        file.
-        """
+        """Check the files if the last check is at least 10 ms old, and otherwise only a strictly checked file."""
         if self.monotonic() >= self.due:
             self.after_begin()
         elif self._strict:
             self._check(beside=False)
 
     def find_moved(self, *, beside: bool = False) -> DatabaseMovedError | None:
-        """Return an error if the file was deleted or replaced. With `beside=True`, also check the WAL and the WAL
-        index.
-        """
+        """Return an error if the file was deleted or replaced. With `beside=True`, also check the WAL and its index."""
         try:
             self._check(beside=beside)
-        except DatabaseMovedError as moved:
-            return moved
-        except CorruptDatabaseError:
-            pass  # the database is marked corrupt, but the file was not moved
+        except CorruptDatabaseError as error:  # a database that is marked corrupt was not moved
+            return error if isinstance(error, DatabaseMovedError) else None
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:

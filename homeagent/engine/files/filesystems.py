@@ -49,7 +49,8 @@ def filesystem_kind(path: Path) -> str | None:
         if not separator:
             continue
         _, _, number, _, escaped, *_ = fields.split()
-        point = _unescaped(escaped)
+        # The kernel writes a blank or a backslash as an octal code.
+        point = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8) & 0xFF]), escaped)
         if inside.startswith(point.rstrip(b"/") + b"/"):
             # A later mount can hide the mount with the longest path, so prefer a mount with the path's device number.
             # On Btrfs, no mount has the device number of the path, and the mount with the longest path is right. Of two
@@ -74,8 +75,3 @@ def refuse_network_filesystem(path: Path) -> None:
             "can corrupt the database (https://sqlite.org/wal.html): keep it on a local disk, in a container on a "
             "named volume, or use PostgreSQL"
         )
-
-
-def _unescaped(field: bytes) -> bytes:
-    """Decode a path from the kernel's list of mounts. Octal codes stand for blanks and backslashes."""
-    return re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8) & 0xFF]), field)

@@ -16,16 +16,13 @@ from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.errors import DatabaseBusyError, DiskFullError
 
-_FIRST_PAUSE = 0.001
-_LONGEST_PAUSE = 0.05  # longest time, in seconds, until a waiting caller notices that the lock is free
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05  # seconds until a waiting caller tries to lock the file again
 
 
 class FileLock:
-    """A lock between threads and processes, on a separate file. The holder can write a short text, the marker, for the
-    next holder. Unlike SQLite's POSIX locks, a lock by `flock()` works between threads of one process. Closing another
-    descriptor of the file does not release a `flock()` lock. With `exclusive_if_free=True`, the lock is exclusive if
-    the lock has no other holder, and otherwise shared. With `writable=False`, the mode of the file does not change, and
-    the holder can't write a marker.
+    """A lock by `flock()` between threads and processes. The holder can write a short text, the marker, for the next
+    holder. With `exclusive_if_free=True`, the lock is exclusive if the lock has no other holder, and otherwise shared.
+    With `writable=False`, the mode of the file does not change, and the holder can't write a marker.
     """
 
     def __init__(
@@ -65,9 +62,7 @@ class FileLock:
             delay = min(delay * 2, _LONGEST_PAUSE)
 
     def release(self) -> None:
-        """Release the lock, if this object holds the lock. After the call, this object does not hold the lock, even if
-        the method raises an error.
-        """
+        """Release the lock, if this object holds the lock. The lock is released even if the method raises an error."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor < 0:
             return  # two threads can release the lock at the same time

@@ -26,17 +26,14 @@ def trusted_owners(directory: Path) -> frozenset[int]:
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups homeagent accepts in any directory. A trusted user can also own the note that
-    contains the path of the last backup.
-    """
+    """Return the users whose backups, and whose note of the last backup, homeagent accepts in any directory."""
     return trusted_owners(database.parent) | {0}
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
     """If the process runs as root, give a new file or directory to the owner of its directory. Pass descriptors,
     because another user can replace the file at a path. For a copy outside the database directory, pass the path of the
-    source database. The owner of a copy can read all devices, so only a user in `backup_owners()` becomes the owner of
-    a copy.
+    source database. Only a user in `backup_owners()` becomes the owner of a copy, which contains all devices.
     """
     if os.geteuid() != 0:
         return

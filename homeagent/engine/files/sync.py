@@ -26,9 +26,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Wait until all data of an open file is on the disk, and not only in the drive's cache. If the sync fails, raise
-    OSError.
-    """
+    """Wait until all data of an open file is on the disk, and not only in the drive's cache, or raise OSError."""
     if sys.platform == "darwin":
         # On macOS fsync leaves the data in the drive's cache (fsync(2) of macOS).
         try:

@@ -30,35 +30,34 @@ def explained(act: str, path: Path) -> Iterator[None]:
 
 def _explain(error: OSError, act: str, path: Path) -> HomeAgentError:
     name = quoted(path)
+    kind: type[HomeAgentError] = DatabaseError
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            return DiskFullError(f"the disk has no room to {act} {name}: free some space")
+            kind, text = DiskFullError, f"the disk has no room to {act} {name}: free some space"
         case errno.EROFS:
-            return ReadOnlyError(f"can't {act} {name} on a read-only file system: name a path that can be written")
+            kind = ReadOnlyError
+            text = f"can't {act} {name} on a read-only file system: name a path that can be written"
         case errno.EACCES | errno.EPERM:
-            return DatabaseError(
+            text = (
                 f"no permission to {act} {name}: run as the owner of the file and its directory, or name another path"
             )
         case errno.ENOENT:
-            return DatabaseError(
-                f"can't {act} {name}: its directory is missing or is a link that leads nowhere, make it first"
-            )
+            text = f"can't {act} {name}: its directory is missing or is a link that leads nowhere, make it first"
         case errno.ELOOP:
-            return InsecureFileError(
+            kind = InsecureFileError
+            text = (
                 f"can't {act} {name}, a symbolic link is in its place or links lead in a circle: name the file itself"
             )
         case errno.ENOTDIR | errno.ENAMETOOLONG:
-            return InvalidArgumentError(
-                f"can't {act} {name}, it is too long or leads through a file: name another path"
-            )
+            kind = InvalidArgumentError
+            text = f"can't {act} {name}, it is too long or leads through a file: name another path"
         case errno.EMFILE | errno.ENFILE:
-            return TooManyFilesError(
-                f"can't {act} {name}: this process, or the machine, may open no more files: close some, or raise the "
-                "limit ('ulimit -n')"
-            )
+            kind, problem = TooManyFilesError, "this process, or the machine, may open no more files"
+            text = f"can't {act} {name}: {problem}: close some, or raise the limit ('ulimit -n')"
         case _:
             reason = os.strerror(error.errno) if error.errno is not None else type(error).__name__
-            return DatabaseError(f"can't {act} {name} ({reason}): remove the cause, or name another path")
+            text = f"can't {act} {name} ({reason}): remove the cause, or name another path"
+    return kind(text)
 
 
 def quoted(path: Path) -> str:

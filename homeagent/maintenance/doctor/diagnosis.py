@@ -7,13 +7,13 @@ import os
 import shlex
 import stat
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from datetime import datetime, timedelta
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import exists, update
+from sqlalchemy import URL, exists, update
 
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.files.database_file import FILE_MODE, change_mode
@@ -35,9 +35,6 @@ from homeagent.models.types import check_timestamp
 from homeagent.opening import open_engine
 from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
-
-if TYPE_CHECKING:
-    from sqlalchemy import URL
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -94,19 +91,17 @@ def diagnose_open(settings: UnitSettings, *, thorough: bool, fix: bool) -> Diagn
 
 
 @contextmanager
-def _reading(settings: UnitSettings) -> Iterator[None]:
+def _reading(settings: UnitSettings | None) -> Iterator[None]:
     """If possible, keep a read-only unit open, so that SQLite keeps the WAL index and the doctor creates no file."""
     with ExitStack() as stack:
         try:
-            stack.enter_context(UnitOfWork(settings, read_only=True))
+            if settings is not None:
+                stack.enter_context(UnitOfWork(settings, read_only=True))
         except DatabaseClosedError:
             raise
         except DatabaseError as error:
-            logger.debug(
-                "the doctor checks a database without a reader, because a unit can't be opened: %s",
-                error,
-                extra={"event": "doctor_without_reader", "error": type(error).__name__},
-            )
+            text = "the doctor checks a database without a reader, because a unit can't be opened: %s"
+            logger.debug(text, error, extra={"event": "doctor_without_reader", "error": type(error).__name__})
         yield
 
 
@@ -125,7 +120,7 @@ def _diagnose(
         collector = Collector(now, acknowledged, thorough=thorough, watch=Stopwatch(limit))
         if target.path is not None:
             collector.database_option = f" --database {shlex.quote(str(target.path))}"
-            with nullcontext() if settings is None else _reading(settings):
+            with _reading(settings):
                 check_sqlite(collector, target.path)
         elif target.url is not None:
             check_postgresql(collector, target.url, limit=limit)
@@ -145,8 +140,6 @@ def _diagnose(
     repairs = _repair(found, target, clock, settings) if fix else []
     return check(repairs) if repairs else found
 
-
-# Repairs without loss of data
 
 # If one of these checks has a critical finding, the doctor changes no rows, because the rows or the clock can be wrong.
 _HANDS_OFF = (

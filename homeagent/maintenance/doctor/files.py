@@ -26,18 +26,10 @@ from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.report import Collector
 
 OLD_BACKUP = timedelta(days=7)
-
-STALE = timedelta(days=1)
-"""If a partial copy is older than this time, the doctor assumes that the process of the copy has ended."""
-
-KEPT = timedelta(days=30)
-"""Age of a quarantine after which the doctor reports a warning."""
-
-WAL_RESERVE = 64 * 1024 * 1024
-"""Free space that is required for a growing WAL, in addition to a second copy of the database."""
-
-SCARCE = 16 * 1024 * 1024
-"""Free space below which the next burst of writes can fail."""
+STALE = timedelta(days=1)  # after this time, the doctor assumes that the process of a partial copy has ended
+KEPT = timedelta(days=30)  # age of a quarantine after which the doctor reports a warning
+WAL_RESERVE = 64 * 1024 * 1024  # free space for a growing WAL, in addition to a second copy of the database
+SCARCE = 16 * 1024 * 1024  # free space below which the next burst of writes can fail
 
 Files = dict[Path, os.stat_result]
 
@@ -45,15 +37,12 @@ Files = dict[Path, os.stat_result]
 def database_files(path: Path) -> Files:
     """Return the existing files of a database: SQLite's files, lock files, backups and manifests."""
     own = {path, *sidecars(path)}
-    try:
-        entries = sorted(path.parent.iterdir())
-    except OSError:
-        return {}
     found = {}
-    for entry in entries:
-        if entry in own or entry.name.removeprefix(".").startswith(f"{path.name}."):
-            with suppress(OSError):  # the check `"database"` reports a file that cannot be read
-                found[entry] = entry.lstat()
+    with suppress(OSError):  # the check `"database"` reports a file that cannot be read
+        for entry in sorted(path.parent.iterdir()):
+            if entry in own or entry.name.removeprefix(".").startswith(f"{path.name}."):
+                with suppress(FileNotFoundError):
+                    found[entry] = entry.lstat()
     return found
 
 
@@ -145,9 +134,8 @@ def _check_owners(collector: Collector, path: Path, files: Files) -> None:
         )
         meaning = "another user chose the content; homeagent refuses these files, and does not count them as backups"
         remedy = "find out which program created them; chown the files that you know to be sound, and remove the others"
-        collector.critical(
-            "files", summary, meaning, remedy, f"ls -l {_words(planted)}", foreign=len(planted), uid=owner
-        )
+        command = f"ls -l {_words(planted)}"
+        collector.critical("files", summary, meaning, remedy, command, foreign=len(planted), uid=owner)
     else:
         others = [file for file, status in files.items() if status.st_uid != owner]
         summary = f"The database belongs to user {owner}, and {len(others)} of its {len(files)} files to another user."
@@ -240,14 +228,12 @@ def _check_backup(collector: Collector, path: Path) -> None:
 def _check_filesystem(collector: Collector, path: Path) -> None:
     kind = filesystem_kind(path)
     summary = f"The file system is {kind or 'of an unknown kind'}."
-    meaning = "the file system is in memory: at the next restart every device, revocation and nonce is lost"
     network = kind is not None and is_network_filesystem(kind)
-    if network:
-        meaning = (
-            "SQLite's write-ahead log can corrupt a database on a network file system (https://sqlite.org/wal.html)"
-        )
-    remedy = "move the database to a local disk, in a container to a named volume, or use PostgreSQL"
+    meaning = "SQLite's write-ahead log can corrupt a database on a network file system (https://sqlite.org/wal.html)"
     in_memory = kind in ("ramfs", "tmpfs")
+    if in_memory:
+        meaning = "the file system is in memory: at the next restart every device, revocation and nonce is lost"
+    remedy = "move the database to a local disk, in a container to a named volume, or use PostgreSQL"
     collector.add("filesystem", summary, meaning, remedy, critical=network, warning=in_memory, kind=kind)
 
 

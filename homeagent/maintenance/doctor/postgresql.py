@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import closing
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import URL, text
+from sqlalchemy import URL, Connection, text
 
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.target import presentable_url
@@ -15,9 +15,6 @@ from homeagent.maintenance.doctor.report import Collector
 from homeagent.maintenance.doctor.store import STORE_CHECKS, check_store
 from homeagent.migrations.postgresql import refuse_second_store
 from homeagent.models import TABLES
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
 
 
 def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None) -> None:

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from functools import partialmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import BaseModel
 
@@ -108,20 +109,23 @@ class Diagnosis(BaseModel, frozen=True, extra="forbid"):
         return next((finding for finding in self.findings if finding.check == check), None)
 
 
+@dataclass
 class Collector:
-    """Collects the findings of a diagnosis. Several findings of a check become one finding with the worst severity."""
+    """Collects the findings of a diagnosis. Several findings of a check become one finding with the worst severity.
 
-    def __init__(self, now: datetime, acknowledged: frozenset[str], *, thorough: bool, watch: Stopwatch) -> None:
-        self.now = now
-        self.acknowledged = acknowledged
-        self.thorough = thorough
-        self.watch = watch
-        self.findings: dict[str, Finding] = {}
-        self.not_checked: dict[str, str] = {}
-        self.database_option = ""
-        """Option `--database` for homeagent's commands in a finding. The text is empty for a server."""
-        self.restore_command: str | None = None
-        """Command that restores the newest good backup. None if no backup is known."""
+    Attributes:
+        database_option: option `--database` for homeagent's commands in a finding. Empty for a server.
+        restore_command: command that restores the newest good backup. None if no backup is known.
+    """
+
+    now: datetime
+    acknowledged: frozenset[str]
+    thorough: bool
+    watch: Stopwatch
+    findings: dict[str, Finding] = field(default_factory=dict)
+    not_checked: dict[str, str] = field(default_factory=dict)
+    database_option: str = ""
+    restore_command: str | None = None
 
     def add(
         self,
@@ -151,8 +155,8 @@ class Collector:
         earlier = self.findings.get(check)
         self.findings[check] = finding if earlier is None else _combined(earlier, finding)
 
-    warn: partialmethod[None] = partialmethod(add, warning=True)
-    critical: partialmethod[None] = partialmethod(add, critical=True)
+    warn: ClassVar[partialmethod[None]] = partialmethod(add, warning=True)
+    critical: ClassVar[partialmethod[None]] = partialmethod(add, critical=True)
 
     def skip(self, reason: str, *checks: str) -> None:
         """Record the reason why checks did not run. Do not replace a finding or a reason that a check already has."""

@@ -25,8 +25,7 @@ from homeagent.models import TABLES
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
-WAL_LIMIT = 64 * 1024 * 1024
-"""SQLite truncates the WAL to this size after a checkpoint (`journal_size_limit`)."""
+WAL_LIMIT = 64 * 1024 * 1024  # SQLite truncates the WAL to this size after a checkpoint (`journal_size_limit`)
 
 
 def check_sqlite(collector: Collector, path: Path) -> None:

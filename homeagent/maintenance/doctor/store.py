@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import and_, exists, func, not_, or_, select, text
+from sqlalchemy import ColumnElement, Connection, Dialect, Table, and_, exists, func, not_, or_, select, text
 
 from homeagent.engine.sqlite.dialect import Undecodable, decoded_row, undecoded_columns
 from homeagent.errors import CorruptDatabaseError
@@ -23,21 +23,10 @@ from homeagent.models.session import route_key
 from homeagent.models.types import JsonColumn, TimestampColumn, naming_column, problem_of_stored
 from homeagent.stores.nonces import NONCE_GRACE
 
-if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Connection, Dialect, Table
-
-BACKLOG = 10_000
-"""If the store has more expired rows than this number, the doctor assumes that no process sweeps."""
-
-AHEAD = timedelta(minutes=1)
-"""Allowed difference between the clocks of several hosts."""
-
-PENDING = timedelta(days=7)
-"""Longest time for which a device can wait for approval without a warning."""
-
-SECRETS_GRACE = timedelta(days=1)
-"""Time for which the hash of an expired secret can stay without a warning, because the clock can be wrong."""
-
+BACKLOG = 10_000  # if more expired rows exist, the doctor assumes that no process sweeps
+AHEAD = timedelta(minutes=1)  # allowed difference between the clocks of several hosts
+PENDING = timedelta(days=7)  # longest time for which a device can wait for approval without a warning
+SECRETS_GRACE = timedelta(days=1)  # the hash of an expired secret can stay for this time, as the clock can be wrong
 _PAGE = 1000
 _PAGE_WITH_JSON = 25  # the JSON of one row has up to 1 MiB
 
@@ -223,12 +212,12 @@ def _pages(described: Table, connection: Connection) -> Iterator[Sequence[Sequen
         yield [decoded_row(row) for row in page] if undecoded else page
 
 
-def _fault_finder(described: Table, dialect: Dialect) -> Callable[[Sequence[Any]], str | None]:
+def _fault_finder(table: Table, dialect: Dialect) -> Callable[[Sequence[Any]], str | None]:
     """Return a function that describes the first bad value of a row, or returns None."""
-    tests = [(c.name, problem_of_stored(c), getattr(c.type, "process_result_value", None)) for c in described.columns]
+    tests = [(c.name, problem_of_stored(c), getattr(c.type, "process_result_value", None)) for c in table.columns]
     # For a nonce or an idempotency key, a finding shows only the device, because the nonce or key is secret.
-    naming = naming_column(described)
-    place = list(described.columns.keys()).index(naming)
+    naming = naming_column(table)
+    place = list(table.columns.keys()).index(naming)
 
     def find_fault(row: Sequence[Any]) -> str | None:
         for (name, find_problem, load), value in zip(tests, row, strict=True):
@@ -239,7 +228,7 @@ def _fault_finder(described: Table, dialect: Dialect) -> Callable[[Sequence[Any]
                 except CorruptDatabaseError:
                     problem = "holds a value that can't be read"
             if problem is not None:
-                return f"{described.name}.{name} {problem}, in the row with {naming} {row[place]!r}"
+                return f"{table.name}.{name} {problem}, in the row with {naming} {row[place]!r}"
         return None
 
     return find_fault
@@ -347,10 +336,9 @@ def _check_backlog(collector: Collector, connection: Connection) -> None:
     summary = f"Expired rows that wait to be swept: {nonces + keys:,}."
     meaning = "no process sweeps, so the database only grows; expired rows count as absent all the same"
     remedy = "sweep now, and let the gateway sweep in the background"
-    many = nonces + keys > BACKLOG
-    collector.add(
-        "expired_backlog", summary, meaning, remedy, "homeagent sweep", warning=many, nonces=nonces, keys=keys
-    )
+    facts = {"nonces": nonces, "keys": keys}
+    warning = nonces + keys > BACKLOG
+    collector.add("expired_backlog", summary, meaning, remedy, "homeagent sweep", warning=warning, **facts)
 
 
 def _check_pending(collector: Collector, connection: Connection) -> None:
