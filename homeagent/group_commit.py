@@ -21,7 +21,7 @@ from homeagent.errors import DatabaseClosedError, DatabaseError
 from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
 from homeagent.transaction import NEW, OPEN, UnitSettings, call_back, refuse_nesting
 from homeagent.unit_of_work import UnitOfWork
-from homeagent.worker_threads import CollectedCalls, call_in_thread, shielded_wait
+from homeagent.worker_threads import CollectedCalls, call_in_thread, wake
 
 T = TypeVar("T")
 
@@ -114,11 +114,7 @@ class GroupCommit:
         except BaseException as error:
             if self._leave(call) or not isinstance(error, asyncio.CancelledError):
                 raise
-            cancellation = error
-            if not call.state.is_over:
-                # The cancellation ended the future of the call. Wait for a new future, which `_resolve()` will end.
-                call.future = loop.create_future()
-                cancellation = await shielded_wait(call.future) or error
+            cancellation = error if call.state.is_over else await call.wait_shielded(error)
         finally:
             calls.discard(call)
         if call.state is ALONE and cancellation is None:
@@ -135,7 +131,7 @@ class GroupCommit:
         """Check the timeouts of the calls of an event loop, and repeat the check until each call has ended."""
         wait = min(map(self._check, calls), default=0)
         # Wake the callers of ended calls here too, because `_deliver()` can fail to notify the event loop.
-        _resolve([call for call in calls if call.state.is_over])
+        wake(call for call in calls if call.state.is_over)
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
         else:
@@ -344,7 +340,7 @@ class GroupCommit:
                 loops.setdefault(call.future.get_loop(), []).append(call)
         for loop, waiting in loops.items():
             try:
-                loop.call_soon_threadsafe(_resolve, waiting)
+                loop.call_soon_threadsafe(wake, waiting)
             except RuntimeError:
                 # A closed event loop has no waiting coroutines.
                 self._loops.pop(loop, None)
@@ -356,13 +352,6 @@ class GroupCommit:
         """Return a text for error messages that describes the running function of the writer thread, or None."""
         running = next((call for call in reversed(self._batch) if call.state is RUNNING), None)
         return None if running is None else f"{running} since {monotonic() - running.since:.3f} s"
-
-
-def _resolve(calls: list[QueuedCall]) -> None:
-    """Wake the coroutines that wait for the calls. Call this function only in the thread of the event loop."""
-    for call in calls:
-        if call.future is not None and not call.future.done():
-            call.future.set_result(None)
 
 
 def _log(error: BaseException) -> None:

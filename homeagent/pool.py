@@ -204,13 +204,10 @@ class ConnectionPool(Generic[T]):
         """Close the free resources. Waiting callers and later callers of `acquire()` get DatabaseClosedError."""
         with self.mutex:
             self._closed = True
-            free, self._free = self._free, []
-            self._count -= len(free)
             waiters, self._waiters = self._waiters, deque()
             for waiter in waiters:
                 waiter.notified.release()
-        for resource in free:
-            resource.close()
+        self.discard_free()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
         """Return the error for a caller that has waited for the whole timeout. The message names the threads that hold

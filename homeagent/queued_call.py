@@ -18,20 +18,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
-from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from homeagent.clock import monotonic
-
-if TYPE_CHECKING:
-    from homeagent.unit_of_work import UnitOfWork
+from homeagent.worker_threads import AwaitedCall
 
 
 class CallState(Enum):
@@ -56,31 +52,15 @@ QUEUED, STARTING, RUNNING, ENDED, COMMITTING, DONE, ALONE, LEFT = CallState
 
 
 @dataclass(slots=True, eq=False)
-class QueuedCall:
-    """A function that the writer thread runs as a unit, and the outcome of the function."""
+class QueuedCall(AwaitedCall):
+    """A function that the writer thread runs as a unit."""
 
-    work: Callable[[UnitOfWork], Any]
-    future: asyncio.Future[None] | None = None
-    """Future that wakes the waiting coroutine, or None if a thread waits."""
     woken: threading.Lock = field(default_factory=threading.Lock)
     """Lock that wakes the waiting thread. An interrupt could leave the lock of a `threading.Event` held."""
-    context: Context = field(default_factory=copy_context)
     caller: int = field(default_factory=get_ident)
     state: CallState = QUEUED
     since: float = field(default_factory=monotonic)
-    value: Any = None
-    error: BaseException | None = None
     callbacks: list[Callable[[], object]] | None = None
-
-    def outcome(self) -> Any:
-        """Return the value that the function returned, or raise the function's error."""
-        if self.error is not None:
-            try:
-                raise self.error
-            finally:
-                # Break the reference cycle of the error, its traceback and the call.
-                self.error = None
-        return self.value
 
     def __str__(self) -> str:
         work: Any = self.work

@@ -10,6 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -68,7 +69,7 @@ class Runner:
                 with self._settings.unit(self._settings, read_only) as unit:
                     return work(unit)
             except RETRIED as error:
-                retries = retries or _Retries(self._settings, begun, idempotent=idempotent)
+                retries = retries or _Retries(self._settings, begun, idempotent)
                 pause = retries.pause_after(error)
             time.sleep(pause)
 
@@ -85,7 +86,7 @@ class Runner:
             try:
                 return await self._group_commit.arun(work)
             except RETRIED as error:
-                retries = retries or _Retries(self._settings, begun, idempotent=idempotent)
+                retries = retries or _Retries(self._settings, begun, idempotent)
                 pause = retries.pause_after(error)
             await asyncio.sleep(pause)
 
@@ -126,28 +127,26 @@ class Runner:
         self._executors.clear()
 
 
+@dataclass(slots=True)
 class _Retries:
-    __slots__ = ("_bound", "_deadline", "_idempotent", "_settings", "_unknown")
-
-    def __init__(self, settings: UnitSettings, begun: float, *, idempotent: bool) -> None:
-        self._settings = settings
-        self._idempotent = idempotent
-        self._deadline = begun + settings.timeout
-        self._bound = _FIRST_PAUSE
-        self._unknown: CommitUnknownError | None = None
+    settings: UnitSettings
+    begun: float
+    idempotent: bool
+    bound: float = _FIRST_PAUSE
+    unknown: CommitUnknownError | None = None
 
     def pause_after(self, error: HomeAgentError) -> float:
         """Return the pause before the next try, in seconds. If the unit must not run again, raise the error."""
         if isinstance(error, CommitUnknownError):
-            if not self._idempotent:
+            if not self.idempotent:
                 raise error
-            self._unknown = error
-        pause = random.uniform(0, self._bound)  # noqa: S311  the pause separates callers and is not a secret
-        if monotonic() + pause >= self._deadline:
+            self.unknown = error
+        pause = random.uniform(0, self.bound)  # noqa: S311  the pause separates callers and is not a secret
+        if monotonic() + pause >= self.begun + self.settings.timeout:
             # If the outcome of an earlier commit is unknown, raise CommitUnknownError and not the last error.
-            raise self._unknown or error
-        self._bound = min(self._bound * 2, _LONGEST_PAUSE)
-        self._settings.engine.counters.retries += 1
+            raise self.unknown or error
+        self.bound = min(self.bound * 2, _LONGEST_PAUSE)
+        self.settings.engine.counters.retries += 1
         return pause
 
 

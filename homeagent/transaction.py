@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum, auto
 from threading import get_ident
@@ -53,21 +54,19 @@ _BEGIN_SAVEPOINT = f"SAVEPOINT {SAVEPOINT}"
 _RELEASE_SAVEPOINT = f"RELEASE SAVEPOINT {SAVEPOINT}"
 
 
+@dataclass(slots=True, eq=False)
 class UnitSettings:
     """Settings and state that all units of one database share. The timeout is in seconds."""
 
-    __slots__ = ("clock", "engine", "grants", "limits", "timeout", "unit", "writing")
-
-    def __init__(self, engine: Engine, clock: Clock, timeout: float, unit: type[UnitOfWork], limits: Limits) -> None:
-        self.engine: Engine = engine
-        self.clock: Clock = clock
-        self.timeout: float = timeout
-        self.unit: type[UnitOfWork] = unit
-        self.limits: Limits = limits
-        # Rows that the stores can still add before the next count (see `homeagent.stores.room`).
-        self.grants: dict[tuple[str, str, int], Iterator[int]] = {}
-        # Ids of the threads that have an open write unit
-        self.writing: set[int] = set()
+    engine: Engine
+    clock: Clock
+    timeout: float
+    unit: type[UnitOfWork]
+    limits: Limits
+    grants: dict[tuple[str, str, int], Iterator[int]] = field(default_factory=dict)
+    """Rows that the stores can still add before the next count (see `homeagent.stores.room`)."""
+    writing: set[int] = field(default_factory=set)
+    """Ids of the threads that have an open write unit."""
 
     def now(self) -> datetime:
         """Return the clock's time as a timestamp in UTC, rounded down to milliseconds."""

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from contextvars import copy_context
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -24,8 +25,7 @@ T = TypeVar("T")
 _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
-# A thread with several calls reports ended calls after this time in seconds, and then continues. If a single call takes
-# longer than this time, the remaining calls run in separate threads.
+# If the calls of a thread take longer than this time in seconds, the remaining calls run in separate threads.
 _MAX_REPORT_SECONDS = 0.1
 
 
@@ -67,72 +67,95 @@ class CollectedCalls(Generic[C]):
             self._hand_over(calls)
 
 
-class ThreadCall:
-    """A function that a thread calls for a coroutine, and the outcome of the function."""
+@dataclass(slots=True, eq=False)
+class AwaitedCall:
+    """A function that another thread calls, and the outcome of the function."""
 
-    __slots__ = ("_act", "_context", "decision", "ended", "failure", "is_over", "value")
+    work: Callable[..., Any]
+    future: asyncio.Future[None] | None = None
+    """Future that wakes the waiting coroutine, or None if a thread waits."""
+    context: Context = field(default_factory=copy_context)
+    value: Any = None
+    error: BaseException | None = None
 
-    def __init__(self, act: Callable[[], Any], ended: asyncio.Future[None]) -> None:
-        self._act = act
-        self._context = copy_context()
-        self.ended: asyncio.Future[None] = ended
-        # A worker thread and a cancelled caller try to take this lock. The worker thread calls the function only if the
-        # worker thread gets the lock.
-        self.decision: threading.Lock = threading.Lock()
-        self.is_over: bool = False
-        self.value: Any = None
-        self.failure: BaseException | None = None
+    def outcome(self) -> Any:
+        """Return the value that the function returned, or raise the function's error."""
+        if self.error is not None:
+            try:
+                raise self.error
+            finally:
+                # Break the reference cycle of the error, its traceback and the call.
+                self.error = None
+        return self.value
+
+    async def wait_shielded(self, cancellation: asyncio.CancelledError) -> asyncio.CancelledError:
+        """After a cancellation of the caller, wait until the call ends. Return the caller's last cancellation."""
+        # The cancellation ended the future of the call. Wait for a new future, which `wake()` will end.
+        self.future = future = asyncio.get_running_loop().create_future()
+        # AnyIO's cancel scope protects the wait only from a cancellation by AnyIO. The `while` loop protects the wait
+        # from `Task.cancel()`, which `asyncio.timeout()` calls.
+        with anyio.CancelScope(shield=True):
+            while not future.done():
+                try:
+                    await asyncio.wait([future])
+                except asyncio.CancelledError as error:
+                    cancellation = error
+        return cancellation
+
+
+def wake(calls: Iterable[AwaitedCall]) -> None:
+    """Wake the coroutines that wait for the calls. Call this function only in the thread of the event loop."""
+    for call in calls:
+        if call.future is not None and not call.future.done():
+            call.future.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class ThreadCall(AwaitedCall):
+    """A function that a worker thread calls for a coroutine."""
+
+    decision: threading.Lock = field(default_factory=threading.Lock)
+    """Lock that a worker thread and a cancelled caller try to take. The function runs only if the thread gets the lock.
+    """
+    is_over: bool = False
 
     def attempt(self) -> None:
         """Call the function, and keep its value or its error."""
         try:
-            self.value = self._context.run(self._act)
+            self.value = self.context.run(self.work)
         except BaseException as error:  # noqa: BLE001  `call_in_thread()` raises the error
-            self.failure = error
+            self.error = error
+        self.is_over = True
 
 
 def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
     """Run the calls of an event loop in one thread. Call this function only in the thread of the event loop."""
     try:
-        executor.submit(_run, executor, calls)
+        executor.submit(_run, executor, asyncio.get_running_loop(), calls)
     # Even if `submit()` raises RuntimeError, another thread of the executor can run the calls.
     except RuntimeError as error:
         ended = [call for call in calls if call.decision.acquire(blocking=False)]
         for call in ended:
-            call.failure = error
-        _wake(ended)
+            call.error, call.is_over = error, True
+        wake(ended)
 
 
-def _run(executor: Executor, calls: list[ThreadCall]) -> None:
+def _run(executor: Executor, loop: asyncio.AbstractEventLoop, calls: list[ThreadCall]) -> None:
     ended: list[ThreadCall] = []
-    now = monotonic()
-    report = now + _MAX_REPORT_SECONDS
+    end = monotonic() + _MAX_REPORT_SECONDS
     for place, call in enumerate(calls, 1):
         if call.decision.acquire(blocking=False):
             # Do not call the function in this frame, because `clear_locals()` can clear only a frame that has ended.
             call.attempt()
             ended.append(call)
-            begun, now = now, monotonic()
-            if now >= report:
-                loop = call.ended.get_loop()
-                loop.call_soon_threadsafe(_wake, ended)
-                ended, report = [], now + _MAX_REPORT_SECONDS
-                if now - begun >= _MAX_REPORT_SECONDS:
-                    # Run each remaining call in a separate thread. If the calls waited for a connection one after the
-                    # other, the last call would wait for the sum of all timeouts.
-                    for waiting in calls[place:]:
-                        loop.call_soon_threadsafe(run_in_thread, executor, [waiting])
-                    return
+            if monotonic() >= end:
+                # If the remaining calls waited for a connection one after the other, the last call would wait for the
+                # sum of all timeouts.
+                for waiting in calls[place:]:
+                    loop.call_soon_threadsafe(run_in_thread, executor, [waiting])
+                break
     if ended:
-        ended[0].ended.get_loop().call_soon_threadsafe(_wake, ended)
-
-
-def _wake(calls: list[ThreadCall]) -> None:
-    """Wake the coroutines that wait for the calls. Call this function only in the thread of the event loop."""
-    for call in calls:
-        call.is_over = True
-        if not call.ended.done():
-            call.ended.set_result(None)
+        loop.call_soon_threadsafe(wake, ended)
 
 
 async def call_in_thread(
@@ -144,42 +167,20 @@ async def call_in_thread(
     `anyio.to_thread.run_sync()` here, because its overhead is several times the duration of a read of one row.
     """
     loop = asyncio.get_running_loop()
-    call = ThreadCall(act, loop.create_future())
+    future = loop.create_future()
+    call = ThreadCall(act, future)
     cancellation: asyncio.CancelledError | None = None
     if isinstance(threads, CollectedCalls):
         threads.add(loop, call)
     else:
         run_in_thread(threads, [call])
     try:
-        await call.ended
+        await future
     except asyncio.CancelledError as error:
         if not must_run and call.decision.acquire(blocking=False):
             raise
-        cancellation = error
-        if not call.is_over:
-            # The cancellation ended the future of the call. Wait for a new future, which `_wake()` will end.
-            call.ended = loop.create_future()
-            cancellation = await shielded_wait(call.ended) or error
+        cancellation = error if call.is_over else await call.wait_shielded(error)
     if cancellation is not None:
         raise cancellation
-    if call.failure is not None:
-        try:
-            raise call.failure
-        finally:
-            call.failure = None  # Break the reference cycle of the error, its traceback and this frame.
-    result: T = call.value
+    result: T = call.outcome()
     return result
-
-
-async def shielded_wait(task: asyncio.Future[Any]) -> asyncio.CancelledError | None:
-    """Wait until a task is done. Return the last cancellation of the caller during the wait, or None."""
-    cancellation: asyncio.CancelledError | None = None
-    # AnyIO's cancel scope protects the wait only from a cancellation by AnyIO. The `while` loop protects the wait from
-    # `Task.cancel()`, which `asyncio.timeout()` calls.
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError as error:
-                cancellation = error
-    return cancellation

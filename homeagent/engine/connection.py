@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from homeagent.engine.driver_errors import commit_unknown, naming_statement
+from homeagent.engine.driver_errors import commit_unknown, naming_statement, translated
 from homeagent.engine.instrumented_cursor import InstrumentedCursor, has_listeners
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
 from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError
@@ -31,7 +32,6 @@ class StoreConnection:
         "_compiled",
         "_connection",
         "_cursor",
-        "_dialect",
         "_driver_errors",
         "_engine",
         "_execute",
@@ -39,6 +39,7 @@ class StoreConnection:
         "_raw",
         "_root",
         "changes",
+        "dialect",
         "memory",
         "needs_reconnect",
         "read_only",
@@ -46,7 +47,7 @@ class StoreConnection:
 
     def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
         self._connection = connection
-        self._dialect: Dialect = connection.dialect
+        self.dialect: Dialect = connection.dialect
         self._engine = engine
         self._begin = "; ".join(engine.begin_of(connection, read_only=read_only))
         self.read_only: bool = read_only
@@ -80,11 +81,6 @@ class StoreConnection:
     def driver_connection(self) -> Any:
         """The driver's connection object."""
         return self._raw
-
-    @property
-    def dialect(self) -> Dialect:
-        """SQLAlchemy's dialect, which compiles the statements."""
-        return self._dialect
 
     def begin(self) -> None:
         """Begin a transaction. On SQLite a read-only unit takes a snapshot, and a write unit takes the write lock."""
@@ -215,7 +211,7 @@ class StoreConnection:
         return naming_statement(self._translate(error), sql)
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
-        compiled = statement.compiled(self._dialect, read_only=self.read_only)
+        compiled = statement.compiled(self.dialect, read_only=self.read_only)
         if compiled.writes and self.read_only:
             raise _read_only()
         self._compiled[statement] = compiled
@@ -271,28 +267,21 @@ class StoreConnection:
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a statement once for each set of parameters, and return the total number of changed rows."""
         compiled = self._compiled.get(statement) or self._compile(statement)
-        failure: BaseException
-        try:
+        with self._naming(compiled.sql):
             self._cursor.executemany(compiled.sql, map(compiled.bind, parameters))
-            return int(self._cursor.rowcount)
-        except self._driver_errors as error:
-            failure = self._refused(error, compiled.sql)
-        raise failure
+        return int(self._cursor.rowcount)
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows by the fastest method of the driver, without converting the values."""
         if self.read_only:
             raise _read_only()
-        quote = self._dialect.identifier_preparer.quote
+        quote = self.dialect.identifier_preparer.quote
         into = f"{quote(table)} ({', '.join(map(quote, columns))})"
-        failure: BaseException
-        try:
+        with self._naming(f"INSERT INTO {into}"):
             self._insert(into, len(columns), rows)
-        except self._driver_errors as error:
-            failure = self._refused(error, f"INSERT INTO {into}")
-        else:
-            return
-        raise failure
+
+    def _naming(self, sql: str) -> AbstractContextManager[None]:
+        return translated(self._driver_errors, partial(self._refused, sql=sql))
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
         """Insert rows. The argument `into` has the form "table (columns)"."""

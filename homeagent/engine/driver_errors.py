@@ -28,6 +28,11 @@ from homeagent.errors import (
 
 RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest good backup"
 
+_REFUSED = "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range"
+
+_NOT_IN_TIME = ("55P03", "57014")
+"""Error codes (SQLSTATE) of PostgreSQL after a lock timed out or a statement was cancelled."""
+
 SESSION_ENDED = frozenset({"FATAL", "PANIC"})
 """Severities of PostgreSQL errors. An error of these severities ends the session, whatever the SQLSTATE is."""
 
@@ -162,10 +167,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
     ),
     apsw.SQLITE_NOLFS: (DatabaseIOError, "the file is larger than this system can handle"),
     apsw.SQLITE_NOMEM: (DatabaseError, "SQLite ran out of memory"),
-    apsw.SQLITE_CONSTRAINT: (
-        ConflictError,
-        "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range",
-    ),
+    apsw.SQLITE_CONSTRAINT: (ConflictError, _REFUSED),
     apsw.SQLITE_INTERRUPT: (DatabaseError, "the statement was interrupted"),
     apsw.SQLITE_TOOBIG: (InvalidArgumentError, "a value is too large for the database"),
 }
@@ -220,6 +222,39 @@ _POSTGRESQL_CONSTRAINTS = {
     "23P01": "exclusion",
 }
 
+# The first entry whose codes or prefixes fit applies.
+_POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...] = (
+    (
+        ("40001", "40P01"),
+        TransientError,
+        "serialization failure or deadlock with another unit: run the unit again",
+    ),
+    (_NOT_IN_TIME, TransientError, "a lock was not available in time: run the unit again"),
+    # The server was restarted or replaced by another server, or the server ended a session after a timeout.
+    (
+        ("08", "57P", "25P03", "25P04"),
+        ConnectionLostError,
+        "the PostgreSQL server closed the connection or is starting: run the unit again",
+    ),
+    (
+        ("25006", "42501"),
+        ReadOnlyError,
+        "the database can't be written: the unit, the server or the role is read-only",
+    ),
+    (
+        ("53100", "53400"),
+        DiskFullError,
+        "the PostgreSQL server has no room to write: make room, then run the unit again",
+    ),
+    (("53",), TransientError, "the PostgreSQL server is out of connections or memory: lower pool_size"),
+    (("23",), ConflictError, _REFUSED),
+    (
+        ("XX001", "XX002"),
+        CorruptDatabaseError,
+        "the PostgreSQL server reports damaged data: restore it from a backup",
+    ),
+)
+
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
     """Return the table's name, and the name of the constraint or column, from an exception of psycopg. For a missing
@@ -238,39 +273,17 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
     state = getattr(error, "sqlstate", None)
     if state is None:
         return _psycopg_error(error)
-    label = f" [SQLSTATE {state}]"
-    if state in {"40001", "40P01"}:
-        return TransientError("serialization failure or deadlock with another unit: run the unit again" + label)
-    if state in {"55P03", "57014"}:
-        busy = TransientError("a lock was not available in time: run the unit again" + label)
-        busy.sqlstate = state
-        return busy
-    if state.startswith(("08", "57P")) or state in {"25P03", "25P04"}:
-        # The server was restarted or replaced by another server, or the server ended a session after a timeout.
-        return ConnectionLostError(
-            "the PostgreSQL server closed the connection or is starting: run the unit again" + label
-        )
-    if state in {"25006", "42501"}:
-        return ReadOnlyError(
-            f"the database can't be written: the unit, the server or the role is read-only{named(error)}{label}"
-        )
-    if state in {"53100", "53400"}:
-        return DiskFullError("the PostgreSQL server has no room to write: make room, then run the unit again" + label)
-    if state.startswith("53"):
-        return TransientError("the PostgreSQL server is out of connections or memory: lower pool_size" + label)
-    kind = _POSTGRESQL_CONSTRAINTS.get(state)
-    if kind is not None:
-        return constraint_conflict(kind, *refused_by(error), label.strip(" []"))
-    if state.startswith("23"):
-        return ConflictError(
-            "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range"
-            + label
-        )
-    if state in {"XX001", "XX002"}:
-        return CorruptDatabaseError("the PostgreSQL server reports damaged data: restore it from a backup" + label)
-    if getattr(getattr(error, "diag", None), "severity_nonlocalized", None) in SESSION_ENDED:
-        return ConnectionLostError("the PostgreSQL server ended the session: run the unit again" + label)
-    return DatabaseError(f"PostgreSQL refused the statement{named(error)}{label}")
+    label = f"SQLSTATE {state}"
+    if state in _POSTGRESQL_CONSTRAINTS:
+        return constraint_conflict(_POSTGRESQL_CONSTRAINTS[state], *refused_by(error), label)
+    found = next((entry[1:] for entry in _POSTGRESQL_ERRORS if state.startswith(entry[0])), None)
+    if found is None and getattr(getattr(error, "diag", None), "severity_nonlocalized", None) in SESSION_ENDED:
+        found = ConnectionLostError, "the PostgreSQL server ended the session: run the unit again"
+    kind, message = found or (DatabaseError, "PostgreSQL refused the statement")
+    failure = kind(f"{message}{named(error)} [{label}]")
+    if isinstance(failure, TransientError) and state in _NOT_IN_TIME:
+        failure.sqlstate = state
+    return failure
 
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:

@@ -13,7 +13,6 @@ from sqlalchemy.engine.interfaces import ExecutionContext
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect, Engine
-    from sqlalchemy.exc import StatementError
 
     from homeagent.engine.driver_errors import Translate
 
@@ -44,19 +43,11 @@ class FailureContext(ExceptionContext):
     """Context of a failed statement for SQLAlchemy's listeners. The error in the context contains no stored values."""
 
     def __init__(self, execution: _Execution, error: BaseException) -> None:
-        self.connection: Connection = execution.root_connection
-        self.engine: Engine = execution.engine
-        self.dialect: Dialect = execution.dialect
-        self.cursor: Any = execution.cursor
-        self.statement: str | None = execution.statement
-        self.parameters: Any = None
+        vars(self).update(vars(execution), parameters=None)  # such as the connection, the cursor and the statement
         self.original_exception = error
-        self.sqlalchemy_exception: StatementError | None = None
-        self.chained_exception: BaseException | None = None
-        self.execution_context: ExecutionContext | None = execution
-        self.is_disconnect = False
-        self.invalidate_pool_on_disconnect = False
-        self.is_pre_ping = False
+        self.sqlalchemy_exception = self.chained_exception = None
+        self.execution_context = execution
+        self.is_disconnect = self.invalidate_pool_on_disconnect = self.is_pre_ping = False
 
 
 class InstrumentedCursor:

@@ -7,8 +7,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -87,10 +86,10 @@ class PostgreSQLEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
         # An error listener of a tracing library can run before homeagent's error listener. Before the first listener
-        # runs, `_execute()` and `_execute_many()` remove stored values from the exception. Do not raise the translated
-        # error in `_on_error()`, because SQLAlchemy would not call later listeners.
-        event.listen(sa_engine, "do_execute", _execute)
-        event.listen(sa_engine, "do_executemany", _execute_many)
+        # runs, the listeners of `_run_by()` remove stored values from the exception. Do not raise the translated error
+        # in `_on_error()`, because SQLAlchemy would not call later listeners.
+        event.listen(sa_engine, "do_execute", _run_by("execute"))
+        event.listen(sa_engine, "do_executemany", _run_by("executemany"))
         event.listen(sa_engine, "handle_error", _on_error)
         self.driver_errors: tuple[type[BaseException], ...] = (psycopg.Error, OverflowError)
         super().__init__(sa_engine, writers=pool_size, readers=pool_size)
@@ -192,26 +191,18 @@ def _connect_args(url: URL) -> dict[str, str]:
     return wanted | _ENCODING
 
 
-def _execute(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
-    with _private_errors():
-        cursor.execute(statement, parameters)
-    return True
+def _run_by(method: str) -> Callable[..., bool]:
+    """Return a listener that runs a statement by a method of the cursor, and removes private data from an exception."""
 
+    def run(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
+        try:
+            getattr(cursor, method)(statement, parameters)
+        except Exception as error:
+            _remove_private(error)
+            raise
+        return True
 
-def _execute_many(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
-    with _private_errors():
-        cursor.executemany(statement, parameters)
-    return True
-
-
-@contextmanager
-def _private_errors() -> Iterator[None]:
-    """Remove private data from an exception before SQLAlchemy calls the listeners for errors."""
-    try:
-        yield
-    except Exception as error:
-        _remove_private(error)
-        raise
+    return run
 
 
 def _remove_private(error: BaseException) -> None:
