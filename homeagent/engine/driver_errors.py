@@ -28,6 +28,8 @@ from homeagent.errors import (
 
 RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest good backup"
 
+_AGAIN = "run the unit again"
+_CLOSED = "the database was closed: open it again"
 _REFUSED = "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range"
 
 _NOT_IN_TIME = ("55P03", "57014")
@@ -63,19 +65,13 @@ def message_with_name(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return the text of `message_with_name()` after a colon. For a missing table or column, add a remedy. Without a
-    message, return an empty text.
-    """
+    """Return the text of `message_with_name()` after a colon, and a remedy for a missing table or column."""
     message = message_with_name(error)
-    if not message:
-        return ""
-    return f": {message}" + (_MISSING_REMEDY if _MISSING.search(message) else "")
+    return (f": {message}" if message else "") + (_MISSING_REMEDY if _MISSING.search(message) else "")
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """If the error's class is exactly DatabaseError, add the SQL text to the message. The SQL text has no stored
-    values.
-    """
+    """If the error's class is exactly DatabaseError, add the SQL text, which has no stored values, to the message."""
     if type(error) is not DatabaseError:
         return error
     return DatabaseError(f"{error}; the statement was: {' '.join(sql.split())}")
@@ -107,9 +103,7 @@ _REASONS = {
 
 
 def constraint_conflict(kind: str, table: str | None, constraint: str | None, label: str) -> ConflictError:
-    """Return the error for a violated constraint. The argument `label` is the database's code for the error, such as
-    SQLSTATE 23505.
-    """
+    """Return the error for a violated constraint. The argument `label` is the error's code, such as SQLSTATE 23505."""
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
     owner = "the database" if table is None else f"table {table!r}"
     error = ConflictError(f"{name} of {owner} refused the change: {_REASONS[kind]} [{label}]")
@@ -121,14 +115,11 @@ def constraint_conflict(kind: str, table: str | None, constraint: str | None, la
 _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
     apsw.SQLITE_BUSY: (
         TransientError,
-        "the database was locked by another process for longer than busy_timeout: run the unit again",
+        f"the database was locked by another process for longer than busy_timeout: {_AGAIN}",
     ),
-    apsw.SQLITE_LOCKED: (TransientError, "the database is locked within this process: run the unit again"),
-    apsw.SQLITE_PROTOCOL: (TransientError, "other processes keep opening the database: run the unit again"),
-    apsw.SQLITE_FULL: (
-        DiskFullError,
-        "the disk is full, or the file can't grow further: make room, then run the unit again",
-    ),
+    apsw.SQLITE_LOCKED: (TransientError, f"the database is locked within this process: {_AGAIN}"),
+    apsw.SQLITE_PROTOCOL: (TransientError, f"other processes keep opening the database: {_AGAIN}"),
+    apsw.SQLITE_FULL: (DiskFullError, f"the disk is full, or the file can't grow further: make room, then {_AGAIN}"),
     apsw.SQLITE_READONLY: (
         ReadOnlyError,
         "the database can't be written: the unit, the file or the file system is read-only",
@@ -157,14 +148,8 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
         "the operating system failed to read or write the database: check the disk and the system's log",
     ),
     apsw.SQLITE_IOERR_NOMEM: (DatabaseError, "SQLite ran out of memory"),
-    apsw.SQLITE_IOERR_CORRUPTFS: (
-        CorruptDatabaseError,
-        f"the file system is damaged: check it; {RESTORE}",
-    ),
-    apsw.SQLITE_IOERR_SHORT_READ: (
-        CorruptDatabaseError,
-        f"the database file or its WAL ends too early: {RESTORE}",
-    ),
+    apsw.SQLITE_IOERR_CORRUPTFS: (CorruptDatabaseError, f"the file system is damaged: check it; {RESTORE}"),
+    apsw.SQLITE_IOERR_SHORT_READ: (CorruptDatabaseError, f"the database file or its WAL ends too early: {RESTORE}"),
     apsw.SQLITE_NOLFS: (DatabaseIOError, "the file is larger than this system can handle"),
     apsw.SQLITE_NOMEM: (DatabaseError, "SQLite ran out of memory"),
     apsw.SQLITE_CONSTRAINT: (ConflictError, _REFUSED),
@@ -175,8 +160,8 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 
 # Exceptions of apsw or Python that have no result code of SQLite.
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
-    apsw.ConnectionClosedError: (DatabaseClosedError, "the database was closed: open it again"),
-    apsw.CursorClosedError: (DatabaseClosedError, "the database was closed: open it again"),
+    apsw.ConnectionClosedError: (DatabaseClosedError, _CLOSED),
+    apsw.CursorClosedError: (DatabaseClosedError, _CLOSED),
     UnicodeDecodeError: (CorruptDatabaseError, f"a stored text is not UTF-8: the database is damaged, {RESTORE}"),
     UnicodeEncodeError: (InvalidArgumentError, "a text holds half of a surrogate pair, which UTF-8 can't encode"),
     OverflowError: (InvalidArgumentError, "an integer does not fit into 64 bits"),
@@ -222,44 +207,25 @@ _POSTGRESQL_CONSTRAINTS = {
     "23P01": "exclusion",
 }
 
+_ENDED = ("08", "57P", "25P03", "25P04")
+_READ_ONLY = ("25006", "42501")
+_DAMAGED = ("XX001", "XX002")
 # The first entry whose codes or prefixes fit applies.
 _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...] = (
-    (
-        ("40001", "40P01"),
-        TransientError,
-        "serialization failure or deadlock with another unit: run the unit again",
-    ),
-    (_NOT_IN_TIME, TransientError, "a lock was not available in time: run the unit again"),
+    (("40001", "40P01"), TransientError, f"serialization failure or deadlock with another unit: {_AGAIN}"),
+    (_NOT_IN_TIME, TransientError, f"a lock was not available in time: {_AGAIN}"),
     # The server was restarted or replaced by another server, or the server ended a session after a timeout.
-    (
-        ("08", "57P", "25P03", "25P04"),
-        ConnectionLostError,
-        "the PostgreSQL server closed the connection or is starting: run the unit again",
-    ),
-    (
-        ("25006", "42501"),
-        ReadOnlyError,
-        "the database can't be written: the unit, the server or the role is read-only",
-    ),
-    (
-        ("53100", "53400"),
-        DiskFullError,
-        "the PostgreSQL server has no room to write: make room, then run the unit again",
-    ),
+    (_ENDED, ConnectionLostError, f"the PostgreSQL server closed the connection or is starting: {_AGAIN}"),
+    (_READ_ONLY, ReadOnlyError, "the database can't be written: the unit, the server or the role is read-only"),
+    (("53100", "53400"), DiskFullError, f"the PostgreSQL server has no room to write: make room, then {_AGAIN}"),
     (("53",), TransientError, "the PostgreSQL server is out of connections or memory: lower pool_size"),
     (("23",), ConflictError, _REFUSED),
-    (
-        ("XX001", "XX002"),
-        CorruptDatabaseError,
-        "the PostgreSQL server reports damaged data: restore it from a backup",
-    ),
+    (_DAMAGED, CorruptDatabaseError, "the PostgreSQL server reports damaged data: restore it from a backup"),
 )
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return the table's name, and the name of the constraint or column, from an exception of psycopg. For a missing
-    name, return None.
-    """
+    """Return the names of the table and of the constraint or column from an exception of psycopg, or None."""
     kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
     if kept is not None:
         return kept
@@ -278,7 +244,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
         return constraint_conflict(_POSTGRESQL_CONSTRAINTS[state], *refused_by(error), label)
     found = next((entry[1:] for entry in _POSTGRESQL_ERRORS if state.startswith(entry[0])), None)
     if found is None and getattr(getattr(error, "diag", None), "severity_nonlocalized", None) in SESSION_ENDED:
-        found = ConnectionLostError, "the PostgreSQL server ended the session: run the unit again"
+        found = ConnectionLostError, f"the PostgreSQL server ended the session: {_AGAIN}"
     kind, message = found or (DatabaseError, "PostgreSQL refused the statement")
     failure = kind(f"{message}{named(error)} [{label}]")
     if isinstance(failure, TransientError) and state in _NOT_IN_TIME:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import sqlalchemy
@@ -68,10 +69,13 @@ class Compiled(Generic[R]):
         self.sql: str = compiled.string
         self.writes: bool = not isinstance(expression, _READING)
         self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect)
+        model = returning or _model_of(expression)
+        columns = getattr(expression, "exported_columns", ()) if model is None else model.__table__.columns
+        self.columns: list[Any] = list(columns)
+        """The columns of the statement's rows, in their order; an empty list if the statement has no rows."""
         self.load: Callable[[Sequence[Row]], list[R]] = (
-            _loader(expression, dialect) if returning is None else _model_loader(returning, dialect)
+            _loader(self.columns, dialect) if model is None else _model_loader(model, dialect)
         )
-        self.columns: list[Any] = _columns(expression, returning)
         self.is_text: bool = isinstance(expression, TextClause)
         """True if only the database knows whether the statement has rows."""
         self.target: str | None = getattr(getattr(expression, "table", None), "fullname", None)
@@ -96,9 +100,7 @@ class Compiled(Generic[R]):
     def unreadable_at(
         self, place: int | None, row: Row, parameters: Parameters, what: str = "holds a value that can't be read"
     ) -> CorruptDatabaseError:
-        """Return the error for an unreadable value. Pass `place=None` if the column is unknown, and an empty `row` if
-        the row is unknown.
-        """
+        """Return the error for an unreadable value, with `place=None` or an empty `row` if the place is unknown."""
         column = None if place is None else self.columns[place]
         tables: list[Any] = [getattr(each, "table", None) for each in (column, *self.columns)]
         of = next((table for table in tables if table is not None), None)
@@ -192,9 +194,7 @@ def constant(value: str | int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
 
 
 def _column_keys(expression: Any) -> list[str] | None:
-    """If the expression is an INSERT without `values()`, return the columns except a key that the database assigns.
-    Otherwise return None.
-    """
+    """For an INSERT without `values()`, return the columns except a key that the database assigns; otherwise None."""
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
         return None
@@ -209,18 +209,13 @@ def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
     for columns, attribute in ((compiled.insert_prefetch, "default"), (compiled.update_prefetch, "onupdate")):
         for column in columns:
             default: Any = getattr(column, attribute)
-            makers[column.key] = partial(default.arg, None) if default.is_callable else partial(_same, default.arg)
+            always = partial(next, repeat(default.arg))
+            makers[column.key] = partial(default.arg, None) if default.is_callable else always
     return makers
 
 
-def _same(value: Any) -> Any:
-    return value
-
-
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
-    """Generate a function that converts parameters to the values of the placeholders. The function is three times as
-    fast as a loop.
-    """
+    """Generate a function that converts parameters to placeholder values, three times as fast as a loop."""
     defaults = _defaults(compiled)
     namespace: dict[str, Any] = {"_missing": _missing}
     given: dict[str, str] = {}
@@ -274,23 +269,24 @@ _NUMERIC, _FLOAT8 = 1700, 701
 
 
 def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
-    """Return the function that converts a value of the driver, or None if the value needs no conversion. Pass the type
-    code of `numeric` to SQLAlchemy, because the driver reports the codes only after the execution of a statement. The
-    code of `numeric` is right for every type except a `Float` column with Decimal values.
-    """
+    """Return the function that converts a value of the driver, or None if the value needs no conversion."""
+    # The driver reports the type codes only after the execution of a statement. The code of `numeric` is right for
+    # every type except a `Float` column with Decimal values.
     code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
     return column.type.dialect_impl(dialect).result_processor(dialect, code)
 
 
-def _loader(expression: Any, dialect: Dialect) -> Loader:
-    """Return a function that converts rows to model instances, single values or tuples."""
-    described = getattr(expression, "column_descriptions", None) or []
-    model = _model_of(expression)
-    if model is not None:
-        return _model_loader(model, dialect)
-    if any(isinstance(each["expr"], type) for each in described):
+def _model_of(expression: Any) -> Any:
+    """Return the model whose instances a statement selects, or None for columns."""
+    selected = [each["expr"] for each in getattr(expression, "column_descriptions", None) or []]
+    models = [each for each in selected if isinstance(each, type)]
+    if models and len(selected) > 1:
         raise InvalidArgumentError("a Statement can select one model, or columns: select the columns of each model")
-    columns = _columns(expression, None)
+    return models[0] if models else None
+
+
+def _loader(columns: Sequence[ColumnElement[Any]], dialect: Dialect) -> Loader:
+    """Return a function that converts rows to single values or tuples."""
     processors = [_processor(column, dialect) for column in columns]
     if len(columns) == 1:
         (convert,) = processors
@@ -303,19 +299,6 @@ def _loader(expression: Any, dialect: Dialect) -> Loader:
             for row in rows
         ]
     return lambda rows: [tuple(row) for row in rows]
-
-
-def _model_of(expression: Any) -> Any:
-    described = getattr(expression, "column_descriptions", None) or []
-    return described[0]["expr"] if len(described) == 1 and isinstance(described[0]["expr"], type) else None
-
-
-def _columns(expression: Any, returning: type[Table] | None) -> list[Any]:
-    """Return the columns of a statement's rows, in their order, or an empty list if the statement has no rows."""
-    model = returning or _model_of(expression)
-    if model is not None:
-        return list(model.__table__.columns)
-    return list(expression.exported_columns) if hasattr(expression, "exported_columns") else []
 
 
 # The function replaces the attribute dictionary of an instance faster than Pydantic's method `__setattr__`.
