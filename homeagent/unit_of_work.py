@@ -72,7 +72,7 @@ class UnitOfWork(Transaction):
             # statement of the session.
             self._session.connection()
         else:
-            connection.savepoint(name)
+            connection.execute(f"SAVEPOINT {name}")
         try:
             yield
             self._require_connection()
@@ -94,7 +94,7 @@ class UnitOfWork(Transaction):
                     del self._after_commit[callbacks:]
             raise
         if nested is None:
-            connection.release_savepoint(name)
+            connection.execute(f"RELEASE SAVEPOINT {name}")
 
     def after_commit(self, callback: Callable[[], object]) -> None:
         """Register a function that is called once after the commit. Several functions are called in the order of their
@@ -128,7 +128,8 @@ class UnitOfWork(Transaction):
             from homeagent.orm_session import UnitSession
 
             if self._has_joined:
-                connection.confine_orm(SAVEPOINT)
+                # A rollback of the session must not undo the other units of the batch.
+                connection.driver_connection.confine(SAVEPOINT)
             self._session, self._run = UnitSession(self, connection), None
         return self._session
 

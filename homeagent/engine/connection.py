@@ -26,25 +26,6 @@ R = TypeVar("R")
 class StoreConnection:
     """A long-lived connection that does not belong to SQLAlchemy's pool, for one unit of work at a time."""
 
-    __slots__ = (
-        "__weakref__",
-        "_begin",
-        "_compiled",
-        "_connection",
-        "_cursor",
-        "_driver_errors",
-        "_engine",
-        "_execute",
-        "_identity_check",
-        "_raw",
-        "_root",
-        "changes",
-        "dialect",
-        "memory",
-        "needs_reconnect",
-        "read_only",
-    )
-
     def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
         self._connection = connection
         self.dialect: Dialect = connection.dialect
@@ -60,9 +41,7 @@ class StoreConnection:
         self._raw = raw
         self._cursor: Any = self._open_cursor(raw)
         if has_listeners(connection):
-            self._cursor = InstrumentedCursor(
-                connection, self._cursor, driver_errors=self._driver_errors, translate=self._translate
-            )
+            self._cursor = InstrumentedCursor(connection, self._cursor, self._driver_errors, self._translate)
         self._execute: Callable[..., Any] = self._cursor.execute
         self.changes: Callable[[], int] = partial(getattr, self._cursor, "rowcount")
         """Function that returns the number of rows that the last statement changed."""
@@ -101,9 +80,7 @@ class StoreConnection:
         raise failure
 
     def check_file(self) -> None:
-        """If the last check is at least 10 ms old, check the identity of the database's file. If the file was moved or
-        replaced, raise DatabaseMovedError.
-        """
+        """If the file was moved or replaced, raise DatabaseMovedError. A check counts for 10 ms."""
         check = self._identity_check
         if check is not None and check.monotonic() >= check.due:
             check.after_begin()
@@ -169,12 +146,8 @@ class StoreConnection:
         """True if the root transaction of SQLAlchemy's connection is active."""
         return self._root is not None and self._root.is_active
 
-    def confine_orm(self, savepoint: str) -> None:
-        """Limit a rollback of SQLAlchemy to a savepoint, because other units share the transaction (SQLite only)."""
-        self._raw.confine(savepoint)
-
     def release_orm(self, *, keep: bool) -> None:
-        """Undo `confine_orm()`, and end the open savepoints. With `keep=True`, keep the changes in the savepoints."""
+        """Undo the driver's `confine()`, and end the open savepoints. With `keep=True`, keep their changes."""
         try:
             if not self.in_transaction:
                 self.rollback()
@@ -184,14 +157,6 @@ class StoreConnection:
             self._raw.confine(None)
         if not self.has_orm_transaction:
             self._root = None
-
-    def savepoint(self, name: str) -> None:
-        """Set a savepoint."""
-        self.execute(f"SAVEPOINT {name}")
-
-    def release_savepoint(self, name: str) -> None:
-        """Release a savepoint, and keep the changes that were made after the savepoint."""
-        self.execute(f"RELEASE SAVEPOINT {name}")
 
     def rollback_to_savepoint(self, name: str) -> None:
         """Roll back the changes that were made after a savepoint, and release the savepoint."""
@@ -218,9 +183,7 @@ class StoreConnection:
         return compiled
 
     def rows(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run a statement, and return its rows. After an error, clear the dictionary `parameters`, because a traceback
-        could show the values.
-        """
+        """Run a statement, and return its rows. After an error, clear `parameters`, which a traceback could show."""
         stored: Sequence[Row] = ()
         failure: HomeAgentError
         try:
@@ -289,26 +252,21 @@ class StoreConnection:
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 
     def invalidate(self) -> None:
-        """In a forked child, make every further statement raise `DatabaseClosedError`. Do not close the connection,
-        because SQLite would delete the WAL that the parent process still uses.
-        """
+        """In a forked child, make every further statement raise `DatabaseClosedError`."""
         if self._connection.closed:
             return  # the connection was closed before the fork
+        # Do not close the connection, because SQLite would delete the WAL that the parent process still uses.
         gone: Any = _ClosedAfterFork()
         _keep_forever(self._raw)
         self._identity_check = None
         self._raw, self._cursor, self._execute = gone, gone, gone
-        # Also replace the driver's connection inside SQLAlchemy's connection, because an ORM session uses SQLAlchemy's
-        # connection.
-        fairy: Any = self._connection.connection
+        fairy: Any = self._connection.connection  # an ORM session uses SQLAlchemy's connection
         fairy.dbapi_connection = gone
 
     def close(self) -> None:
         """Close the connection. The database rolls back a transaction that is still open."""
         if self.is_lost:
-            # Invalidate the lost connection. Otherwise SQLAlchemy would try to roll back before the close, and would
-            # log an error.
-            self._connection.invalidate()
+            self._connection.invalidate()  # otherwise SQLAlchemy would try to roll back, and would log an error
         self._connection.close()
 
 
@@ -327,7 +285,7 @@ class _ClosedAfterFork:
         return self
 
 
-_kept: list[Any] = []
+_kept: list[object] = []
 
 
 def _keep_forever(connection: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from homeagent.engine.connection import StoreConnection
@@ -87,9 +87,7 @@ class Engine:
         return self.readers if read_only else self.writers
 
     def begin(self, read_only: bool, timeout: float) -> StoreConnection:
-        """Take a connection from its pool within `timeout` seconds, and begin a transaction. If the server has ended
-        the idle connection, try again. A second try can't repeat a change, because only BEGIN was sent.
-        """
+        """Take a connection from its pool within `timeout` seconds, and begin a transaction."""
         # Do not call the method `self.pool()` here, because the call would cost time in every unit.
         if self.is_forked_copy:
             raise _invalidated()
@@ -110,13 +108,12 @@ class Engine:
                     raise
             else:
                 return connection
-            # Close the other idle connections, so that the loop soon gets a new connection.
+            # The server has ended the idle connection, and probably the other idle connections too. Only BEGIN was
+            # sent, so another try can't repeat a change.
             self.discard_free()
 
     def read_alone(self, statement: Statement[R], parameters: Parameters, timeout: float) -> list[R]:
-        """Run one statement that only reads, in autocommit mode. If the connection was lost, run the statement a second
-        time.
-        """
+        """Run one statement that only reads, in autocommit mode, and a second time if the connection was lost."""
         if self.is_forked_copy:
             raise _invalidated()
         pool, check = self.readers, self.identity_check
@@ -147,9 +144,8 @@ class Engine:
         return self.writers.waits
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Copy the WAL into the database file (checkpoint). Return False if another unit or process still uses the WAL
-        after `timeout` seconds. With `truncate=True`, also wait for readers, and truncate the WAL. On PostgreSQL, do
-        nothing.
+        """Copy the WAL into the database file. Return False if the WAL is still in use after `timeout` seconds. With
+        `truncate=True`, also wait for readers, and truncate the WAL. On PostgreSQL, do nothing.
         """
         return True
 
@@ -157,11 +153,9 @@ class Engine:
         """Return homeagent's error for an exception of the driver."""
         raise NotImplementedError
 
-    @contextmanager
-    def translated(self) -> Iterator[None]:
+    def translated(self) -> AbstractContextManager[None]:
         """Raise homeagent's error instead of an exception of the driver."""
-        with translated(self.driver_errors, self.translate):
-            yield
+        return translated(self.driver_errors, self.translate)
 
     def _connection(self, *, read_only: bool) -> StoreConnection:
         raw = self.connect()
@@ -229,8 +223,7 @@ class Engine:
 
     def fork_locks(self) -> Sequence[threading.RLock]:
         """Return the mutexes that the caller must acquire before a fork, in the order of acquisition."""
-        # A thread that holds `feed_mutex` can wait for the mutex of a pool. To avoid a deadlock, take `feed_mutex`
-        # first.
+        # Take `feed_mutex` first, because a thread that holds `feed_mutex` can wait for the mutex of a pool.
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
 

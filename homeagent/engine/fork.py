@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 _known: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# Without the lock `_forking`, two threads that fork at the same time could deadlock, because each thread takes all
-# mutexes.
+# Two threads that fork at the same time could deadlock without this lock, because each thread takes all mutexes.
 _forking = threading.RLock()
 _held: list[threading.RLock] = []
 

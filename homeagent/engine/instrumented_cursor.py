@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.engine import ExceptionContext
@@ -50,21 +51,14 @@ class FailureContext(ExceptionContext):
         self.is_disconnect = self.invalidate_pool_on_disconnect = self.is_pre_ping = False
 
 
+@dataclass
 class InstrumentedCursor:
     """A driver's cursor that calls the connection's listeners."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        cursor: Any,
-        *,
-        driver_errors: tuple[type[BaseException], ...],
-        translate: Translate,
-    ) -> None:
-        self._connection = connection
-        self._cursor = cursor
-        self._driver_errors = driver_errors
-        self._translate = translate
+    _connection: Connection
+    _cursor: Any
+    _driver_errors: tuple[type[BaseException], ...]
+    _translate: Translate
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cursor, name)
@@ -87,9 +81,7 @@ class InstrumentedCursor:
 
     @contextmanager
     def _announced(self, statement: str, *, many: bool) -> Iterator[str]:
-        """Call the listeners before the block, and again after the block or after its error. Yield the statement to
-        run.
-        """
+        """Call the listeners before and after the block. Yield the statement to run."""
         execution = _Execution(self._connection, self._cursor, statement, many=many)
         dispatch: Any = self._connection.dispatch
         for listener in dispatch.before_cursor_execute:

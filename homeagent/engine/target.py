@@ -56,17 +56,13 @@ class Target(NamedTuple):
 
 
 def presentable_url(url: URL) -> str:
-    """Remove the password and all options except `_SHOWN_OPTIONS` from a server's URL. The library libpq also accepts
-    passwords as options (https://www.postgresql.org/docs/current/libpq-connect.html).
-    """
+    """Remove the password and all options except `_SHOWN_OPTIONS`, since libpq accepts passwords as options too."""
     kept = {name: value for name, value in url.query.items() if name in _SHOWN_OPTIONS}
     return url.set(query=kept).render_as_string(hide_password=True)
 
 
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
-    """Wrap the target, so that a traceback does not show a password. The caller must then delete the variable that
-    holds the unwrapped target.
-    """
+    """Wrap the target, so that a traceback shows no password. The caller must delete its variable of the target."""
     return SecretStr(target) if isinstance(target, str) else target
 
 
@@ -106,9 +102,7 @@ def _read(target: Given) -> Target:
 
 
 def refuse_address(path: object) -> None:
-    """Raise InvalidArgumentError for a path that looks like a server's address or a SQLite URI. The message does not
-    show the path.
-    """
+    """Raise InvalidArgumentError, without the path, for a path that looks like a server's address or a SQLite URI."""
     if not isinstance(path, str) or _PLAIN_PATH.match(path):
         return
     _refuse_sqlite_uri(path)
@@ -131,7 +125,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith("/"):
-        # Refuse a final slash, because `locate_file()` drops the slash and would treat the directory's path as a file.
+        # `locate_file()` drops the slash, and would treat the directory's path as a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 

@@ -40,14 +40,12 @@ _WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|
 class PostgreSQLConnection(StoreConnection):
     """A connection to a server. The server can end the connection at any time, and can become a standby."""
 
-    __slots__ = ("_begun", "_has_listeners", "_lost", "_pooled", "_send", "_warnings")
-
     def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
         super().__init__(connection, engine, read_only=read_only)
         self._begun = False
         self._lost = False
         self._pooled = bool(connection.info[POOLED])
-        self._warnings: list[str] = []
+        self._warned = False
         self._raw.add_notice_handler(self._notice)
         # Send commands such as BEGIN by libpq. psycopg's cursor takes 12 µs more, a third of the time for a read.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
@@ -56,7 +54,7 @@ class PostgreSQLConnection(StoreConnection):
     def _translate(self, error: BaseException) -> HomeAgentError:
         failure = super()._translate(error)
         if isinstance(failure, ConnectionLostError):
-            # psycopg notices that the connection was closed, but not the error that the server sends before the close.
+            # psycopg notices a closed connection, but not the error that the server sends before the close.
             self._lost = True
         return failure
 
@@ -65,13 +63,13 @@ class PostgreSQLConnection(StoreConnection):
             # If the server sends an error between two statements, for example after a timeout, libpq reports a notice.
             self._lost = True
         elif notice.severity_nonlocalized == "WARNING":
-            self._warnings.append(notice.sqlstate or "")
+            self._warned = True
 
     def begin(self) -> None:
         """Begin a transaction. If the unit writes but the server accepts no writes, raise StandbyError."""
         failure: BaseException
         if self._pooled:
-            # Forget the state of the last session, because the pooler can run this transaction in a different session.
+            # Forget the last session's state, because the pooler can use a different session for this transaction.
             self.memory.clear()
         try:
             self._command(self._begin)
@@ -84,12 +82,10 @@ class PostgreSQLConnection(StoreConnection):
         raise failure
 
     def read_alone(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run one statement that only reads. Behind a pooler, run the statement in a transaction, because the engine's
-        settings apply only inside a transaction.
-        """
+        """Run one statement that only reads."""
         if not self._pooled:
             return self.rows(statement, parameters)
-        self.begin()
+        self.begin()  # behind a pooler, the engine's settings apply only inside a transaction
         found = self.rows(statement, parameters)
         self.commit()
         return found
@@ -129,9 +125,9 @@ class PostgreSQLConnection(StoreConnection):
             raise failure
         if reads_alone:
             return
-        self._warnings.clear()
+        self._warned = False
         super().commit()
-        if self._warnings and not self.read_only:
+        if self._warned and not self.read_only:
             # The server warns if an administrator cancelled the wait for a synchronous standby. After a cancelled wait,
             # only the primary has the commit
             # (https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION).
@@ -170,17 +166,17 @@ class PostgreSQLConnection(StoreConnection):
 
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
-    """Return the error for a value that is too long for an index, or None. For a value over 8,191 bytes, PostgreSQL
-    does not name the index. If the name is unknown, homeagent's error names each index that can contain long values.
+    """Return the error for a value that is too long for an index, or None. PostgreSQL does not name the index for a
+    value over 8,191 bytes: then the error names each index that can contain long values.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None
     table, index = refused_by(error)
     if table is None and (found := _WRITTEN.match(sql or "")) is not None:
         table = found[1].strip('"')
-    names = sorted(_long_indexes(table)) if index is None else [index]
     if table is None:
         return None
+    names = sorted(_long_indexes(table)) if index is None else [index]
     shown = " or ".join(map(repr, names)) or "an index"
     return InvalidArgumentError(
         f"a value is too long for {shown} of table {table!r}, because PostgreSQL indexes at most 2,704 bytes: shorten "
@@ -188,8 +184,8 @@ def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError |
     )
 
 
-def _long_indexes(table: str | None) -> Iterator[str]:
-    described = metadata.tables.get(table or "")
+def _long_indexes(table: str) -> Iterator[str]:
+    described = metadata.tables.get(table)
     if described is None:
         return
     for each in (*described.indexes, *described.constraints):

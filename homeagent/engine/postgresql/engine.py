@@ -160,9 +160,7 @@ class PostgreSQLEngine(Engine):
         return connection
 
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
-        """Return the SQL that begins a unit. Behind a pooler, the SQL also applies the engine's settings to the
-        transaction.
-        """
+        """Return the SQL that begins a unit. Behind a pooler, the SQL also applies the engine's settings."""
         begin = super().begin_of(connection, read_only=read_only)
         return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
 
@@ -170,9 +168,8 @@ class PostgreSQLEngine(Engine):
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return only the mutexes of the pools. A thread with `feed_mutex` can wait for a lost connection, and would
-        block the fork.
-        """
+        """Return the mutexes of the pools."""
+        # A thread with `feed_mutex` can wait for a lost connection, and would block the fork.
         return super().fork_locks()[1:]
 
 
@@ -221,10 +218,9 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     if isinstance(original, HomeAgentError):
         raise original  # The exception is already an error of homeagent.
     clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
-    if not isinstance(context.sqlalchemy_exception, DBAPIError) and not isinstance(
-        original, (OverflowError, UnicodeError)
-    ):
-        return None  # The driver did not raise the exception, so do not translate the exception.
+    by_driver = isinstance(context.sqlalchemy_exception, DBAPIError)
+    if not by_driver and not isinstance(original, (OverflowError, UnicodeError)):
+        return None
     failure = index_error(original, context.statement) or postgresql_error(original)
     if context.connection is None:
         if isinstance(failure, ConnectionLostError):
@@ -237,9 +233,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
-    """Return the error for a failed connection. For each host, the message contains only the reason of the failure,
-    because libpq's full text can show options.
-    """
+    """Return the error for a failed connection, with the reason for each host. libpq's full text can show options."""
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""
     return ConnectionLostError(f"no connection to the PostgreSQL server{shown}: check that it runs, and check the URL")
