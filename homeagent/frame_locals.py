@@ -17,11 +17,8 @@ R = TypeVar("R")
 
 
 def clear_locals(error: BaseException) -> None:
-    """In the tracebacks of an error and of the error's causes and contexts, clear the local variables of homeagent's
-    frames.
-
-    The caller of `clear_locals()` must delete the caller's own local variables, because Python can't clear the frame of
-    a running function.
+    """Clear the local variables of homeagent's frames in the tracebacks of an error, its causes and its contexts. The
+    caller must delete its own local variables, because Python can't clear the frame of a running function.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()

@@ -17,7 +17,8 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from homeagent.clock import monotonic
-from homeagent.errors import DatabaseClosedError, DatabaseError
+from homeagent.errors import DatabaseError
+from homeagent.pool import closed_error
 from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
 from homeagent.transaction import NEW, OPEN, UnitSettings, call_back, refuse_nesting
 from homeagent.unit_of_work import UnitOfWork
@@ -32,7 +33,6 @@ _MIN_CHECK_INTERVAL = 0.005
 """Shortest time between two checks of a call's timeout, in seconds."""
 _IDLE = 5.0
 """Time without a call after which the writer thread ends, in seconds. The next call starts a new thread."""
-_CLOSED = "the database was closed: open it again"
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -50,7 +50,7 @@ class GroupCommit:
         # The mutex protects the states of the calls. Do not call a function while the thread of a caller holds the
         # mutex, because Python can run a signal handler after a call. A signal handler that writes would wait for the
         # writer thread, and the writer thread would wait for the mutex (`test_a_handler_that_writes_during_a_call`).
-        # The mutex is reentrant, because a signal handler can interrupt `close()` while `close()` holds the mutex.
+        # The mutex is reentrant, because a signal handler can interrupt `close()`.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._collected = CollectedCalls(self._submit)
@@ -95,9 +95,7 @@ class GroupCommit:
         return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit in the writer thread. If the caller is cancelled after the unit has begun, the
-        caller waits for the end of the unit.
-        """
+        """Run a function as a unit in the writer thread. A cancelled caller waits for the end of a begun unit."""
         self._settings.engine.pool(read_only=False)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -181,13 +179,12 @@ class GroupCommit:
                 f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
             )
             with self._mutex:
-                # If another caller has started a writer thread in the meantime, the new writer thread also runs
-                # `calls`.
+                # A writer thread that another caller has started in the meantime also runs `calls`.
                 ended = [call for call in calls if call.state is QUEUED and self._thread is None]
                 for call in ended:
                     call.error = failure
                     call.state = ALONE if call.future is None else DONE
-            # Remove the ended calls from the queue here, because no writer thread is running.
+            # No writer thread removes the ended calls from the queue.
             for queued in [self._next() for _ in range(self._queue.qsize())]:
                 if queued is not None and not queued.state.is_over:
                     self._queue.put(queued)
@@ -195,7 +192,7 @@ class GroupCommit:
 
     def _refuse(self, calls: list[QueuedCall]) -> None:
         for call in calls:
-            call.error = DatabaseClosedError(_CLOSED)
+            call.error = closed_error()
         self._deliver(self._move(calls, DONE))
 
     def close(self) -> None:
@@ -342,10 +339,8 @@ class GroupCommit:
             try:
                 loop.call_soon_threadsafe(wake, waiting)
             except RuntimeError:
-                # A closed event loop has no waiting coroutines.
-                self._loops.pop(loop, None)
-            except Exception as error:  # noqa: BLE001
-                # After a MemoryError, `_check_loop()` wakes the callers.
+                self._loops.pop(loop, None)  # a closed event loop has no waiting coroutines
+            except Exception as error:  # noqa: BLE001  after a MemoryError, `_check_loop()` wakes the callers
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:

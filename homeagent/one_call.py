@@ -35,8 +35,7 @@ class AutocommitReads:
     """A stand-in for the unit in a store such as `database.devices`. The object runs each SELECT in autocommit mode."""
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
-        self.settings = settings
-        self.runner = runner
+        self.settings, self.runner = settings, runner
         self.now: Callable[[], datetime] = settings.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
@@ -46,8 +45,7 @@ class AutocommitReads:
 
     def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
         """Run a statement, and return the objects of all rows."""
-        settings = self.settings
-        return settings.engine.read_alone(statement, parameters, settings.timeout)
+        return self.settings.engine.read_alone(statement, parameters, self.settings.timeout)
 
 
 @cache
@@ -89,18 +87,14 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 class _NeedsUnitError(BaseException):
-    """Stops a store's method. homeagent then calls the method again in a read-only unit, or in a write unit if `writes`
-    is True.
-    """
+    """Stops a store's method, so that homeagent calls the method again in a unit, which writes if `writes` is True."""
 
     def __init__(self, *, writes: bool) -> None:
         self.writes = writes
 
 
 class _Reads:
-    """A stand-in for the unit in a store's method that only reads. The argument `allowed` is the maximum number of
-    statements, or None for no limit.
-    """
+    """A stand-in for the unit in a store's method that only reads. `allowed` limits the number of statements."""
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
         self._unit = unit
@@ -133,8 +127,7 @@ class _Reads:
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # The store's method uses an attribute of UnitOfWork that this class does not have. Run the method in a write
-        # unit, because the attribute can be a method that writes.
+        # The attribute of UnitOfWork can be a method that writes.
         raise self._need(writes=True)
 
 

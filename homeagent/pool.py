@@ -59,8 +59,7 @@ class ConnectionPool(Generic[T]):
         self._closed = False
         self._held: dict[T, tuple[int, float]] = {}
         self.occupation: Callable[[int], str | None] | None = None
-        """Function that returns the name of the work that the thread with a given id does for other threads, or None.
-        """
+        """Function that names the work that the thread with a given id does for other threads."""
         self.waits: int = 0
         """Number of callers that had to wait."""
 
@@ -88,7 +87,7 @@ class ConnectionPool(Generic[T]):
                     del self._free[-1]
                     return resource
                 if self._closed:
-                    raise _closed()
+                    raise closed_error()
                 if self._count < self._size:
                     self._count += 1
                     has_place = True
@@ -116,13 +115,11 @@ class ConnectionPool(Generic[T]):
                 self._free_place()
             raise
         if resource is None:
-            raise _closed()
+            raise closed_error()
         return resource
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
-        """Wait for a resource or for the permission to create a resource. Return True if the caller must create the
-        resource.
-        """
+        """Wait for a resource. Return True if the caller must create the resource."""
         self.waits += 1
         since = monotonic()
         try:
@@ -138,7 +135,7 @@ class ConnectionPool(Generic[T]):
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
-        """Remove a waiter from the queue. If the waiter has already received a resource, release the resource."""
+        """Remove a waiter from the queue, or pass on the resource or the place that the waiter has received."""
         with self.mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
@@ -188,7 +185,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def _free_place(self, resource: T | None = None) -> None:
-        """Let the next waiting thread create a resource, because a resource was removed or could not be created."""
+        """Let the next waiting thread create a resource instead of a removed or failed resource."""
         with self.mutex:
             if resource is not None:
                 del self._held[resource]
@@ -210,9 +207,7 @@ class ConnectionPool(Generic[T]):
         self.discard_free()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
-        """Return the error for a caller that has waited for the whole timeout. The message names the threads that hold
-        the resources.
-        """
+        """Return the error for a timeout. The message names the threads that hold the resources."""
         with self.mutex:
             holders = self._holders()
         return DatabaseBusyError(
@@ -231,5 +226,6 @@ class ConnectionPool(Generic[T]):
         return "; ".join(held) or "a connection is being opened"
 
 
-def _closed() -> DatabaseClosedError:
+def closed_error() -> DatabaseClosedError:
+    """Return the error for a call after the end of the database."""
     return DatabaseClosedError("the database was closed: open it again")

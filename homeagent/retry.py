@@ -34,8 +34,7 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# Upper bounds of the first pause and of the longest pause, in seconds. Each pause is a random time from 0 to its upper
-# bound.
+# Upper bounds of the first and of the longest pause, in seconds. A pause is a random time up to its bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
@@ -122,8 +121,8 @@ class Runner:
         """End the writer thread. The caller must close the connection pools before this call."""
         if self._group_commit is not None:
             self._group_commit.close()
-        # The threads of an executor end when the last reference to the executor is gone. Do not call `shutdown()`,
-        # because later method calls would raise RuntimeError instead of DatabaseClosedError.
+        # Do not call `shutdown()`, because later method calls would raise RuntimeError instead of DatabaseClosedError.
+        # The threads of an executor end when the last reference to the executor is gone.
         self._executors.clear()
 
 

@@ -212,15 +212,13 @@ class Transaction:
             self._connection = self._run = None
             try:
                 if self._session is not None:
-                    # Remove the ORM session from the unit, because the unit and the session form a reference cycle.
+                    # The unit and the session form a reference cycle.
                     session, self._session = self._session, None
                     session.close()
             finally:
                 try:
-                    # Do not use the pool in a forked child, because a thread of the parent can hold the mutex during
-                    # the fork.
                     if engine.is_forked_copy:
-                        pass
+                        pass  # a thread of the parent can hold the mutex of the pool during the fork
                     elif sound and not connection.needs_reconnect:
                         try:
                             pool.release(connection)
@@ -235,9 +233,8 @@ class Transaction:
                     if self.read_only:
                         engine.counters.reads += 1
                     else:
-                        # Do not discard the id of the thread before the release of the write lock. Without the id, a
-                        # signal handler could open a second write unit, which would wait for the write lock of the
-                        # same thread.
+                        # Do not discard the id before the release of the write lock. Without the id, a signal handler
+                        # could open a second write unit, which would wait for the write lock of the same thread.
                         settings.writing.discard(self._owner)
                         if committed:
                             engine.counters.commits += 1
