@@ -20,6 +20,10 @@ from homeagent.group_commit import GroupCommit
 Work = Callable[[UnitOfWork], Any]
 
 
+class Odd(BaseException):
+    """An exception that is neither an Exception nor raised by Python itself."""
+
+
 def create(unit: UnitOfWork, agent_id: str) -> str:
     return unit.agents.create(AgentCreate(id=agent_id, name=agent_id, workspace_path="/srv")).id
 

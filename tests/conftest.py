@@ -264,7 +264,7 @@ def postgres_execute(url: str, statement: str) -> None:
         connection.execute(statement.encode())
 
 
-Administer = Callable[[str], object]
+Administer = Callable[[str], Any]
 
 
 @pytest.fixture(scope="session")

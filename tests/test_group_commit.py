@@ -20,7 +20,7 @@ from homeagent import Agent, Database, UnitOfWork
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
 from homeagent.errors import AgentExistsError, ConflictError, DiskFullError, UnitStateError
-from tests.batches import Work, agents_of, counted_commits, create, creating, group_commit_of, held, run_together
+from tests.batches import Odd, Work, agents_of, counted_commits, create, creating, group_commit_of, run_together
 from tests.conftest import START, Children
 
 BOTH = pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "coroutines"])
@@ -30,10 +30,6 @@ BOTH = pytest.mark.parametrize("coroutines", [False, True], ids=["threads", "cor
 def no_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a batch take all waiting calls, however slow the machine is."""
     monkeypatch.setattr("homeagent.group_commit._MAX_BATCH_SECONDS", 60)
-
-
-class Odd(BaseException):
-    """An exception that is neither an Exception nor raised by Python itself."""
 
 
 @BOTH
@@ -103,22 +99,12 @@ def rolling_back(unit: UnitOfWork) -> str:
 left_open: list[Any] = []
 
 
-def leave_open(unit: UnitOfWork) -> None:
-    """Open a savepoint and keep a reference to it, since garbage collection would end the savepoint."""
-    left_open.append(unit.savepoint())
-    left_open[-1].__enter__()
-
-
-def leaving_savepoints(unit: UnitOfWork) -> str:
+def leaving_savepoints(unit: UnitOfWork) -> None:
+    """Raise an error in two savepoints that do not end. Without a reference, garbage collection would end them."""
     for number in range(2):
-        leave_open(unit)
+        left_open.append(unit.savepoint())
+        left_open[-1].__enter__()
         create(unit, f"in savepoint {number}")
-    return "left"
-
-
-def leaving_and_raising(unit: UnitOfWork) -> None:
-    leaving_savepoints(unit)
-    create(unit, "raised")
     raise LookupError
 
 
@@ -149,7 +135,7 @@ def recursing(unit: UnitOfWork) -> None:
         (functools.partial(raising, error=Odd()), Odd),
         (recursing, RecursionError),
         (refused, AgentExistsError),
-        (leaving_and_raising, LookupError),
+        (leaving_savepoints, LookupError),
         (rolling_back, "gave up"),
     ],
 )
@@ -212,16 +198,24 @@ def test_units_with_an_orm_session_share_the_commit(
     assert count == [1]
 
 
-def test_a_commit_inside_a_batch_runs_the_units_alone(sqlite_database: Database) -> None:
-    """If a unit sends COMMIT itself, SQLite rolls the batch back, and each unit runs again alone and once."""
+@pytest.mark.parametrize(
+    "end",
+    [lambda unit: unit.session.execute(text("COMMIT")), lambda unit: unit._connection.execute("ROLLBACK")],
+    ids=["COMMIT", "ROLLBACK"],
+)
+def test_a_batch_whose_transaction_has_ended_runs_its_units_alone(sqlite_database: Database, end: Work) -> None:
+    """If a unit sends COMMIT, or SQLite rolls back on a full disk, each unit runs again alone and is stored once."""
+    broken: list[int] = []
 
-    def committing(unit: UnitOfWork) -> str:
-        create(unit, "committed")
-        unit.session.execute(text("COMMIT"))
-        return "sent"
+    def breaking(unit: UnitOfWork) -> str:
+        if not broken:
+            broken.append(1)
+            end(unit)
+            raise DiskFullError("no room")
+        return create(unit, "again")
 
-    assert run_together(sqlite_database, [creating("ada"), committing, creating("bob")])[::2] == ["ada", "bob"]
-    assert agents_of(sqlite_database) == ["ada", "bob", "committed"]
+    assert run_together(sqlite_database, [creating("a"), breaking, creating("b")]) == ["a", "again", "b"]
+    assert agents_of(sqlite_database) == ["a", "again", "b"]
 
 
 def test_a_unit_cannot_be_used_after_its_end(sqlite_database: Database) -> None:
@@ -308,22 +302,6 @@ def test_a_commit_error_reaches_only_its_caller(sqlite_database: Database, monke
     assert agents_of(sqlite_database) == [result for result in results if result is not error]
 
 
-def test_a_transaction_that_sqlite_rolled_back_runs_again(sqlite_database: Database) -> None:
-    """If SQLite itself rolls back the transaction on a full disk, the other units run again, and all are stored."""
-    broken: list[int] = []
-
-    def breaking(unit: UnitOfWork) -> str:
-        if not broken:
-            broken.append(1)
-            link: Any = unit._connection
-            link.execute("ROLLBACK")
-            raise DiskFullError("no room")
-        return create(unit, "broke before")
-
-    assert run_together(sqlite_database, [creating("a"), breaking, creating("b")]) == ["a", "broke before", "b"]
-    assert agents_of(sqlite_database) == ["a", "b", "broke before"]
-
-
 def test_a_savepoint_that_cannot_be_undone_undoes_no_other_unit(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,18 +322,13 @@ def test_an_error_after_the_commit_repeats_no_unit(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """If counting fails after the commit, the units of the batch are stored once, and the callers get their results."""
-    runs: list[str] = []
-
-    def work(unit: UnitOfWork, agent_id: str) -> str:
-        runs.append(agent_id)
-        return create(unit, agent_id)
 
     def fail(counters: Counters, units: int) -> None:
         raise MemoryError
 
     monkeypatch.setattr(Counters, "grouped", fail)
-    results = run_together(sqlite_database, [functools.partial(work, agent_id=name) for name in ("a", "b")])
-    assert results == runs == agents_of(sqlite_database) == ["a", "b"]
+    # A second run of a unit would raise AgentExistsError.
+    assert run_together(sqlite_database, [creating("a"), creating("b")]) == agents_of(sqlite_database) == ["a", "b"]
     # The writer thread runs this unit after it has logged the error.
     assert asyncio.run(sqlite_database.arun(creating("c"))) == "c"
     assert [getattr(record, "event", None) for record in caplog.records] == ["writer_failed"]
@@ -451,18 +424,9 @@ def test_callbacks_run_after_a_cancellation(sqlite_database: Database) -> None:
 
 
 def test_the_work_sees_the_callers_context(sqlite_database: Database) -> None:
-    """In any thread that runs a unit, the function sees the context variables of its caller."""
+    """In the writer thread, the function sees the context variables of its caller."""
     name: contextvars.ContextVar[str] = contextvars.ContextVar("name")
-    results: list[bool] = []
-
-    def call(mine: str) -> None:
-        name.set(mine)
-        results.append(sqlite_database.run(lambda unit: name.get()) == mine)
-
-    threads = [threading.Thread(target=call, args=(f"t{number}",)) for number in range(5)]
-    with held(sqlite_database):
-        for thread in threads:
-            thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert results == [True] * 5
+    name.set("mine")
+    group_commit_of(sqlite_database)._is_contended = True
+    seen = sqlite_database.run(lambda unit: (name.get(), threading.current_thread().name))
+    assert seen == ("mine", "homeagent-writer")

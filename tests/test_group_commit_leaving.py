@@ -21,8 +21,7 @@ import pytest
 
 from homeagent import Database, UnitOfWork, group_commit
 from tests import fork_server
-from tests.batches import agents_of, create, creating, group_commit_of
-from tests.conftest import Children
+from tests.batches import agents_of, create, creating, group_commit_of, held
 from tests.interrupts import interrupt_at
 
 
@@ -51,24 +50,12 @@ def test_a_caller_that_is_cancelled_in_the_queue_leaves_the_others_alone(
     async def main() -> list[Any]:
         calls: list[Awaitable[Any]] = [sqlite_database.arun(functools.partial(work, agent_id=name)) for name in "ab"]
         calls.insert(position, cancelled())
-        tasks = list(map(asyncio.ensure_future, calls))
-        await tasks.pop(position)
-        done.set()
+        with held(sqlite_database):
+            tasks = list(map(asyncio.ensure_future, calls))
+            await tasks.pop(position)
         return await asyncio.gather(*tasks)
 
-    done = threading.Event()
-    entered = threading.Event()
-
-    def hold() -> None:
-        with sqlite_database.unit_of_work():
-            entered.set()
-            done.wait(60)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    assert entered.wait(30)
     assert asyncio.run(main()) == ["a", "b"]
-    holder.join()
     assert ran == ["a", "b"]
 
 
@@ -93,74 +80,6 @@ def test_a_closed_loop_delays_no_other_caller(sqlite_database: Database) -> None
     assert agents_of(sqlite_database) == ["ada", "left behind"]
     with suppress(RuntimeError):
         task.get_coro().close()  # type: ignore[union-attr]  # the attribute exists
-
-
-INTERRUPTED = """
-import os, signal, sys, threading, time
-from homeagent import AgentCreate, Database
-# A shell starts what it runs in the background with this signal ignored.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-database = Database.open(sys.argv[1])
-group_commit = database._runner._group_commit
-others, interrupts = [], 0
-begun = threading.Event()
-
-def work(unit, name, slow=False):
-    unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/srv"))
-    if slow:
-        begun.set()
-        time.sleep(0.002)
-
-def other(number):
-    for turn in range(20):
-        database.run(lambda unit: work(unit, f"other {number}-{turn}", slow=True))
-        others.append(f"other {number}-{turn}")
-
-def interrupt():
-    while not over.wait(0.003):
-        os.kill(os.getpid(), signal.SIGINT)
-
-threads = [threading.Thread(target=other, args=(number,)) for number in range(4)]
-for thread in threads:
-    thread.start()
-begun.wait()
-over, mine = threading.Event(), []
-sender = threading.Thread(target=interrupt)
-turn = 0
-while any(thread.is_alive() for thread in threads):
-    turn += 1
-    try:
-        if not sender.is_alive() and turn == 1:
-            sender.start()
-        # An interrupted unit can still begin in the writer thread, so bind the number now.
-        database.run(lambda unit, turn=turn: work(unit, f"mine {turn}"))
-        mine.append(f"mine {turn}")
-    except KeyboardInterrupt:
-        interrupts += 1
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-over.set()
-sender.join()
-for thread in threads:
-    thread.join(30)
-database.run(lambda unit: work(unit, "last"))
-with database.unit_of_work(read_only=True) as unit:
-    there, after = set(), None
-    page = unit.agents.list(limit=1000)
-    there = {agent.id for agent in page}
-assert len(others) == 80, others
-assert set(others) <= there, set(others) - there
-assert set(mine) <= there, set(mine) - there
-assert "last" in there
-database.close()
-print(interrupts)
-"""
-
-
-def test_interrupts_of_a_waiting_caller_block_no_other_caller(sqlite_path: Path, children: Children) -> None:
-    """If a real Ctrl-C interrupts the main thread every 3 ms, the other callers' units are committed, each once."""
-    process = children.start(INTERRUPTED, sqlite_path)
-    output = children.finish(process)
-    assert int(output) > 0
 
 
 def test_an_interrupted_caller_leaves_the_queue(sqlite_path: Path) -> None:

@@ -24,7 +24,7 @@ from homeagent import Database, UnitOfWork
 from homeagent.engine.connection import StoreConnection
 from homeagent.errors import DatabaseBusyError, DatabaseClosedError, DatabaseError
 from tests.batches import Work, agents_of, create, creating, group_commit_of, held, outcome_of, wait_for_calls
-from tests.conftest import FakeClock, add_agent, dump
+from tests.conftest import FakeClock, add_agent, dump, in_threads
 
 
 @pytest.fixture
@@ -72,11 +72,7 @@ def test_no_caller_waits_longer_than_the_timeout(impatient: Database, coroutines
         if coroutines:
             asyncio.run(main())
         else:
-            threads = [threading.Thread(target=call, args=(work,)) for work in works]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join(30)
+            in_threads(*(functools.partial(call, work) for work in works))
     assert [type(error) for error in errors] == [DatabaseBusyError] * 4
     assert all("'the slow one' has held it for" in str(error) for error in errors)
     assert impatient._engine.counters.snapshot().pool_waits >= 4
@@ -181,38 +177,6 @@ def test_a_hanging_function_delays_no_coroutine(impatient: Database, cancelled: 
     assert agents_of(impatient) == ["hung"]
 
 
-def test_a_unit_runs_again_if_another_caller_leaves_its_batch(
-    impatient: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If another caller leaves a batch, the unit of the remaining caller runs again without the other unit's rows."""
-    left = threading.Event()
-    outcomes: list[Any] = []
-    runs: list[tuple[str, int]] = []
-
-    def first() -> None:
-        outcomes.append(outcome_of(lambda: impatient.run(functools.partial(work, agent_id="first"))))
-        left.set()
-
-    def work(unit: UnitOfWork, agent_id: str) -> str:
-        runs.append((agent_id, len(unit.agents.list())))
-        if agent_id == "second":
-            assert left.wait(60)  # until the first caller has waited for too long
-        else:
-            wait_for_calls(impatient, 1)
-        return create(unit, agent_id)
-
-    group_commit_of(impatient)._is_contended = True
-    thread = threading.Thread(target=first)
-    thread.start()
-    while not runs:
-        time.sleep(0.0005)
-    assert impatient.run(functools.partial(work, agent_id="second")) == "second"
-    thread.join(30)
-    assert [type(outcome) for outcome in outcomes] == [DatabaseBusyError]
-    assert runs == [("first", 0), ("second", 1), ("second", 0)]
-    assert agents_of(impatient) == ["second"]
-
-
 def test_no_caller_leaves_a_batch_that_commits(impatient: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the decision to commit, no caller times out, as `busy` would be false for a unit that is stored."""
     commit = StoreConnection.commit
@@ -247,11 +211,7 @@ def test_a_unit_whose_caller_got_busy_is_not_stored(sqlite_path: Path) -> None:
                 assert outcome is None or isinstance(outcome, DatabaseBusyError)
                 (returned if outcome is None else gave_up).append(name)
 
-        threads = [threading.Thread(target=call, args=(caller,)) for caller in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        in_threads(*(functools.partial(call, caller) for caller in range(8)))
         assert len(gave_up) + len(returned) == 200
         assert gave_up
         assert returned
@@ -326,44 +286,19 @@ def test_a_loop_that_cannot_be_notified_delays_no_other_caller(
     assert [getattr(record, "event", None) for record in caplog.records] == ["writer_failed"]
 
 
-def test_closing_waits_for_a_hanging_function_until_the_timeout(
-    impatient: Database, caplog: pytest.LogCaptureFixture
-) -> None:
-    """If a function hangs, closing waits no longer than the timeout and logs a warning; the unit commits at its end."""
-    go_on, hanging = threading.Event(), threading.Event()
-    results: list[str] = []
-
-    def hang(unit: UnitOfWork) -> str:
-        hanging.set()
-        assert go_on.wait(10)
-        return create(unit, "hung")
-
-    async def main() -> None:
-        results.append(await impatient.arun(hang))
-
-    path = impatient.status().location
-    caller = threading.Thread(target=asyncio.run, args=(main(),))
-    caller.start()
-    assert hanging.wait(30)
-    impatient.close()
-    assert [getattr(record, "event", None) for record in caplog.records] == ["unit_hangs"]
-    go_on.set()
-    caller.join(30)
-    assert results == ["hung"]
-    with Database.open(path) as again:
-        assert agents_of(again) == ["hung"]
-
-
 @pytest.mark.parametrize("hangs", [False, True], ids=["a block", "a function"])
-def test_closing_refuses_callers_that_wait(sqlite_path: Path, hangs: bool) -> None:
-    """If the database closes, waiting threads and coroutines raise DatabaseClosedError at once."""
+def test_closing_refuses_callers_that_wait(
+    sqlite_path: Path, hangs: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing refuses waiting callers at once, waits for a function until the timeout, and lets the function commit."""
     errors: list[type[BaseException]] = []
     go_on, entered = threading.Event(), threading.Event()
-    database = Database.open(sqlite_path)
+    database = Database.open(sqlite_path, busy_timeout=timedelta(seconds=20))
 
     def hang(unit: UnitOfWork) -> None:
         entered.set()
         assert go_on.wait(10)
+        create(unit, "hung")
 
     def block() -> None:
         with database.unit_of_work() as unit:
@@ -385,16 +320,19 @@ def test_closing_refuses_callers_that_wait(sqlite_path: Path, hangs: bool) -> No
     for thread in threads:
         thread.start()
     wait_for_calls(database, 6)
-    closing = threading.Thread(target=database.close)
-    closing.start()
+    monkeypatch.setattr(database._settings, "timeout", 0.3)
+    database.close()
     for thread in threads:
         thread.join(30)
     assert errors == [DatabaseClosedError] * 6
+    assert [getattr(record, "event", None) for record in caplog.records] == ["unit_hangs"] * hangs
     go_on.set()
-    closing.join(30)
     holder.join(30)
-    assert not [thread for thread in threading.enumerate() if thread.name == "homeagent-writer"]
     with pytest.raises(DatabaseClosedError):
-        database.run(lambda unit: None)
+        database.run(hang)
     with pytest.raises(DatabaseClosedError):
-        asyncio.run(database.arun(lambda unit: None))
+        asyncio.run(database.arun(hang))
+    while [thread for thread in threading.enumerate() if thread.name == "homeagent-writer"]:
+        time.sleep(0.001)
+    with Database.open(sqlite_path) as again:
+        assert agents_of(again) == ["hung"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,31 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
-from sqlalchemy import event, text
+from sqlalchemy import bindparam, event, insert, text
 
-from homeagent import Agent, AgentCreate, AgentSession, Database, IdempotencyScope, errors
+from homeagent import Agent, AgentCreate, AgentSession, Database, IdempotencyScope, Statement, errors
 from tests.conftest import FakeClock, add_agent
 
 Spans = Callable[[], list[ReadableSpan]]
 
 
 @pytest.fixture
-def provider() -> TracerProvider:
-    return TracerProvider()
+def exporter() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
 
 
 @pytest.fixture
-def spans(provider: TracerProvider) -> Iterator[Spans]:
-    """Return the spans since the previous call, while SQLAlchemy is instrumented as in an application."""
-    exporter = InMemorySpanExporter()
+def provider(exporter: InMemorySpanExporter) -> Iterator[TracerProvider]:
+    """A provider for an instrumentation, which the fixture removes at the end."""
+    provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
+    yield provider
+    SQLAlchemyInstrumentor().uninstrument()
+
+
+@pytest.fixture
+def spans(provider: TracerProvider, exporter: InMemorySpanExporter) -> Spans:
+    """Return the spans since the previous call, while SQLAlchemy is instrumented as in an application."""
     SQLAlchemyInstrumentor().instrument(tracer_provider=provider, skip_dep_check=True)
 
     def finished() -> list[ReadableSpan]:
@@ -41,8 +49,7 @@ def spans(provider: TracerProvider) -> Iterator[Spans]:
         exporter.clear()
         return found
 
-    yield finished
-    SQLAlchemyInstrumentor().uninstrument()
+    return finished
 
 
 @pytest.fixture
@@ -53,34 +60,36 @@ def traced(spans: Spans, target: str, clock: FakeClock) -> Iterator[Database]:
         yield database
 
 
+def statement_of(span: ReadableSpan) -> str:
+    return str((span.attributes or {}).get("db.statement", ""))
+
+
 def statements(found: list[ReadableSpan]) -> list[str]:
-    return [str(_attribute(span, "db.statement")).split()[0] for span in found if _attribute(span, "db.statement")]
-
-
-def _attribute(span: ReadableSpan, name: str) -> Any:
-    return (span.attributes or {}).get(name)
-
-
-def test_every_statement_of_a_unit_has_its_span(traced: Database, spans: Spans) -> None:
-    """The spans of a unit contain BEGIN, the stores' statements and COMMIT, with the instrumentation's attributes."""
-    with traced.unit_of_work() as unit:
-        unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada"))
-        unit.sessions.index([AgentSession(session_id="s", agent_id="ada", created_at=_T, last_active_at=_T)])
-    found = spans()
-    assert statements(found) == ["BEGIN", "INSERT", *_between(found), "COMMIT"]
-    insert = next(span for span in found if "INSERT INTO agents" in str(_attribute(span, "db.statement")))
-    assert insert.name.startswith("INSERT ")
-    assert _attribute(insert, "db.system") == traced._engine.dialect_name
-    assert insert.kind is trace.SpanKind.CLIENT
-    assert insert.end_time is not None
-    assert insert.status.status_code is StatusCode.UNSET
-
-
-def _between(found: list[ReadableSpan]) -> list[str]:
-    return statements(found)[2:-1]
+    return [statement_of(span).split()[0] for span in found if statement_of(span)]
 
 
 _T = FakeClock()()
+SESSION = AgentSession(session_id="s", agent_id="ada", created_at=_T, last_active_at=_T)
+
+
+def test_every_statement_of_a_unit_has_its_span(traced: Database, spans: Spans, clock: FakeClock) -> None:
+    """Each statement of the stores has a span with the instrumentation's attributes, and no span contains a value."""
+    with traced.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="ada", name="geheim", workspace_path="/srv/geheim"))
+        unit.sessions.index([SESSION])
+        unit.nonces.consume("geheim", "geheim", expires_at=clock.now + timedelta(minutes=1))
+        unit.idempotency_keys.insert(IdempotencyScope("geheim", "geheim", "geheim"), "geheim", ttl=timedelta(1))
+    found = spans()
+    words = statements(found)
+    assert (words[:2], words[-1]) == (["BEGIN", "INSERT"], "COMMIT")
+    assert "BEGIN" not in words[1:]
+    assert "geheim" not in "".join(span.to_json() for span in found)
+    insert = next(span for span in found if "INSERT INTO agents" in statement_of(span))
+    assert insert.name.startswith("INSERT ")
+    assert (insert.attributes or {})["db.system"] == traced._engine.dialect_name
+    assert insert.kind is trace.SpanKind.CLIENT
+    assert insert.end_time is not None
+    assert insert.status.status_code is StatusCode.UNSET
 
 
 def test_the_session_and_the_stores_are_traced_alike(traced: Database, spans: Spans) -> None:
@@ -101,10 +110,14 @@ def test_spans_belong_to_the_caller(traced: Database, spans: Spans, provider: Tr
     asyncio.run(ask())
     found = spans()
     (request,) = (span for span in found if span.name == "request")
-    select = next(span for span in found if "FROM agents" in str(_attribute(span, "db.statement")))
+    select = next(span for span in found if "FROM agents" in statement_of(span))
     assert request.context is not None
     assert select.parent is not None
     assert select.parent.span_id == request.context.span_id
+
+
+COLUMNS = ("session_id", "agent_id", "created_at", "last_active_at", "route_key")
+INSERT = Statement[Any](insert(AgentSession).values({name: bindparam(name) for name in COLUMNS}))
 
 
 @pytest.mark.parametrize("through", ["store", "session"])
@@ -117,8 +130,8 @@ def test_a_failed_span_shows_no_value(traced: Database, spans: Spans, through: s
             unit.session.add(Agent(id="geheim", name="geheim", workspace_path="/geheim", created_at=_T))
             unit.session.flush()
         else:
-            session = AgentSession(session_id="geheim", agent_id="nobody-geheim", created_at=_T, last_active_at=_T)
-            unit.write_many(_INDEX, [{name: getattr(session, name) for name in _NAMES}])
+            row = {"session_id": "geheim", "agent_id": "nobody-geheim", "route_key": None}
+            unit.write_many(INSERT, [{**row, "created_at": _T, "last_active_at": _T}])
     found = spans()
     failed = [span for span in found if span.status.status_code is StatusCode.ERROR]
     assert len(failed) == 1
@@ -128,44 +141,18 @@ def test_a_failed_span_shows_no_value(traced: Database, spans: Spans, through: s
         assert "constraint" in str(failed[0].status.description)
 
 
-def _insert_session() -> Any:
-    from sqlalchemy import bindparam, insert
-
-    from homeagent.engine.statements import Statement
-
-    table: Any = AgentSession.__table__
-    return Statement(insert(table).values({name: bindparam(f"{name}") for name in _NAMES}))
-
-
-_NAMES = ("session_id", "agent_id", "sender_id", "channel_id", "created_at", "last_active_at", "route_key")
-_INDEX = _insert_session()
-
-
-def test_no_span_holds_a_value(traced: Database, spans: Spans, clock: FakeClock) -> None:
-    """No span of statements with ids, hashes, nonces, keys and results contains any of these values."""
-    with traced.unit_of_work() as unit:
-        unit.nonces.consume("geheim", "geheim", expires_at=clock.now + timedelta(minutes=1))
-        unit.idempotency_keys.insert(IdempotencyScope("geheim", "geheim", "geheim"), "geheim", ttl=timedelta(1))
-    found = spans()
-    assert "INSERT" in statements(found)
-    assert "geheim" not in "".join(span.to_json() for span in found)
-
-
-def test_a_comment_of_the_instrumentation_reaches_the_server(target: str, provider: TracerProvider) -> None:
+def test_a_comment_of_the_instrumentation_reaches_the_server(
+    target: str, provider: TracerProvider, exporter: InMemorySpanExporter
+) -> None:
     """If a listener adds a comment to a statement (sqlcommenter), the parameters stay unchanged."""
-    exporter = InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
     SQLAlchemyInstrumentor().instrument(
         tracer_provider=provider, skip_dep_check=True, enable_commenter=True, enable_attribute_commenter=True
     )
-    try:
-        with Database.open(target) as database:
-            add_agent(database)
-            with database.unit_of_work(read_only=True) as unit:
-                assert unit.agents.get("ada").name == "Ada"
-    finally:
-        SQLAlchemyInstrumentor().uninstrument()
-    texts = [str(_attribute(span, "db.statement")) for span in exporter.get_finished_spans()]
+    with Database.open(target) as database:
+        add_agent(database)
+        with database.unit_of_work(read_only=True) as unit:
+            assert unit.agents.get("ada").name == "Ada"
+    texts = map(statement_of, exporter.get_finished_spans())
     assert any("INSERT INTO agents" in text and "/*" in text for text in texts)
 
 
@@ -174,18 +161,10 @@ def test_a_bulk_insert_is_one_statement(traced: Database, spans: Spans) -> None:
     columns = ("id", "name", "workspace_path", "created_at")
     engine = traced._engine
     for rows, fails in (([("geheim", "A", "/", 1), ("b", "B", "/", 1)], False), ([("c", None, "/", 1)], True)):
-        link = engine.begin(read_only=False, timeout=20)
-        try:
-            if fails:
-                with pytest.raises(errors.ConflictError):
-                    link.insert_rows("agents", columns, rows)
-            else:
-                link.insert_rows("agents", columns, rows)
-        finally:
-            link.rollback()
-            engine.writers.release(link)
+        with pytest.raises(errors.ConflictError) if fails else nullcontext(), traced.unit_of_work() as unit:
+            unit.insert_rows("agents", columns, rows)
         found = spans()
-        (bulk,) = (span for span in found if "agents" in str(_attribute(span, "db.statement")))
+        (bulk,) = (span for span in found if "agents" in statement_of(span))
         assert bulk.name.split()[0] == ("INSERT" if engine.dialect_name == "sqlite" else "COPY")
         assert (bulk.status.status_code is StatusCode.ERROR) is fails
         assert "geheim" not in "".join(span.to_json() for span in found)
@@ -208,29 +187,24 @@ def test_any_listener_of_sqlalchemy_is_called(target: str) -> None:
         event.listen(database._engine.sa_engine, "after_cursor_execute", after)
         add_agent(database)
         with database.unit_of_work() as unit:
-            unit.sessions.index([AgentSession(session_id="s", agent_id="ada", created_at=_T, last_active_at=_T)])
+            unit.sessions.index([SESSION])
     assert told[0][0].startswith("BEGIN")
     assert all(parameters == () for _, parameters, _ in told)
     assert any(many for _, _, many in told)
 
 
 def test_the_documented_lines_are_enough(
-    monkeypatch: pytest.MonkeyPatch, sqlite_path: Path, provider: TracerProvider
+    monkeypatch: pytest.MonkeyPatch, sqlite_path: Path, provider: TracerProvider, exporter: InMemorySpanExporter
 ) -> None:
     """The documented lines run unchanged, with the default target in the environment."""
     page = (Path(__file__).parents[1] / "docs" / "how-to" / "observability.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"^```py\n(.*?SQLAlchemyInstrumentor.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     monkeypatch.setenv("HOMEAGENT_DATABASE", str(sqlite_path))
-    exporter = InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr("opentelemetry.trace._TRACER_PROVIDER", provider)
     names: dict[str, Any] = {"Database": Database}
-    try:
-        exec(lines, names)  # noqa: S102  the documentation's own lines
-        add_agent(names["database"])
-    finally:
-        SQLAlchemyInstrumentor().uninstrument()
-        names["database"].close()
+    exec(lines, names)  # noqa: S102  the documentation's own lines
+    with names["database"] as database:
+        add_agent(database)
     assert f"INSERT {sqlite_path}" in [span.name for span in exporter.get_finished_spans()]
 
 

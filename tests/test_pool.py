@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -46,14 +47,11 @@ def test_longest_waiter_is_next() -> None:
         order.append(number)
         lanes.release(resource)
 
-    threads = []
-    for number in range(10):
-        threads.append(threading.Thread(target=take, args=(number,)))
-        threads[-1].start()
-        wait_for_waiters(lanes, number + 1)
-    lanes.release(first)
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(10) as threads:
+        for number in range(10):
+            threads.submit(take, number)
+            wait_for_waiters(lanes, number + 1)
+        lanes.release(first)
     assert order == list(range(10))
     assert lanes.waits == 10
 
@@ -62,35 +60,24 @@ def test_discarded_resource_is_replaced() -> None:
     """If a holder discards a broken connection, the pool closes it, and the waiter opens a new connection."""
     lanes = lanes_of(1)
     broken = lanes.acquire(1)
-    got: list[Resource] = []
-    waiter = threading.Thread(target=lambda: got.append(lanes.acquire(10)))
-    waiter.start()
-    wait_for_waiters(lanes, 1)
-    lanes.discard(broken)
-    waiter.join()
+    with ThreadPoolExecutor(1) as threads:
+        got = threads.submit(lanes.acquire, 10)
+        wait_for_waiters(lanes, 1)
+        lanes.discard(broken)
     assert broken.closed
-    assert got[0] is not broken
-    assert not got[0].closed
+    assert not got.result().closed
 
 
 def test_close_refuses_waiters_and_closes_returned_resources() -> None:
     """If the pool is closed, waiting callers raise an error, and a held resource is closed when it is released."""
     lanes = lanes_of(1)
     held = lanes.acquire(1)
-    refused: list[BaseException] = []
-
-    def take() -> None:
-        try:
-            lanes.acquire(10)
-        except DatabaseClosedError as error:
-            refused.append(error)
-
-    waiter = threading.Thread(target=take)
-    waiter.start()
-    wait_for_waiters(lanes, 1)
-    lanes.close()
-    waiter.join()
-    assert len(refused) == 1
+    with ThreadPoolExecutor(1) as threads:
+        waiter = threads.submit(lanes.acquire, 10)
+        wait_for_waiters(lanes, 1)
+        lanes.close()
+        with pytest.raises(DatabaseClosedError):
+            waiter.result()
     assert not held.closed
     lanes.release(held)
     assert held.closed

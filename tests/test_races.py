@@ -9,10 +9,10 @@ from datetime import timedelta
 
 import pytest
 
-from homeagent import AgentSessionCreate, Database, DeviceStatus, Role
+from homeagent import AgentCreate, AgentSessionCreate, Database, DeviceStatus, Role
 from homeagent.errors import AgentNotFoundError, ApprovalChangedError, DeviceNotApprovedError, LastAdminError
 from homeagent.models.session import route_key
-from tests.conftest import Children, add_agent, add_device, dump, in_threads
+from tests.conftest import Children, add_agent, add_device, dump
 
 READY = """
 import sys
@@ -68,26 +68,17 @@ database.close()
 )
 
 
-def start_count(target: str) -> None:
-    """Create the row that the processes count up."""
-    from homeagent import AgentUpdate
-
-    with Database.open(target) as database:
-        add_agent(database)
-        with database.unit_of_work() as unit:
-            unit.agents.update("ada", AgentUpdate(config=0))
-
-
 PROCESSES = pytest.mark.parametrize("processes", [4, pytest.param(8, marks=pytest.mark.slow)])
 
 
 @PROCESSES
 def test_read_then_write_from_processes_loses_nothing(target: str, children: Children, processes: int) -> None:
     """If processes each increment a row 100 times, the total is exactly 100 times their number."""
-    start_count(target)
+    with Database.open(target) as database:
+        database.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv", config=0))
     children.together(COUNT, [(target, 100)] * processes)
-    with Database.open(target) as database, database.unit_of_work(read_only=True) as unit:
-        assert unit.agents.get("ada").config == 100 * processes
+    with Database.open(target) as database:
+        assert database.agents.get("ada").config == 100 * processes
 
 
 @PROCESSES
@@ -106,8 +97,7 @@ def test_processes_have_one_winner(target: str, children: Children, processes: i
     assert sorted(admins) == ["last"] + ["revoked"] * (processes - 1)
     with Database.open(target) as database:
         assert len(dump(database)["sessions"]) == 1
-        with database.unit_of_work(read_only=True) as unit:
-            assert len(unit.devices.list(approved=True)) == 1
+        assert len(database.devices.list(approved=True)) == 1
 
 
 def at_once(count: int, work: Callable[[int], object]) -> list[object]:
@@ -118,7 +108,7 @@ def at_once(count: int, work: Callable[[int], object]) -> list[object]:
         barrier.wait(30)
         try:
             return work(number)
-        except (ApprovalChangedError, DeviceNotApprovedError, LastAdminError) as error:
+        except (AgentNotFoundError, ApprovalChangedError, DeviceNotApprovedError, LastAdminError) as error:
             return type(error)
 
     with ThreadPoolExecutor(count) as pool:
@@ -138,10 +128,9 @@ def test_two_admins_who_remove_each_other(database: Database, act: str) -> None:
                 return getattr(unit.devices, act)(pair[number])
 
         assert sorted(map(str, at_once(2, remove))) == sorted([str(LastAdminError), "True"])
-        with database.unit_of_work() as unit:
-            (left,) = unit.devices.list(role=Role.ADMIN, approved=True)
-            assert left.id in pair
-            unit.devices.delete(left.id, force=True)
+        (left,) = database.devices.list(role=Role.ADMIN, approved=True)
+        assert left.id in pair
+        database.devices.delete(left.id, force=True)
 
 
 @pytest.mark.parametrize("approved", [False, True], ids=["pending", "approved"])
@@ -159,7 +148,7 @@ def test_a_revocation_outlasts_concurrent_approvals_and_rotations(database: Data
             return bool(database.rotate_secret(device_id, overlap=timedelta(minutes=1)))
 
         assert at_once(7, act)[0] is True
-        device = database.run(lambda unit: unit.devices.get(device_id), read_only=True)  # noqa: B023  run at once
+        device = database.devices.get(device_id)
         assert (device.status, device.previous_secret_hash) == (DeviceStatus.REVOKED, None)
 
 
@@ -168,26 +157,19 @@ def test_a_session_of_an_agent_that_is_being_deleted(database: Database) -> None
     for number in range(5):
         agent_id = f"agent-{number}"
         add_agent(database, agent_id)
-        ready = threading.Barrier(5)
-        refused: list[str] = []
 
-        def create(agent_id: str = agent_id, ready: threading.Barrier = ready) -> None:
-            ready.wait()
+        def act(number: int, agent_id: str = agent_id) -> object:
+            if number == 0:
+                return database.agents.delete(agent_id, delete_sessions=True)
             for _ in range(3):
-                try:
-                    database.run(lambda unit: unit.sessions.create(AgentSessionCreate(agent_id=agent_id)))
-                except AgentNotFoundError:
-                    refused.append(agent_id)  # noqa: B023  each round uses its own list
+                database.sessions.create(AgentSessionCreate(agent_id=agent_id))
+            return None
 
-        def delete(agent_id: str = agent_id, ready: threading.Barrier = ready) -> None:
-            ready.wait()
-            assert database.run(lambda unit: unit.agents.delete(agent_id, delete_sessions=True))
-
-        in_threads(*[create] * 4, delete)
-        with database.unit_of_work(read_only=True) as unit:
-            assert unit.agents.find_by_id(agent_id) is None
-            assert list(unit.sessions.list(agent_id=agent_id)) == []
-        assert len(refused) <= 12
+        deleted, *created = at_once(5, act)
+        assert deleted is True
+        assert set(created) <= {None, AgentNotFoundError}
+        assert database.agents.find_by_id(agent_id) is None
+        assert database.sessions.list(agent_id=agent_id) == []
 
 
 CONVERSATIONS = (

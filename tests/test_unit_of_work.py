@@ -6,7 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,14 @@ import pytest
 from sqlalchemy import event, text
 from sqlmodel import select
 
-from homeagent import Agent, AgentCreate, AgentSession, AgentUpdate, Database, Device, Store, UnitOfWork, errors
-from tests.batches import agents_of
+from homeagent import Agent, AgentSession, AgentUpdate, Database, Device, Store, Table, UnitOfWork, errors
+from tests.batches import Odd, agents_of, create
 from tests.conftest import START, MakeDatabase, add_agent, add_device, dump
 from tests.interrupts import interrupt_at
 
 
-def create(unit: UnitOfWork, agent_id: str) -> Agent:
-    return unit.agents.create(AgentCreate(id=agent_id, name=agent_id, workspace_path="/srv"))
-
-
-class Odd(BaseException):
-    """An exception that is neither an Exception nor raised by Python itself."""
+def orm_agent(agent_id: str) -> Agent:
+    return Agent(id=agent_id, name="Ada", workspace_path="/srv", created_at=START)
 
 
 def test_unit_leaves_no_reference_cycle(database: Database) -> None:
@@ -54,7 +50,7 @@ def test_closed_database_is_freed(target: str) -> None:
     """SQLAlchemy's caches of compiled statements do not keep a closed database in memory."""
     database = Database.open(target)
     with database.unit_of_work() as unit:
-        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=unit.now()))
+        unit.session.add(orm_agent("ada"))
     engine = weakref.ref(database._engine)
     database.close()
     del database, unit
@@ -67,7 +63,7 @@ def test_any_exception_rolls_back(database: Database, kind: type[BaseException])
     """If an exception leaves the block, the unit is rolled back, the exception passes, and the next unit works."""
     with pytest.raises(kind), database.unit_of_work() as unit:
         create(unit, "ada")
-        unit.session.add(Agent(id="orm", name="Orm", workspace_path="/orm", created_at=START))
+        unit.session.add(orm_agent("orm"))
         unit.session.flush()
         raise kind
     assert agents_of(database) == []
@@ -75,13 +71,14 @@ def test_any_exception_rolls_back(database: Database, kind: type[BaseException])
     assert agents_of(database) == ["ada"]
 
 
-def test_rollback_abandons_the_unit(database: Database) -> None:
+@pytest.mark.parametrize("by_session", [False, True], ids=["unit", "session"])
+def test_rollback_abandons_the_unit(database: Database, by_session: bool) -> None:
     """After rollback() the unit refuses all calls but rollback(), commits no row, and frees the write lock."""
     called: list[str] = []
     with database.unit_of_work() as unit:
         create(unit, "ada")
         unit.after_commit(lambda: called.append("never"))
-        unit.rollback()
+        (unit.session if by_session else unit).rollback()
         unit.rollback()
         for act in (lambda: unit.session, lambda: unit.agents.list(), lambda: create(unit, "bob")):
             with pytest.raises(errors.UnitStateError, match="rolled back"):
@@ -90,36 +87,28 @@ def test_rollback_abandons_the_unit(database: Database) -> None:
     add_agent(database)
 
 
-def open_session_before(unit: UnitOfWork) -> None:
-    unit.session.add(Agent(id="before", name="B", workspace_path="/b", created_at=START))
-
-
-def open_nothing(unit: UnitOfWork) -> None:
-    create(unit, "before")
-
-
-@pytest.mark.parametrize("prepare", [open_nothing, open_session_before])
-@pytest.mark.parametrize("inside", [open_nothing, open_session_before])
-def test_savepoint_undoes_only_its_block(
-    database: Database, prepare: Callable[[UnitOfWork], None], inside: Callable[[UnitOfWork], None]
-) -> None:
+@pytest.mark.parametrize("prepare", ["store", "session"])
+@pytest.mark.parametrize("inside", ["store", "session"])
+def test_savepoint_undoes_only_its_block(database: Database, prepare: str, inside: str) -> None:
     """If a savepoint's block raises, its writes by store and ORM are undone, whenever the session was opened."""
+
+    def add(unit: UnitOfWork, way: str, agent_id: str) -> None:
+        if way == "session":
+            unit.session.add(orm_agent(f"{agent_id} orm"))
+        create(unit, agent_id)
+
     with database.unit_of_work() as unit:
-        prepare(unit)
+        add(unit, prepare, "before")
         with pytest.raises(ValueError, match="inner"), unit.savepoint():
-            create(unit, "inner")
-            if inside is open_session_before:
-                unit.session.add(Agent(id="inner orm", name="I", workspace_path="/i", created_at=START))
-                unit.session.flush()
+            add(unit, inside, "inner")
             raise ValueError("inner")
         assert unit.agents.find_by_id("inner") is None
         with unit.savepoint():
-            create(unit, "kept")
-            if inside is open_session_before:
-                unit.session.add(Agent(id="kept orm", name="K", workspace_path="/k", created_at=START))
+            add(unit, inside, "kept")
         create(unit, "after")
-    expected = ["after", "before", "kept"] + (["kept orm"] if inside is open_session_before else [])
-    assert agents_of(database) == expected
+    kept = ["after", "before", "kept"]
+    kept += [f"{name} orm" for name, way in (("before", prepare), ("kept", inside)) if way == "session"]
+    assert agents_of(database) == sorted(kept)
 
 
 @pytest.mark.parametrize("orm", [False, True])
@@ -258,7 +247,7 @@ def test_read_only_unit_cannot_write(database: Database) -> None:
             unit.agents.delete("ada")
         assert unit.agents.get("ada").id == "ada"
     with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
-        unit.session.add(Agent(id="orm", name="O", workspace_path="/o", created_at=START))
+        unit.session.add(orm_agent("orm"))
         unit.session.flush()
     with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
         unit.session.connection().execute(text("DELETE FROM agents"))
@@ -268,7 +257,7 @@ def test_read_only_unit_cannot_write(database: Database) -> None:
 def test_stores_and_session_see_the_same_rows(database: Database) -> None:
     """A store reads pending changes of the session, and the session reads changes of a store."""
     with database.unit_of_work() as unit:
-        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=START))
+        unit.session.add(orm_agent("ada"))
         assert unit.agents.get("ada").name == "Ada"
         loaded = unit.session.get(Agent, "ada")
         assert loaded is not None
@@ -310,58 +299,37 @@ def test_stores_return_detached_instances(database: Database) -> None:
         assert unit.agents.get("ada").name == "Only here"
 
 
-def test_session_rollback_ends_the_unit(database: Database) -> None:
-    """If the session rolls back, the stores' writes are undone too, and the unit refuses later calls."""
-    with database.unit_of_work() as unit:
-        create(unit, "ada")
-        session = unit.session
-        session.rollback()
-        with pytest.raises(errors.UnitStateError, match="rolled back"):
-            unit.agents.list()
-    assert agents_of(database) == []
-    add_agent(database, "next")
-
-
-def test_session_commit_inside_a_savepoint_only_flushes(database: Database) -> None:
-    """Inside `savepoint`, the session's commit() keeps the savepoint, which can still be undone."""
-    with database.unit_of_work() as unit:
-        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=START))
-        with suppress(LookupError), unit.savepoint():
-            unit.session.add(Agent(id="bob", name="Bob", workspace_path="/srv", created_at=START))
+@pytest.mark.parametrize("savepoint", [False, True], ids=["unit", "savepoint"])
+def test_session_commit_only_flushes(database: Database, savepoint: bool) -> None:
+    """The session's commit() only flushes: a later exception still undoes the unit or the savepoint."""
+    with suppress(LookupError), database.unit_of_work() as unit:
+        if savepoint:
+            unit.session.add(orm_agent("kept"))
+        with suppress(LookupError) if savepoint else nullcontext(), unit.savepoint() if savepoint else nullcontext():
+            unit.session.add(orm_agent("ada"))
             unit.session.commit()
+            assert unit.agents.get("ada").name == "Ada"
             raise LookupError
-    assert [agent.id for agent in database.agents.list()] == ["ada"]
+    assert agents_of(database) == (["kept"] if savepoint else [])
 
 
-def test_session_commit_only_flushes(database: Database) -> None:
-    """The session's commit() only flushes: a later exception still undoes the unit."""
-    with suppress(ValueError), database.unit_of_work() as unit:
-        unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv", created_at=START))
-        unit.session.commit()
-        assert unit.agents.get("ada").name == "Ada"
-        raise ValueError
-    assert agents_of(database) == []
-
-
-@pytest.mark.parametrize("engine_name", ["sqlite"])
-def test_new_unit_is_unusable_before_its_block(database: Database) -> None:
-    """If a unit was not entered, it refuses every call."""
+def test_unit_and_its_stores_are_usable_only_in_the_block(database: Database) -> None:
+    """Before and after the block, the unit and its stores refuse every call, and the unit can't be entered again."""
     unit = database.unit_of_work()
-    for act in (unit.rollback, lambda: unit.session, unit.agents.list, lambda: unit.after_commit(print)):
-        with pytest.raises(errors.UnitStateError):
-            act()
-    with pytest.raises(errors.UnitStateError), unit.savepoint():
-        pass
+    agents = unit.agents
+    uses = [unit.rollback, lambda: unit.session, agents.list, lambda: agents.delete("ada")]
+    uses += [lambda: unit.after_commit(print), lambda: unit.savepoint().__enter__()]
 
+    def refused() -> None:
+        for use in uses:
+            with pytest.raises(errors.UnitStateError):
+                use()
 
-def test_unit_and_its_stores_are_unusable_after_the_end(database: Database) -> None:
-    """After the block the unit and its stores refuse every call, and the unit can't be entered again."""
-    with database.unit_of_work() as unit:
-        agents = unit.agents
+    refused()
+    with unit:
         create(unit, "ada")
-    for act in (unit.rollback, lambda: unit.session, agents.list, lambda: agents.delete("ada"), unit.__enter__):
-        with pytest.raises(errors.UnitStateError):
-            act()
+    uses.append(unit.__enter__)
+    refused()
     assert agents_of(database) == ["ada"]
 
 
@@ -386,7 +354,7 @@ def test_session_is_unusable_after_the_end(database: Database, read_only: bool, 
     ):
         with pytest.raises(errors.UnitStateError):
             use()
-    session.add(Agent(id="orm", name="Orm", workspace_path="/orm", created_at=START))
+    session.add(orm_agent("orm"))
     with pytest.raises(errors.UnitStateError):
         session.commit()
     with database.unit_of_work() as unit:
@@ -436,40 +404,31 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 SECRET = "sha256$do-not-tell"
+TAKEN = {"id": "lamp", "role": "admin", "shared_secret_hash": SECRET, "paired_at": START}
 
 
-def duplicate_device(unit: UnitOfWork) -> None:
-    """Flush a device whose id is taken."""
-    unit.session.add(Device(id="lamp", role="admin", shared_secret_hash=SECRET, paired_at=START))
+def flushing(unit: UnitOfWork, row: Table) -> None:
+    unit.session.add(row)
     unit.session.flush()
 
 
-def missing_agent(unit: UnitOfWork) -> None:
-    unit.session.add(AgentSession(session_id=SECRET, agent_id="nobody", created_at=START, last_active_at=START))
-    unit.session.flush()
+def inserting(unit: UnitOfWork, values: str) -> None:
+    insert = text(f"INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ({values}, 0)")
+    unit.session.connection().execute(insert.bindparams(secret=SECRET))
 
 
-def bad_role(unit: UnitOfWork) -> None:
-    unit.session.connection().execute(
-        text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('x', 'bogus', :hash, 0)"),
-        {"hash": SECRET},
-    )
+REFUSED: dict[str, Callable[[UnitOfWork], None]] = {
+    "duplicate device": lambda unit: flushing(unit, Device(**TAKEN)),
+    "duplicate device, flushed by the commit": lambda unit: unit.session.add(Device(**TAKEN)),
+    "missing agent": lambda unit: flushing(
+        unit, AgentSession(session_id=SECRET, agent_id="nobody", created_at=START, last_active_at=START)
+    ),
+    "bad role": lambda unit: inserting(unit, "'x', 'bogus', :secret"),
+    "no hash": lambda unit: inserting(unit, ":secret, 'node', NULL"),
+}
 
 
-def no_hash(unit: UnitOfWork) -> None:
-    """Insert a null into a NOT NULL column."""
-    unit.session.connection().execute(
-        text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES (:id, 'node', NULL, 0)"),
-        {"id": SECRET},
-    )
-
-
-def unflushed(unit: UnitOfWork) -> None:
-    """Add a device whose id is taken, and let the commit flush it."""
-    unit.session.add(Device(id="lamp", role="admin", shared_secret_hash=SECRET, paired_at=START))
-
-
-@pytest.mark.parametrize("provoke", [duplicate_device, missing_agent, bad_role, no_hash, unflushed])
+@pytest.mark.parametrize("provoke", REFUSED.values(), ids=REFUSED)
 def test_driver_errors_are_translated_without_values(
     database: Database, provoke: Callable[[UnitOfWork], None], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import make_url, text
 
 from homeagent import AgentCreate, Database, UnitOfWork, errors
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
-from tests.conftest import FakeClock, MakeDatabase, dump, in_threads, postgres_database, postgres_execute
+from tests.conftest import Administer, FakeClock, MakeDatabase, dump, in_threads, postgres_database, postgres_execute
 from tests.postgresql.load import wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
@@ -28,14 +28,6 @@ def end_sessions(target: str) -> None:
         "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
         "WHERE datname = current_database() AND pid <> pg_backend_pid()",
     )
-
-
-def ended(target: str, pid: int) -> bool:
-    """Return whether no process of the server serves a session any more."""
-    import psycopg
-
-    with psycopg.connect(target) as connection:
-        return connection.execute("SELECT FROM pg_stat_activity WHERE pid = %s", [pid]).fetchone() is None
 
 
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read"])
@@ -86,7 +78,9 @@ def test_session_ended_in_a_unit_undoes_the_unit(
 
 @pytest.mark.parametrize("timeout", ["idle_in_transaction_session_timeout", "transaction_timeout"])
 @pytest.mark.parametrize("at", ["statement", "commit"])
-def test_unit_with_a_timed_out_session_is_repeated(target: str, database: Database, timeout: str, at: str) -> None:
+def test_unit_with_a_timed_out_session_is_repeated(
+    database: Database, timeout: str, at: str, administer: Administer
+) -> None:
     """If a server timeout ends the session during a unit, `run` repeats the unit and a block raises an error."""
     pids: list[int] = []
 
@@ -98,7 +92,8 @@ def test_unit_with_a_timed_out_session_is_repeated(target: str, database: Databa
                 pytest.skip("PostgreSQL 17 brought this timeout")
             pids.append(raw.info.backend_pid)
             raw.execute(f"SET LOCAL {timeout} = 10")
-            wait_for("the end of the session", lambda: ended(target, pids[0]))
+            alive = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pids[0]}"
+            wait_for("the end of the session", lambda: not administer(alive).fetchone())
         if at == "statement":
             unit.agents.list()
 
@@ -157,21 +152,19 @@ def test_caught_statement_error_fails_the_commit(database: Database) -> None:
 
 
 def test_cancelled_wait_for_a_standby_is_an_unknown_commit(
-    postgres_url: str, target: str, reopen: MakeDatabase
+    administer: Administer, target: str, reopen: MakeDatabase
 ) -> None:
     """If the wait for a standby is cancelled, the standby may lack the commit: CommitUnknownError is raised."""
     # The server sends no warnings, as a role's settings may say.
     postgres_execute(target, f"ALTER DATABASE {make_url(target).database} SET client_min_messages = error")
     database = reopen()
-    postgres_execute(postgres_url, "ALTER SYSTEM SET synchronous_standby_names = 'absent'")
-    postgres_execute(postgres_url, "SELECT pg_reload_conf()")
+    administer("ALTER SYSTEM SET synchronous_standby_names = 'absent'")
+    administer("SELECT pg_reload_conf()")
     done = threading.Event()
 
     def cancel() -> None:
         while not done.wait(0.02):
-            postgres_execute(
-                postgres_url, "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'"
-            )
+            administer("SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")
 
     thread = threading.Thread(target=cancel)
     thread.start()
@@ -183,8 +176,8 @@ def test_cancelled_wait_for_a_standby_is_an_unknown_commit(
     finally:
         done.set()
         thread.join()
-        postgres_execute(postgres_url, "ALTER SYSTEM RESET synchronous_standby_names")
-        postgres_execute(postgres_url, "SELECT pg_reload_conf()")
+        administer("ALTER SYSTEM RESET synchronous_standby_names")
+        administer("SELECT pg_reload_conf()")
     assert len(dump(database)["agents"]) == 1
     assert database.agents.delete("ada")
 

@@ -138,20 +138,12 @@ def effect_of(line: CutLine, ran: list[int], *, answered: bool, error: Exception
 
 
 @ANSWERS
-def test_repeated_claim_is_recognised(line: CutLine, far: Database, answered: bool) -> None:
-    """If a claim's commit is unknown, the claim is repeated and recognises its own key."""
+def test_claim_and_record_are_recognised(line: CutLine, far: Database, answered: bool) -> None:
+    """If the commits of claim and record are unknown, both are repeated or found; the effect runs once."""
     ran: list[int] = []
     line.cut_at(COMMIT, answered=answered)
-    assert far.run_once(ORDER, lambda attempt: ran.append(attempt.number)) == Outcome(None, False, 1)
-    assert (line.cuts, ran) == (1, [1])
-
-
-@ANSWERS
-def test_outcome_is_recorded_once(line: CutLine, far: Database, answered: bool) -> None:
-    """If a record's commit is unknown, it is repeated or found; the effect runs once, and later calls replay it."""
-    ran: list[int] = []
     assert far.run_once(ORDER, effect_of(line, ran, answered=answered)) == Outcome("ordered", False, 1)
-    assert line.cuts == 1
+    assert line.cuts == 2
     assert far.run_once(ORDER, effect_of(line, ran, answered=answered)) == Outcome("ordered", True, 1)
     assert ran == [1]
 
