@@ -17,12 +17,9 @@ from sqlalchemy import text
 from homeagent import Database, DeviceUpdate
 from homeagent.device_changes import PATIENCE
 from homeagent.errors import DatabaseError
-from tests.conftest import Children, add_device
+from tests.conftest import Children, add_device, postgres_execute
 from tests.feed_load import FeedLoad
 from tests.postgresql.server import Server
-from tests.postgresql.test_restart import own_server
-
-__all__ = ["own_server"]
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
 
@@ -41,31 +38,23 @@ def test_a_later_number_waits_for_the_earlier_commit(database: Database) -> None
 
 def test_stores_in_two_schemas_do_not_wait_for_each_other(database: Database, target: str) -> None:
     """A commit that holds the lock of one schema's feed delays no commit of another schema."""
-    with database.unit_of_work() as unit:
-        unit.session.connection().execute(text("CREATE SCHEMA other"))
+    postgres_execute(target, "CREATE SCHEMA other")
     with Database.open(f"{target}&options=-csearch_path%3Dother") as other, database.unit_of_work() as unit:
         unit.session.connection().execute(text("SELECT pg_advisory_xact_lock(1751346785, hashtext('public'))"))
         add_device(other, "lamp")
         assert [change.device_id for change in other.devices.changes()] == ["lamp"]
 
 
-def test_a_role_without_rights_on_the_feed_changes_devices(database: Database, postgres_url: str) -> None:
+def test_a_role_without_rights_on_the_feed_changes_devices(database: Database, target: str) -> None:
     """A role with rights on `devices` alone can change devices, as before the upgrade, and the feed has the change."""
     role = f"only_devices_{os.getpid()}"
-    with database.unit_of_work() as unit:
-        connection = unit.session.connection()
-        connection.execute(text(f"CREATE ROLE {role}"))
-        connection.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON devices TO {role}"))
+    postgres_execute(target, f"CREATE ROLE {role}; GRANT SELECT, INSERT, UPDATE, DELETE ON devices TO {role}")
     try:
-        with database.unit_of_work() as unit:
-            unit.session.connection().execute(text(f"SET LOCAL ROLE {role}"))
-            unit.session.connection().execute(
-                text("INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('lamp', 'node', 'h', 0)")
-            )
+        insert = "INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('lamp', 'node', 'h', 0)"
+        postgres_execute(target, f"SET LOCAL ROLE {role}; {insert}")
         assert [change.device_id for change in database.devices.changes()] == ["lamp"]
     finally:
-        with database.unit_of_work() as unit:
-            unit.session.connection().execute(text(f"DROP OWNED BY {role}; DROP ROLE {role}"))
+        postgres_execute(target, f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 @pytest.mark.slow

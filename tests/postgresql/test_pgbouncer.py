@@ -6,8 +6,8 @@ import asyncio
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from sqlalchemy import make_url, text
 
 from homeagent import AgentCreate, Database, Freshness, IdempotencyScope, ReplayGuard, diagnose
 from homeagent.models.types import to_milliseconds
-from tests.conftest import START, FakeClock, add_device, in_threads, postgres_execute
+from tests.conftest import START, FakeClock, add_device, postgres_execute
 from tests.postgresql.server import Installation, free_port
+from tests.postgresql.test_connections import end_sessions
 from tests.postgresql.test_search_path import WAYS, shadow
 
 PROGRAM = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin:/usr/local/sbin")
@@ -75,40 +76,30 @@ def in_sessions(url: str, statement: str) -> set[Any]:
 
 def test_store_works_behind_a_pooler(pooled_url: str, empty_postgres_url: str, clock: FakeClock) -> None:
     """If eight threads share two sessions, the store works without session settings and changes none."""
-    problems: list[BaseException] = []
     with Database.open(pooled_url, clock=clock, busy_timeout=timedelta(seconds=20)) as database:
 
         def use(name: str) -> None:
-            try:
-                # Often enough that psycopg would prepare a statement.
-                for number in range(10):
-                    key = IdempotencyScope(name, "on", f"k{number}")
-                    with database.unit_of_work() as unit:
-                        unit.agents.create(AgentCreate(id=f"{name}{number}", name="A", workspace_path="/srv"))
-                        assert unit.agents.get(f"{name}{number}").name == "A"
-                        assert unit.session.connection().execute(text("SHOW lock_timeout")).scalar() == "20s"
-                    assert database.run(lambda unit: unit.nonces.consume(name, "n", expires_at=START + MINUTE)) is (
-                        number == 0
-                    )
-                    assert database.run_once(key, lambda attempt: attempt.number).value == 1
-                    assert len(database.run(lambda unit: unit.agents.list(limit=1000), read_only=True)) > number
-            except BaseException as error:
-                problems.append(error)
-                raise
+            # Often enough that psycopg would prepare a statement.
+            for number in range(10):
+                key = IdempotencyScope(name, "on", f"k{number}")
+                with database.unit_of_work() as unit:
+                    unit.agents.create(AgentCreate(id=f"{name}{number}", name="A", workspace_path="/srv"))
+                    assert unit.agents.get(f"{name}{number}").name == "A"
+                    assert unit.session.connection().execute(text("SHOW lock_timeout")).scalar() == "20s"
+                is_new = database.run(lambda unit: unit.nonces.consume(name, "n", expires_at=START + MINUTE))
+                assert is_new is (number == 0)
+                assert database.run_once(key, lambda attempt: attempt.number).value == 1
+                assert len(database.run(lambda unit: unit.agents.list(limit=1000), read_only=True)) > number
 
-        in_threads(*(partial(use, f"t{number}-") for number in range(8)))
-        assert problems == []
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(use, [f"t{number}-" for number in range(8)])) == [None] * 8
         assert database.status().rows["agents"] == 80
 
         assert in_sessions(
             pooled_url, "SELECT current_setting('lock_timeout'), count(*) FROM pg_prepared_statements"
         ) == {("0", 0)}
         # The pooler's sessions end, and pgbouncer reports the loss to the next clients.
-        postgres_execute(
-            empty_postgres_url,
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-            "WHERE datname = current_database() AND pid <> pg_backend_pid()",
-        )
+        end_sessions(empty_postgres_url)
         for _ in range(4):
             assert len(database.run(lambda unit: unit.agents.list(limit=1000))) == 80
 

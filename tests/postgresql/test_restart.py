@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,22 +9,11 @@ import pytest
 from homeagent import Database
 from tests.conftest import Children
 from tests.postgresql.load import Load
-from tests.postgresql.server import Installation, Server, free_port
+from tests.postgresql.server import Server
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
 
 RESTARTS = 10
-
-
-@pytest.fixture
-def own_server(installation: Installation, public_directory: Path) -> Iterator[Server]:
-    """A separate server, which the test can restart."""
-    server = Server(installation, public_directory / "server", port=free_port())
-    server.create({"fsync": "off", "shared_buffers": "16MB"})
-    server.start()
-    yield server
-    if server.is_running:
-        server.stop("immediate")
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
 
 import pytest
 
 from homeagent import Database, IdempotencyScope
-from tests.conftest import START, FakeClock, MakeDatabase, dump, in_threads
+from homeagent.maintenance import SweepReport
+from tests.conftest import START, FakeClock, MakeDatabase, dump
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
 
@@ -40,15 +41,13 @@ def test_sweeper_skips_locked_rows(full: Database, reopen: MakeDatabase) -> None
 
 def test_sweepers_share_the_work(full: Database, reopen: MakeDatabase) -> None:
     """If four hosts sweep at the same time, each row is removed once, and no host gets an error."""
-    hosts = [reopen(busy_timeout=timedelta(seconds=20)) for _ in range(4)]
-    reports = []
-    start = threading.Barrier(len(hosts))
+    start = threading.Barrier(4)
 
-    def sweep(host: Database) -> None:
+    def sweep(host: Database) -> SweepReport:
         start.wait(20)
-        reports.append(host.sweep(batch_size=10))
+        return host.sweep(batch_size=10)
 
-    in_threads(*(partial(sweep, host) for host in hosts))
-    assert len(reports) == len(hosts)
+    with ThreadPoolExecutor(4) as threads:
+        reports = list(threads.map(sweep, [reopen(busy_timeout=timedelta(seconds=20)) for _ in range(4)]))
     assert sum(report.nonces for report in reports) == sum(report.idempotency_keys for report in reports) == 300
     assert dump(full)["nonces"] == dump(full)["idempotency_keys"] == []
