@@ -17,8 +17,7 @@ class HomeAgentError(Exception):
     """Base class of all errors of this package."""
 
     def __reduce__(self) -> tuple[object, ...]:
-        # Restore a pickled error without the method `__init__()`, because a pickled error contains the message and not
-        # the arguments of `__init__()`.
+        # A pickled error contains the message and not the arguments of `__init__()`.
         return type(self).__new__, (type(self), *self.args), self.__dict__
 
 
@@ -107,8 +106,8 @@ class IdempotencyInProgressError(IdempotencyError):
         self, *, device_id: str, method: str, retry_after: timedelta, **record: Unpack[RefusingRecord]
     ) -> None:
         self.retry_after = retry_after
-        message = f"{method!r} of device {device_id!r} is in progress under this key: try again in "
-        message += f"{max(retry_after.total_seconds(), 0):.3f} s"
+        seconds = max(retry_after.total_seconds(), 0)
+        message = f"{method!r} of device {device_id!r} is in progress under this key: try again in {seconds:.3f} s"
         super().__init__(message, device_id=device_id, method=method, **record)
 
 

@@ -16,9 +16,7 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
     """Return the function. For a generator function or an object that can't be called, raise InvalidArgumentError.
-
-    If `coroutine` is None, a coroutine function is valid. If `coroutine` is a text, raise InvalidArgumentError for a
-    coroutine function, with the text as the remedy in the error message.
+    If `coroutine` is a remedy for the error's message, also refuse a coroutine function.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED

@@ -25,10 +25,7 @@ _latest = (0, _EPOCH)
 
 
 def system_clock() -> datetime:
-    """Return the current time in whole milliseconds. The returned time never goes back within a process.
-
-    If the time went back, a nonce that has expired could count as not expired.
-    """
+    """Return the current time in whole milliseconds. The time never goes back, so that no nonce counts again."""
     global _latest
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest

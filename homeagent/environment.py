@@ -1,7 +1,5 @@
-"""Environment variables set the arguments of `Database.open` that the caller leaves out (see docs/settings.md).
-
-An empty variable counts as absent. An argument that the caller passes overrides the variable, even if the argument is
-equal to the default value.
+"""Environment variables set the arguments that the caller of `Database.open` leaves out (see docs/settings.md). An
+empty variable counts as absent.
 """
 
 from __future__ import annotations
@@ -26,9 +24,8 @@ class _Number(int):
     __slots__ = ()
 
 
-# The three constants are the defaults in the signature of `Database.open`. To find out whether the caller left an
-# argument out, compare the argument with the constant by `is`, because the caller can pass an equal value. `DURABILITY`
-# and `POOL_SIZE` have separate classes, because Python can use one object for two equal texts or small numbers.
+# The defaults in the signature of `Database.open`. Compare an argument by `is`, because the caller can pass an equal
+# value. Separate classes are necessary, because Python can use one object for two equal texts or small numbers.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

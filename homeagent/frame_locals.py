@@ -1,6 +1,4 @@
-"""Clear local variables in tracebacks, so that error reporters do not record secrets. Only homeagent's frames are
-cleared.
-"""
+"""Clear the local variables of homeagent's frames in tracebacks, so that error reporters do not record secrets."""
 
 from __future__ import annotations
 

@@ -1,12 +1,9 @@
-"""Create the stores of a database, such as `database.devices`, in which each call of a method is a separate unit.
-
-homeagent first calls a method of an application's store without a unit. If the method writes or sends a second
-statement, homeagent stops the method, and calls the method again in a unit.
-"""
+"""Create the stores of a database, such as `database.devices`, in which each call of a method is a separate unit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from functools import cache, wraps
 from inspect import getattr_static
@@ -83,7 +80,8 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
     return call
 
 
-# Methods of the application's stores
+# Methods of the application's stores. homeagent first calls a method without a unit. If the method writes or sends a
+# second statement, homeagent stops the method, and calls the method again in a unit.
 
 
 class _NeedsUnitError(BaseException):
@@ -162,10 +160,8 @@ def _in_unit_if_necessary(kind: type[Store], method: Callable[..., Any]) -> Call
         except _NeedsUnitError as needed:
             writes = needed.writes
         if not writes:
-            try:
+            with suppress(_NeedsUnitError):
                 return database.runner.run(read, read_only=True)
-            except _NeedsUnitError:
-                pass
         return database.runner.run(write)
 
     return call

@@ -1,6 +1,5 @@
 """A fair (first in, first out) pool of connections, or of the rights to run slow hashes. A pool with one connection is
-the write lock. Python's `threading.Lock` and SQLite's busy handler are not fair: with `threading.Lock`, a sweep let
-other writers wait for 400 ms.
+the write lock. Python's `threading.Lock` is not fair: a sweep let other writers wait for 400 ms.
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A pool of resources. The argument `size` is the maximum number of resources. The pool calls `waited()` with the
-    duration of each wait, in seconds.
-    """
+    """A pool of at most `size` resources. The pool calls `waited()` with the duration of each wait, in seconds."""
 
     def __init__(
         self, size: int, make: Callable[[], T], *, name: str, waited: Callable[[float], object] | None = None
@@ -69,8 +66,8 @@ class ConnectionPool(Generic[T]):
         return len(self._waiters)
 
     def acquire(self, timeout: float, *, most_waiting: int | None = None) -> T:
-        """Return a resource that no other caller holds. If no resource is free within `timeout` seconds, raise
-        DatabaseBusyError. If `most_waiting` callers already wait, raise QueueFullError at once.
+        """Return a resource that no other caller holds, or raise DatabaseBusyError after `timeout` seconds. If
+        `most_waiting` callers already wait, raise QueueFullError at once.
         """
         holder = get_ident(), monotonic()
         resource: T | None = None

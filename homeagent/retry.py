@@ -1,8 +1,4 @@
-"""Run functions as units of work, and run a unit again after an error if a second run is safe.
-
-If the connection was lost during COMMIT, the outcome is unknown. After CommitUnknownError, only an idempotent unit
-runs again.
-"""
+"""Run functions as units of work, and run a unit again after an error if a second run is safe."""
 
 from __future__ import annotations
 
@@ -90,11 +86,9 @@ class Runner:
             await asyncio.sleep(pause)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
-        """Call `work()` in a worker thread. Even a cancelled caller waits until a started call has ended.
-
-        Slow hashes (`slow=True`) and short checks have separate threads, so that a check does not wait for a slow hash.
-        """
+        """Call `work()` in a worker thread. Even a cancelled caller waits until a started call has ended."""
         await checkpoint_if_cancelled()
+        # Separate threads, so that a check does not wait for a slow hash.
         return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
 
     async def _in_thread(self, work: Callable[[], T], kind: str) -> T:

@@ -95,10 +95,8 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`. As a context manager, the unit begins and ends the transaction.
-
-    A unit with the argument `joined` is a savepoint in the transaction of a batch. The method `_leave()` ends a joined
-    unit. The timeout is in seconds, and None means `settings.timeout`.
+    """Base class of `UnitOfWork`. A unit with the argument `joined` is a savepoint in the transaction of a batch, and
+    ends by `_leave()`. The timeout is in seconds, and None means `settings.timeout`.
     """
 
     __slots__ = (

@@ -68,8 +68,7 @@ class UnitOfWork(Transaction):
         nested = None
         if self._session is not None:
             nested = self._session.begin_nested()
-            # Send SAVEPOINT now, before a store can write. SQLAlchemy itself would send SAVEPOINT only before the first
-            # statement of the session.
+            # Send SAVEPOINT before a store can write. SQLAlchemy would wait for the session's first statement.
             self._session.connection()
         else:
             connection.execute(f"SAVEPOINT {name}")
@@ -86,8 +85,7 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # The ORM session was opened inside the savepoint's block, so the rollback can undo the rows
-                        # of the session's objects.
+                        # The rollback can undo the rows of a session that was opened inside the block.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -246,8 +244,7 @@ def add_stores(kind: type[U]) -> type[U]:
         raise InvalidArgumentError("unit must be a subclass of UnitOfWork")
     own = [base for base in kind.__mro__ if not issubclass(UnitOfWork, base)]
     try:
-        # Collect the names of the subclass first, because the function `get_type_hints()` also returns the annotations
-        # of `UnitOfWork`.
+        # The function `get_type_hints()` also returns the annotations of `UnitOfWork`.
         names = {name for base in own for name in get_annotations(base)}
         types = get_type_hints(kind) if names else {}
     except NameError as error:

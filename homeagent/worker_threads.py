@@ -1,6 +1,4 @@
-"""For a coroutine, call a function in another thread. An event loop hands several calls to a thread together. A
-cancelled coroutine waits until its started call has ended.
-"""
+"""For a coroutine, call a function in another thread. An event loop hands several calls to a thread together."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ from homeagent.clock import monotonic
 C = TypeVar("C")
 T = TypeVar("T")
 
-# Maximum number of collected calls, and longest time of a collection. Without these limits, an event loop that adds
-# a call in each turn would not hand over the calls.
+# Limits of a collection, without which an event loop that adds a call in each turn would not hand over the calls.
 _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
@@ -51,9 +48,7 @@ class CollectedCalls(Generic[C]):
             calls.append(call)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop, known: int, end: float) -> None:
-        """Hand the calls over if the last turn has added no call, or if a limit is reached. The argument `known` is the
-        number of calls before the last turn.
-        """
+        """Hand the calls over if the last turn has added none to the `known` calls, or if a limit is reached."""
         calls = self._calls[loop]
         if known < len(calls) < _MAX_CALLS and monotonic() < end:
             loop.call_soon(self._end_turn, loop, len(calls), end)
@@ -149,8 +144,7 @@ def _run(executor: Executor, loop: asyncio.AbstractEventLoop, calls: list[Thread
             call.attempt()
             ended.append(call)
             if monotonic() >= end:
-                # If the remaining calls waited for a connection one after the other, the last call would wait for the
-                # sum of all timeouts.
+                # In one thread, the last call could wait for the sum of the timeouts of all remaining calls.
                 for waiting in calls[place:]:
                     loop.call_soon_threadsafe(run_in_thread, executor, [waiting])
                 break

@@ -1,3 +1,1 @@
-"""Engines for SQLite and PostgreSQL. In the package `engine`, do not refer to devices, agents, sessions, nonces or
-keys.
-"""
+"""Engines for SQLite and PostgreSQL. Do not refer to devices, agents, sessions, nonces or keys in this package."""

@@ -1,6 +1,4 @@
-"""Counters of one open database, as plain integers without a lock. CPython switches threads only at calls and at jumps
-backwards, so the statement `self.x += 1` needs no lock.
-"""
+"""Counters of one open database, without a lock. CPython does not switch threads within the statement `x += 1`."""
 
 from __future__ import annotations
 

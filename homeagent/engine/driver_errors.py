@@ -173,8 +173,7 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
-            # Remove the stored text from the driver's exception, because SQLAlchemy makes the exception the cause of an
-            # error.
+            # Remove the stored text, because SQLAlchemy makes the driver's exception the cause of an error.
             error.args = ()
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
@@ -254,8 +253,7 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
     """Return homeagent's error for a driver's exception without an error code (SQLSTATE) of the server."""
-    # Do not import the error classes of psycopg, because a SQLite store must work without psycopg. Compare the names of
-    # the classes (PEP 249).
+    # Compare the names of the classes (PEP 249), because a SQLite store must work without an import of psycopg.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"OverflowError", "UnicodeError", "DataError"}:
         return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")
@@ -280,6 +278,5 @@ def translated(driver_errors: tuple[type[BaseException], ...], translate: Transl
         try:
             raise translation
         finally:
-            # Remove the driver's exception, which Python or SQLAlchemy has set as the cause or context of homeagent's
-            # error.
+            # Remove the driver's exception, which Python or SQLAlchemy has set as the cause or context.
             translation.__cause__ = translation.__context__ = None

@@ -97,8 +97,7 @@ class Engine:
             try:
                 connection.begin()
             except BaseException as error:
-                # Keep the connection to a deleted file open. While the connection is open, the operating system keeps
-                # the content of the deleted file, and the administrator can restore the content.
+                # Keep the connection to a deleted file open, so that the administrator can restore the content.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
                     pool.release(connection)
                     raise

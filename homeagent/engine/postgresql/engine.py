@@ -1,6 +1,4 @@
-"""The PostgreSQL engine. Behind a pooler, each transaction can run in a different session of the server, so the engine
-does not rely on the session's state.
-"""
+"""The PostgreSQL engine. Behind a pooler, each transaction can run in a different session of the server."""
 
 from __future__ import annotations
 
@@ -39,8 +37,7 @@ _CONNECT_OPTIONS: dict[str, str] = {
     "tcp_user_timeout": "30000",
     "fallback_application_name": "homeagent",
 }
-# The option `client_encoding` overrides the encoding of the URL, the role or the database. An encoding other than UTF-8
-# can't represent all characters. With SQL_ASCII, psycopg returns bytes.
+# Override the encoding of the URL, the role or the database. With SQL_ASCII, psycopg would return bytes.
 _ENCODING = {"client_encoding": "utf8"}
 _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "PGTARGETSESSIONATTRS"}
 
@@ -53,9 +50,8 @@ _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.curre
 
 
 class PostgreSQLEngine(Engine):
-    """One PostgreSQL database. Several write units run at the same time and use row locks. Every transaction searches
-    exactly the schemas that the `search_path` names at the first connection. A schema that another role creates later
-    has no effect.
+    """One PostgreSQL database. Every transaction searches exactly the schemas that the `search_path` names at the first
+    connection. A schema that another role creates later has no effect.
     """
 
     connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
@@ -142,8 +138,7 @@ class PostgreSQLEngine(Engine):
         except ValueError:
             # Because the function `resolve_target()` has checked the URL, the invalid value comes from the environment.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
-        # Remove the chained exceptions and the traceback, because the driver's exception and the frames of SQLAlchemy
-        # contain the password.
+        # The driver's exception and the frames of SQLAlchemy contain the password.
         failure.__cause__ = failure.__context__ = None
         raise failure.with_traceback(None)
 
