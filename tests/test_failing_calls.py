@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from homeagent import AgentCreate, Database
+from homeagent import Database
 from homeagent.errors import SchemaOutdatedError
 from tests import fork_server
-from tests.conftest import ROOT
+from tests.conftest import ROOT, add_agent
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc")
 
@@ -33,12 +33,13 @@ def failures():
     return _library.failures()
 def done():
     plan("sync", "/", 0, 10**9, 0)
-def create(unit, name, size=0):
-    unit.agents.create(AgentCreate(id=name, name="A", workspace_path="/", config={"pad": "x" * size}))
 def add(database, name, size=0):
-    database.run(lambda unit: create(unit, name, size))
+    database.agents.create(AgentCreate(id=name, name="A", workspace_path="/", config={"pad": "x" * size}))
 def names(database):
-    return database.run(lambda unit: [agent.id for agent in unit.agents.list()], read_only=True)
+    return [agent.id for agent in database.agents.list()]
+def print_and_kill(answer):
+    print(json.dumps(answer), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
 def refused(act):
     "Return the name of the error of homeagent's that it raises, None without one; another exception ends the process."
     try:
@@ -75,7 +76,7 @@ def failing(library: Path, sqlite_path: Path) -> Failing:
 def names(path: Path) -> list[str]:
     """Return the agents that the next process reads."""
     with Database.open(path) as database:
-        return database.run(lambda unit: [agent.id for agent in unit.agents.list()], read_only=True)
+        return [agent.id for agent in database.agents.list()]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ if sys.argv[2] == "fresh log":
     database._engine.writers.release(link)
 def by_session():
     with database.unit_of_work() as unit:
-        create(unit, "session")
+        add(unit, "session")
         unit.session
 plan("sync", path, errno.EIO, 2 if sys.argv[2] == "fresh log" else 1)
 act = by_session if sys.argv[2] == "session" else lambda: add(database, "first", 20_000)
@@ -107,9 +108,10 @@ if sys.argv[3] == "go on":
     there = names(database)
 elif sys.argv[3] == "close":
     refused(database.close)
-print(json.dumps([error, failures() > 0, there]), flush=True)
+answer = [error, failures() > 0, there]
 if sys.argv[3] == "kill":
-    os.kill(os.getpid(), signal.SIGKILL)
+    print_and_kill(answer)
+print(json.dumps(answer), flush=True)
 os._exit(0)
 """,
         way,
@@ -134,8 +136,7 @@ for name, size in (("first", 200_000), ("second", 50_000)):
     errors_met.append(refused(lambda: add(database, name, size)))
 done()
 add(database, "after")
-print(json.dumps(errors_met), flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
+print_and_kill(errors_met)
 """,
         status=-9,
     )
@@ -170,14 +171,7 @@ database.close()
 
 def test_a_new_epoch_whose_commit_fails_has_not_begun(failing: Failing, sqlite_path: Path) -> None:
     """If the commit of a new epoch fails outside of units of work, the epoch does not appear later."""
-    failing(
-        """
-add(Database.open(path), "before")
-print("null", flush=True)
-os.kill(os.getpid(), signal.SIGKILL)  # leaves a log
-""",
-        status=-9,
-    )
+    failing('add(Database.open(path), "before"); print_and_kill(None)', status=-9)  # leaves a log
     found = failing(
         """
 plan("sync", path + "-wal", errno.EIO)
@@ -203,7 +197,7 @@ def change(unit, size):
         for number in range(100):
             unit.agents.update(f"a{number}", AgentUpdate(config={"pad": "y" * size}))
 with Database.open(path) as database:
-    database.run(lambda unit: [create(unit, f"a{number}", 4000) for number in range(100)] and None)
+    database.run(lambda unit: [add(unit, f"a{number}", 4000) for number in range(100)] and None)
     plan("write", sys.argv[2], errno.EROFS)
     error = refused(lambda: database.run(lambda unit: change(unit, 3000)))
     print(json.dumps([error, failures()]))
@@ -315,5 +309,5 @@ print(json.dumps([error, os.path.exists(path)]))
         path,
     )
     assert found == ["DatabaseError", False]
-    with Database.open(path) as database, database.unit_of_work() as unit:
-        unit.agents.create(AgentCreate(id="a", name="A", workspace_path="/"))
+    with Database.open(path) as database:
+        add_agent(database)

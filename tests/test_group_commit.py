@@ -293,15 +293,6 @@ def test_a_full_disk_at_the_common_commit_loses_no_unit(sqlite_path: Path, child
     assert output.splitlines() == ["a b c", "a b c 6", "a b before c"]
 
 
-def test_a_commit_error_reaches_only_its_caller(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a unit that runs again alone fails to commit, its caller gets the error, and its rows are absent."""
-    error = DiskFullError("no room")
-    with counted_commits(monkeypatch, DiskFullError("no room"), None, error):
-        results = run_together(sqlite_database, [creating(name) for name in ("a", "b", "c")])
-    assert results.count(error) == 1
-    assert agents_of(sqlite_database) == [result for result in results if result is not error]
-
-
 def test_a_savepoint_that_cannot_be_undone_undoes_no_other_unit(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,24 +326,28 @@ def test_an_error_after_the_commit_repeats_no_unit(
 
 
 @BOTH
-def test_no_callback_after_a_commit_that_failed(
+def test_a_commit_error_reaches_only_its_caller(
     sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, coroutines: bool
 ) -> None:
-    """If a commit fails, no callback runs, neither for a lone unit nor for a unit of a batch that then fails alone."""
+    """If a unit fails to commit alone or after its batch, its caller gets the error, and no callback or row is left."""
     called: list[str] = []
+    error = DiskFullError("no room")
 
-    def work(unit: UnitOfWork, name: str) -> None:
+    def work(unit: UnitOfWork, name: str) -> str:
         unit.after_commit(functools.partial(called.append, name))
-        create(unit, name)
+        return create(unit, name)
 
-    with counted_commits(monkeypatch, DiskFullError("no room")), pytest.raises(DiskFullError):
-        sqlite_database.run(functools.partial(work, name="lone"))
-    works = [functools.partial(work, name=name) for name in ("a", "b")]
-    with counted_commits(monkeypatch, *(DiskFullError("no room") for _ in range(3))):
+    works = [functools.partial(work, name=name) for name in ("a", "b", "c")]
+    with counted_commits(monkeypatch, error), pytest.raises(DiskFullError):
+        sqlite_database.run(works[0])
+    with counted_commits(monkeypatch, error, error, error, error):
+        assert run_together(sqlite_database, works, coroutines=coroutines) == [error] * 3
+    assert (called, agents_of(sqlite_database)) == ([], [])
+    with counted_commits(monkeypatch, error, None, error):
         results = run_together(sqlite_database, works, coroutines=coroutines)
-    assert [type(result) for result in results] == [DiskFullError] * 2
-    assert called == []
-    assert agents_of(sqlite_database) == []
+    assert results.count(error) == 1
+    kept = [result for result in results if result is not error]
+    assert sorted(called) == agents_of(sqlite_database) == kept
 
 
 def test_callbacks_run_in_their_callers_thread_after_the_commit(sqlite_database: Database) -> None:

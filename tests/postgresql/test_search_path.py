@@ -27,16 +27,18 @@ def shadow(url: str) -> None:
         add_device(other, "intruder", approved=True)
 
 
+IDS = text("SELECT id FROM devices")
+
+
 def ids_of_session(database: Database) -> list[str]:
     """Return the ids of the devices that an ORM session sees."""
-    with database.unit_of_work() as unit:
-        return [row[0] for row in unit.session.connection().execute(text("SELECT id FROM devices"))]
+    return database.run(lambda unit: list(unit.session.connection().execute(IDS).scalars()))
 
 
 def ids_of_read_connection(database: Database) -> list[str]:
     """Return the ids of the devices that a connection for reports sees."""
     with database.read_connection() as connection:
-        return [row[0] for row in connection.execute(text("SELECT id FROM devices"))]
+        return list(connection.execute(IDS).scalars())
 
 
 def listed(unit: UnitOfWork) -> list[str]:
