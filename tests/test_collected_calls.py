@@ -27,7 +27,6 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 def turn(loop: asyncio.AbstractEventLoop, *acts: Callable[[], object]) -> None:
-    """Run one turn of the event loop with the given functions."""
     for act in acts:
         loop.call_soon(act)
     loop.call_soon(loop.stop)

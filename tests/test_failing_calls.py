@@ -74,7 +74,6 @@ def failing(library: Path, sqlite_path: Path) -> Failing:
 
 
 def names(path: Path) -> list[str]:
-    """Return the agents that the next process reads."""
     with Database.open(path) as database:
         return [agent.id for agent in database.agents.list()]
 

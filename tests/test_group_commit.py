@@ -109,13 +109,11 @@ def leaving_savepoints(unit: UnitOfWork) -> None:
 
 
 def refused(unit: UnitOfWork) -> None:
-    """Let an error of the store leave the unit."""
     create(unit, "raised")
     create(unit, "raised")
 
 
 def recursing(unit: UnitOfWork) -> None:
-    """Write a row, and recurse without end."""
     create(unit, "raised")
 
     def again() -> None:

@@ -28,7 +28,6 @@ ends = st.sampled_from(["return", "return", "return", "raise", "rollback"])
 
 
 def play_orm(unit: UnitOfWork, act: str, name: str) -> Any:
-    """Run a step that uses the ORM session, and return its result."""
     found = unit.session.get(Agent, name)
     if act == "orm add" and unit.session.get(Agent, f"{name}{name}") is None:
         unit.session.add(Agent(id=f"{name}{name}", name="added", workspace_path="/orm", created_at=START))
@@ -45,7 +44,6 @@ def play_orm(unit: UnitOfWork, act: str, name: str) -> Any:
 
 
 def play(unit: UnitOfWork, script: Sequence[tuple[str, str]], end: str, called: list[str]) -> Any:
-    """Run the steps of a unit, and return their results."""
     shown: list[Any] = []
     for act, name in script:
         if act == "create":

@@ -31,7 +31,6 @@ def lanes_of(size: int, make: Callable[[], Resource] = Resource) -> ConnectionPo
 
 
 def wait_for_waiters(lanes: ConnectionPool[Resource], number: int) -> None:
-    """Return when this many threads are in the queue."""
     # Read the queue itself: a thread cannot report that it is about to wait.
     while len(lanes._waiters) < number:
         threading.Event().wait(0.001)

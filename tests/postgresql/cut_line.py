@@ -8,8 +8,6 @@ from contextlib import suppress
 
 from sqlalchemy import URL, make_url
 
-__all__ = ["CutLine"]
-
 
 class CutLine:
     """Forwards bytes between clients on a loopback port and a server, until a test cuts the connections."""
@@ -29,7 +27,6 @@ class CutLine:
 
     @property
     def url(self) -> str:
-        """The server's URL through the proxy."""
         query = {name: value for name, value in self._server.query.items() if name not in {"host", "port"}}
         port = self._listener.getsockname()[1]
         return self._server.set(host="127.0.0.1", port=port, query=query).render_as_string(hide_password=False)
@@ -40,14 +37,12 @@ class CutLine:
             self._word, self._answered = word.encode(), answered
 
     def cut_all(self) -> None:
-        """Cut all connections now."""
         with self._mutex:
             pairs = list(self._pairs)
         for pair in pairs:
             self._end(pair)
 
     def close(self) -> None:
-        """Accept no more clients, and cut all connections."""
         self._listener.close()
         self.cut_all()
 

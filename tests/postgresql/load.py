@@ -18,8 +18,6 @@ from tests.conftest import Children, RecordProperty
 from tests.fork_server import Process
 from tests.postgresql.writer import PATIENCE, WRITER
 
-__all__ = ["Load", "Report", "wait_for"]
-
 WRITERS = 8
 
 
@@ -33,8 +31,6 @@ def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 60)
 
 @dataclass
 class Report:
-    """Results of a load."""
-
     acknowledged: Counter[str] = field(default_factory=Counter)
     """Number of units of each kind."""
     outages: list[tuple[float, float]] = field(default_factory=list)

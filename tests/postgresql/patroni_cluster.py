@@ -17,8 +17,6 @@ from tests.conftest import ROOT
 from tests.postgresql.load import wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
-__all__ = ["PatroniCluster"]
-
 _PAGE = (ROOT / "docs" / "postgresql.md").read_text(encoding="utf-8").partition("```yaml\n")[2].partition("```")[0]
 # JSON reads the values of the page's settings, which are numbers and `true`.
 _SETTINGS = {name: json.loads(value) for name, value in re.findall(r"^(\w+): (\S+)", _PAGE, re.MULTILINE)}
@@ -64,7 +62,6 @@ class PatroniCluster:
         ]  # fmt: skip
 
     def start_node(self, node: Server) -> None:
-        """Start a node's Patroni, which starts PostgreSQL."""
         name = node.directory.name
         configuration = self._directory / f"{name}.yml"
         # JSON is YAML too.
@@ -100,7 +97,6 @@ class PatroniCluster:
 
     @property
     def url(self) -> str:
-        """The URL of the store, on the current leader."""
         ports = ",".join(str(node.port) for node in self.nodes)
         return f"postgresql://postgres@/homeagent?host=127.0.0.1,127.0.0.1&port={ports}&target_session_attrs=read-write"
 
@@ -133,7 +129,6 @@ class PatroniCluster:
         self._patroni[node].wait(30)
 
     def stop(self) -> None:
-        """Stop every process."""
         for process in reversed(self._processes):
             # A Patroni stops its PostgreSQL first; stop etcd last.
             process.terminate()
@@ -151,7 +146,6 @@ class PatroniCluster:
             log.close()
 
     def said(self) -> str:
-        """Return the end of each log."""
         return "\n".join(
             f"{path.name}: {path.read_text(errors='replace')[-3000:]}" for path in self._directory.glob("*.log")
         )

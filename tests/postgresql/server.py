@@ -18,8 +18,6 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Installation", "Server", "find_installation", "free_port"]
-
 # The longest wait of `run` and similar functions, in seconds: a machine may be busy.
 _PATIENCE = 120
 
@@ -60,7 +58,6 @@ class Installation:
         )
 
     def make_directory(self, path: Path) -> Path:
-        """Create a directory that belongs to the user."""
         path.mkdir(mode=0o700)
         if self.user is not None:
             shutil.chown(path, self.user)
@@ -132,7 +129,6 @@ class Server:
         self.data, self.log = directory / "data", directory / "log"
 
     def url(self, database: str = "postgres") -> str:
-        """Return the URL of a database on this server."""
         if self.port is None:
             return f"postgresql://postgres@/{database}?host={self.directory}"
         return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
@@ -194,7 +190,6 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Return the process id of the server's first process."""
         return int((self.data / "postmaster.pid").read_text().splitlines()[0])
 
     def execute(self, statement: str, database: str = "postgres") -> list[tuple[Any, ...]]:

@@ -36,7 +36,6 @@ class Pair:
 
     @property
     def url(self) -> str:
-        """The URL of the store, on the current primary."""
         ports = f"{self.primary.port},{self.standby.port}"
         return f"postgresql://postgres@/homeagent?host=127.0.0.1,127.0.0.1&port={ports}&target_session_attrs=read-write"
 
@@ -72,7 +71,6 @@ class Pair:
         self._add_standby(self.standby.directory, self.standby.port)
 
     def stop(self) -> None:
-        """Stop the running servers."""
         for server in (self.primary, self.standby):
             if server.is_running:
                 server.stop("immediate")
@@ -80,7 +78,6 @@ class Pair:
 
 @pytest.fixture
 def pair(installation: Installation, public_directory: Path) -> Iterator[Pair]:
-    """A primary and its synchronous standby."""
     pair = Pair(installation, public_directory)
     yield pair
     pair.stop()
@@ -112,7 +109,6 @@ def test_failover(
 
 
 def bad(found: Diagnosis) -> dict[str, Severity]:
-    """Return the findings that are not ok."""
     return {finding.check: finding.severity for finding in found.findings if finding.severity is not Severity.OK}
 
 

@@ -32,7 +32,6 @@ ROUNDS = 2
 
 @pytest.fixture
 def cluster(installation: Installation, public_directory: Path) -> Iterator[PatroniCluster]:
-    """An etcd and two nodes."""
     assert ETCD is not None
     cluster = PatroniCluster(installation, public_directory, ETCD)
     try:

@@ -21,7 +21,6 @@ COMMIT = "COMMIT\0"  # the whole statement: READ COMMITTED is in every BEGIN
 
 @pytest.fixture
 def line(target: str) -> Iterator[CutLine]:
-    """A proxy to a new database whose connections can be cut."""
     line = CutLine(target)
     yield line
     line.close()
@@ -29,7 +28,6 @@ def line(target: str) -> Iterator[CutLine]:
 
 @pytest.fixture
 def far(line: CutLine, clock: FakeClock) -> Iterator[Database]:
-    """A database behind the proxy."""
     with Database.open(line.url, clock=clock, busy_timeout=timedelta(seconds=10)) as database:
         yield database
 
@@ -47,7 +45,6 @@ def adding(runs: list[int]) -> Callable[[UnitOfWork], str]:
 
 
 def count_agents(database: Database) -> int:
-    """Return the number of agents."""
     return database.run(lambda unit: len(unit.agents.list()), read_only=True)
 
 

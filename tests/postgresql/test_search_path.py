@@ -15,7 +15,6 @@ pytestmark = pytest.mark.usefixtures("postgres_url")
 
 
 def in_schema(url: str, path: str) -> str:
-    """Return the URL with another `search_path`."""
     changed = make_url(url).update_query_dict({"options": f"-csearch_path={path}"})
     return changed.render_as_string(hide_password=False)
 
@@ -31,18 +30,15 @@ IDS = text("SELECT id FROM devices")
 
 
 def ids_of_session(database: Database) -> list[str]:
-    """Return the ids of the devices that an ORM session sees."""
     return database.run(lambda unit: list(unit.session.connection().execute(IDS).scalars()))
 
 
 def ids_of_read_connection(database: Database) -> list[str]:
-    """Return the ids of the devices that a connection for reports sees."""
     with database.read_connection() as connection:
         return list(connection.execute(IDS).scalars())
 
 
 def listed(unit: UnitOfWork) -> list[str]:
-    """Return the ids of the devices."""
     return [device.id for device in unit.devices.list()]
 
 

@@ -41,7 +41,6 @@ def old_url(empty_postgres_url: str) -> str:
 
 
 def revision_at(url: str) -> Any:
-    """Return the revision of the database."""
     with other(url) as connection:
         return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one()
 

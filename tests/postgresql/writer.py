@@ -17,8 +17,6 @@ from typing import Any
 from homeagent import AgentCreate, AgentUpdate, Attempt, Database, IdempotencyScope, UnitOfWork
 from homeagent.errors import CommitUnknownError
 
-__all__ = ["PATIENCE", "WRITER", "main"]
-
 WRITER = "from tests.postgresql.writer import main; main()"
 """The script of a child process."""
 
@@ -45,7 +43,6 @@ class Writer:
         os.write(self._ledger, json.dumps(line).encode() + b"\n")
 
     def turn(self, number: int) -> None:
-        """Run a unit of each kind."""
         for kind in ("create", "count", "nonce", "effect"):
             began = time.monotonic()
             value = getattr(self, kind)(number)
@@ -106,7 +103,6 @@ class Writer:
 
 
 def main() -> None:
-    """Write until the file `stop` exists."""
     url, path, number = sys.argv[1:]
     directory = Path(path)
     with Database.open(url, busy_timeout=PATIENCE) as database:
