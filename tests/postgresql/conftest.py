@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
+from homeagent import Database
+from tests.conftest import Children, RecordProperty
+from tests.postgresql.load import Load
 from tests.postgresql.server import Installation, Server, free_port
+
+Campaign = Callable[..., AbstractContextManager[Load]]
 
 
 @pytest.fixture
@@ -25,3 +31,26 @@ def own_server(installation: Installation, public_directory: Path) -> Iterator[S
     yield server
     if server.is_running:
         server.stop("immediate")
+
+
+@pytest.fixture
+def campaign(
+    children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: RecordProperty
+) -> Campaign:
+    """Return a context manager that loads a store during its block, and then checks the store and the outages."""
+
+    @contextmanager
+    def run(url: str, outages: int, lost: Sequence[str] = ()) -> Iterator[Load]:
+        with Database.open(url) as database:
+            load = Load(children, url, tmp_path)
+            load.start()
+            yield load
+            load.stop()
+            load.check(database)
+        with capsys.disabled():
+            print(f"\n{load.report}")  # noqa: T201  the figures are the purpose of a manual run
+        if lost:
+            load.report.record(record_property, lost)
+        assert len(load.report.outages) == outages
+
+    return run

@@ -69,6 +69,7 @@ class Load:
         self._kills: list[float] = []
         self._lines: list[list[dict[str, Any]]] = [[] for _ in range(WRITERS)]
         self._read = [0] * WRITERS
+        self.report = Report()
 
     def start(self) -> None:
         """Start the writers, and return when each writer has written."""
@@ -107,12 +108,12 @@ class Load:
         """Record that the primary is killed now."""
         self._kills.append(time.monotonic())
 
-    def stop(self) -> Report:
+    def stop(self) -> None:
         """Let the writers end normally, and report their results."""
         (self._directory / "stop").touch()
         for process in self._processes:
             self._children.finish(process)
-        report = Report()
+        report = self.report
         ledgers = [self.lines(writer) for writer in range(WRITERS)]
         for ledger in ledgers:
             report.acknowledged.update(line["kind"] for line in ledger)
@@ -127,7 +128,6 @@ class Load:
                 for ledger in ledgers
             )
             report.outages.append((gaps[0], gaps[-1]))
-        return report
 
     def check(self, database: Database) -> None:
         """Check that every acknowledged unit is stored, and is stored once."""

@@ -12,8 +12,9 @@ import pytest
 from homeagent import Database, diagnose
 from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import Severity
-from tests.conftest import ROOT, Children, RecordProperty
-from tests.postgresql.load import Load, wait_for
+from tests.conftest import ROOT
+from tests.postgresql.conftest import Campaign
+from tests.postgresql.load import wait_for
 from tests.postgresql.server import Installation, Server, free_port
 
 ROUNDS = 5
@@ -84,13 +85,9 @@ def pair(installation: Installation, public_directory: Path) -> Iterator[Pair]:
 
 
 @pytest.mark.slow
-def test_failover(
-    pair: Pair, children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: RecordProperty
-) -> None:
+def test_failover(pair: Pair, campaign: Campaign) -> None:
     """If the primary fails five times under 8 writers, each acknowledged unit is stored exactly once."""
-    with Database.open(pair.url) as database:
-        load = Load(children, pair.url, tmp_path)
-        load.start()
+    with campaign(pair.url, ROUNDS, ["primary killed, standby promoted by the test"]) as load:
         for _ in range(ROUNDS):
             pair.wait_for_waiting()
             load.wait_for_turns(5)
@@ -100,12 +97,6 @@ def test_failover(
             load.wait_for_turns(5)
             pair.rebuild()
         pair.wait_for_waiting()
-        report = load.stop()
-        load.check(database)
-    with capsys.disabled():
-        print(f"\n{report}")  # noqa: T201  the figures are the purpose of a manual run
-    report.record(record_property, ["primary killed, standby promoted by the test"])
-    assert len(report.outages) == ROUNDS
 
 
 def bad(found: Diagnosis) -> dict[str, Severity]:

@@ -12,9 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from homeagent import Database
-from tests.conftest import Children, RecordProperty
-from tests.postgresql.load import Load
+from tests.postgresql.conftest import Campaign
 from tests.postgresql.patroni_cluster import PatroniCluster
 from tests.postgresql.server import Installation
 
@@ -42,17 +40,10 @@ def cluster(installation: Installation, public_directory: Path) -> Iterator[Patr
         print(cluster.said())  # noqa: T201  pytest shows the text if the test fails
 
 
-def test_patroni(
-    cluster: PatroniCluster,
-    children: Children,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    record_property: RecordProperty,
-) -> None:
+def test_patroni(cluster: PatroniCluster, campaign: Campaign) -> None:
     """If servers and whole nodes fail under 8 writers, each acknowledged unit is stored exactly once."""
-    with Database.open(cluster.url) as database:
-        load = Load(children, cluster.url, tmp_path)
-        load.start()
+    lost_parts = ["PostgreSQL of Patroni's leader killed", "PostgreSQL and Patroni of the leader killed"]
+    with campaign(cluster.url, len(lost_parts) * ROUNDS, lost_parts) as load:
         for _ in range(ROUNDS):
             for whole in (False, True):
                 cluster.wait_for_standby()
@@ -68,12 +59,3 @@ def test_patroni(
                 if whole:
                     cluster.start_node(lost)
         cluster.wait_for_standby()
-        report = load.stop()
-        load.check(database)
-    with capsys.disabled():
-        # The figures are the purpose of a manual run.
-        print(f"\n{report}\nThe odd ones lost the server alone, the even ones its Patroni too.")  # noqa: T201
-    report.record(
-        record_property, ["PostgreSQL of Patroni's leader killed", "PostgreSQL and Patroni of the leader killed"]
-    )
-    assert len(report.outages) == 2 * ROUNDS
