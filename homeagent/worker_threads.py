@@ -23,7 +23,7 @@ _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
 # If the calls of a thread take longer than this time in seconds, the remaining calls run in separate threads.
-_MAX_REPORT_SECONDS = 0.1
+_MAX_SHARED_SECONDS = 0.1
 
 
 class CollectedCalls(Generic[C]):
@@ -137,7 +137,7 @@ def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
 
 def _run(executor: Executor, loop: asyncio.AbstractEventLoop, calls: list[ThreadCall]) -> None:
     ended: list[ThreadCall] = []
-    end = monotonic() + _MAX_REPORT_SECONDS
+    end = monotonic() + _MAX_SHARED_SECONDS
     for place, call in enumerate(calls, 1):
         if call.decision.acquire(blocking=False):
             # Do not call the function in this frame, because `clear_locals()` can clear only a frame that has ended.

@@ -64,7 +64,7 @@ def test_a_call_without_a_thread_does_not_run_later(monkeypatch: pytest.MonkeyPa
 
 def test_a_slow_call_does_not_delay_the_calls_that_were_collected_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a slow call, the remaining calls run at the same time: each of two calls waits for the other call."""
-    monkeypatch.setattr(worker_threads, "_MAX_REPORT_SECONDS", 0)
+    monkeypatch.setattr(worker_threads, "_MAX_SHARED_SECONDS", 0)
     meeting = threading.Barrier(2, timeout=5)
 
     async def work() -> None:
