@@ -12,27 +12,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import sqlalchemy
 from pydantic import BaseModel
-from sqlalchemy import (
-    ColumnElement,
-    CompoundSelect,
-    Dialect,
-    Float,
-    Insert,
-    Select,
-    TextClause,
-    inspect,
-    literal_column,
-)
+from sqlalchemy import CompoundSelect, Dialect, Float, Insert, Select, TextClause, bindparam, inspect, literal_column
 from sqlalchemy.orm import configure_mappers
 from sqlalchemy.sql.expression import ColumnClause
 
 from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
 from homeagent.models import TABLES
 from homeagent.models.base import Table, metadata
-from homeagent.models.types import UNREADABLE, naming_column, unreadable, unreadable_in
+from homeagent.models.types import UNREADABLE, naming_column, unreadable
 
 if TYPE_CHECKING:
-    from sqlalchemy import Executable
+    from sqlalchemy import ColumnElement, Executable
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
     from sqlmodel.sql.expression import SelectOfScalar
@@ -86,16 +76,19 @@ class Compiled(Generic[R]):
         """Return an error that names the first unreadable value. Call the method after `load()` raised an error."""
         for row in rows:
             for place, (column, value) in enumerate(zip(self.columns, row, strict=True)):
-                convert = _processor(column, self._dialect)
-                try:
-                    if convert is None or (value is not None and convert(value) is not None):
-                        continue
-                    if value is not None or getattr(column, "nullable", True):
-                        continue
-                except UNREADABLE:
-                    pass
-                return self.unreadable_at(place, row, parameters)
+                if not self._is_readable(column, value):
+                    return self.unreadable_at(place, row, parameters)
         return unreadable()
+
+    def _is_readable(self, column: Any, value: object) -> bool:
+        convert = _processor(column, self._dialect)
+        if convert is None or value is None:
+            return convert is None or getattr(column, "nullable", True)
+        try:
+            convert(value)
+        except UNREADABLE:
+            return False
+        return True
 
     def unreadable_at(
         self, place: int | None, row: Row, parameters: Parameters, what: str = "holds a value that can't be read"
@@ -113,7 +106,7 @@ class Compiled(Generic[R]):
         key = next((key for key in keys if key is not None), None)
         if table.name not in TABLES and not isinstance(key, int):
             key = None  # the key of a row in an application's table can be a secret
-        return unreadable_in(table, column.name if isinstance(column, ColumnClause) else None, key, what)
+        return unreadable(table, column.name if isinstance(column, ColumnClause) else None, key, what)
 
 
 _READING = (Select, CompoundSelect)
@@ -193,6 +186,30 @@ def constant(value: str | int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     return literal_column(f"'{value}'" if isinstance(value, str) else str(int(value)), type_)
 
 
+def bindparams(*names: str) -> dict[str, Any]:
+    """Return a parameter for each name, for example for `values()`."""
+    return {name: bindparam(name) for name in names}
+
+
+def equal(table: Any, *names: str) -> ColumnElement[bool]:
+    """Return the condition that each of the columns equals the parameter of the same name."""
+    return sqlalchemy.and_(*(table.c[name] == bindparam(name) for name in names))
+
+
+def count(table: Any, *conditions: Any) -> Statement[int]:
+    """Return the statement that counts the rows that match the conditions."""
+    return Statement(sqlalchemy.select(sqlalchemy.func.count()).select_from(table).where(*conditions))
+
+
+def delete_first(table: Any, order: ColumnElement[Any], *conditions: Any) -> sqlalchemy.Delete:
+    """Return the DELETE of at most `:limit` rows that match the conditions, in the given order. If two hosts sweep at
+    the same time (only on PostgreSQL), SKIP LOCKED makes the two sweeps delete different rows.
+    """
+    key = table.primary_key.columns
+    first = sqlalchemy.select(*key).where(*conditions).order_by(order).limit(bindparam("limit"))
+    return sqlalchemy.delete(table).where(sqlalchemy.tuple_(*key).in_(first.with_for_update(skip_locked=True)))
+
+
 def _column_keys(expression: Any) -> list[str] | None:
     """For an INSERT without `values()`, return the columns except a key that the database assigns; otherwise None."""
     # SQLAlchemy has no public attributes for the values of an INSERT.
@@ -205,13 +222,12 @@ def _column_keys(expression: Any) -> list[str] | None:
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
     """For each column without a value in the statement, return the function that makes the default value."""
-    makers: dict[str, Callable[[], Any]] = {}
-    for columns, attribute in ((compiled.insert_prefetch, "default"), (compiled.update_prefetch, "onupdate")):
-        for column in columns:
-            default: Any = getattr(column, attribute)
-            always = partial(next, repeat(default.arg))
-            makers[column.key] = partial(default.arg, None) if default.is_callable else always
-    return makers
+    defaults = {column.key: column.default for column in compiled.insert_prefetch}
+    defaults |= {column.key: column.onupdate for column in compiled.update_prefetch}
+    return {
+        key: partial(each.arg, None) if each.is_callable else partial(getattr, each, "arg")
+        for key, each in defaults.items()
+    }
 
 
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:

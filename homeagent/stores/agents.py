@@ -4,41 +4,37 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from sqlalchemy import bindparam, delete, func, select, update
+from sqlalchemy import bindparam, delete, select, update
 
 from homeagent import models
-from homeagent.engine.statements import Statement
+from homeagent.engine.statements import Statement, count, equal
 from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
 from homeagent.models.types import check_limit
 from homeagent.stores.store import Store, check_kind, reading, writing
 
-_columns: Any = Agent.__table__.c
-_sessions: Any = AgentSession.__table__.c
+_table: Any = Agent.__table__
+_sessions: Any = AgentSession.__table__
 
-_FIND = Statement[Agent](select(Agent).where(_columns.id == bindparam("id")), lock=True)
-_CREATE = Statement[Agent](
-    lambda insert: insert(Agent.__table__).on_conflict_do_nothing(index_elements=["id"]), returning=Agent
-)
-_LOCK = Statement[str](select(_columns.id).where(_columns.id == bindparam("id")), lock=True)
-_COUNT_SESSIONS = Statement[int](
-    select(func.count()).select_from(AgentSession).where(_sessions.agent_id == bindparam("agent_id"))
-)
-_DELETE_SESSIONS = Statement[AgentSession](delete(AgentSession).where(_sessions.agent_id == bindparam("agent_id")))
-_DELETE = Statement[Agent](delete(Agent).where(_columns.id == bindparam("agent_id")))
+_FIND = Statement[Agent](select(Agent).where(equal(_table, "id")), lock=True)
+_CREATE = Statement[Agent](lambda insert: insert(_table).on_conflict_do_nothing(index_elements=["id"]), returning=Agent)
+_LOCK = Statement[str](select(_table.c.id).where(equal(_table, "id")), lock=True)
+_COUNT_SESSIONS = count(_sessions, equal(_sessions, "agent_id"))
+_DELETE_SESSIONS = Statement[AgentSession](delete(_sessions).where(equal(_sessions, "agent_id")))
+_DELETE = Statement[Agent](delete(_table).where(equal(_table, "id")))
 
 
 @cache
 def _update(given: frozenset[str]) -> Statement[Agent]:
     values: dict[str, Any] = {name: bindparam(f"new_{name}") for name in sorted(given)}
-    return Statement(update(Agent).where(_columns.id == bindparam("agent_id")).values(values), returning=Agent)
+    return Statement(update(_table).where(_table.c.id == bindparam("agent_id")).values(values), returning=Agent)
 
 
 @cache
 def _list(*, after: bool) -> Statement[Agent]:
-    conditions = [_columns.id > bindparam("after")] if after else []
-    return Statement(select(Agent).where(*conditions).order_by(_columns.id).limit(bindparam("limit")))
+    conditions = [_table.c.id > bindparam("after")] if after else []
+    return Statement(select(Agent).where(*conditions).order_by(_table.c.id).limit(bindparam("limit")))
 
 
 class AgentStore(Store):
@@ -120,5 +116,5 @@ class AgentStore(Store):
             self._unit.write(_DELETE_SESSIONS, agent_id=agent_id)
         elif count := self._unit.one(_COUNT_SESSIONS, agent_id=agent_id):
             raise AgentInUseError(agent_id, count)
-        self._unit.write(_DELETE, agent_id=agent_id)
+        self._unit.write(_DELETE, id=agent_id)
         return True

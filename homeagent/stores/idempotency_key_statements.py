@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Text, and_, bindparam, delete, func, not_, null, or_, select, tuple_, update
+from sqlalchemy import Text, and_, bindparam, delete, not_, null, or_, select, update
 
-from homeagent.engine.statements import Statement, constant
+from homeagent.engine.statements import Statement, bindparams, constant, count, delete_first, equal
 from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyState
 
 _table: Any = IdempotencyKey.__table__
 _columns: Any = _table.c
 
-_IN_PROGRESS = constant(IdempotencyState.IN_PROGRESS, _columns.state.type)
-_COMPLETED = constant(IdempotencyState.COMPLETED, _columns.state.type)
-_FAILED = constant(IdempotencyState.FAILED, _columns.state.type)
-_FIRST = constant(1, _columns.attempt.type)
-_NOT_OMITTED = constant(False, _columns.omitted.type)
-
-_SAME_SCOPE = and_(
-    _columns.device_id == bindparam("device_id"),
-    _columns.method == bindparam("method"),
-    _columns.key == bindparam("key"),
-)
+_IN_PROGRESS, _COMPLETED, _FAILED = (constant(state, _columns.state.type) for state in IdempotencyState)
+_SCOPE = ("device_id", "method", "key")
+_SAME_SCOPE = equal(_table, *_SCOPE)
 # A row with an invalid state does not expire, because the effect could run again after a deletion of the row.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
@@ -31,52 +23,39 @@ EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 
 # Count expired rows too, so that the statement reads only the index of the primary key. To skip expired rows, SQLite
 # would have to read the column `result`, which can be long and comes before `expires_at`.
-COUNT = Statement[int](
-    select(func.count()).select_from(IdempotencyKey).where(_columns.device_id == bindparam("device_id"))
-)
+COUNT = count(_table, equal(_table, "device_id"))
 # Do not replace `device_id + ""` by `device_id`, because the database would then use the primary key, not the index of
 # `expires_at` (`test_expired_keys_are_counted_by_the_index`).
-COUNT_EXPIRED_OF_DEVICE = Statement[int](
-    select(func.count()).select_from(IdempotencyKey).where(EXPIRED, _columns.device_id + "" == bindparam("device_id"))
-)
+COUNT_EXPIRED_OF_DEVICE = count(_table, EXPIRED, _columns.device_id + "" == bindparam("device_id"))
+COUNT_EXPIRED = count(_table, EXPIRED)
 
 
 def _upsert(**values: Any) -> Statement[IdempotencyKey]:
     """Return the statement that inserts a record. The statement replaces an expired record, because an expired record
-    counts as absent.
+    counts as absent. A column without a value in `values` gets the value for the first attempt of a record, or NULL.
     """
-    scope: dict[str, Any] = {name: bindparam(name) for name in ("device_id", "method", "key")}
+    values = {
+        **dict.fromkeys(("fingerprint", "owner", "lease_expires_at", "downstream_key"), null()),
+        "created_at": bindparam("now"),
+        "expires_at": bindparam("expires_at"),
+        "attempt": constant(1, _columns.attempt.type),
+        "omitted": constant(False, _columns.omitted.type),
+        **values,
+    }
     return Statement(
-        lambda insert: (statement := insert(_table).values(**scope, **values)).on_conflict_do_update(
-            index_elements=list(scope), set_={name: statement.excluded[name] for name in values}, where=EXPIRED
+        lambda insert: (statement := insert(_table).values(**bindparams(*_SCOPE), **values)).on_conflict_do_update(
+            index_elements=_SCOPE, set_={name: statement.excluded[name] for name in values}, where=EXPIRED
         )
     )
 
 
-INSERT = _upsert(
-    # The type is Text and not JSON, because the store has already encoded the result.
-    result=bindparam("json", type_=Text),
-    created_at=bindparam("now"),
-    expires_at=bindparam("expires_at"),
-    state=_COMPLETED,
-    attempt=_FIRST,
-    omitted=_NOT_OMITTED,
-    fingerprint=null(),
-    owner=null(),
-    lease_expires_at=null(),
-    downstream_key=null(),
-)
+# The type is Text and not JSON, because the store has already encoded the result.
+INSERT = _upsert(state=_COMPLETED, result=bindparam("json", type_=Text))
 CLAIM = _upsert(
-    result=constant("null", Text()),
-    created_at=bindparam("now"),
-    expires_at=bindparam("expires_at"),
     state=_IN_PROGRESS,
-    attempt=_FIRST,
-    omitted=_NOT_OMITTED,
-    fingerprint=bindparam("fingerprint"),
+    result=constant("null", Text()),
     owner=bindparam("new_owner"),
-    lease_expires_at=bindparam("lease_expires_at"),
-    downstream_key=bindparam("downstream_key"),
+    **bindparams("fingerprint", "lease_expires_at", "downstream_key"),
 )
 FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _NOT_EXPIRED), lock=True)
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
@@ -85,19 +64,15 @@ _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bin
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)
     .where(_OWNED)
-    .values(owner=bindparam("new_owner"), attempt=bindparam("number"), lease_expires_at=bindparam("lease_expires_at"))
+    .values(owner=bindparam("new_owner"), attempt=bindparam("number"), **bindparams("lease_expires_at"))
 )
-RENEW = Statement[IdempotencyKey](
-    update(IdempotencyKey).where(_OWNED).values(lease_expires_at=bindparam("lease_expires_at"))
-)
+RENEW = Statement[IdempotencyKey](update(IdempotencyKey).where(_OWNED).values(bindparams("lease_expires_at")))
 RECORD = Statement[IdempotencyKey](
     update(IdempotencyKey)
     .where(_OWNED)
     .values(
-        state=bindparam("state"),
+        **bindparams("state", "omitted", "expires_at"),
         result=bindparam("json", type_=Text),
-        omitted=bindparam("omitted"),
-        expires_at=bindparam("expires_at"),
         owner=bindparam("recorded_by"),
         lease_expires_at=None,
     )
@@ -106,21 +81,8 @@ DELETE_OWNED = Statement[IdempotencyKey](delete(IdempotencyKey).where(_OWNED))
 ABANDONED = Statement[IdempotencyKey](
     select(IdempotencyKey)
     .where(_columns.state == _IN_PROGRESS, _columns.lease_expires_at <= bindparam("now"))
-    .order_by(_columns.lease_expires_at, _columns.device_id, _columns.method, _columns.key)
+    .order_by(_columns.lease_expires_at, *(_columns[name] for name in _SCOPE))
     .limit(bindparam("limit"))
 )
-DELETE_EXPIRED = Statement[IdempotencyKey](
-    delete(IdempotencyKey).where(
-        tuple_(_columns.device_id, _columns.method, _columns.key).in_(
-            select(_columns.device_id, _columns.method, _columns.key)
-            .where(EXPIRED)
-            .order_by(_columns.expires_at)
-            .limit(bindparam("limit"))
-            .with_for_update(skip_locked=True)
-        )
-    )
-)
-DELETE_ENDED = Statement[IdempotencyKey](
-    delete(IdempotencyKey).where(_columns.device_id == bindparam("device_id"), _ENDED)
-)
-COUNT_EXPIRED = Statement[int](select(func.count()).select_from(IdempotencyKey).where(EXPIRED))
+DELETE_EXPIRED = Statement[IdempotencyKey](delete_first(_table, _columns.expires_at, EXPIRED))
+DELETE_ENDED = Statement[IdempotencyKey](delete(_table).where(equal(_table, "device_id"), _ENDED))

@@ -8,29 +8,11 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from homeagent import errors
 from homeagent.engine.statements import Statement, as_loaded
-from homeagent.errors import (
-    EffectFailedError,
-    FingerprintMismatchError,
-    IdempotencyInProgressError,
-    IdempotencyKeyExistsError,
-    InvalidArgumentError,
-    KeyLimitError,
-    LeaseLostError,
-    OutcomeUnknownError,
-)
 from homeagent.frame_locals import clears_locals
+from homeagent.models import types
 from homeagent.models.idempotency_key import Attempt, IdempotencyKey, IdempotencyScope, IdempotencyState, Outcome
-from homeagent.models.types import (
-    MAX_RESULT_BYTES,
-    check_duration,
-    check_identifier,
-    check_label,
-    check_limit,
-    check_name,
-    encode_json,
-    later,
-)
 from homeagent.stores import idempotency_key_statements as statements
 from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, check_kind, reading, writing
@@ -56,10 +38,10 @@ class IdempotencyKeyStore(Store):
             KeyLimitError: if the device has `Limits.keys_per_device` records that have not expired.
             InvalidArgumentError: if an argument is out of range.
         """
-        scope = _check_new(scope)
-        json = encode_json(result, "result", limit=MAX_RESULT_BYTES)
+        _check_new(scope)
+        json = types.encode_json(result, "result", limit=types.MAX_RESULT_BYTES)
         now = self._unit.now()
-        expires_at = later(now, self._check_ttl(ttl, "ttl"), "ttl")
+        expires_at = types.later(now, self._check_ttl(ttl, "ttl"), "ttl")
         self._require_room(scope, now)
         if not self._unit.write(
             statements.INSERT,
@@ -70,7 +52,7 @@ class IdempotencyKeyStore(Store):
             now=now,
             expires_at=expires_at,
         ):
-            raise IdempotencyKeyExistsError(scope.device_id, scope.method)
+            raise errors.IdempotencyKeyExistsError(scope.device_id, scope.method)
         # Do not validate the instance, because the validation would take three times as long as the insert.
         return as_loaded(
             IdempotencyKey,
@@ -102,7 +84,7 @@ class IdempotencyKeyStore(Store):
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
         """Return the parameters for a search. The scope can contain texts that a new record must not contain."""
-        _check_scope(scope)
+        check_kind(scope, IdempotencyScope, "scope")
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
             "method": self._searched(scope.method, "method"),
@@ -116,7 +98,7 @@ class IdempotencyKeyStore(Store):
         if not has_room(unit, "idempotency_keys", device_id, limit, now, self._count) and (
             unit.one(statements.FIND, **_parameters(scope), now=now) is None
         ):
-            raise KeyLimitError(device_id, limit)
+            raise errors.KeyLimitError(device_id, limit)
 
     def _count(self, device_id: str, now: datetime) -> int:
         stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
@@ -158,13 +140,13 @@ class IdempotencyKeyStore(Store):
                 failure.
             KeyLimitError: if the key is new and the device has reached the maximum number of keys.
         """
-        scope = _check_new(scope)
+        _check_new(scope)
         if fingerprint != "":
-            check_name(fingerprint, "fingerprint")
+            types.check_name(fingerprint, "fingerprint")
         now = self._unit.now()
-        lease_expires_at = later(now, check_duration(lease, "lease", zero=True), "lease")
-        expires_at = later(now, self._check_ttl(ttl, "ttl"), "ttl")
-        owner = urandom(16).hex() if owner is None else check_name(owner, "owner")
+        lease_expires_at = types.later(now, types.check_duration(lease, "lease", zero=True), "lease")
+        expires_at = types.later(now, self._check_ttl(ttl, "ttl"), "ttl")
+        owner = urandom(16).hex() if owner is None else types.check_name(owner, "owner")
         downstream_key = urandom(16).hex()
         self._require_room(scope, now)
         while not self._unit.write(
@@ -181,15 +163,7 @@ class IdempotencyKeyStore(Store):
             if row is not None:  # if `row` is None, another caller has deleted the record: claim again
                 outcome = _outcome(scope, row, fingerprint)
                 return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
-        return Attempt(
-            number=1,
-            downstream_key=downstream_key,
-            scope=scope,
-            lease_expires_at=lease_expires_at,
-            expires_at=expires_at,
-            ttl=ttl,
-            owner=owner,
-        )
+        return Attempt(1, downstream_key, scope, lease_expires_at, expires_at, ttl, owner)
 
     def _take_over(
         self,
@@ -206,9 +180,9 @@ class IdempotencyKeyStore(Store):
             # The caller has already committed the same claim, but did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
-            raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=row.lease_expires_at - now)
+            raise errors.IdempotencyInProgressError(**_refusal(scope, row), retry_after=row.lease_expires_at - now)
         if not rerun:
-            raise OutcomeUnknownError(**_refusal(scope, row), attempt=row.attempt)
+            raise errors.OutcomeUnknownError(**_refusal(scope, row), attempt=row.attempt)
         number = row.attempt + 1
         self._unit.write(
             statements.TAKE_OVER,
@@ -227,7 +201,7 @@ class IdempotencyKeyStore(Store):
         attempt no longer owns the key, raise `LeaseLostError`.
         """
         check_kind(attempt, Attempt, "attempt")
-        until = later(self._unit.now(), check_duration(lease, "lease", zero=True), "lease")
+        until = types.later(self._unit.now(), types.check_duration(lease, "lease", zero=True), "lease")
         self._write_fenced(statements.RENEW, attempt, lease_expires_at=until)
         return replace(attempt, lease_expires_at=until)
 
@@ -266,11 +240,11 @@ class IdempotencyKeyStore(Store):
     ) -> bool:
         """Record an outcome, and return True if the result could be stored."""
         try:
-            json, omitted = encode_json(result, limit=MAX_RESULT_BYTES), False
-        except InvalidArgumentError:
-            json, omitted = encode_json(None), True
+            json, omitted = types.encode_json(result, limit=types.MAX_RESULT_BYTES), False
+        except errors.InvalidArgumentError:
+            json, omitted = types.encode_json(None), True
         # If the effect took longer than the `ttl`, the old `expires_at` has passed, so count the `ttl` from now.
-        expires_at = attempt.expires_at if attempt.expires_at > now else later(now, attempt.ttl, "ttl")
+        expires_at = attempt.expires_at if attempt.expires_at > now else types.later(now, attempt.ttl, "ttl")
         self._write_fenced(
             statements.RECORD,
             attempt,
@@ -304,7 +278,7 @@ class IdempotencyKeyStore(Store):
         """Run a statement that changes the record only if the attempt owns the key."""
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
             scope = attempt.scope
-            raise LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)
+            raise errors.LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)
 
     # Methods for operators, who settle abandoned attempts
 
@@ -312,7 +286,7 @@ class IdempotencyKeyStore(Store):
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
         """Return at most `limit` records of abandoned attempts. The record whose lease expired first comes first."""
-        return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=check_limit(limit))
+        return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=types.check_limit(limit))
 
     @writing()
     @clears_locals
@@ -324,7 +298,7 @@ class IdempotencyKeyStore(Store):
             IdempotencyInProgressError: if the lease has not expired, because the effect is perhaps still running.
             InvalidArgumentError: if the result is over 1 MiB or not JSON.
         """
-        encode_json(result, "result", limit=MAX_RESULT_BYTES)
+        types.encode_json(result, "result", limit=types.MAX_RESULT_BYTES)
         now = self._unit.now()
         attempt = self._find_abandoned(scope, now)
         return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, now, recorded_by=None)
@@ -350,7 +324,7 @@ class IdempotencyKeyStore(Store):
             return None
         lease_end = row.lease_expires_at or now
         if lease_end > now:
-            raise IdempotencyInProgressError(**_refusal(scope, row), retry_after=lease_end - now)
+            raise errors.IdempotencyInProgressError(**_refusal(scope, row), retry_after=lease_end - now)
         return _attempt_of(row)
 
     @writing()
@@ -361,7 +335,7 @@ class IdempotencyKeyStore(Store):
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
         """Delete expired records, oldest first. Return the number of deleted records, which is at most the limit."""
-        return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=check_limit(limit))
+        return self._unit.write(statements.DELETE_EXPIRED, now=self._unit.now(), limit=types.check_limit(limit))
 
 
 def _attempt_of(row: IdempotencyKey) -> Attempt:
@@ -379,9 +353,9 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
 def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> Outcome | None:
     """Return the outcome of a row, or None if the row is in progress."""
     if row.fingerprint is not None and row.fingerprint != fingerprint:
-        raise FingerprintMismatchError(**_refusal(scope, row))
+        raise errors.FingerprintMismatchError(**_refusal(scope, row))
     if row.state is IdempotencyState.FAILED:
-        raise EffectFailedError(row.result, replayed=True)
+        raise errors.EffectFailedError(row.result, replayed=True)
     if row.state is IdempotencyState.COMPLETED:
         return Outcome(value=row.result, replayed=True, attempt=row.attempt, omitted=row.omitted)
     return None
@@ -397,18 +371,9 @@ def _parameters(scope: IdempotencyScope) -> dict[str, Any]:
     return {"device_id": scope.device_id, "method": scope.method, "key": scope.key}
 
 
-def _check_scope(scope: IdempotencyScope) -> IdempotencyScope:
-    if not isinstance(scope, IdempotencyScope):
-        raise InvalidArgumentError("scope must be an IdempotencyScope(device_id, method, key)")
-    return scope
-
-
-def _check_new(scope: IdempotencyScope) -> IdempotencyScope:
-    """Check the scope for a new record. A scope from `IdempotencyScope.of_record()` can contain invalid texts."""
-    if type(scope) is IdempotencyScope:
-        return scope
-    _check_scope(scope)
-    check_identifier(scope.device_id, "device_id")
-    check_name(scope.method, "method")
-    check_label(scope.key, "key")
-    return scope
+def _check_new(scope: IdempotencyScope) -> None:
+    """Check the scope for a new record."""
+    if type(scope) is not IdempotencyScope:
+        check_kind(scope, IdempotencyScope, "scope")
+        # The texts of a scope from `IdempotencyScope.of_record()` can break the rules for new texts.
+        IdempotencyScope(scope.device_id, scope.method, scope.key)

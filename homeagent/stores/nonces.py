@@ -4,22 +4,14 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Integer, bindparam, delete, func, select, tuple_, update
+from sqlalchemy import Integer, select, update
 
-from homeagent.engine.statements import Statement, constant
+from homeagent.engine.statements import Statement, bindparams, constant, count, delete_first, equal
 from homeagent.errors import CorruptDatabaseError, NonceLimitError
 from homeagent.frame_locals import clears_locals
+from homeagent.models import types
 from homeagent.models.nonce import Nonce
 from homeagent.models.store_record import store_table
-from homeagent.models.types import (
-    check_duration,
-    check_identifier,
-    check_label,
-    check_limit,
-    check_timestamp,
-    earlier,
-    later,
-)
 from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, reading, writing
 
@@ -29,54 +21,29 @@ NONCE_GRACE = timedelta(hours=1)
 _table: Any = Nonce.__table__
 _columns: Any = _table.c
 
+_NOW, _BEFORE = bindparams("now", "before").values()
+
 _CONSUME = Statement[Nonce](
     lambda insert: (
-        statement := insert(_table).values(
-            nonce=bindparam("nonce"),
-            device_id=bindparam("device_id"),
-            created_at=bindparam("now"),
-            expires_at=bindparam("expires_at"),
-        )
+        statement := insert(_table).values(**bindparams("nonce", "device_id", "expires_at"), created_at=_NOW)
     ).on_conflict_do_update(
         index_elements=["device_id", "nonce"],
         # An expired nonce counts as absent even before a sweep deletes the row.
         set_={"created_at": statement.excluded.created_at, "expires_at": statement.excluded.expires_at},
-        where=_columns.expires_at <= bindparam("now"),
+        where=_columns.expires_at <= _NOW,
     )
 )
-_FIND = Statement[Nonce](
-    select(Nonce).where(
-        _columns.device_id == bindparam("device_id"),
-        _columns.nonce == bindparam("nonce"),
-        _columns.expires_at > bindparam("now"),
-    )
-)
+_FIND = Statement[Nonce](select(Nonce).where(equal(_table, "device_id", "nonce"), _columns.expires_at > _NOW))
 # Value of `created_at` for a nonce that an operator has excluded from the limit
 _RELEASED = constant(0, Integer())
-_COUNTED = (
-    _columns.device_id == bindparam("device_id"),
-    _columns.expires_at > bindparam("now"),
-    _columns.created_at != _RELEASED,
-)
-_COUNT = Statement[int](select(func.count()).select_from(Nonce).where(*_COUNTED))
+_COUNTED = (equal(_table, "device_id"), _columns.expires_at > _NOW, _columns.created_at != _RELEASED)
+_COUNT = count(_table, *_COUNTED)
 _RELEASE = Statement[Nonce](update(Nonce).where(*_COUNTED).values(created_at=_RELEASED))
-EXPIRED: Any = _columns.expires_at <= bindparam("before")
+EXPIRED: Any = _columns.expires_at <= _BEFORE
 """SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
 
-# If two hosts sweep at the same time (only on PostgreSQL), SKIP LOCKED makes the two sweeps delete different rows.
-_DELETE_EXPIRED = Statement[Nonce](
-    delete(Nonce).where(
-        tuple_(_columns.device_id, _columns.nonce).in_(
-            select(_columns.device_id, _columns.nonce)
-            .where(EXPIRED)
-            .order_by(_columns.expires_at)
-            .limit(bindparam("limit"))
-            .with_for_update(skip_locked=True)
-        )
-    )
-)
-COUNT_EXPIRED = Statement[int](select(func.count()).select_from(Nonce).where(EXPIRED))
-
+_DELETE_EXPIRED = Statement[Nonce](delete_first(_table, _columns.expires_at, EXPIRED))
+COUNT_EXPIRED = count(_table, EXPIRED)
 FIND_RECORD = Statement[tuple[int, datetime | None]](select(store_table.c.epoch, store_table.c.restored_at))
 
 
@@ -117,9 +84,9 @@ class NonceStore(Store):
             NonceLimitError: if the nonce is new and the device has reached the limit. To make room, call `forget()`.
             InvalidArgumentError: if `expires_at` is more than `Limits.longest_ttl` ahead.
         """
-        check_identifier(device_id, "device_id")
-        check_label(nonce, "nonce")
-        expires_at, now = check_timestamp(expires_at, "expires_at"), self._unit.now()
+        types.check_identifier(device_id, "device_id")
+        types.check_label(nonce, "nonce")
+        expires_at, now = types.check_timestamp(expires_at, "expires_at"), self._unit.now()
         if expires_at <= now:
             return False
         self._check_ttl(expires_at - now, "the time until expires_at")
@@ -128,7 +95,7 @@ class NonceStore(Store):
     def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int | None) -> bool:
         unit = self._unit
         bound = unit.settings.limits.nonces_per_device
-        bound = bound if limit is None else min(check_limit(limit), bound)
+        bound = bound if limit is None else min(types.check_limit(limit), bound)
         if not has_room(unit, "nonces", device_id, bound, now, self._count):
             if unit.one(_FIND, device_id=device_id, nonce=nonce, now=now) is not None:
                 return False
@@ -155,15 +122,15 @@ class NonceStore(Store):
         Raises:
             NonceLimitError: see `consume()`.
         """
-        check_identifier(device_id, "device_id")
-        check_label(nonce, "nonce")
-        signed_at = check_timestamp(signed_at, "signed_at")
+        types.check_identifier(device_id, "device_id")
+        types.check_label(nonce, "nonce")
+        signed_at = types.check_timestamp(signed_at, "signed_at")
         self._check_ttl(skew, "skew")
         now = self._unit.now()
         # First refuse a future time, because adding the skew to a time in the year 9999 would raise an error.
         if signed_at - now > skew:
             return Freshness.FUTURE
-        expires_at = later(signed_at, skew, "skew")
+        expires_at = types.later(signed_at, skew, "skew")
         if expires_at <= now:
             return Freshness.STALE
         restored_at = self._restored_at()
@@ -215,7 +182,7 @@ class NonceStore(Store):
         nonces.
         """
         return self._unit.write(
-            _DELETE_EXPIRED, before=earlier(self._unit.now(), NONCE_GRACE), limit=check_limit(limit)
+            _DELETE_EXPIRED, before=types.earlier(self._unit.now(), NONCE_GRACE), limit=types.check_limit(limit)
         )
 
 
@@ -231,8 +198,8 @@ class ReplayGuard:
     """
 
     def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int | None = None) -> None:
-        self.skew: timedelta = check_duration(skew, "skew")
-        self.limit: int | None = None if limit is None else check_limit(limit)
+        self.skew: timedelta = types.check_duration(skew, "skew")
+        self.limit: int | None = None if limit is None else types.check_limit(limit)
 
     @clears_locals
     def check(self, nonces: NonceStore, device_id: str, nonce: str, *, signed_at: datetime) -> Freshness:

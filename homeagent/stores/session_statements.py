@@ -22,36 +22,34 @@ from sqlalchemy import (
     update,
 )
 
-from homeagent.engine.statements import Statement, constant
+from homeagent.engine.statements import Statement, bindparams, constant, equal
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
 
 _table: Any = AgentSession.__table__
 _columns: Any = _table.c
 _others: Any = _table.alias("others")
-_agents: Any = Agent.__table__.c
+_agents: Any = Agent.__table__
+_route = bindparam("route", type_=_columns.route_key.type)
+
+ROUTE = ("agent_id", "sender_id", "channel_id")
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
-BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")), lock=True)
+BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == _route), lock=True)
 # Do not lock the session. With a lock, two units could deadlock, if one unit moves session A to the route of session B,
 # and the other unit moves session B to the route of session A.
-BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == bindparam("route")))
+BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == _route))
 # With this lock, no other unit can delete the agent before this unit adds a session.
 AGENT = Statement[str](
-    select(_agents.id).where(_agents.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
+    select(_agents.c.id).where(_agents.c.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
-_VALUES: dict[str, Any] = {
-    "session_id": bindparam("session_id"),
-    "agent_id": bindparam("agent_id"),
-    "sender_id": bindparam("sender_id"),
-    "channel_id": bindparam("channel_id"),
-    "created_at": bindparam("created_at"),
-    "last_active_at": bindparam("last_active_at"),
+_VALUES = {
+    **bindparams("session_id", *ROUTE, "created_at", "last_active_at"),
     "metadata": bindparam("metadata_"),
 }
 # Do not add `index_elements=…`, because the statement must tolerate an existing id and also an occupied route.
 CREATE = Statement[AgentSession](
-    lambda insert: insert(_table).values({**_VALUES, "route_key": bindparam("route")}).on_conflict_do_nothing(),
+    lambda insert: insert(_table).values(**_VALUES, route_key=_route).on_conflict_do_nothing(),
     returning=AgentSession,
 )
 TOUCH = Statement[AgentSession](
@@ -65,39 +63,20 @@ UPDATE_METADATA = Statement[AgentSession](
 )
 DELETE = Statement[AgentSession](delete(AgentSession).where(_columns.session_id == bindparam("id")))
 MOVE = Statement[AgentSession](
-    update(AgentSession)
-    .where(_columns.session_id == bindparam("id"))
-    .values(
-        agent_id=bindparam("agent_id"),
-        sender_id=bindparam("sender_id"),
-        channel_id=bindparam("channel_id"),
-        route_key=bindparam("route"),
-    )
+    update(AgentSession).where(_columns.session_id == bindparam("id")).values(**bindparams(*ROUTE), route_key=_route)
 )
-RELEASE = Statement[AgentSession](
-    update(AgentSession).where(_columns.route_key == bindparam("route")).values(route_key=None)
-)
+RELEASE = Statement[AgentSession](update(AgentSession).where(_columns.route_key == _route).values(route_key=None))
 
 # Do not compare the stored route key, because the key can be stale.
-_IS_ON_ROUTE: Any = and_(
-    _columns.agent_id == bindparam("agent_id"),
-    _columns.sender_id.is_not_distinct_from(bindparam("sender_id")),
-    _columns.channel_id.is_not_distinct_from(bindparam("channel_id")),
-)
+_IS_ON_ROUTE = and_(*(_columns[name].is_not_distinct_from(bindparam(name)) for name in ROUTE))
 # A route key is stale if, for example, a bulk UPDATE changed a session's sender but not the route key.
 RELEASE_STALE = Statement[AgentSession](
-    update(AgentSession).where(_columns.route_key == bindparam("route"), not_(_IS_ON_ROUTE)).values(route_key=None)
+    update(AgentSession).where(_columns.route_key == _route, not_(_IS_ON_ROUTE)).values(route_key=None)
 )
 INDEX = Statement[AgentSession](
     lambda insert: (
         statement := insert(_table).values(
-            {
-                **_VALUES,
-                "route_key": case(
-                    (exists().where(_columns.route_key == bindparam("route")), null()),
-                    else_=bindparam("route", type_=_columns.route_key.type),
-                ),
-            }
+            **_VALUES, route_key=case((exists().where(_columns.route_key == _route), null()), else_=_route)
         )
     ).on_conflict_do_update(
         index_elements=["session_id"],
@@ -118,55 +97,51 @@ def _activity(columns: Any) -> tuple[Any, Any, Any]:
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
-def _last_active(*conditions: Any, has_sender: bool, has_channel: bool) -> Any:
+def _others_on(route: Any, given: frozenset[str]) -> list[Any]:
+    """Return the conditions for the sessions with the agent, sender and channel of `route`. The argument `given`
+    contains the names of the values that are not NULL.
+    """
     # Do not use IS NOT DISTINCT FROM here, because PostgreSQL would not use an index.
+    return [_others.c[name] == route[name] if name in given else _others.c[name].is_(None) for name in ROUTE]
+
+
+def _last_active(given: frozenset[str], *conditions: Any) -> Any:
     return (
         select(_others.c.session_id)
-        .where(
-            _others.c.agent_id == bindparam("agent_id"),
-            _others.c.sender_id == bindparam("sender_id") if has_sender else _others.c.sender_id.is_(None),
-            _others.c.channel_id == bindparam("channel_id") if has_channel else _others.c.channel_id.is_(None),
-            *conditions,
-        )
+        .where(*_others_on(_VALUES, given), *conditions)
         .order_by(*(column.desc() for column in _activity(_others.c)))
         .limit(constant(1, Integer()))
     )
 
 
 @cache
-def last_active(*, has_sender: bool, has_channel: bool) -> Statement[str]:
+def last_active(given: frozenset[str]) -> Statement[str]:
     """Return the statement that reads the id of a route's last active session."""
-    return Statement(_last_active(has_sender=has_sender, has_channel=has_channel))
+    return Statement(_last_active(given))
 
 
 @cache
-def give(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
+def give(given: frozenset[str]) -> Statement[AgentSession]:
     """Return the statement that gives a free route to the session that was last active on the route. On PostgreSQL, the
     statement violates the unique index if another transaction takes the route at the same time.
     """
-    is_free = not_(exists().where(_columns.route_key == bindparam("route")).correlate(None))
-    candidate = _last_active(is_free, has_sender=has_sender, has_channel=has_channel).correlate(None)
+    is_free = not_(exists().where(_columns.route_key == _route).correlate(None))
+    candidate = _last_active(given, is_free).correlate(None)
     return Statement(
         update(AgentSession)
         # Keep the condition `_IS_ON_ROUTE`. If another transaction moves the session, PostgreSQL checks the condition
         # again for the changed row.
         .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
-        .values(route_key=bindparam("route"))
+        .values(route_key=_route)
     )
 
 
 @cache
-def release_earlier(*, has_sender: bool, has_channel: bool) -> Statement[AgentSession]:
+def release_earlier(given: frozenset[str]) -> Statement[AgentSession]:
     """Return a statement that takes a route from its holder if another session on the route was active later."""
-    is_later = exists().where(
-        _others.c.agent_id == _columns.agent_id,
-        _others.c.sender_id == _columns.sender_id if has_sender else _others.c.sender_id.is_(None),
-        _others.c.channel_id == _columns.channel_id if has_channel else _others.c.channel_id.is_(None),
-        tuple_(*_activity(_others.c)) > tuple_(*_activity(_columns)),
-    )
-    return Statement(
-        update(AgentSession).where(_columns.route_key == bindparam("route"), is_later).values(route_key=None)
-    )
+    is_later = tuple_(*_activity(_others.c)) > tuple_(*_activity(_columns))
+    has_rival = exists().where(*_others_on(_columns, given), is_later)
+    return Statement(update(AgentSession).where(_columns.route_key == _route, has_rival).values(route_key=None))
 
 
 @cache
@@ -174,15 +149,11 @@ def page_of(filters: frozenset[str], *, after: bool) -> Statement[AgentSession]:
     """Return the statement that lists a page of sessions. Each name in `filters` is a column, which the statement
     compares with the parameter of the same name.
     """
-    conditions: list[Any] = [_columns[name] == bindparam(name) for name in sorted(filters)]
+    conditions = [equal(_table, *sorted(filters))] if filters else []
     if after:
-        conditions.append(
-            tuple_(_columns.last_active_at, _columns.session_id)
-            < tuple_(
-                bindparam("after_active", type_=_columns.last_active_at.type),
-                bindparam("after_id", type_=_columns.session_id.type),
-            )
-        )
+        last_active_at = bindparam("after_active", type_=_columns.last_active_at.type)
+        last = bindparam("after_id", type_=_columns.session_id.type)
+        conditions.append(tuple_(_columns.last_active_at, _columns.session_id) < tuple_(last_active_at, last))
     return Statement(
         select(AgentSession)
         .where(*conditions)

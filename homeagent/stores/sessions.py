@@ -17,22 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from functools import partial
 from itertools import islice
 from operator import itemgetter
 from types import EllipsisType
 
 from pydantic import JsonValue
 
-from homeagent import models
+from homeagent import errors, models
 from homeagent.engine.statements import Parameters, Statement
-from homeagent.errors import (
-    AgentNotFoundError,
-    ConflictError,
-    InvalidArgumentError,
-    RouteTakenError,
-    SessionExistsError,
-    SessionNotFoundError,
-)
 from homeagent.models.session import ROUTE_INDEX, AgentSession, new_session_id, route_key
 from homeagent.models.types import check_limit, check_optional_label, check_searched, not_after
 from homeagent.stores import session_statements as statements
@@ -71,9 +64,9 @@ def _is_on(session: AgentSession, route: Parameters) -> bool:
     )
 
 
-def _shape(route: Parameters) -> dict[str, bool]:
-    """Return the arguments `has_sender` and `has_channel`, for the functions that return statements for a route."""
-    return {"has_sender": route["sender_id"] is not None, "has_channel": route["channel_id"] is not None}
+def _given(route: Parameters) -> frozenset[str]:
+    """Return the names of the values that are not None, for the functions that return statements for a route."""
+    return frozenset(name for name in statements.ROUTE if route[name] is not None)
 
 
 class SessionStore(Store):
@@ -100,7 +93,7 @@ class SessionStore(Store):
             if created is None:
                 created = self._insert({**route, "route": None}, session.session_id, now, session.metadata_)
         if created is None:
-            raise SessionExistsError(session.session_id)
+            raise errors.SessionExistsError(session.session_id)
         return created
 
     def _insert(
@@ -113,7 +106,7 @@ class SessionStore(Store):
 
     def _require_agent(self, agent_id: str) -> None:
         if self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id")) is None:
-            raise AgentNotFoundError(agent_id)
+            raise errors.AgentNotFoundError(agent_id)
 
     @reading
     def find_by_id(self, session_id: str) -> AgentSession | None:
@@ -125,7 +118,7 @@ class SessionStore(Store):
         """Call `find_by_id()`, and raise `SessionNotFoundError` if the session does not exist."""
         session = self._unit.one(statements.FIND, id=self._searched(session_id, "session_id"))
         if session is None:
-            raise SessionNotFoundError(session_id)
+            raise errors.SessionNotFoundError(session_id)
         return session
 
     def _find_resolved(
@@ -162,8 +155,8 @@ class SessionStore(Store):
                 self._searched(sender_id or "", "sender_id"),
                 self._searched(channel_id or "", "channel_id"),
             )
-            if is_text and self._unit.one(statements.last_active(**_shape(route)), **route) is not None:
-                self._take(statements.give(**_shape(route)), route)
+            if is_text and self._unit.one(statements.last_active(_given(route)), **route) is not None:
+                self._take(statements.give(_given(route)), route)
                 continue
             # Check the texts after the search, because an existing session can break the rules for new texts.
             check_optional_label(sender_id, "sender_id")
@@ -174,13 +167,20 @@ class SessionStore(Store):
 
     def _take(self, statement: Statement[AgentSession], route: Parameters) -> bool:
         """Run a statement that sets a route key. If another transaction has just taken the route, return False."""
+        return self._unless_taken(lambda: self._unit.write(statement, **route))
+
+    def _unless_taken(self, write: Callable[[], object]) -> bool:
+        """Call a function that sets route keys. If another transaction has just taken one of the routes, undo the
+        changes of the function, and return False.
+        """
         try:
             with self._unit.savepoint():
-                return self._unit.write(statement, **route) > 0
-        except ConflictError as error:
+                write()
+        except errors.ConflictError as error:
             if error.constraint != ROUTE_INDEX:
                 raise
             return False
+        return True
 
     @writing()
     def start(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
@@ -232,7 +232,7 @@ class SessionStore(Store):
         )
         session = self.get(session_id)
         if agent is None and agent_id is not ...:
-            raise AgentNotFoundError(agent_id)
+            raise errors.AgentNotFoundError(agent_id)
         old = _route_of(session.agent_id, session.sender_id, session.channel_id)
         route = _route_of(
             session.agent_id if agent_id is ... else agent_id,
@@ -244,11 +244,11 @@ class SessionStore(Store):
             holder = self._unit.one(statements.BY_ROUTE_UNLOCKED, route=route["route"])
             if holder is not None and holder.session_id != session_id:
                 if _is_on(holder, route):
-                    raise RouteTakenError(holder.session_id)
+                    raise errors.RouteTakenError(holder.session_id)
                 self._unit.write(statements.RELEASE_STALE, **route)
             moved = self._take(statements.MOVE, {**route, "id": session_id})
         if session.route_key == old["route"] != route["route"]:
-            self._take(statements.give(**_shape(old)), old)
+            self._take(statements.give(_given(old)), old)
         return self.get(session_id)
 
     @reading
@@ -272,7 +272,7 @@ class SessionStore(Store):
                 exactly one page.
         """
         if after is not None and not isinstance(after, AgentSession):
-            raise InvalidArgumentError("after must be the last session of the page before")
+            raise errors.InvalidArgumentError("after must be the last session of the page before")
         given = (("agent_id", agent_id), ("sender_id", sender_id), ("channel_id", channel_id))
         filters = {name: self._searched(value, name) for name, value in given if value is not None}
         return self._unit.all(
@@ -301,7 +301,7 @@ class SessionStore(Store):
             statements.UPDATE_METADATA, id=self._searched(session_id, "session_id"), value=changes.metadata_
         )
         if session is None:
-            raise SessionNotFoundError(session_id)
+            raise errors.SessionNotFoundError(session_id)
         return session
 
     @writing()
@@ -328,7 +328,9 @@ class SessionStore(Store):
             AgentNotFoundError: if a session's agent does not exist.
         """
         if not isinstance(sessions, Iterable):
-            raise InvalidArgumentError(f"sessions must be an iterable of AgentSession, not {type(sessions).__name__}")
+            raise errors.InvalidArgumentError(
+                f"sessions must be an iterable of AgentSession, not {type(sessions).__name__}"
+            )
         known: set[str] = set()
         now = self._unit.now()
         iterator = iter(sessions)
@@ -336,39 +338,32 @@ class SessionStore(Store):
         while batch := list(islice(iterator, _INDEX_BATCH)):
             # Do not pass a generator to `write_many()`, because `_rows()` reads agents from the database.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
-            while not self._index_rows(rows):
+            while not self._unless_taken(partial(self._index_rows, rows)):
                 pass  # try again, because another transaction has taken a route (only on PostgreSQL)
             total += len(batch)
             if progress is not None:
                 progress(total)
         return total
 
-    def _index_rows(self, rows: Sequence[Parameters]) -> bool:
-        """Write a batch. If another transaction has just taken a route of the batch, undo the batch, and return False.
-        Pass the sessions in descending order of `last_active_at`, so that the last active session takes the route.
+    def _index_rows(self, rows: Sequence[Parameters]) -> None:
+        """Write a batch. Pass the sessions in descending order of `last_active_at`, so that the last active session
+        takes the route.
         """
-        routes: dict[tuple[bool, bool], dict[str, Parameters]] = {}
+        routes: dict[frozenset[str], dict[str, Parameters]] = {}
         for row in rows:
-            has_sender, has_channel = _shape(row).values()
-            routes.setdefault((has_sender, has_channel), {})[row["route"]] = row
-        try:
-            with self._unit.savepoint():
-                self._unit.write_many(statements.INDEX, rows)
-                for of_shape in routes.values():
-                    shape = _shape(next(iter(of_shape.values())))
-                    if self._unit.write_many(statements.release_earlier(**shape), of_shape.values()):
-                        self._unit.write_many(statements.give(**shape), of_shape.values())
-        except ConflictError as error:
-            if error.constraint != ROUTE_INDEX:
-                raise
-            return False
-        return True
+            routes.setdefault(_given(row), {})[row["route"]] = row
+        self._unit.write_many(statements.INDEX, rows)
+        for given, rows_of_routes in routes.items():
+            if self._unit.write_many(statements.release_earlier(given), rows_of_routes.values()):
+                self._unit.write_many(statements.give(given), rows_of_routes.values())
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         """Check each session of a batch, and yield its parameters. Add each session's `agent_id` to the set `known`."""
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
-                raise InvalidArgumentError(f"number {number} is not an AgentSession but {type(session).__name__}")
+                raise errors.InvalidArgumentError(
+                    f"number {number} is not an AgentSession but {type(session).__name__}"
+                )
             if session.agent_id not in known:
                 self._require_agent(session.agent_id)
                 known.add(session.agent_id)

@@ -15,11 +15,6 @@ T = TypeVar("T")
 UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, ValueError)
 """Exceptions that converting an unreadable value raises. A TypeError shows a bug in the code."""
 
-_REMEDY = (
-    "another program wrote it, or the database is damaged: "
-    "correct or delete that row, or restore the newest good backup"
-)
-
 
 def naming_column(table: Table) -> str:
     """Return the name of the column that identifies a row in an error message. The message must not show a nonce or an
@@ -49,19 +44,22 @@ def problem_of_stored(column: Column[Any]) -> Callable[[Any], str | None]:
     return problem
 
 
-def unreadable() -> CorruptDatabaseError:
-    """Return the error for an unreadable value in a row whose key is not known."""
-    return CorruptDatabaseError(f"a stored value can't be read; 'homeagent doctor' names its row; {_REMEDY}")
-
-
-def unreadable_in(
-    table: Table, column: str | None, key: object, what: str = "holds a value that can't be read"
+def unreadable(
+    table: Table | None = None,
+    column: str | None = None,
+    key: object = None,
+    what: str = "holds a value that can't be read",
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value in a row. The argument `key` is the value of the row's
-    `naming_column()`.
-    """
-    row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
-    return CorruptDatabaseError(f"{table.name}{'' if column is None else f'.{column}'} {what}{row}; {_REMEDY}")
+    """Return the error for an unreadable value. The argument `key` is the value of the row's `naming_column()`."""
+    if table is None:
+        place = "a stored value can't be read; 'homeagent doctor' names its row"
+    else:
+        row = "" if key is None else f", in the row with {naming_column(table)} {key!r}"
+        place = f"{table.name}{'' if column is None else f'.{column}'} {what}{row}"
+    return CorruptDatabaseError(
+        f"{place}; another program wrote it, or the database is damaged: correct or delete that row, "
+        "or restore the newest good backup"
+    )
 
 
 class StoredColumn(TypeDecorator[T]):

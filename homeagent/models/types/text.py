@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, SecretStr, WithJsonSchema
@@ -97,16 +97,9 @@ def _is_letter_or_emoji(character: str) -> bool:
     return character != "" and (unicodedata.category(character).startswith("L") or _is_emoji(character))
 
 
-def check_identifier(value: str, what: str = "an id") -> str:
-    """Return the value if it is a valid id of a new device or agent. The page on limits lists the rules."""
-    return (_check_known if value.__class__ is str else _check_id)(value, what, MAX_ID_BYTES)
-
-
-def check_session_id(value: str, what: str = "an id") -> str:
-    """Return the value if it is a valid id of a new session. `check_identifier()` has the same rules, except the
-    length.
-    """
-    return (_check_known if value.__class__ is str else _check_id)(value, what, MAX_LABEL_BYTES)
+def check_identifier(value: str, what: str = "an id", octets: int = MAX_ID_BYTES) -> str:
+    """Return the value if it is a valid id of at most `octets` bytes. The page on limits lists the rules."""
+    return (_check_known if value.__class__ is str else _check_id)(value, what, octets)
 
 
 def check_label(value: str, what: str = "a label") -> str:
@@ -152,10 +145,6 @@ def check_new_secret(secret: SecretStr) -> SecretStr:
     return secret
 
 
-def _check_path(value: str) -> str:
-    return _check_text(value, "a workspace path", 4096)
-
-
 def _described(octets: int, *, refused: str = "") -> WithJsonSchema:
     """Return the JSON schema of a text. JSON Schema can't express a length in bytes."""
     pattern = f"^[^\\u0000-\\u001f\\u007f-\\u009f\\u2028\\u2029{refused}]*$"
@@ -167,7 +156,9 @@ _NAME = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # Bidirectional control
 
 Identifier = Annotated[str, AfterValidator(check_identifier), _described(MAX_ID_BYTES, refused=_ID)]
 
-SessionId = Annotated[str, AfterValidator(check_session_id), _described(MAX_LABEL_BYTES, refused=_ID)]
+SessionId = Annotated[
+    str, AfterValidator(partial(check_identifier, octets=MAX_LABEL_BYTES)), _described(MAX_LABEL_BYTES, refused=_ID)
+]
 
 Label = Annotated[str, AfterValidator(check_label), _described(MAX_LABEL_BYTES)]
 """A key, nonce, sender or channel."""
@@ -175,7 +166,9 @@ Label = Annotated[str, AfterValidator(check_label), _described(MAX_LABEL_BYTES)]
 Name = Annotated[str, AfterValidator(check_name), _described(MAX_ID_BYTES, refused=_NAME)]
 """A method, name, reason or hash."""
 
-WorkspacePath = Annotated[str, AfterValidator(_check_path), _described(4096)]
+WorkspacePath = Annotated[
+    str, AfterValidator(partial(_check_text, what="a workspace path", octets=4096)), _described(4096)
+]
 
 
 def text_column() -> TypeEngine[str]:
