@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import and_, bindparam, case, delete, func, literal_column, not_, or_, select, tuple_, update
 
-from homeagent.engine.statements import Statement, constant
+from homeagent.engine.statements import Statement, bindparams, constant, count, delete_first, equal
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.device import PENDING, Device, DeviceStatus, Role
 from homeagent.models.device_change import DeviceChange, DeviceChangeKind
@@ -24,33 +24,24 @@ class SecretHashes(NamedTuple):
     previous_secret_expires_at: datetime | None
 
 
-class DeviceState(NamedTuple):
-    """State of a device. `was_decided` is True if the device was approved or revoked at least once."""
-
-    approved: bool
-    revoked: bool
-    was_decided: bool
-    has_role: bool | None
-    has_secret_hash: bool | None
-    has_paired_at: bool | None
-
-
-_columns: Any = Device.__table__.c
-_keys: Any = IdempotencyKey.__table__.c
+_table: Any = Device.__table__
+_columns: Any = _table.c
+_keys: Any = IdempotencyKey.__table__
 _changes: Any = DeviceChange.__table__.c
+_IS_DEVICE = _columns.id == bindparam("device_id")
 
 _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
 """Do not write `approved = 0`, which ignores a device with the value 2."""
 
-FIND = Statement[Device](select(Device).where(_columns.id == bindparam("id")), lock=True)
-PAIRED_AT = Statement[datetime](select(_columns.paired_at).where(_columns.id == bindparam("id")))
+FIND = Statement[Device](select(Device).where(equal(_table, "id")), lock=True)
+PAIRED_AT = Statement[datetime](select(_columns.paired_at).where(equal(_table, "id")))
 
 
 def _for_every_id(*columns: Any) -> Any:
     """Select one row even for an absent device, because the statement must take the same time for every id."""
     one_row = select(literal_column("1").label("one")).subquery("requested")
-    return select(*columns).select_from(one_row.outerjoin(Device.__table__, _columns.id == bindparam("id")))
+    return select(*columns).select_from(one_row.outerjoin(_table, equal(_table, "id")))
 
 
 # Do not select `proof_verifier` here. SQLite takes longer to read a column after a long value, and `proof_verifier`
@@ -61,17 +52,15 @@ SECRET_HASHES = Statement[tuple[str | None, str | None, datetime | None]](
 VERIFIER = Statement[str | None](_for_every_id(_columns.proof_verifier))
 PROOF_SECRETS = Statement[tuple[str | None, str | None]](
     select(store_table.c.proof_key, _columns.proof_verifier).select_from(
-        store_table.outerjoin(Device.__table__, _columns.id == bindparam("id"))
+        store_table.outerjoin(_table, equal(_table, "id"))
     )
 )
-COUNT_PENDING = Statement[int](
-    select(func.count()).select_from(
-        # Select only columns of the index, so that the database does not read the table.
-        select(_columns.paired_at)
-        .where(PENDING, _columns.paired_at > bindparam("before"))
-        .limit(bindparam("limit"))
-        .subquery()
-    )
+COUNT_PENDING = count(
+    # Select only columns of the index, so that the database does not read the table.
+    select(_columns.paired_at)
+    .where(PENDING, _columns.paired_at > bindparam("before"))
+    .limit(bindparam("limit"))
+    .subquery()
 )
 # With this lock, a second pairing waits until the first pairing has ended. Without the lock, two pairings at the same
 # time on PostgreSQL would not count each other's device.
@@ -79,64 +68,54 @@ LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """The parameter `before` is the current time minus `Limits.pending_ttl`."""
 
-DELETE_PENDING = Statement[Device](
-    delete(Device).where(
-        PENDING,
-        _columns.id.in_(
-            select(_columns.id)
-            .where(PENDING, OVERDUE)
-            .order_by(_columns.paired_at)
-            .limit(bindparam("limit"))
-            .with_for_update(skip_locked=True)
-        ),
-    )
-)
+DELETE_PENDING = Statement[Device](delete_first(_table, _columns.paired_at, PENDING, OVERDUE).where(PENDING))
 CREATE = Statement[Device](
-    lambda insert_: (
-        insert_(Device.__table__)
+    lambda insert: (
+        insert(_table)
         .values(
-            id=bindparam("id"),
-            role=bindparam("role"),
-            shared_secret_hash=bindparam("shared_secret_hash"),
+            **bindparams("id", "role", "shared_secret_hash", "metadata", "proof_verifier"),
             approved=False,
             paired_at=bindparam("now"),
-            metadata=bindparam("metadata"),
-            proof_verifier=bindparam("proof_verifier"),
         )
         .on_conflict_do_nothing(index_elements=["id"])
     ),
     returning=Device,
 )
-UPDATE_METADATA = Statement[Device](
-    update(Device).where(_columns.id == bindparam("device_id")).values({_columns.metadata: bindparam("value")}),
-    returning=Device,
-)
+
+
+def _update(*conditions: Any, **values: Any) -> Any:
+    """Return the UPDATE of one device, if the device matches the conditions."""
+    return update(_table).where(_IS_DEVICE, *conditions).values(values)
+
+
+_WITHOUT_OVERLAP = {"previous_secret_hash": None, "previous_secret_expires_at": None}
+_HAS_EXPECTED_HASH = _columns.shared_secret_hash == bindparam("expected")
+
+UPDATE_METADATA = Statement[Device](_update(metadata=bindparam("value")), returning=Device)
+# An unapproved device can have a previous secret, for example from an earlier version of homeagent.
 APPROVE = Statement[Device](
-    update(Device)
-    .where(_columns.id == bindparam("device_id"))
-    .values(
-        approved=True,
-        approved_at=bindparam("now"),
-        revoked_at=None,
-        revoked_reason=None,
-        # An unapproved device can have a previous secret, for example from an earlier version of homeagent.
-        previous_secret_hash=None,
-        previous_secret_expires_at=None,
-    )
+    _update(approved=True, approved_at=bindparam("now"), revoked_at=None, revoked_reason=None, **_WITHOUT_OVERLAP)
 )
 REVOKE = Statement[Device](
-    update(Device)
-    .where(_columns.id == bindparam("device_id"))
-    .values(
-        approved=False,
-        revoked_at=bindparam("now"),
-        revoked_reason=bindparam("reason"),
-        previous_secret_hash=None,
-        previous_secret_expires_at=None,
+    _update(approved=False, revoked_at=bindparam("now"), revoked_reason=bindparam("reason"), **_WITHOUT_OVERLAP)
+)
+SET_SECRET = Statement[Device](
+    _update(
+        _HAS_EXPECTED_HASH,
+        shared_secret_hash=bindparam("replacement"),
+        proof_verifier=bindparam("verifier"),
+        previous_secret_hash=bindparam("previous"),
+        previous_secret_expires_at=bindparam("until"),
     )
 )
+REHASH = Statement[Device](_update(_HAS_EXPECTED_HASH, shared_secret_hash=bindparam("replacement")))
+_SEEN_EARLIER = or_(_columns.last_seen_at.is_(None), _columns.last_seen_at <= bindparam("before"))
+NEEDS_LAST_SEEN = Statement[str](select(_columns.id).where(_IS_DEVICE, _SEEN_EARLIER))
+SET_LAST_SEEN = Statement[Device](_update(_SEEN_EARLIER, last_seen_at=bindparam("at")))
+DELETE = Statement[Device](delete(_table).where(_IS_DEVICE))
+DELETE_KEYS = Statement[IdempotencyKey](delete(_keys).where(equal(_keys, "device_id")))
 # Compare the columns in SQL and not in Python, so that an administrator can approve or revoke a device even if the row
-# contains a value that cannot be read.
+# contains a value that cannot be read. The third column is True if the device was approved or revoked at least once.
 STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
     select(
         _columns.approved,
@@ -145,76 +124,45 @@ STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]
         _columns.role == bindparam("role"),
         _columns.shared_secret_hash == bindparam("secret_hash"),
         _columns.paired_at == bindparam("paired_at"),
-    ).where(_columns.id == bindparam("device_id")),
+    ).where(_IS_DEVICE),
     lock=True,
 )
-IS_ADMIN = Statement[bool](
-    select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_columns.id == bindparam("device_id"))
-)
+IS_ADMIN = Statement[bool](select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_IS_DEVICE))
 # Lock the admins in the order of the ids to prevent a deadlock. If two admins revoke each other at the same time, the
 # second revocation waits, and then finds only one approved admin.
 APPROVED_ADMINS = Statement[bool](
-    select(_columns.id == bindparam("device_id")).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
+    select(_IS_DEVICE).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
     lock=True,
 )
-_SEEN_EARLIER = (
-    _columns.id == bindparam("device_id"),
-    or_(_columns.last_seen_at.is_(None), _columns.last_seen_at <= bindparam("before")),
-)
-NEEDS_LAST_SEEN = Statement[str](select(_columns.id).where(*_SEEN_EARLIER))
-SET_LAST_SEEN = Statement[Device](update(Device).where(*_SEEN_EARLIER).values(last_seen_at=bindparam("at")))
-DELETE = Statement[Device](delete(Device).where(_columns.id == bindparam("device_id")))
-DELETE_KEYS = Statement[IdempotencyKey](delete(IdempotencyKey).where(_keys.device_id == bindparam("device_id")))
-SET_SECRET = Statement[Device](
-    update(Device)
-    .where(_columns.id == bindparam("device_id"), _columns.shared_secret_hash == bindparam("expected"))
-    .values(
-        shared_secret_hash=bindparam("replacement"),
-        proof_verifier=bindparam("verifier"),
-        previous_secret_hash=bindparam("previous"),
-        previous_secret_expires_at=bindparam("until"),
-    )
-)
-REHASH = Statement[Device](
-    update(Device)
-    .where(_columns.id == bindparam("device_id"), _columns.shared_secret_hash == bindparam("expected"))
-    .values(shared_secret_hash=bindparam("replacement"))
-)
+
+_IS_UNDECIDED = and_(_columns.approved_at.is_(None), _columns.revoked_at.is_(None))
+_OF_STATUS = {
+    DeviceStatus.PENDING: and_(_UNAPPROVED, _IS_UNDECIDED),
+    DeviceStatus.APPROVED: _APPROVED,
+    DeviceStatus.REVOKED: and_(_UNAPPROVED, not_(_IS_UNDECIDED)),
+}
 
 
 @cache
 def page_of(
-    *,
-    approved: bool | None,
-    by_role: bool,
-    status: DeviceStatus | None,
-    by_seen: bool,
-    newest_first: bool,
-    after: bool,
+    given: frozenset[str], approved: bool | None, status: DeviceStatus | None, *, newest_first: bool
 ) -> Statement[Device]:
-    """Return the statement that selects a page of devices."""
+    """Return the statement that selects a page of devices. The names in `given` are parameters of the statement."""
     conditions = []
     if approved is not None:
         conditions.append(_APPROVED if approved else _UNAPPROVED)
-    if by_role:
-        conditions.append(_columns.role == bindparam("role"))
-    if status is DeviceStatus.APPROVED:
-        conditions.append(_APPROVED)
-    elif status is not None:
-        pending = and_(_columns.approved_at.is_(None), _columns.revoked_at.is_(None))
-        conditions.append(and_(_UNAPPROVED, pending if status is DeviceStatus.PENDING else not_(pending)))
-    if by_seen:
+    if status is not None:
+        conditions.append(_OF_STATUS[status])
+    if "role" in given:
+        conditions.append(equal(_table, "role"))
+    if "seen_before" in given:
         conditions.append(_columns.last_seen_at < bindparam("seen_before"))
-    last = bindparam("after", type_=_columns.id.type)
-    if newest_first:
-        order: tuple[Any, ...] = (_columns.paired_at.desc(), _columns.id.desc())
-        place = tuple_(bindparam("after_paired_at", type_=_columns.paired_at.type), last)
-        beyond = tuple_(_columns.paired_at, _columns.id) < place
-    else:
-        order = (_columns.id,)
-        beyond = _columns.id > last
-    if after:
-        conditions.append(beyond)
+    order = (_columns.paired_at, _columns.id) if newest_first else (_columns.id,)
+    if "after" in given:
+        last = bindparam("after", type_=_columns.id.type)
+        last_paired_at = bindparam("after_paired_at", type_=_columns.paired_at.type)
+        conditions.append(tuple_(*order) < tuple_(last_paired_at, last) if newest_first else _columns.id > last)
+    order = tuple(column.desc() for column in order) if newest_first else order
     return Statement(select(Device).where(*conditions).order_by(*order).limit(bindparam("limit")))
 
 
@@ -235,7 +183,7 @@ CHANGES = Statement[DeviceChange](
 )
 _first_kept = select(_changes.number).where(_changes.at > bindparam("before")).order_by(_changes.number).limit(1)
 _is_old = _changes.number < func.coalesce(_first_kept.scalar_subquery(), _newest)
-COUNT_OLD = Statement[int](select(func.count()).select_from(DeviceChange).where(_is_old))
+COUNT_OLD = count(DeviceChange, _is_old)
 DELETE_OLD = Statement[DeviceChange](
     delete(DeviceChange).where(
         _changes.number.in_(select(_changes.number).where(_is_old).order_by(_changes.number).limit(bindparam("limit")))

@@ -1,34 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import Literal, TypeVar
 
-from homeagent import models
-from homeagent.errors import (
-    ApprovalChangedError,
-    CorruptDatabaseError,
-    DeviceExistsError,
-    DeviceNotApprovedError,
-    DeviceNotFoundError,
-    InvalidArgumentError,
-    LastAdminError,
-    PendingLimitError,
-)
+from homeagent import errors, models
+from homeagent.engine.statements import Parameters
 from homeagent.frame_locals import clears_locals
+from homeagent.models import types
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.device_change import DeviceChange
-from homeagent.models.types import (
-    MILLISECOND,
-    check_duration,
-    check_limit,
-    check_name,
-    check_timestamp,
-    earlier,
-    not_after,
-)
 from homeagent.stores import device_statements as statements
-from homeagent.stores.device_statements import DeviceState, SecretHashes
+from homeagent.stores.device_statements import SecretHashes
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 SEEN_GRANULARITY = timedelta(minutes=1)
@@ -54,7 +38,7 @@ class DeviceStore(Store):
             proof_verifier=device.proof_verifier,
         )
         if created is None:
-            raise DeviceExistsError(device.id)
+            raise errors.DeviceExistsError(device.id)
         return created
 
     @reading
@@ -67,7 +51,7 @@ class DeviceStore(Store):
         """Call `find_by_id()`, and raise `DeviceNotFoundError` if the device does not exist."""
         device = self._unit.one(statements.FIND, id=self._searched(device_id, "device_id"))
         if device is None:
-            raise DeviceNotFoundError(device_id)
+            raise errors.DeviceNotFoundError(device_id)
         return device
 
     @reading
@@ -90,14 +74,16 @@ class DeviceStore(Store):
         row = self._unit.one(statements.PROOF_SECRETS, id=self._searched(device_id, "device_id"))
         key, verifier = row or (None, None)
         if key is None:
-            raise CorruptDatabaseError("the table `store` has lost its proof key: restore the newest good backup")
+            raise errors.CorruptDatabaseError(
+                "the table `store` has lost its proof key: restore the newest good backup"
+            )
         return key, verifier
 
     @reading
     def count_pending(self, *, limit: int) -> int:
         """Return the number of pending devices that a sweep would keep, but at most the given limit."""
-        before = earlier(self._unit.now(), self._unit.settings.limits.pending_ttl)
-        return self._unit.one(statements.COUNT_PENDING, limit=check_limit(limit), before=before) or 0
+        before = types.earlier(self._unit.now(), self._unit.settings.limits.pending_ttl)
+        return self._unit.one(statements.COUNT_PENDING, limit=types.check_limit(limit), before=before) or 0
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
@@ -106,15 +92,15 @@ class DeviceStore(Store):
         """
         self._unit.one(statements.LOCK_STORE)
         if self.count_pending(limit=limit + 1) > limit:
-            raise PendingLimitError(limit)
+            raise errors.PendingLimitError(limit)
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
         """Delete the oldest pending devices that were paired at `paired_before` or earlier. The argument `limit` is the
         maximum number of deleted devices. Return the number of deleted devices.
         """
-        before = check_timestamp(paired_before, "paired_before")
-        return self._unit.write(statements.DELETE_PENDING, before=before, limit=check_limit(limit))
+        before = types.check_timestamp(paired_before, "paired_before")
+        return self._unit.write(statements.DELETE_PENDING, before=before, limit=types.check_limit(limit))
 
     @reading
     def list(
@@ -145,32 +131,28 @@ class DeviceStore(Store):
                 caller could delete the device, pass the `Device` object as `after`.
         """
         if approved is not None and not isinstance(approved, bool):
-            raise InvalidArgumentError("approved must be True, False or None")
-        role = None if role is None else _member(Role, role, "role")
-        status = None if status is None else _member(DeviceStatus, status, "status")
+            raise errors.InvalidArgumentError("approved must be True, False or None")
         if order not in ("id", "paired_at"):
-            raise InvalidArgumentError("order must be 'id' or 'paired_at'")
-        statement = statements.page_of(
-            approved=approved,
-            by_role=role is not None,
-            status=status,
-            by_seen=seen_before is not None,
-            newest_first=order == "paired_at",
-            after=after is not None,
-        )
-        last, last_paired_at = (after.id, after.paired_at) if isinstance(after, Device) else (after, None)
-        if last is not None and last_paired_at is None and order == "paired_at":
-            last_paired_at = self._unit.one(statements.PAIRED_AT, id=self._searched(last, "after"))
-            if last_paired_at is None:
-                raise DeviceNotFoundError(last)
-        return self._unit.all(
-            statement,
-            limit=check_limit(limit),
-            role=role,
-            seen_before=None if seen_before is None else check_timestamp(seen_before, "seen_before"),
-            after=None if last is None else self._searched(last, "after"),
-            after_paired_at=last_paired_at,
-        )
+            raise errors.InvalidArgumentError("order must be 'id' or 'paired_at'")
+        status = _member(DeviceStatus, status, "status")
+        given: Parameters = {}
+        if role is not None:
+            given["role"] = _member(Role, role, "role")
+        if seen_before is not None:
+            given["seen_before"] = types.check_timestamp(seen_before, "seen_before")
+        if after is not None:
+            last = after.id if isinstance(after, Device) else after
+            given["after"] = self._searched(last, "after")
+            if order == "paired_at":
+                given["after_paired_at"] = (
+                    after.paired_at
+                    if isinstance(after, Device)
+                    else self._unit.one(statements.PAIRED_AT, id=given["after"])
+                )
+                if given["after_paired_at"] is None:
+                    raise errors.DeviceNotFoundError(last)
+        statement = statements.page_of(frozenset(given), approved, status, newest_first=order == "paired_at")
+        return self._unit.all(statement, limit=types.check_limit(limit), **given)
 
     @writing()
     def update(self, device_id: str, changes: models.DeviceUpdate) -> Device:
@@ -182,7 +164,7 @@ class DeviceStore(Store):
             statements.UPDATE_METADATA, device_id=self._searched(device_id, "device_id"), value=changes.metadata_
         )
         if device is None:
-            raise DeviceNotFoundError(device_id)
+            raise errors.DeviceNotFoundError(device_id)
         return device
 
     @writing()
@@ -210,28 +192,23 @@ class DeviceStore(Store):
             DeviceNotFoundError: if the device does not exist.
             ApprovalChangedError: if the role, secret, time of pairing or status differs from the expected value.
         """
-        if expected_role is not None:
-            expected_role = _member(Role, expected_role, "expected_role")
-        if expected_secret_hash is not None:
-            expected_secret_hash = self._searched(expected_secret_hash, "expected_secret_hash")
-        if expected_paired_at is not None:
-            expected_paired_at = check_timestamp(expected_paired_at, "expected_paired_at")
-        if expected_status is not None:
-            expected_status = _member(DeviceStatus, expected_status, "expected_status")
-        device = self._find_state(
-            device_id, role=expected_role, secret_hash=expected_secret_hash, paired_at=expected_paired_at
-        )
-        if expected_role is not None and not device.has_role:
-            raise ApprovalChangedError(device_id, "role")
-        if expected_secret_hash is not None and not device.has_secret_hash:
-            raise ApprovalChangedError(device_id, "secret")
-        if expected_paired_at is not None and not device.has_paired_at:
-            raise ApprovalChangedError(device_id, "time of pairing")
-        if device.approved:
+        role = _member(Role, expected_role, "expected_role")
+        status = _member(DeviceStatus, expected_status, "expected_status") or DeviceStatus.PENDING
+        secret_hash, paired_at = expected_secret_hash, expected_paired_at
+        if secret_hash is not None:
+            secret_hash = self._searched(secret_hash, "expected_secret_hash")
+        if paired_at is not None:
+            paired_at = types.check_timestamp(paired_at, "expected_paired_at")
+        approved, _, was_decided, *equal = self._lock_state(device_id, role, secret_hash, paired_at)
+        expected = {"role": expected_role, "secret": expected_secret_hash, "time of pairing": expected_paired_at}
+        for (changed, value), is_equal in zip(expected.items(), equal, strict=True):
+            # If no database can store the expected text, the comparison gives None.
+            if value is not None and not is_equal:
+                raise errors.ApprovalChangedError(device_id, changed)
+        if approved:
             return False
-        status = DeviceStatus.REVOKED if device.was_decided else DeviceStatus.PENDING
-        if status is not (expected_status or DeviceStatus.PENDING):
-            raise ApprovalChangedError(device_id, "status")
+        if status is not (DeviceStatus.REVOKED if was_decided else DeviceStatus.PENDING):
+            raise errors.ApprovalChangedError(device_id, "status")
         self._unit.write(statements.APPROVE, device_id=device_id, now=self._unit.now())
         return True
 
@@ -244,30 +221,28 @@ class DeviceStore(Store):
             LastAdminError: if the device is the last approved admin and `force=False`.
         """
         if reason is not None:
-            check_name(reason, "reason")
+            types.check_name(reason, "reason")
         self._require_another_admin(device_id, force=force)
-        device = self._find_state(device_id)
-        if not device.approved and device.revoked:
+        approved, revoked, *_ = self._lock_state(device_id)
+        if not approved and revoked:
             return False
         self._unit.write(statements.REVOKE, device_id=device_id, now=self._unit.now(), reason=reason)
         return True
 
-    def _find_state(
+    def _lock_state(
         self,
         device_id: str,
-        *,
         role: Role | None = None,
         secret_hash: str | None = None,
         paired_at: datetime | None = None,
-    ) -> DeviceState:
-        """Lock the device, and compare the device with each argument that is not None."""
+    ) -> tuple[bool | None, ...]:
+        """Lock the device, and return the columns of `STATE`. The comparison with None is None."""
         device = self._searched(device_id, "device_id")
-        found = self._unit.one(
-            statements.STATE, device_id=device, role=role, secret_hash=secret_hash, paired_at=paired_at
-        )
+        given = {"role": role, "secret_hash": secret_hash, "paired_at": paired_at}
+        found: tuple[bool | None, ...] | None = self._unit.one(statements.STATE, device_id=device, **given)
         if found is None:
-            raise DeviceNotFoundError(device_id)
-        return DeviceState(*found)
+            raise errors.DeviceNotFoundError(device_id)
+        return found
 
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
@@ -294,11 +269,11 @@ class DeviceStore(Store):
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
         """Return two times: the new time, and the latest stored time that the new time replaces."""
-        check_duration(granularity, "granularity", zero=True)
-        at = not_after(self._unit.now(), at, "at")
+        types.check_duration(granularity, "granularity", zero=True)
+        at = types.not_after(self._unit.now(), at, "at")
         # Use a granularity of at least 1 ms. With a granularity of zero, several calls within one millisecond would
         # write the same timestamp.
-        return at, earlier(at, max(granularity, MILLISECOND))
+        return at, types.earlier(at, max(granularity, types.MILLISECOND))
 
     @writing()
     def delete(self, device_id: str, *, force: bool = False) -> bool:
@@ -343,31 +318,27 @@ class DeviceStore(Store):
         values = {
             "device_id": self._searched(device_id, "device_id"),
             "expected": self._searched(expected_secret_hash, "expected_secret_hash"),
-            "replacement": check_name(secret_hash, "secret_hash"),
-            "verifier": None if proof_verifier is None else check_name(proof_verifier, "proof_verifier"),
+            "replacement": types.check_name(secret_hash, "secret_hash"),
+            "verifier": None if proof_verifier is None else types.check_name(proof_verifier, "proof_verifier"),
             "previous": None if previous_until is None else expected_secret_hash,
-            "until": None if previous_until is None else check_timestamp(previous_until, "previous_until"),
+            "until": None if previous_until is None else types.check_timestamp(previous_until, "previous_until"),
         }
         if previous_until is not None:
-            state = {"role": None, "secret_hash": None, "paired_at": None}
-            device = self._unit.one(statements.STATE, device_id=values["device_id"], **state)
-            if device is not None and not device[0]:
-                raise DeviceNotApprovedError(device_id)
+            with suppress(errors.DeviceNotFoundError):
+                if not self._lock_state(device_id)[0]:
+                    raise errors.DeviceNotApprovedError(device_id)
         return self._unit.write(statements.SET_SECRET, **values) > 0
 
     @writing()
     @clears_locals
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
         """Replace the expected hash by a new hash of the same secret. If the stored hash differs, return False."""
-        return (
-            self._unit.write(
-                statements.REHASH,
-                device_id=self._searched(device_id, "device_id"),
-                expected=self._searched(expected_secret_hash, "expected_secret_hash"),
-                replacement=check_name(secret_hash, "secret_hash"),
-            )
-            > 0
-        )
+        values = {
+            "device_id": self._searched(device_id, "device_id"),
+            "expected": self._searched(expected_secret_hash, "expected_secret_hash"),
+            "replacement": types.check_name(secret_hash, "secret_hash"),
+        }
+        return self._unit.write(statements.REHASH, **values) > 0
 
     def _require_another_admin(self, device_id: str, *, force: bool) -> None:
         """Lock all approved admins, and raise LastAdminError if the device is the only approved admin."""
@@ -375,7 +346,7 @@ class DeviceStore(Store):
         if force or not self._unit.one(statements.IS_ADMIN, device_id=device):
             return
         if self._unit.all(statements.APPROVED_ADMINS, device_id=device) == [True]:
-            raise LastAdminError(device_id)
+            raise errors.LastAdminError(device_id)
 
     # The feed of device changes
 
@@ -390,7 +361,9 @@ class DeviceStore(Store):
             after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.
             limit: maximum number of changes, 1 or more.
         """
-        rows = self._unit.all(statements.CHANGES, after=statements.check_number(after), limit=check_limit(limit) + 1)
+        rows = self._unit.all(
+            statements.CHANGES, after=statements.check_number(after), limit=types.check_limit(limit) + 1
+        )
         return statements.changes_of(rows, after)
 
     @reading
@@ -404,15 +377,15 @@ class DeviceStore(Store):
         changes after that change, and in each case the newest change. Return the number of deleted changes.
         """
         return self._unit.write(
-            statements.DELETE_OLD, before=check_timestamp(before, "before"), limit=check_limit(limit)
+            statements.DELETE_OLD, before=types.check_timestamp(before, "before"), limit=types.check_limit(limit)
         )
 
 
 E = TypeVar("E", Role, DeviceStatus)
 
 
-def _member(kind: type[E], value: E, what: str) -> E:
+def _member(kind: type[E], value: E | None, what: str) -> E | None:
     try:
-        return kind(value)
+        return None if value is None else kind(value)
     except ValueError:
-        raise InvalidArgumentError(f"{what} must be one of {', '.join(kind)}") from None
+        raise errors.InvalidArgumentError(f"{what} must be one of {', '.join(kind)}") from None

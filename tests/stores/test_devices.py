@@ -106,6 +106,9 @@ def test_approve_refuses_a_newly_paired_device(database: Database, clock: FakeCl
             with pytest.raises(errors.ApprovalChangedError) as caught:
                 unit.devices.approve("lamp", **expected)  # type: ignore[arg-type]
             assert (caught.value.device_id, caught.value.changed) == ("lamp", changed)
+        # No database can store this text, so the hash differs too.
+        with pytest.raises(errors.ApprovalChangedError):
+            unit.devices.approve("lamp", expected_secret_hash="\ud800")
     assert dump(database) == before
     assert database.devices.approve("lamp", expected_role=Role.ADMIN, expected_secret_hash="sha256$of-lamp")
 
