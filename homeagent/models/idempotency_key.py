@@ -83,9 +83,7 @@ class IdempotencyKey(Table, table=True):
         ),
     )
     created_at: Timestamp = Field(description="Time of the claim, or of the insertion.")
-    expires_at: Timestamp = Field(
-        description=("Time at which the record expires. A record in progress does not expire.")
-    )
+    expires_at: Timestamp = Field(description="Time at which the record expires. A record in progress does not expire.")
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,
         sa_column=Column("state", EnumColumn(IdempotencyState), nullable=False, server_default=text("'completed'")),

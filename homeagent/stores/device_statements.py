@@ -131,8 +131,7 @@ IS_ADMIN = Statement[bool](select(_columns.role == constant(Role.ADMIN, _columns
 # Lock the admins in the order of the ids to prevent a deadlock. If two admins revoke each other at the same time, the
 # second revocation waits, and then finds only one approved admin.
 APPROVED_ADMINS = Statement[bool](
-    select(_IS_DEVICE).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id),
-    lock=True,
+    select(_IS_DEVICE).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id), lock=True
 )
 
 _IS_UNDECIDED = and_(_columns.approved_at.is_(None), _columns.revoked_at.is_(None))

@@ -161,32 +161,25 @@ class IdempotencyKeyStore(Store):
         ):
             row = self._unit.one(statements.ANY, **_parameters(scope))
             if row is not None:  # if `row` is None, another caller has deleted the record: claim again
-                outcome = _outcome(scope, row, fingerprint)
-                return outcome or self._take_over(scope, row, now, lease_expires_at, owner=owner, rerun=rerun)
+                outcome = _outcome(row, fingerprint)
+                return outcome or self._take_over(row, now, lease_expires_at, owner=owner, rerun=rerun)
         return Attempt(1, downstream_key, scope, lease_expires_at, expires_at, ttl, owner)
 
     def _take_over(
-        self,
-        scope: IdempotencyScope,
-        row: IdempotencyKey,
-        now: datetime,
-        lease_expires_at: datetime,
-        *,
-        owner: str,
-        rerun: bool,
+        self, row: IdempotencyKey, now: datetime, lease_expires_at: datetime, *, owner: str, rerun: bool
     ) -> Attempt:
         """Return the next attempt of a key in progress, if the present attempt is abandoned and `rerun=True`."""
         if row.owner == owner:
             # The caller has already committed the same claim, but did not get the result of the commit.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
-            raise errors.IdempotencyInProgressError(**_refusal(scope, row), retry_after=row.lease_expires_at - now)
+            raise errors.IdempotencyInProgressError(**_refusal(row), retry_after=row.lease_expires_at - now)
         if not rerun:
-            raise errors.OutcomeUnknownError(**_refusal(scope, row), attempt=row.attempt)
+            raise errors.OutcomeUnknownError(**_refusal(row), attempt=row.attempt)
         number = row.attempt + 1
         self._unit.write(
             statements.TAKE_OVER,
-            **_parameters(scope),
+            **_parameters(row),
             old_owner=row.owner,
             new_owner=owner,
             number=number,
@@ -324,7 +317,7 @@ class IdempotencyKeyStore(Store):
             return None
         lease_end = row.lease_expires_at or now
         if lease_end > now:
-            raise errors.IdempotencyInProgressError(**_refusal(scope, row), retry_after=lease_end - now)
+            raise errors.IdempotencyInProgressError(**_refusal(row), retry_after=lease_end - now)
         return _attempt_of(row)
 
     @writing()
@@ -350,10 +343,10 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
     )
 
 
-def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> Outcome | None:
+def _outcome(row: IdempotencyKey, fingerprint: str) -> Outcome | None:
     """Return the outcome of a row, or None if the row is in progress."""
     if row.fingerprint is not None and row.fingerprint != fingerprint:
-        raise errors.FingerprintMismatchError(**_refusal(scope, row))
+        raise errors.FingerprintMismatchError(**_refusal(row))
     if row.state is IdempotencyState.FAILED:
         raise errors.EffectFailedError(row.result, replayed=True)
     if row.state is IdempotencyState.COMPLETED:
@@ -361,13 +354,12 @@ def _outcome(scope: IdempotencyScope, row: IdempotencyKey, fingerprint: str) -> 
     return None
 
 
-def _refusal(scope: IdempotencyScope, row: IdempotencyKey) -> dict[str, Any]:
+def _refusal(row: IdempotencyKey) -> dict[str, Any]:
     """Return the arguments of the error for a refused claim."""
-    found = {"state": row.state, "expires_at": row.expires_at}
-    return {"device_id": scope.device_id, "method": scope.method, **found}
+    return {"device_id": row.device_id, "method": row.method, "state": row.state, "expires_at": row.expires_at}
 
 
-def _parameters(scope: IdempotencyScope) -> dict[str, Any]:
+def _parameters(scope: IdempotencyScope | IdempotencyKey) -> dict[str, Any]:
     return {"device_id": scope.device_id, "method": scope.method, "key": scope.key}
 
 

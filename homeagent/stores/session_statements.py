@@ -22,7 +22,7 @@ from sqlalchemy import (
     update,
 )
 
-from homeagent.engine.statements import Statement, bindparams, constant, equal
+from homeagent.engine.statements import Statement, bindparams, constant
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
 
@@ -43,14 +43,10 @@ BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.
 AGENT = Statement[str](
     select(_agents.c.id).where(_agents.c.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
-_VALUES = {
-    **bindparams("session_id", *ROUTE, "created_at", "last_active_at"),
-    "metadata": bindparam("metadata_"),
-}
+_VALUES = {**bindparams("session_id", *ROUTE, "created_at", "last_active_at"), "metadata": bindparam("metadata_")}
 # Do not add `index_elements=…`, because the statement must tolerate an existing id and also an occupied route.
 CREATE = Statement[AgentSession](
-    lambda insert: insert(_table).values(**_VALUES, route_key=_route).on_conflict_do_nothing(),
-    returning=AgentSession,
+    lambda insert: insert(_table).values(**_VALUES, route_key=_route).on_conflict_do_nothing(), returning=AgentSession
 )
 TOUCH = Statement[AgentSession](
     update(AgentSession)
@@ -145,12 +141,10 @@ def release_earlier(given: frozenset[str]) -> Statement[AgentSession]:
 
 
 @cache
-def page_of(filters: frozenset[str], *, after: bool) -> Statement[AgentSession]:
-    """Return the statement that lists a page of sessions. Each name in `filters` is a column, which the statement
-    compares with the parameter of the same name.
-    """
-    conditions = [equal(_table, *sorted(filters))] if filters else []
-    if after:
+def page_of(given: frozenset[str]) -> Statement[AgentSession]:
+    """Return the statement that lists a page of sessions. The names in `given` are parameters of the statement."""
+    conditions = [_columns[name] == bindparam(name) for name in ROUTE if name in given]
+    if "after_id" in given:
         last_active_at = bindparam("after_active", type_=_columns.last_active_at.type)
         last = bindparam("after_id", type_=_columns.session_id.type)
         conditions.append(tuple_(_columns.last_active_at, _columns.session_id) < tuple_(last_active_at, last))

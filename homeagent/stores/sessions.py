@@ -273,15 +273,11 @@ class SessionStore(Store):
         """
         if after is not None and not isinstance(after, AgentSession):
             raise errors.InvalidArgumentError("after must be the last session of the page before")
-        given = (("agent_id", agent_id), ("sender_id", sender_id), ("channel_id", channel_id))
-        filters = {name: self._searched(value, name) for name, value in given if value is not None}
-        return self._unit.all(
-            statements.page_of(frozenset(filters), after=after is not None),
-            **filters,
-            limit=check_limit(limit),
-            after_active=None if after is None else after.last_active_at,
-            after_id=None if after is None else after.session_id,
-        )
+        given = {"agent_id": agent_id, "sender_id": sender_id, "channel_id": channel_id}
+        filters: Parameters = {name: self._searched(each, name) for name, each in given.items() if each is not None}
+        if after is not None:
+            filters |= {"after_active": after.last_active_at, "after_id": after.session_id}
+        return self._unit.all(statements.page_of(frozenset(filters)), limit=check_limit(limit), **filters)
 
     @writing()
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
