@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from homeagent import Database, DevicePair, DeviceStatus, Limits, Role
-from homeagent.errors import DeviceExistsError, InvalidArgumentError, PendingLimitError
+from homeagent.errors import InvalidArgumentError, PendingLimitError
 from homeagent.stores import device_statements as statements
 from tests.conftest import FakeClock, MakeDatabase, add_device, plan_of
 
@@ -20,20 +20,6 @@ def pair(database: Database, device_id: str) -> bool:
     except PendingLimitError as error:
         return error.limit != 3
     return True
-
-
-def test_the_number_of_pending_devices_is_limited(reopen: MakeDatabase) -> None:
-    """At the limit no device pairs, and approving, revoking or deleting a pending device allows another pairing."""
-    database = reopen(limits=Limits(pending_devices=3))
-    add_device(database, "approved", approved=True)
-    assert [pair(database, f"d{number}") for number in range(4)] == [True, True, True, False]
-    assert database.devices.find_by_id("d3") is None
-    with pytest.raises(DeviceExistsError):
-        pair(database, "d0")
-    for settle in (database.devices.approve, database.devices.revoke, database.devices.delete):
-        settle(f"d{['approve', 'revoke', 'delete'].index(settle.__name__)}")
-        assert [pair(database, f"{settle.__name__}-{number}") for number in range(2)] == [True, False]
-    assert len(database.devices.list(status=DeviceStatus.PENDING)) == 3
 
 
 def test_the_bound_is_exact_for_callers_at_the_same_time(reopen: MakeDatabase) -> None:
@@ -66,18 +52,6 @@ def test_a_sweep_removes_old_pending_devices(reopen: MakeDatabase, clock: FakeCl
     clock.advance(milliseconds=1)
     assert database.sweep(batch_size=1).pending_devices == 1
     assert [device.id for device in database.devices.list()] == ["approved", "later", "revoked"]
-
-
-def test_overdue_devices_make_room(reopen: MakeDatabase, clock: FakeClock) -> None:
-    """A device that has been pending for too long does not count, even before a sweep."""
-    database = reopen(limits=Limits(pending_devices=3, pending_ttl=timedelta(days=2)))
-    assert [pair(database, f"old-{number}") for number in range(4)] == [True, True, True, False]
-    clock.advance(timedelta(days=2) - timedelta(milliseconds=1))
-    assert not pair(database, "early")
-    clock.advance(milliseconds=1)
-    assert [pair(database, f"new-{number}") for number in range(4)] == [True, True, True, False]
-    assert len(database.devices.list()) == 6
-    assert database.sweep().pending_devices == 3
 
 
 def test_the_index_counts(sqlite_database: Database) -> None:

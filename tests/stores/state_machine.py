@@ -30,7 +30,7 @@ LIMITS = Limits(
     changes_kept=MINUTE,
 )
 
-NAMES = ("a", "b/c", "c", "d")
+NAMES = ("a", "b/c", "c", "A")
 F = TypeVar("F", bound=Callable[..., None])
 
 names = st.sampled_from(NAMES)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-from homeagent import Agent, AgentCreate, AgentSessionCreate, AgentUpdate, Database
-from homeagent.errors import AgentInUseError
-from tests.conftest import START, add_agent, dump
+from homeagent import Agent, AgentCreate, AgentUpdate, Database
+from tests.conftest import START, add_agent
 
 
 def test_create_returns_what_is_stored(database: Database) -> None:
@@ -54,22 +51,3 @@ def test_list_is_ordered_by_bytes_and_paged(database: Database) -> None:
         page = database.agents.list(limit=5, after=page[-1].id)
         found += page
     assert [agent.id for agent in found] == sorted(ids, key=str.encode)
-
-
-def test_delete_refuses_or_deletes_sessions(database: Database) -> None:
-    """If an agent has sessions, `delete` raises an error; `delete_sessions` deletes only this agent's sessions too."""
-    add_agent(database)
-    add_agent(database, "bob")
-    with database.unit_of_work() as unit:
-        for number in range(3):
-            unit.sessions.create(AgentSessionCreate(session_id=f"s{number}", agent_id="ada"))
-        unit.sessions.create(AgentSessionCreate(session_id="other", agent_id="bob"))
-    before = dump(database)
-    with pytest.raises(AgentInUseError) as caught:
-        database.agents.delete("ada")
-    assert (caught.value.agent_id, caught.value.session_count) == ("ada", 3)
-    assert dump(database) == before
-    with database.unit_of_work() as unit:
-        assert unit.agents.delete("ada", delete_sessions=True) is True
-        assert [session.session_id for session in unit.sessions.list()] == ["other"]
-        assert [agent.id for agent in unit.agents.list()] == ["bob"]

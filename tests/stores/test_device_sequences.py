@@ -47,7 +47,7 @@ def some(machine: Any) -> bool:
 
 
 few_names = st.sampled_from(NAMES[:2])
-durations = st.sampled_from([MS, MINUTE - MS, MINUTE, 2 * MINUTE])
+durations = [MS, MINUTE - MS, MINUTE, 2 * MINUTE]
 
 
 class GuardMachine(Machine):
@@ -62,10 +62,10 @@ class GuardMachine(Machine):
 
     # Nonces
 
-    @action(device=few_names, nonce=names, lives=durations)
+    @action(device=few_names, nonce=names, lives=st.sampled_from([*durations, timedelta(0)]))
     def consume(self, device: str, nonce: str, lives: timedelta) -> None:
         now = self.clock.now
-        fresh = self.nonces.get((device, nonce), now) <= now
+        fresh = lives > timedelta(0) and self.nonces.get((device, nonce), now) <= now
         got = self.attempt("nonces", "consume", device, nonce, expires_at=now + lives)
         if fresh and len(self.counted(device)) >= LIMITS.nonces_per_device:
             assert got is errors.NonceLimitError
@@ -88,12 +88,13 @@ class GuardMachine(Machine):
 
     @action(device=few_names, nonce=names)
     def find_nonce(self, device: str, nonce: str) -> None:
-        live = self.nonces.get((device, nonce), self.clock.now) > self.clock.now
-        assert (self.attempt("nonces", "find", device, nonce) is not None) is live
+        until = self.nonces.get((device, nonce), self.clock.now)
+        found = self.attempt("nonces", "find", device, nonce)
+        assert (None if found is None else found.expires_at) == (until if until > self.clock.now else None)
 
     # Idempotency keys
 
-    @action(device=few_names, key=names, value=st.integers(), lives=durations)
+    @action(device=few_names, key=names, value=st.integers(), lives=st.sampled_from(durations))
     def insert_key(self, device: str, key: str, value: int, lives: timedelta) -> None:
         now = self.clock.now
         got = self.attempt("idempotency_keys", "insert", IdempotencyScope(device, "m", key), value, ttl=lives)
@@ -108,8 +109,8 @@ class GuardMachine(Machine):
     @action(device=few_names, key=names)
     def find_key(self, device: str, key: str) -> None:
         got = self.attempt("idempotency_keys", "find", IdempotencyScope(device, "m", key))
-        until, value = self.keys.get((device, key), (self.clock.now, None))
-        assert (None if got is None else got.result) == (value if until > self.clock.now else None)
+        known = self.keys.get((device, key), (self.clock.now, None))
+        assert (None if got is None else (got.expires_at, got.result)) == (known if known[0] > self.clock.now else None)
 
     # Both
 
@@ -166,7 +167,7 @@ class DeviceMachine(Machine):
         return data.draw(st.sampled_from([*sorted(self.devices), *sorted(self.devices), *NAMES]))
 
     def add(self, device: str, role: Role, secret: str | None) -> None:
-        empty = dict.fromkeys(("approved_at", "revoked_at", "last_seen_at", "metadata_"))
+        empty = dict.fromkeys(("approved_at", "revoked_at", "revoked_reason", "last_seen_at", "metadata_"))
         self.devices[device] = {"role": role, "approved": False, "paired_at": self.clock.now, **empty}
         self.secrets[device] = (secret, None, None)
         self.expected.append((device, "paired"))
@@ -177,12 +178,12 @@ class DeviceMachine(Machine):
             return DeviceStatus.APPROVED
         return DeviceStatus.PENDING if row["approved_at"] is row["revoked_at"] is None else DeviceStatus.REVOKED
 
-    def set_approved(self, device: str, approved: bool) -> None:
+    def set_approved(self, device: str, approved: bool, reason: str | None = None) -> None:
         now = self.clock.now
         if approved:
-            self.devices[device].update(approved=True, approved_at=now, revoked_at=None)
+            self.devices[device].update(approved=True, approved_at=now, revoked_at=None, revoked_reason=None)
         else:
-            self.devices[device].update(approved=False, revoked_at=now)
+            self.devices[device].update(approved=False, revoked_at=now, revoked_reason=reason)
         self.secrets[device] = (self.secrets[device][0], None, None)
         self.expected.append((device, "approved" if approved else "revoked"))
 
@@ -238,10 +239,10 @@ class DeviceMachine(Machine):
             assert got is True
             self.set_approved(device, True)
 
-    @action(data=st.data(), force=st.booleans())
-    def revoke(self, data: st.DataObject, force: bool) -> None:
+    @action(data=st.data(), force=st.booleans(), reason=st.none() | st.just("lost"))
+    def revoke(self, data: st.DataObject, force: bool, reason: str | None) -> None:
         device = self.draw(data)
-        got = self.attempt("devices", "revoke", device, force=force)
+        got = self.attempt("devices", "revoke", device, force=force, reason=reason)
         if device not in self.devices:
             assert got is errors.DeviceNotFoundError
         elif self.is_last_admin(device) and not force:
@@ -249,7 +250,7 @@ class DeviceMachine(Machine):
         else:
             assert got is (self.status(device) is not DeviceStatus.REVOKED)
             if got:
-                self.set_approved(device, False)
+                self.set_approved(device, False, reason)
 
     @action(data=st.data(), force=st.booleans())
     def delete(self, data: st.DataObject, force: bool) -> None:

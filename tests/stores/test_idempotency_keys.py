@@ -6,15 +6,12 @@ import json
 from datetime import timedelta
 from typing import Any
 
-import pytest
 from sqlalchemy import inspect
 
 from homeagent import Database, IdempotencyKey, IdempotencyScope
-from homeagent.errors import IdempotencyKeyExistsError
 from tests.conftest import START, FakeClock, dump
 
 MINUTE = timedelta(minutes=1)
-MS = timedelta(milliseconds=1)
 SCOPE = IdempotencyScope("lamp", "on", "key-1")
 
 
@@ -53,24 +50,6 @@ def test_scopes_do_not_collide(database: Database) -> None:
     with database.unit_of_work(read_only=True) as unit:
         found = [unit.idempotency_keys.find(scope) for scope in scopes]
     assert [row.result for row in found if row is not None] == [0, 1, 2, 3, 4]
-
-
-def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
-    """A record is never overwritten before its end, is absent exactly at its end, and is then replaced whole."""
-    insert(database)
-    clock.now = START + MINUTE - MS
-    before = dump(database)
-    with pytest.raises(IdempotencyKeyExistsError) as caught:
-        insert(database, result="another")
-    assert (caught.value.device_id, caught.value.method) == ("lamp", "on")
-    assert "key-1" not in str(caught.value) + repr(SCOPE)
-    assert dump(database) == before
-    clock.now = START + MINUTE
-    assert database.idempotency_keys.find(SCOPE) is None
-    insert(database, result="new")
-    found = database.idempotency_keys.find(SCOPE)
-    assert found is not None
-    assert (found.result, found.created_at, found.expires_at) == ("new", clock.now, clock.now + MINUTE)
 
 
 def test_cleanup_is_bounded_and_keeps_unexpired_rows(database: Database, clock: FakeClock) -> None:

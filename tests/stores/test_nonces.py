@@ -5,53 +5,15 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import insert
 
-from homeagent import Database, Freshness, Nonce, ReplayGuard
-from homeagent.errors import InvalidArgumentError, NonceLimitError
+from homeagent import Database, Freshness, ReplayGuard
+from homeagent.errors import InvalidArgumentError
 from homeagent.stores.nonces import NONCE_GRACE
 from tests.conftest import START, FakeClock, dump
 
 MINUTE = timedelta(minutes=1)
 MS = timedelta(milliseconds=1)
 SKEW = timedelta(minutes=5)
-
-
-def consume(database: Database, nonce: str = "n", device_id: str = "lamp", **options: int) -> bool:
-    """Consume a nonce in a separate unit."""
-    with database.unit_of_work() as unit:
-        return unit.nonces.consume(device_id, nonce, expires_at=START + MINUTE, **options)
-
-
-def test_consume_is_true_once(database: Database) -> None:
-    """The first call for a device and nonce returns True and later calls False, for all printable characters."""
-    for nonce in ("n", "a+/=", "x" * 256, "é☎"):
-        assert consume(database, nonce) is True
-        assert consume(database, nonce) is False
-        assert consume(database, nonce, "other") is True
-    with database.unit_of_work(read_only=True) as unit:
-        found = unit.nonces.find("lamp", "n")
-        assert found is not None
-        assert (found.created_at, found.expires_at) == (START, START + MINUTE)
-        assert unit.nonces.find("lamp", "N") is None
-
-
-def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
-    """A nonce is known one millisecond before its end and has expired exactly at its end, before any cleanup."""
-    assert consume(database) is True
-    clock.now = START + MINUTE - MS
-    with database.unit_of_work() as unit:
-        assert unit.nonces.find("lamp", "n") is not None
-        assert unit.nonces.consume("lamp", "n", expires_at=START + 2 * MINUTE) is False
-    clock.now = START + MINUTE
-    with database.unit_of_work() as unit:
-        assert unit.nonces.find("lamp", "n") is None
-        assert unit.nonces.consume("lamp", "m", expires_at=clock.now) is False
-        assert unit.nonces.consume("lamp", "n", expires_at=clock.now + MS) is True
-        found = unit.nonces.find("lamp", "n")
-        assert found is not None
-        assert found.expires_at == clock.now + MS
-    assert len(dump(database)["nonces"]) == 1
 
 
 def test_cleanup_keeps_a_grace(database: Database, clock: FakeClock) -> None:
@@ -68,23 +30,6 @@ def test_cleanup_keeps_a_grace(database: Database, clock: FakeClock) -> None:
     assert names == {"n0", "n1", "n2"}
     assert [database.nonces.delete_expired() for _ in range(2)] == [2, 0]
     assert len(dump(database)["nonces"]) == 1
-
-
-def test_a_device_has_at_most_ten_thousand_nonces(database: Database, clock: FakeClock) -> None:
-    """With the default limit, nonce number 10,001 of a device is refused, a replay is False, and expiry makes room."""
-    expires_at = clock.now + timedelta(hours=1)
-    row = {"device_id": "lamp", "created_at": clock.now, "expires_at": expires_at}
-    with database.unit_of_work() as unit:
-        unit.session.connection().execute(insert(Nonce), [{**row, "nonce": f"n{number}"} for number in range(9_999)])
-    assert database.nonces.consume("lamp", "number 10,000", expires_at=expires_at)
-    with pytest.raises(NonceLimitError) as caught:
-        database.nonces.consume("lamp", "one too many", expires_at=expires_at)
-    assert (caught.value.device_id, caught.value.limit) == ("lamp", 10_000)
-    assert not database.nonces.consume("lamp", "n3", expires_at=expires_at)
-    assert not database.nonces.consume("door", "n0", expires_at=clock.now)
-    assert database.nonces.consume("door", "n0", expires_at=expires_at)
-    clock.advance(timedelta(hours=1))
-    assert database.nonces.consume("lamp", "room again", expires_at=clock.now + timedelta(hours=1))
 
 
 # The guard

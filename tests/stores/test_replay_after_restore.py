@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -38,20 +37,13 @@ def begin_epoch(database: Database, restored_at: datetime | None) -> None:
 
 
 # Steps of a minute and of a millisecond meet every bound.
-spans = st.tuples(st.integers(0, 12), st.integers(0, 2)).map(
-    lambda pair: timedelta(minutes=pair[0], milliseconds=pair[1])
-)
-leads = st.tuples(st.integers(-5, 5), st.integers(-1, 1)).map(
-    lambda pair: timedelta(minutes=pair[0], milliseconds=pair[1])
-)
+def spans_of(minutes: st.SearchStrategy[int], milliseconds: st.SearchStrategy[int]) -> st.SearchStrategy[timedelta]:
+    return st.builds(timedelta, minutes=minutes, milliseconds=milliseconds)
 
 
-histories = given(
-    before=st.lists(st.tuples(spans, leads), max_size=4),
-    after=st.lists(st.tuples(spans, leads), min_size=1, max_size=4),
-    until_restore=spans,
-    later=st.lists(spans, min_size=1, max_size=3),
-)
+spans, leads = spans_of(st.integers(0, 12), st.integers(0, 2)), spans_of(st.integers(-5, 5), st.integers(-1, 1))
+messages = st.lists(st.tuples(spans, leads), max_size=4)
+later = st.lists(spans, min_size=1, max_size=3)
 
 
 def nothing_enters_twice(
@@ -88,19 +80,11 @@ def nothing_enters_twice(
             assert judge(database, "new", signed_at) is expected
 
 
-@settings(max_examples=6, deadline=None)
-@histories
-def test_no_message_is_accepted_twice(**history: Any) -> None:
+@pytest.mark.parametrize("histories", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_no_message_is_accepted_twice(histories: int) -> None:
     """After a restore, no earlier message is accepted again. SQLite only: `restore` exists for this engine only."""
-    nothing_enters_twice(**history)
-
-
-@pytest.mark.slow
-@settings(max_examples=60, deadline=None)
-@histories
-def test_no_message_is_accepted_twice_in_many_histories(**history: Any) -> None:
-    """In 60 histories, no message is accepted again after a restore. SQLite only, like `restore`."""
-    nothing_enters_twice(**history)
+    test = given(before=messages, after=messages.filter(bool), until_restore=spans, later=later)(nothing_enters_twice)
+    settings(max_examples=histories, deadline=None)(test)()
 
 
 def test_time_limit_after_a_restore_is_exact(database: Database, reopen: MakeDatabase, clock: FakeClock) -> None:

@@ -29,20 +29,6 @@ ROUTES: list[dict[str, Any]] = [
 ]
 
 
-def test_create_and_find(database: Database) -> None:
-    """A created session is found with every field; without an id it gets a UUIDv7."""
-    add_agent(database)
-    with database.unit_of_work() as unit:
-        given = AgentSessionCreate(session_id="s1", agent_id="ada", sender_id="Ann ☎", channel_id="sms/1")
-        made = unit.sessions.create(given)
-        named = unit.sessions.create(AgentSessionCreate(agent_id="ada"))
-    with database.unit_of_work(read_only=True) as unit:
-        assert made == unit.sessions.get("s1") == unit.sessions.find_by_id("s1")
-    assert (made.agent_id, made.sender_id, made.channel_id) == ("ada", "Ann ☎", "sms/1")
-    assert made.created_at == made.last_active_at == START
-    assert named.session_id[14] == "7"
-
-
 def test_resolve_reads_without_the_write_lock(database: Database) -> None:
     """If a session holds the route, `database.sessions.resolve` begins no write unit."""
     add_agent(database)
@@ -51,47 +37,6 @@ def test_resolve_reads_without_the_write_lock(database: Database) -> None:
         assert database.sessions.resolve(agent_id="ada", sender_id="s") == first
         with pytest.raises(errors.UnitStateError):
             database.sessions.resolve(agent_id="ada", sender_id="another")
-
-
-def test_a_route_has_one_session(database: Database) -> None:
-    """`resolve` returns one session for each agent, sender and channel; `start` replaces it, and the others stay."""
-    for agent_id in ("ada", "bob"):
-        add_agent(database, agent_id)
-    sessions, known = database.sessions, []
-    for agent_id, route in product(("ada", "bob"), ROUTES):
-        first = sessions.resolve(agent_id=agent_id, **route)
-        assert sessions.resolve(agent_id=agent_id, **route) == first
-        started = [first, *(sessions.start(agent_id=agent_id, **route) for _ in range(2))]
-        assert sessions.resolve(agent_id=agent_id, **route) == started[2]
-        assert [sessions.get(row.session_id).route_key for row in started[:2]] == [None, None]
-        known += [row.session_id for row in started]
-    assert sorted(row.session_id for row in sessions.list()) == sorted(set(known))
-    assert len(known) == len(set(known))
-    assert only_sound(database)
-
-
-def test_move_takes_the_new_route(database: Database, clock: FakeClock) -> None:
-    """A moved session holds the new route, and the last active session that remains takes the old route."""
-    for agent_id in ("ada", "bob"):
-        add_agent(database, agent_id)
-    with database.unit_of_work() as unit:
-        for session_id in ("s1", "s2", "s3"):
-            unit.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada", channel_id="group"))
-            clock.advance(SECOND)
-        unit.sessions.touch("s2")
-        moved = unit.sessions.move("s1", channel_id="supergroup")
-        assert moved == unit.sessions.get("s1")
-        assert (moved.agent_id, moved.sender_id, moved.channel_id) == ("ada", None, "supergroup")
-        assert unit.sessions.resolve(agent_id="ada", channel_id="supergroup") == moved
-        with pytest.raises(errors.RouteTakenError, match="'s2' holds this route") as caught:
-            unit.sessions.move("s1", channel_id="group")
-        assert caught.value.session_id == "s2"
-        assert unit.sessions.resolve(agent_id="ada", channel_id="group").session_id == "s2"
-        # Another agent, and no channel any more.
-        assert unit.sessions.move("s2", agent_id="bob", sender_id="ann", channel_id=None).sender_id == "ann"
-        assert unit.sessions.resolve(agent_id="bob", sender_id="ann").session_id == "s2"
-        assert unit.sessions.resolve(agent_id="ada", channel_id="group").session_id == "s3"
-    assert only_sound(database)
 
 
 def test_metadata(database: Database, clock: FakeClock) -> None:
@@ -111,7 +56,7 @@ def test_metadata(database: Database, clock: FakeClock) -> None:
     clock.advance(SECOND)
     changed = database.sessions.update("s1", AgentSessionUpdate(metadata={"title": "Bad"}))
     assert (changed.metadata_, changed.last_active_at) == ({"title": "Bad"}, START + SECOND)
-    assert changed == database.sessions.update("s1", AgentSessionUpdate()) == database.sessions.get("s1")
+    assert changed == database.sessions.update("s1", AgentSessionUpdate()) == database.sessions.find_by_id("s1")
     assert AgentSessionPublic.model_validate(changed).model_dump()["metadata"] == {"title": "Bad"}
     assert database.sessions.update("s1", AgentSessionUpdate(metadata=None)).metadata_ is None
     for changes in (AgentSessionUpdate(), AgentSessionUpdate(metadata=1)):
@@ -152,25 +97,6 @@ def only_sound(database: Database) -> bool:
     """Return whether each route key belongs to its session."""
     rows = database.sessions.list()
     return all(row.route_key in (None, route_key(row.agent_id, row.sender_id, row.channel_id)) for row in rows)
-
-
-def test_resolve_after_an_update_statement(database: Database) -> None:
-    """If an UPDATE statement leaves an old route key, `resolve` and `create` never return the moved session for it."""
-    add_agent(database)
-    moved = database.sessions.resolve(agent_id="ada", sender_id="ann").session_id
-    with database.unit_of_work() as unit:
-        unit.session.execute(update(AgentSession).values(sender_id="bob"))
-    with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
-        unit.sessions.resolve(agent_id="ada", sender_id="ann")
-    with database.unit_of_work() as unit:
-        created = unit.sessions.create(AgentSessionCreate(agent_id="ada", sender_id="ann"))
-        assert unit.sessions.resolve(agent_id="ada", sender_id="ann") == created
-    assert created.session_id != moved
-    with database.unit_of_work() as unit:
-        unit.session.execute(update(AgentSession).where(_column.sender_id == "ann").values(channel_id="sms"))
-    again = database.sessions.resolve(agent_id="ada", sender_id="ann")
-    assert (again.channel_id, again.session_id in (moved, created.session_id)) == (None, False)
-    assert only_sound(database)
 
 
 def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
