@@ -38,12 +38,6 @@ DialectInsert = Callable[[Any], Any]
 """`sqlalchemy.dialects.sqlite.insert` or `sqlalchemy.dialects.postgresql.insert`, which can resolve conflicts."""
 
 
-def _insert_of(dialect: Dialect) -> DialectInsert:
-    # Import only the dialect in use, because importing the other dialect would take a tenth of homeagent's import time.
-    insert: DialectInsert = import_module(f"sqlalchemy.dialects.{dialect.name}").insert
-    return insert
-
-
 class Compiled(Generic[R]):
     """A statement in the SQL of one dialect. The attribute `target` is the table that the statement writes to, or None.
     The attribute `cascade` is "ondelete" for a DELETE, "onupdate" for an UPDATE, and None for any other statement.
@@ -169,7 +163,11 @@ class Statement(Generic[R]):
         try:
             return self._cache[key]
         except KeyError:
-            expression: Any = self._make(_insert_of(dialect)) if callable(self._make) else self._make
+            expression: Any = self._make
+            if callable(expression):
+                # Import only the dialect in use, because the import of the other dialect would take a tenth of
+                # homeagent's import time.
+                expression = expression(import_module(f"sqlalchemy.dialects.{dialect.name}").insert)
             if self.lock and not read_only:
                 expression = expression.with_for_update()
             if self._returning is not None:
