@@ -42,14 +42,6 @@ def test_a_loaded_instance_is_detached_and_unchanged(agent: Agent) -> None:
     assert inspect(agent).modified
 
 
-def test_loaded_instance_can_be_added_changed_and_saved(database: Database, agent: Agent) -> None:
-    """If an instance from one unit is added to another unit's session, a change of the instance is saved."""
-    with database.unit_of_work() as unit:
-        unit.session.add(agent)
-        agent.name = "Another"
-    assert database.agents.get("ada").name == "Another"
-
-
 def test_change_of_one_instance_leaves_the_others(database: Database, agent: Agent) -> None:
     """A change of one instance does not change any other instance."""
     agent.name = "Another"
@@ -73,7 +65,7 @@ def test_pydantic_methods_work_on_a_loaded_instance(agent: Agent) -> None:
 
 
 def test_loaded_instance_can_be_pickled_and_copied(database: Database, agent: Agent) -> None:
-    """An unpickled instance can be merged like the original; a copy is a new instance."""
+    """An unpickled instance can be merged, the original can be added and changed, and a copy is a new instance."""
     twin = pickle.loads(pickle.dumps(agent))  # noqa: S301  bytes from this test
     assert twin == agent
     assert inspect(twin).identity == ("ada",)
@@ -81,6 +73,10 @@ def test_loaded_instance_can_be_pickled_and_copied(database: Database, agent: Ag
     with database.unit_of_work() as unit:
         unit.session.merge(twin)
     assert database.agents.get("ada").name == "Twin"
+    with database.unit_of_work() as unit:
+        unit.session.add(agent)
+        agent.name = "Another"
+    assert database.agents.get("ada").name == "Another"
     assert inspect(copy.copy(agent)).transient
 
 

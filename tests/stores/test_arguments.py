@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -38,21 +40,24 @@ ROWS: dict[str, Any] = {
     "sessions": AgentSession(session_id="new", agent_id="ada", created_at=START, last_active_at=START),
 }
 RECORD = IdempotencyKey(key="k", method="m", device_id="d", result=1, created_at=START, expires_at=START)
+NO_ATTEMPTS = [SCOPE, RECORD, Outcome(value=1, replayed=False, attempt=1), None]
+NO_TEXTS: list[Any] = [7, None, b"lamp", [], {"id": "lamp"}]
 SECRET: dict[str, Any] = {"expected_secret_hash": "sha256$of-lamp", "secret_hash": "new", "proof_verifier": None}
 Call = Callable[[Any], object]
 
 
 def each(
-    match: str, method: str, values: list[Any], *before: Any, by: str = "", **options: Any
+    match: str, methods: str, values: list[Any], *before: Any, by: str = "", **options: Any
 ) -> list[tuple[str, Call]]:
-    """Return a case for each value: the value is the argument `by`, or the argument after `before`."""
-    store, name = method.split(".")
+    """Return a case for each method and value: the value is the argument `by`, or the argument after `before`."""
 
-    def call(unit: Any, value: Any) -> object:
+    def call(unit: Any, method: str, value: Any) -> object:
+        store, name = method.split(".")
         arguments = before if by else (*before, value)
         return getattr(getattr(unit, store), name)(*arguments, **{**options, **({by: value} if by else {})})
 
-    return [(match, lambda unit, value=value: call(unit, value)) for value in values]  # type: ignore[misc]
+    cases = product(methods.split(), values)
+    return [(match, partial(lambda method, value, unit: call(unit, method, value), *case)) for case in cases]
 
 
 CASES: list[tuple[str, Call]] = [
@@ -67,24 +72,19 @@ CASES: list[tuple[str, Call]] = [
     *each("AgentSessionUpdate", "sessions.update", [{"metadata": 1}], "s1"),
     *each("not NoneType", "sessions.index", [None]),
     *each("", "idempotency_keys.find", [("lamp", "on", "key-1")]),
-    *(
-        case
-        for wrong in (SCOPE, RECORD, Outcome(value=1, replayed=False, attempt=1), None)
-        for case in (
-            *each("Attempt", "idempotency_keys.renew", [wrong], lease=MINUTE),
-            *each("Attempt", "idempotency_keys.release", [wrong]),
-            *each("Attempt", "idempotency_keys.find_recorded", [wrong]),
-            *each("Attempt", "idempotency_keys.complete", [1], wrong),
-            *each("Attempt", "idempotency_keys.fail", [1], wrong),
-        )
-    ),
+    *each("Attempt", "idempotency_keys.release idempotency_keys.find_recorded", NO_ATTEMPTS),
+    *each("Attempt", "idempotency_keys.renew", NO_ATTEMPTS, lease=MINUTE),
+    *each("Attempt", "idempotency_keys.complete", NO_ATTEMPTS, by="attempt", result=1),
+    *each("Attempt", "idempotency_keys.fail", NO_ATTEMPTS, by="attempt", error=1),
+    # A client's JSON can have a list, an object or another value as an id.
+    *each("must be text, not", "devices.find_by_id devices.get devices.delete", NO_TEXTS),
+    *each("must be text, not", "agents.find_by_id agents.get agents.delete", NO_TEXTS),
+    *each("must be text, not", "sessions.find_by_id sessions.get sessions.delete", NO_TEXTS),
+    *each("must be text, not", "nonces.consume", NO_TEXTS, by="device_id", nonce="n", expires_at=START),
     # Limits and cursors
     *each("limit", "agents.list", [0, -1, True, 1.0, "1", None, 2**31], by="limit"),
-    *(
-        case
-        for method in ("devices.list", "sessions.list", "nonces.delete_expired", "idempotency_keys.delete_expired")
-        for case in each("limit", method, [0, -1, True], by="limit")
-    ),
+    *each("limit", "devices.list sessions.list", [0, -1, True], by="limit"),
+    *each("limit", "nonces.delete_expired idempotency_keys.delete_expired", [0, -1, True], by="limit"),
     *each("limit", "nonces.consume", [0, -1, True], "lamp", "n", by="limit", expires_at=START + MINUTE),
     *each("", "sessions.list", ["s1"], by="after"),
     # Values of devices
@@ -108,11 +108,8 @@ CASES: list[tuple[str, Call]] = [
     *each("", "sessions.resolve", ["", "x" * 1025, "nul\0", "\ud800"], agent_id="ada", by="channel_id"),
     *each("aware", "sessions.touch", [NAIVE], "s1"),
     *each("", "sessions.move", ["", "nul\0", 7], "s1", by="sender_id"),
-    *(
-        case
-        for device_id, nonce in [("", "n"), ("a/..", "n"), ("x" * 513, "n"), ("d", ""), ("d", "x" * 1025), ("d", "\0")]
-        for case in each("", "nonces.consume", [nonce], device_id, expires_at=START + MINUTE)
-    ),
+    *each("", "nonces.consume", ["", "a/..", "x" * 513], by="device_id", nonce="n", expires_at=START + MINUTE),
+    *each("", "nonces.consume", ["", "x" * 1025, "\0"], "d", expires_at=START + MINUTE),
     *each("aware", "nonces.consume", [NAIVE], "lamp", "n", by="expires_at"),
     *each("", "idempotency_keys.insert", [timedelta(0), -MINUTE, timedelta.max, 60], SCOPE, 1, by="ttl"),
     *each("", "idempotency_keys.insert", [math.nan, {1: 2}, b"bytes", "x" * (1024 * 1024 - 1)], SCOPE, ttl=MINUTE),
@@ -142,6 +139,10 @@ def test_refused_arguments(filled: Database) -> None:
     for request in ({"id": "new"}, CREATE, None):
         with pytest.raises(errors.InvalidArgumentError, match="DevicePair"):
             filled.pair(request)  # type: ignore[arg-type]  # on purpose
+    wrongs: list[Any] = [7, None, []]
+    for wrong in wrongs:
+        with pytest.raises(errors.InvalidArgumentError, match="must be text, not"):
+            filled.check_secret(wrong, "a guess of a secret")
     assert dump(filled) == before
 
 

@@ -1,12 +1,14 @@
-"""The parts of `run_once`: claims, leases, fenced records, and the operator's methods for abandoned attempts."""
+"""The store of idempotency keys: results, claims, leases, fenced records, and the operator's methods."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from sqlalchemy import inspect
 
 from homeagent import (
     AgentSessionCreate,
@@ -25,12 +27,13 @@ SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
 TICK = timedelta(milliseconds=1)
+T = TypeVar("T")
 
 
 def claim(database: Database, scope: IdempotencyScope = SCOPE, **options: Any) -> Attempt | Outcome:
     """Claim a key in a separate unit."""
     arguments: Any = {"fingerprint": "f", "lease": MINUTE, "ttl": DAY, **options}
-    return database.run(lambda unit: unit.idempotency_keys.claim(scope, **arguments))
+    return database.idempotency_keys.claim(scope, **arguments)
 
 
 def begin(database: Database, scope: IdempotencyScope = SCOPE, **options: Any) -> Attempt:
@@ -40,21 +43,44 @@ def begin(database: Database, scope: IdempotencyScope = SCOPE, **options: Any) -
     return attempt
 
 
-def complete(database: Database, attempt: Attempt, result: Any = "done") -> bool:
-    """Record an outcome in a separate unit."""
-    return database.run(lambda unit: unit.idempotency_keys.complete(attempt, result))
+def test_insert_and_find(database: Database) -> None:
+    """`insert` returns an instance that equals the stored row in every field and counts as loaded."""
+    scope = IdempotencyScope("lamp", "m", "k")
+    result = {"b": [1, -0.0, 2**70, "é\0😀\u2028"], "a": None, "": "x" * 1000}
+    made = database.idempotency_keys.insert(scope, result, ttl=MINUTE)
+    found = database.idempotency_keys.find(scope)
+    assert found is not None
+    assert made == found
+    assert json.dumps(made.result) == json.dumps(found.result) == json.dumps(result)
+    assert (made.created_at, made.expires_at) == (START, START + MINUTE)
+    assert made.__dict__.keys() - {"_sa_instance_state"} == set(IdempotencyKey.model_fields)
+    assert inspect(made).identity == inspect(found).identity
+    assert inspect(made).detached
+    for other in (("lamp", "m", "K"), ("lamp", "n", "k"), ("door", "m", "k"), ("lamp", "mk", "")):
+        assert database.idempotency_keys.find(IdempotencyScope.of_record(*other)) is None
+    # The largest result has 1 MiB of JSON.
+    database.idempotency_keys.insert(SCOPE, "x" * (1024 * 1024 - 2), ttl=MINUTE)
+    large = database.idempotency_keys.find(SCOPE)
+    assert large is not None
+    assert large.result == "x" * (1024 * 1024 - 2)
 
 
-def find(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey | None:
-    """Return the record that has not expired."""
-    return database.run(lambda unit: unit.idempotency_keys.find(scope), read_only=True)
+def test_cleanup_is_bounded_and_keeps_unexpired_rows(database: Database, clock: FakeClock) -> None:
+    """One cleanup call removes at most `limit` rows, and only expired rows."""
+    for number in range(5):
+        scope = IdempotencyScope("lamp", "m", str(number))
+        database.idempotency_keys.insert(scope, 1, ttl=MINUTE * (number + 1))
+    clock.now = START + 4 * MINUTE
+    for expected in (3, 1, 0):
+        assert database.idempotency_keys.delete_expired(limit=3) == expected
+    assert len(dump(database)["idempotency_keys"]) == 1
 
 
 def test_lease_is_exact(database: Database, clock: FakeClock) -> None:
     """A lease is valid one millisecond before its end and has expired exactly at its end, after a renewal too."""
     first = begin(database)
     clock.now = first.lease_expires_at - TICK
-    first = database.run(lambda unit: unit.idempotency_keys.renew(first, lease=MINUTE))
+    first = database.idempotency_keys.renew(first, lease=MINUTE)
     assert first.lease_expires_at == clock.now + MINUTE
     clock.now = first.lease_expires_at - TICK
     with pytest.raises(errors.IdempotencyInProgressError) as refusal:
@@ -80,7 +106,7 @@ def test_lease_of_zero(database: Database) -> None:
     with pytest.raises(errors.FingerprintMismatchError) as refusal:
         claim(database)
     assert (refusal.value.state, refusal.value.expires_at) == (IdempotencyState.IN_PROGRESS, attempt.expires_at)
-    complete(database, attempt)
+    database.idempotency_keys.complete(attempt, "done")
     assert claim(database, fingerprint="") == Outcome("done", True, 1)
 
 
@@ -92,19 +118,20 @@ WRITES: list[Callable[[IdempotencyKeyStore, Attempt], object]] = [
 ]
 
 
-@pytest.mark.parametrize("lost_to", ["rerun", "completed", "resolved", "forgotten"])
+LOSSES: dict[str, Callable[[Database], object]] = {
+    "rerun": lambda database: begin(database, rerun=True),
+    "completed": lambda database: database.idempotency_keys.complete(begin(database, rerun=True), "done"),
+    "resolved": lambda database: database.idempotency_keys.resolve(SCOPE, "known"),
+    "forgotten": lambda database: database.idempotency_keys.forget(SCOPE),
+}
+
+
+@pytest.mark.parametrize("lost_to", LOSSES)
 def test_lost_key(database: Database, clock: FakeClock, lost_to: str) -> None:
     """If an attempt lost its key to another attempt or an operator, its writes raise an error and change no row."""
     stale = begin(database)
     clock.advance(MINUTE)
-    if lost_to == "rerun":
-        begin(database, rerun=True)
-    elif lost_to == "completed":
-        complete(database, begin(database, rerun=True))
-    elif lost_to == "resolved":
-        assert database.run(lambda unit: unit.idempotency_keys.resolve(SCOPE, "known"))
-    else:
-        assert database.run(lambda unit: unit.idempotency_keys.forget(SCOPE))
+    assert LOSSES[lost_to](database)
     before = dump(database)
     for write in WRITES:
         with pytest.raises(errors.LeaseLostError) as refusal, database.unit_of_work() as unit:
@@ -116,7 +143,7 @@ def test_lost_key(database: Database, clock: FakeClock, lost_to: str) -> None:
 @pytest.mark.parametrize("swept", [False, True], ids=["before cleanup", "after cleanup"])
 def test_expiry(database: Database, clock: FakeClock, swept: bool) -> None:
     """A record is replayed until its end and is absent exactly at its end, before and after a cleanup."""
-    complete(database, begin(database))
+    database.idempotency_keys.complete(begin(database), "done")
     with pytest.raises(errors.FingerprintMismatchError):
         claim(database, fingerprint="g")
     clock.now = START + DAY - TICK
@@ -126,10 +153,10 @@ def test_expiry(database: Database, clock: FakeClock, swept: bool) -> None:
     clock.advance(TICK)
     if swept:
         assert database.sweep().idempotency_keys == 1
-    assert find(database) is None
+    assert database.idempotency_keys.find(SCOPE) is None
     attempt = begin(database, fingerprint="g")
     assert (attempt.number, attempt.expires_at) == (1, clock.now + DAY)
-    row = find(database)
+    row = database.idempotency_keys.find(SCOPE)
     assert row is not None
     assert (row.result, row.created_at, row.attempt, row.fingerprint) == (None, clock.now, 1, "g")
     # A record that was inserted without parameters counts as completed for calls with any parameters.
@@ -149,40 +176,36 @@ def test_a_method_reads_the_clock_once(target: str) -> None:
         # A second reading would be later than the record's end.
         return now if len(readings) == 1 else now + DAY
 
+    def read_once(call: Callable[[], T]) -> T:
+        readings.clear()
+        result = call()
+        assert len(readings) == 1
+        return result
+
     now = START
     with Database.open(target, clock=clock) as database:
-        readings.clear()
-        attempt = begin(database)
-        assert len(readings) == 1
-        readings.clear()
-        complete(database, attempt)
+        attempt = read_once(lambda: begin(database))
+        database.idempotency_keys.complete(attempt, "done")
         now = START + DAY - TICK
-        readings.clear()
-        assert claim(database) == Outcome("done", True, 1)
-        assert len(readings) == 1
+        assert read_once(lambda: claim(database)) == Outcome("done", True, 1)
         abandoned = IdempotencyScope("lamp", "orders.create", "abandoned")
-        readings.clear()
-        begin(database, abandoned, lease=timedelta(0))
-        readings.clear()
-        assert database.idempotency_keys.resolve(abandoned, "done")
-        assert len(readings) == 1
-        session = AgentSessionCreate(agent_id=add_agent(database).id, session_id="first")
-        database.sessions.create(session)
-        readings.clear()
-        database.sessions.create(session.model_copy(update={"session_id": "second"}))  # the first has the route
-        assert len(readings) == 1
+        read_once(lambda: begin(database, abandoned, lease=timedelta(0)))
+        assert read_once(lambda: database.idempotency_keys.resolve(abandoned, "done"))
+        agent_id = add_agent(database).id
+        for _ in range(2):  # the first session has the route
+            read_once(lambda: database.sessions.create(AgentSessionCreate(agent_id=agent_id)))
 
 
 def test_cleanup_keeps_unknown_outcomes(database: Database, clock: FakeClock) -> None:
     """Cleanup keeps valid leases and unknown outcomes after their time to live, and removes known outcomes."""
     scopes = {name: IdempotencyScope("lamp", "m", name) for name in ("running", "unknown", "completed", "failed")}
     attempts = {name: begin(database, scope, ttl=MINUTE) for name, scope in scopes.items()}
-    complete(database, attempts["completed"])
-    database.run(lambda unit: unit.idempotency_keys.fail(attempts["failed"], "no"))
+    database.idempotency_keys.complete(attempts["completed"], "done")
+    database.idempotency_keys.fail(attempts["failed"], "no")
     clock.advance(DAY)
-    database.run(lambda unit: unit.idempotency_keys.renew(attempts["running"], lease=MINUTE))
+    database.idempotency_keys.renew(attempts["running"], lease=MINUTE)
     assert database.sweep().idempotency_keys == 2
-    assert {name for name, scope in scopes.items() if find(database, scope)} == {"running", "unknown"}
+    assert {name for name, scope in scopes.items() if database.idempotency_keys.find(scope)} == {"running", "unknown"}
     with pytest.raises(errors.IdempotencyInProgressError):
         claim(database, scopes["running"])
     with pytest.raises(errors.OutcomeUnknownError):
@@ -190,7 +213,7 @@ def test_cleanup_keeps_unknown_outcomes(database: Database, clock: FakeClock) ->
     with pytest.raises(errors.FingerprintMismatchError):
         claim(database, scopes["unknown"], fingerprint="g")
     # The time to live is over, but the attempt has just ended: the record is replayed for the same time again.
-    complete(database, attempts["running"])
+    database.idempotency_keys.complete(attempts["running"], "done")
     clock.advance(MINUTE - TICK)
     assert claim(database, scopes["running"]) == Outcome("done", True, 1)
     clock.advance(TICK)
@@ -219,20 +242,20 @@ def test_operator_settles_abandoned_keys(database: Database, clock: FakeClock) -
     assert [row.key for row in keys.list_abandoned()] == ["2"]
 
 
-def test_operator_without_abandoned_keys(database: Database, clock: FakeClock) -> None:
+def test_operator_without_abandoned_keys(database: Database) -> None:
     """`resolve` and `forget` keep an absent and a completed record; an invalid result leaves a key abandoned."""
-    complete(database, begin(database))
+    database.idempotency_keys.complete(begin(database), "done")
     before = dump(database)
     for scope in (SCOPE, IdempotencyScope("lamp", "m", "absent")):
         assert database.idempotency_keys.resolve(scope, "other") is False
         assert database.idempotency_keys.forget(scope) is False
     assert dump(database) == before
-    begin(database, IdempotencyScope("lamp", "m", "k"))
-    clock.advance(MINUTE)
+    abandoned = IdempotencyScope("lamp", "m", "k")
+    begin(database, abandoned, lease=timedelta(0))
     with pytest.raises(errors.InvalidArgumentError):
-        database.idempotency_keys.resolve(IdempotencyScope("lamp", "m", "k"), "x" * 1_100_000)
+        database.idempotency_keys.resolve(abandoned, "x" * 1_100_000)
     with pytest.raises(errors.OutcomeUnknownError):
-        claim(database, IdempotencyScope("lamp", "m", "k"))
+        claim(database, abandoned)
 
 
 def test_errors_omit_the_key(database: Database) -> None:
@@ -244,9 +267,9 @@ def test_errors_omit_the_key(database: Database) -> None:
         with pytest.raises(errors.IdempotencyError) as refusal:
             claim(database, scope, fingerprint=fingerprint)
         told.append(refusal.value)
-    complete(database, attempt, "treasure")
+    database.idempotency_keys.complete(attempt, "treasure")
     with pytest.raises(errors.LeaseLostError) as lost:
-        complete(database, attempt, "treasure")
+        database.idempotency_keys.complete(attempt, "treasure")
     for error in (*told, lost.value):
         assert "sesame" not in str(error)
         assert "treasure" not in str(error)
@@ -258,7 +281,7 @@ def test_errors_omit_the_key(database: Database) -> None:
 
 def test_unknown_state_keeps_the_key(database: Database, target: str, clock: FakeClock) -> None:
     """If a row has an unknown state, claims raise an error and cleanup keeps the row, since the effect may have run."""
-    complete(database, begin(database, lease=timedelta(0)))
+    database.idempotency_keys.complete(begin(database, lease=timedelta(0)), "done")
     # If `omitted` is neither 0 nor 1, the stored result is not returned as a complete result.
     write_past_checks(target, "UPDATE idempotency_keys SET omitted = 2")
     again = claim(database)
@@ -269,7 +292,7 @@ def test_unknown_state_keeps_the_key(database: Database, target: str, clock: Fak
     before = dump(database)
     assert database.sweep().idempotency_keys == 0
     assert database.idempotency_keys.delete_ended(SCOPE.device_id) == 0
-    for call in (lambda: claim(database), lambda: database.run(lambda unit: unit.idempotency_keys.find(SCOPE))):
+    for call in (lambda: claim(database), lambda: database.idempotency_keys.find(SCOPE)):
         with pytest.raises(errors.CorruptDatabaseError):
             call()
     assert dump(database) == before

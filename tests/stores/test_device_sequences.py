@@ -1,11 +1,11 @@
-"""Random sequences of calls of the stores of devices, nonces and idempotency keys, with low limits."""
+"""Random sequences of calls of the stores, with low limits, and the models of devices, nonces and idempotency keys."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from homeagent import (
 from homeagent.models.device_change import DeviceChangeKind
 from homeagent.stores.nonces import NONCE_GRACE
 from tests.conftest import START, RecordProperty
+from tests.stores.session_machine import SessionMachine
 from tests.stores.state_machine import (
     LIMITS,
     MINUTE,
@@ -86,12 +87,6 @@ class GuardMachine(Machine):
         assert self.attempt("nonces", "forget", device) == len(released)
         self.released |= released
 
-    @action(device=few_names, nonce=names)
-    def find_nonce(self, device: str, nonce: str) -> None:
-        until = self.nonces.get((device, nonce), self.clock.now)
-        found = self.attempt("nonces", "find", device, nonce)
-        assert (None if found is None else found.expires_at) == (until if until > self.clock.now else None)
-
     # Idempotency keys
 
     @action(device=few_names, key=names, value=st.integers(), lives=st.sampled_from(durations))
@@ -106,12 +101,6 @@ class GuardMachine(Machine):
             assert got.result == value
             self.keys[device, key] = (now + lives, value)
 
-    @action(device=few_names, key=names)
-    def find_key(self, device: str, key: str) -> None:
-        got = self.attempt("idempotency_keys", "find", IdempotencyScope(device, "m", key))
-        known = self.keys.get((device, key), (self.clock.now, None))
-        assert (None if got is None else (got.expires_at, got.result)) == (known if known[0] > self.clock.now else None)
-
     # Both
 
     @action()
@@ -125,6 +114,19 @@ class GuardMachine(Machine):
             del self.nonces[nonce]
         for key in keys:
             del self.keys[key]
+
+    @invariant()
+    def everything_is_as_modelled(self) -> None:
+        now = self.clock.now
+        with self.database.unit_of_work(read_only=True) as unit:
+            for device, name in product(NAMES[:2], NAMES) if hasattr(self, "released") else ():
+                nonce, key = (
+                    unit.nonces.find(device, name),
+                    unit.idempotency_keys.find(IdempotencyScope(device, "m", name)),
+                )
+                until, known = self.nonces.get((device, name), now), self.keys.get((device, name), (now, None))
+                assert (None if nonce is None else nonce.expires_at) == (until if until > now else None)
+                assert (None if key is None else (key.expires_at, key.result)) == (known if known[0] > now else None)
 
 
 class DeviceMachine(Machine):
@@ -274,14 +276,17 @@ class DeviceMachine(Machine):
         self.devices[device]["metadata_"] = got.metadata_
         self.expected.append((device, "updated"))
 
-    @action(data=st.data())
-    def see(self, data: st.DataObject) -> None:
+    @action(data=st.data(), at=st.none() | st.sampled_from([-MINUTE, MS, timedelta(days=18_000)]))
+    def see(self, data: st.DataObject, at: timedelta | None) -> None:
+        """A time in the future counts as now."""
         device = self.draw(data)
         row = self.devices.get(device)
-        writes = row is not None and (row["last_seen_at"] is None or row["last_seen_at"] <= self.clock.now - MINUTE)
-        assert self.attempt("devices", "update_last_seen", device) is writes
+        given = None if at is None else self.clock.now + at
+        seen = self.clock.now if given is None else min(self.clock.now, given)
+        writes = row is not None and (row["last_seen_at"] is None or row["last_seen_at"] <= seen - MINUTE)
+        assert self.attempt("devices", "update_last_seen", device, given) is writes
         if row is not None and writes:
-            row["last_seen_at"] = self.clock.now
+            row["last_seen_at"] = seen
 
     @action(some, data=st.data(), role=st.sampled_from(Role), approved=st.booleans(), deletes=st.booleans())
     def edit_by_the_orm(self, data: st.DataObject, role: Role, approved: bool, deletes: bool) -> None:
@@ -444,7 +449,7 @@ class DeviceMachine(Machine):
         assert keys == {name for name, until in self.keys.items() if until > self.clock.now}
 
 
-KINDS = pytest.mark.parametrize("kind", [GuardMachine, DeviceMachine])
+KINDS = pytest.mark.parametrize("kind", [GuardMachine, DeviceMachine, SessionMachine])
 
 
 @KINDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -17,11 +18,13 @@ from homeagent import (
     DeviceStatus,
     DeviceUpdate,
     IdempotencyScope,
+    Limits,
     Role,
     errors,
 )
 from homeagent.scram import make_proof, proof_message, verifier_parameters
-from tests.conftest import START, FakeClock, add_device, dump, write_past_checks
+from homeagent.stores import device_statements as statements
+from tests.conftest import START, FakeClock, MakeDatabase, add_device, dump, plan_of, write_past_checks
 
 SECOND = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
@@ -114,7 +117,7 @@ def test_overlap_needs_an_approved_device(database: Database, revoked: bool) -> 
 
 
 def test_approval_ends_an_earlier_overlap(database: Database) -> None:
-    """If an earlier version stored a previous secret for an unapproved device, that secret is never accepted."""
+    """An approval clears the revocation, and the previous secret that an earlier version stored for the device."""
     add_device(database)
     for status in (DeviceStatus.PENDING, DeviceStatus.REVOKED):
         with database.unit_of_work() as unit:
@@ -123,34 +126,22 @@ def test_approval_ends_an_earlier_overlap(database: Database) -> None:
         assert database.devices.approve("lamp", expected_status=status) is True
         device = database.devices.get("lamp")
         assert (device.previous_secret_hash, device.previous_secret_expires_at) == (None, None)
-        database.devices.revoke("lamp")
+        assert (device.approved_at, device.revoked_at, device.revoked_reason) == (START, None, None)
+        database.devices.revoke("lamp", reason="lost")
+        assert database.devices.get("lamp").revoked_reason == "lost"
 
 
 def test_last_seen_once_a_minute(database: Database, clock: FakeClock) -> None:
-    """The last-seen time is written once a minute and never moves back; a time in the future counts as now."""
+    """The last-seen time is written exactly once a minute; a granularity of any length and any year are accepted."""
     add_device(database)
-
-    def see(at: datetime | None = None) -> bool:
-        with database.unit_of_work() as unit:
-            return unit.devices.update_last_seen("lamp", at)
-
-    assert see() is True
-    first = clock.now
+    assert database.devices.update_last_seen("lamp", granularity=timedelta.max)
     clock.advance(MINUTE - timedelta(milliseconds=1))
-    assert see() is False
-    clock.advance(timedelta(milliseconds=1))
-    assert see() is True
-    assert see(first) is False
-    ahead = clock.now + timedelta(days=18_000)
-    assert see(ahead) is False
-    clock.advance(MINUTE)
-    assert see(ahead) is True
+    assert not database.devices.update_last_seen("lamp")
+    clock.advance(milliseconds=1)
+    assert database.devices.update_last_seen("lamp")
     assert database.devices.get("lamp").last_seen_at == clock.now
-    # The ends of time
     assert not database.devices.update_last_seen("lamp", granularity=timedelta.max)
     assert not database.devices.update_last_seen("lamp", datetime.min.replace(tzinfo=UTC))
-    add_device(database, "new")
-    assert database.devices.update_last_seen("new", granularity=timedelta.max)
 
 
 def test_delete_removes_results_and_keeps_nonces(database: Database) -> None:
@@ -213,25 +204,18 @@ def test_only_1_is_an_approval(database: Database, target: str, value: str, revo
         if revoked:
             assert unit.devices.revoke("lamp", force=True)
     write_past_checks(target, f"UPDATE devices SET approved = {value}")
-    now = START
     verifier = database.devices.get("lamp").proof_verifier
     assert verifier is not None
-    message = proof_message(device_id="lamp", nonce="n", timestamp=now)
+    message = proof_message(device_id="lamp", nonce="n", timestamp=START)
     proof = make_proof(secret, verifier_parameters(verifier), message)
     assert database.verify_secret("lamp", secret) is None
-    assert database.verify_proof("lamp", nonce="n", timestamp=now, proof=proof) is None
+    assert database.verify_proof("lamp", nonce="n", timestamp=START, proof=proof) is None
     status = DeviceStatus.REVOKED  # it was approved before
     with database.unit_of_work(read_only=True) as unit:
-        stored = unit.session.get(Device, "lamp")
-        for device in (unit.devices.get("lamp"), *unit.devices.list(), stored):
-            assert device is not None
+        for device in (unit.devices.get("lamp"), *unit.devices.list(), unit.session.get_one(Device, "lamp")):
             assert (device.approved, device.status) == (False, status)
-        for listed in (
-            *({"approved": approved} for approved in (True, False)),
-            *({"status": wanted} for wanted in DeviceStatus),
-        ):
-            is_there = listed in ({"approved": False}, {"status": status})
-            assert len(unit.devices.list(**listed)) == is_there, listed  # type: ignore[arg-type]  # each is one of the two
+        assert [len(unit.devices.list(approved=approved)) for approved in (True, False)] == [0, 1]
+        assert [wanted for wanted in DeviceStatus if unit.devices.list(status=wanted)] == [status]
     assert database.doctor().finding("admins").facts == {"admins": 0, "devices": 1}  # type: ignore[union-attr]  # the finding exists
     assert database.doctor().finding("pending_devices").facts["pending"] == 0  # type: ignore[union-attr]
     add_device(database, "desk", role=Role.ADMIN, approved=True)
@@ -266,27 +250,16 @@ def test_null_is_not_an_approval(database: Database, target: str, engine_name: s
 
 
 def test_approval_through_the_orm(database: Database, clock: FakeClock) -> None:
-    """An approval or revocation through the ORM sets the time and removes the old secret, as the store does."""
-    add_device(database, "lamp")
-    with database.unit_of_work() as unit:
-        unit.session.get_one(Device, "lamp").metadata_ = {"room": 1}
-    assert database.devices.get("lamp").status is DeviceStatus.PENDING
-    with database.unit_of_work() as unit:
-        device = unit.session.get_one(Device, "lamp")
-        device.previous_secret_hash = "sha256$old"
-        device.approved = True
-    approved = database.devices.get("lamp")
-    assert (approved.approved_at, approved.previous_secret_hash) == (START, None)
+    """If the ORM has not loaded the old approval, a revocation through the ORM sets the time, as the store does."""
+    add_device(database, "lamp", approved=True)
     later = clock.advance(seconds=1)
     with database.unit_of_work() as unit:
         device = unit.session.get_one(Device, "lamp")
+        device.previous_secret_hash = "sha256$old"
         unit.devices.update_last_seen("lamp")  # afterwards the old value of the attribute is not loaded
         device.approved = False
     revoked = database.devices.get("lamp")
-    assert (revoked.status, revoked.revoked_at) == (DeviceStatus.REVOKED, later)
-    with database.unit_of_work() as unit:
-        unit.session.get_one(Device, "lamp").approved = True
-    assert database.devices.get("lamp").revoked_at is None
+    assert (revoked.status, revoked.revoked_at, revoked.previous_secret_hash) == (DeviceStatus.REVOKED, later, None)
 
 
 def test_update_statement_withdraws_an_approval(database: Database) -> None:
@@ -302,3 +275,82 @@ def test_update_statement_withdraws_an_approval(database: Database) -> None:
         database.devices.approve("lamp")
     assert database.devices.revoke("lamp") is True
     assert database.devices.revoke("lamp") is False
+
+
+# Limits of pending devices
+
+
+def can_pair(database: Database, device_id: str) -> bool:
+    """Pair a device, and return whether the number of pending devices was below its limit of 3."""
+    try:
+        database.pair(DevicePair(id=device_id, role=Role.NODE))
+    except errors.PendingLimitError as error:
+        return error.limit != 3
+    return True
+
+
+def test_the_bound_is_exact_for_callers_at_the_same_time(reopen: MakeDatabase) -> None:
+    """If callers pair at the same time in several databases on the same store, the number is exactly the limit."""
+    databases = [reopen(limits=Limits(pending_devices=3)) for _ in range(3)]
+    with ThreadPoolExecutor(9) as threads:
+        calls = [threads.submit(can_pair, databases[number % 3], f"d{number}") for number in range(9)]
+        assert sum(call.result() for call in calls) == 3
+    assert len(databases[0].devices.list()) == 3
+
+
+def test_pairing_is_closed(reopen: MakeDatabase) -> None:
+    """With a limit of 0 no device pairs, but code that holds a hash still adds a device."""
+    database = reopen(limits=Limits(pending_devices=0))
+    with pytest.raises(errors.PendingLimitError, match="pairing is closed"):
+        database.pair(DevicePair(id="lamp", role=Role.NODE))
+    assert add_device(database, "lamp").status is DeviceStatus.PENDING
+
+
+def test_a_sweep_removes_old_pending_devices(reopen: MakeDatabase, clock: FakeClock) -> None:
+    """If a device is pending for too long, a sweep removes the device; approved and revoked devices stay."""
+    database = reopen(limits=Limits(pending_ttl=timedelta(days=2)))
+    for device_id in ("waiting", "approved", "revoked"):
+        add_device(database, device_id, approved=device_id == "approved")
+    database.devices.revoke("revoked")
+    clock.advance(days=1)
+    add_device(database, "later")
+    clock.advance(timedelta(days=1) - timedelta(milliseconds=1))
+    assert database.sweep().pending_devices == 0
+    clock.advance(milliseconds=1)
+    assert database.sweep(batch_size=1).pending_devices == 1
+    assert [device.id for device in database.devices.list()] == ["approved", "later", "revoked"]
+
+
+def test_the_index_counts(sqlite_database: Database) -> None:
+    """SQLite counts and removes pending devices by the partial index, without reading rows for the count."""
+    for statement, index in ((statements.COUNT_PENDING, "COVERING INDEX"), (statements.DELETE_PENDING, "INDEX")):
+        plan = plan_of(sqlite_database, statement, limit=5, before=sqlite_database._clock())
+        assert f"{index} idx_devices_pending" in "\n".join(plan)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"pending_devices": -1},
+        {"pending_devices": True},
+        *({name: timedelta(0)} for name in ("pending_ttl", "longest_ttl", "changes_kept")),
+        *({name: 0} for name in ("waiting_hashes", "nonces_per_device", "failed_checks_per_minute")),
+        {"keys_per_device": True},
+    ],
+    ids=str,
+)
+def test_bad_limits_are_refused(bad: dict[str, Any]) -> None:
+    """If a limit is invalid, creating the limits raises."""
+    with pytest.raises(errors.InvalidArgumentError):
+        Limits(**bad)
+    with pytest.raises(errors.InvalidArgumentError, match="Limits"):
+        Database.open(":memory:", limits=bad)
+
+
+def test_limits_by_default() -> None:
+    """Without an argument, each limit has the value that the documentation names."""
+    days = [timedelta(days=days) for days in (30, 400, 7)]
+    limits = Limits()
+    assert (limits.pending_devices, limits.nonces_per_device, limits.keys_per_device) == (1_000, 10_000, 10_000)
+    assert (limits.waiting_hashes, limits.failed_checks_per_minute) == (16, 30)
+    assert [limits.pending_ttl, limits.longest_ttl, limits.changes_kept] == days

@@ -1,19 +1,32 @@
-"""The store of nonces, and the guard that accepts a signed message once, and only while the message is fresh."""
+"""The store of nonces, and the guard that accepts a signed message once, also after a restore."""
 
 from __future__ import annotations
 
+import tempfile
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import text
 
 from homeagent import Database, Freshness, ReplayGuard
-from homeagent.errors import InvalidArgumentError
+from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
+from homeagent.models.types import to_milliseconds
 from homeagent.stores.nonces import NONCE_GRACE
-from tests.conftest import START, FakeClock, dump
+from tests.conftest import START, FakeClock, MakeDatabase, dump
 
 MINUTE = timedelta(minutes=1)
-MS = timedelta(milliseconds=1)
 SKEW = timedelta(minutes=5)
+MS = timedelta(milliseconds=1)
+
+guard = ReplayGuard(skew=SKEW)
+
+
+def judge(database: Database, nonce: str, signed_at: datetime) -> Freshness:
+    """Judge a message in a separate unit."""
+    return database.run(lambda unit: guard.check(unit.nonces, "lamp", nonce, signed_at=signed_at))
 
 
 def test_cleanup_keeps_a_grace(database: Database, clock: FakeClock) -> None:
@@ -32,15 +45,6 @@ def test_cleanup_keeps_a_grace(database: Database, clock: FakeClock) -> None:
     assert len(dump(database)["nonces"]) == 1
 
 
-# The guard
-
-
-def judge(database: Database, nonce: str, *, offset: timedelta, guard: ReplayGuard | None = None) -> Freshness:
-    """Judge a message that was signed `offset` after START, in a separate unit."""
-    guard = guard or ReplayGuard(skew=SKEW)
-    return database.run(lambda unit: guard.check(unit.nonces, "lamp", nonce, signed_at=START + offset))
-
-
 def test_a_timestamp_is_judged_to_the_millisecond(database: Database) -> None:
     """A message becomes stale exactly when its nonce expires; a refused timestamp and a bad setting use no nonce."""
     for offset, verdict in (
@@ -51,7 +55,7 @@ def test_a_timestamp_is_judged_to_the_millisecond(database: Database) -> None:
         (SKEW + MS, Freshness.FUTURE),
         (datetime.max.replace(tzinfo=UTC) - START, Freshness.FUTURE),
     ):
-        assert judge(database, str(offset), offset=offset) is verdict
+        assert judge(database, str(offset), START + offset) is verdict
         assert (database.nonces.find("lamp", str(offset)) is not None) is (verdict is Freshness.FRESH)
     for bad in ({"skew": timedelta(0)}, {"skew": -SKEW}, {"skew": SKEW, "limit": 0}):
         with pytest.raises(InvalidArgumentError):
@@ -60,9 +64,83 @@ def test_a_timestamp_is_judged_to_the_millisecond(database: Database) -> None:
 
 def test_nonce_is_kept_while_its_message_is_fresh(database: Database, clock: FakeClock) -> None:
     """If the signer's clock is ahead, the nonce is a replay until the skew after its timestamp, even after a sweep."""
-    assert judge(database, "one", offset=SKEW) is Freshness.FRESH
+    assert judge(database, "one", START + SKEW) is Freshness.FRESH
     clock.advance(2 * SKEW - MS)
     database.sweep()
-    assert judge(database, "one", offset=SKEW) is Freshness.REPLAYED
+    assert judge(database, "one", START + SKEW) is Freshness.REPLAYED
     clock.advance(MS)
-    assert judge(database, "one", offset=SKEW) is Freshness.STALE
+    assert judge(database, "one", START + SKEW) is Freshness.STALE
+
+
+# A restore
+
+
+# Steps of a minute and of a millisecond meet every bound.
+def spans_of(minutes: st.SearchStrategy[int], milliseconds: st.SearchStrategy[int]) -> st.SearchStrategy[timedelta]:
+    return st.builds(timedelta, minutes=minutes, milliseconds=milliseconds)
+
+
+spans, leads = spans_of(st.integers(0, 12), st.integers(0, 2)), spans_of(st.integers(-5, 5), st.integers(-1, 1))
+messages = st.lists(st.tuples(spans, leads), max_size=4)
+later = st.lists(spans, min_size=1, max_size=3)
+
+
+Messages = list[tuple[timedelta, timedelta]]
+
+
+def nothing_enters_twice(before: Messages, after: Messages, until_restore: timedelta, later: list[timedelta]) -> None:
+    """Accept messages before and after a backup, with early and late clocks, then restore and send each again."""
+    clock = FakeClock()
+    with tempfile.TemporaryDirectory() as directory:
+        path, backup = Path(directory) / "homeagent.db", Path(directory) / "the.backup"
+        let_in: dict[str, datetime] = {}
+        with Database.open(path, clock=clock, durability="normal") as database:
+            for place, messages in (("before", before), ("after", after)):
+                for number, (pause, lead) in enumerate(messages):
+                    clock.advance(pause)
+                    signed_at = clock.now + lead
+                    if judge(database, f"{place}-{number}", signed_at) is Freshness.FRESH:
+                        let_in[f"{place}-{number}"] = signed_at
+                if place == "before":
+                    database.backup(backup)
+        restored_at = clock.advance(until_restore)
+        Database.restore(backup, path, clock=clock)
+        with Database.open(path, clock=clock, durability="normal") as database:
+            for pause in (timedelta(0), *later):
+                clock.advance(pause)
+                for nonce, signed_at in let_in.items():
+                    assert judge(database, nonce, signed_at) is not Freshness.FRESH, (nonce, signed_at, clock.now)
+            # Not every message is refused: a message signed after the last possible earlier message is judged as usual.
+            clock.now = max(clock.now, restored_at + MS)
+            signed_at = restored_at + SKEW + MS
+            expected = Freshness.FRESH if clock.now < signed_at + SKEW else Freshness.STALE
+            assert judge(database, "new", signed_at) is expected
+
+
+@pytest.mark.parametrize("histories", [6, pytest.param(60, marks=pytest.mark.slow)])
+def test_no_message_is_accepted_twice(histories: int) -> None:
+    """After a restore, no earlier message is accepted again. SQLite only: `restore` exists for this engine only."""
+    test = given(before=messages, after=messages.filter(bool), until_restore=spans, later=later)(nothing_enters_twice)
+    settings(max_examples=histories, deadline=None)(test)()
+
+
+def test_time_limit_after_a_restore_is_exact(database: Database, reopen: MakeDatabase, clock: FakeClock) -> None:
+    """A message that could have been accepted before the restore is stale, to the millisecond, and uses no nonce."""
+    with database.unit_of_work() as unit:
+        restored = text("UPDATE store SET epoch = 2, restored_at = :at")
+        unit.session.connection().execute(restored, {"at": to_milliseconds(START)})
+    clock.advance(2 * MS)
+    again = reopen()
+    # The offset SKEW: accepted exactly at the time of the restore, from a clock that is ahead by the whole skew.
+    for offset in (-SKEW, timedelta(0), MS, SKEW, SKEW + MS):
+        expected = Freshness.FRESH if offset > SKEW else Freshness.STALE
+        assert judge(again, str(offset), START + offset) is expected
+        assert (again.nonces.find("lamp", str(offset)) is not None) == (expected is Freshness.FRESH)
+
+
+def test_missing_epoch_row_refuses_all(database: Database, reopen: MakeDatabase) -> None:
+    """If the row with the epoch is missing, every message raises `CorruptDatabaseError`."""
+    with database.unit_of_work() as unit:
+        unit.session.connection().execute(text("DELETE FROM store"))
+    with pytest.raises(CorruptDatabaseError, match="newest good backup"):
+        judge(reopen(), "one", START)

@@ -1,8 +1,7 @@
-"""The index of sessions."""
+"""The stores of agents and sessions."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import cycle, permutations, product
@@ -12,7 +11,17 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import update
 
-from homeagent import AgentSession, AgentSessionCreate, AgentSessionPublic, AgentSessionUpdate, Database, errors
+from homeagent import (
+    Agent,
+    AgentCreate,
+    AgentSession,
+    AgentSessionCreate,
+    AgentSessionPublic,
+    AgentSessionUpdate,
+    AgentUpdate,
+    Database,
+    errors,
+)
 from homeagent.models.session import route_key
 from homeagent.stores import session_statements as statements
 from homeagent.stores import sessions as module
@@ -29,6 +38,56 @@ ROUTES: list[dict[str, Any]] = [
 ]
 
 
+def test_create_returns_what_is_stored(database: Database) -> None:
+    """`create` stores every field, and the creation time comes from the clock."""
+    config = {"z": [1, -0.0, 2**70, "é\0"], "a": None}
+    made = database.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada", config=config))
+    with database.unit_of_work(read_only=True) as unit:
+        found = unit.agents.get("ada")
+        assert unit.agents.find_by_id("ada") == found
+    assert made == found == Agent(id="ada", name="Ada", workspace_path="/srv/ada", created_at=START, config=config)
+    assert isinstance(found.config, dict)
+    assert list(found.config) == ["z", "a"]
+
+
+class Renaming(AgentUpdate):
+    """An application's request with a field of its own."""
+
+    reason: str
+
+
+def test_update_changes_only_what_was_given(database: Database) -> None:
+    """`update` keeps fields that are not given, empties a config of None, and ignores fields of a subclass."""
+    database.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada", config=[1]))
+    for changes, expected in (
+        (AgentUpdate(name="Ada II"), ("Ada II", "/srv/ada", [1])),
+        (AgentUpdate(workspace_path="/mnt/ada", config=None), ("Ada II", "/mnt/ada", None)),
+        (AgentUpdate(), ("Ada II", "/mnt/ada", None)),
+        (Renaming(name="Countess", reason="title"), ("Countess", "/mnt/ada", None)),
+        (Renaming(reason="none"), ("Countess", "/mnt/ada", None)),
+    ):
+        updated = database.agents.update("ada", changes)
+        assert (updated.name, updated.workspace_path, updated.config) == expected
+        assert database.agents.get("ada") == updated
+
+
+def test_list_is_ordered_by_bytes_and_paged(database: Database) -> None:
+    """Pages are sorted by UTF-8 bytes on both engines, and a row added before the cursor does not shift a page."""
+    ids = ["a", "B", "é", "Z", "aa", "a-b", "a_b", "ß", "日本", "😀", "\uffee", "0"]
+    for agent_id in ids:
+        add_agent(database, agent_id)
+    page = database.agents.list(limit=5)
+    found = [*page]
+    add_agent(database, "!")
+    while page:
+        page = database.agents.list(limit=5, after=page[-1].id)
+        found += page
+    assert [agent.id for agent in found] == sorted(ids, key=str.encode)
+
+
+# Sessions
+
+
 def test_resolve_reads_without_the_write_lock(database: Database) -> None:
     """If a session holds the route, `database.sessions.resolve` begins no write unit."""
     add_agent(database)
@@ -39,23 +98,28 @@ def test_resolve_reads_without_the_write_lock(database: Database) -> None:
             database.sessions.resolve(agent_id="ada", sender_id="another")
 
 
-def test_metadata(database: Database, clock: FakeClock) -> None:
-    """`update` sets the metadata; `touch`, `move` and `index` keep the metadata, and a reply shows the metadata."""
+def test_move_gives_the_old_route(database: Database, clock: FakeClock) -> None:
+    """A moved session holds the new route, and the last active session that remains takes the old route."""
+    add_agent(database)
+    for session_id in ("s1", "s2", "s3"):
+        database.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada", channel_id="group"))
+        clock.advance(SECOND)
+    database.sessions.touch("s2")
+    moved = database.sessions.move("s1", channel_id="supergroup")
+    assert (moved.agent_id, moved.sender_id, moved.channel_id) == ("ada", None, "supergroup")
+    assert {row.session_id for row in database.sessions.list() if row.route_key is not None} == {"s1", "s2"}
+    assert database.sessions.move("s2", sender_id="ann", channel_id=None).sender_id == "ann"
+    assert all(row.route_key is not None for row in database.sessions.list())
+    assert only_sound(database)
+
+
+def test_metadata(database: Database) -> None:
+    """`update` sets the metadata and no time, a reply shows the metadata, and too long metadata are refused."""
     add_agent(database)
     given = {"title": "Küche", "tokens": [1, -0.0], "none": None}
     made = database.sessions.create(AgentSessionCreate(session_id="s1", agent_id="ada", metadata=given))
-    assert made.metadata_ == given
-    clock.advance(SECOND)
-    times = {"created_at": START, "last_active_at": clock.now}
-    assert database.sessions.touch("s1", START + SECOND / 2)
-    rows = [AgentSession(session_id=name, agent_id="ada", metadata=["new"], **times) for name in ("s1", "s2")]
-    database.sessions.index(rows)
-    assert database.sessions.move("s1", sender_id="ann").metadata_ == given
-    assert database.sessions.get("s2").metadata_ == ["new"]
-    # A change of the metadata is not an activity.
-    clock.advance(SECOND)
     changed = database.sessions.update("s1", AgentSessionUpdate(metadata={"title": "Bad"}))
-    assert (changed.metadata_, changed.last_active_at) == ({"title": "Bad"}, START + SECOND)
+    assert changed == made.model_copy(update={"metadata_": {"title": "Bad"}})
     assert changed == database.sessions.update("s1", AgentSessionUpdate()) == database.sessions.find_by_id("s1")
     assert AgentSessionPublic.model_validate(changed).model_dump()["metadata"] == {"title": "Bad"}
     assert database.sessions.update("s1", AgentSessionUpdate(metadata=None)).metadata_ is None
@@ -77,15 +141,11 @@ def test_resolve_after_the_orm_moved_sessions(database: Database) -> None:
     ann, bob, eve = (resolve(sender).session_id for sender in ("ann", "bob", "eve"))
     with database.unit_of_work() as unit:
         for session_id, sender in ((ann, "bob"), (bob, None), (eve, "bob")):
-            moved = unit.session.get(AgentSession, session_id)
-            assert moved is not None
-            moved.sender_id = sender
+            unit.session.get_one(AgentSession, session_id).sender_id = sender
         unit.session.flush()
         assert unit.sessions.resolve(agent_id="ada").session_id == bob
-        row = AgentSession(
-            session_id="new", agent_id="ada", sender_id="eve", created_at=START, last_active_at=START, route_key="odd"
-        )
-        unit.session.add(row)
+        times = {"created_at": START, "last_active_at": START}
+        unit.session.add(AgentSession(session_id="new", agent_id="ada", sender_id="eve", route_key="odd", **times))
     assert resolve(None).session_id == bob
     assert resolve("bob").session_id in (ann, eve)
     assert resolve("eve").session_id == "new"
@@ -99,36 +159,38 @@ def only_sound(database: Database) -> bool:
     return all(row.route_key in (None, route_key(row.agent_id, row.sender_id, row.channel_id)) for row in rows)
 
 
-def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
-    """With equal timestamps and rows added meanwhile, pages neither repeat nor skip an earlier row."""
+def test_resolve_after_an_update_statement(database: Database) -> None:
+    """If an UPDATE statement leaves an old route key, `resolve` and `create` never return the moved session for it."""
     add_agent(database)
-    chance = random.Random(7)
-    clock.advance(seconds=3)
-    rows = [
-        AgentSession(
-            session_id=f"s{number:03}",
-            agent_id="ada",
-            sender_id=chance.choice([None, "x", "y"]),
-            created_at=START,
-            last_active_at=START + SECOND * chance.randrange(4),
-        )
-        for number in range(60)
-    ]
-    assert database.sessions.index(rows) == 60
-    expected = sorted(rows, key=lambda row: (row.last_active_at, row.session_id), reverse=True)
-    for sender in (None, "x"):
-        page = database.sessions.list(agent_id="ada", sender_id=sender, limit=7)
-        found = [*page]
-        while page:
-            clock.advance(SECOND * 10)
-            database.sessions.create(AgentSessionCreate(agent_id="ada", sender_id="x"))
-            page = database.sessions.list(agent_id="ada", sender_id=sender, limit=7, after=page[-1])
-            found += page
-        ids = [row.session_id for row in found]
-        assert [name for name in ids if name in {row.session_id for row in rows}] == [
-            row.session_id for row in expected if sender in (None, row.sender_id)
-        ]
-        assert len(ids) == len(set(ids))
+    moved = database.sessions.resolve(agent_id="ada", sender_id="ann").session_id
+    with database.unit_of_work() as unit:
+        unit.session.execute(update(AgentSession).values(sender_id="bob"))
+    with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
+        unit.sessions.resolve(agent_id="ada", sender_id="ann")
+    with database.unit_of_work() as unit:
+        created = unit.sessions.create(AgentSessionCreate(agent_id="ada", sender_id="ann"))
+        assert unit.sessions.resolve(agent_id="ada", sender_id="ann") == created
+    assert created.session_id != moved
+    with database.unit_of_work() as unit:
+        unit.session.execute(update(AgentSession).where(_column.sender_id == "ann").values(channel_id="sms"))
+    again = database.sessions.resolve(agent_id="ada", sender_id="ann")
+    assert (again.channel_id, again.session_id in (moved, created.session_id)) == (None, False)
+    assert only_sound(database)
+
+
+def test_pages_are_stable(database: Database, clock: FakeClock) -> None:
+    """If sessions are added between two pages, the pages neither repeat nor skip an earlier session."""
+    add_agent(database)
+    clock.advance(SECOND)
+    assert database.sessions.index(rows(30)) == 30
+    page = database.sessions.list(agent_id="ada", limit=7)
+    found = [row.session_id for row in page]
+    while page:
+        clock.advance(SECOND)
+        database.sessions.create(AgentSessionCreate(agent_id="ada", sender_id="s"))
+        page = database.sessions.list(agent_id="ada", limit=7, after=page[-1])
+        found += [row.session_id for row in page]
+    assert found == sorted((row.session_id for row in rows(30)), reverse=True)
 
 
 def test_pages_come_from_an_index(database: Database, engine_name: str) -> None:

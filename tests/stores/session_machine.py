@@ -1,4 +1,4 @@
-"""Random sequences of calls of the stores of agents and sessions, and of changes without the stores."""
+"""A model of the stores of agents and sessions, with changes by the stores and by the ORM."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from sqlalchemy import update
 
 from homeagent import AgentCreate, AgentSession, AgentSessionCreate, AgentSessionUpdate, errors
 from homeagent.models.session import route_key
-from tests.conftest import RecordProperty
-from tests.stores.state_machine import MINUTE, MS, SHARES, Machine, action, names, run_sequences, run_share
+from tests.stores.state_machine import MINUTE, MS, Machine, action, names
 
 Route = tuple[str, str | None, str | None]
 ROUTE = ("agent_id", "sender_id", "channel_id")
@@ -370,15 +369,3 @@ class SessionMachine(Machine):
                     self.database.unit_of_work(read_only=True) as unit,
                 ):
                     unit.sessions.resolve(**arguments(route))
-
-
-def test_sessions_follow_their_model(target: str, engine_name: str) -> None:
-    """After 25 sequences on SQLite and 5 on PostgreSQL, the agents, sessions and routes are those of the model."""
-    run_sequences(SessionMachine, target, 25 if engine_name == "sqlite" else 5, 25)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share", SHARES)
-def test_many_sequences(target: str, share: int, record_property: RecordProperty) -> None:
-    """After 2,000 sequences on SQLite and 320 on PostgreSQL, the agents, sessions and routes are those of the model."""
-    run_share(SessionMachine, target, record_property)
