@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import sqlalchemy

@@ -263,8 +263,10 @@ class SessionMachine(Machine):
                 outrun = [route for route in set(group) & self.keys.keys() if self.is_outrun(route)]
                 for route in outrun:
                     del self.keys[route]
-                for route in set(group) - self.keys.keys() if outrun else ():
-                    self.give(route)
+                # `give()` can free the stale key of a session, for a later route of the group.
+                for route in dict.fromkeys(group if outrun else ()):
+                    if route not in self.keys:
+                        self.give(route)
         for route in indexed:
             assert self.holder(route) in (None, self.last_active(route))
 

@@ -354,3 +354,86 @@ def test_limits_by_default() -> None:
     assert (limits.pending_devices, limits.nonces_per_device, limits.keys_per_device) == (1_000, 10_000, 10_000)
     assert (limits.waiting_hashes, limits.failed_checks_per_minute) == (16, 30)
     assert [limits.pending_ttl, limits.longest_ttl, limits.changes_kept] == days
+
+
+def test_approve_and_revoke(database: Database, clock: FakeClock) -> None:
+    """`approve` and `revoke` return whether the device changed, and record the time and the reason."""
+    add_device(database)
+    with database.unit_of_work() as unit:
+        approved_at = clock.advance(SECOND)
+        assert unit.devices.approve("lamp") is True
+        assert unit.devices.approve("lamp") is False
+        device = unit.devices.get("lamp")
+        assert (device.status, device.approved_at, device.revoked_at) == (DeviceStatus.APPROVED, approved_at, None)
+        revoked_at = clock.advance(SECOND)
+        assert unit.devices.revoke("lamp", reason="lost") is True
+        assert unit.devices.revoke("lamp", reason="again") is False
+        device = unit.devices.get("lamp")
+        assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.REVOKED, revoked_at, "lost")
+        assert unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED) is True
+        device = unit.devices.get("lamp")
+        assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.APPROVED, None, None)
+
+
+@pytest.mark.parametrize("revoked", [False, True], ids=["pending", "revoked"])
+def test_approve_refuses_another_status(database: Database, revoked: bool) -> None:
+    """If a device has another status than was shown, `approve` raises an error; the right status approves."""
+    add_device(database, approved=revoked)
+    if revoked:
+        database.devices.revoke("lamp", reason="stolen")
+    status = DeviceStatus.REVOKED if revoked else DeviceStatus.PENDING
+    before = dump(database)
+    with database.unit_of_work() as unit:
+        # An approval without a status expects a pending device.
+        for shown in {*DeviceStatus, *([None] if revoked else [])} - {status}:
+            with pytest.raises(errors.ApprovalChangedError, match=r"another status.*expected_status=REVOKED") as caught:
+                unit.devices.approve("lamp", expected_role=Role.CLIENT, expected_paired_at=START, expected_status=shown)
+            assert caught.value.changed == "status"
+    assert dump(database) == before
+    assert database.devices.approve("lamp", expected_status=status) is True
+    assert database.devices.approve("lamp", expected_status=DeviceStatus.PENDING) is False
+
+
+@pytest.mark.parametrize("act", ["revoke", "delete"])
+def test_last_admin_is_kept(database: Database, act: str) -> None:
+    """The last approved admin can be neither revoked nor deleted, unless the caller forces the change."""
+    add_device(database, "root", role=Role.ADMIN, approved=True)
+    add_device(database, "pending", role=Role.ADMIN)
+    add_device(database, "node", role=Role.NODE, approved=True)
+    before = dump(database)
+    with database.unit_of_work() as unit:
+        with pytest.raises(errors.LastAdminError) as caught:
+            getattr(unit.devices, act)("root")
+        assert caught.value.device_id == "root"
+    assert dump(database) == before
+    with database.unit_of_work() as unit:
+        assert getattr(unit.devices, act)("pending") is True
+        assert getattr(unit.devices, act)("node") is True
+        unit.devices.create(DeviceCreate(id="heir", role=Role.ADMIN, shared_secret_hash="sha256$h"))
+        unit.devices.approve("heir")
+        assert getattr(unit.devices, act)("root") is True
+        with pytest.raises(errors.LastAdminError):
+            getattr(unit.devices, act)("heir")
+        assert getattr(unit.devices, act)("heir", force=True) is True
+
+
+def pair(database: Database, device_id: str) -> bool:
+    try:
+        database.pair(DevicePair(id=device_id, role=Role.NODE))
+    except errors.PendingLimitError as error:
+        return error.limit != 3
+    return True
+
+
+def test_the_number_of_pending_devices_is_limited(reopen: MakeDatabase) -> None:
+    """At the limit no device pairs, and approving, revoking or deleting a pending device allows another pairing."""
+    database = reopen(limits=Limits(pending_devices=3))
+    add_device(database, "approved", approved=True)
+    assert [pair(database, f"d{number}") for number in range(4)] == [True, True, True, False]
+    assert database.devices.find_by_id("d3") is None
+    with pytest.raises(errors.DeviceExistsError):
+        pair(database, "d0")
+    for settle in (database.devices.approve, database.devices.revoke, database.devices.delete):
+        settle(f"d{['approve', 'revoke', 'delete'].index(settle.__name__)}")
+        assert [pair(database, f"{settle.__name__}-{number}") for number in range(2)] == [True, False]
+    assert len(database.devices.list(status=DeviceStatus.PENDING)) == 3

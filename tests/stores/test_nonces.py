@@ -144,3 +144,38 @@ def test_missing_epoch_row_refuses_all(database: Database, reopen: MakeDatabase)
         unit.session.connection().execute(text("DELETE FROM store"))
     with pytest.raises(CorruptDatabaseError, match="newest good backup"):
         judge(reopen(), "one", START)
+
+
+def consume(database: Database, nonce: str = "n", device_id: str = "lamp") -> bool:
+    return database.nonces.consume(device_id, nonce, expires_at=START + MINUTE)
+
+
+def test_consume_is_true_once(database: Database) -> None:
+    """The first call for a device and nonce returns True and later calls False, for all printable characters."""
+    for nonce in ("n", "a+/=", "x" * 256, "é☎"):
+        assert consume(database, nonce) is True
+        assert consume(database, nonce) is False
+        assert consume(database, nonce, "other") is True
+    with database.unit_of_work(read_only=True) as unit:
+        found = unit.nonces.find("lamp", "n")
+        assert found is not None
+        assert (found.created_at, found.expires_at) == (START, START + MINUTE)
+        assert unit.nonces.find("lamp", "N") is None
+
+
+def test_expiry_is_exact(database: Database, clock: FakeClock) -> None:
+    """A nonce is known one millisecond before its end and has expired exactly at its end, before any cleanup."""
+    assert consume(database) is True
+    clock.now = START + MINUTE - MS
+    with database.unit_of_work() as unit:
+        assert unit.nonces.find("lamp", "n") is not None
+        assert unit.nonces.consume("lamp", "n", expires_at=START + 2 * MINUTE) is False
+    clock.now = START + MINUTE
+    with database.unit_of_work() as unit:
+        assert unit.nonces.find("lamp", "n") is None
+        assert unit.nonces.consume("lamp", "m", expires_at=clock.now) is False
+        assert unit.nonces.consume("lamp", "n", expires_at=clock.now + MS) is True
+        found = unit.nonces.find("lamp", "n")
+        assert found is not None
+        assert found.expires_at == clock.now + MS
+    assert len(dump(database)["nonces"]) == 1
