@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import cached_property, partial
 from os import PathLike
-from types import TracebackType
 from typing import Any, Generic, NoReturn, Self
 
 from pydantic import JsonValue
@@ -132,10 +131,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             SchemaTooNewError, SchemaOutdatedError, SchemaChangedError, MigrationError: if the schema cannot be used.
             ForeignDatabaseError, CorruptDatabaseError, InsecureFileError: if homeagent refuses the file, which stays
                 unchanged.
-            DatabaseError: if the database cannot be opened for a reason that no error above covers.
+            DatabaseError: if the database cannot be opened for another reason.
         """
-        given = conceal(target)
-        del target
+        given, target = conceal(target), None
         busy_timeout = check_wait(busy_timeout_or_default(busy_timeout), "busy_timeout", zero=True)
         check_function(clock, "clock")
         if not isinstance(limits, Limits):
@@ -180,9 +178,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     # Stores in which each call of a method is a separate unit of work
@@ -381,15 +377,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             EffectFailedError, EffectNotStartedError: if the effect raised the error in this call. If the effect of an
                 earlier call with the key raised EffectFailedError, this call raises the stored error.
         """
-        call = OnceCall.of(
-            scope,
-            params=params,
-            lease=lease,
-            ttl=ttl,
-            on_abandoned=on_abandoned,
-            effect=effect,
-            instead=ARUN_ONCE,
-        )
+        call = OnceCall.of(scope, params, lease, ttl, on_abandoned, effect=effect, instead=ARUN_ONCE)
         return run_once(partial(self._runner.run, idempotent=True), self._lease_timer, call, effect)
 
     @clears_locals
@@ -408,5 +396,5 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         A cancellation of the caller also cancels the effect. If the cancellation comes after the end of the effect,
         homeagent still records the outcome.
         """
-        call = OnceCall.of(scope, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned, effect=effect)
+        call = OnceCall.of(scope, params, lease, ttl, on_abandoned, effect=effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)

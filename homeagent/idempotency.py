@@ -15,8 +15,9 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from operator import methodcaller
 from os import urandom
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
@@ -27,7 +28,6 @@ from homeagent.errors import (
     HomeAgentError,
     InvalidArgumentError,
     LeaseLostError,
-    OutcomeUnknownError,
 )
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.types import LONGEST_WAIT
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 
 ARUN_ONCE = "call arun_once"
 """Remedy in the error message for an effect that is a coroutine function."""
-
-T = TypeVar("T")
 
 # Types of `Database.run` and `Database.arun`, here with `idempotent=True`: both can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
@@ -71,11 +69,11 @@ class OnceCall:
     def of(
         cls,
         scope: IdempotencyScope,
-        *,
         params: JsonValue,
         lease: timedelta,
         ttl: timedelta,
         on_abandoned: OnAbandoned,
+        *,
         effect: Callable[[Attempt], Any],
         instead: str | None = None,
     ) -> OnceCall:
@@ -94,15 +92,16 @@ class OnceCall:
         """
         return max(min(self.lease, LONGEST_WAIT).total_seconds() / 3, _SHORTEST_PERIOD)
 
-    def claim(self, unit: UnitOfWork, *, rerun: bool) -> Attempt | Outcome:
-        """Claim the key."""
+    def claim(self, unit: UnitOfWork) -> Attempt | Outcome:
+        """Claim the key. If `on_abandoned` permits, take over an abandoned attempt."""
         return unit.idempotency_keys.claim(
-            self.scope, fingerprint=self.fingerprint, lease=self.lease, ttl=self.ttl, rerun=rerun, owner=self.owner
+            self.scope,
+            fingerprint=self.fingerprint,
+            lease=self.lease,
+            ttl=self.ttl,
+            rerun=self.on_abandoned != "refuse",
+            owner=self.owner,
         )
-
-    def renew(self, unit: UnitOfWork, attempt: Attempt) -> None:
-        """Extend the attempt's lease."""
-        unit.idempotency_keys.renew(attempt, lease=self.lease)
 
 
 def _once(
@@ -214,23 +213,16 @@ class LeaseTimer:
 
     def _renew(self, lease: _Lease, unit: UnitOfWork) -> None:
         if lease in self._leases:  # the effect can end while this unit waits for the write lock
-            lease.call.renew(unit, lease.attempt)
+            unit.idempotency_keys.renew(lease.attempt, lease=lease.call.lease)
 
 
 def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Attempt], Any]) -> Outcome:
     """Run an effect once (see `Database.run_once`)."""
-    is_substituted = False
-    try:
-        claimed = run(lambda unit: call.claim(unit, rerun=call.on_abandoned == "rerun"))
-    except OutcomeUnknownError:
-        if not callable(call.on_abandoned):
-            raise
-        claimed = run(lambda unit: call.claim(unit, rerun=True))
-        is_substituted = isinstance(claimed, Attempt) and claimed.number > 1
-        effect = call.on_abandoned if is_substituted else effect
+    claimed = run(call.claim)
     if isinstance(claimed, Outcome):
         return claimed
     attempt: Attempt = claimed
+    substitute = call.on_abandoned if attempt.number > 1 and callable(call.on_abandoned) else None
     try:
         end = timer.renew(call, attempt)
     except RuntimeError:
@@ -239,13 +231,14 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
         raise
     try:
         # If a plain function returns a coroutine, raise an error, because the code of the coroutine has not run.
-        value = refuse_coroutine(effect(attempt), "the effect", ARUN_ONCE)
+        value = refuse_coroutine((substitute or effect)(attempt), "the effect", ARUN_ONCE)
     except EffectFailedError as error:
         detail = error.detail
         run(_once(attempt, lambda keys: keys.fail(attempt, detail)))
         raise
     except EffectNotStartedError:
-        run(_once(attempt, lambda keys: keys.release(attempt, none_began=is_substituted), leaves_record=False))
+        none_began = substitute is not None
+        run(_once(attempt, lambda keys: keys.release(attempt, none_began=none_began), leaves_record=False))
         raise
     else:
         stored = run(_once(attempt, lambda keys: keys.complete(attempt, value)))
@@ -254,76 +247,32 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)
 
 
-class _AsyncUnits:
-    """Units of work of an `arun_once()` call. If `substitute` is not None, call `substitute` instead of the effect."""
+async def _record(
+    arun: ARun, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
+) -> Any:
+    """End an attempt (see `_once()`). A cancellation of the caller is raised only after the end of the unit."""
+    import anyio
 
-    def __init__(self, arun: ARun, call: OnceCall) -> None:
-        self.substitute: Callable[[Attempt], Any] | None = None
-        self._arun = arun
-        self._call = call
-        self._claimed: Attempt | None = None
-
-    async def claim(self) -> Attempt | Outcome:
-        on_abandoned = self._call.on_abandoned
+    work = _once(attempt, write, leaves_record=leaves_record)
+    cancellation: BaseException | None = None
+    shield: AbstractContextManager[Any] = nullcontext()
+    while True:
         try:
-            return await self._claim(rerun=on_abandoned == "rerun")
-        except OutcomeUnknownError:
-            if not callable(on_abandoned):
+            with shield:
+                value = await arun(work)
+            break
+        except anyio.get_cancelled_exc_class() as error:
+            # A CancelledError does not show whether the unit was committed. Run the unit again after each
+            # CancelledError, because AnyIO's cancel scope does not protect from `Task.cancel()`. A second run is safe
+            # (see `_once()`).
+            cancellation, shield = error, anyio.CancelScope(shield=True)
+        except HomeAgentError as error:
+            if cancellation is None:
                 raise
-        claimed = await self._claim(rerun=True)
-        if isinstance(claimed, Attempt) and claimed.number > 1:
-            self.substitute = on_abandoned
-        return claimed
-
-    async def release_claim(self) -> None:
-        """Release a claimed key, so that the attempt does not count as abandoned. Call the method only if the effect
-        did not begin.
-        """
-        if self._claimed is not None:
-            # Ignore an error here, because the claim ends anyway when the lease expires.
-            with suppress(HomeAgentError):
-                # Do not pass `none_began=True`, because an earlier attempt has perhaps begun its effect.
-                await self.release(self._claimed, none_began=False)
-
-    async def release(self, attempt: Attempt, *, none_began: bool) -> None:
-        await self.record(attempt, lambda keys: keys.release(attempt, none_began=none_began), leaves_record=False)
-
-    async def record(
-        self, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
-    ) -> Any:
-        """Run a unit to its end. A cancellation of the caller is raised only after the end of the unit."""
-        import anyio
-
-        work = _once(attempt, write, leaves_record=leaves_record)
-        cancellation: BaseException | None = None
-        shield: AbstractContextManager[Any] = nullcontext()
-        while True:
-            try:
-                with shield:
-                    value = await self._arun(work)
-                break
-            except anyio.get_cancelled_exc_class() as error:
-                # A CancelledError does not show whether the unit was committed. Run the unit again after each
-                # CancelledError, because AnyIO's cancel scope does not protect from `Task.cancel()`. A second run is
-                # safe (see `_once()`).
-                cancellation, shield = error, anyio.CancelScope(shield=True)
-            except HomeAgentError as error:
-                if cancellation is None:
-                    raise
-                raise cancellation from error
-        if cancellation is not None:
-            raise cancellation
-        return value
-
-    async def _claim(self, *, rerun: bool) -> Attempt | Outcome:
-        def claim(unit: UnitOfWork) -> Attempt | Outcome:
-            claimed = self._call.claim(unit, rerun=rerun)
-            # Set `_claimed` inside the unit, because a cancelled caller does not get the result of the unit.
-            self._claimed = claimed if isinstance(claimed, Attempt) else None
-            return claimed
-
-        claimed: Attempt | Outcome = await self._arun(claim)
-        return claimed
+            raise cancellation from error
+    if cancellation is not None:
+        raise cancellation
+    return value
 
 
 async def arun_once(
@@ -333,30 +282,43 @@ async def arun_once(
     import anyio
     from anyio.lowlevel import checkpoint_if_cancelled
 
-    units = _AsyncUnits(arun, call)
+    attempts: list[Attempt] = []
+
+    def claim(unit: UnitOfWork) -> Attempt | Outcome:
+        claimed = call.claim(unit)
+        # Keep the attempt inside the unit, because a cancelled caller does not get the result of the unit.
+        attempts[:] = [claimed] if isinstance(claimed, Attempt) else []
+        return claimed
+
     try:
-        claimed = await units.claim()
+        claimed = await arun(claim)
         await checkpoint_if_cancelled()
         if isinstance(claimed, Outcome):
             return claimed
         attempt: Attempt = claimed
         end = timer.renew(call, attempt)
     except (anyio.get_cancelled_exc_class(), RuntimeError):
-        await units.release_claim()
+        # The effect has not begun. Release the key, so that the attempt does not count as abandoned. Ignore an error
+        # here, because the claim ends anyway when the lease expires.
+        for unused in attempts:
+            with suppress(HomeAgentError):
+                await _record(arun, unused, methodcaller("release", unused), leaves_record=False)
         raise
+    substitute = call.on_abandoned if attempt.number > 1 and callable(call.on_abandoned) else None
     try:
-        value: Any = (units.substitute or effect)(attempt)
+        value: Any = (substitute or effect)(attempt)
         if isinstance(value, Awaitable):
             value = await value
     except EffectFailedError as error:
         detail = error.detail
-        await units.record(attempt, lambda keys: keys.fail(attempt, detail))
+        await _record(arun, attempt, lambda keys: keys.fail(attempt, detail))
         raise
     except EffectNotStartedError:
-        await units.release(attempt, none_began=units.substitute is not None)
+        none_began = substitute is not None
+        await _record(arun, attempt, lambda keys: keys.release(attempt, none_began=none_began), leaves_record=False)
         raise
     else:
-        stored = await units.record(attempt, lambda keys: keys.complete(attempt, value))
+        stored = await _record(arun, attempt, lambda keys: keys.complete(attempt, value))
     finally:
         end()
     return Outcome(value=value, replayed=False, attempt=attempt.number, omitted=not stored)

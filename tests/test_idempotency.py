@@ -465,13 +465,13 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 def renewed(monkeypatch: pytest.MonkeyPatch, often: None) -> Callable[[int], bool]:
     """Return a function that waits until a lease was renewed so many more times."""
     renewals = threading.Semaphore(0)
-    renew = OnceCall.renew
+    renew = IdempotencyKeyStore.renew
 
-    def counted(self: OnceCall, unit: Any, attempt: Attempt) -> None:
-        renew(self, unit, attempt)
-        unit.after_commit(renewals.release)
+    def counted(self: Any, attempt: Attempt, *, lease: timedelta) -> Attempt:
+        self._unit.after_commit(renewals.release)
+        return renew(self, attempt, lease=lease)
 
-    monkeypatch.setattr(OnceCall, "renew", counted)
+    monkeypatch.setattr(IdempotencyKeyStore, "renew", counted)
     return lambda times: all(renewals.acquire(timeout=30) for _ in range(times))
 
 

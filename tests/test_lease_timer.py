@@ -17,6 +17,7 @@ from sqlmodel import update
 from homeagent import Attempt, Database, IdempotencyKey, IdempotencyScope, UnitOfWork
 from homeagent.errors import DatabaseClosedError
 from homeagent.idempotency import LeaseTimer, OnceCall
+from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import Children, FakeClock
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -34,16 +35,16 @@ def lease_threads() -> list[threading.Thread]:
 def renewals(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], threading.Semaphore]:
     """Return, for a key, the semaphore that each committed renewal of the key releases."""
     made: dict[str, threading.Semaphore] = {}
-    renew = OnceCall.renew
+    renew = IdempotencyKeyStore.renew
 
     def of(key: str) -> threading.Semaphore:
         return made.setdefault(key, threading.Semaphore(0))
 
-    def counted(self: OnceCall, unit: Any, attempt: Attempt) -> None:
-        renew(self, unit, attempt)
-        unit.after_commit(of(attempt.scope.key).release)
+    def counted(self: Any, attempt: Attempt, *, lease: timedelta) -> Attempt:
+        self._unit.after_commit(of(attempt.scope.key).release)
+        return renew(self, attempt, lease=lease)
 
-    monkeypatch.setattr(OnceCall, "renew", counted)
+    monkeypatch.setattr(IdempotencyKeyStore, "renew", counted)
     return of
 
 
@@ -161,14 +162,14 @@ def test_an_effect_that_ends_before_its_renewal(database: Database, monkeypatch:
     """If the effect ends while its renewal waits for the write lock, the lease is not extended."""
     monkeypatch.setattr(OnceCall, "period", 0.002)
     scope, hour, begun, end = scope_of("k"), timedelta(hours=1), threading.Event(), threading.Event()
-    call = OnceCall.of(scope, params=None, lease=hour, ttl=hour, on_abandoned="refuse", effect=repr)
+    call = OnceCall.of(scope, None, hour, hour, "refuse", effect=repr)
 
     def run_later(work: Callable[[UnitOfWork], Any]) -> Any:
         begun.set()
         assert end.wait(30)
         return database.run(work)
 
-    attempt = database.run(lambda unit: call.claim(unit, rerun=False))
+    attempt = database.run(call.claim)
     assert isinstance(attempt, Attempt)
     stop = LeaseTimer(run_later).renew(replace(call, lease=2 * hour), attempt)
     thread = lease_threads()[-1]  # threads of other tests can still wait for their leases
