@@ -124,8 +124,7 @@ def derive_proof_keys(
             f"the gateway asks for {parameters.iterations:,} iterations, fewer than {minimum_iterations:,}: check that "
             "the gateway is the right gateway, and pair the device again if the verifier was made with fewer"
         )
-    text = secret_text(secret)
-    salted = hashlib.pbkdf2_hmac("sha256", text.encode(), parameters.salt, parameters.iterations)
+    salted = hashlib.pbkdf2_hmac("sha256", secret_text(secret).encode(), parameters.salt, parameters.iterations)
     return ProofKeys(client_key=_hmac_sha256(salted, b"Client Key"), server_key=_hmac_sha256(salted, b"Server Key"))
 
 
@@ -296,12 +295,11 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
         proof: 32 bytes. A proof that does not have 32 bytes is wrong.
     """
     parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
-    known = verifier is not None and parsed is not None
     stored_key = (parsed or _DECOY).stored_key
     well_formed = len(proof) == _KEY_BYTES
     client_key = _xor(_hmac_sha256(stored_key, message), proof if well_formed else bytes(_KEY_BYTES))
     same = hmac.compare_digest(hashlib.sha256(client_key).digest(), stored_key)
-    return same and well_formed and known
+    return same and well_formed and verifier is not None and parsed is not None
 
 
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import os
@@ -68,7 +67,7 @@ def _recipe_of(stored: str | None) -> _Recipe | None:
         return None
     try:
         salt = base64.b64decode(found[4] + "=" * (-len(found[4]) % 4))
-    except binascii.Error:
+    except ValueError:
         return None
     return _Recipe(costs, len(found[5]) * 3 // 4, salt)
 
@@ -128,11 +127,6 @@ class SecretHasher:
     def _free_all_runs(self) -> None:
         self._runs = ConnectionPool(self.concurrency, _Run, name="a run of Argon2")
 
-    @property
-    def waiting(self) -> int:
-        """The number of waiting callers."""
-        return self._runs.waiting
-
     def hash(self, secret: SecretStr | str, *, beside: str | None = None, waiting: int = WAITING_HASHES) -> str:
         """Return a hash of a secret for storing (see `hash_secret()`)."""
         text = secret_text(secret)
@@ -160,8 +154,8 @@ class SecretHasher:
         hashes = [*stored, _DECOY_HASH, _DECOY_HASH][:_MAX_STORED]
         # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Pass `errors="replace"`,
         # because otherwise a surrogate in a stored hash would raise an error.
-        same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes]
-        return SecretMatch(next((index for index, yes in enumerate(same[: len(stored)]) if yes), None))
+        same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes][: len(stored)]
+        return SecretMatch(same.index(True) if any(same) else None)
 
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         recipes = [_recipe_of(one) for one in stored]
@@ -172,9 +166,9 @@ class SecretHasher:
             recipe is not None and hmac.compare_digest(hashes[recipe], one)
             for recipe, one in zip(recipes, stored, strict=True)
         ]
-        matched = next((index for index, yes in enumerate(same) if yes), None)
-        if matched is None:
+        if not any(same):
             return SecretMatch()
+        matched = same.index(True)
         found = recipes[matched]
         if found is None or self._is_current(found):
             return SecretMatch(matched)

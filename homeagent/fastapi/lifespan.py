@@ -48,7 +48,7 @@ def lifespan(
 
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
-        database = given if isinstance(given, Database) else await run_sync(lambda: _open(given, options))
+        database = given if isinstance(given, Database) else await run_sync(lambda: Database.open(given, **options))  # type: ignore[arg-type]  # a SecretStr is a target, too
         # If the database was opened before a fork, let `ping()` raise the error when the server starts, and not in each
         # request.
         await run_sync(database.ping)
@@ -63,11 +63,6 @@ def lifespan(
                     await run_sync(database.close)
 
     return run
-
-
-def _open(given: Any, options: dict[str, Any]) -> Database:
-    target = given.get_secret_value() if hasattr(given, "get_secret_value") else given
-    return Database.open(target, **options)
 
 
 async def get_database(connection: HTTPConnection) -> Database:

@@ -96,18 +96,17 @@ class Once:
         self._is_called = True
         try:
             if not self._stored:
-                value = await self._run(effect, self._unstored_attempt())
-                outcome = Outcome(value=value, replayed=False, attempt=1)
-            else:
-                again = self._on_abandoned
-                outcome = await self._database.arun_once(
-                    self._scope,
-                    lambda attempt: self._run(effect, attempt),
-                    params=self._params,
-                    lease=self._lease,
-                    ttl=self._ttl,
-                    on_abandoned=(lambda attempt: self._run(again, attempt)) if callable(again) else again,
-                )
+                await self._run(effect, self._unstored_attempt())
+                return self._first
+            again = self._on_abandoned
+            outcome = await self._database.arun_once(
+                self._scope,
+                lambda attempt: self._run(effect, attempt),
+                params=self._params,
+                lease=self._lease,
+                ttl=self._ttl,
+                on_abandoned=(lambda attempt: self._run(again, attempt)) if callable(again) else again,
+            )
         except HomeAgentError as error:
             raise as_http(error) from error
         return self._answer(outcome)
@@ -235,7 +234,7 @@ def _key_of(header: str) -> str:
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
     # The result begins with the path at which the application is mounted, without a prefix that a proxy removed.
-    prefix: str = request.scope.get("root_path", "").removeprefix(_outer_root(request))
+    prefix = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context, which is
     # not public, has the whole path. Without the route context, `route_of()` can return the same path for two routes,
     # but `params_of()` returns different paths for requests to the two routes.
@@ -270,8 +269,7 @@ async def params_of(request: Request, max_body: int) -> JsonValue:
     """Return the values that a retry must repeat: path, query and a hash of the body."""
     if getattr(request, "_form", None) is not None:
         # FastAPI has parsed the form, so the bytes of the body are no longer available.
-        form = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
-        body: JsonValue = [list(pair) for pair in form]
+        body: JsonValue = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
     else:
         body = hashlib.sha256(await read_body(request, max_body)).hexdigest()
     return {

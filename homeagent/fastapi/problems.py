@@ -102,9 +102,9 @@ class HTTPProblem(HTTPException):
     def __init__(self, error: HomeAgentError, status: int | None = None, detail: str | None = None) -> None:
         self.reply, headers = _problem_of(error)
         if status is not None:
-            self.reply = self.reply.model_copy(update={"status": status, "title": _title(status)})
+            self.reply.status, self.reply.title = status, _title(status)
         if detail is not None:
-            self.reply = self.reply.model_copy(update={"detail": detail})
+            self.reply.detail = detail
         super().__init__(self.reply.status, self.reply.detail, headers)
 
 
@@ -230,8 +230,8 @@ def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
     schemas.update({**schema.pop("$defs"), "ErrorReply": schema})
     reference = {"$ref": "#/components/schemas/ErrorReply"}
     replaced = (reference, {"$ref": "#/components/schemas/HTTPValidationError"})
-    for operation in _operations(document):
-        responses = operation["responses"]
+    operations = [each for path in document.get("paths", {}).values() for each in path.values()]
+    for responses in [each["responses"] for each in operations if isinstance(each, dict) and "responses" in each]:
         for response in responses.values():
             content = response.get("content", {})
             if content.get("application/json", {}).get("schema") in replaced:
@@ -241,8 +241,3 @@ def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
     if schemas.pop("HTTPValidationError", None) is not None:
         schemas.pop("ValidationError", None)
     return document
-
-
-def _operations(document: dict[str, Any]) -> list[dict[str, Any]]:
-    paths: list[dict[str, Any]] = list(document.get("paths", {}).values())
-    return [each for path in paths for each in path.values() if isinstance(each, dict) and "responses" in each]

@@ -66,11 +66,11 @@ def test_queue_length_is_bounded(runs: Runs) -> None:
     hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))
     with _held(runs, lambda: hasher.hash(HUMAN)) as pool:
         waiting = [pool.submit(hasher.check, HUMAN, [], waiting=2) for _ in range(2)]
-        _until(lambda: hasher.waiting == 2)
+        _until(lambda: hasher._runs.waiting == 2)
         for refused in (lambda: hasher.hash(OTHER, waiting=2), lambda: hasher.check(OTHER, [], waiting=2)):
             with pytest.raises(TooManyAttemptsError, match=r"2 slow hashes of secrets wait .* try again in 1\.000 s"):
                 refused()
-        assert hasher.waiting == 2
+        assert hasher._runs.waiting == 2
         secret = generate_secret()
         assert hasher.check(secret, [hasher.hash(secret, waiting=0)], waiting=0)
     for future in waiting:
@@ -93,11 +93,11 @@ def test_callers_wait_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch, runs:
         futures = []
         for number, name in enumerate(names):
             futures.append(pool.submit(hasher.hash, name))
-            _until(lambda expected=number + 1: hasher.waiting == expected)  # type: ignore[misc]
+            _until(lambda expected=number + 1: hasher._runs.waiting == expected)  # type: ignore[misc]
     for future in futures:
         assert future.result(60)
     assert order == [b"first", *(name.encode() for name in names)]
-    assert hasher.waiting == 0
+    assert hasher._runs.waiting == 0
 
 
 def test_timed_out_caller_leaves_the_queue(runs: Runs) -> None:
@@ -106,7 +106,7 @@ def test_timed_out_caller_leaves_the_queue(runs: Runs) -> None:
     with _held(runs, lambda: patient.hash(HUMAN)):
         with pytest.raises(DatabaseBusyError):
             patient.hash(OTHER)
-        assert patient.waiting == 0
+        assert patient._runs.waiting == 0
     assert patient.hash(OTHER)
 
 
