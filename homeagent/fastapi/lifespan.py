@@ -43,12 +43,12 @@ def lifespan(
     Raises (when the server starts):
         DatabaseClosedError: if the target was opened before the server forked the worker process.
     """
-    given = target if isinstance(target, Database) else conceal(target)
+    given: Any = target if isinstance(target, Database) else conceal(target)
     del target
 
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
-        database = given if isinstance(given, Database) else await run_sync(lambda: Database.open(given, **options))  # type: ignore[arg-type]  # a SecretStr is a target, too
+        database = given if isinstance(given, Database) else await run_sync(lambda: Database.open(given, **options))
         # If the database was opened before a fork, let `ping()` raise the error when the server starts, and not in each
         # request.
         await run_sync(database.ping)
