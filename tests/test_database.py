@@ -19,8 +19,9 @@ from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencySc
 from homeagent.credentials import hashing
 from homeagent.scram import make_verifier
 from tests.batches import held
-from tests.conftest import START, FakeClock, dump, write_past_checks
+from tests.conftest import START, FakeClock, dump, pair, write_past_checks
 from tests.credentials.conftest import cheap_hashes as cheap_hashes
+from tests.credentials.conftest import dearer
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
@@ -34,9 +35,33 @@ def secret(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def approve(database: Database, device_id: str = "lamp") -> None:
-    with database.unit_of_work() as unit:
-        unit.devices.approve(device_id)
+Act = Callable[[], object]
+
+
+@pytest.fixture
+def during_the_hash(monkeypatch: pytest.MonkeyPatch) -> Callable[[Act], None]:
+    """Return a function that sets what happens once, after a new secret was hashed and before the hash is stored."""
+
+    def set_act(act: Act) -> None:
+        def make_verifier_late(secret: SecretStr) -> str:
+            monkeypatch.undo()
+            act()
+            return make_verifier(secret)
+
+        monkeypatch.setattr("homeagent.device_secrets.make_verifier", make_verifier_late)
+
+    return set_act
+
+
+@pytest.fixture
+def dearer_hashes(database: Database, cheap_hashes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pair the device "lamp" with a human's secret, and then raise the costs of hashes."""
+    pair(database, "lamp", HUMAN)
+    monkeypatch.setattr(hashing, "_default", dearer)
+
+
+def stored_hash(database: Database) -> str:
+    return database.devices.get("lamp").shared_secret_hash
 
 
 def test_pair_gives_the_secret_back_once(
@@ -45,7 +70,7 @@ def test_pair_gives_the_secret_back_once(
     """A paired device is pending; no row, dump, repr or log has its secret, and no dump or log has its hash."""
     with caplog.at_level(logging.DEBUG):
         paired = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret, metadata={"a": 1}))
-        approve(database)
+        database.devices.approve("lamp")
         assert database.verify_secret("lamp", paired.shared_secret) is not None
     plain = paired.shared_secret.get_secret_value()
     if secret is not None:
@@ -67,20 +92,19 @@ def test_results_of_a_deleted_device_are_not_replayed_to_its_successor(database:
     for scope in (old, other):
         assert database.run_once(scope, lambda attempt: "old").replayed is False
 
-    def pair(attempt: Attempt) -> str:
+    def begin(attempt: Attempt) -> str:
         return database.pair(DevicePair(id="lamp", role=Role.NODE)).device.id
 
     # The call that pairs has a key under the same id, and is recorded like any other call.
-    assert database.run_once(pairing, pair).value == "lamp"
+    assert database.run_once(pairing, begin).value == "lamp"
     assert database.run_once(old, lambda attempt: "new").value == "new"
     assert database.run_once(other, lambda attempt: "new").value == "old"
-    assert database.run_once(pairing, pair).replayed is True
+    assert database.run_once(pairing, begin).replayed is True
 
 
 def test_rotated_secret_and_its_overlap(database: Database, secret: SecretStr | None, clock: FakeClock) -> None:
     """The old secret is valid until the last millisecond of the overlap, or until a revocation ends the overlap."""
-    first = database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=secret)).shared_secret
-    approve(database)
+    first = pair(database, "lamp", secret)
     second = database.rotate_secret("lamp", overlap=MINUTE)
     clock.now = START + MINUTE - timedelta(milliseconds=1)
     assert database.verify_secret("lamp", first) is not None
@@ -99,43 +123,32 @@ def test_rotated_secret_and_its_overlap(database: Database, secret: SecretStr | 
 
 
 def test_a_device_revoked_during_its_rotation_gets_no_overlap(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database, during_the_hash: Callable[[Act], None]
 ) -> None:
     """If a device is revoked while the new secret is hashed, rotation raises, and the device keeps its secret."""
-    secret = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
-    approve(database)
-
-    def make_verifier_late(secret: SecretStr) -> str:
-        monkeypatch.undo()
-        database.run(lambda unit: unit.devices.revoke("lamp"))
-        return make_verifier(secret)
-
-    monkeypatch.setattr("homeagent.device_secrets.make_verifier", make_verifier_late)
+    secret = pair(database, "lamp")
+    during_the_hash(lambda: database.devices.revoke("lamp"))
     with pytest.raises(errors.DeviceNotApprovedError):
         database.rotate_secret("lamp", overlap=MINUTE)
-    database.run(lambda unit: unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED))
+    database.devices.approve("lamp", expected_status=DeviceStatus.REVOKED)
     assert database.verify_secret("lamp", secret) is not None
 
 
 @pytest.mark.parametrize("is_paired_again", [True, False], ids=["paired again", "rotated"])
 def test_a_rotation_expects_the_device_that_was_read(
-    database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch, is_paired_again: bool
+    database: Database, clock: FakeClock, during_the_hash: Callable[[Act], None], is_paired_again: bool
 ) -> None:
     """If the device pairs again or is rotated while the new secret is hashed, an expected value protects its secret."""
     device = database.pair(DevicePair(id="lamp", role=Role.NODE)).device
     others: list[SecretStr] = []
 
-    def make_verifier_late(secret: SecretStr) -> str:
-        monkeypatch.undo()
+    def change() -> None:
         clock.advance(seconds=1)
         if is_paired_again:
             database.devices.delete("lamp")
-            others.append(database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret)
-        else:
-            others.append(database.rotate_secret("lamp"))
-        return make_verifier(secret)
+        others.append(pair(database, "lamp", approve=False) if is_paired_again else database.rotate_secret("lamp"))
 
-    monkeypatch.setattr("homeagent.device_secrets.make_verifier", make_verifier_late)
+    during_the_hash(change)
     with pytest.raises(errors.ConflictError, match="paired at another time" if is_paired_again else "another secret"):
         database.rotate_secret(
             "lamp", expected_secret_hash=device.shared_secret_hash, expected_paired_at=device.paired_at
@@ -148,8 +161,7 @@ def test_a_rotation_expects_the_device_that_was_read(
 @pytest.mark.parametrize("overlap", [timedelta(0), MINUTE], ids=["at once", "overlapping"])
 def test_rotating_to_the_present_secret_ends_the_overlap(database: Database, made: bool, overlap: timedelta) -> None:
     """If `rotate_secret` gets the present secret again, the overlap of the previous secret ends."""
-    first = database.pair(DevicePair(id="lamp", role=Role.NODE)).shared_secret
-    approve(database)
+    first = pair(database, "lamp")
     second = database.rotate_secret("lamp", None if made else SecretStr("a long passphrase"), overlap=60 * MINUTE)
     assert database.verify_secret("lamp", first) is not None
     database.rotate_secret("lamp", second, overlap=overlap)
@@ -158,20 +170,14 @@ def test_rotating_to_the_present_secret_ends_the_overlap(database: Database, mad
 
 
 def test_of_two_pairings_with_the_same_secret_the_second_is_refused(
-    database: Database, monkeypatch: pytest.MonkeyPatch
+    database: Database, during_the_hash: Callable[[Act], None]
 ) -> None:
     """If two callers pair an id with the same secret, the second gets DeviceExistsError, in any role."""
-    secret = database.pair(DevicePair(id="other", role=Role.NODE)).shared_secret
-
-    def make_verifier_late(secret: SecretStr) -> str:
-        monkeypatch.undo()
-        # After the first check of the id, and before the device is added.
-        database.pair(DevicePair(id="lamp", role=Role.CLIENT, shared_secret=secret))
-        return make_verifier(secret)
-
-    monkeypatch.setattr("homeagent.device_secrets.make_verifier", make_verifier_late)
+    secret = pair(database, "other")
+    # After the first check of the id, and before the device is added
+    during_the_hash(lambda: pair(database, "lamp", secret))
     with pytest.raises(errors.DeviceExistsError):
-        database.pair(DevicePair(id="lamp", role=Role.ADMIN, shared_secret=secret))
+        pair(database, "lamp", secret, role=Role.ADMIN)
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
@@ -413,39 +419,25 @@ def test_status_counts_rows_and_expired_rows(database: Database, clock: FakeCloc
     assert status.driver_version
 
 
-def test_a_hash_under_old_costs_is_replaced_when_it_verifies(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("dearer_hashes")
+def test_a_hash_under_old_costs_is_replaced_when_it_verifies(database: Database) -> None:
     """If the costs were raised, verifying the right secret replaces its hash once; a wrong secret does not."""
-    database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
-    approve(database)
-    with database.unit_of_work(read_only=True) as unit:
-        old = unit.devices.get("lamp").shared_secret_hash
-    monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
-
-    def stored() -> str:
-        with database.unit_of_work(read_only=True) as unit:
-            return unit.devices.get("lamp").shared_secret_hash
-
+    old = stored_hash(database)
     assert database.verify_secret("lamp", "not the secret") is None
-    assert stored() == old
-    assert database.verify_secret("lamp", HUMAN) is not None
-    new = stored()
-    assert new != old
-    assert "m=16,t=2" in new
-    assert database.verify_secret("lamp", HUMAN) is not None
-    assert stored() == new
+    assert stored_hash(database) == old
+    for _ in range(2):
+        assert database.verify_secret("lamp", HUMAN) is not None
+        old, previous = stored_hash(database), old
+    assert old == previous
+    assert "m=16,t=2" in old
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
+@pytest.mark.usefixtures("dearer_hashes")
 def test_a_hash_that_cannot_be_replaced_still_verifies(
     database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """If the new hash can't be stored because the database is busy, `verify_secret` still accepts the right secret."""
-    database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
-    approve(database)
-    monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
-
     run = database._runner.run
 
     def busy(work: Any, **options: Any) -> Any:
@@ -459,19 +451,15 @@ def test_a_hash_that_cannot_be_replaced_still_verifies(
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
-def test_a_hash_is_not_replaced_during_a_unit_of_the_same_thread(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("dearer_hashes")
+def test_a_hash_is_not_replaced_during_a_unit_of_the_same_thread(database: Database) -> None:
     """If the calling thread is in a write unit, the right secret is accepted, and a later call replaces the hash."""
-    database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
-    approve(database)
-    monkeypatch.setattr(hashing, "_default", hashing.SecretHasher(time_cost=2, memory_cost=16, parallelism=1))
-    with database.unit_of_work() as unit:
-        old = unit.devices.get("lamp").shared_secret_hash
+    old = stored_hash(database)
+    with database.unit_of_work():
         assert database.verify_secret("lamp", HUMAN) is not None
+    assert stored_hash(database) == old
     assert database.verify_secret("lamp", HUMAN) is not None
-    with database.unit_of_work(read_only=True) as unit:
-        assert unit.devices.get("lamp").shared_secret_hash != old
+    assert stored_hash(database) != old
 
 
 def test_a_secret_is_never_hashed_inside_a_unit(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,14 +467,12 @@ def test_a_secret_is_never_hashed_inside_a_unit(database: Database, monkeypatch:
     during: list[bool] = []
     run = hashing.SecretHasher._run
 
-    def watched(hasher: Any, *arguments: Any, **options: Any) -> Any:
-        lanes = database._engine
-        during.append(bool(lanes.writers._held or lanes.readers._held))
-        return run(hasher, *arguments, **options)
+    def watched(*arguments: Any) -> Any:
+        during.append(bool(database._engine.writers._held or database._engine.readers._held))
+        return run(*arguments)
 
     monkeypatch.setattr(hashing.SecretHasher, "_run", watched)
-    database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=HUMAN))
-    approve(database)
+    pair(database, "lamp", HUMAN)
     assert database.verify_secret("lamp", HUMAN) is not None
     assert database.verify_secret("nobody", HUMAN) is None
     database.rotate_secret("lamp", SecretStr("another secret of a human"), overlap=MINUTE)

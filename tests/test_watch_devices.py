@@ -22,8 +22,6 @@ from tests.conftest import Children, MakeDatabase, RecordProperty, add_device, p
 from tests.feed_load import FeedLoad
 from tests.interrupts import interrupt_at
 
-THREAD = "homeagent-device-changes"
-
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +55,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def watcher_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == THREAD]
+    return [thread for thread in threading.enumerate() if thread.name == "homeagent-device-changes"]
 
 
 def test_iterators_get_the_changes_of_all_processes(database: Database, target: str, children: Children) -> None:
@@ -245,34 +243,6 @@ def test_a_copied_store_gives_a_reset(database: Database, tmp_path: Path) -> Non
         database.copy_to(copy)
         assert [change.kind for change in copy.devices.changes(after=1)] == ["reset"]
         assert len(copy.devices.list()) == 1
-
-
-WATCH = """
-import asyncio, sys
-from homeagent import Database
-
-async def main():
-    with Database.open(sys.argv[1]) as database:
-        async for change in database.watch_devices(after=int(sys.argv[2])):
-            print(change.number, change.device_id, flush=True)
-asyncio.run(main())
-"""
-
-
-def test_a_killed_watcher(database: Database, target: str, children: Children) -> None:
-    """After `kill -9` of a watching process, writers go on, and a new process continues from the last number."""
-    watcher = children.start(WATCH, target, 0)
-    add_device(database, "lamp")
-    number, device_id = watcher.stdout.readline().split()
-    watcher.kill()
-    watcher.wait()
-    for name in ("phone", "clock"):
-        add_device(database, name)
-    watcher = children.start(WATCH, target, number)
-    add_device(database, "door")
-    arrived = [device_id, *(watcher.stdout.readline().split()[1] for _ in range(3))]
-    assert arrived == ["lamp", "phone", "clock", "door"]
-    assert {finding.check: finding.severity.value for finding in database.doctor().findings}["database"] == "ok"
 
 
 FORK = """

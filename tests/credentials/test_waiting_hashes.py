@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from unittest.mock import Mock
 
 import argon2
 import pytest
@@ -18,6 +17,7 @@ from homeagent.credentials import SecretHasher, SecretMatch, generate_secret
 from homeagent.errors import DatabaseBusyError, TooManyAttemptsError
 from tests import fork_server
 from tests.credentials.conftest import HUMAN, OTHER, Runs, dearer
+from tests.postgresql.load import wait_for
 
 
 @contextmanager
@@ -36,25 +36,19 @@ def _held(runs: Runs, *work: Callable[[], object]) -> Iterator[ThreadPoolExecuto
                 future.result(60)
 
 
-def _until(condition: Callable[[], bool]) -> None:
-    """Let the other threads run until the condition is true."""
-    pause = threading.Event()
-    for _ in range(60_000):
-        if condition():
-            return
-        pause.wait(0.001)
-    pytest.fail("it never came to this")
+def hasher_of(concurrency: int = 1, timeout: timedelta = timedelta(0)) -> SecretHasher:
+    return SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=concurrency, timeout=timeout)
 
 
 def test_no_more_than_concurrency_run_at_once(runs: Runs) -> None:
-    """If every place is taken, a caller without patience raises an error and can try again later."""
-    hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=2, timeout=timedelta(0))
+    """If every place is taken, a caller without patience raises an error, leaves the queue and can try again later."""
+    hasher = hasher_of(2)
     with _held(runs, lambda: hasher.hash(HUMAN), lambda: hasher.check(HUMAN, [])):
         for refused in (lambda: hasher.hash(OTHER), lambda: hasher.check(OTHER, [])):
             with pytest.raises(DatabaseBusyError, match="try again later") as busy:
                 refused()
             assert OTHER not in str(busy.value)
-        assert runs.count == 2
+        assert (runs.count, hasher._runs.waiting) == (2, 0)
         # Neither needs Argon2, so neither waits.
         secret = generate_secret()
         assert hasher.check(secret, [hasher.hash(secret)])
@@ -63,10 +57,10 @@ def test_no_more_than_concurrency_run_at_once(runs: Runs) -> None:
 
 def test_queue_length_is_bounded(runs: Runs) -> None:
     """If the queue is full, a caller raises an error at once; a caller that leaves the queue makes room."""
-    hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))
+    hasher = hasher_of(timeout=timedelta(minutes=1))
     with _held(runs, lambda: hasher.hash(HUMAN)) as pool:
         waiting = [pool.submit(hasher.check, HUMAN, [], waiting=2) for _ in range(2)]
-        _until(lambda: hasher._runs.waiting == 2)
+        wait_for("two callers in the queue", lambda: hasher._runs.waiting == 2)
         for refused in (lambda: hasher.hash(OTHER, waiting=2), lambda: hasher.check(OTHER, [], waiting=2)):
             with pytest.raises(TooManyAttemptsError, match=r"2 slow hashes of secrets wait .* try again in 1\.000 s"):
                 refused()
@@ -78,47 +72,12 @@ def test_queue_length_is_bounded(runs: Runs) -> None:
     assert hasher.hash(OTHER, waiting=0)
 
 
-def test_callers_wait_in_order_of_arrival(monkeypatch: pytest.MonkeyPatch, runs: Runs) -> None:
-    """Callers get their places in order of arrival, and each caller gets a place."""
-    hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(minutes=1))
-    order: list[bytes] = []
-
-    def record(secret: bytes, *args: Any, **kwargs: Any) -> bytes:
-        order.append(secret)
-        return runs(secret, *args, **kwargs)
-
-    monkeypatch.setattr("argon2.low_level.hash_secret", record)
-    names = [f"caller {number}" for number in range(6)]
-    with _held(runs, lambda: hasher.hash("first")) as pool:
-        futures = []
-        for number, name in enumerate(names):
-            futures.append(pool.submit(hasher.hash, name))
-            _until(lambda expected=number + 1: hasher._runs.waiting == expected)  # type: ignore[misc]
-    for future in futures:
-        assert future.result(60)
-    assert order == [b"first", *(name.encode() for name in names)]
-    assert hasher._runs.waiting == 0
-
-
-def test_timed_out_caller_leaves_the_queue(runs: Runs) -> None:
-    """After the timeout a caller holds no place and is not in the queue, so the next caller gets the place."""
-    patient = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(milliseconds=1))
-    with _held(runs, lambda: patient.hash(HUMAN)):
-        with pytest.raises(DatabaseBusyError):
-            patient.hash(OTHER)
-        assert patient._runs.waiting == 0
-    assert patient.hash(OTHER)
-
-
 def test_failing_run_releases_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """If Argon2 raises an error, the run's place is released."""
-    hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(0))
-
-    def fail(*args: Any, **kwargs: Any) -> bytes:
-        raise argon2.exceptions.HashingError("Threading failure")
-
+    hasher = hasher_of()
     with monkeypatch.context() as patch:
-        patch.setattr("argon2.low_level.hash_secret", fail)
+        failing = Mock(side_effect=argon2.exceptions.HashingError("Threading failure"))
+        patch.setattr("argon2.low_level.hash_secret", failing)
         with pytest.raises(MemoryError, match=r"Threading failure.*give the process more memory"):
             hasher.hash(HUMAN)
     assert hasher.hash(HUMAN)
@@ -129,7 +88,7 @@ def test_check_succeeds_without_a_place_for_the_replacement(
     monkeypatch: pytest.MonkeyPatch, runs: Runs, waiting: int
 ) -> None:
     """If no place is free to hash a right secret again, the check succeeds, and the next one offers the new hash."""
-    hasher = SecretHasher(time_cost=1, memory_cost=8, parallelism=1, concurrency=1, timeout=timedelta(0))
+    hasher = hasher_of()
     old = dearer.hash(HUMAN)
     intruding: list[Any] = []
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -152,7 +111,6 @@ def test_check_succeeds_without_a_place_for_the_replacement(
     assert hasher.check(HUMAN, [old]).replacement is not None
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_forked_child_has_all_places() -> None:
     """If a run was active in the parent during a fork, the child still has all places."""
     program = """
