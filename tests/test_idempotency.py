@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
+from unittest.mock import Mock
 
 import anyio
 import anyio.lowlevel
@@ -32,8 +33,7 @@ class Odd(BaseException):
 
 
 def row_of(database: Database, scope: IdempotencyScope = SCOPE) -> IdempotencyKey | None:
-    with database.unit_of_work(read_only=True) as unit:
-        return unit.idempotency_keys.find(scope)
+    return database.idempotency_keys.find(scope)
 
 
 def never(attempt: Attempt) -> Any:
@@ -46,14 +46,21 @@ async def anever(attempt: Attempt) -> Any:
     raise AssertionError("the effect ran again")
 
 
-def abandon(database: Database, scope: IdempotencyScope = SCOPE, *, params: Any = None) -> None:
-    """Leave an attempt in progress, as a process that died in the effect does."""
+def raising(error: BaseException) -> Callable[[Attempt], Any]:
+    """Return an effect that raises an error."""
 
-    def dies(attempt: Attempt) -> None:
-        raise Odd
+    def effect(attempt: Attempt) -> None:
+        raise error
 
+    return effect
+
+
+def abandon(database: Database, clock: FakeClock | None = None) -> None:
+    """Leave an attempt in progress, as a process that died in the effect does. With a clock, the lease expires."""
     with pytest.raises(Odd):
-        database.run_once(scope, dies, params=params, lease=MINUTE)
+        database.run_once(SCOPE, raising(Odd()), lease=MINUTE)
+    if clock is not None:
+        clock.advance(MINUTE)
 
 
 def test_threads(database: Database) -> None:
@@ -269,12 +276,8 @@ def test_result_that_cannot_be_stored(database: Database) -> None:
 
 def test_permanent_failure(database: Database) -> None:
     """If the effect raises EffectFailedError, its caller and every later caller get the error."""
-
-    def effect(attempt: Attempt) -> None:
-        raise errors.EffectFailedError({"reason": "no stock"})
-
     with pytest.raises(errors.EffectFailedError) as first:
-        database.run_once(SCOPE, effect)
+        database.run_once(SCOPE, raising(errors.EffectFailedError({"reason": "no stock"})))
     with pytest.raises(errors.EffectFailedError) as second:
         database.run_once(SCOPE, never)
     assert (first.value.replayed, second.value.replayed) == (False, True)
@@ -285,12 +288,8 @@ def test_any_other_exception(database: Database, clock: FakeClock) -> None:
     """If the effect raises another exception, the caller gets it unchanged, and the effect never runs again."""
     for number, error in enumerate([RuntimeError("x"), KeyboardInterrupt(), SystemExit(3), Odd()]):
         scope = IdempotencyScope("lamp", "m", str(number))
-
-        def effect(attempt: Attempt, error: BaseException = error) -> None:
-            raise error
-
         with pytest.raises(type(error)) as raised:
-            database.run_once(scope, effect, lease=MINUTE)
+            database.run_once(scope, raising(error), lease=MINUTE)
         assert raised.value is error
         with pytest.raises(errors.IdempotencyInProgressError):
             database.run_once(scope, never)
@@ -385,35 +384,22 @@ def test_on_abandoned_function_decides_the_outcome(database: Database, clock: Fa
 
 def test_on_abandoned_function_without_an_outcome(database: Database, clock: FakeClock) -> None:
     """The function frees the key if the effect did not happen, and leaves the outcome unknown if it can't decide."""
-
-    def none_began(attempt: Attempt) -> None:
-        raise errors.EffectNotStartedError
-
-    def cannot_tell(attempt: Attempt) -> None:
-        raise ConnectionError
-
-    abandon(database)
-    clock.advance(MINUTE)
+    abandon(database, clock)
     with pytest.raises(ConnectionError):
-        database.run_once(SCOPE, never, on_abandoned=cannot_tell, lease=MINUTE)
+        database.run_once(SCOPE, never, on_abandoned=raising(ConnectionError()), lease=MINUTE)
     clock.advance(MINUTE)
     with pytest.raises(errors.OutcomeUnknownError):
         database.run_once(SCOPE, never)
     with pytest.raises(errors.EffectNotStartedError):
-        database.run_once(SCOPE, never, on_abandoned=none_began)
+        database.run_once(SCOPE, never, on_abandoned=raising(errors.EffectNotStartedError()))
     assert row_of(database) is None
 
 
 def test_rerun_that_did_not_start(database: Database, clock: FakeClock) -> None:
     """If a second attempt did not start, the outcome of the first attempt stays unknown."""
-
-    def effect(attempt: Attempt) -> None:
-        raise errors.EffectNotStartedError
-
-    abandon(database)
-    clock.advance(MINUTE)
+    abandon(database, clock)
     with pytest.raises(errors.EffectNotStartedError):
-        database.run_once(SCOPE, effect, on_abandoned="rerun")
+        database.run_once(SCOPE, raising(errors.EffectNotStartedError()), on_abandoned="rerun")
     with pytest.raises(errors.OutcomeUnknownError):
         database.run_once(SCOPE, never)
 
@@ -427,13 +413,9 @@ def test_on_abandoned_coroutine_decides_the_outcome(database: Database, clock: F
         await anyio.lowlevel.checkpoint()
         return attempt.number
 
-    async def main() -> None:
-        outcome = await database.arun_once(SCOPE, anever, on_abandoned=find_out)
-        assert outcome == Outcome(2, False, 2)
-
-    abandon(database)
-    clock.advance(MINUTE)
-    anyio.run(main, backend=backend)
+    abandon(database, clock)
+    call = functools.partial(database.arun_once, SCOPE, anever, on_abandoned=find_out)
+    assert anyio.run(call, backend=backend) == Outcome(2, False, 2)
 
 
 def test_recreated_device(database: Database) -> None:
@@ -442,8 +424,7 @@ def test_recreated_device(database: Database) -> None:
     database.run_once(SCOPE, lambda attempt: "secret of the old device")
 
     def effect(attempt: Attempt) -> str:
-        with database.unit_of_work() as unit:
-            unit.devices.delete("lamp")
+        database.devices.delete("lamp")
         add_device(database)
         assert not database.run_once(SCOPE, lambda attempt: "new").replayed
         assert not database.run_once(other, lambda attempt: "new").replayed
@@ -456,14 +437,9 @@ def test_recreated_device(database: Database) -> None:
 
 
 @pytest.fixture
-def often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Renew leases every 2 ms, whatever their length."""
+def renewed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], bool]:
+    """Renew leases every 2 ms. Return a function that waits until a lease was renewed so many more times."""
     monkeypatch.setattr(OnceCall, "period", 0.002)
-
-
-@pytest.fixture
-def renewed(monkeypatch: pytest.MonkeyPatch, often: None) -> Callable[[int], bool]:
-    """Return a function that waits until a lease was renewed so many more times."""
     renewals = threading.Semaphore(0)
     renew = IdempotencyKeyStore.renew
 
@@ -475,7 +451,10 @@ def renewed(monkeypatch: pytest.MonkeyPatch, often: None) -> Callable[[int], boo
     return lambda times: all(renewals.acquire(timeout=30) for _ in range(times))
 
 
-def test_long_effect_keeps_its_lease(database: Database, clock: FakeClock, renewed: Callable[[int], bool]) -> None:
+@pytest.mark.parametrize("backend", [None, "asyncio", "trio"])
+def test_long_effect_keeps_its_lease(
+    database: Database, clock: FakeClock, renewed: Callable[[int], bool], backend: str | None
+) -> None:
     """If an effect lasts three leases' length, its lease is renewed, and other callers see the key in progress."""
 
     def effect(attempt: Attempt) -> str:
@@ -487,26 +466,15 @@ def test_long_effect_keeps_its_lease(database: Database, clock: FakeClock, renew
         assert refusal.value.retry_after == MINUTE
         return "long"
 
-    assert database.run_once(SCOPE, effect, lease=MINUTE).value == "long"
+    async def coroutine(attempt: Attempt) -> str:
+        return await anyio.to_thread.run_sync(effect, attempt)
 
-
-@pytest.mark.parametrize("engine_name", ["sqlite"])
-@BACKENDS
-def test_long_coroutine_keeps_its_lease(
-    database: Database, clock: FakeClock, renewed: Callable[[int], bool], backend: str
-) -> None:
-    """If a coroutine lasts three leases' length, its event loop renews the lease while the coroutine waits."""
-
-    async def effect(attempt: Attempt) -> str:
-        for _ in range(4):
-            clock.advance(MINUTE / 2)
-            assert await anyio.to_thread.run_sync(renewed, 2)
-        return "long"
-
-    async def main() -> None:
-        assert (await database.arun_once(SCOPE, effect, lease=MINUTE)).value == "long"
-
-    anyio.run(main, backend=backend)
+    if backend is None:
+        outcome = database.run_once(SCOPE, effect, lease=MINUTE)
+    else:
+        call = functools.partial(database.arun_once, SCOPE, coroutine, lease=MINUTE)
+        outcome = anyio.run(call, backend=backend)
+    assert outcome.value == "long"
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
@@ -532,12 +500,8 @@ def test_an_interrupt_while_the_renewing_thread_starts(database: Database, monke
 @pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the system can't start the renewing thread, the effect does not begin, and the key is free."""
-
-    def refused(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refused)
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
         with pytest.raises(RuntimeError, match="new thread"):
             database.run_once(SCOPE, never)
     assert row_of(database) is None
@@ -547,6 +511,22 @@ async def turns() -> None:
     """Let every other task run several times, so that a cancellation is delivered."""
     for _ in range(10):
         await anyio.lowlevel.checkpoint()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        await anyio.lowlevel.checkpoint()
+
+
+def hold(database: Database) -> list[Any]:
+    """Take all connections for writes."""
+    writers = database._engine.writers
+    return [writers.acquire(30) for _ in range(writers._size)]
+
+
+def give_back(database: Database, held: list[Any]) -> None:
+    for connection in held:
+        database._engine.writers.release(connection)
 
 
 class Native:
@@ -681,23 +661,17 @@ def test_cancelled_before_the_records_turn(database: Database, canceller: Native
         return len(writers._waiters) + (group_commit._queue.qsize() if group_commit is not None else 0)
 
     async def effect(attempt: Attempt) -> str:
-        held.extend(writers.acquire(30) for _ in range(writers._size))
+        held.extend(hold(database))
         # Other callers came before: the record is behind them in the queue.
         leading.start()
-        while not waiting():
-            await anyio.lowlevel.checkpoint()
+        await until(waiting)
         return "done"
 
     async def main() -> None:
-        async def when() -> None:
-            while waiting() < 2:
-                await anyio.lowlevel.checkpoint()
-
-        def then() -> None:
-            for link in held:
-                writers.release(link)
-
-        await canceller.cancel(lambda: database.arun_once(SCOPE, effect), when, then)
+        call = functools.partial(database.arun_once, SCOPE, effect)
+        await canceller.cancel(
+            call, functools.partial(until, lambda: waiting() >= 2), lambda: give_back(database, held)
+        )
         row = row_of(database)
         assert row is not None
         assert row.result == "done"
@@ -709,20 +683,12 @@ def test_cancelled_before_the_records_turn(database: Database, canceller: Native
 @CANCELLERS
 def test_cancelled_claim(database: Database, canceller: Native | Scoped) -> None:
     """If the caller is cancelled before the effect began, the key is free."""
-    writers = database._engine.writers
 
     async def main() -> None:
-        held = [writers.acquire(30) for _ in range(writers._size)]
-
-        async def when() -> None:
-            while not writers.waits:
-                await anyio.lowlevel.checkpoint()
-
-        def then() -> None:
-            for link in held:
-                writers.release(link)
-
-        assert await canceller.cancel(lambda: database.arun_once(SCOPE, anever), when, then)
+        held = hold(database)
+        call = functools.partial(database.arun_once, SCOPE, anever)
+        waits = functools.partial(until, lambda: database._engine.writers.waits)
+        assert await canceller.cancel(call, waits, lambda: give_back(database, held))
 
     anyio.run(main, backend=canceller.backend)
     assert row_of(database) is None
@@ -790,27 +756,6 @@ def test_a_unit_ends_before_its_event_loop(database: Database, read_only: bool) 
 
     assert asyncio.run(main()).cancelled()
     assert ends == ["unit", "caller"]
-
-
-@BACKENDS
-def test_arun_never_blocks_the_loop(database: Database, backend: str) -> None:
-    """While a unit waits in a thread, the event loop runs other tasks, and a task can release the unit."""
-    go_on = threading.Event()
-
-    async def main() -> list[str]:
-        order: list[str] = []
-
-        async def unit() -> None:
-            order.append(await database.arun(lambda unit: str(go_on.wait(30))))
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(unit)
-            await anyio.lowlevel.checkpoint()
-            order.append("loop")
-            go_on.set()
-        return order
-
-    assert anyio.run(main, backend=backend) == ["loop", "True"]
 
 
 @BACKENDS
