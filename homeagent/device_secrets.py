@@ -329,8 +329,8 @@ class DeviceSecrets:
         device_id: str,
         secret: SecretStr,
         overlap: timedelta,
-        expected_secret_hash: str | None,
-        expected_paired_at: datetime | None,
+        wanted_hash: str | None,
+        paired_at: datetime | None,
     ) -> bool:
         """Replace the secret. If another caller has replaced the secret during the computation, return False."""
         current = self._find_device(device_id)
@@ -349,9 +349,9 @@ class DeviceSecrets:
                 raise DeviceNotFoundError(device_id)
             if new != old and _hash_and_verifier(device) == (new, verifier):
                 return True  # an earlier run of this unit has already stored the new hash
-            if expected_paired_at not in (None, device.paired_at):
+            if paired_at not in (None, device.paired_at):
                 raise ConflictError(f"device {device_id!r} was paired at another time: {_DECIDE}")
-            if expected_secret_hash not in (None, device.shared_secret_hash):
+            if wanted_hash not in (None, device.shared_secret_hash):
                 raise ConflictError(f"device {device_id!r} has another secret now: {_DECIDE}")
             return unit.devices.set_secret(
                 device_id,

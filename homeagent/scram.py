@@ -33,7 +33,8 @@ import re
 import secrets
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
 
 from homeagent.canonical_json import canonical_json
 from homeagent.credentials import is_generated, secret_text
@@ -41,9 +42,6 @@ from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.proof_parameters import MIN_ITERATIONS, ProofParameters
 from homeagent.models.types import check_timestamp, to_milliseconds
-
-if TYPE_CHECKING:
-    from pydantic import SecretStr
 
 __all__ = [
     "ProofKeys",

@@ -12,15 +12,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
 
 from homeagent.credentials.secret_format import is_generated, reveal, secret_text, what_is_wrong
 from homeagent.errors import DatabaseBusyError, TooManyAttemptsError
 from homeagent.frame_locals import clears_locals
 from homeagent.pool import ConnectionPool, QueueFullError
-
-if TYPE_CHECKING:
-    from pydantic import SecretStr
 
 WAITING_HASHES = 16
 """Maximum number of waiting slow hashes. Further callers get `TooManyAttemptsError` at once."""

@@ -6,12 +6,10 @@ import base64
 import re
 import secrets
 import zlib
-from typing import TYPE_CHECKING
+
+from pydantic import SecretStr
 
 from homeagent.errors import InvalidArgumentError
-
-if TYPE_CHECKING:
-    from pydantic import SecretStr
 
 MAX_SECRET_CHARACTERS = 512
 MAX_SECRET_BYTES = 1024
@@ -25,8 +23,6 @@ def reveal(secret: SecretStr | str) -> str:
     """Return the text of a secret. Raise InvalidArgumentError for a value that is neither a SecretStr nor a str."""
     if isinstance(secret, str):
         return secret
-    from pydantic import SecretStr
-
     if isinstance(secret, SecretStr):
         return secret.get_secret_value()
     raise InvalidArgumentError(f"a secret must be a str or a SecretStr, not {type(secret).__name__}")
@@ -70,8 +66,6 @@ def generate_secret() -> SecretStr:
 
     The text is `ha1_`, followed by the random bytes and a CRC-32 in base64url (RFC 4648 section 5).
     """
-    from pydantic import SecretStr
-
     random = secrets.token_bytes(_RANDOM_BYTES)
     # In base64url, 36 bytes are exactly 48 characters, so two different texts can't decode to the same bytes.
     return SecretStr(_GENERATED_PREFIX + base64.urlsafe_b64encode(random + _checksum(random)).decode())

@@ -14,10 +14,11 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import partial
 from secrets import token_urlsafe
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import anyio
 from anyio.to_thread import run_sync
+from pydantic import SecretStr
 
 from homeagent.clock import Clock, system_clock
 from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError, InvalidArgumentError
@@ -25,9 +26,6 @@ from homeagent.frame_locals import clears_locals
 from homeagent.handshake import messages
 from homeagent.handshake.messages import Receive, Send
 from homeagent.scram import ProofParameters, derive_proof_keys, proof_message
-
-if TYPE_CHECKING:
-    from pydantic import SecretStr
 
 __all__ = ["authenticate"]
 
