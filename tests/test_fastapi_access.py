@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
+import httpx
 import pytest
 from fastapi import Depends, FastAPI
 from pydantic import SecretStr
 
-from homeagent import Database, Device, DevicePair, Limits, Role, errors
+from homeagent import Database, Device, Limits, Role, errors
 from homeagent.fastapi import (
     CurrentDevice,
     DatabaseDep,
@@ -28,6 +29,7 @@ from homeagent.fastapi import (
 )
 from homeagent.testing import DatabaseFactory
 from tests.asgi import Client
+from tests.conftest import pair
 from tests.credentials.conftest import cheap_hashes as cheap_hashes
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
@@ -60,8 +62,7 @@ def make_app() -> FastAPI:
 def database(homeagent_factory: DatabaseFactory) -> Database:
     """A store with an approved client, whose id has characters that need an escape, and a person's secret."""
     database = homeagent_factory(limits=Limits(failed_checks_per_minute=2))
-    database.pair(DevicePair(id="klaus:é", role=Role.CLIENT, shared_secret=SecretStr(PASSWORD)))
-    database.devices.approve("klaus:é")
+    pair(database, "klaus:é", SecretStr(PASSWORD))
     return database
 
 
@@ -70,12 +71,9 @@ def client(database: Database) -> Client:
     return Client(make_app(), database)
 
 
-def generated(database: Database, device_id: str, *, approve: bool = True, role: Role = Role.CLIENT) -> str:
+def generated(database: Database, device_id: str, **options: Any) -> str:
     """Pair a device, and return the text for the header Authorization."""
-    secret = database.pair(DevicePair(id=device_id, role=role)).shared_secret
-    if approve:
-        database.devices.approve(device_id)
-    return "Bearer " + bearer_token(device_id, secret)
+    return "Bearer " + bearer_token(device_id, pair(database, device_id, **options))
 
 
 def test_both_schemes(client: Client, database: Database) -> None:
@@ -169,8 +167,6 @@ def test_the_check_does_not_block_the_event_loop(database: Database, monkeypatch
     monkeypatch.setattr(database, "check_secret", slow)
 
     async def ask() -> int:
-        import httpx
-
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
             task = asyncio.create_task(client.get("/me", headers={"Authorization": basic("klaus:é", PASSWORD)}))
             await asyncio.to_thread(began.wait, 30)

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from homeagent import Database, DevicePair, Role
+from homeagent import Database
 from homeagent.errors import HandshakeError
 from homeagent.fastapi import bearer_token
 from homeagent.handshake.client import authenticate
-from tests.conftest import RecordProperty
+from tests.conftest import RecordProperty, pair
 from tests.fork_server import Child
 
 websockets = pytest.importorskip("websockets")
@@ -225,13 +225,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.close()
 
 
-def pair(server: Server, number: int) -> list[tuple[str, Any]]:
+def pair_devices(server: Server, number: int) -> list[tuple[str, Any]]:
     """Pair and approve devices, and return their ids and secrets."""
     with Database.open(server.target, durability="normal") as database:
-        devices = [(f"d{each}", database.pair(DevicePair(id=f"d{each}", role=Role.NODE))) for each in range(number)]
-        for device_id, _ in devices:
-            database.devices.approve(device_id)
-        return [(device_id, paired.shared_secret) for device_id, paired in devices]
+        return [(f"d{each}", pair(database, f"d{each}")) for each in range(number)]
 
 
 @pytest.mark.parametrize(("clients", "kills"), [(20, 1), pytest.param(200, 10, marks=pytest.mark.slow)])
@@ -260,7 +257,7 @@ def test_each_effect_happens_once(server: Server, clients: int, kills: int, reco
 
     async def run() -> None:
         async with asyncio.TaskGroup() as group:
-            for number, device in enumerate(pair(server, clients)):
+            for number, device in enumerate(pair_devices(server, clients)):
                 http = HTTPClient(server.port, *device, "/orders")
                 group.create_task(call_on(number, http if number % 2 else WebSocketClient(server.port, *device)))
 
@@ -279,7 +276,7 @@ def test_throughput(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
     A request reads the device, and commits twice with a sync of the disk. The other application reads and writes a
     dict.
     """
-    devices = pair(server, 200)
+    devices = pair_devices(server, 200)
 
     async def ask(path: str, seconds: float) -> tuple[float, float]:
         times: list[float] = []

@@ -29,7 +29,7 @@ from homeagent.fastapi import (
 )
 from homeagent.testing import DatabaseFactory, FakeClock
 from tests.asgi import Client
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pair
 from tests.credentials.conftest import cheap_hashes as cheap_hashes
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
@@ -128,13 +128,9 @@ def house() -> House:
 @pytest.fixture
 def client(homeagent_database: Database, house: House) -> Client:
     """A client of the application with the credentials of an approved device."""
-    secrets = {}
-    for name in ("phone", "tablet"):
-        secrets[name] = homeagent_database.pair(DevicePair(id=name, role=Role.CLIENT)).shared_secret
-        homeagent_database.devices.approve(name)
     client = Client(make_app(house), homeagent_database, raises=False)
-    client.headers["Authorization"] = "Bearer " + bearer_token("phone", secrets["phone"])
-    client.headers["X-Tablet"] = "Bearer " + bearer_token("tablet", secrets["tablet"])
+    for name, header in (("phone", "Authorization"), ("tablet", "X-Tablet")):
+        client.headers[header] = "Bearer " + bearer_token(name, pair(homeagent_database, name))
     return client
 
 
@@ -285,10 +281,8 @@ def test_a_device_at_its_limit_of_keys(
 ) -> None:
     """The refusal of a new key is not stored: the same request succeeds when an earlier key has expired."""
     database = homeagent_factory(limits=Limits(keys_per_device=1))
-    secret = database.pair(DevicePair(id="phone", role=Role.CLIENT)).shared_secret
-    database.devices.approve("phone")
     client = Client(make_app(house), database)
-    client.headers["Authorization"] = "Bearer " + bearer_token("phone", secret)
+    client.headers["Authorization"] = "Bearer " + bearer_token("phone", pair(database))
     statuses = [post(client, "/doors/front/open", key).status_code for key in ("k-1", "k-2", "k-1", "k-2")]
     assert (statuses, house.count) == ([200, 409, 200, 409], 1)
     homeagent_clock.advance(timedelta(hours=24))
@@ -361,7 +355,7 @@ def test_a_stranger_cannot_erase_a_webhook(
     body = b'{"rung": 1}'
     headers = sign(SECRET, "m-1", int(homeagent_clock().timestamp()), body)
     first = hooks.post("/hook", content=body, headers=headers)
-    homeagent_database.pair(DevicePair(id="bell", role=Role.CLIENT))
+    pair(homeagent_database, "bell")
     homeagent_database.devices.delete("bell")
     assert hooks.post("/hook", content=body, headers=headers).content == first.content
     assert house.count == 1
@@ -429,12 +423,8 @@ def test_the_page(homeagent_database: Database, homeagent_clock: FakeClock) -> N
     for block in re.findall("^```py\n(.*?)^```$", page, re.M | re.S):
         exec(block, names)  # noqa: S102  the page's own code
     client = Client(names["app"], homeagent_database)
-    paired = homeagent_database.pair(
-        DevicePair(id="anna", role=Role.ADMIN, shared_secret=SecretStr("a secret of anna"))
-    )
-    homeagent_database.devices.approve("anna")
+    token = bearer_token("anna", pair(homeagent_database, "anna", SecretStr("a secret of anna"), role=Role.ADMIN))
     lamp = homeagent_database.pair(DevicePair(id="lamp", role=Role.NODE)).device
-    token = bearer_token("anna", paired.shared_secret)
     token = client.post("/sign-in/browser", headers={"Authorization": f"Bearer {token}"}).json()["token"]
     client.headers["Authorization"] = f"Bearer {token}"
     assert post(client, "/doors/front/open").json() == {"opened": "front"}

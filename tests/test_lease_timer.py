@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +18,6 @@ from homeagent.errors import DatabaseClosedError
 from homeagent.idempotency import LeaseTimer, OnceCall
 from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import Children, FakeClock
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def scope_of(key: str) -> IdempotencyScope:
@@ -230,7 +227,6 @@ def test_a_row_that_stays_locked(
         assert other.result(30).value is True
 
 
-@needs_fork
 def test_a_forked_child_has_no_thread(target: str, children: Children) -> None:
     """If an effect forks, the child has no renewal thread, even if another thread held the timer at the fork."""
     assert children.run(FORK, target) == "0"

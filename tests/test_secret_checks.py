@@ -20,16 +20,10 @@ from homeagent.errors import InvalidArgumentError, TooManyAttemptsError
 from homeagent.scram import make_proof, proof_message
 from tests.conftest import START, FakeClock, MakeDatabase, dump, pair
 from tests.credentials.conftest import Runs
+from tests.credentials.conftest import runs as runs
 
 HUMAN = SecretStr("correct horse battery staple")
 MINUTE = timedelta(minutes=1)
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    counted = Runs()
-    monkeypatch.setattr("argon2.low_level.hash_secret", counted)
-    return counted
 
 
 @pytest.fixture(autouse=True)
@@ -100,12 +94,8 @@ def test_proof_parameters_do_not_tell_which_devices_exist(
     pair(database, "human", HUMAN)
     pair(database, "generated", metadata="x" * 10_000)
     asked = "human", "generated", "absent", "b" * 128
-    found, costs = {}, []
-    for device_id in asked:
-        statements.clear()
-        found[device_id] = database.proof_parameters(device_id)
-        costs.append(tuple(statements))
-    assert "metadata" not in only_select(costs)
+    assert "metadata" not in only_select(statements, database.proof_parameters, *asked)
+    found = {device_id: database.proof_parameters(device_id) for device_id in asked}
     assert {(len(one.salt), one.iterations) for one in found.values()} == {(16, 4096)}
     assert len({one.salt for one in found.values()}) == len(asked)
     database.close()
@@ -128,9 +118,14 @@ def statements(database: Database) -> list[str]:
     return seen
 
 
-def only_select(costs: list[tuple[str, ...]]) -> str:
-    """Return the only statement of each of several checks, which must be the same for all."""
-    (cost,) = set(costs)
+def only_select(statements: list[str], check: Callable[[str], object], *device_ids: str) -> str:
+    """Return the only statement of a check, which must be the same for all devices."""
+    costs = set()
+    for device_id in device_ids:
+        statements.clear()
+        check(device_id)
+        costs.add(tuple(statements))
+    (cost,) = costs
     (select,) = [statement for statement in cost if "devices" in statement]
     return select
 
@@ -147,12 +142,11 @@ def test_a_wrong_secret_costs_the_same_for_every_device_and_for_none(
     pair(database, "revoked", HUMAN)
     database.run(lambda unit: unit.devices.revoke("revoked"))
     for wrong, hashes in ("not the secret", 1), (generate_secret(), 0), ("", 0):
-        costs = []
-        for device_id in "human", "generated", "rotated", "pending", "revoked", "absent":
-            statements.clear()
-            assert runs.of(lambda: database.check_secret(device_id, wrong)) == hashes  # noqa: B023  called at once
-            costs.append(tuple(statements))
-        select = only_select(costs)
+
+        def check(device_id: str, wrong: Any = wrong, hashes: int = hashes) -> None:
+            assert runs.of(lambda: database.check_secret(device_id, wrong)) == hashes
+
+        select = only_select(statements, check, "human", "generated", "rotated", "pending", "revoked", "absent")
         assert "metadata" not in select
         assert "proof_verifier" not in select
 
@@ -161,12 +155,11 @@ def test_a_wrong_proof_costs_the_same_for_every_device_and_for_none(database: Da
     """If the proof is wrong, the check costs a single statement, which reads only the verifier."""
     pair(database, "human", HUMAN)
     pair(database, "generated", metadata="x" * 10_000)
-    costs = []
-    for device_id in "human", "generated", "absent":
-        statements.clear()
+
+    def check(device_id: str) -> None:
         assert database.verify_proof(device_id, nonce="n", timestamp=START, proof=bytes(32)) is None
-        costs.append(tuple(statements))
-    select = only_select(costs)
+
+    select = only_select(statements, check, "human", "generated", "absent")
     assert "metadata" not in select
     assert "secret_hash" not in select
 

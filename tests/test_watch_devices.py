@@ -15,7 +15,7 @@ import pytest
 import trio
 from sqlalchemy import make_url
 
-from homeagent import Database, DeviceChange, DeviceUpdate, device_changes
+from homeagent import Database, DeviceChange, device_changes
 from homeagent.device_changes import PATIENCE, DeviceWatcher, _Subscription
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from tests.conftest import Children, MakeDatabase, RecordProperty, add_device, postgres_execute
@@ -276,22 +276,6 @@ asyncio.run(main())
 def test_a_fork_leaves_the_iterator_to_the_parent(target: str, children: Children) -> None:
     """In a forked child the iterator raises DatabaseClosedError, and the child can open the database again."""
     assert children.run(FORK, target) == "a"
-
-
-def test_updates_of_one_device_keep_their_order(database: Database) -> None:
-    """Threads that change one device at the same time leave changes with ascending numbers for each commit."""
-    add_device(database, "lamp", approved=True)
-
-    def update(name: str) -> None:
-        for number in range(20):
-            database.devices.update("lamp", DeviceUpdate(metadata={name: number}))
-
-    async def watch() -> None:
-        changes = database.watch_devices()
-        await asyncio.gather(*(asyncio.to_thread(update, name) for name in "abcd"))
-        assert await following(changes, 80) == [("lamp", "updated")] * 80
-
-    asyncio.run(watch())
 
 
 def test_another_open_database_has_its_own_thread(database: Database, reopen: MakeDatabase) -> None:
