@@ -325,12 +325,7 @@ class DeviceSecrets:
         return secret
 
     def _rotate(
-        self,
-        device_id: str,
-        secret: SecretStr,
-        overlap: timedelta,
-        wanted_hash: str | None,
-        paired_at: datetime | None,
+        self, device_id: str, secret: SecretStr, overlap: timedelta, wanted_hash: str | None, paired_at: datetime | None
     ) -> bool:
         """Replace the secret. If another caller has replaced the secret during the computation, return False."""
         current = self._find_device(device_id)
