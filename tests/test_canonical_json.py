@@ -50,24 +50,8 @@ def test_numbers_without_json_form_are_refused(number: float) -> None:
 
 def test_keys_are_sorted_by_utf16_code_units() -> None:
     """The key of an emoji (two UTF-16 surrogates) sorts before U+FB33 despite its higher code point (section 3.2.3)."""
-    value: Any = {
-        "\u20ac": "Euro Sign",
-        "\r": "Carriage Return",
-        "\ufb33": "Hebrew Letter Dalet With Dagesh",
-        "1": "One",
-        "\U0001f600": "Emoji: Grinning Face",
-        "\u0080": "Control",
-        "\u00f6": "Latin Small Letter O With Diaeresis",
-    }
-    assert list(json.loads(canonical_json(value)).values()) == [
-        "Carriage Return",
-        "One",
-        "Control",
-        "Latin Small Letter O With Diaeresis",
-        "Euro Sign",
-        "Emoji: Grinning Face",
-        "Hebrew Letter Dalet With Dagesh",
-    ]
+    value: Any = dict.fromkeys(["\u20ac", "\r", "\ufb33", "1", "\U0001f600", "\u0080", "\u00f6"])
+    assert list(json.loads(canonical_json(value))) == ["\r", "1", "\u0080", "\u00f6", "\u20ac", "\U0001f600", "\ufb33"]
 
 
 def test_document() -> None:

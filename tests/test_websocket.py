@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.conftest import ROOT, pair
 websockets = pytest.importorskip("websockets")
 
 Use = Callable[[Any], Coroutine[Any, Any, Any]]
+Act = Callable[[], object]
 
 
 class Gateway:
@@ -120,20 +122,15 @@ def test_who_stays_out(gateway: Gateway, database: Database) -> None:
     """The close code and the message say whether the proof was wrong or the device has no approval."""
     secret = pair(database)
     pending = pair(database, "waiting", approve=False)
-    for device_id, presented, kind, code in (
-        ("phone", pending, AuthenticationError, 4401),
-        ("nobody", secret, AuthenticationError, 4401),
-        ("waiting", pending, AccessDeniedError, 4403),
-    ):
 
-        async def refused(
-            connection: Any, device_id: str = device_id, presented: SecretStr = presented, kind: type[Exception] = kind
-        ) -> int:
-            with pytest.raises(kind):
-                await authenticate(device_id, presented, send=connection.send, receive=connection.recv)
-            return await code_of(connection)
+    async def refused(device_id: str, presented: SecretStr, kind: type[Exception], connection: Any) -> int:
+        with pytest.raises(kind):
+            await authenticate(device_id, presented, send=connection.send, receive=connection.recv)
+        return await code_of(connection)
 
-        assert gateway.connect(refused) == code
+    assert gateway.connect(partial(refused, "phone", pending, AuthenticationError)) == 4401
+    assert gateway.connect(partial(refused, "nobody", secret, AuthenticationError)) == 4401
+    assert gateway.connect(partial(refused, "waiting", pending, AccessDeniedError)) == 4403
     assert gateway.ended == []
 
 
@@ -149,6 +146,14 @@ def test_invalid_and_late_messages(gateway: Gateway, message: str | bytes | None
     assert gateway.connect(misbehave) == (4408 if message is None else 4400)
 
 
+async def lose(change: Act, connection: Any) -> int:
+    """Change the device, when the application serves the device. Return the code with which the server closes."""
+    await connection.send("hello")
+    await connection.recv()
+    await asyncio.to_thread(change)
+    return await code_of(connection)
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -161,14 +166,7 @@ def test_invalid_and_late_messages(gateway: Gateway, message: str | bytes | None
 )
 def test_a_device_loses_its_access(gateway: Gateway, database: Database, change: Any, code: int) -> None:
     """If the device loses its access, or the changes can't be read, the block is cancelled and the socket closed."""
-
-    async def wait(connection: Any) -> int:
-        await connection.send("hello")
-        await connection.recv()
-        await asyncio.to_thread(change, database)
-        return await code_of(connection)
-
-    assert gateway.enter("phone", pair(database), wait) == code
+    assert gateway.enter("phone", pair(database), partial(lose, partial(change, database))) == code
     assert gateway.ended == ["CancelledError"]
 
 
@@ -198,14 +196,9 @@ def test_a_revocation_while_the_workers_are_busy(
     async def never(*arguments: Any) -> None:
         await asyncio.sleep(60)
 
-    async def wait(connection: Any) -> int:
-        await connection.send("hello")
-        await connection.recv()
-        monkeypatch.setattr("homeagent.fastapi.websocket.recheck", never)
-        await asyncio.to_thread(getattr(database.devices, method), "phone")
-        return await code_of(connection)
-
-    assert gateway.enter("phone", pair(database), wait) == code
+    monkeypatch.setattr("homeagent.fastapi.websocket.recheck", never)
+    change = partial(getattr(database.devices, method), "phone")
+    assert gateway.enter("phone", pair(database), partial(lose, change)) == code
 
 
 def test_how_a_block_ends_otherwise(gateway: Gateway, database: Database) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,14 +12,6 @@ from homeagent.errors import TooManyAttemptsError
 from tests.conftest import FakeClock
 
 MINUTE = timedelta(minutes=1)
-
-
-class Ticks:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def fail(checks: FailedChecks, device_id: str, times: int = 1) -> None:
@@ -38,7 +31,7 @@ def is_refused(checks: FailedChecks, device_id: str) -> bool:
 
 def test_refused_until_the_oldest_failure_is_a_minute_old(clock: FakeClock) -> None:
     """At most `per_minute` checks fail within any minute; `retry_after` is the time until the next check may begin."""
-    checks = FailedChecks(clock, per_minute=2, monotonic=Ticks())
+    checks = FailedChecks(clock, per_minute=2, monotonic=lambda: 0.0)
     fail(checks, "lamp")
     clock.advance(seconds=40)
     fail(checks, "lamp")
@@ -55,7 +48,7 @@ def test_refused_until_the_oldest_failure_is_a_minute_old(clock: FakeClock) -> N
 
 def test_success_is_not_counted_and_resets_no_count(clock: FakeClock) -> None:
     """A successful check neither counts nor gives an attacker further guesses."""
-    checks = FailedChecks(clock, per_minute=2, monotonic=Ticks())
+    checks = FailedChecks(clock, per_minute=2, monotonic=lambda: 0.0)
     fail(checks, "lamp")
     for _ in range(5):
         assert not is_refused(checks, "lamp")
@@ -65,7 +58,7 @@ def test_success_is_not_counted_and_resets_no_count(clock: FakeClock) -> None:
 
 def test_check_with_an_error_is_not_counted(clock: FakeClock) -> None:
     """If a check raises an error before the hash was computed, no guess was tried, and the check is not counted."""
-    checks = FailedChecks(clock, per_minute=1, monotonic=Ticks())
+    checks = FailedChecks(clock, per_minute=1, monotonic=lambda: 0.0)
     for _ in range(3):
         with pytest.raises(MemoryError), checks.attempt("lamp"):
             raise MemoryError
@@ -75,21 +68,21 @@ def test_check_with_an_error_is_not_counted(clock: FakeClock) -> None:
 @pytest.mark.parametrize("step", [timedelta(0), timedelta(hours=-1)], ids=["stands still", "set back"])
 def test_stopped_wall_clock_does_not_prolong_the_minute(clock: FakeClock, step: timedelta) -> None:
     """If the wall clock stands still, the monotonic clock ends the minute."""
-    ticks = Ticks()
+    ticks = Mock(return_value=0.0)
     checks = FailedChecks(clock, per_minute=1, monotonic=ticks)
     fail(checks, "lamp")
     clock.advance(step)
-    ticks.now = 59.0
+    ticks.return_value = 59.0
     with pytest.raises(TooManyAttemptsError) as refused:
         fail(checks, "lamp")
     assert refused.value.retry_after == MINUTE
-    ticks.now = 60.0
+    ticks.return_value = 60.0
     assert not is_refused(checks, "lamp")
 
 
 def test_other_ids_do_not_remove_a_count(clock: FakeClock) -> None:
     """If too many ids are remembered, expired ids are removed first, then the id with the fewest failures."""
-    checks = FailedChecks(clock, per_minute=3, most_ids=10, monotonic=Ticks())
+    checks = FailedChecks(clock, per_minute=3, most_ids=10, monotonic=lambda: 0.0)
     fail(checks, "expired", 3)
     clock.advance(MINUTE)
     fail(checks, "lamp", 3)
