@@ -16,6 +16,7 @@ from sqlalchemy import URL, Connection, MetaData
 
 from homeagent import maintenance
 from homeagent.callables import check_function
+from homeagent.canonical_json import fingerprint_of
 from homeagent.clock import Clock, system_clock
 from homeagent.credentials import FailedChecks
 from homeagent.database_maintenance import DatabaseMaintenance
@@ -377,7 +378,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             EffectFailedError, EffectNotStartedError: if the effect raised the error in this call. If the effect of an
                 earlier call with the key raised EffectFailedError, this call raises the stored error.
         """
-        call = OnceCall.of(scope, params, lease, ttl, on_abandoned, effect=effect, instead=ARUN_ONCE)
+        call = OnceCall(scope, fingerprint_of(params), lease, ttl, on_abandoned)
+        call.check(effect, ARUN_ONCE)
         return run_once(partial(self._runner.run, idempotent=True), self._lease_timer, call, effect)
 
     @clears_locals
@@ -396,5 +398,6 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         A cancellation of the caller also cancels the effect. If the cancellation comes after the end of the effect,
         homeagent still records the outcome.
         """
-        call = OnceCall.of(scope, params, lease, ttl, on_abandoned, effect=effect)
+        call = OnceCall(scope, fingerprint_of(params), lease, ttl, on_abandoned)
+        call.check(effect)
         return await arun_once(partial(self._runner.arun, idempotent=True), self._lease_timer, call, effect)

@@ -20,7 +20,6 @@ from os import urandom
 from typing import TYPE_CHECKING, Any, Literal
 
 from homeagent.callables import check_function, refuse_coroutine
-from homeagent.canonical_json import fingerprint_of
 from homeagent.clock import monotonic
 from homeagent.errors import (
     EffectFailedError,
@@ -34,8 +33,6 @@ from homeagent.models.types import LONGEST_WAIT
 from homeagent.unit_of_work import UnitOfWork
 
 if TYPE_CHECKING:
-    from pydantic import JsonValue
-
     from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 
 ARUN_ONCE = "call arun_once"
@@ -65,25 +62,13 @@ class OnceCall:
     on_abandoned: OnAbandoned
     owner: str = field(default_factory=lambda: urandom(16).hex(), repr=False)
 
-    @classmethod
-    def of(
-        cls,
-        scope: IdempotencyScope,
-        params: JsonValue,
-        lease: timedelta,
-        ttl: timedelta,
-        on_abandoned: OnAbandoned,
-        *,
-        effect: Callable[[Attempt], Any],
-        instead: str | None = None,
-    ) -> OnceCall:
-        """Check the arguments. If `instead` is None, the effect can be a coroutine function."""
+    def check(self, effect: Callable[[Attempt], Any], instead: str | None = None) -> None:
+        """Check the effect and `on_abandoned`. If `instead` is None, both can be coroutine functions."""
         check_function(effect, "effect", coroutine=instead)
-        if callable(on_abandoned):
-            check_function(on_abandoned, "on_abandoned", coroutine=instead)
-        elif on_abandoned not in ("refuse", "rerun"):
+        if callable(self.on_abandoned):
+            check_function(self.on_abandoned, "on_abandoned", coroutine=instead)
+        elif self.on_abandoned not in ("refuse", "rerun"):
             raise InvalidArgumentError("on_abandoned must be 'refuse', 'rerun' or a function that returns the outcome")
-        return cls(scope, fingerprint_of(params), lease, ttl, on_abandoned)
 
     @property
     def period(self) -> float:

@@ -138,10 +138,11 @@ class _Verifier:
     stored_key: bytes
     server_key: bytes
 
-
-def _format_verifier(parameters: ProofParameters, stored_key: bytes, server_key: bytes) -> str:
-    salt, stored, server = (base64.b64encode(part).decode() for part in (parameters.salt, stored_key, server_key))
-    return f"SCRAM-SHA-256${parameters.iterations}:{salt}${stored}:{server}"
+    @property
+    def text(self) -> str:
+        parts = self.parameters.salt, self.stored_key, self.server_key
+        salt, stored, server = (base64.b64encode(part).decode() for part in parts)
+        return f"SCRAM-SHA-256${self.parameters.iterations}:{salt}${stored}:{server}"
 
 
 def _parse_verifier(verifier: str) -> _Verifier | None:
@@ -151,13 +152,12 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
         return None
     try:
         salt, stored_key, server_key = (base64.b64decode(part) for part in found.groups()[1:])
-        parameters = ProofParameters(salt, int(found[1]))
+        parsed = _Verifier(ProofParameters(salt, int(found[1])), stored_key, server_key)
     except ValueError:
         # The cause of a ValueError is incomplete padding of base64, or a parameter that is out of range.
         return None
     # Accept only the canonical text, and not another base64 text for the same bytes (RFC 4648 section 3.5).
-    canonical = _format_verifier(parameters, stored_key, server_key) == verifier
-    return _Verifier(parameters, stored_key, server_key) if canonical else None
+    return parsed if parsed.text == verifier else None
 
 
 def _require_verifier(verifier: str) -> _Verifier:
@@ -194,7 +194,7 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
         iterations = _GENERATED_ITERATIONS if is_generated(secret) else _HUMAN_ITERATIONS
     parameters = ProofParameters(secrets.token_bytes(_SALT_BYTES) if salt is None else salt, iterations)
     keys = derive_proof_keys(secret, parameters)
-    return _format_verifier(parameters, keys.stored_key, keys.server_key)
+    return _Verifier(parameters, keys.stored_key, keys.server_key).text
 
 
 def verifier_parameters(verifier: str) -> ProofParameters:
@@ -277,7 +277,7 @@ _DECOY = _Verifier(
     secrets.token_bytes(_KEY_BYTES),
     secrets.token_bytes(_KEY_BYTES),
 )
-_DECOY_TEXT = _format_verifier(_DECOY.parameters, _DECOY.stored_key, _DECOY.server_key)
+_DECOY_TEXT = _DECOY.text
 
 
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:

@@ -159,7 +159,7 @@ def test_an_effect_that_ends_before_its_renewal(database: Database, monkeypatch:
     """If the effect ends while its renewal waits for the write lock, the lease is not extended."""
     monkeypatch.setattr(OnceCall, "period", 0.002)
     scope, hour, begun, end = scope_of("k"), timedelta(hours=1), threading.Event(), threading.Event()
-    call = OnceCall.of(scope, None, hour, hour, "refuse", effect=repr)
+    call = OnceCall(scope, "", hour, hour, "refuse")
 
     def run_later(work: Callable[[UnitOfWork], Any]) -> Any:
         begun.set()
