@@ -69,26 +69,21 @@ def test_threads(database: Database) -> None:
     mutex = threading.Lock()
     start = threading.Barrier(8)
 
+    def effect(attempt: Attempt) -> str:
+        with mutex:
+            ran[attempt.scope.key] += 1
+        return attempt.scope.key
+
+    def call(key: str) -> bool:
+        while True:
+            with suppress(errors.IdempotencyInProgressError):
+                outcome = database.run_once(IdempotencyScope("lamp", "m", key), effect)
+                assert outcome.value == key
+                return outcome.replayed
+
     def client(_: int) -> Counter[bool]:
         start.wait()
-        answers: Counter[bool] = Counter()
-        for number in range(200):
-            scope = IdempotencyScope("lamp", "m", f"k{number}")
-
-            def effect(attempt: Attempt, key: str = scope.key) -> str:
-                with mutex:
-                    ran[key] += 1
-                return key
-
-            while True:
-                try:
-                    outcome = database.run_once(scope, effect)
-                except errors.IdempotencyInProgressError:
-                    continue
-                assert outcome.value == scope.key
-                answers[outcome.replayed] += 1
-                break
-        return answers
+        return Counter(call(f"k{number}") for number in range(200))
 
     with ThreadPoolExecutor(8) as pool:
         answers = sum(pool.map(client, range(8)), Counter[bool]())
@@ -811,29 +806,29 @@ def test_all_undone(database: Database) -> None:
         assert unit.idempotency_keys.find(SCOPE) is None
 
 
-def test_effect_undone_alone(database: Database) -> None:
+@pytest.mark.parametrize(
+    "error", [errors.EffectNotStartedError(), RuntimeError(), errors.EffectFailedError("no")], ids=repr
+)
+def test_effect_undone_alone(database: Database, error: Exception) -> None:
     """If an effect raises, its writes are undone and the unit continues; only EffectFailedError leaves a record."""
 
     def effect(attempt: Attempt) -> None:
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
         raise error
 
-    for error in (errors.EffectNotStartedError(), RuntimeError(), errors.EffectFailedError("no")):
-        scope = IdempotencyScope("lamp", "m", type(error).__name__)
-        with database.unit_of_work() as unit:
-            unit.agents.create(AgentCreate(id=scope.key, name="Bob", workspace_path="/srv"))
-            with pytest.raises(type(error)) as raised:
-                unit.run_once(scope, effect)
-            assert raised.value is error
-        with database.unit_of_work() as unit:
-            assert unit.agents.get(scope.key).name == "Bob"
-            assert unit.agents.find_by_id("ada") is None
-            if not isinstance(error, errors.EffectFailedError):
-                assert unit.run_once(scope, lambda attempt: 1).attempt == 1
-                continue
-            with pytest.raises(errors.EffectFailedError) as replay:
-                unit.run_once(scope, never)
-            assert (replay.value.detail, replay.value.replayed) == ("no", True)
+    with database.unit_of_work() as unit:
+        unit.agents.create(AgentCreate(id="bob", name="Bob", workspace_path="/srv"))
+        with pytest.raises(type(error)) as raised:
+            unit.run_once(SCOPE, effect)
+        assert raised.value is error
+    with database.unit_of_work() as unit:
+        assert [agent.id for agent in unit.agents.list()] == ["bob"]
+        if not isinstance(error, errors.EffectFailedError):
+            assert unit.run_once(SCOPE, lambda attempt: 1).attempt == 1
+            return
+        with pytest.raises(errors.EffectFailedError) as replay:
+            unit.run_once(SCOPE, never)
+        assert (replay.value.detail, replay.value.replayed) == ("no", True)
 
 
 def test_unknown_outcome_in_a_unit(database: Database, clock: FakeClock) -> None:

@@ -22,6 +22,14 @@ from tests.conftest import Children, MakeDatabase, RecordProperty, add_device, p
 from tests.feed_load import FeedLoad
 from tests.interrupts import interrupt_at
 
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """The event loop of the asynchronous tests."""
+    return "asyncio"
+
 
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,42 +66,34 @@ def watcher_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "homeagent-device-changes"]
 
 
-def test_iterators_get_the_changes_of_all_processes(database: Database, target: str, children: Children) -> None:
+async def test_iterators_get_the_changes_of_all_processes(database: Database, target: str, children: Children) -> None:
     """Several iterators share a thread, and get the changes of this process and of another process in order."""
-
-    async def watch() -> None:
-        add_device(database, "before")
-        first = database.watch_devices()
-        add_device(database, "lamp", approved=True)
-        second = database.watch_devices(after=0)
-        assert await following(first, 2) == [("lamp", "paired"), ("lamp", "approved")]
-        waiting = asyncio.create_task(following(first, 2))
-        assert await following(second) == [("before", "paired")]
-        assert len(watcher_threads()) == 1
-        await asyncio.to_thread(children.run, WRITE, target, "phone", "clock")
-        assert await waiting == [("phone", "paired"), ("clock", "paired")]
-        assert await following(second, 4) == [
-            ("lamp", "paired"),
-            ("lamp", "approved"),
-            ("phone", "paired"),
-            ("clock", "paired"),
-        ]
-
-    asyncio.run(watch())
+    add_device(database, "before")
+    first = database.watch_devices()
+    add_device(database, "lamp", approved=True)
+    second = database.watch_devices(after=0)
+    assert await following(first, 2) == [("lamp", "paired"), ("lamp", "approved")]
+    waiting = asyncio.create_task(following(first, 2))
+    assert await following(second) == [("before", "paired")]
+    assert len(watcher_threads()) == 1
+    await asyncio.to_thread(children.run, WRITE, target, "phone", "clock")
+    assert await waiting == [("phone", "paired"), ("clock", "paired")]
+    assert await following(second, 4) == [
+        ("lamp", "paired"),
+        ("lamp", "approved"),
+        ("phone", "paired"),
+        ("clock", "paired"),
+    ]
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
-def test_a_cancelled_wait_loses_no_change(database: Database) -> None:
+async def test_a_cancelled_wait_loses_no_change(database: Database) -> None:
     """After a wait was cancelled, the iterator continues with the next change."""
-
-    async def watch() -> None:
-        changes = database.watch_devices()
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(anext(changes), 0.01)
-        add_device(database, "lamp")
-        assert await following(changes) == [("lamp", "paired")]
-
-    asyncio.run(watch())
+    changes = database.watch_devices()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(anext(changes), 0.01)
+    add_device(database, "lamp")
+    assert await following(changes) == [("lamp", "paired")]
 
 
 def test_a_long_backlog_arrives_complete(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,21 +154,17 @@ def test_trio(database: Database) -> None:
     assert trio.run(watch) == "lamp"
 
 
-def test_a_closed_database_ends_the_iterator(database: Database) -> None:
+async def test_a_closed_database_ends_the_iterator(database: Database) -> None:
     """If the database is closed, waiting and later calls raise DatabaseClosedError: no loop ends without an error."""
-
-    async def watch() -> None:
-        changes = database.watch_devices()
-        waiting = asyncio.create_task(following(changes))
-        await until(lambda: bool(watcher_threads()))
-        await asyncio.to_thread(database.close)
-        with pytest.raises(DatabaseClosedError):
-            await waiting
-        with pytest.raises(DatabaseClosedError):
-            await anext(changes)
-        assert watcher_threads() == []
-
-    asyncio.run(watch())
+    changes = database.watch_devices()
+    waiting = asyncio.create_task(following(changes))
+    await until(lambda: bool(watcher_threads()))
+    await asyncio.to_thread(database.close)
+    with pytest.raises(DatabaseClosedError):
+        await waiting
+    with pytest.raises(DatabaseClosedError):
+        await anext(changes)
+    assert watcher_threads() == []
 
 
 def make_unreadable(target: str, url: str | None) -> Callable[[], None]:
@@ -183,41 +179,37 @@ def make_unreadable(target: str, url: str | None) -> Callable[[], None]:
     return lambda: postgres_execute(url, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
 
-def test_an_unreadable_feed_raises_an_error(
+async def test_an_unreadable_feed_raises_an_error(
     database: Database, target: str, engine_name: str, request: pytest.FixtureRequest
 ) -> None:
     """An iterator waits for the end of a short interruption, and raises an error after `PATIENCE` seconds."""
     url = request.getfixturevalue("postgres_url") if engine_name == "postgresql" else None
     now = [0.0]
     database._device_watcher = DeviceWatcher(database._engine, timeout=1, monotonic=lambda: now[0])
-
-    async def watch() -> None:
-        changes = database.watch_devices()
-        waiting = asyncio.create_task(following(changes))
-        await asyncio.sleep(0)
-        undo = make_unreadable(target, url)
-        await until(lambda: database._device_watcher._error is not None)
-        now[0] += PATIENCE - 0.1
-        undo()
-        add_device(database, "lamp")
-        assert await waiting == [("lamp", "paired")]
-        # The thread delivers the change before it clears the error of the first interruption.
-        await until(lambda: database._device_watcher._error is None)
-        waiting = asyncio.create_task(following(changes))
-        undo = make_unreadable(target, url)
-        await until(lambda: database._device_watcher._error is not None)
-        now[0] += PATIENCE
-        with pytest.raises(DatabaseError, match="could not be read for") as caught:
-            await waiting
-        assert isinstance(caught.value.__cause__, DatabaseError)
-        undo()
-        with pytest.raises(StopAsyncIteration):
-            await anext(changes)
-
-    asyncio.run(watch())
+    changes = database.watch_devices()
+    waiting = asyncio.create_task(following(changes))
+    await asyncio.sleep(0)
+    undo = make_unreadable(target, url)
+    await until(lambda: database._device_watcher._error is not None)
+    now[0] += PATIENCE - 0.1
+    undo()
+    add_device(database, "lamp")
+    assert await waiting == [("lamp", "paired")]
+    # The thread delivers the change before it clears the error of the first interruption.
+    await until(lambda: database._device_watcher._error is None)
+    waiting = asyncio.create_task(following(changes))
+    undo = make_unreadable(target, url)
+    await until(lambda: database._device_watcher._error is not None)
+    now[0] += PATIENCE
+    with pytest.raises(DatabaseError, match="could not be read for") as caught:
+        await waiting
+    assert isinstance(caught.value.__cause__, DatabaseError)
+    undo()
+    with pytest.raises(StopAsyncIteration):
+        await anext(changes)
 
 
-def test_a_restored_file_gives_a_reset(sqlite_path: Path, tmp_path: Path) -> None:
+async def test_a_restored_file_gives_a_reset(sqlite_path: Path, tmp_path: Path) -> None:
     """After a restore, an iterator that continues from an earlier number first gets a reset."""
     with Database.open(sqlite_path) as database:
         add_device(database, "lamp")
@@ -225,15 +217,11 @@ def test_a_restored_file_gives_a_reset(sqlite_path: Path, tmp_path: Path) -> Non
         add_device(database, "stolen")
         newest = database.devices.changes(after=0)[-1].number
     Database.restore(backup, sqlite_path)
-
-    async def watch() -> None:
-        with Database.open(sqlite_path) as database:
-            changes = database.watch_devices(after=newest)
-            assert await following(changes) == [(None, "reset")]
-            add_device(database, "phone")
-            assert await following(changes) == [("phone", "paired")]
-
-    asyncio.run(watch())
+    with Database.open(sqlite_path) as database:
+        changes = database.watch_devices(after=newest)
+        assert await following(changes) == [(None, "reset")]
+        add_device(database, "phone")
+        assert await following(changes) == [("phone", "paired")]
 
 
 def test_a_copied_store_gives_a_reset(database: Database, tmp_path: Path) -> None:
@@ -278,20 +266,16 @@ def test_a_fork_leaves_the_iterator_to_the_parent(target: str, children: Childre
     assert children.run(FORK, target) == "a"
 
 
-def test_another_open_database_has_its_own_thread(database: Database, reopen: MakeDatabase) -> None:
+async def test_another_open_database_has_its_own_thread(database: Database, reopen: MakeDatabase) -> None:
     """Two open databases have separate threads, and closing one does not end the iterators of the other."""
-
-    async def watch() -> None:
-        other = reopen()
-        mine, theirs = database.watch_devices(), other.watch_devices()
-        add_device(database, "lamp")
-        assert await following(mine) == await following(theirs) == [("lamp", "paired")]
-        assert len(watcher_threads()) == 2
-        await asyncio.to_thread(other.close)
-        add_device(database, "phone")
-        assert await following(mine) == [("phone", "paired")]
-
-    asyncio.run(watch())
+    other = reopen()
+    mine, theirs = database.watch_devices(), other.watch_devices()
+    add_device(database, "lamp")
+    assert await following(mine) == await following(theirs) == [("lamp", "paired")]
+    assert len(watcher_threads()) == 2
+    await asyncio.to_thread(other.close)
+    add_device(database, "phone")
+    assert await following(mine) == [("phone", "paired")]
 
 
 @pytest.mark.parametrize(

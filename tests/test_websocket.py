@@ -17,7 +17,7 @@ from fastapi import FastAPI, WebSocket
 from pydantic import SecretStr
 
 from homeagent import Database
-from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError
+from homeagent.errors import AccessDeniedError, AuthenticationError
 from homeagent.fastapi import DatabaseDep, accept_device, install_error_handlers, lifespan
 from homeagent.handshake.client import authenticate
 from homeagent.testing import DatabaseFactory
@@ -227,14 +227,3 @@ def test_the_page(gateway: Gateway, database: Database) -> None:
     names["app"].state.homeagent_database = database
     answer = names["ask"](f"ws://127.0.0.1:{gateway.port}/page/ws", "phone", pair(database), "hello")
     assert asyncio.run(answer) == "phone: hello"
-
-
-def test_a_gateway_that_is_gone(gateway: Gateway) -> None:
-    """If the connection is closed before the handshake, the device gets an error."""
-
-    async def run(connection: Any) -> None:
-        await connection.close()
-        with pytest.raises((HandshakeError, websockets.exceptions.ConnectionClosed)):
-            await authenticate("phone", "x" * 8, send=connection.send, receive=connection.recv)
-
-    gateway.connect(run)
