@@ -25,7 +25,9 @@ from tests.conftest import Children, FakeClock, add_device
 
 SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
 MINUTE = timedelta(minutes=1)
-BACKENDS = pytest.mark.parametrize("backend", ["asyncio", "trio"])
+BACKENDS = pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+
+pytestmark = pytest.mark.anyio
 
 
 class Odd(BaseException):
@@ -122,7 +124,7 @@ def test_processes(target: str, children: Children, processes: int, keys: int) -
 
 
 @BACKENDS
-def test_tasks(database: Database, backend: str) -> None:
+async def test_tasks(database: Database) -> None:
     """If 256 tasks of an event loop call a key, the effect runs once; other tasks get a result or an error."""
     ran = 0
     told = 0
@@ -143,12 +145,9 @@ def test_tasks(database: Database, backend: str) -> None:
             assert outcome.value == 7
             told += outcome.replayed
 
-    async def main() -> None:
-        async with anyio.create_task_group() as group:
-            for _ in range(256):
-                group.start_soon(client)
-
-    anyio.run(main, backend=backend)
+    async with anyio.create_task_group() as group:
+        for _ in range(256):
+            group.start_soon(client)
     assert (ran, told) == (1, 255)
 
 
@@ -299,7 +298,7 @@ def test_any_other_exception(database: Database, clock: FakeClock) -> None:
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
-@BACKENDS
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_exceptions_of_coroutines(database: Database, backend: str) -> None:
     """`arun_once` raises an exception without a group around it, with the same effect on the key as `run_once`."""
     for error, expected in (
@@ -327,7 +326,7 @@ def test_exceptions_of_coroutines(database: Database, backend: str) -> None:
 
 
 @BACKENDS
-def test_coroutine_that_lost_its_key(database: Database, backend: str) -> None:
+async def test_coroutine_that_lost_its_key(database: Database) -> None:
     """If another attempt took the key over, the coroutine raises an unwrapped LeaseLostError, however it ended."""
 
     async def effect(attempt: Attempt, error: Exception | None = None) -> int:
@@ -336,12 +335,9 @@ def test_coroutine_that_lost_its_key(database: Database, backend: str) -> None:
             raise error
         return 1
 
-    async def main() -> None:
-        for error in (None, errors.EffectFailedError(1), errors.EffectNotStartedError()):
-            with pytest.raises(errors.LeaseLostError):
-                await database.arun_once(SCOPE, functools.partial(effect, error=error))
-
-    anyio.run(main, backend=backend)
+    for error in (None, errors.EffectFailedError(1), errors.EffectNotStartedError()):
+        with pytest.raises(errors.LeaseLostError):
+            await database.arun_once(SCOPE, functools.partial(effect, error=error))
 
 
 def test_rerun(database: Database, clock: FakeClock) -> None:
@@ -401,7 +397,7 @@ def test_rerun_that_did_not_start(database: Database, clock: FakeClock) -> None:
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
 @BACKENDS
-def test_on_abandoned_coroutine_decides_the_outcome(database: Database, clock: FakeClock, backend: str) -> None:
+async def test_on_abandoned_coroutine_decides_the_outcome(database: Database, clock: FakeClock) -> None:
     """`on_abandoned` may be a coroutine function."""
 
     async def find_out(attempt: Attempt) -> Any:
@@ -409,8 +405,7 @@ def test_on_abandoned_coroutine_decides_the_outcome(database: Database, clock: F
         return attempt.number
 
     abandon(database, clock)
-    call = functools.partial(database.arun_once, SCOPE, anever, on_abandoned=find_out)
-    assert anyio.run(call, backend=backend) == Outcome(2, False, 2)
+    assert await database.arun_once(SCOPE, anever, on_abandoned=find_out) == Outcome(2, False, 2)
 
 
 def test_recreated_device(database: Database) -> None:
@@ -754,7 +749,7 @@ def test_a_unit_ends_before_its_event_loop(database: Database, read_only: bool) 
 
 
 @BACKENDS
-def test_arun_raises_exceptions_of_the_work(database: Database, backend: str) -> None:
+async def test_arun_raises_exceptions_of_the_work(database: Database) -> None:
     """If the work raises, the coroutine gets the exception unchanged, and the unit was rolled back."""
     error = LookupError("x")
 
@@ -762,13 +757,10 @@ def test_arun_raises_exceptions_of_the_work(database: Database, backend: str) ->
         unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv"))
         raise error
 
-    async def main() -> None:
-        with pytest.raises(LookupError) as raised:
-            await database.arun(work)
-        assert raised.value is error
-        assert await database.arun(lambda unit: unit.agents.list(), read_only=True) == []
-
-    anyio.run(main, backend=backend)
+    with pytest.raises(LookupError) as raised:
+        await database.arun(work)
+    assert raised.value is error
+    assert await database.arun(lambda unit: unit.agents.list(), read_only=True) == []
 
 
 def test_one_commit(database: Database) -> None:

@@ -260,10 +260,11 @@ def test_a_flood_of_guesses_delays_no_generated_secret(database: Database, runs:
     assert database.check_secret("door", human)
 
 
+@pytest.mark.anyio
 @pytest.mark.parametrize("engine_name", ["sqlite"])
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_coroutines_that_hash_take_no_thread_from_the_others(
-    database: Database, runs: Runs, backend: str, monkeypatch: pytest.MonkeyPatch, cheap_hashes: Callable[[int], None]
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_coroutines_that_hash_take_no_thread_from_the_others(
+    database: Database, runs: Runs, monkeypatch: pytest.MonkeyPatch, cheap_hashes: Callable[[int], None]
 ) -> None:
     """While more slow checks wait than threads exist, units and checks of generated secrets continue."""
     cheap_hashes(1)
@@ -273,28 +274,25 @@ def test_coroutines_that_hash_take_no_thread_from_the_others(
     async def check(device_id: str, secret: SecretStr) -> None:
         found.append(await database.acheck_secret(device_id, secret))
 
-    async def work() -> None:
-        with anyio.fail_after(60):
-            paired = await database.apair(DevicePair(id="lamp", role=Role.NODE))
-            await database.apair(DevicePair(id="door", role=Role.NODE, shared_secret=HUMAN))
-            runs.go_on.clear()
-            async with anyio.create_task_group() as tasks:
-                try:
-                    for _ in range(5):
-                        tasks.start_soon(check, "door", HUMAN)
-                    await anyio.sleep(0.05)
-                    assert await database.arun(lambda unit: unit.devices.approve("lamp"))
-                    assert await database.arun(lambda unit: len(unit.devices.list()), read_only=True) == 2
-                    assert await database.acheck_secret("lamp", paired.shared_secret)
-                    assert found == []
-                finally:
-                    runs.go_on.set()
-            assert [one.status for one in found] == ["pending"] * 5
-            new = await database.arotate_secret("lamp", overlap=MINUTE)
-            assert await database.acheck_secret("lamp", new)
-            assert await database.acheck_secret("lamp", paired.shared_secret)
-
-    anyio.run(work, backend=backend)
+    with anyio.fail_after(60):
+        paired = await database.apair(DevicePair(id="lamp", role=Role.NODE))
+        await database.apair(DevicePair(id="door", role=Role.NODE, shared_secret=HUMAN))
+        runs.go_on.clear()
+        async with anyio.create_task_group() as tasks:
+            try:
+                for _ in range(5):
+                    tasks.start_soon(check, "door", HUMAN)
+                await anyio.sleep(0.05)
+                assert await database.arun(lambda unit: unit.devices.approve("lamp"))
+                assert await database.arun(lambda unit: len(unit.devices.list()), read_only=True) == 2
+                assert await database.acheck_secret("lamp", paired.shared_secret)
+                assert found == []
+            finally:
+                runs.go_on.set()
+        assert [one.status for one in found] == ["pending"] * 5
+        new = await database.arotate_secret("lamp", overlap=MINUTE)
+        assert await database.acheck_secret("lamp", new)
+        assert await database.acheck_secret("lamp", paired.shared_secret)
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
