@@ -12,14 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
-from unittest.mock import Mock
 
 import anyio
 import anyio.lowlevel
 import pytest
 
 from homeagent import AgentCreate, Attempt, Database, IdempotencyKey, IdempotencyScope, Outcome, errors
-from homeagent.idempotency import OnceCall
 from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import Children, FakeClock, add_device
 
@@ -424,77 +422,6 @@ def test_recreated_device(database: Database) -> None:
     with pytest.raises(errors.LeaseLostError):
         database.run_once(other, effect)
     assert database.run_once(other, never).value == "new"
-
-
-@pytest.fixture
-def renewed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], bool]:
-    """Renew leases every 2 ms. Return a function that waits until a lease was renewed so many more times."""
-    monkeypatch.setattr(OnceCall, "period", 0.002)
-    renewals = threading.Semaphore(0)
-    renew = IdempotencyKeyStore.renew
-
-    def counted(self: Any, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        self._unit.after_commit(renewals.release)
-        return renew(self, attempt, lease=lease)
-
-    monkeypatch.setattr(IdempotencyKeyStore, "renew", counted)
-    return lambda times: all(renewals.acquire(timeout=30) for _ in range(times))
-
-
-@pytest.mark.parametrize("backend", [None, "asyncio", "trio"])
-def test_long_effect_keeps_its_lease(
-    database: Database, clock: FakeClock, renewed: Callable[[int], bool], backend: str | None
-) -> None:
-    """If an effect lasts three leases' length, its lease is renewed, and other callers see the key in progress."""
-
-    def effect(attempt: Attempt) -> str:
-        for _ in range(6):
-            clock.advance(MINUTE / 2)
-            assert renewed(2)
-        with pytest.raises(errors.IdempotencyInProgressError) as refusal:
-            database.run_once(SCOPE, never, on_abandoned="rerun")
-        assert refusal.value.retry_after == MINUTE
-        return "long"
-
-    async def coroutine(attempt: Attempt) -> str:
-        return await anyio.to_thread.run_sync(effect, attempt)
-
-    if backend is None:
-        outcome = database.run_once(SCOPE, effect, lease=MINUTE)
-    else:
-        call = functools.partial(database.arun_once, SCOPE, coroutine, lease=MINUTE)
-        outcome = anyio.run(call, backend=backend)
-    assert outcome.value == "long"
-
-
-@pytest.mark.parametrize("engine_name", ["sqlite"])
-def test_an_interrupt_while_the_renewing_thread_starts(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If an interrupt arrives while the renewing thread starts, the thread ends, so the lease can expire."""
-    start = threading.Thread.start
-    started: list[threading.Thread] = []
-
-    def interrupted(thread: threading.Thread) -> None:
-        start(thread)
-        if thread.name == "homeagent-lease":
-            started.append(thread)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        database.run_once(SCOPE, never)
-    (thread,) = started
-    thread.join(10)
-    assert not thread.is_alive()
-
-
-@pytest.mark.parametrize("engine_name", ["sqlite"])
-def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the system can't start the renewing thread, the effect does not begin, and the key is free."""
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
-        with pytest.raises(RuntimeError, match="new thread"):
-            database.run_once(SCOPE, never)
-    assert row_of(database) is None
 
 
 async def turns() -> None:

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import anyio
+import anyio.to_thread
 import pytest
 from sqlmodel import update
 
 from homeagent import Attempt, Database, IdempotencyKey, IdempotencyScope, UnitOfWork
-from homeagent.errors import DatabaseClosedError
+from homeagent.errors import DatabaseClosedError, IdempotencyInProgressError
 from homeagent.idempotency import LeaseTimer, OnceCall
 from homeagent.stores import IdempotencyKeyStore
 from tests.conftest import Children, FakeClock
@@ -116,6 +119,71 @@ def test_a_shorter_lease_wakes_the_thread(database: Database, renewals: Callable
 
     assert database.run_once(scope_of("long"), long, lease=timedelta(days=1)).value is True
     assert not renewals("long").acquire(blocking=False)
+
+
+@pytest.mark.parametrize("backend", [None, "asyncio", "trio"])
+def test_a_long_effect_keeps_its_lease(
+    database: Database,
+    clock: FakeClock,
+    monkeypatch: pytest.MonkeyPatch,
+    renewals: Callable[[str], threading.Semaphore],
+    backend: str | None,
+) -> None:
+    """If an effect lasts three leases' length, its lease is renewed, and other callers see the key in progress."""
+    monkeypatch.setattr(OnceCall, "period", 0.002)
+    lease = timedelta(minutes=1)
+
+    def effect(attempt: Attempt) -> str:
+        for _ in range(6):
+            clock.advance(lease / 2)
+            assert all(renewals("k").acquire(timeout=30) for _ in range(2))
+        with pytest.raises(IdempotencyInProgressError) as refusal:
+            database.run_once(scope_of("k"), lambda attempt: None, on_abandoned="rerun")
+        assert refusal.value.retry_after == lease
+        return "long"
+
+    async def coroutine(attempt: Attempt) -> str:
+        return await anyio.to_thread.run_sync(effect, attempt)
+
+    if backend is None:
+        outcome = database.run_once(scope_of("k"), effect, lease=lease)
+    else:
+        outcome = anyio.run(partial(database.arun_once, scope_of("k"), coroutine, lease=lease), backend=backend)
+    assert outcome.value == "long"
+
+
+@pytest.mark.parametrize("engine_name", ["sqlite"])
+def test_an_interrupt_while_the_thread_starts(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an interrupt arrives while the renewing thread starts, the thread ends, so the lease can expire."""
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "homeagent-lease":
+            started.append(thread)
+            raise KeyboardInterrupt
+
+    effect = Mock()
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        database.run_once(scope_of("k"), effect)
+    (thread,) = started
+    thread.join(10)
+    assert not thread.is_alive()
+    effect.assert_not_called()
+
+
+@pytest.mark.parametrize("engine_name", ["sqlite"])
+def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the system can't start the renewing thread, the effect does not begin, and the key is free."""
+    effect = Mock()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="new thread"):
+            database.run_once(scope_of("k"), effect)
+    effect.assert_not_called()
+    assert database.idempotency_keys.find(scope_of("k")) is None
 
 
 def test_close_ends_the_thread(target: str, clock: FakeClock) -> None:
@@ -235,7 +303,7 @@ def test_a_forked_child_has_no_thread(target: str, children: Children) -> None:
 FORK = """
 import os, signal, sys, threading
 from homeagent import Database, IdempotencyScope
-from homeagent.errors import DatabaseClosedError
+from homeagent.errors import DatabaseClosedError, IdempotencyInProgressError
 
 class Leaves(Exception):
     pass
