@@ -32,7 +32,8 @@ class AutocommitReads:
     """A stand-in for the unit in a store such as `database.devices`. The object runs each SELECT in autocommit mode."""
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
-        self.settings, self.runner = settings, runner
+        self.settings: UnitSettings = settings
+        self.runner: Runner = runner
         self.now: Callable[[], datetime] = settings.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:

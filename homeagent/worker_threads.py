@@ -73,6 +73,13 @@ class AwaitedCall:
     value: Any = None
     error: BaseException | None = None
 
+    def attempt(self) -> None:
+        """Call the function, and keep its value or its error."""
+        try:
+            self.value = self.context.run(self.work)
+        except BaseException as error:  # noqa: BLE001  `outcome()` raises the error
+            self.error = error
+
     def outcome(self) -> Any:
         """Return the value that the function returned, or raise the function's error."""
         if self.error is not None:
@@ -114,14 +121,6 @@ class ThreadCall(AwaitedCall):
     """
     is_over: bool = False
 
-    def attempt(self) -> None:
-        """Call the function, and keep its value or its error."""
-        try:
-            self.value = self.context.run(self.work)
-        except BaseException as error:  # noqa: BLE001  `call_in_thread()` raises the error
-            self.error = error
-        self.is_over = True
-
 
 def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
     """Run the calls of an event loop in one thread. Call this function only in the thread of the event loop."""
@@ -142,6 +141,7 @@ def _run(executor: Executor, loop: asyncio.AbstractEventLoop, calls: list[Thread
         if call.decision.acquire(blocking=False):
             # Do not call the function in this frame, because `clear_locals()` can clear only a frame that has ended.
             call.attempt()
+            call.is_over = True
             ended.append(call)
             if monotonic() >= end:
                 # In one thread, the last call could wait for the sum of the timeouts of all remaining calls.

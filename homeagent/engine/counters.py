@@ -88,8 +88,14 @@ class Counters:
     """Counts events of one open database. Each public attribute is a field of `DatabaseCounters`."""
 
     def __init__(self) -> None:
-        self.reads = self.commits = self.rollbacks = self.retries = self.pool_waits = 0
-        self.groups = self.sweeps = self.swept = 0
+        self.reads: int = 0
+        self.commits: int = 0
+        self.rollbacks: int = 0
+        self.retries: int = 0
+        self.pool_waits: int = 0
+        self.groups: int = 0
+        self.sweeps: int = 0
+        self.swept: int = 0
         self.last_error: LastFault | None = None
         self._waits: deque[float] = deque(maxlen=_RECENT)
         self._group_sizes: deque[int] = deque(maxlen=_RECENT)

@@ -46,8 +46,9 @@ class FailureContext(ExceptionContext):
     def __init__(self, execution: _Execution, error: BaseException) -> None:
         vars(self).update(vars(execution), parameters=None)  # such as the connection, the cursor and the statement
         self.original_exception = error
-        self.sqlalchemy_exception = self.chained_exception = None
-        self.execution_context = execution
+        self.sqlalchemy_exception: Any = None
+        self.chained_exception: Any = None
+        self.execution_context: Any = execution
         self.is_disconnect = self.invalidate_pool_on_disconnect = self.is_pre_ping = False
 
 

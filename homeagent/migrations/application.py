@@ -234,7 +234,7 @@ class RevisionGuard:
         self._tables: set[str] = set()
         self.refused: str | None = None
         self.revision: str | None = None
-        self.committed = ""
+        self.committed: str = ""
 
     def count(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:
         """Count a statement that the current revision runs. Refuse a statement that would end the transaction."""
