@@ -146,6 +146,8 @@ def _verify(engine: SQLiteEngine, source: Path, manifest: Manifest | None) -> Co
         found = read_contents(raw)
     if found.schema_revision is None:
         raise _damaged(source, "it contains no homeagent tables")
+    if found.rows.get(store_table.name) == 0:
+        raise _damaged(source, "the table store has no row")
     if manifest is not None and (found.rows, found.schema_revision) != (manifest.rows, manifest.schema_revision):
         raise _damaged(source, "its row counts or schema revision differ from its manifest")
     return found

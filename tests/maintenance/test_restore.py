@@ -266,6 +266,8 @@ BACKUPS: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     # An entry of an index is missing, which only an integrity check finds.
     "index": (lambda path: change(path, "PRAGMA writable_schema = ON", INDEX), "is damaged", False),
     "no store": (NO_TABLES, "no homeagent tables", False),
+    # The row of the table `store` has the epoch, so the restore could not begin a new epoch.
+    "no row": (lambda path: change(path, "DELETE FROM store"), "the table store has no row", False),
     "text": (lambda path: path.write_text("dear diary " * 100), "not a SQLite", False),
     "empty": (lambda path: path.write_bytes(b""), "not a SQLite", False),
     "cut": (lambda path: os.truncate(path, 40960), "is damaged", False),
