@@ -130,6 +130,8 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
         give_to_owner(descriptor, path.parent, database=database)
     except BaseException:
         os.close(descriptor)
+        with suppress(OSError):
+            path.unlink()
         raise
     return descriptor
 
