@@ -85,8 +85,8 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 """Names of the modules that are attributes of the package after `import homeagent`."""
 
 
-# Hide the function `__getattr__` from type checkers, because a type checker that sees the function accepts any misspelt
-# name of the package.
+# Hide the function `__getattr__` from type checkers. If a type checker saw the function, the checker would not report
+# misspelt names.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

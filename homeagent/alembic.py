@@ -66,7 +66,7 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
         name: name of the object.
         type_: kind of the object, such as `table` or `index`.
         reflected: True if Alembic read the object from the database.
-        compare_to: object with which Alembic compares the argument `object`, or None.
+        compare_to: second SQLAlchemy object if Alembic compares two objects, or None.
     """
     table = object if type_ == "table" else getattr(object, "table", None)
     return table is None or table.name not in TABLES or table.schema is not None

@@ -15,13 +15,13 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return the function. For a generator function or an object that can't be called, raise InvalidArgumentError.
-    If `coroutine` is a remedy for the error's message, also refuse a coroutine function.
+    """Return the function. For a generator function or an object that can't be called, raise InvalidArgumentError. If
+    the argument `coroutine` is a text, also refuse a coroutine function, and show the text in the error.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED
-    # For an ordinary function, skip the slow checks below. Run the checks if `__dict__` is not empty, because
-    # `inspect.markcoroutinefunction()` marks a function by an attribute.
+    # For an ordinary function, skip the slow checks below. Check a function with attributes, because an attribute can
+    # mark the function as a coroutine function (`inspect.markcoroutinefunction()`).
     if isinstance(plain, FunctionType) and not (plain.__code__.co_flags & deferred or plain.__dict__):
         return function
     if not callable(function):

@@ -25,7 +25,7 @@ _latest = (0, _EPOCH)
 
 
 def system_clock() -> datetime:
-    """Return the current time in whole milliseconds. The time never goes back, so that no nonce counts again."""
+    """Return the current time in whole milliseconds. The time does not go back, so an expired nonce stays expired."""
     global _latest
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest

@@ -116,7 +116,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             busy_timeout: longest wait of a unit for the write lock or a connection, capped at 24 days.
             durability: `durability="full"` syncs every commit to the disk. With `durability="normal"`, a power cut can
                 lose the last commits. An attacker can replay a message whose nonce was lost.
-            migrate: True to create or upgrade the schema. Before an upgrade, homeagent backs up a file with data.
+            migrate: True to create or upgrade the schema. homeagent backs a SQLite file up before the upgrade.
             pool_size: maximum number of connections for write units, and also for read-only units, from 1 to 1,000.
                 SQLite ignores `pool_size`.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
@@ -124,7 +124,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 homeagent's revisions first, and then the revisions in this folder.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
             acknowledged: names of the application's triggers on homeagent's tables. An upgrade, a copy and a restore
-                refuse a trigger on homeagent's tables if `acknowledged` does not contain the trigger's name.
+                fail if the argument `acknowledged` lacks an application's trigger on homeagent's tables.
             limits: limits on the rows that devices can create, and on the work that unknown devices can cause.
 
         Raises:
@@ -308,8 +308,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         Raises:
             InvalidArgumentError: if the passed object can't be called, or is a coroutine function or a generator
                 function.
-            DatabaseBusyError: if the database was busy for the whole `busy_timeout`, or if another function delayed the
-                shared commit for the whole `busy_timeout`. The failed call changed no row.
+            DatabaseBusyError: if the database was busy for the whole `busy_timeout`. A slow function in the same shared
+                commit can also cause the error. The failed call changed no row.
             ConnectionLostError: if the server was not reachable within the `busy_timeout`. The failed call changed no
                 row.
             CommitUnknownError: if the connection was lost during COMMIT. Before you repeat the call, check whether the

@@ -127,8 +127,7 @@ class DatabaseMaintenance:
                 schema's revision and the time. If a path with a final slash does not exist, homeagent creates a
                 directory with mode 0700.
             keep: number of this database's backups to keep in the directory. Older backups are deleted. The method
-                neither counts nor deletes files without a manifest, backups of other databases, and copies from
-                upgrades.
+                ignores files without a manifest, backups of a different database, and copies from upgrades.
             replace: True to replace an existing file.
 
         Returns:
@@ -162,8 +161,9 @@ class DatabaseMaintenance:
         application's tables if the target was opened with `migrations=…`.
 
         Args:
-            target: open database at the revision of the source, without devices, agents, sessions, nonces or
-                idempotency keys.
+            target: open `Database` with the same schema revision as the source. The target must contain no devices,
+                agents, sessions, nonces or idempotency keys. The application's tables that the copy fills must also be
+                empty.
             live: True to allow other units to write to the source during the copy. The copy contains the state of the
                 source at the beginning of the copy, without later writes. For a move to another database, stop all
                 writers and pass `live=False`.

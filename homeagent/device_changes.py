@@ -33,16 +33,16 @@ logger: logging.Logger = logging.getLogger("homeagent")
 PATIENCE = 5.0
 """Time in seconds. If no read of the change feed succeeds for this time, an iterator raises an error."""
 
-_PAGE = 100  # maximum number of changes that a statement reads
-_WAITING = 1000  # the thread reads no page for an iterator with this number of waiting changes
-_INTERVAL = 0.2  # seconds between two reads of the change feed
+_PAGE = 100  # Maximum number of changes that one statement reads.
+_WAITING = 1000  # The thread stops reading for an iterator at this number of waiting changes.
+_INTERVAL = 0.2  # Seconds between two reads of the change feed.
 
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
 
 
 class _Subscription:
-    """Queue of device changes between the thread of a `DeviceWatcher` and an iterator. The attribute `position` is the
-    number of the last change that the thread has read.
+    """Queue of device changes for one iterator. The thread of a `DeviceWatcher` fills the queue. The attribute
+    `position` is the number of the last change that the thread has read.
     """
 
     def __init__(self, after: int) -> None:

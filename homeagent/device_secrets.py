@@ -11,7 +11,7 @@ from functools import partial
 
 from pydantic import SecretStr
 
-# Do not import `homeagent.models.schemas` here, because the import takes a twentieth of the start time.
+# Do not import `homeagent.models.schemas` here, because the import takes 5% of the start time.
 from homeagent import models
 from homeagent.clock import Clock
 from homeagent.credentials import (
@@ -120,8 +120,8 @@ class DeviceSecrets:
         """Return whether the secret is right, and whether the device is approved, pending or revoked.
 
         An attacker with a wrong secret can't learn whether the device exists, is approved, or has a generated secret.
-        For a wrong secret, the duration of the check and a refusal by a limit depend only on the presented id and
-        secret.
+        For a wrong secret, the duration of the check depends only on the presented id and secret. The limits treat
+        known and unknown device ids alike.
 
         Args:
             device_id: presented id.
@@ -271,8 +271,8 @@ class DeviceSecrets:
 
         For an absent device or a device without a verifier, the method derives an answer from the id and a key of the
         store. The method takes equally long for an absent device and for a device with a verifier. All processes derive
-        the same answer, even after a restore. A pairing, a deletion or a new secret of the device changes the answer
-        for the id, and a caller can notice the change.
+        the same answer, even after a restore. The answer for an id can change when the device is paired, is deleted or
+        gets a new secret. A caller can notice the change.
 
         Args:
             device_id: presented id.
@@ -384,16 +384,16 @@ class DeviceSecrets:
 def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> Device:
     try:
         device = unit.devices.create(create)
-        # Check the limit only after the insert. In a second run of a committed unit, the insert raises
-        # DeviceExistsError, so the limit does not refuse the device that the first run stored.
+        # Check the limit only after the insert. If a committed unit runs again, the insert raises DeviceExistsError
+        # before the check of the limit.
         unit.devices.require_pending_room(limit)
-        # Do not delete a key in progress, because the pairing can be the effect of a `run_once()` call with the key.
+        # Do not delete an idempotency key in progress, because the pairing can be part of a running `run_once()` call.
         unit.idempotency_keys.delete_ended(create.id)
         return device
     except DeviceExistsError:
         stored = unit.devices.find_by_id(create.id)
-        # The hash or the verifier has a random salt. So the stored values equal the new values only if an earlier run
-        # of this unit stored the device.
+        # The hash or the verifier has a random salt. If the stored values equal the new values, an earlier run of this
+        # unit has stored the device.
         if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
             raise
         return stored

@@ -24,8 +24,9 @@ class _Number(int):
     __slots__ = ()
 
 
-# The defaults in the signature of `Database.open`. Compare an argument by `is`, because the caller can pass an equal
-# value. Separate classes are necessary, because Python can use one object for two equal texts or small numbers.
+# The defaults in the signature of `Database.open`. Compare an argument with a default by the operator `is`, because the
+# caller can pass an equal value. Python can use one object for two equal texts or numbers, so the default text and
+# number have separate classes.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

@@ -298,8 +298,9 @@ class SchemaOutdatedError(DatabaseError):
     """The database does not exist or needs an upgrade, and `migrate=False` forbids both the creation and the upgrade.
     Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
 
-    `error.location` is the path of the database, the URL of the server without the password, or None.
-    `error.application` is the name of the application if only revisions of the application are missing, or else None.
+    `error.location` is the path of the database, the URL of the server without the password, or None. If only revisions
+    of the application are missing, `error.application` is the application's name. Otherwise `error.application` is
+    None.
     """
 
     def __init__(
@@ -431,8 +432,8 @@ class ReadOnlyError(DatabaseError):
 
 
 class StandbyError(ReadOnlyError):
-    """The PostgreSQL server is a standby and refuses writes. `Database.run` runs the unit again on another server of
-    the URL. Remedy: name all hosts in the URL, with `target_session_attrs=read-write`.
+    """The PostgreSQL server is a standby and refuses writes. `Database.run` searches for the primary among the hosts of
+    the URL, and runs the unit again. Remedy: name all hosts in the URL, with `target_session_attrs=read-write`.
     """
 
     def __init__(self) -> None:

@@ -47,10 +47,11 @@ class GroupCommit:
     def __init__(self, settings: UnitSettings, executor: Callable[[], Executor]) -> None:
         self._settings = settings
         self._executor = executor
-        # The mutex protects the states of the calls. Do not call a function while the thread of a caller holds the
-        # mutex, because Python can run a signal handler after a call. A signal handler that writes would wait for the
-        # writer thread, and the writer thread would wait for the mutex (`test_a_handler_that_writes_during_a_call`).
-        # The mutex is reentrant, because a signal handler can interrupt `close()`.
+        # The mutex protects the states of the calls. Do not call a function while a caller's thread holds the mutex.
+        # After the function call, Python could run a signal handler that writes to the database. The signal handler
+        # would wait for the writer thread, and the writer thread would wait for the mutex
+        # (`test_a_handler_that_writes_during_a_call`). The mutex is reentrant, because a signal handler can interrupt
+        # `close()`.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._collected = CollectedCalls(self._submit)
@@ -128,7 +129,7 @@ class GroupCommit:
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
         """Check the timeouts of the calls of an event loop, and repeat the check until each call has ended."""
         wait = min(map(self._check, calls), default=0)
-        # Wake the callers of ended calls here too, because `_deliver()` can fail to notify the event loop.
+        # Wake each caller whose call has ended. The method `_deliver()` also wakes callers, but can fail.
         wake(call for call in calls if call.state.is_over)
         if calls:
             loop.call_later(wait, self._check_loop, loop, calls)
@@ -167,7 +168,7 @@ class GroupCommit:
             # Skip a call with an ended future, because AnyIO has cancelled the caller.
             if call.future is None or not call.future.done():
                 self._queue.put(call)
-        # Read the attribute `_thread` only after `put()`, because a writer thread with a queued call does not end.
+        # Read the attribute `_thread` only after `put()`, because the writer thread could end before `put()`.
         with self._mutex:
             thread = self._thread
         if thread is not None:
@@ -184,7 +185,7 @@ class GroupCommit:
                 for call in ended:
                     call.error = failure
                     call.state = ALONE if call.future is None else DONE
-            # No writer thread removes the ended calls from the queue.
+            # Remove the ended calls from the queue, because no writer thread runs.
             for queued in [self._next() for _ in range(self._queue.qsize())]:
                 if queued is not None and not queued.state.is_over:
                     self._queue.put(queued)
@@ -202,7 +203,7 @@ class GroupCommit:
             thread, timeout = self._thread, self._settings.timeout
         while (call := self._next()) is not None:
             self._refuse([call])
-        self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # wake the writer thread by an empty call
+        self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # the empty call only wakes the writer thread
         if thread is None or thread is threading.current_thread():
             return
         thread.join(timeout)
@@ -273,11 +274,13 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Add each call to the list `shared`."""
+        """Run units in savepoints until the queue is empty or the batch is full. Append each call to the list named
+        `shared`.
+        """
         settings = self._settings
         connection = transaction._require_connection()
         now = monotonic()
-        # A batch starts no unit after a quarter of the timeout, because the first caller waits for the whole batch.
+        # The first caller waits until the whole batch ends. After a quarter of the timeout, start no further unit.
         end = now + min(_MAX_BATCH_SECONDS, settings.timeout / 4)
         call: QueuedCall | None = first
         while call is not None:
@@ -344,7 +347,7 @@ class GroupCommit:
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:
-        """Return a text for error messages that describes the running function of the writer thread, or None."""
+        """Return a description of the function that the writer thread runs, or None if no function runs."""
         running = next((call for call in reversed(self._batch) if call.state is RUNNING), None)
         return None if running is None else f"{running} since {monotonic() - running.since:.3f} s"
 

@@ -1,7 +1,7 @@
 """Run a side effect once: commit a claim of the idempotency key, run the effect without a transaction, and commit the
 outcome.
 
-If the process ends between the commits of the claim and of the outcome, the outcome is unknown. By default, a later
+The outcome is unknown if the process ends after the claim and before the commit of the outcome. By default, a later
 call with the same key does not run an effect with an unknown outcome.
 """
 
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 ARUN_ONCE = "call arun_once"
 """Remedy in the error message for an effect that is a coroutine function."""
 
-# Types of `Database.run` and `Database.arun`, here with `idempotent=True`: both can run a unit twice.
+# The type `Run` describes the method `Database.run`, and the type `ARun` describes the method `Database.arun`. With
+# `idempotent=True`, both methods can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -63,7 +64,9 @@ class OnceCall:
     owner: str = field(default_factory=lambda: urandom(16).hex(), repr=False)
 
     def check(self, effect: Callable[[Attempt], Any], instead: str | None = None) -> None:
-        """Check the effect and `on_abandoned`. If `instead` is None, both can be coroutine functions."""
+        """Check the effect and the value of `on_abandoned`. Allow coroutine functions if the argument `instead` is
+        None.
+        """
         check_function(effect, "effect", coroutine=instead)
         if callable(self.on_abandoned):
             check_function(self.on_abandoned, "on_abandoned", coroutine=instead)
@@ -78,7 +81,7 @@ class OnceCall:
         return max(min(self.lease, LONGEST_WAIT).total_seconds() / 3, _SHORTEST_PERIOD)
 
     def claim(self, unit: UnitOfWork) -> Attempt | Outcome:
-        """Claim the key. If `on_abandoned` permits, take over an abandoned attempt."""
+        """Claim the key. If the field `on_abandoned` is not "refuse", take over an abandoned attempt."""
         return unit.idempotency_keys.claim(
             self.scope,
             fingerprint=self.fingerprint,
@@ -93,8 +96,8 @@ def _once(
     attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Callable[[UnitOfWork], Any]:
     """Return a function that ends an attempt. The function can run twice, for example if the outcome of the first
-    commit is unknown. If `leaves_record` is False, `write` releases the key. If the first run released the key, the
-    second run finds no lease, and succeeds.
+    commit is unknown. Pass `leaves_record=False` if the function named `write` releases the key. If the first run has
+    released the key, a second run returns without an error.
     """
     begun = False
 
@@ -127,7 +130,7 @@ class _Lease:
 class LeaseTimer:
     """Thread that renews the leases of all effects that run on a `Database`.
 
-    The end of an effect does not wake the thread, so that a single thread serves many short effects.
+    The thread stays alive after the end of an effect, so that many short effects can share one thread.
     """
 
     def __init__(self, run: Run) -> None:
@@ -154,8 +157,8 @@ class LeaseTimer:
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # Do not take the lock in the returned function, because the lock can stay locked in a child that the effect
-        # forks.
+        # The returned function must not take the lock. If the effect forks, the lock can stay locked in the child
+        # process.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:

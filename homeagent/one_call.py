@@ -81,19 +81,24 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
     return call
 
 
-# Methods of the application's stores. homeagent first calls a method without a unit. If the method writes or sends a
-# second statement, homeagent stops the method, and calls the method again in a unit.
+# Methods of the application's stores. homeagent first calls a method without a unit. A method needs a unit if the
+# method writes, or if the method sends several statements. To use a unit, homeagent stops the method, and calls the
+# method again.
 
 
 class _NeedsUnitError(BaseException):
-    """Stops a store's method, so that homeagent calls the method again in a unit, which writes if `writes` is True."""
+    """Stops a store's method, so that homeagent calls the method again in a unit. If the attribute `writes` is True,
+    the unit can write.
+    """
 
     def __init__(self, *, writes: bool) -> None:
         self.writes = writes
 
 
 class _Reads:
-    """A stand-in for the unit in a store's method that only reads. `allowed` limits the number of statements."""
+    """A stand-in for the unit in a store's method that only reads. The argument `allowed` limits the number of
+    statements.
+    """
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
         self._unit = unit
@@ -121,12 +126,13 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Keep the error in an attribute too, because the store's method can catch the raised error.
+        # Also store the error in an attribute. If the store's method catches the raised error, homeagent finds the
+        # error in the attribute.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # The attribute of UnitOfWork can be a method that writes.
+        # Ask for a write unit, because the attribute can be a method of UnitOfWork that writes.
         raise self._need(writes=True)
 
 

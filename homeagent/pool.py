@@ -1,5 +1,6 @@
-"""A fair (first in, first out) pool of connections, or of the rights to run slow hashes. A pool with one connection is
-the write lock. Python's `threading.Lock` is not fair: a sweep let other writers wait for 400 ms.
+"""A fair (first in, first out) pool of resources. A resource is a connection, or a permission to run a slow hash. On
+SQLite, the pool with the only write connection replaces a write lock. Python's `threading.Lock` is not fair: a sweep
+let other writers wait for 400 ms.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A pool of at most `size` resources. The pool calls `waited()` with the duration of each wait, in seconds."""
+    """A pool of resources. The argument `size` is the greatest number of resources. The pool calls `waited()` with the
+    duration of each wait, in seconds.
+    """
 
     def __init__(
         self, size: int, make: Callable[[], T], *, name: str, waited: Callable[[float], object] | None = None
@@ -73,9 +76,9 @@ class ConnectionPool(Generic[T]):
         resource: T | None = None
         waiter: _Waiter[T] | None = None
         has_place = False
-        # Do not add a call between the line that takes a resource and the line that records the holder. CPython runs a
-        # signal handler only after a call or a backward jump. If a signal handler raised an error before the holder is
-        # recorded, the pool would lose the resource (see the interrupt tests in `tests/test_pool.py`).
+        # Do not add a call or a loop between the line that takes a resource and the line that records the holder.
+        # CPython can run a signal handler after a call or in a loop. If the handler raises an error before the holder
+        # is recorded, the pool loses the resource (see the interrupt tests in `tests/test_pool.py`).
         try:
             with self.mutex:
                 if self._free and not self._waiters:
@@ -126,13 +129,13 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self.mutex:
-                # If the waiter is not in the queue, another thread served the waiter just after the timeout.
+                # After the timeout, another thread can still serve the waiter and remove the waiter from the queue.
                 if waiter in self._waiters:
                     raise self.busy(timeout)
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
-        """Remove a waiter from the queue, or pass on the resource or the place that the waiter has received."""
+        """Remove a waiter from the queue. A waiter outside the queue gives its resource or place to the next waiter."""
         with self.mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
@@ -182,7 +185,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def _free_place(self, resource: T | None = None) -> None:
-        """Let the next waiting thread create a resource instead of a removed or failed resource."""
+        """Let the next waiting thread create a resource that replaces a removed or failed resource."""
         with self.mutex:
             if resource is not None:
                 del self._held[resource]
@@ -224,5 +227,5 @@ class ConnectionPool(Generic[T]):
 
 
 def closed_error() -> DatabaseClosedError:
-    """Return the error for a call after the end of the database."""
+    """Return the error for a call of a closed database."""
     return DatabaseClosedError("the database was closed: open it again")

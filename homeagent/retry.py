@@ -74,8 +74,8 @@ class Runner:
             await checkpoint_if_cancelled()
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
         check_function(work, "work", coroutine=_NO_COROUTINE)
-        # `checkpoint_if_cancelled()` is not necessary here, because `GroupCommit.arun()` starts the unit at least one
-        # turn of the event loop later. In the meantime, AnyIO cancels a caller with a cancelled scope.
+        # A call of `checkpoint_if_cancelled()` is not necessary here. `GroupCommit.arun()` gives AnyIO enough time to
+        # cancel the caller before the unit starts.
         begun, retries = monotonic(), None
         while True:
             try:
@@ -98,8 +98,8 @@ class Runner:
             return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
         # In a forked child, which has no threads, `pool()` raises an error.
         self._settings.engine.pool(read_only=True)
-        # Collect only checks, because a function of the application could delay the other calls of a shared thread. On
-        # PostgreSQL, each check has a separate thread, because a check mostly waits for the network.
+        # Only checks share a thread, because a slow function of the application would delay the other calls in the
+        # thread. On PostgreSQL, each check has a separate thread, because a check mostly waits for the network.
         collects = kind is _CHECKS and self._group_commit is not None
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
 

@@ -110,8 +110,8 @@ def derive_proof_keys(
         secret: the secret. The function does not normalize the secret by SASLprep (RFC 5802), which changes only
             non-ASCII characters.
         parameters: parameters of the verifier, which the device gets from the gateway.
-        minimum_iterations: minimum number of iterations that the device accepts. A false gateway could ask for fewer
-            iterations than the real verifier has, and then guess a human's secret at low cost.
+        minimum_iterations: minimum number of iterations that the device accepts. A false gateway could ask for very few
+            iterations. With very few iterations, an attacker can quickly guess a human's secret.
 
     Raises:
         InvalidArgumentError: if the secret is invalid, or if the parameters have fewer iterations than
@@ -177,9 +177,10 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
 
     Args:
         secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
-        iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default is 4,096 for a generated secret (about 2 ms),
-            and 600,000 for a secret that is not generated (about 0.2 s). With a number that is not the default, an
-            attacker can find out which devices exist, because `fake_parameters()` returns only default numbers.
+        iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default for a generated secret is 4,096 iterations
+            (about 2 ms). The default for any other secret is 600,000 iterations (about 0.2 s). The function
+            `fake_parameters()` returns only 4,096 or 600,000 iterations. Any other number of iterations shows an
+            attacker that the device exists.
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
@@ -219,10 +220,10 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
     Args:
         device_id: device id in the request.
         key: at least 16 random bytes. The default is a random key that the process creates once. Keep the key private,
-            and do not change the key. With a new key, only the answers for absent devices change, so an attacker can
-            find out which devices exist.
-        human_share: share of the absent ids, from 0 to 1, for which the answer has 600,000 iterations, as for a secret
-            that a human chose. If all secrets are generated, as in `Database`, keep the default share of 0.
+            and do not change the key. A new key changes only the answers for absent devices. Each unchanged answer
+            would show an attacker that the device exists.
+        human_share: number from 0 to 1. With `human_share=0.3`, the function returns 600,000 iterations for about 30 %
+            of the absent devices. If only generated secrets have verifiers, keep the default `human_share=0`.
 
     Raises:
         InvalidArgumentError: if the key is too short, `human_share` is out of range, or the id has a lone surrogate.
@@ -288,8 +289,8 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 
     Args:
         verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.
-        message: result of `proof_message()`. The gateway must compute the message, and must not accept the message from
-            the device.
+        message: result of `proof_message()`. The gateway must call `proof_message()` itself. The gateway must not check
+            a proof with a message that the device has sent.
         proof: 32 bytes. A proof that does not have 32 bytes is wrong.
     """
     parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
@@ -303,8 +304,8 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
     """Return the salt and the iterations that a gateway sends to a device with this id.
 
-    If the verifier is None or damaged, the function returns an answer of `fake_parameters()`. The duration of the call
-    does not show whether a device exists.
+    If the verifier is None or damaged, the function returns the result of `fake_parameters(device_id, key)`. The
+    duration of the call does not show whether a device exists.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)

@@ -139,15 +139,16 @@ def check_revisions(
     During an upgrade of several hosts, old code uses the new schema, so a revision must only expand the schema. The
     function runs the revisions one by one on an empty database, and compares the schemas before and after each
     revision. The module of a revision can contain a line `oldest_revision = "…"`, with the oldest revision whose code
-    still runs. A revision with `oldest_revision` can drop a table or column that no code since the oldest revision
-    uses.
+    still runs. The function allows all changes of a revision with the line `oldest_revision`, for example a dropped
+    column.
 
     Args:
         migrations: revisions of the application (see `Database.open`).
         server: URL of a PostgreSQL server, on which the function creates a database. Without a URL, the function
             creates a SQLite file.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
-        accepted: names of new CHECK constraints and triggers that do not break old code.
+        accepted: names of CHECK constraints and triggers that a revision may add. Accept a name only if old code works
+            with the constraint or trigger.
 
     Raises:
         IncompatibleRevisionError: if a revision breaks old code. The error names the revision, the changes and the

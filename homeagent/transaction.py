@@ -45,7 +45,7 @@ class UnitState(Enum):
     FINISHED = auto()
 
 
-# Every statement checks the state of the unit, and reading a global name is faster than `UnitState.OPEN`.
+# Each statement reads the state of the unit. Python reads the global name `OPEN` faster than `UnitState.OPEN`.
 NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
 
 SAVEPOINT = "homeagent_group"
@@ -95,8 +95,8 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`. A unit with the argument `joined` is a savepoint in the transaction of a batch, and
-    ends by `_leave()`. The timeout is in seconds, and None means `settings.timeout`.
+    """Base class of `UnitOfWork`. If the argument `joined` is a connection, the unit is a savepoint in the transaction
+    of a batch. The method `_leave()` ends the unit. The timeout is in seconds, and None means `settings.timeout`.
     """
 
     __slots__ = (
@@ -125,7 +125,8 @@ class Transaction:
         self.read_only: bool = read_only
         self._state = NEW
         self._connection = joined
-        # The connection's method `rows()`, or None if the unit is not open or has an ORM session.
+        # The attribute `_run` is the connection's method `rows()`. If the unit is not open or has an ORM session, the
+        # attribute `_run` is None.
         self._run: Callable[[Statement[Any], Parameters], list[Any]] | None = None
         self._has_joined = joined is not None
         self._session: UnitSession | None = None
@@ -274,13 +275,13 @@ class Transaction:
         self._state = ROLLED_BACK
 
     def _end_after_rollback(self) -> None:
-        """Set the state ROLLED_BACK, unless the ORM session has rolled back only to a savepoint."""
+        """If the ORM session has rolled back the whole transaction, set the state ROLLED_BACK."""
         connection = self._connection
         if self._state is not OPEN or connection is None:
             return
         if not connection.has_orm_transaction or not connection.in_transaction:
             if self._session is not None:
-                # Detach the objects, because SQLAlchemy expires the session's objects when this method has returned.
+                # Detach the objects from the ORM session, so that SQLAlchemy does not expire the objects.
                 self._session.expunge_all()
             self._undo_changes(connection)
 

@@ -68,7 +68,7 @@ class UnitOfWork(Transaction):
         nested = None
         if self._session is not None:
             nested = self._session.begin_nested()
-            # Send SAVEPOINT before a store can write. SQLAlchemy would wait for the session's first statement.
+            # Send SAVEPOINT now, because a store can write before the session's first statement.
             self._session.connection()
         else:
             connection.execute(f"SAVEPOINT {name}")
@@ -142,8 +142,8 @@ class UnitOfWork(Transaction):
     ) -> Outcome:
         """Run an effect on this database once. One commit contains the key, the changes of the effect and its result.
 
-        If the effect raises an exception, the unit undoes the changes of the effect, and the key is free again. The
-        unit stores an `EffectFailedError` only if the caller catches the error inside the unit and the unit commits.
+        If the effect raises an exception, the unit undoes the changes of the effect, and the key is free again. To
+        store an `EffectFailedError` as the outcome, catch the error inside the unit, and let the unit commit.
 
         Args:
             scope: identity of the call.
@@ -233,7 +233,7 @@ class UnitOfWork(Transaction):
 
 
 # Each access to an attribute creates a store. Do not keep the store in the unit, because the unit and the store would
-# form a reference cycle. Pass the class itself to `property()`, because a call of a Python function takes more time.
+# form a reference cycle. Use the store's class as the property's getter, because a getter function is slower.
 for _name, _store in get_type_hints(UnitOfWork).items():
     setattr(UnitOfWork, _name, property(_store, doc=_store.__doc__))
 

@@ -18,7 +18,7 @@ from homeagent.clock import monotonic
 C = TypeVar("C")
 T = TypeVar("T")
 
-# Limits of a collection, without which an event loop that adds a call in each turn would not hand over the calls.
+# Limits of a collection. Without limits, a collection would not end if each turn of the event loop adds a call.
 _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
@@ -27,7 +27,8 @@ _MAX_SHARED_SECONDS = 0.1
 
 
 class CollectedCalls(Generic[C]):
-    """Collects calls until a turn of the event loop adds no call, then calls `hand_over()` in the loop's thread.
+    """Collects calls, and passes the calls together to `hand_over()` in the event loop's thread. The collection ends
+    after a turn of the event loop in which no coroutine added a call.
 
     A thread releases the GIL in SQLite's statements and in socket calls. If the worker thread and the event loop's
     thread run at the same time, the switches between the threads take longer than the statements. With 200 concurrent
@@ -39,7 +40,7 @@ class CollectedCalls(Generic[C]):
         self._calls: WeakKeyDictionary[asyncio.AbstractEventLoop, list[C]] = WeakKeyDictionary()
 
     def add(self, loop: asyncio.AbstractEventLoop, call: C) -> None:
-        """Add a call, which a later turn of the event loop passes to `hand_over()`."""
+        """Collect a call. The event loop later passes the call to the function `hand_over()`."""
         calls = self._calls.get(loop)
         if calls is None:
             self._calls[loop] = [call]
@@ -48,15 +49,15 @@ class CollectedCalls(Generic[C]):
             calls.append(call)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop, known: int, end: float) -> None:
-        """Hand the calls over if the last turn has added none to the `known` calls, or if a limit is reached."""
+        """Hand the calls over if the last turn of the event loop has added no call, or if a limit is reached."""
         calls = self._calls[loop]
         if known < len(calls) < _MAX_CALLS and monotonic() < end:
             loop.call_soon(self._end_turn, loop, len(calls), end)
             return
         del self._calls[loop]
         if known < len(calls):
-            # Hand the calls over one turn later, so that AnyIO can first cancel each caller whose scope was cancelled
-            # before the call (`test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run`).
+            # Call `hand_over()` one turn later, because AnyIO needs a turn of the event loop to cancel a caller
+            # (`test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run`).
             loop.call_soon(self._hand_over, calls)
         else:
             self._hand_over(calls)
@@ -139,7 +140,7 @@ def _run(executor: Executor, loop: asyncio.AbstractEventLoop, calls: list[Thread
     end = monotonic() + _MAX_SHARED_SECONDS
     for place, call in enumerate(calls, 1):
         if call.decision.acquire(blocking=False):
-            # Do not call the function in this frame, because `clear_locals()` can clear only a frame that has ended.
+            # Do not inline `attempt()`, because `clear_locals()` can't clear the frame of a function that still runs.
             call.attempt()
             call.is_over = True
             ended.append(call)

@@ -61,7 +61,7 @@ def _declare(
     ] = None,
     as_json: Annotated[bool, flag("--json", "Print JSON, also for an error.", expose_value=False)] = False,
 ) -> None:
-    """Declare the common options. The functions of the commands do not take the common options as arguments."""
+    """Declare the common options."""
 
 
 _DATABASE, _JSON = typer.main.get_command(_declaring).params
@@ -172,7 +172,8 @@ def _printed_warnings(common: _Common) -> Iterator[None]:
 
 
 def confirm(context: typer.Context, question: str, show: Callable[[], object], *, asks: bool = True) -> None:
-    """Show the planned change, and ask a question on standard error. If the answer is not yes, end with status 1.
+    """Show the planned change, and ask a question on standard error. If the operator refuses, end the command with exit
+    status 1.
 
     With --yes do not ask. With --dry-run only show the change.
     """

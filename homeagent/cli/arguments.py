@@ -23,7 +23,9 @@ def option(metavar: str, help: str, *names: str, show_default: bool | str = Fals
 
 
 def flag(name: str, help: str, **settings: Any) -> Any:
-    """Declare an option without a value. Typer does not add the opposite option, because `name` is explicit."""
+    """Declare an option without a value. Because the name is explicit, Typer does not add an opposite option such as
+    --no-yes.
+    """
     return typer.Option(name, help=help, **settings)
 
 
@@ -74,5 +76,5 @@ ConfigOption = Annotated[str | None, option("JSON", "Configuration of the agent.
 
 _REVISIONS = "The application's own Alembic revisions: a folder of a package, or a path."
 MigrationsOption = Annotated[str | None, option("PACKAGE:FOLDER", _REVISIONS, callback=_find_packages)]
-_TRIGGERS = "Name of an application's trigger to accept on homeagent's tables. Can be repeated."
+_TRIGGERS = "Name of a trigger that the application has put on homeagent's tables. Can be repeated."
 AcknowledgeOption = Annotated[list[str] | None, option("TRIGGER", _TRIGGERS)]

@@ -78,8 +78,8 @@ def restore(
         seen, state = _state(context, database)
         facts = {"Database": identity(str(database)), **state, "Backup": identity(str(source)), **_described(manifest)}
         confirm(context, "Replace this database by this backup?", partial(print_facts, facts.items(), error=True))
-        # If the database can't be opened, replace 0 by None. With the expected epoch 0, `Database.restore` would
-        # refuse the database if the epoch can be read.
+        # If the database can't be opened, pass None instead of the epoch 0. With the epoch 0, `Database.restore` would
+        # refuse a damaged database whose epoch is still readable.
         epoch = seen if epoch is None or (epoch == 0 and seen is None) else epoch
     with shown_progress(context, "verifying and restoring"):
         report = Database.restore(
@@ -93,7 +93,9 @@ def restore(
 
 
 def _state(context: typer.Context, database: Path) -> tuple[int | None, dict[str, str]]:
-    """Return the epoch and the facts about a database. The epoch is 0 for an absent, None for an unusable database."""
+    """Return the epoch and the facts about a database. The epoch is 0 if the database is absent, and None if the
+    database can't be opened.
+    """
     try:
         with open_named(context) as opened:
             seen = opened.status()
@@ -140,10 +142,9 @@ def begin_epoch(
 ) -> None:
     """Begin a new epoch after a program other than homeagent has restored the database.
 
-    Run the command, for example, after a tool of the server or a disk snapshot has restored the database. Stop the
-    gateways first. In the new epoch, gateways refuse messages that were signed before the epoch began. The beginning of
-    an epoch cannot be undone, so the command shows the current epoch and asks for a confirmation. The option --yes
-    needs --epoch.
+    For example, run the command after a restore by pg_restore or from a disk snapshot. Stop the gateways first. In the
+    new epoch, gateways refuse messages that were signed before the epoch began. The beginning of an epoch cannot be
+    undone, so the command shows the current epoch and asks for a confirmation. The option --yes needs --epoch.
     """
     require_expected(context, "epoch", "as 'status --json' prints it")
     if not yes:
@@ -204,7 +205,7 @@ def _open_target(target: str, migrations: str | None) -> Database:
     try:
         return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
-        # Do not upgrade an existing target, because a target that the copy refuses must stay unchanged.
+        # Do not upgrade the schema of an existing target. If the copy refuses the target, the target must be unchanged.
         if outdated.revision is not None:
             raise
     return Database.open(target, migrations=migrations)

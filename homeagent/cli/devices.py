@@ -195,8 +195,8 @@ def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, 
                 found += [device for device in page if device.paired_at < before]
             confirm(context, f"Delete {count(len(found), 'pending device')}?", partial(_show_first, found))
             deleted = len(found) if dry_run else 0
-        # Subtract a millisecond, because `delete_pending()` includes the devices that were paired exactly at the given
-        # time, but --before excludes these devices.
+        # The passed time must be one millisecond before the value of --before. The method `delete_pending()` also
+        # deletes devices that were paired exactly at the passed time.
         until = earlier(before, MILLISECOND)
         while not dry_run and (batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until))):
             deleted += batch

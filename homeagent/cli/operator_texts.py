@@ -32,7 +32,7 @@ PHRASES = {
 
 
 def operator_text(text: str) -> str:
-    """In an error message, replace each phrase for Python programs by the phrase for operators."""
+    """Return an error message that names commands and options instead of Python methods and arguments."""
     for phrase, replacement in PHRASES.items():
         text = text.replace(phrase, replacement)
     return text

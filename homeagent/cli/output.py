@@ -23,7 +23,7 @@ _LEAST = 24  # minimum width of a column that contains a longer text, in charact
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
-    """Print a value as JSON if the operator passed --json, and otherwise print the text, or call the function."""
+    """With --json print the value as JSON. Without --json print the given text, or call the given function."""
     if context.obj.as_json:
         # Escape characters outside ASCII, so that the output is valid in any encoding and can't control the terminal.
         typer.echo(json.dumps(value, indent=2))
@@ -36,7 +36,7 @@ def print_result(context: typer.Context, value: object, text: str | Callable[[],
 def print_list(
     context: typer.Context, headings: Sequence[str], rows: Iterable[Sequence[object]], values: object
 ) -> None:
-    """Print a list as JSON, or in the form of `--format`. If the list has `--limit` rows, print a note about more."""
+    """Print a list as JSON, as a table or as TSV. If the list reaches --limit, print a note."""
     rows = list(rows)
     print_rows = _print_tsv if context.params["form"] is Format.TSV else print_table
     print_result(context, values, lambda: print_rows(headings, rows))
@@ -51,7 +51,7 @@ def _print_tsv(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
 
 
 def print_deletion(context: typer.Context, deleted: int, what: str, **others: int) -> None:
-    """Print what a command deleted. With --dry-run also print the numbers of the `others`, such as `sessions`."""
+    """Print what a command deleted. With --dry-run also print the numbers of dependent rows, such as sessions."""
     if context.params.get("dry_run"):
         more = "".join(f" and {count(rows, name.removesuffix('s').replace('_', ' '))}" for name, rows in others.items())
         text = f"Would delete {what}{more}. Nothing was changed."
@@ -89,7 +89,9 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool
 def print_facts(
     facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
 ) -> None:
-    """Print a line with a name and a value for each fact. If `colours` has no colour for a name, the name is bold."""
+    """Print a line with a name and a value for each fact. Print a name in bold if the argument `colours` does not
+    contain the name.
+    """
     facts = list(facts)
     longest = max((_width(name) for name, _ in facts), default=0)
     available = _terminal_width(error=error)

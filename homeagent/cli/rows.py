@@ -75,7 +75,7 @@ def json_argument(text: str | None, name: str) -> Any:
 def require_expected(
     context: typer.Context, name: str, source: str = "as the list of the rows prints it with --json"
 ) -> None:
-    """Raise `typer.BadParameter` if the operator passed --yes without the option `name`, which identifies the row."""
+    """Raise `typer.BadParameter` if the operator passed --yes, but not the option with the given name."""
     if context.params["yes"] and context.params[name] is None:
         raise typer.BadParameter(f"--yes needs --{name.replace('_', '-')}, {source}.")
 
@@ -91,10 +91,10 @@ def change_shown(
     columns: tuple[str, ...],
     show: Callable[[Any], object] = lambda row: show_row(row, error=True),
 ) -> T:
-    """Show a row, ask a question, and change the row. If `read` returns None, do not ask.
+    """Show a row, ask a question, and change the row. Do not ask the question if the row does not exist.
 
-    Raise ConflictError if a value in one of `columns` changed after the row was shown, or if the first column differs
-    from the option of the same name. With --dry-run undo the change.
+    Raise ConflictError if one of the given columns changed after the row was shown. Also raise ConflictError if the
+    first column differs from the operator's option for the column. With --dry-run undo the change.
     """
     expected = context.params[columns[0]]
     seen = opened.run(read, read_only=True)

@@ -44,12 +44,13 @@ class CheckAttempt:
 class FailedChecks:
     """Counts the failed and unfinished checks of each device id, and refuses further checks of an id at a limit.
 
-    If `most_ids` ids have counts, a new id replaces the id with the fewest failures. To remove an id with 30
-    failures, an attacker needs 300,000 slow hashes in a minute. If a new id replaced the oldest id, an attacker would
-    need only 10,000 slow hashes.
+    The argument `most_ids` limits the number of counted ids. At the limit, a new id replaces the id with the fewest
+    failures. To remove an id with 30 failures, an attacker needs 300,000 slow hashes in a minute. Do not replace the
+    oldest id, because an attacker could then remove any id with only 10,000 slow hashes.
 
     The wall clock and the monotonic clock measure the age of a check. A check no longer counts as soon as one of the
-    two clocks has advanced by 60 seconds. A refusal therefore ends even if the wall clock stands still.
+    two clocks has advanced by 60 seconds. A refused caller waits at most 60 seconds, even if the wall clock stands
+    still.
     """
 
     def __init__(

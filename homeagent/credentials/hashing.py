@@ -93,7 +93,7 @@ class SecretMatch:
 
 
 class _Run:
-    """The right to run Argon2. The callers get the right in the order of their calls."""
+    """A permit to run Argon2. Waiting callers get permits in the order of their calls."""
 
     def close(self) -> None:
         """Do nothing, because there is no system resource to close."""
@@ -119,7 +119,7 @@ class SecretHasher:
         self._timeout = timeout.total_seconds()
         self.concurrency: int = concurrency or min(4, os.cpu_count() or 1)
         self._free_all_runs()
-        # Free all runs in a forked child, because the child lacks the parent's threads, which would end the runs.
+        # Give a forked child new permits, because threads that exist only in the parent can hold the old permits.
         os.register_at_fork(after_in_child=self._free_all_runs)
 
     def _free_all_runs(self) -> None:
@@ -172,7 +172,7 @@ class SecretHasher:
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
-        # The secret was right, so accept the device even if no Argon2 run is free for the new hash.
+        # If no Argon2 run is free, accept the right secret without a new hash.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)

@@ -74,8 +74,8 @@ def generate_secret() -> SecretStr:
 def is_generated(secret: SecretStr | str) -> bool:
     """Return True if a secret has the format of the function `generate_secret()`.
 
-    Do not create secrets in this format from fewer than 256 random bits, because the stored SHA-256 would not be safe.
-    A text that a person chose has a right checksum with a probability of 1 in 2**32.
+    Create secrets in this format only from 256 random bits. An attacker could guess a weaker secret from the stored
+    SHA-256. A text that a person chose has a right checksum with a probability of 1 in 2**32.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:
@@ -85,5 +85,5 @@ def is_generated(secret: SecretStr | str) -> bool:
 
 
 def needs_slow_hash(secret: SecretStr | str) -> bool:
-    """Return True if the secret is usable and not generated, because a check of the secret then runs Argon2."""
+    """Return True if a check of the secret runs Argon2."""
     return what_is_wrong(reveal(secret)) is None and not is_generated(secret)

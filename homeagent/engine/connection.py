@@ -80,7 +80,7 @@ class StoreConnection:
         raise failure
 
     def check_file(self) -> None:
-        """If the file was moved or replaced, raise DatabaseMovedError. A check counts for 10 ms."""
+        """If the file was moved or replaced, raise DatabaseMovedError. Check the file at most once every 10 ms."""
         check = self._identity_check
         if check is not None and check.monotonic() >= check.due:
             check.after_begin()
@@ -147,7 +147,9 @@ class StoreConnection:
         return self._root is not None and self._root.is_active
 
     def release_orm(self, *, keep: bool) -> None:
-        """Undo the driver's `confine()`, and end the open savepoints. With `keep=True`, keep their changes."""
+        """Undo the driver's `confine()`, and end the open savepoints. With `keep=True`, keep the changes in the
+        savepoints.
+        """
         try:
             if not self.in_transaction:
                 self.rollback()

@@ -44,10 +44,10 @@ class DatabaseCounters(BaseModel, frozen=True):
         pool_wait_p99: 99th percentile of the durations of the last 1,024 waits, in seconds. The value is None if no
             caller waited.
         groups: number of batches. A batch is a commit of two or more units together.
-        group_size_p50: median of the number of units of work in each of the last 1,024 batches. The value is None
+        group_size_p50: median size of the last 1,024 batches, in units of work. The value is None before the first
+            batch.
+        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units of work. The value is None
             before the first batch.
-        group_size_p99: 99th percentile of the number of units of work in each of the last 1,024 batches. The value is
-            None before the first batch.
         sweeps: number of ended sweeps.
         swept: number of rows that sweeps deleted.
         last_error: last error of the engine. The value is None before the first error.

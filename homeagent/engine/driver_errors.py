@@ -158,7 +158,7 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 }
 
 
-# Exceptions of apsw or Python that have no result code of SQLite.
+# Exceptions without a SQLite result code.
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, _CLOSED),
     apsw.CursorClosedError: (DatabaseClosedError, _CLOSED),
@@ -209,7 +209,7 @@ _POSTGRESQL_CONSTRAINTS = {
 _ENDED = ("08", "57P", "25P03", "25P04")
 _READ_ONLY = ("25006", "42501")
 _DAMAGED = ("XX001", "XX002")
-# The first entry whose codes or prefixes fit applies.
+# Use the first entry that contains the error's code or a prefix of the code.
 _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...] = (
     (("40001", "40P01"), TransientError, f"serialization failure or deadlock with another unit: {_AGAIN}"),
     (_NOT_IN_TIME, TransientError, f"a lock was not available in time: {_AGAIN}"),
@@ -224,7 +224,7 @@ _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return the names of the table and of the constraint or column from an exception of psycopg, or None."""
+    """Return two names from psycopg's exception: the table, and the constraint or column. A missing name is None."""
     kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
     if kept is not None:
         return kept

@@ -112,7 +112,7 @@ class Engine:
             self.discard_free()
 
     def read_alone(self, statement: Statement[R], parameters: Parameters, timeout: float) -> list[R]:
-        """Run one statement that only reads, in autocommit mode, and a second time if the connection was lost."""
+        """Run a read-only statement in autocommit mode. If the connection was lost, run the statement a second time."""
         if self.is_forked_copy:
             raise _invalidated()
         pool, check = self.readers, self.identity_check

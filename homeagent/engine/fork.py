@@ -31,7 +31,9 @@ def register(engine: Engine) -> None:
 
 
 def inherit(identity: tuple[int, int]) -> None:
-    """Remember, in a forked child, the device and inode of a file that the parent had in use."""
+    """In a forked child, record a file that the parent had in use. The argument `identity` contains the file's device
+    number and inode number.
+    """
     _inherited.add(identity)
 
 

@@ -25,7 +25,7 @@ def has_listeners(connection: Connection) -> bool:
 
 
 class _Execution(ExecutionContext):
-    """Context of one statement, to which a listener can add attributes, such as the span of a tracing library."""
+    """Context of one statement. A listener, for example of a tracing library, can set attributes of the context."""
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
         self.engine: Engine = connection.engine

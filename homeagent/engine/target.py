@@ -62,7 +62,7 @@ def presentable_url(url: URL) -> str:
 
 
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
-    """Wrap the target, so that a traceback shows no password. The caller must delete its variable of the target."""
+    """Wrap the target, so that a traceback shows no password. The caller must delete the unwrapped target."""
     return SecretStr(target) if isinstance(target, str) else target
 
 
@@ -125,7 +125,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith("/"):
-        # `locate_file()` drops the slash, and would treat the directory's path as a file.
+        # `locate_file()` drops a slash at the end, and would treat the path of a directory as a file.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 
@@ -159,7 +159,7 @@ def _read_server_url(url: URL) -> Target:
     try:
         hosts = url.get_dialect()().create_connect_args(url)[1].get("host", "")
         for host in hosts.split(","):
-            # In a server's URL, the host can be the directory or the abstract name of the server's socket.
+            # A host that begins with a slash or an at sign means a Unix socket.
             if not host.startswith(("/", "@")):
                 host.encode("idna")
     except (ArgumentError, ValueError):

@@ -48,8 +48,8 @@ def bearer_token(device_id: str, secret: SecretStr | str) -> str:
 
 
 class _CurrentDevice(SecurityBase):
-    """FastAPI dependency and security scheme in one class, because FastAPI would call a separate scheme at each use of
-    the dependency.
+    """Class that is both a FastAPI dependency and a security scheme. FastAPI would spend time on a separate scheme at
+    each use of the dependency.
     """
 
     scheme_name: str = "device-bearer"

@@ -33,7 +33,8 @@ def lifespan(
     process starts.
 
     Args:
-        target: path or URL of the database, or an open `Database`, which the lifespan does not close.
+        target: path or URL of the database, or an open `Database` object. The lifespan does not close a given
+            `Database` object.
         then: lifespan of the application, which runs while the database is open. In the application's lifespan,
             `app.state.homeagent_database` is the database.
         sweep_every: time between two sweeps in the background. With `sweep_every=None`, the lifespan does not sweep.

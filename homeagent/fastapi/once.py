@@ -91,7 +91,7 @@ class Once:
         """
         check_function(effect, "effect")
         if self._is_called:
-            # A second call would have the same key, and so return the outcome of the first call.
+            # A second call would return the outcome of the first call, because both calls have the same key.
             raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
         self._is_called = True
         try:
@@ -125,8 +125,8 @@ class Once:
             value = problem_response(error)
         self._first = value
         if not isinstance(value, Response):
-            # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value, and the request
-            # fails when FastAPI encodes the reply.
+            # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value. FastAPI raises the
+            # encoding error later, for the reply.
             with suppress(Exception):
                 self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
@@ -177,8 +177,8 @@ def idempotent(
     and body of the first request.
 
     Args:
-        required: With `required=True`, a request without a key gets status 400. With `required=False`, the effect of a
-            request without a key runs without a record.
+        required: With `required=True`, a request without a key gets status 400. With `required=False`, homeagent runs
+            the effect of a request without a key, but does not record the request.
         lease: see `Database.run_once()`.
         ttl: time for which a retry gets the answer of the first request.
         on_abandoned: see `Database.run_once()`. The argument also accepts a coroutine function.
@@ -233,11 +233,12 @@ def _key_of(header: str) -> str:
 
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
-    # The result begins with the path at which the application is mounted, without a prefix that a proxy removed.
+    # Begin the result with the path at which the application is mounted. Leave out a prefix that a proxy removed from
+    # the path.
     prefix = request.scope.get("root_path", "").removeprefix(_outer_root(request))
-    # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. FastAPI's route context, which is
-    # not public, has the whole path. Without the route context, `route_of()` can return the same path for two routes,
-    # but `params_of()` returns different paths for requests to the two routes.
+    # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. Read the path with all prefixes
+    # from FastAPI's private route context. If the route context is missing, two routes can get the same result.
+    # Idempotency keys are still safe, because `params_of()` returns the path of the request.
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route

@@ -50,7 +50,7 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     errors.LastAdminError: (409, "The device is the last approved administrator."),
     errors.ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     errors.DeviceNotApprovedError: (409, "The device is not approved."),
-    # A retry with the same idempotency key gets the stored reply, so the text of a LimitError asks for a new request.
+    # Ask the client for a new request, because a retry with the same idempotency key would get the stored reply.
     errors.LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
     errors.PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     errors.TooManyAttemptsError: (429, "Too many attempts: try again later."),
@@ -191,7 +191,7 @@ def install_error_handlers(app: FastAPI) -> None:
     application's handlers for homeagent's errors, `HTTPException` and `RequestValidationError`. FastAPI's own reply for
     a RequestValidationError repeats the input, which can be a secret.
     """
-    # Starlette's types for handlers do not allow a handler for both requests and WebSockets.
+    # Use the type Any, because Starlette's types require separate handlers for requests and WebSockets.
     answer: Any = _answer
     for kind in (HomeAgentError, StarletteHTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)

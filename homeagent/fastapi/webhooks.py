@@ -30,8 +30,9 @@ _OWNER_CHARACTERS = 22  # A text of 22 base64 characters has 132 random bits.
 
 
 class Webhook(Once):
-    """Message with a right signature and time. To handle the message, call the `Webhook` with a function. The function
-    runs once for each message. If the sender repeats the message, the reply is the answer to the first message.
+    """Message with a right signature and time. Handle the message in a function, and call `await webhook(function)`.
+    The function runs once for each message. If the sender repeats the message, the reply is the answer to the first
+    message.
 
     Attributes:
         id: id of the message.
@@ -149,9 +150,9 @@ def _key_of(secret: SecretStr | str) -> SecretBytes:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the `device_id` of a sender's idempotency keys. Keep the `device_id` secret. If a stranger paired a device
-    with the same `device_id`, the deletion of the device would delete the sender's idempotency keys, and the stranger
-    could send a recorded message again.
+    """Return the `device_id` of a sender's idempotency keys. Keep the `device_id` secret. Otherwise a stranger could
+    pair a device with the sender's `device_id`. The deletion of a device also deletes the device's idempotency keys.
+    homeagent would then accept an old message of the sender again.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")

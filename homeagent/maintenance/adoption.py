@@ -65,8 +65,8 @@ class AdoptionReport(BaseModel, frozen=True):
 
     Attributes:
         location: path of the file, or URL of the server without its password.
-        tables: number of rows of each table that stays a table of the application.
-        converted: number of rows of each table that becomes a table of homeagent, without the rows in `moved`.
+        tables: the application's own tables, with the number of rows in each table.
+        converted: tables that homeagent takes over, with the number of rows that stay in each table.
         moved: number of rows whose primary key is NULL. homeagent moves the rows to a new table. The keys of the
             dictionary are the names of the new tables.
         application_id: application id that the adoption replaces in the SQLite file. None on PostgreSQL.
@@ -247,7 +247,7 @@ def _adopt_file(
             pass  # `kept_from_sqlite()` raises an error if another program has the file open
         with closing(SQLiteEngine(path, busy_timeout=timeout, durability="full")) as engine:
             with engine.translated(), engine.driver_connection() as raw:
-                # Without a WAL, the commit writes the application id to the file itself.
+                # Turn off the WAL, so that the commit writes the application id to the database file.
                 raw.execute("PRAGMA journal_mode=DELETE")
             with upgrade_transaction(engine, f"adopting {quoted(path)}") as attempt:
                 connection = attempt.connection
@@ -275,8 +275,8 @@ def _add_tables(connection: Connection, report: AdoptionReport) -> None:
 def _convert(connection: Connection, report: AdoptionReport) -> None:
     execute = connection.exec_driver_sql
     for table in report.converted:
-        # Do not rename the table, because SQLite would change the references in views and other tables.
-        execute(f"CREATE TABLE _adopted_{table} AS SELECT * FROM {table}")  # noqa: S608  constants
+        # Do not rename the table. A rename would also change the references in views and other tables.
+        execute(f"CREATE TABLE _adopted_{table} AS SELECT * FROM {table}")  # noqa: S608  the names are constants
         execute(f"DROP TABLE {table}")
     upgrade(connection, _FIRST)
     for table in report.converted:

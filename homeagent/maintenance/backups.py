@@ -76,7 +76,7 @@ def back_up_if_due(settings: UnitSettings, schedule: BackupSchedule, stop: Stop 
             lock.enter_context(FileLock(directory / _LOCK, timeout=timedelta(0)))
         except DatabaseBusyError:
             return None
-        # Check again under the lock, because another process can have made the backup before this process got the lock.
+        # Check again, because another process perhaps made the backup after the first check.
         due = _is_due(engine.path, directory, schedule, clock())
         return _make_in(directory, engine, clock, schedule.keep, stop) if due else None
 

@@ -154,9 +154,7 @@ class CopiedTable:
                     )
 
     def differs(self, source: Connection, target: Connection, progress: Progress) -> bool:
-        """Return True if the two databases have different rows. Report the progress after each page without a
-        difference.
-        """
+        """Return True if the two databases have different rows. After each page of equal rows, report the progress."""
         if self.count(source) != self.count(target):
             return True
         for page in self.pages(source):
@@ -172,11 +170,10 @@ class CopiedTable:
         return all(self._is_same(row, copied.get(one)) for one, row in wanted.items())
 
     def _is_same(self, row: _Row, other: _Row | None) -> bool:
-        # Also compare the rows as texts, because `==` is False for two NaN values.
+        # Two NaN values are not equal in Python, so also compare the rows as texts.
         if other is None or other == row or repr(other) == repr(row):
             return other is not None
-        # Compare parsed JSON, because PostgreSQL's type jsonb changes the text of JSON, and SQLite the text of a
-        # number.
+        # Compare parsed JSON, because PostgreSQL and SQLite can store the same JSON value with different texts.
         return all(
             one == two
             or (isinstance(column.type, _JsonText) and None not in (one, two) and _parsed(one) == _parsed(two))
@@ -197,7 +194,7 @@ class CopiedTable:
             ) from None
 
     def continue_numbers(self, source: Connection, target: Connection) -> None:
-        """Make the target number new rows after the highest number of the source, even the number of a deleted row."""
+        """Set the target's next automatic key above the highest key of the source. Include the keys of deleted rows."""
         last = self._last_number(source)
         if target.dialect.name == "sqlite":
             # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
@@ -251,7 +248,9 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
 def applications_tables(
     engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
 ) -> list[CopiedTable]:
-    """Return the application's tables to copy, in the order of their foreign keys. Skip the tables in `leave`."""
+    """Return the application's tables to copy, in the order of their foreign keys. Skip the tables that are listed in
+    the argument `leave`.
+    """
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)
     if wrong:

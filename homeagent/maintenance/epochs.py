@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from homeagent.clock import Clock
 
-# Count homeagent's other connections to the server, because the connected processes have the old epoch in memory.
+# Count homeagent's other connections to the server. A process with an open connection would continue in the old epoch.
 _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
@@ -47,8 +47,8 @@ class EpochReport(BaseModel, frozen=True):
     Attributes:
         location: path of the file, or URL of the server without the password.
         epoch: number of the epoch.
-        restored_at: start of the epoch. A replay guard accepts only messages that were signed after the start of the
-            epoch plus the allowed clock skew.
+        restored_at: start of the epoch. A replay guard accepts a message only if the timestamp of the message is later
+            than `restored_at + skew` (see `ReplayGuard`).
     """
 
     location: str
@@ -80,7 +80,8 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
                 pass  # `kept_from_sqlite()` raises an error if another program has the file open.
-            # Pass temporary=True, so that `open_sqlite()` does not take the in-use lock, which `alone()` already holds.
+            # The context manager `alone()` already holds the in-use lock. With `temporary=True`, the function
+            # `open_sqlite()` does not take the in-use lock.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():

@@ -116,8 +116,7 @@ def restore(
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
         with alone(database, timeout=busy_timeout) as lock:
-            # Do not keep the sidecar lock, because each other process must first take the in-use lock, which this
-            # process holds.
+            # Release the sidecar lock after the read. The exclusive in-use lock already keeps other processes out.
             with sidecar_lock(database, timeout=busy_timeout) as sidecar:
                 marker = sidecar.read_marker()
             _refuse_foreign_target(database, initialised=marker is not None)
@@ -172,9 +171,7 @@ def _read_old_database(database: Path) -> tuple[int, Devices | None]:
 
 
 def _compared(before: Devices | None, now: Devices) -> tuple[list[str] | None, list[str] | None]:
-    """Return two lists of device ids: devices that the restore approved or gave another role, and devices with an older
-    secret.
-    """
+    """Return the values of the report's fields `readmitted_devices` and `old_secret_devices`."""
     if before is None:
         return None, None
     readmitted = [name for name, (role, _) in now.items() if name not in before or before[name][0] != role]
@@ -231,8 +228,8 @@ def _not_in_use(source: Path) -> Iterator[None]:
 
 
 def _refuse_foreign_target(database: Path, *, initialised: bool) -> None:
-    """Refuse a file of another application. With `initialised=True`, a restore of homeagent or an open database has
-    left a marker, so a file without homeagent's header is a damaged database, which a restore can replace.
+    """Refuse a file of another application. Pass `initialised=True` if homeagent left a marker for the database. With
+    `initialised=True`, accept a file without homeagent's header as a damaged database.
     """
     state = inspect_file(database, is_database=False, repair=False)
     if initialised or state is None or state.st_size == 0:

@@ -77,7 +77,7 @@ def stage(
     new database.
     """
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
-        discard(stale)  # leftover of a restore that was killed before it wrote the marker
+        discard(stale)  # an interrupted restore has left the file behind
     new = new_path(database, stamp)
     try:
         _copy(source, new, manifest, database=database)
@@ -179,6 +179,6 @@ def _require_single_file(new: Path) -> None:
 
 def devices_of(raw: Any) -> Devices:
     """Return the role and the secret's hash of each approved device, by id."""
-    # Also read the devices that are not approved, because a value that is not UTF-8 shows that a backup is damaged.
+    # Read all devices, because a text that is not UTF-8 raises an error. The error shows that the database is damaged.
     rows = raw.execute("SELECT id, approved, role, shared_secret_hash FROM devices").fetchall()
     return {str(device_id): (str(role), str(hashed)) for device_id, approved, role, hashed in rows if approved == 1}

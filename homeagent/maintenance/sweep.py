@@ -1,8 +1,8 @@
 """Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly.
 
-If a constraint refuses a batch, the sweep continues in the order of time and primary key, and splits each refused batch
-into halves. The next batch starts after the last row of the previous batch, so a later batch does not contain a skipped
-row again.
+If a constraint refuses a batch, the sweep splits the batch into halves to find and skip the refused rows. Later batches
+follow the order of time and primary key. The next batch starts after the last row of the previous batch, so a later
+batch does not contain a skipped row again.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class ExpiredRows:
             return unit.one(statement, **self._times()) or 0
 
     def _delete(self, limit: int) -> tuple[int, int, float, float]:
-        """Delete a batch of at most `limit` rows. Return the numbers of deleted rows and of found rows, which include
-        the skipped rows, and the times in seconds for the work and for the work with its commit.
+        """Delete a batch of at most `limit` rows. Return four values: the number of deleted rows, the number of found
+        rows (including skipped rows), the seconds of the work, and the seconds of the work with the commit.
         """
         if self._after is None:
             try:
@@ -104,8 +104,8 @@ class ExpiredRows:
                 return count, count, worked, self._monotonic() - begun
             except ConflictError:
                 if self._statements is None:
-                    # Do not skip a device change. A reader whose last change is the skipped change would not notice
-                    # that later changes were deleted.
+                    # Do not skip a device change. A reader of the feed would not detect missing changes after the
+                    # skipped change.
                     raise
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
@@ -164,8 +164,9 @@ def _name(error: ConflictError) -> str:
     return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"
 
 
-# Number of deleted rows after which a sweep empties the WAL, if other writers wait. Most deleted rows are in separate
-# database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint during a commit.
+# Number of deleted rows between two WAL checkpoints of a sweep. A sweep runs a checkpoint only if other writers wait.
+# Most deleted rows are in separate database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint
+# during a commit.
 _ROWS_IN_LOG = 250
 
 # Longest time in seconds for finding and deleting the rows of a batch, if other writers wait. The limit does not
@@ -216,8 +217,8 @@ class SweepReport(BaseModel, frozen=True):
         pending_devices: number of deleted devices that had waited too long for their approval.
         device_changes: number of deleted rows of the feed of device changes.
         more: True if the sweep ended early, so that expired rows can remain.
-        skipped: number of expired rows to which an application's table refers by a foreign key. homeagent treats a
-            skipped row as absent, and the next sweep tries again to delete the row.
+        skipped: number of skipped rows. A sweep skips an expired row if a foreign key of the application refers to the
+            row. homeagent treats a skipped row as absent, and the next sweep tries again to delete the row.
         constraints: constraints that prevented the deletion of expired rows. Each text names the constraint and its
             table.
     """

@@ -120,8 +120,8 @@ class Application:
         return stored
 
     def adopted_revisions(self, connection: Connection) -> set[str]:
-        """Return the revisions in Alembic's own version table if the upgrade will rename the table, or else an empty
-        set.
+        """Return the revisions in Alembic's own version table. If the upgrade will not rename the table, return an
+        empty set.
         """
         if not self.adopts or not self.scripts or APPLICATION_VERSION_TABLE in tables(connection):
             return set()

@@ -49,7 +49,7 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
 def options(
     dialect_name: str, tables: Collection[str], *, version_table: str, more: Sequence[MetaData] = ()
 ) -> dict[str, Any]:
-    """Return the options with which Alembic compares only the tables in the argument `tables`."""
+    """Return Alembic's options for a comparison. The argument `tables` contains the names of the compared tables."""
 
     def include_name(name: str | None, kind: str, parents: dict[str, Any]) -> bool:
         return kind != "table" or (name in tables and parents.get("schema_name") is None)

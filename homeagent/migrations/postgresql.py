@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Key of the advisory lock that each host takes before an upgrade: the bytes of the text "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of the lock that a host keeps while a revision runs outside a transaction. Alembic's commands take only
+# Key of a second advisory lock, for revisions that run outside a transaction. Alembic's commands take only
 # `_OUTSIDE_LOCK`.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
@@ -115,7 +115,7 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Refuse a `search_path` that leads first to a schema with the role's name, and then to a schema with a store.
+    """Raise an error if a schema with the role's name hides a schema with homeagent's tables.
 
     By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE on the
     database could create a schema with the role's name, and store an approved device in the schema.
@@ -161,8 +161,8 @@ def _make_or_upgrade(
     if suitable and not application.is_pending(connection):
         return
     if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
-        # Do not wait for `_OUTSIDE_LOCK`, because CREATE INDEX CONCURRENTLY on another host would wait for this
-        # transaction, and both hosts would wait forever.
+        # Do not wait for `_OUTSIDE_LOCK`, because the wait could cause a deadlock with CREATE INDEX CONCURRENTLY on
+        # another host.
         raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
@@ -191,8 +191,9 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         while True:
-            # Do not wait for the lock inside a statement, because CREATE INDEX CONCURRENTLY would wait for the end of
-            # the statement's snapshot. In READ COMMITTED, the transaction has no snapshot between two statements.
+            # Do not use a statement that waits for the lock, because the statement could cause a deadlock with CREATE
+            # INDEX CONCURRENTLY. In READ COMMITTED, the transaction has no snapshot between two statements, so an open
+            # transaction causes no deadlock.
             with connection.begin():
                 connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():
@@ -209,9 +210,8 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
     """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks.
 
-    Do not hold the lock `_ADVISORY_LOCK` during the block. Another host that waits for the lock in a statement would
-    keep a snapshot open. CREATE INDEX CONCURRENTLY in the block would wait for the end of the snapshot, so the two
-    hosts would wait forever.
+    Do not hold the lock `_ADVISORY_LOCK` during the block. CREATE INDEX CONCURRENTLY waits for the transactions of
+    other hosts, so a host that waits for the lock could cause a deadlock.
     """
     if connection.info[POOLED]:
         raise MigrationError(

@@ -65,8 +65,7 @@ def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Conne
         raise MigrationError(f"{act} {problem}: {remedy}. Nothing was changed")
 
 
-# Each entry has a revision, a table, and the text columns that the revision reads into Python. The first column is the
-# key of the table.
+# Text columns that a revision converts in Python, by revision and table. The first column is the key of the table.
 _CONVERTED = (
     ("0003", "sessions", ("session_id", "agent_id", "sender_id", "channel_id")),
     ("0006", "devices", ("id",)),

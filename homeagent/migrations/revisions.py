@@ -1,7 +1,7 @@
 """Read the revision of a schema, and run the missing revisions.
 
 Do not import Alembic for an up-to-date database, because the import takes 80 ms. Do not run `env.py`, and do not change
-`alembic.context` and `alembic.op`, because the application can run a command of Alembic at the same time.
+Alembic's global objects `context` and `op`. An Alembic command in another thread could use the same global objects.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def script_directory() -> Traversable:
     """Return the directory of `env.py` and the revisions. In a checkout the directory is `alembic/`."""
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # If homeagent is an installed package, `parents[2] / "alembic"` is the library Alembic, which has no `env.py`.
+        # Look for the file `env.py`, because the directory `alembic` in site-packages is the library Alembic.
         if (candidate / "env.py").is_file():
             return candidate
     raise errors.MigrationError("this installation has no migrations: install homeagent anew")
@@ -92,7 +92,9 @@ def tables(connection: Connection) -> set[str]:
 
 
 def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
-    """Count the rows of a SQLite file that refer to a missing row, by referring table and referenced table."""
+    """Count the broken references in a SQLite file. Return the number of references for each pair of referring table
+    and referenced table.
+    """
     rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
     return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
 
@@ -154,8 +156,8 @@ def suits(connection: Connection, revision: str | None) -> bool:
     known = known_revisions()
     if revision in known:
         return False
-    # A newer version stores the oldest compatible revision. If this version knows the stored revision, this version is
-    # compatible.
+    # The column `oldest_revision` names the oldest revision whose code can use the schema. If this version knows the
+    # oldest revision, this version can use the schema.
     query = text("SELECT oldest_revision FROM store")
     if "store" not in tables(connection) or connection.execute(query).scalar() not in known:
         raise errors.SchemaTooNewError(revision, known=REVISION)

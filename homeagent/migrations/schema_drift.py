@@ -1,8 +1,8 @@
 """Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
 On SQLite, the revisions run on a scratch database in memory to get the expected SQL text, because no pragma shows a
-CHECK constraint. On PostgreSQL a scratch schema would need write access, so the models are compared with the server's
-catalogue.
+CHECK constraint. On PostgreSQL, homeagent compares the models with the server's catalogue, because creating a scratch
+schema would need write access.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Difference:
 
 
 class _Part(NamedTuple):
-    """Normalised SQL text of a part of a table. If `strict` is True, the part can make the database refuse a row that
-    homeagent writes.
+    """Normalised SQL text of a part of a table. If `strict` is True, the part can cause an error when homeagent writes
+    a row.
     """
 
     definition: str
@@ -79,7 +79,7 @@ def refuse_changed_schema(
 
 
 def schema_differences(connection: Connection) -> list[Difference]:
-    """Compare a schema at this version's revision with the schema that homeagent's revisions create."""
+    """Return the differences between the database's schema and homeagent's newest schema."""
     if connection.dialect.name == "sqlite":
         return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
     wanted = {table.name: dict(_parts(table, connection.dialect)) for table in SCHEMA}
@@ -235,7 +235,8 @@ def _clauses(body: str) -> Iterator[str]:
 
 # PostgreSQL
 
-# The query returns NULL as the definition of a trigger that is disabled or whose function has unexpected settings.
+# If a trigger is disabled, the query returns NULL instead of the definition. The query also returns NULL if the
+# trigger's function does not have the settings of homeagent's functions.
 _TRIGGERS = text(
     "SELECT 'trigger', tgname, tgtype & 2 = 2, CASE WHEN tgenabled IN ('O', 'A') AND p.prosecdef"
     " AND p.proconfig = ARRAY['search_path=pg_catalog, pg_temp'] THEN pg_get_triggerdef(t.oid, true) || p.prosrc END"
@@ -284,7 +285,7 @@ def _postgresql_tables(connection: Connection) -> _Tables:
 
 
 def _parts(table: Table, dialect: Dialect) -> Iterator[tuple[str, _Part]]:
-    """Yield the parts of a table of homeagent's models, or of a table that SQLAlchemy read from the server."""
+    """Yield the parts of a table. The table comes from the models or from the server's catalogue."""
     for column in table.columns:
         kind = "unknown" if isinstance(column.type, NullType) else column.type.compile(dialect)
         default: Any = column.server_default
@@ -311,7 +312,7 @@ def _parts(table: Table, dialect: Dialect) -> Iterator[tuple[str, _Part]]:
 
 
 def _normalised(written: str) -> str:
-    """Normalise an expression. PostgreSQL writes `IN` as `= ANY (ARRAY[…])`, and adds casts and parentheses."""
+    """Normalise an SQL expression. PostgreSQL replaces the operator `IN`, and adds casts and parentheses."""
     plain = re.sub(r"::[a-z]+(\[\])?", "", written)
     plain = re.sub(r"= ANY \(+ARRAY\[(.*?)\]\)+", r"IN \1", plain)
     return re.sub(r"[\s()]+", " ", plain).strip()

@@ -85,9 +85,8 @@ def _open_sqlite(
     identified = identify_or_wait(engine)
     if not temporary and (in_use_path(path).exists() or database_file.size_of(path)):
         # First take the in-use lock. The function `hold_in_use_lock()` also finishes an interrupted restore. If the
-        # file has sidecar files, take the lock exclusively if possible. If this process had only a shared lock, another
-        # process would skip the check of a file that was not closed cleanly (see
-        # `test_no_process_skips_the_check_of_another_process`).
+        # file has sidecar files, take the lock exclusively if possible. Other processes must wait until this process
+        # has checked the file (see `test_no_process_skips_the_check_of_another_process`).
         has_sidecars = any(map(os.path.lexists, database_file.sidecars(path)))
         engine.keep_in_use_lock(hold_in_use_lock(path, timeout=timeout, exclusive_if_free=has_sidecars))
     state = database_file.look_at(path) if identified else identify(engine)
@@ -117,8 +116,8 @@ def _open_sqlite(
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
     elif not migrate:
         if not temporary and database_file.size_of(lock_path(path)):
-            # Do not raise SchemaOutdatedError, because the administrator could then replace the lost database by an
-            # empty database.
+            # The database file is lost. Do not raise SchemaOutdatedError, because the error's message would advise to
+            # create a database.
             raise corrupt_after_all(path)
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
@@ -167,7 +166,7 @@ def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
-    # If the lock file has a marker, homeagent created a database here, so an empty file is not a new database.
+    # A marker in the lock file proves that a database existed. If the file is missing or empty, the database is lost.
     initialised = lock.read_marker() is not None
     if initialised and (state is None or state.st_size == 0):
         raise corrupt_after_all(path)
@@ -328,7 +327,7 @@ def back_up(
                     extra={"event": "failed_upgrade_backup_removed", "backup": str(backup)},
                 )
     except (CorruptDatabaseError, DatabaseBusyError, DiskFullError, ReadOnlyError):
-        raise  # the caught errors already name the remedy
+        raise  # the error's message already tells the administrator what to do
     except HomeAgentError as error:
         raise MigrationError(f"the schema was not upgraded, since its backup can't be made: {error}") from None
     return target

@@ -1,5 +1,5 @@
-"""Base classes of the models. Do not import `annotations` from `__future__` in a module of models, because Pydantic and
-SQLAlchemy would evaluate each annotation again for each subclass, and the import would take a twelfth longer.
+"""Base classes of the models. Do not postpone the evaluation of annotations (PEP 563) in a module of models, because
+the import would take 8% longer.
 """
 
 import copy
@@ -77,8 +77,8 @@ def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
 class Model(SQLModel, registry=_registry):
     """Base of all models. A model refuses unknown fields, and validates each assignment."""
 
-    # Describe the fields of a model by `description=`. If docstrings described the fields, Pydantic would parse the
-    # source of each class, which takes a tenth of the start time.
+    # To describe a field of a model, pass the argument `description` to the function `Field()`. If docstrings described
+    # the fields, Pydantic would parse the source of each class, which takes a tenth of the start time.
     model_config: ClassVar[SQLModelConfig] = SQLModelConfig(
         extra="forbid",
         validate_assignment=True,
@@ -221,12 +221,11 @@ class Table(Model, metaclass=_TableType):
         if name not in type(self).model_fields or not finish_init.get():
             super().__setattr__(name, value)
             return
-        # Create SQLAlchemy's state of a loaded instance before setting `__pydantic_fields_set__`, because
-        # `_StateOnDemand` can't create the state later.
+        # For a loaded instance, create SQLAlchemy's state first. After the assignment, the class `_StateOnDemand` could
+        # not create the state.
         getattr(self, "_sa_instance_state", None)
-        # Pydantic replaces the dictionary in the attribute `__dict__` by a copy. With the copy, a flush would lose the
-        # values that a listener of `before_update` assigns (test_a_listener_of_a_flush_assigns), so restore the old
-        # dictionary.
+        # Validation by Pydantic replaces the instance's dictionary by a copy. Restore the original dictionary, because
+        # otherwise a flush would ignore the assignments of a listener (see `test_a_listener_of_a_flush_assigns`).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -272,8 +271,8 @@ class Table(Model, metaclass=_TableType):
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create SQLAlchemy's state before pickling, because `_StateOnDemand` creates no state for an unpickled
-        # instance.
+        # Create SQLAlchemy's state, so that the pickle contains the state. The class `_StateOnDemand` could not create
+        # the state after `pickle.loads()`.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 

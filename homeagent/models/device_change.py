@@ -11,8 +11,8 @@ from homeagent.models.types import Identifier, Timestamp
 
 
 class DeviceChangeKind(StrEnum):
-    """Kind of a device change. One UPDATE can cause several changes. A change of the kind `updated` is recorded only if
-    the UPDATE causes no other change.
+    """Kind of a device change. One UPDATE can cause several changes. A trigger records the kind named `updated` only if
+    the UPDATE causes no change of another kind.
     """
 
     PAIRED = "paired"

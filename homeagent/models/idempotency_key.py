@@ -135,13 +135,14 @@ class IdempotencyScope:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    # Pydantic does not call `__init__`, so the annotations validate a scope in a model or a request body.
+    # Pydantic creates a scope without a call of the constructor. Therefore Pydantic needs the annotations to validate
+    # the values.
     device_id: Identifier
     method: Name
     key: Label = field(repr=False)
 
-    # This `__init__` hides the key in tracebacks. A decorator on the generated `__init__` would also hide the key, but
-    # would add 12% more instructions to a look-up of a record.
+    # The constructor removes the key from tracebacks. Do not use a decorator instead, because a look-up of a record
+    # would need 12% more instructions.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
@@ -154,8 +155,8 @@ class IdempotencyScope:
 
     @classmethod
     def of_record(cls, device_id: str, method: str, key: str) -> "IdempotencyScope":
-        """Return the scope of a stored record. The texts of an old record can break the rules for new texts, so
-        `insert()` and `claim()` refuse the scope of such a record.
+        """Return the scope of a stored record. An old record can contain a text that is invalid for new records. The
+        methods `insert()` and `claim()` raise an error for a scope with an invalid text.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)

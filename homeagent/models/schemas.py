@@ -39,7 +39,8 @@ ChosenSecret = Annotated[
 class MetadataSchema(Model):
     """A schema with the field `metadata_`, whose alias is `metadata`. SQLAlchemy reserves the name `metadata`."""
 
-    # A schema can redefine `metadata`, because SQLAlchemy reads the class variable only for a class with a table.
+    # SQLAlchemy does not use the attribute `metadata` of a class without a table, so a schema can redefine the
+    # attribute.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""

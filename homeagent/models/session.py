@@ -96,7 +96,7 @@ def _changes_route(session: AgentSession) -> bool:
 @event.listens_for(AgentSession, "before_insert")
 @event.listens_for(AgentSession, "before_update")
 def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """Clear `route_key`, because another session in the database can still have the new `route_key`."""
+    """If the flush changes the session's route, set `route_key` to None. Another session can hold the new route."""
     if _changes_route(session):
         session.route_key = None
 

@@ -63,7 +63,7 @@ COUNT_PENDING = count(
     .subquery()
 )
 # With this lock, a second pairing waits until the first pairing has ended. Without the lock, two pairings at the same
-# time on PostgreSQL would not count each other's device.
+# time on PostgreSQL could exceed the limit of pending devices.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """The parameter `before` is the current time minus `Limits.pending_ttl`."""
@@ -146,7 +146,7 @@ _OF_STATUS = {
 def page_of(
     given: frozenset[str], approved: bool | None, status: DeviceStatus | None, *, newest_first: bool
 ) -> Statement[Device]:
-    """Return the statement that selects a page of devices. The names in `given` are parameters of the statement."""
+    """Return the statement that selects a page of devices. The statement has a parameter for each given name."""
     conditions = []
     if approved is not None:
         conditions.append(_APPROVED if approved else _UNAPPROVED)
@@ -172,8 +172,8 @@ _after = bindparam("after", type_=_changes.number.type)
 _is_kept = select(constant(1, _changes.number.type)).where(_changes.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_changes.number)))
-# The statement selects the change with the number `after` and all later changes. If the change with the number was
-# deleted, later changes are perhaps deleted too, so the statement selects only the newest change.
+# The statement selects the change whose number equals the parameter `:after`, and all later changes. If no change has
+# the number `:after`, the statement selects only the newest change.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_changes.number >= case((_is_kept, _after), else_=_newest))
@@ -191,8 +191,8 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the changes with a number greater than `after`. The argument `rows` is the result of `CHANGES`. If the
-    feed no longer contains the change with the number `after`, return one change of the kind `reset`.
+    """Return the changes whose number is greater than the argument `after`. The argument `rows` is the result of
+    `CHANGES`. If the first row has a different number than the argument `after`, return one change with `kind="reset"`.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]

@@ -127,8 +127,8 @@ class DeviceStore(Store):
             after: last device on the previous page, or the device's id. Default: the first page.
 
         Raises:
-            DeviceNotFoundError: if `order="paired_at"`, `after` is an id and the device does not exist. If another
-                caller could delete the device, pass the `Device` object as `after`.
+            DeviceNotFoundError: if `order="paired_at"` and the argument `after` is the id of an absent device. To avoid
+                the error, pass a `Device` object instead of the id.
         """
         if approved is not None and not isinstance(approved, bool):
             raise errors.InvalidArgumentError("approved must be True, False or None")
@@ -236,7 +236,7 @@ class DeviceStore(Store):
         secret_hash: str | None = None,
         paired_at: datetime | None = None,
     ) -> tuple[bool | None, ...]:
-        """Lock the device, and return the columns of `STATE`. The comparison with None is None."""
+        """Lock the device, and return the columns of `STATE`. A comparison of a column with None gives None."""
         device = self._searched(device_id, "device_id")
         given = {"role": role, "secret_hash": secret_hash, "paired_at": paired_at}
         found: tuple[bool | None, ...] | None = self._unit.one(statements.STATE, device_id=device, **given)
@@ -247,9 +247,7 @@ class DeviceStore(Store):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return two values. If `update_last_seen()` would not change the row, the first value is True, and the second
-        value is the result of `update_last_seen()`.
-        """
+        """Return `(True, False)` if `update_last_seen()` would not change the row, and otherwise `(False, False)`."""
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
@@ -260,15 +258,15 @@ class DeviceStore(Store):
     ) -> bool:
         """Store the time at which a device was last seen. Return True if the method changed the row.
 
-        Without `at=…`, or for a time in the future, the method stores the current time. The method changes the row only
-        if the new time is later than the stored time by at least the granularity.
+        Without `at=…`, or for a time in the future, the method stores the current time. If less than the duration
+        `granularity` has passed since the stored time, the method does not change the row.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
         return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
-        """Return two times: the new time, and the latest stored time that the new time replaces."""
+        """Return two datetimes: the new time, and the new time minus the granularity."""
         types.check_duration(granularity, "granularity", zero=True)
         at = types.not_after(self._unit.now(), at, "at")
         # Use a granularity of at least 1 ms. With a granularity of zero, several calls within one millisecond would
@@ -307,7 +305,7 @@ class DeviceStore(Store):
             device_id: id of the device.
             expected_secret_hash: expected hash of the old secret.
             secret_hash: hash of the new secret.
-            proof_verifier: verifier of the new secret's proofs, or None if the device can't make proofs.
+            proof_verifier: verifier for the new secret, or None if the device can't make proofs.
             previous_until: end of the overlap, during which the old secret also works. Default: no overlap.
 
         Raises:
@@ -352,10 +350,10 @@ class DeviceStore(Store):
 
     @reading
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
-        """Return the device changes after a number, oldest first.
+        """Return the device changes whose number is greater than the argument `after`, oldest first.
 
-        If the change feed no longer contains the number, the method returns a single change of the kind `reset`. After
-        a `reset` change, read all devices again, and pass the number of the `reset` change to the next call.
+        If the change with the given number no longer exists, the method returns a single change with `kind="reset"`.
+        After a `reset` change, read all devices again, and pass the number of the `reset` change to the next call.
 
         Args:
             after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.
@@ -373,8 +371,9 @@ class DeviceStore(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete at most `limit` changes, oldest first. Keep the first change that is later than the time `before`, all
-        changes after that change, and in each case the newest change. Return the number of deleted changes.
+        """Delete device changes, oldest first, and return the number of deleted changes. Keep the first change whose
+        time is later than the argument `before`, and keep all later changes. Always keep the newest change. The
+        argument `limit` is the maximum number of deleted changes.
         """
         return self._unit.write(
             statements.DELETE_OLD, before=types.check_timestamp(before, "before"), limit=types.check_limit(limit)

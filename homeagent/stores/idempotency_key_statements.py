@@ -15,7 +15,7 @@ _columns: Any = _table.c
 _IN_PROGRESS, _COMPLETED, _FAILED = (constant(state, _columns.state.type) for state in IdempotencyState)
 _SCOPE = ("device_id", "method", "key")
 _SAME_SCOPE = equal(_table, *_SCOPE)
-# A row with an invalid state does not expire, because the effect could run again after a deletion of the row.
+# Do not let a row with an invalid state expire. Without the row, a retry could run the effect a second time.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
@@ -32,7 +32,8 @@ COUNT_EXPIRED = count(_table, EXPIRED)
 
 def _upsert(**values: Any) -> Statement[IdempotencyKey]:
     """Return the statement that inserts a record. The statement replaces an expired record, because an expired record
-    counts as absent. A column without a value in `values` gets the value for the first attempt of a record, or NULL.
+    counts as absent. If a column is not in the argument `values`, the column gets the value for a first attempt, or
+    NULL.
     """
     values = {
         **dict.fromkeys(("fingerprint", "owner", "lease_expires_at", "downstream_key"), null()),
@@ -59,7 +60,7 @@ CLAIM = _upsert(
 )
 FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _NOT_EXPIRED), lock=True)
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# The fence: a statement changes the record of a key only if the attempt owns the key.
+# The condition `_OWNED` is a fence: an attempt that no longer owns the record can't change the record.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)

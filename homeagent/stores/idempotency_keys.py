@@ -83,7 +83,9 @@ class IdempotencyKeyStore(Store):
         return unit.one(statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
-        """Return the parameters for a search. The scope can contain texts that a new record must not contain."""
+        """Return the parameters for a search. Do not apply the rules for new texts, because an old record can break the
+        rules.
+        """
         check_kind(scope, IdempotencyScope, "scope")
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
@@ -190,8 +192,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Set the end of the lease to the current time plus `lease`. Return the attempt with the new lease. If the
-        attempt no longer owns the key, raise `LeaseLostError`.
+        """Renew the lease of an attempt, and return the attempt with the new lease. The argument `lease` is the
+        duration from now to the end of the lease. If the attempt no longer owns the key, raise `LeaseLostError`.
         """
         check_kind(attempt, Attempt, "attempt")
         until = types.later(self._unit.now(), types.check_duration(lease, "lease", zero=True), "lease")
@@ -202,7 +204,7 @@ class IdempotencyKeyStore(Store):
     @clears_locals
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
         """Record the result of the effect, so that a retry gets the stored result. If the result is not JSON or is over
-        1 MiB, record `omitted=True` and no result, and return False.
+        1 MiB, record `omitted=True` instead of the result, and return False.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key.
@@ -254,9 +256,10 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call the method only if the effect of the attempt did not begin.
 
-        For the first attempt of a call, the method deletes the record. For a later attempt, the record stays and counts
-        as abandoned, because an earlier attempt has perhaps begun its effect. With `none_began=True`, the caller states
-        that no earlier attempt began its effect, and the method deletes the record.
+        For the first attempt of a call, the method deletes the record. After the second or a further attempt, the
+        record stays and counts as abandoned. The effect of an earlier attempt has perhaps begun. With
+        `none_began=True`, the caller states that no earlier attempt began its effect, and the method deletes the
+        record.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key.
@@ -268,7 +271,7 @@ class IdempotencyKeyStore(Store):
             self._write_fenced(statements.RENEW, attempt, lease_expires_at=self._unit.now())
 
     def _write_fenced(self, statement: Statement[IdempotencyKey], attempt: Attempt, **parameters: Any) -> None:
-        """Run a statement that changes the record only if the attempt owns the key."""
+        """Change the record of an attempt. If the attempt no longer owns the key, raise LeaseLostError."""
         if not self._unit.write(statement, **_parameters(attempt.scope), old_owner=attempt.owner, **parameters):
             scope = attempt.scope
             raise errors.LeaseLostError(device_id=scope.device_id, method=scope.method, attempt=attempt.number)

@@ -134,16 +134,16 @@ class NonceStore(Store):
         if expires_at <= now:
             return Freshness.STALE
         restored_at = self._restored_at()
-        # A restore perhaps lost the nonces of messages with a timestamp up to `restored_at + skew`, so refuse such
-        # messages.
+        # Refuse a message that was signed at `restored_at + skew` or earlier, because a restore can remove the nonce of
+        # the message.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        """Return the time of the last restore. The connection keeps the time, because a restore can't take place while
-        a connection is open.
+        """Return the time of the last restore. Read the time only once for each connection, because the time can't
+        change while a connection is open.
         """
         memory = self._unit.connection_memory
         if "restored_at" not in memory:
@@ -167,8 +167,8 @@ class NonceStore(Store):
 
     @writing()
     def forget(self, device_id: str) -> int:
-        """Stop counting the stored nonces of a device towards the device's limit. Return the number of nonces that
-        no longer count.
+        """Make room for new nonces of a device. The nonces that are already in the store no longer count for the
+        device's limit. Return the number of nonces that no longer count.
 
         The rows stay until the nonces expire, so that a replay is still refused. Before the call, choose a smaller skew
         (or an earlier `expires_at`) for new nonces, so that the device does not reach the limit again.

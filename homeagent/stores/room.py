@@ -1,7 +1,7 @@
 """Limit for the rows of one device. Counting 10,000 rows takes as long as 40 inserts, so a process does not count
-before each insert. After a count, the process can add several rows (a grant) without a new count. A grant is at most a
-fiftieth of the limit. Each process can exceed the limit by less than one grant. Therefore 49 processes together store
-fewer rows than twice the limit.
+before each insert. After a count, the process gets a grant: a number of rows that the process can add before the next
+count. A grant is at most a fiftieth of the limit, but at least one row. If several processes add rows, the device can
+exceed the limit. For up to 49 processes, the device stays below twice the limit.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 def has_room(
     unit: UnitOfWork, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
 ) -> bool:
-    """If the device can add a row, reduce the grant by one row, and return True. If the device has reached the limit,
-    return False. The argument `count` is a function that counts the unexpired rows of a device.
+    """Return True if the caller can add a row for the device, and False if the device has reached the limit. Call this
+    function once for each new row. The function `count()` returns the number of a device's unexpired rows.
     """
     grants = unit.settings.grants
     key = (kind, device_id, limit)
-    # Two threads can't take the same row of the grant, because the function `next()` is atomic.
+    # The function `next()` is atomic, so two threads can't get the same number from the iterator.
     if key in grants and next(grants[key], None) is not None:
         return True
     granted = _grant(limit, count(device_id, now))
@@ -42,7 +42,8 @@ def has_room(
         granted = _grant(limit, count(device_id, now))
     if len(grants) >= _MOST_GRANTS:
         grants.clear()
-    grants[key] = iter(range(granted - 1))  # - 1: the caller adds the first row of the grant
+    # The caller adds one row immediately. Keep the remaining rows of the grant for later calls.
+    grants[key] = iter(range(granted - 1))
     return granted > 0
 
 

@@ -44,7 +44,7 @@ AGENT = Statement[str](
     select(_agents.c.id).where(_agents.c.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
 _VALUES = {**bindparams("session_id", *ROUTE, "created_at", "last_active_at"), "metadata": bindparam("metadata_")}
-# Do not add `index_elements=…`, because the statement must tolerate an existing id and also an occupied route.
+# Do not add `index_elements=…`. The statement must ignore two conflicts: an existing id, and a route that is not free.
 CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values(**_VALUES, route_key=_route).on_conflict_do_nothing(), returning=AgentSession
 )
@@ -88,8 +88,8 @@ INDEX = Statement[AgentSession](
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
     """Return the columns for sorting. The session with the latest activity comes last."""
-    # Do not replace `last_active_at + 0` by `last_active_at`, because SQLite would read an index with the sessions of
-    # all routes (`test_a_route_is_searched_by_its_index`).
+    # Do not simplify the expression `last_active_at + 0`. For the plain column `last_active_at`, SQLite would use a
+    # different index, and would read the sessions of other routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
@@ -134,7 +134,7 @@ def give(given: frozenset[str]) -> Statement[AgentSession]:
 
 @cache
 def release_earlier(given: frozenset[str]) -> Statement[AgentSession]:
-    """Return a statement that takes a route from its holder if another session on the route was active later."""
+    """Return the statement that frees a route if the holder is not the last active session on the route."""
     is_later = tuple_(*_activity(_others.c)) > tuple_(*_activity(_columns))
     has_rival = exists().where(*_others_on(_columns, given), is_later)
     return Statement(update(AgentSession).where(_columns.route_key == _route, has_rival).values(route_key=None))
@@ -142,7 +142,7 @@ def release_earlier(given: frozenset[str]) -> Statement[AgentSession]:
 
 @cache
 def page_of(given: frozenset[str]) -> Statement[AgentSession]:
-    """Return the statement that lists a page of sessions. The names in `given` are parameters of the statement."""
+    """Return the statement that lists a page of sessions. The statement has a parameter for each given name."""
     conditions = [_columns[name] == bindparam(name) for name in ROUTE if name in given]
     if "after_id" in given:
         last_active_at = bindparam("after_active", type_=_columns.last_active_at.type)

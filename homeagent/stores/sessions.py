@@ -9,8 +9,8 @@
 | `index()` | the last active session |
 | `delete()`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
 
-If several sessions have the same time of last activity, the last active session is the session that was created last.
-If the times of creation are equal too, the last active session is the session with the greatest id.
+If several sessions have the same `last_active_at`, the session with the latest `created_at` counts as the last active
+session. If the times of creation are equal too, the last active session is the session with the greatest id.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _is_on(session: AgentSession, route: Parameters) -> bool:
 
 
 def _given(route: Parameters) -> frozenset[str]:
-    """Return the names of the values that are not None, for the functions that return statements for a route."""
+    """Return the names of the route's values that are not None."""
     return frozenset(name for name in statements.ROUTE if route[name] is not None)
 
 
@@ -150,7 +150,7 @@ class SessionStore(Store):
             self._require_agent(agent_id)
             if session is not None:
                 self._unit.write(statements.RELEASE_STALE, **route)
-            # If the database can't store the sender or the channel as a text, no stored session is on the route.
+            # If the database can't store the sender or the channel, skip the search, because no session can match.
             is_text = None not in (
                 self._searched(sender_id or "", "sender_id"),
                 self._searched(channel_id or "", "channel_id"),
@@ -184,8 +184,8 @@ class SessionStore(Store):
 
     @writing()
     def start(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
-        """Begin a new conversation. Add a session that takes the route. The session that held the route before stays in
-        the store. If the agent does not exist, raise `AgentNotFoundError`.
+        """Begin a new conversation. Add a session that takes the route. The method does not delete the previous holder
+        of the route. If the agent does not exist, raise `AgentNotFoundError`.
         """
         check_optional_label(sender_id, "sender_id")
         check_optional_label(channel_id, "channel_id")
@@ -194,7 +194,7 @@ class SessionStore(Store):
         now = self._unit.now()
         while True:
             self._unit.write(statements.RELEASE, route=route["route"])
-            # If the insert adds no row, another caller took the free route before the insert.
+            # Repeat the loop if another caller takes the route between the release and the insert.
             started = self._insert(route, new_session_id(), now)
             if started is not None:
                 return started
@@ -211,8 +211,9 @@ class SessionStore(Store):
         """Give a session a different agent, sender or channel, and return the session. The moved session takes the new
         route.
 
-        If the moved session held its old route, the last active session on the old route takes the old route. Without a
-        new value, the session takes the route of its present values, unless another session holds the route.
+        The move can free the old route. The last active session that remains on the free route then takes the route.
+        If the caller passes only the argument `session_id`, the session takes the free route of its agent, sender and
+        channel.
 
         Args:
             session_id: id of the session.
@@ -354,7 +355,7 @@ class SessionStore(Store):
                 self._unit.write_many(statements.give(given), rows_of_routes.values())
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
-        """Check each session of a batch, and yield its parameters. Add each session's `agent_id` to the set `known`."""
+        """Check each session of a batch, and yield its parameters. Add the ids of agents to the set named `known`."""
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
                 raise errors.InvalidArgumentError(

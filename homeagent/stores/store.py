@@ -25,7 +25,7 @@ def check_kind(value: T, kind: type[T], what: str) -> T:
 
 
 class Access(Enum):
-    """Behaviour of a store's method that is called without a unit of work."""
+    """Kind of a store's method. The kind says how homeagent runs the method outside a unit of work."""
 
     READ = auto()
     WRITE = auto()
@@ -48,9 +48,9 @@ def reading(method: F) -> F:
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
     """Declare that a store's method writes. If `stream` is True, the method consumes an iterable.
 
-    If a method does not write in each call, `unless` is a function that reads and returns two values. Before the
-    method, homeagent calls `unless` with the same arguments. If the first value of `unless` is True, the caller gets
-    the second value, and homeagent does not call the method.
+    If the method does not write in each call, pass a function in the argument `unless`. Outside a unit, homeagent first
+    calls the function `unless()` with the arguments of the method. If the function `unless()` returns a tuple
+    `(True, result)`, the caller gets the result, and homeagent does not call the method.
     """
 
     def declare(method: Any) -> Any:
@@ -80,7 +80,7 @@ class Store:
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Return a text for a search, or None if the database can't store the text. A search for None finds no row. No
+        """Return the given text, or None if the database can't store the text. A search for None finds no row. No
         database can hold a lone surrogate, and PostgreSQL can't hold NUL.
         """
         # The method `isprintable()` returns False for each text with a lone surrogate or NUL.

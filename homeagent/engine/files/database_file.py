@@ -51,7 +51,8 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     if not text:
         raise InvalidArgumentError("the path of a database is empty: name a file")
     if CONTROL_CHARACTER.search(text):
-        # A path that was read from a file can end with a line break, and would name a new, empty database.
+        # A path from a text file can end with a line break. SQLite would create a new database under the path with the
+        # line break.
         raise InvalidArgumentError("the path holds a control character, such as a line break: remove the character")
     try:
         expanded = Path(text).expanduser()
@@ -83,8 +84,8 @@ def refuse_orphaned_log(path: Path) -> None:
     caller that creates a database must hold `sidecar_lock`.
     """
     log = sidecars(path)[0]
-    # Do not swap the two calls of `size_of()`. If another process created both files between the swapped calls, the new
-    # WAL would look orphaned.
+    # Read the size of the WAL before the size of the database, because another process can create both files between
+    # the two reads.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -243,7 +244,7 @@ def change_mode(path: Path, mode: int) -> None:
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)
     except PermissionError as error:
-        # The caller has checked that the file belongs to this user, so the file system refuses the mode.
+        # This user owns the file, so only the file system can refuse the new mode.
         raise modes_not_kept(path) from error
 
 

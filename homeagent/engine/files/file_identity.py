@@ -42,8 +42,8 @@ class FileIdentityCheck:
         return bool(self._known)
 
     def before_connect(self) -> None:
-        """Check the files before a connection is opened. Do not record new identities, because another process can
-        delete the WAL and the WAL index while no connection is open.
+        """Check the files before a connection is opened. Do not record the identity of a WAL yet, because another
+        process can delete the WAL before the connection is open.
         """
         self._check(beside=self.remembers_log, remember=False)
 
@@ -52,7 +52,8 @@ class FileIdentityCheck:
         if self.identity is None:
             status = _status(self._name)
             self.identity = None if status is None else identity_of(status)
-        else:  # do not check at the first connection, because SQLite can empty a new, incomplete file
+        else:
+            # Check only later connections, because SQLite can empty an incomplete file at the first connection.
             self._check()
 
     def disconnected(self) -> None:
@@ -65,7 +66,9 @@ class FileIdentityCheck:
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Check the files if the last check is at least 10 ms old, and otherwise only a strictly checked file."""
+        """Check the files if the last check is at least 10 ms old. With `strict=True`, check the database file at every
+        call.
+        """
         if self.monotonic() >= self.due:
             self.after_begin()
         elif self._strict:

@@ -147,8 +147,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # Another process can be creating the file at this moment. A umask can remove bits from the mode of a new
-            # file until the creating process has set the mode again.
+            # Another process can be creating the file at this moment. The umask of the creating process can remove bits
+            # from the mode, so set the mode of an empty file.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None

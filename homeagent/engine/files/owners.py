@@ -26,7 +26,7 @@ def trusted_owners(directory: Path) -> frozenset[int]:
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups, and whose note of the last backup, homeagent accepts in any directory."""
+    """Return the owners from whom homeagent accepts a backup, or the note of the last backup, in any directory."""
     return trusted_owners(database.parent) | {0}
 
 

@@ -1,4 +1,4 @@
-"""A long-lived connection to a PostgreSQL server, and the error for a value that is too long for an index."""
+"""A long-lived connection to a PostgreSQL server."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class PostgreSQLConnection(StoreConnection):
         super().commit()
         if self._warned and not self.read_only:
             # The server warns if an administrator cancelled the wait for a synchronous standby. After a cancelled wait,
-            # only the primary has the commit
+            # the standby can lack the commit
             # (https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION).
             raise commit_unknown()
 
@@ -161,7 +161,7 @@ class PostgreSQLConnection(StoreConnection):
         return bool(self._lost or self._raw.closed)
 
     def is_stale(self, failure: BaseException) -> bool:
-        """Return whether BEGIN failed because the server ended, or became a standby, while the connection was idle."""
+        """Return True if BEGIN failed on a connection that worked before. The server has ended, or is a standby now."""
         return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))
 
 

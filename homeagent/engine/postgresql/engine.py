@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
 # Timeouts for a host that does not answer, in seconds (tcp_user_timeout: in milliseconds). By default, libpq waits for
-# a new connection without a limit, and for the acknowledgement of data about 15 minutes
-# (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
+# a new connection without a limit (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
+# Linux waits about 15 minutes for the acknowledgement of sent data (tcp(7), `tcp_retries2`).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # for each host
     "keepalives_idle": "30",
@@ -66,7 +66,8 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # Do not let a setting of the role hide warnings, because the server warns if a standby can lack a commit.
+        # Override a setting of the role that hides warnings. With a warning, the server reports that a standby can lack
+        # a commit.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
         """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
@@ -122,8 +123,8 @@ class PostgreSQLEngine(Engine):
         raw: Any = connection.connection.driver_connection
         # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
         if raw.info.transaction_status == 0:
-            # Use READ COMMITTED, even if the role has a different default isolation level. A unit that has waited for a
-            # row lock must see the changes of the transaction that held the lock.
+            # Use READ COMMITTED, even if the role has a different default isolation level. After a wait for a row lock,
+            # a unit must see the newest version of the row.
             kind = "REPEATABLE READ READ ONLY" if connection.info.get(_READ_ONLY) else "READ COMMITTED"
             raw.execute("; ".join((f"BEGIN ISOLATION LEVEL {kind}", *self._local_settings())))
 
@@ -164,7 +165,7 @@ class PostgreSQLEngine(Engine):
 
     def fork_locks(self) -> Sequence[threading.RLock]:
         """Return the mutexes of the pools."""
-        # A thread with `feed_mutex` can wait for a lost connection, and would block the fork.
+        # Leave out `feed_mutex`, because a thread can hold `feed_mutex` for a long time if a connection is lost.
         return super().fork_locks()[1:]
 
 
@@ -228,7 +229,9 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
-    """Return the error for a failed connection, with the reason for each host. libpq's full text can show options."""
+    """Return the error for a failed connection, with the reason for each host. Do not show libpq's whole message, which
+    can contain options of the URL.
+    """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""
     return ConnectionLostError(f"no connection to the PostgreSQL server{shown}: check that it runs, and check the URL")

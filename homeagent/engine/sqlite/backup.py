@@ -42,7 +42,7 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 # Number of pages between two calls of the function `stop()`. Copying 2,000 pages takes some milliseconds.
 _STEP = 2000
-# Number of instructions of SQLite's virtual machine between two calls of the function `stop()`.
+# SQLite calls the function `stop()` after this number of bytecode instructions.
 _INSTRUCTIONS = 100_000
 
 _STOPPED = "the backup was stopped before it was complete: the partial copy was removed"
@@ -57,7 +57,7 @@ def never_stop() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """The part of a manifest that homeagent reads from the database."""
+    """The fields of a manifest that describe the content of the database."""
 
     rows: dict[str, int]
     schema_revision: str | None
@@ -92,7 +92,7 @@ def write_backup(
     if not create_file(partial, database=engine.path):
         raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove the file")
     try:
-        # Check the sidecar files, because SQLite could replay a journal of another user over the copy.
+        # Refuse another user's sidecar files, because SQLite would write the pages of a journal file into the copy.
         secure_sidecars(partial)
         contents = _copy(engine, partial, stop, needs_schema=kind != "adoption")
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
@@ -136,7 +136,9 @@ def discard(partial: Path) -> None:
 
 
 def read_contents(raw: Any) -> Contents:
-    """Read the row counts, revisions and epoch. If the file can change, pass a connection in a transaction."""
+    """Read the row counts, revisions and epoch. If another connection can write, begin a transaction before the call,
+    so that all values come from one snapshot.
+    """
     query = "SELECT name, replace(name, '\"', '\"\"') FROM sqlite_master WHERE type = 'table' ORDER BY name"
     escaped = {str(name): str(text) for name, text in raw.execute(query) if not str(name).startswith("sqlite_")}
 
@@ -226,8 +228,7 @@ def _describe(
 ) -> Manifest:
     """Sync the copy to the disk, read back every byte, and return the manifest."""
     digest = hashlib.sha256()
-    # Do not call this function while a connection has the copy open. When this function closes its descriptor of the
-    # copy, the connection loses SQLite's locks.
+    # Do not call this function while SQLite has the copy open, because closing the file would release SQLite's locks.
     with explained("read back a backup at", partial), os.fdopen(os.open(partial, os.O_RDWR | OPEN_FLAGS), "rb") as file:
         sync(file.fileno())
         while block := file.read(1 << 20):

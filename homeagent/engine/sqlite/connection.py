@@ -46,8 +46,8 @@ class SQLiteConnection(StoreConnection):
         return StatementCursor(raw)
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
-        # Do not call `after_failed_commit()` twice. For a COMMIT of SQLAlchemy, the driver's `commit()` has already
-        # called `after_failed_commit()`.
+        # Do not call `after_failed_commit()` twice. If SQLAlchemy sends COMMIT, the driver's method `commit()` has
+        # already called `after_failed_commit()`.
         unknown = self._raw.after_failed_commit(error) if self._root is None else None
         return unknown or super()._commit_failure(error)
 

@@ -27,7 +27,7 @@ from homeagent.errors import (
     TooManyFilesError,
 )
 
-# SQLite extends the WAL index by 32 KiB at a time, so a smaller probe could succeed although SQLite's write failed.
+# SQLite extends the WAL index by 32 KiB at a time. On an almost full disk, a smaller probe could still succeed.
 _PIECE = 64 * 1024
 
 

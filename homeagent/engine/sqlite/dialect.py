@@ -63,8 +63,8 @@ class StatementCursor(_Cursor):
 
     def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> _Cursor:
         """Run a statement once for each set of bindings."""
-        # Do not use `total_changes`, because it also counts rows of triggers and foreign keys: the ORM would raise
-        # StaleDataError.
+        # Do not use `total_changes()`, which also counts the rows that triggers and foreign keys change. With a wrong
+        # count, the ORM raises StaleDataError.
         changed = 0
         for bindings in sequenceofbindings:
             self.execute(statements, bindings).fetchall()  # SQLite counts the changed rows only after the last row
@@ -212,8 +212,9 @@ def connect(database: str = ":memory:", *, uri: bool = False, timeout: float = 5
     # Keep temporary data in memory, because a container can lack a directory for SQLite's temporary files
     # (https://sqlite.org/tempfiles.html).
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Without `SQLITE_DBCONFIG_ENABLE_QPSG`, SQLite plans a statement with `LIMIT ?` again for each execution. In a test
-    # that read pages of rows, the planning took 10% of the time (https://sqlite.org/queryplanner-ng.html#qpstab).
+    # Without the option `SQLITE_DBCONFIG_ENABLE_QPSG`, SQLite plans a statement with a parameter for LIMIT at every
+    # execution. In a test that read pages of rows, the planning took 10% of the time
+    # (https://sqlite.org/queryplanner-ng.html#qpstab).
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection
 
@@ -260,7 +261,7 @@ def _regexp(pattern: Any, value: Any) -> bool | None:
         raise apsw.SQLError(f"regexp: {error}") from None
 
 
-# SQLAlchemy's error class for classes of apsw. All other classes of apsw become DatabaseError.
+# For each error class of SQLAlchemy, the names of apsw's classes. All other classes of apsw become DatabaseError.
 _SQLALCHEMY_ERRORS = {
     "IntegrityError": "Constraint Mismatch",
     "DataError": "TooBig",

@@ -121,8 +121,8 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Use a weak reference to this engine. The caches of compiled statements keep the dialect and its listeners in
-        # memory, so a strong reference would also keep a closed engine.
+        # Use a weak reference to this engine. The caches of compiled statements keep this listener in memory. With a
+        # strong reference, the listener would keep a closed engine in memory.
         on_error = weakref.WeakMethod(self._on_error)
         event.listen(sa_engine, "handle_error", lambda context: (method := on_error()) and method(context))
         return sa_engine
@@ -197,7 +197,7 @@ class SQLiteEngine(Engine):
     @contextmanager
     def driver_connection(self) -> Iterator[DriverConnection]:
         """Yield a driver's connection with the same pragmas as `connect()`. The method `connect()` takes a third more
-        time.
+        time than `driver_connection()`.
         """
         self.identity_check.before_connect()
         with closing(self._open_existing()) as raw:
@@ -259,8 +259,8 @@ class SQLiteEngine(Engine):
             mode = "TRUNCATE" if truncate else "PASSIVE"  # https://sqlite.org/pragma.html#pragma_wal_checkpoint
             ((blocked, _, _),) = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
             if truncate:
-                # Make an empty commit, which writes a new header to the truncated WAL. After a power cut, an empty WAL
-                # and an outdated WAL index would look like lost commits.
+                # Make an empty commit, which writes a new header to the truncated WAL. With an empty WAL and an
+                # outdated WAL index, homeagent would report lost commits after a power cut.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
         except BaseException:
@@ -284,7 +284,7 @@ class SQLiteEngine(Engine):
                     mode = raw.pragma("journal_mode", "WAL")
                 except apsw.BusyError:
                     # SQLite needs an exclusive lock to change the journal mode, but does not call the busy handler.
-                    # Another process that reads the revision of a file in rollback mode can hold a lock for a moment.
+                    # Another process can hold a lock for a moment, to read the schema revision.
                     if monotonic() >= deadline:
                         raise
                     time.sleep(_WAL_PAUSE)
@@ -315,7 +315,8 @@ class SQLiteEngine(Engine):
         if database_file.size_of(lock_path(self.path)) or database_file.look_at(journal) is None:
             return False
         header = read_start(journal, 20)
-        # Bytes 16 to 19 of a journal are the old size of the database (https://sqlite.org/fileformat2.html, section 3).
+        # In a journal, bytes 16 to 19 contain the size of the database before the transaction
+        # (https://sqlite.org/fileformat2.html, section 3).
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
@@ -345,8 +346,8 @@ class SQLiteEngine(Engine):
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # The exception is already an error of homeagent.
         clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
-        # Do not translate an exception of Python that a column type of the application raises before the statement
-        # runs.
+        # Before a statement runs, a column type of the application can raise a Python exception. Do not translate the
+        # Python exception.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):
             return None

@@ -37,8 +37,8 @@ _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 class FileGuard:
     """Holds locks on one database file while this process has a connection to the file. On Linux, the guard's locks
-    belong to an open file description, so closing another descriptor does not release the locks. A second SQLite
-    library sees from the locks that the database is open.
+    belong to an open file description, so closing another descriptor does not release the locks. The locks also tell a
+    second SQLite library that the database is open.
     """
 
     def __init__(self, path: Path, identity: Identity) -> None:
@@ -124,8 +124,8 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold the lock `_opening` while a connection is opened and counted. Without the lock, another thread could mistake the
-# descriptor of an uncounted connection for a descriptor of another library.
+# Hold the lock `_opening` while a connection is opened and counted. Without the lock `_opening`, another thread could
+# find the new descriptor, and raise ForeignAccessError by mistake.
 _opening = threading.RLock()
 _is_hook_installed = False
 _uncounted = 0

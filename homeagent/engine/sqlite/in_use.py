@@ -58,7 +58,9 @@ def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: b
 
 @contextmanager
 def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
-    """Hold the exclusive in-use lock, and first finish an interrupted restore. The database can be damaged."""
+    """Hold the exclusive in-use lock during the block. Before the block, finish an interrupted restore. The database
+    can be damaged.
+    """
     lock = FileLock(in_use_path(database), timeout=timeout)
     try:
         lock.acquire()
@@ -171,8 +173,8 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
     # Check the file at `new_path`, because another user could have put a file there after a finished replacement.
     if inspect_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
-            # After the rename, no file has the database's path for a moment. If another process opens the database in
-            # this moment, the process finds the marker and finishes the replacement.
+            # Between the first and the last rename, the database file is missing. If another process opens the database
+            # at this time, the process finds the marker and finishes the replacement.
             if os.path.lexists(database) and not os.path.lexists(kept):
                 database.replace(kept)
             for old_sidecar, kept_sidecar in zip(sidecars(database), sidecars(kept), strict=True):

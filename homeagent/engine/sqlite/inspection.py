@@ -32,7 +32,7 @@ _INSTRUCTIONS = 10_000
 
 
 class Stopwatch:
-    """A statement timeout in the form of a progress handler for SQLite. A limit of None means no timeout."""
+    """Progress handler that ends a SQLite statement after a time limit. A limit of None means no timeout."""
 
     def __init__(self, limit: timedelta | None) -> None:
         self._limit = None if limit is None else limit.total_seconds()
@@ -88,7 +88,7 @@ def inspect_sqlite(
             with translated(DRIVER_ERRORS, sqlite_error):
                 connection = _begin(engine.connect())
         except ReadOnlyError:
-            # While another process writes, a read-only WAL index can lack a free slot for this reader. Try the next
+            # While another process writes, SQLite can refuse to read with the option `readonly_shm=1`. Try the next
             # option.
             if not options:
                 raise
@@ -120,8 +120,8 @@ def journal_mode(connection: Connection) -> str:
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
     """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables. SQLite reports
     the tables that a compiled statement uses (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile a
-    statement that uses the trigger or the view, also return True. The names in `tables` are in lower case. The argument
-    `on` is the name of the trigger's table, or the name of the view.
+    statement that uses the trigger or the view, also return True. The argument named `tables` contains names in lower
+    case. The argument named `on` contains the name of the trigger's table, or the name of the view.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []
@@ -159,5 +159,6 @@ def scratch_sqlite() -> Connection:
 
 
 def _on_error(context: ExceptionContext) -> None:
-    if isinstance(context.original_exception, Exception):  # do not translate Ctrl-C, which must end the doctor
+    # Do not convert a KeyboardInterrupt, because Ctrl-C must end the doctor.
+    if isinstance(context.original_exception, Exception):
         raise sqlite_error(context.original_exception)

@@ -108,7 +108,7 @@ def newest_backup(database: Path) -> Path | None:
     if last is not None and last.parent != database.parent:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
-    # Rank a backup with a time in the future last, because the clock was wrong at the time of the backup.
+    # Prefer a backup with a time in the past. A time in the future comes from a wrong clock.
     newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
     return None if newest is None else newest[0]
 

@@ -25,8 +25,8 @@ _OF_TABLE = {
 def refuse_changes(
     raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
 ) -> Iterator[None]:
-    """While the block runs, refuse each statement that changes the rows, columns, indexes or triggers of the given
-    tables, and each change of `PRAGMA writable_schema`. The names of the tables are in lower case. The triggers with
+    """During the block, refuse statements that change the rows, columns, indexes or triggers of the given tables. Also
+    refuse statements that set `PRAGMA writable_schema`. The names of the tables are in lower case. The triggers with
     the names in `triggers` are allowed to change the tables. A refused statement has no effect, because SQLite asks the
     authorizer during the compilation of a statement (https://sqlite.org/c3ref/set_authorizer.html).
     """

@@ -1,7 +1,7 @@
 """Find committed transactions that are lost from a WAL. SQLite treats the first frame with a wrong checksum as the end
 of the WAL, and silently discards the later commits (https://sqlite.org/fileformat2.html#walformat, section 4.2). The
-caller must ensure that no process of homeagent has the database open, because a process that reads and closes the WAL
-index loses SQLite's locks on the WAL index.
+caller must ensure that no process of homeagent has the database open. If this process had the database open, reading
+the WAL index would release SQLite's locks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, Connection, open_exis
 
 _HEADER = 32
 _FRAME_HEADER = 24
-_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # Byte order of the words that the checksum adds up.
+_MAGIC = {0x377F0682: "little", 0x377F0683: "big"}  # Byte order for calculating the checksum.
 _SMALLEST_LOG = _HEADER + _FRAME_HEADER + SMALLEST_DATABASE  # Size of a WAL with one frame of the smallest page.
 _INDEX_HEADER = 48
 _INDEX = 2 * _INDEX_HEADER + 40
@@ -42,8 +42,8 @@ _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Lost commits in a WAL. The attribute `frames` is the number of frames before the damage, which SQLite still
-    reads. If `by_power_cut` is True, a power cut with `durability="normal"` can be the cause of the loss.
+    """Lost commits in a WAL. The attribute `frames` is the number of frames that SQLite can still read. If
+    `by_power_cut` is True, a power cut with `durability="normal"` can be the cause of the loss.
     """
 
     problem: str
@@ -59,7 +59,7 @@ class _Index(NamedTuple):
 
 def has_frames(path: Path) -> bool:
     """Return whether SQLite would read a frame of this database's WAL. The function is safe while the caller has the
-    database open. A WAL without frames makes a connection with `readonly_shm=1` fail after 10 seconds
+    database open. If the WAL has no frames, a connection with the option `readonly_shm=1` fails after 10 seconds
     (SQLITE_PROTOCOL).
     """
     log = sidecars(path)[0]
@@ -95,8 +95,8 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
 
 def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
     """Describe the commits that SQLite would silently discard at the opening of the database, or return None. The
-    argument `raw` must be a connection from `open_without_locks()`. Without a WAL index, the function ignores damage in
-    the last commit, because a power cut during COMMIT can cause the same damage.
+    argument `raw` must be a connection from `open_without_locks()`. A power cut during COMMIT can damage the last
+    commit. If the WAL index is missing, do not report damage in the last commit.
     """
     log, index = sidecars(path)[:2]
     known, found = _read_index(index), _Log()
@@ -108,7 +108,7 @@ def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
 class _Log(NamedTuple):
     salt: bytes | None = None  # None if the WAL has no valid header
     committed: int = 0  # Number of frames up to the end of the last intact commit.
-    later_commits: int = 0  # Number of frames that end a commit and come after the last intact commit.
+    later_commits: int = 0  # Number of commits that follow the last intact commit.
     is_blank: bool = True  # True if the WAL is missing, is too short for a frame, or has only zeros after a power cut
 
 
@@ -139,8 +139,8 @@ def _read_log(file: BinaryIO, raw: Connection) -> _Log:
 
 
 def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
-    """Return the number of frames up to the last intact commit. The function takes a hundred times as long as SQLite,
-    but SQLite can count the frames only if the process can write the WAL.
+    """Return the number of frames up to the last intact commit. Use the function only if the process can't write the
+    WAL, because SQLite counts frames a hundred times faster.
     """
     order = _MAGIC[int.from_bytes(header[:4], "big")]
     sums: tuple[int, ...] = struct.unpack(">2I", header[24:])
@@ -194,8 +194,8 @@ def _judged(index: _Index | None, log: _Log, state: str) -> LostCommits | None:
 
 
 def _is_later(salt: bytes, *, than: bytes) -> bool:
-    """Return True if the WAL was restarted after the kernel last wrote the WAL index to the disk. A restart increments
-    the first salt (https://sqlite.org/fileformat2.html#walformat).
+    """Return True if the WAL is newer than the WAL index on the disk. A restart increments the first salt
+    (https://sqlite.org/fileformat2.html#walformat).
     """
     return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS
 

@@ -156,7 +156,7 @@ _HANDS_OFF = (
 
 
 def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSettings | None) -> list[Repair]:
-    """Make the repairs that the findings of the diagnosis allow. Return all repairs, including failed repairs."""
+    """Repair the problems in the diagnosis if a repair is safe. Return all repairs, including failed repairs."""
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}

@@ -86,7 +86,7 @@ class Diagnosis(BaseModel, frozen=True, extra="forbid"):
         thorough: True if the diagnosis included the slow checks.
         severity: worst severity of all findings.
         findings: one finding for each completed check, in the order of `CHECKS`.
-        not_checked: reason why a check did not run or complete, by the check's name.
+        not_checked: checks that were not completed. Each key is the name of a check, and each value is the reason.
         repairs: repairs that the doctor made before the final checks. With `fix=False` the doctor makes no repairs.
     """
 
@@ -139,8 +139,8 @@ class Collector:
         warning: object = False,
         **facts: Fact,
     ) -> None:
-        """Add a finding. The finding is critical if `critical` is true, else a warning if `warning` is true, and else
-        OK. If the finding is OK, ignore meaning, remedy and command.
+        """Add a finding. The argument `critical` or `warning` sets the severity, and `critical` has priority. Without
+        `critical` and `warning`, the severity is OK, and the method ignores `meaning`, `remedy` and `command`.
         """
         severity, advice = Severity.OK, {}
         if critical or warning:

@@ -85,7 +85,9 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Add a finding and return False if the doctor must not open the database because of a file's owner or size."""
+    """Check the owners and sizes of the files. If the doctor must not open the database, add a finding, and return
+    False.
+    """
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:

@@ -115,7 +115,8 @@ def _check_schema(collector: Collector, connection: Connection) -> None:
             collector.warn("schema", summary, meaning, remedy, **{fact: len(found)})
     if accepted:
         listed = ", ".join(str(difference.trigger) for difference in accepted)
-        # Also report the triggers as a fact, because another finding can replace the summary.
+        # Report the names of the triggers in the facts too. If the schema has a problem, the report omits the summary
+        # with the names.
         collector.add("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
 
 
@@ -281,7 +282,7 @@ def _check_references(collector: Collector, connection: Connection) -> None:
 
 
 def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
-    """Yield the id and the right route key of each session with a wrong route key."""
+    """Find the sessions with a wrong route key. For each found session, yield the id and the correct route key."""
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
     # If several sessions belong to one route, the session that was active last gets the route.

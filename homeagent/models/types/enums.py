@@ -29,7 +29,9 @@ class EnumColumn(StoredColumn[StrEnum]):
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the text that the column stores for an enum member. The argument can be the member or its text."""
+        """Return the text that the column stores for an enum member. The argument can be an enum member, or the text of
+        an enum member.
+        """
         try:
             return self._stored[value]
         except (KeyError, TypeError):
@@ -46,8 +48,8 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as 0 or 1. If the column contains a value other than 0 or 1, a store returns the
-    bool in the argument `otherwise`. Choose a value for `otherwise` that grants no access.
+    """Column type for a bool, stored as 0 or 1. The argument named `otherwise` is the result for a stored value that is
+    not 0 or 1. Choose a result that grants no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer

@@ -84,8 +84,9 @@ ResultJson = Annotated[JsonValue, _within(MAX_RESULT_BYTES)]
 
 
 class JsonColumn(StoredColumn[Any]):
-    """Column type for JSON, stored as text. The JSON type of a database would change the order of keys, -0.0, large
-    integers or NUL characters. With `none_as_null=False`, None is stored as the JSON text `null`.
+    """Column type for JSON, stored as text. A database's own JSON type would not keep every JSON text exactly. For
+    example, the type can change the order of keys or a large integer. With `none_as_null=False`, None is stored as the
+    JSON text `null`.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text

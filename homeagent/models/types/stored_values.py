@@ -17,8 +17,8 @@ UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, Val
 
 
 def naming_column(table: Table) -> str:
-    """Return the name of the column that identifies a row in an error message. The message must not show a nonce or an
-    idempotency key.
+    """Choose the column that error messages use to identify a row, and return the column's name. The message must not
+    show a nonce or an idempotency key.
     """
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 

@@ -42,7 +42,9 @@ _EMOJI_STYLES = frozenset("\ufe0e\ufe0f")
 
 
 def _check_text(value: str, what: str, octets: int) -> str:
-    """Return the value if it has 1 to `octets` bytes of UTF-8, no control character and no lone surrogate."""
+    """Return the value if the text is valid. An empty text, a control character and a lone surrogate are invalid. The
+    argument named `octets` is the maximum length in bytes of UTF-8.
+    """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
     # Check the number of characters first, so that the check of the characters does not read a long text. Check the
@@ -78,7 +80,7 @@ def _is_visible(text: str, place: int) -> bool:
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
         return True
     if character in _JOINERS:
-        # Skip the marks (such as the virama), variation selectors and skin tones before the joiner.
+        # Find the base character before the joiner. Skip modifiers, such as a virama or a skin tone.
         before = next((each for each in reversed(text[:place]) if not _is_modifier(each)), "")
         return _is_letter_or_emoji(before) and _is_letter_or_emoji(text[place + 1 : place + 2])
     return character in _EMOJI_STYLES and place > 0 and _is_emoji(text[place - 1])
@@ -98,7 +100,9 @@ def _is_letter_or_emoji(character: str) -> bool:
 
 
 def check_identifier(value: str, what: str = "an id", octets: int = MAX_ID_BYTES) -> str:
-    """Return the value if it is a valid id of at most `octets` bytes. The page on limits lists the rules."""
+    """Return the value if it is a valid id. The argument `octets` is the greatest number of bytes. The page on limits
+    lists the rules.
+    """
     return (_check_known if value.__class__ is str else _check_id)(value, what, octets)
 
 

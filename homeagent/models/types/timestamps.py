@@ -1,4 +1,6 @@
-"""Timestamps in UTC, and durations, in whole milliseconds. Do not compute with floats, because floats are rounded."""
+"""Timestamps and durations. Timestamps are in UTC and are rounded down to milliseconds. Do not compute with floats,
+because floats are rounded.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,7 @@ def from_milliseconds(milliseconds: float) -> datetime:
 
 
 class _TimestampCache(dict[int, datetime]):
-    """Cache of loaded timestamps. Reading a timestamp from the cache takes a fifth of the time for creating it."""
+    """Cache of loaded timestamps. A look-up in the cache is five times as fast as the creation of a timestamp."""
 
     def __missing__(self, milliseconds: int) -> datetime:
         if len(self) >= _CACHED_TIMESTAMPS:
