@@ -256,7 +256,7 @@ class StoreConnection:
     def invalidate(self) -> None:
         """In a forked child, make every further statement raise `DatabaseClosedError`."""
         if self._connection.closed:
-            return  # the connection was closed before the fork
+            return  # The connection was closed before the fork.
         # Do not close the connection, because SQLite would delete the WAL that the parent process still uses.
         gone: Any = _ClosedAfterFork()
         _keep_forever(self._raw)

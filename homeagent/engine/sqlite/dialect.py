@@ -278,7 +278,7 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
-    poolclass = SingletonThreadPool  # an in-memory database stays the same for a thread
+    poolclass = SingletonThreadPool  # An in-memory database stays the same for a thread.
     # SQLAlchemy chooses its error class by the name of the driver's error class
     # (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
     dbapi_exception_translation_map: dict[str, str] = {

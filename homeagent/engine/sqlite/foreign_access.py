@@ -176,7 +176,7 @@ def _refuse_foreign_descriptors(path: Path) -> None:
         return
     with explained("look into", _DESCRIPTORS), os.scandir(_DESCRIPTORS) as links:
         for link in links:
-            with suppress(OSError):  # the descriptor was closed after the directory of descriptors was listed
+            with suppress(OSError):  # The descriptor was closed after the listing.
                 # Read the guards again, because a signal handler can have opened the file in the meantime.
                 if identity_of(link.stat()) == identity and identity not in _guards:
                     raise ForeignAccessError(

@@ -106,10 +106,10 @@ def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
 
 
 class _Log(NamedTuple):
-    salt: bytes | None = None  # None if the WAL has no valid header
+    salt: bytes | None = None  # None if the WAL has no valid header.
     committed: int = 0  # Number of frames up to the end of the last intact commit.
     later_commits: int = 0  # Number of commits that follow the last intact commit.
-    is_blank: bool = True  # True if the WAL is missing, is too short for a frame, or has only zeros after a power cut
+    is_blank: bool = True  # True if the WAL is missing, too short for a frame, or has only zeros.
 
 
 def _read_log(file: BinaryIO, raw: Connection) -> _Log:

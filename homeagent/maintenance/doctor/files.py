@@ -26,10 +26,10 @@ from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.report import Collector
 
 OLD_BACKUP = timedelta(days=7)
-STALE = timedelta(days=1)  # after this time, the doctor assumes that the process of a partial copy has ended
-KEPT = timedelta(days=30)  # age of a quarantine after which the doctor reports a warning
-WAL_RESERVE = 64 * 1024 * 1024  # free space for a growing WAL, in addition to a second copy of the database
-SCARCE = 16 * 1024 * 1024  # free space below which the next burst of writes can fail
+STALE = timedelta(days=1)  # After this time, the doctor treats a partial copy as abandoned.
+KEPT = timedelta(days=30)  # The doctor reports files in quarantine that are older.
+WAL_RESERVE = 64 * 1024 * 1024  # The WAL needs this free space in addition to a second database.
+SCARCE = 16 * 1024 * 1024  # With less free space, the next writes can fail.
 
 Files = dict[Path, os.stat_result]
 

@@ -23,10 +23,10 @@ from homeagent.models.session import route_key
 from homeagent.models.types import JsonColumn, TimestampColumn, naming_column, problem_of_stored
 from homeagent.stores.nonces import NONCE_GRACE
 
-BACKLOG = 10_000  # if more expired rows exist, the doctor assumes that no process sweeps
-AHEAD = timedelta(minutes=1)  # allowed difference between the clocks of several hosts
-PENDING = timedelta(days=7)  # longest time for which a device can wait for approval without a warning
-SECRETS_GRACE = timedelta(days=1)  # the hash of an expired secret can stay for this time, as the clock can be wrong
+BACKLOG = 10_000  # If more expired rows exist, the doctor assumes that no process sweeps.
+AHEAD = timedelta(minutes=1)  # The clocks of two hosts can differ by this time.
+PENDING = timedelta(days=7)  # If a device waits longer for approval, the doctor reports a warning.
+SECRETS_GRACE = timedelta(days=1)  # The clock can be wrong, so an expired hash can stay for this time.
 _PAGE = 1000
 _PAGE_WITH_JSON = 25  # the JSON of one row has up to 1 MiB
 

@@ -155,7 +155,7 @@ def _described(octets: int, *, refused: str = "") -> WithJsonSchema:
     return WithJsonSchema({"type": "string", "minLength": 1, "maxLength": octets, "pattern": pattern})
 
 
-_ID = r"\\"  # an id contains no backslash.
+_ID = r"\\"  # An id contains no backslash.
 _NAME = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # Bidirectional controls of Unicode.
 
 Identifier = Annotated[str, AfterValidator(check_identifier), _described(MAX_ID_BYTES, refused=_ID)]
