@@ -109,7 +109,7 @@ def test_superuser_does_not_repair_files_of_others(database_file: Path) -> None:
 def test_file_system_without_modes_is_refused(
     database_file: Path, monkeypatch: pytest.MonkeyPatch, refusal: OSError | None
 ) -> None:
-    """If a file system ignores or forbids modes, an error is raised, because others could read the file; none is left."""
+    """If a file system ignores or forbids modes, an error is raised, and no new file is left that others could read."""
 
     def chmod(*_: object, **__: object) -> None:
         if refusal is not None:
