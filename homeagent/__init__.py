@@ -85,8 +85,8 @@ _MODULES = ("errors", "maintenance", "models", "stores")
 """Names of the modules that are attributes of the package after `import homeagent`."""
 
 
-# Hide the function `__getattr__` from type checkers. If a type checker saw the function, the checker would not report
-# misspelt names.
+# Hide the function `__getattr__` from type checkers, because a type checker accepts every attribute of a module that
+# defines `__getattr__`, even a misspelt name.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

@@ -87,7 +87,7 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
     Args:
         context: the module `alembic.context`.
         package: name of the application's package.
-        metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
+        metadata: further `MetaData` objects with tables of the application, such as `SQLModel.metadata`.
 
     Raises:
         alembic.util.CommandError: if no database is named, or if the connection is not usable.

@@ -16,7 +16,8 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
     """Return the function. For a generator function or an object that can't be called, raise InvalidArgumentError. If
-    the argument `coroutine` is a text, also refuse a coroutine function, and show the text in the error.
+    the argument `coroutine` is not None, also refuse a coroutine function. The text of the argument `coroutine` becomes
+    the end of the error's message.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED

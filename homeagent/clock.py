@@ -30,11 +30,11 @@ def system_clock() -> datetime:
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest
     if milliseconds > latest:
-        # If two threads run this block at the same time, each thread returns its own reading of the clock.
+        # Two threads can run this block at the same time. Each thread returns the time that the thread has read.
         timestamp = _EPOCH + milliseconds * _MILLISECOND
         reading = (milliseconds, timestamp)
-        # Do not add a call between the comparison and the assignment. CPython could switch to another thread after the
-        # call, and this thread could then replace a later time by an earlier time (`test_the_clock_never_goes_back`).
+        # Do not add a call between the comparison and the assignment. CPython can switch threads after a call, and the
+        # stored time could go back (`test_the_clock_never_goes_back`).
         if reading > _latest:
             _latest = reading
     return timestamp

@@ -123,8 +123,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. An upgrade runs
                 homeagent's revisions first, and then the revisions in this folder.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. An upgrade, a copy and a restore
-                fail if the argument `acknowledged` lacks an application's trigger on homeagent's tables.
+            acknowledged: names of the application's triggers on homeagent's tables. If the name of a trigger on
+                homeagent's tables is missing, an upgrade, a copy and a restore fail.
             limits: limits on the rows that devices can create, and on the work that unknown devices can cause.
 
         Raises:
@@ -373,8 +373,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             FingerprintMismatchError: if an earlier call used the key with different parameters.
             IdempotencyInProgressError: if another caller is running the effect.
             OutcomeUnknownError: if an earlier attempt was abandoned and `on_abandoned="refuse"`.
-            LeaseLostError: if the effect ran, but another caller took over or deleted the key before the outcome was
-                recorded.
+            LeaseLostError: if the effect ran, but this call could not record the outcome. Another caller had taken over
+                the key, or had deleted the key.
             EffectFailedError, EffectNotStartedError: if the effect raised the error in this call. If the effect of an
                 earlier call with the key raised EffectFailedError, this call raises the stored error.
         """

@@ -161,9 +161,9 @@ class DatabaseMaintenance:
         application's tables if the target was opened with `migrations=…`.
 
         Args:
-            target: open `Database` with the same schema revision as the source. The target must contain no devices,
-                agents, sessions, nonces or idempotency keys. The application's tables that the copy fills must also be
-                empty.
+            target: instance of `Database`. The target must be open, and must have the same schema revision as the
+                source. The target must contain no devices, agents, sessions, nonces or idempotency keys. The
+                application's tables that the copy fills must also be empty.
             live: True to allow other units to write to the source during the copy. The copy contains the state of the
                 source at the beginning of the copy, without later writes. For a move to another database, stop all
                 writers and pass `live=False`.
@@ -296,10 +296,9 @@ class DatabaseMaintenance:
         """Begin a new epoch after another program restored an older state of the database. Before the call, close the
         database in all processes.
 
-        Call `begin_epoch()` after PostgreSQL's tools or a snapshot of a disk or a virtual machine have restored the
-        database. The restored database lacks the nonces that were consumed after the backup, so an attacker could
-        replay messages with these nonces. In the new epoch, the replay guard refuses all messages that devices signed
-        before the epoch.
+        For example, call `begin_epoch()` after a restore by PostgreSQL's tools or from a disk snapshot. The restored
+        database lacks the nonces that were consumed after the backup, so an attacker could replay messages with these
+        nonces. In the new epoch, the replay guard refuses all messages that devices signed before the epoch.
 
         Args:
             target: path or URL of the database, as for `Database.open`.
@@ -309,7 +308,7 @@ class DatabaseMaintenance:
 
         Raises:
             ConflictError: if the epoch of the database is not `expected_epoch`.
-            DatabaseBusyError: if a process has the database open, because this process would continue in the old epoch.
+            DatabaseBusyError: if a process still has the database open, and would continue in the old epoch.
             SchemaOutdatedError: if the database is absent, or has an older schema.
             DatabaseError: if the database cannot be opened for a reason that no error above covers.
         """

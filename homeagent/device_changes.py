@@ -34,7 +34,7 @@ PATIENCE = 5.0
 """Time in seconds. If no read of the change feed succeeds for this time, an iterator raises an error."""
 
 _PAGE = 100  # Maximum number of changes that one statement reads.
-_WAITING = 1000  # The thread stops reading for an iterator at this number of waiting changes.
+_WAITING = 1000  # At this number of changes, the queue of an iterator is full.
 _INTERVAL = 0.2  # Seconds between two reads of the change feed.
 
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
@@ -61,8 +61,8 @@ class _Subscription:
         """Return the next change, or None if the queue is empty. When the thread adds a change, the thread calls
         `wake()`.
         """
-        # Set `_wake` before the queue is read, because a change that the thread adds after the read must wake the
-        # iterator.
+        # Set `_wake` before reading the queue. If `_wake` is set too late, the thread can add a change without waking
+        # the iterator.
         self._wake = wake
         return self._changes.popleft() if self._changes else None
 
@@ -249,7 +249,7 @@ class DeviceWatcher:
 
     @staticmethod
     def _deliver(connection: StoreConnection, subscriptions: list[_Subscription]) -> None:
-        """Read pages of the change feed until each iterator has all changes, or has no room for another page."""
+        """Fill the queue of each iterator from the change feed. Stop if the queue is full, or at the newest change."""
         for subscription in subscriptions:
             subscription.is_behind = True
         while True:

@@ -166,8 +166,8 @@ class DeviceSecrets:
             if device is None:
                 return _checked(None)
             if stored[match.matched] in _valid_hashes(device, self._clock()):
-                # Do not replace the hash of a pending device, because an approval can compare the stored hash with the
-                # hash that the administrator saw.
+                # Do not replace the hash of a pending device. An approval can fail if the hash has changed after the
+                # administrator saw the device.
                 if device.approved and match.matched == 0 and match.replacement is not None:
                     self._rehash(device_id, stored[0], match.replacement)
                 return _checked(device)
@@ -200,8 +200,8 @@ class DeviceSecrets:
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         """Run `check_secret()` under asyncio or trio, without blocking the event loop.
 
-        Slow hashes have separate worker threads, so that `arun()` and checks without a slow hash do not wait for slow
-        hashes.
+        A check with a slow hash runs in a separate worker thread. Calls of `arun()` and checks of generated secrets do
+        not wait for slow hashes.
         """
         check = partial(self.check_secret, device_id, shared_secret)
         return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))
@@ -392,8 +392,8 @@ def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> D
         return device
     except DeviceExistsError:
         stored = unit.devices.find_by_id(create.id)
-        # The hash or the verifier has a random salt. If the stored values equal the new values, an earlier run of this
-        # unit has stored the device.
+        # The hash or the verifier has a random salt. Only an earlier run of this unit can have stored the same hash and
+        # the same verifier.
         if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
             raise
         return stored

@@ -25,8 +25,8 @@ class _Number(int):
 
 
 # The defaults in the signature of `Database.open`. Compare an argument with a default by the operator `is`, because the
-# caller can pass an equal value. Python can use one object for two equal texts or numbers, so the default text and
-# number have separate classes.
+# caller can pass an equal value. Python can use one object for two equal texts or numbers. The classes `_Text` and
+# `_Number` make the defaults separate objects.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

@@ -51,7 +51,7 @@ class NotFoundError(HomeAgentError):
 
 
 class DeviceNotFoundError(NotFoundError):
-    """No device has the given id. Remedy: pair the device, or find the right id by `homeagent devices list`."""
+    """No device has the given id. Remedy: pair the device, or find the id in the output of `homeagent devices list`."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -122,8 +122,9 @@ class ConflictError(HomeAgentError):
         constraint: name of the violated constraint. If the constraint has no name, the value has the names of the
             columns. The value is None if the database does not report the name, for example for a foreign key on
             SQLite.
-        kind: kind of the constraint: `unique` (also for a primary key), `foreign_key`, `check`, `not_null`, `exclusion`
-            (only on PostgreSQL) or `datatype` (only for a STRICT table of SQLite).
+        kind: kind of the constraint: `unique`, `foreign_key`, `check`, `not_null`, `exclusion` or `datatype`. A
+            violated primary key also has the kind `unique`. The kind `exclusion` occurs only on PostgreSQL. The kind
+            `datatype` occurs only for a STRICT table of SQLite.
     """
 
     table: str | None = None

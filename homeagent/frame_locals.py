@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 def clear_locals(error: BaseException) -> None:
     """Clear the local variables of homeagent's frames in the tracebacks of an error, its causes and its contexts. The
-    caller must delete its own local variables, because Python can't clear the frame of a running function.
+    caller must delete its own local variables, because Python can't clear the variables of a running function.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()

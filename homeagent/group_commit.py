@@ -165,7 +165,7 @@ class GroupCommit:
             self._refuse(calls)
             return
         for call in calls:
-            # Skip a call with an ended future, because AnyIO has cancelled the caller.
+            # If AnyIO has cancelled the caller, the future of the call is done. Skip the call.
             if call.future is None or not call.future.done():
                 self._queue.put(call)
         # Read the attribute `_thread` only after `put()`, because the writer thread could end before `put()`.
@@ -180,7 +180,8 @@ class GroupCommit:
                 f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
             )
             with self._mutex:
-                # A writer thread that another caller has started in the meantime also runs `calls`.
+                # Do not end the calls if another caller has started a writer thread. The writer thread runs all queued
+                # calls.
                 ended = [call for call in calls if call.state is QUEUED and self._thread is None]
                 for call in ended:
                     call.error = failure

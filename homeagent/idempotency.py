@@ -64,9 +64,7 @@ class OnceCall:
     owner: str = field(default_factory=lambda: urandom(16).hex(), repr=False)
 
     def check(self, effect: Callable[[Attempt], Any], instead: str | None = None) -> None:
-        """Check the effect and the value of `on_abandoned`. Allow coroutine functions if the argument `instead` is
-        None.
-        """
+        """Check the effect and the value of `on_abandoned`. With `instead=None`, allow coroutine functions."""
         check_function(effect, "effect", coroutine=instead)
         if callable(self.on_abandoned):
             check_function(self.on_abandoned, "on_abandoned", coroutine=instead)
@@ -96,8 +94,8 @@ def _once(
     attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Callable[[UnitOfWork], Any]:
     """Return a function that ends an attempt. The function can run twice, for example if the outcome of the first
-    commit is unknown. Pass `leaves_record=False` if the function named `write` releases the key. If the first run has
-    released the key, a second run returns without an error.
+    commit is unknown. If the argument `write` is a function that releases the key, pass `leaves_record=False`. If the
+    first run has released the key, a second run returns without an error.
     """
     begun = False
 
@@ -274,7 +272,7 @@ async def arun_once(
 
     def claim(unit: UnitOfWork) -> Attempt | Outcome:
         claimed = call.claim(unit)
-        # Keep the attempt inside the unit, because a cancelled caller does not get the result of the unit.
+        # Keep the attempt in the list `attempts`. If the caller is cancelled, `arun()` does not return the attempt.
         attempts[:] = [claimed] if isinstance(claimed, Attempt) else []
         return claimed
 

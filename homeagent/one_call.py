@@ -29,7 +29,7 @@ def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
 
 
 class AutocommitReads:
-    """A stand-in for the unit in a store such as `database.devices`. The object runs each SELECT in autocommit mode."""
+    """Runs each SELECT of a store such as `database.devices` in autocommit mode, without a unit of work."""
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
         self.settings: UnitSettings = settings
@@ -82,13 +82,13 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
 
 
 # Methods of the application's stores. homeagent first calls a method without a unit. A method needs a unit if the
-# method writes, or if the method sends several statements. To use a unit, homeagent stops the method, and calls the
-# method again.
+# method writes, or if the method sends several statements. If a method needs a unit, homeagent stops the method by an
+# error, and calls the method again in a unit.
 
 
 class _NeedsUnitError(BaseException):
-    """Stops a store's method, so that homeagent calls the method again in a unit. If the attribute `writes` is True,
-    the unit can write.
+    """Stops a store's method, so that homeagent calls the method again in a unit. With `writes=False`, homeagent uses a
+    read-only unit.
     """
 
     def __init__(self, *, writes: bool) -> None:
@@ -126,13 +126,12 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
-        # Also store the error in an attribute. If the store's method catches the raised error, homeagent finds the
-        # error in the attribute.
+        # Also store the error in an attribute, because the store's method can suppress the raised error.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # Ask for a write unit, because the attribute can be a method of UnitOfWork that writes.
+        # The store's method can write by the requested attribute, so ask for a unit that can write.
         raise self._need(writes=True)
 
 

@@ -48,7 +48,7 @@ class UnitSession(Session):
         self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
-        """Expire the session's objects and collections that a store's statement has perhaps changed."""
+        """After a store's write, mark the affected objects and collections of the session as expired."""
         compiled = statement.compiled(self._dialect)
         if not compiled.writes:
             return
@@ -74,7 +74,7 @@ class UnitSession(Session):
                 self.expire(row, stale)
 
     def complete(self) -> None:
-        """Flush the pending changes, and reload expired objects, which the caller can use after the end of the unit."""
+        """Flush the pending changes. Reload expired objects, so that the caller can use the objects after the unit."""
         if not self._unit._require_connection().has_orm_transaction:
             raise UnitStateError(
                 "the transaction of uow.session's connection was committed or rolled back inside the unit: use "

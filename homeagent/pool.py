@@ -1,6 +1,6 @@
 """A fair (first in, first out) pool of resources. A resource is a connection, or a permission to run a slow hash. On
-SQLite, the pool with the only write connection replaces a write lock. Python's `threading.Lock` is not fair: a sweep
-let other writers wait for 400 ms.
+SQLite, the pool for writers has one connection, so that only one unit writes at a time. Do not use a `threading.Lock`
+instead, because the lock is not fair. With the lock, other writers waited 400 ms for a sweep.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class ConnectionPool(Generic[T]):
         resource: T | None = None
         waiter: _Waiter[T] | None = None
         has_place = False
-        # Do not add a call or a loop between the line that takes a resource and the line that records the holder.
-        # CPython can run a signal handler after a call or in a loop. If the handler raises an error before the holder
-        # is recorded, the pool loses the resource (see the interrupt tests in `tests/test_pool.py`).
         try:
             with self.mutex:
                 if self._free and not self._waiters:
+                    # Do not add a function call or a loop between the next two lines. After a function call or in a
+                    # loop, CPython can run a signal handler. If the signal handler raises an error between the two
+                    # lines, the pool loses the resource (see the interrupt tests in `tests/test_pool.py`).
                     resource = self._free[-1]
                     self._held[resource] = holder
                     del self._free[-1]
@@ -135,7 +135,7 @@ class ConnectionPool(Generic[T]):
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
-        """Remove a waiter from the queue. A waiter outside the queue gives its resource or place to the next waiter."""
+        """Remove a waiter from the queue. If the waiter has already left the queue, release its resource or place."""
         with self.mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)

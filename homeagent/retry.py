@@ -30,7 +30,8 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# Upper bounds of the first and of the longest pause, in seconds. A pause is a random time up to its bound.
+# Upper bounds of the first and of the longest pause, in seconds. Each pause has a random length from 0 to the upper
+# bound.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
@@ -88,7 +89,7 @@ class Runner:
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
         """Call `work()` in a worker thread. Even a cancelled caller waits until a started call has ended."""
         await checkpoint_if_cancelled()
-        # Separate threads, so that a check does not wait for a slow hash.
+        # Use different threads for checks and slow hashes, so that a check does not wait for a slow hash.
         return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
 
     async def _in_thread(self, work: Callable[[], T], kind: str) -> T:
@@ -98,8 +99,9 @@ class Runner:
             return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
         # In a forked child, which has no threads, `pool()` raises an error.
         self._settings.engine.pool(read_only=True)
-        # Only checks share a thread, because a slow function of the application would delay the other calls in the
-        # thread. On PostgreSQL, each check has a separate thread, because a check mostly waits for the network.
+        # Let only checks share a thread. A function of the application can be slow, and would delay the other calls in
+        # a shared thread. On PostgreSQL, each check has a separate thread, because a check mostly waits for the
+        # network.
         collects = kind is _CHECKS and self._group_commit is not None
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
 

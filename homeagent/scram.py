@@ -220,10 +220,10 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
     Args:
         device_id: device id in the request.
         key: at least 16 random bytes. The default is a random key that the process creates once. Keep the key private,
-            and do not change the key. A new key changes only the answers for absent devices. Each unchanged answer
-            would show an attacker that the device exists.
+            and do not change the key. A new key changes the answer for each absent device. The answers for existing
+            devices stay the same. An attacker could compare the answers and find the existing devices.
         human_share: number from 0 to 1. With `human_share=0.3`, the function returns 600,000 iterations for about 30 %
-            of the absent devices. If only generated secrets have verifiers, keep the default `human_share=0`.
+            of the absent devices. If all devices have generated secrets, keep the default `human_share=0`.
 
     Raises:
         InvalidArgumentError: if the key is too short, `human_share` is out of range, or the id has a lone surrogate.

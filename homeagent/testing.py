@@ -56,7 +56,7 @@ class FakeClock:
 
         Args:
             duration: time to add.
-            units: arguments of timedelta, such as `minutes=5`, instead of a duration.
+            units: time to add, as arguments of `timedelta()`, such as `minutes=5`. Do not pass a duration too.
         """
         self.now += timedelta(**units) if duration is None else duration
         return self.now
@@ -86,7 +86,7 @@ class _Templates:
         if server is not None:
             return closing.enter_context(_server_database(server, template=made.database))
         copied = self._new_directory()
-        # Copy the lock file too, because without the file `Database.open` would write and sync a new marker.
+        # Copy the lock file too, because the creation of a new lock file would take longer.
         for name in ("homeagent.db", "homeagent.db.lock"):
             shutil.copy(made.with_name(name), copied)
         return copied / "homeagent.db"
@@ -139,8 +139,7 @@ def check_revisions(
     During an upgrade of several hosts, old code uses the new schema, so a revision must only expand the schema. The
     function runs the revisions one by one on an empty database, and compares the schemas before and after each
     revision. The module of a revision can contain a line `oldest_revision = "…"`, with the oldest revision whose code
-    still runs. The function allows all changes of a revision with the line `oldest_revision`, for example a dropped
-    column.
+    still runs. A revision that contains the line `oldest_revision` can make any change, for example drop a column.
 
     Args:
         migrations: revisions of the application (see `Database.open`).

@@ -95,8 +95,9 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`. If the argument `joined` is a connection, the unit is a savepoint in the transaction
-    of a batch. The method `_leave()` ends the unit. The timeout is in seconds, and None means `settings.timeout`.
+    """Base class of `UnitOfWork`. To create a unit in a batch, pass the batch's connection in the argument `joined`.
+    The joined unit is a savepoint in the batch's transaction, and the method `_leave()` ends the joined unit. The
+    timeout is in seconds, and None means `settings.timeout`.
     """
 
     __slots__ = (
@@ -183,7 +184,7 @@ class Transaction:
             call_back(self._after_commit)
 
     def _undo(self, connection: StoreConnection) -> bool:
-        """Roll back. If the connection is not usable, return False: then the database itself rolls back."""
+        """Roll back, and return True. If the connection is no longer usable, return False."""
         if connection.is_lost:
             return False
         try:

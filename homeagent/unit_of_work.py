@@ -85,7 +85,8 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # The rollback can undo the rows of a session that was opened inside the block.
+                        # The block opened the ORM session. After the rollback, the session's objects can differ from
+                        # the rows in the database.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -115,10 +116,10 @@ class UnitOfWork(Transaction):
         """The ORM session of this unit. At the first use of the session, the unit opens the session in the unit's
         transaction.
 
-        Before a store's statement, the unit flushes the session. After a store's write, the unit expires the session's
-        objects that the write has perhaps changed. The session and the stores therefore see the same data. The
-        session's method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the end of the
-        unit, the session raises UnitStateError, but the application can still use the session's objects.
+        Before a store's statement, the unit flushes the session. If a store changes a table, the session reloads the
+        affected objects at the next access. The session and the stores therefore see the same data. The session's
+        method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the end of the unit, the
+        session raises UnitStateError, but the application can still use the session's objects.
         """
         connection = self._require_connection()
         if self._session is None:

@@ -78,8 +78,8 @@ def restore(
         seen, state = _state(context, database)
         facts = {"Database": identity(str(database)), **state, "Backup": identity(str(source)), **_described(manifest)}
         confirm(context, "Replace this database by this backup?", partial(print_facts, facts.items(), error=True))
-        # If the database can't be opened, pass None instead of the epoch 0. With the epoch 0, `Database.restore` would
-        # refuse a damaged database whose epoch is still readable.
+        # The operator gives the epoch 0 for a database that can't be opened. If `Database.restore` can still read the
+        # epoch of a damaged database, `Database.restore` would refuse the epoch 0. Therefore pass None.
         epoch = seen if epoch is None or (epoch == 0 and seen is None) else epoch
     with shown_progress(context, "verifying and restoring"):
         report = Database.restore(

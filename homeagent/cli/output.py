@@ -19,7 +19,7 @@ from homeagent.cli.visible_text import identity
 if TYPE_CHECKING:
     from homeagent.maintenance.copy_store import CopyProgress
 
-_LEAST = 24  # minimum width of a column that contains a longer text, in characters
+_LEAST = 24  # minimum width of the space in which `print_facts()` wraps a long value, in characters
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:

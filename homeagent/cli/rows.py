@@ -94,7 +94,7 @@ def change_shown(
     """Show a row, ask a question, and change the row. Do not ask the question if the row does not exist.
 
     Raise ConflictError if one of the given columns changed after the row was shown. Also raise ConflictError if the
-    first column differs from the operator's option for the column. With --dry-run undo the change.
+    operator expects a different value in the first column. With --dry-run undo the change.
     """
     expected = context.params[columns[0]]
     seen = opened.run(read, read_only=True)

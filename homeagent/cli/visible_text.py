@@ -9,7 +9,7 @@ from collections import Counter
 from homeagent.models.types import INVISIBLE
 
 _EMPTY_BRAILLE = "\u2800"
-# Names mix Han, kana, bopomofo and hangul, so these count as one writing system.
+# Count the East Asian scripts as one writing system, because one name can contain several of the scripts.
 _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC", "KATAKANA"})
 
 
@@ -74,6 +74,6 @@ def identity(text: str) -> str:
 
 
 def escape_words(text: str) -> str:
-    """Escape each word of a message separately, because the words can have different writing systems."""
+    """Escape each word of a message separately, so that a Greek id in a Latin message stays readable."""
     # Do not escape the ellipsis, which homeagent's messages contain.
     return re.sub(r"[^\s…]+", lambda word: _escape(word[0]), text)

@@ -42,15 +42,15 @@ class CheckAttempt:
 
 
 class FailedChecks:
-    """Counts the failed and unfinished checks of each device id, and refuses further checks of an id at a limit.
+    """Counts the failed and unfinished checks of each device id. The argument `per_minute` is the maximum number of
+    counted checks of one id.
 
     The argument `most_ids` limits the number of counted ids. At the limit, a new id replaces the id with the fewest
     failures. To remove an id with 30 failures, an attacker needs 300,000 slow hashes in a minute. Do not replace the
     oldest id, because an attacker could then remove any id with only 10,000 slow hashes.
 
-    The wall clock and the monotonic clock measure the age of a check. A check no longer counts as soon as one of the
-    two clocks has advanced by 60 seconds. A refused caller waits at most 60 seconds, even if the wall clock stands
-    still.
+    A check counts for at most 60 seconds of the wall clock and at most 60 seconds of the monotonic clock. A refused
+    caller waits at most 60 seconds, even if the wall clock stands still.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id, and run the block. Undo the count after the block, unless the check failed. If the
-        id has reached the limit, raise TooManyAttemptsError.
+        """Count a check of the id, and run the block. If the check did not fail, stop counting the check after the
+        block. If the id has reached the limit, raise TooManyAttemptsError.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

@@ -100,7 +100,8 @@ class _Run:
 
 
 class SecretHasher:
-    """Hashes and checks secrets. The default costs are the second recommended option of RFC 9106 section 4.
+    """Computes and checks the hashes of secrets. The default costs are the second recommended option of RFC 9106
+    section 4.
 
     A hash matches even if its costs differ from the costs of the hasher. The memory cost is in kibibytes.
     """
@@ -139,8 +140,8 @@ class SecretHasher:
         """Check a presented secret against the hash of a device and, during an overlap, the previous hash.
 
         The duration depends only on the presented secret, even if the device is unknown. A generated secret costs one
-        SHA-256, an unusable secret costs no hash, and any other secret costs one Argon2 run. If a stored hash has
-        outdated costs, or if two stored hashes have different salts, the duration also depends on the stored hashes.
+        SHA-256, an unusable secret costs no hash, and any other secret costs one Argon2 run. Two stored hashes with
+        different salts need two Argon2 runs. A stored hash with outdated costs also changes the duration.
         """
         text = reveal(secret)
         if what_is_wrong(text) is not None:
@@ -157,7 +158,8 @@ class SecretHasher:
 
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         recipes = [_recipe_of(one) for one in stored]
-        # If no stored hash is an Argon2 hash, run Argon2 with the decoy's inputs, so that the check takes equally long.
+        # If no stored hash is an Argon2 hash, run Argon2 with the recipe `_decoy`. Without an Argon2 run, a short
+        # duration could reveal that the device is unknown.
         needed = dict.fromkeys(one for one in recipes if one is not None) or {self._decoy: None}
         hashes = {recipe: self._run(text, recipe, waiting) for recipe in needed}
         same = [
@@ -215,7 +217,7 @@ class SecretHasher:
             runs.release(run)
 
 
-# The whole process uses one hasher, so that its limit of concurrent runs applies to all callers.
+# All callers in a process share one hasher, and so share the limit of concurrent Argon2 runs.
 _default = SecretHasher()
 
 
@@ -226,12 +228,12 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
     Args:
         secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
             secret is not normalised.
-        beside: stored hash that stays valid together with the new hash during a rotation. If both hashes are Argon2
-            hashes with the current costs, the new hash has the same salt as the old hash. With the same salt, one
-            Argon2 run checks both hashes, and the duration of a check does not reveal a rotation. RFC 9106 section 3.1
-            asks for a different salt for each password, because otherwise an attacker can try one guess on many
-            accounts. The two hashes with the same salt belong to one device. Pass None if the old secret becomes
-            invalid at once.
+        beside: stored hash of the old secret, if the old secret stays valid during an overlap. If both hashes are
+            Argon2 hashes with the current costs, the new hash has the same salt as the old hash. If two hashes have the
+            same salt, a check needs only one Argon2 run. A second Argon2 run would take longer, and would reveal a
+            rotation. RFC 9106 section 3.1 asks for a different salt for each password, because otherwise an attacker
+            can try one guess on many accounts. The two hashes with the same salt belong to one device. Pass None if the
+            old secret becomes invalid at once.
         waiting: maximum number of callers in this process that wait for a slow hash, including this caller.
 
     Returns:

@@ -249,7 +249,7 @@ class StoreConnection:
         return translated(self._driver_errors, partial(self._refused, sql=sql))
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows. The argument `into` has the form "table (columns)"."""
+        """Insert rows. A text such as "devices (id, role)" names the table and the columns."""
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 

@@ -65,7 +65,7 @@ def message_with_name(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return the text of `message_with_name()` after a colon, and a remedy for a missing table or column."""
+    """Return the end of an error message: the database's message, and a remedy if a table or column is missing."""
     message = message_with_name(error)
     return (f": {message}" if message else "") + (_MISSING_REMEDY if _MISSING.search(message) else "")
 
@@ -173,7 +173,8 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
-            # Remove the stored text, because SQLAlchemy makes the driver's exception the cause of an error.
+            # Remove the stored text from the exception, because a traceback of homeagent's error can also show the
+            # exception.
             error.args = ()
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():

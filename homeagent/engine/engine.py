@@ -222,7 +222,8 @@ class Engine:
 
     def fork_locks(self) -> Sequence[threading.RLock]:
         """Return the mutexes that the caller must acquire before a fork, in the order of acquisition."""
-        # Take `feed_mutex` first, because a thread that holds `feed_mutex` can wait for the mutex of a pool.
+        # Take `feed_mutex` first. A thread that waits for `feed_mutex` must not block the pools, because all units
+        # would wait.
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
 

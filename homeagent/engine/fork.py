@@ -68,7 +68,7 @@ def _after() -> None:
 
 def _after_in_child() -> None:
     engines = list(_known)
-    # First mark all engines as forked, so that an error in the second loop leaves no usable engine.
+    # First make all engines unusable in the child process, because `after_fork_in_child()` can raise an error.
     for engine in engines:
         engine.is_forked_copy = True
     try:

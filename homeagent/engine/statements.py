@@ -1,5 +1,5 @@
-"""Compile each statement once for each dialect, and run constant SQL. SQLAlchemy's own work for each call would take
-several times as long as a lookup by the primary key.
+"""Compile each statement once for each dialect, and run constant SQL. If SQLAlchemy ran the statements, a read by the
+primary key would take several times as long.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class Compiled(Generic[R]):
     __slots__ = ("_dialect", "bind", "cascade", "columns", "is_text", "load", "sql", "target", "writes")
 
     def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
-        # Each expression of a `Statement` is also a ClauseElement, which has the method compile().
         compiled: Any = expression.compile(dialect=dialect, column_keys=_column_keys(expression))  # type: ignore[attr-defined]
         if compiled.post_compile_params or compiled.literal_execute_params:
             raise TypeError(f"this statement needs its parameters to be compiled: {expression}")
@@ -117,7 +116,7 @@ class Statement(Generic[R]):
 
     Args:
         make: expression of the statement. For an upsert, pass a function that takes the dialect's `insert()` and
-            returns the expression. Write each value that differs between calls as SQLAlchemy's bindparam().
+            returns the expression. Use SQLAlchemy's function bindparam() for each value that differs between calls.
         lock: True if a SELECT in a write unit locks the selected rows until the unit ends. SQLite does not lock rows.
         returning: model class of the rows that an INSERT, UPDATE or DELETE returns; None if the statement returns no
             rows.
@@ -191,7 +190,7 @@ def bindparams(*names: str) -> dict[str, Any]:
 
 
 def equal(table: Any, *names: str) -> ColumnElement[bool]:
-    """Return the condition that each of the columns equals the parameter of the same name."""
+    """Return the conditions `column = :column` for all given columns, joined by AND."""
     return sqlalchemy.and_(*(table.c[name] == bindparam(name) for name in names))
 
 
@@ -210,7 +209,9 @@ def delete_first(table: Any, order: ColumnElement[Any], *conditions: Any) -> sql
 
 
 def _column_keys(expression: Any) -> list[str] | None:
-    """For an INSERT without `values()`, return the columns except a key that the database assigns; otherwise None."""
+    """Return the column names of an INSERT that has no values, or None for any other statement. Leave out a key that
+    the database assigns.
+    """
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
         return None

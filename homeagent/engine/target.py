@@ -17,8 +17,8 @@ from homeagent.errors import InvalidArgumentError
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address without the form of a URL, such as "host=… password=…" and "user:password@host/…". If homeagent
-# used an address as a path, homeagent would create an empty store, and messages would show the password. Do not compile
+# A server's address without the form of a URL, such as "host=… password=…" and "user:password@host/…". An
+# address must not become the path of a new, empty store, because error messages would show the password. Do not compile
 # the pattern at import, because the compilation takes a hundredth of the start time.
 _ADDRESS = (
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
@@ -102,7 +102,9 @@ def _read(target: Given) -> Target:
 
 
 def refuse_address(path: object) -> None:
-    """Raise InvalidArgumentError, without the path, for a path that looks like a server's address or a SQLite URI."""
+    """If the path looks like a server's address or a SQLite URI, raise InvalidArgumentError. The error message does not
+    contain the path.
+    """
     if not isinstance(path, str) or _PLAIN_PATH.match(path):
         return
     _refuse_sqlite_uri(path)
@@ -125,7 +127,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith("/"):
-        # `locate_file()` drops a slash at the end, and would treat the path of a directory as a file.
+        # Check the given text, because the function `locate_file()` removes a slash at the end of the path.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 

@@ -48,8 +48,8 @@ def bearer_token(device_id: str, secret: SecretStr | str) -> str:
 
 
 class _CurrentDevice(SecurityBase):
-    """Class that is both a FastAPI dependency and a security scheme. FastAPI would spend time on a separate scheme at
-    each use of the dependency.
+    """Class that is both a FastAPI dependency and a security scheme. A separate security scheme would make each request
+    slower.
     """
 
     scheme_name: str = "device-bearer"

@@ -50,8 +50,8 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: Database.open(given, **options))
-        # If the database was opened before a fork, let `ping()` raise the error when the server starts, and not in each
-        # request.
+        # If the database was opened before a fork, `ping()` raises an error. Without the call of `ping()`, the server
+        # would start, and each request would fail.
         await run_sync(database.ping)
         try:
             app.state.homeagent_database = database

@@ -126,7 +126,7 @@ class Once:
         self._first = value
         if not isinstance(value, Response):
             # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value. FastAPI raises the
-            # encoding error later, for the reply.
+            # encoding error when FastAPI builds the reply.
             with suppress(Exception):
                 self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
@@ -237,8 +237,8 @@ def route_of(request: Request) -> str:
     # the path.
     prefix = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. Read the path with all prefixes
-    # from FastAPI's private route context. If the route context is missing, two routes can get the same result.
-    # Idempotency keys are still safe, because `params_of()` returns the path of the request.
+    # from FastAPI's private route context. If FastAPI sets no route context, the function can return the same text for
+    # two routes. With `idempotent()`, a retry must also repeat the path of the request (see `params_of()`).
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route

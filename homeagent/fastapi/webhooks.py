@@ -69,7 +69,7 @@ def signed_webhook(
     Args:
         secret: secret `whsec_…` from the sender, or several secrets during a rotation.
         sender: name of the sender, at most 489 bytes. The store keeps an idempotency key for each message. The
-            `device_id` of the key begins with the sender's name and `/`.
+            field `device_id` of the idempotency key begins with the sender's name and a slash.
         tolerance: longest difference between the time of the message and the gateway's clock.
         lease: see `Database.run_once()`.
         ttl: time for which a repetition gets the answer of the first message. The time must be longer than twice the
@@ -150,9 +150,9 @@ def _key_of(secret: SecretStr | str) -> SecretBytes:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the `device_id` of a sender's idempotency keys. Keep the `device_id` secret. Otherwise a stranger could
-    pair a device with the sender's `device_id`. The deletion of a device also deletes the device's idempotency keys.
-    homeagent would then accept an old message of the sender again.
+    """Return the value of the field `device_id` for the idempotency keys of a sender. Keep the `device_id` secret.
+    Otherwise a stranger could pair a device with the sender's `device_id`. The deletion of the stranger's device would
+    delete the sender's idempotency keys. Without the keys, homeagent could accept a message of the sender twice.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")

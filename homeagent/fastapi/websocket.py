@@ -100,8 +100,8 @@ async def _end_of_access(database: Database, admission: Admission, changes: Asyn
             # A change without a device id has the kind `reset`.
             if change.device_id not in {admission.device.id, None}:
                 continue
-            # Do not read the device after a revocation. If all worker threads are busy, the read would wait, and the
-            # revoked device would stay connected (`test_a_revocation_while_the_workers_are_busy`).
+            # Do not read the device after a revocation. Otherwise a revoked device would stay connected while all
+            # worker threads are busy (`test_a_revocation_while_the_workers_are_busy`).
             if change.kind is DeviceChangeKind.REVOKED:
                 return AccessDeniedError(REFUSALS["revoked"])
             if change.kind is DeviceChangeKind.DELETED:

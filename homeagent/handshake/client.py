@@ -57,8 +57,9 @@ async def authenticate(
     Raises:
         AuthenticationError: if the gateway does not accept the proof.
         AccessDeniedError: if the device is pending or revoked. The error message names the reason.
-        HandshakeError: if the handshake takes too long, the clocks differ too much, a message is invalid, or the
-            gateway does not have the verifier of the secret. Close the connection after the error.
+        HandshakeError: if the handshake takes too long, or if the clocks differ too much. The function also raises the
+            error if a message is invalid, or if the gateway lacks the verifier of the secret. Close the connection
+            after the error.
     """
     try:
         with anyio.fail_after(time_limit.total_seconds()):

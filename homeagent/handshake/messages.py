@@ -35,7 +35,9 @@ def _plain(value: bytes | datetime) -> str | int:
 
 
 def read(message: object, *kinds: str) -> dict[str, Any]:
-    """Return the fields of a message. Raise HandshakeError if the message is invalid, or has a type outside `kinds`."""
+    """Return the fields of a message. The argument `kinds` contains the allowed types. If the message is invalid, or if
+    the type of the message is not allowed, raise HandshakeError.
+    """
     if not isinstance(message, str) or len(message.encode("utf-8", "replace")) > MAX_MESSAGE:
         raise HandshakeError(f"a message of a handshake is text of at most {MAX_MESSAGE:,} bytes")
     try:

@@ -66,7 +66,8 @@ class AdoptionReport(BaseModel, frozen=True):
     Attributes:
         location: path of the file, or URL of the server without its password.
         tables: the application's own tables, with the number of rows in each table.
-        converted: tables that homeagent takes over, with the number of rows that stay in each table.
+        converted: number of rows whose primary key is not NULL, for each table that the adoption converts. The adoption
+            keeps the rows in the table.
         moved: number of rows whose primary key is NULL. homeagent moves the rows to a new table. The keys of the
             dictionary are the names of the new tables.
         application_id: application id that the adoption replaces in the SQLite file. None on PostgreSQL.
@@ -155,7 +156,7 @@ def adopt(
 
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
-        report: report that `preview_adoption` returned and the administrator confirmed.
+        report: return value of `preview_adoption`. The administrator must confirm the report before the call.
         migrations: the application's revisions (see `Database.open`). The missing revisions of the application run at
             the end.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).

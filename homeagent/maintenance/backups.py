@@ -95,8 +95,9 @@ def back_up_on_schedule(settings: UnitSettings, schedule: BackupSchedule, stop: 
 
 
 def _make_in(directory: Path, engine: SQLiteEngine, clock: Clock, keep: int | None, stop: Stop = never_stop) -> Path:
+    # Delete unfinished backups of killed processes. The caller holds the directory's lock, so no other backup runs.
     for partial in directory.glob(f".{glob.escape(engine.path.name)}.*.backup{PARTIAL}"):
-        discard(partial)  # incomplete backup of a killed process, because the caller holds the lock of the directory
+        discard(partial)
     with engine.reading() as connection:
         revision = revision_of(connection) or "none"
     taken_at = clock()

@@ -154,7 +154,9 @@ class CopiedTable:
                     )
 
     def differs(self, source: Connection, target: Connection, progress: Progress) -> bool:
-        """Return True if the two databases have different rows. After each page of equal rows, report the progress."""
+        """Return True if the two databases have different rows. Compare the rows page by page. After each page without
+        a difference, report the progress.
+        """
         if self.count(source) != self.count(target):
             return True
         for page in self.pages(source):
@@ -248,8 +250,8 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
 def applications_tables(
     engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
 ) -> list[CopiedTable]:
-    """Return the application's tables to copy, in the order of their foreign keys. Skip the tables that are listed in
-    the argument `leave`.
+    """Return the application's tables to copy, in the order of their foreign keys. Do not return the tables that the
+    caller excludes.
     """
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)

@@ -168,9 +168,9 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: Connection, ta
     if isinstance(first, SQLiteEngine) or isinstance(second, SQLiteEngine):
         same = isinstance(first, SQLiteEngine) and isinstance(second, SQLiteEngine) and first.path.samefile(second.path)
     else:
-        # Do not compare URLs: a server can have several names, and a name can lead to several servers. An advisory lock
-        # belongs to one database. If source and target can both lock the same key, source and target are different
-        # databases (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
+        # Do not compare URLs: a server can have several names, and a name can lead to several servers. Two connections
+        # to the same database can't hold the same exclusive advisory lock
+        # (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
         key = secrets.randbits(63)
         query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")
         _, target_schema = target.execute(query, {"key": key}).one()

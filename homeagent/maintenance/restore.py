@@ -229,12 +229,12 @@ def _not_in_use(source: Path) -> Iterator[None]:
 
 def _refuse_foreign_target(database: Path, *, initialised: bool) -> None:
     """Refuse a file of another application. Pass `initialised=True` if homeagent left a marker for the database. With
-    `initialised=True`, accept a file without homeagent's header as a damaged database.
+    `initialised=True`, do not check the file's header, because the header can be damaged.
     """
     state = inspect_file(database, is_database=False, repair=False)
     if initialised or state is None or state.st_size == 0:
         return
-    # Read the header through SQLite, because closing a plain descriptor would release the locks of another thread.
+    # Do not read the file by `open()`, because closing the file would release the locks of other threads on the file.
     with closing(SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")) as engine:
         try:
             engine.refuse_foreign()

@@ -179,6 +179,6 @@ def _require_single_file(new: Path) -> None:
 
 def devices_of(raw: Any) -> Devices:
     """Return the role and the secret's hash of each approved device, by id."""
-    # Read all devices, because a text that is not UTF-8 raises an error. The error shows that the database is damaged.
+    # Also read devices without approval, to detect damage. If a text is not UTF-8, the read raises an error.
     rows = raw.execute("SELECT id, approved, role, shared_secret_hash FROM devices").fetchall()
     return {str(device_id): (str(role), str(hashed)) for device_id, approved, role, hashed in rows if approved == 1}

@@ -1,8 +1,7 @@
 """Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly.
 
-If a constraint refuses a batch, the sweep splits the batch into halves to find and skip the refused rows. Later batches
-follow the order of time and primary key. The next batch starts after the last row of the previous batch, so a later
-batch does not contain a skipped row again.
+If a constraint refuses a batch, the sweep splits the batch into halves to find and skip the refused rows. After the
+refusal, the sweep reads the expired rows in the order of time and primary key, and reads each row only once.
 """
 
 from __future__ import annotations
@@ -92,8 +91,8 @@ class ExpiredRows:
             return unit.one(statement, **self._times()) or 0
 
     def _delete(self, limit: int) -> tuple[int, int, float, float]:
-        """Delete a batch of at most `limit` rows. Return four values: the number of deleted rows, the number of found
-        rows (including skipped rows), the seconds of the work, and the seconds of the work with the commit.
+        """Delete a batch of at most `limit` rows. Return the number of deleted rows, the number of found rows, and two
+        durations in seconds. The found rows include the skipped rows. The second duration includes the commit.
         """
         if self._after is None:
             try:
@@ -104,8 +103,8 @@ class ExpiredRows:
                 return count, count, worked, self._monotonic() - begun
             except ConflictError:
                 if self._statements is None:
-                    # Do not skip a device change. A reader of the feed would not detect missing changes after the
-                    # skipped change.
+                    # Do not skip a device change. A reader that stopped at the skipped change would not notice
+                    # the deletion of later changes.
                     raise
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
@@ -218,7 +217,7 @@ class SweepReport(BaseModel, frozen=True):
         device_changes: number of deleted rows of the feed of device changes.
         more: True if the sweep ended early, so that expired rows can remain.
         skipped: number of skipped rows. A sweep skips an expired row if a foreign key of the application refers to the
-            row. homeagent treats a skipped row as absent, and the next sweep tries again to delete the row.
+            row. The next sweep tries again to delete the row. homeagent ignores skipped nonces and idempotency keys.
         constraints: constraints that prevented the deletion of expired rows. Each text names the constraint and its
             table.
     """
@@ -302,7 +301,7 @@ class Pace:
         return self.rest_after(held) if contended else _SHORTEST_PAUSE
 
     def rest_after(self, held: float) -> float:
-        """Compute the pause after a batch from the time for which the batch held the write lock. Return seconds."""
+        """Return the pause after a batch, in seconds. If the batch held the write lock longer, the pause is longer."""
         return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
 

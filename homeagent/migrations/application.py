@@ -75,7 +75,7 @@ class Application:
 
     @classmethod
     def of(cls, given: str | os.PathLike[str] | Application | None, acknowledged: Collection[str] = ()) -> Application:
-        """Find the revisions that the argument `migrations=` of `Database.open()` names."""
+        """Find the application's revisions in the folder from the argument `migrations=` of `Database.open()`."""
         if isinstance(given, Application):
             return given
         triggers = check_names(acknowledged, "acknowledged", "audit_devices")
@@ -159,8 +159,8 @@ NO_APPLICATION = Application()
 
 
 def named_folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
-    """Return the package and the folder in the argument `migrations=`. If the argument is a path, the package is an
-    empty text.
+    """Return the package's name and the folder from the argument `migrations=`. If the argument `migrations=` is only a
+    path, return an empty text as the package's name.
     """
     if not isinstance(given, (str, os.PathLike)):
         raise InvalidArgumentError(f"migrations must be 'package:folder' or a path, not {type(given).__name__}")

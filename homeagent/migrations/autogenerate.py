@@ -26,8 +26,8 @@ from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColum
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Render homeagent's column types as SQLAlchemy's types, so that later versions of homeagent do not change an old
-    revision.
+    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Otherwise a later version of
+    homeagent could change the effect of the revision.
     """
     if kind != "type":
         return False
@@ -49,7 +49,7 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
 def options(
     dialect_name: str, tables: Collection[str], *, version_table: str, more: Sequence[MetaData] = ()
 ) -> dict[str, Any]:
-    """Return Alembic's options for a comparison. The argument `tables` contains the names of the compared tables."""
+    """Return Alembic's options for a comparison. Alembic compares only the tables whose names the caller passes."""
 
     def include_name(name: str | None, kind: str, parents: dict[str, Any]) -> bool:
         return kind != "table" or (name in tables and parents.get("schema_name") is None)

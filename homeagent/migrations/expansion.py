@@ -108,8 +108,8 @@ def structure(connection: Connection) -> Structure:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield the problem and the remedy of each change that can break old code. Skip an added check or trigger whose
-    name is in `accepted`.
+    """Yield the problem and the remedy of each change that can break old code. Ignore the added checks and triggers
+    that the caller accepts by name.
     """
     for part in sorted(old):
         kind, table, name = part

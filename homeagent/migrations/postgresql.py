@@ -115,7 +115,8 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Raise an error if a schema with the role's name hides a schema with homeagent's tables.
+    """Raise an error if PostgreSQL would use the schema with the role's name, although another schema in the
+    search_path contains homeagent's tables.
 
     By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE on the
     database could create a schema with the role's name, and store an approved device in the schema.
@@ -192,8 +193,8 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
     with engine.translated(), engine.connect() as connection:
         while True:
             # Do not use a statement that waits for the lock, because the statement could cause a deadlock with CREATE
-            # INDEX CONCURRENTLY. In READ COMMITTED, the transaction has no snapshot between two statements, so an open
-            # transaction causes no deadlock.
+            # INDEX CONCURRENTLY. Between two statements, the open transaction (READ COMMITTED) does not block CREATE
+            # INDEX CONCURRENTLY.
             with connection.begin():
                 connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():

@@ -1,4 +1,5 @@
-"""Keep the application's indexes, triggers and views during an upgrade of a SQLite file, or refuse the upgrade.
+"""Protect the application's indexes, triggers and views during an upgrade of a SQLite file. If an upgrade would break a
+view or trigger, refuse the upgrade.
 
 When a revision renames a rebuilt table, SQLite checks all views and triggers (https://sqlite.org/lang_altertable.html).
 Therefore the revisions first run on a scratch database in memory with the schema of the file, but without rows.

@@ -58,7 +58,7 @@ def script_directory() -> Traversable:
     """Return the directory of `env.py` and the revisions. In a checkout the directory is `alembic/`."""
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # Look for the file `env.py`, because the directory `alembic` in site-packages is the library Alembic.
+        # In site-packages, the directory `alembic` is the library Alembic, which has no file `env.py`.
         if (candidate / "env.py").is_file():
             return candidate
     raise errors.MigrationError("this installation has no migrations: install homeagent anew")
@@ -92,8 +92,8 @@ def tables(connection: Connection) -> set[str]:
 
 
 def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
-    """Count the broken references in a SQLite file. Return the number of references for each pair of referring table
-    and referenced table.
+    """Count the broken references in a SQLite file. The counter's keys are tuples (referring table, referenced
+    table).
     """
     rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
     return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
@@ -212,7 +212,7 @@ def run_revisions(
                 guard.check()
 
     options = {"fn": missing, "target_metadata": metadata, "transactional_ddl": True, "version_table": version_table}
+    # Replace the method `autocommit_block()` of Alembic's context, because the caller began the transaction.
     context = MigrationContext.configure(connection, opts=options)
-    # The caller began the transaction.
     context.autocommit_block = nullcontext if guard is None else guard.autocommit  # type: ignore[assignment, method-assign]
     context.run_migrations()

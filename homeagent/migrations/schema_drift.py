@@ -1,8 +1,8 @@
 """Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
 
 On SQLite, the revisions run on a scratch database in memory to get the expected SQL text, because no pragma shows a
-CHECK constraint. On PostgreSQL, homeagent compares the models with the server's catalogue, because creating a scratch
-schema would need write access.
+CHECK constraint. On PostgreSQL, homeagent compares the models with the server's catalogue. No revision runs there,
+because a revision needs write access.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference between a database's schema and homeagent's schema. The field `command` is the SQL statement that
-    undoes the change, or None if one statement is not enough.
+    """A difference between a database's schema and homeagent's schema.
 
-    If a difference is grave, homeagent can fail, or accept values that homeagent must refuse. If the field `kind` is
-    not None, the object can belong to the application. The field `trigger` is the name by which the application can
-    acknowledge a trigger.
+    Attributes:
+        grave: True if homeagent can fail, or can accept values that homeagent must refuse.
+        command: SQL that undoes the change. None if homeagent does not know the SQL.
+        kind: kind of an object that can belong to the application. None for other objects.
+        trigger: name of a trigger that the application can acknowledge. None for other differences.
     """
 
     text: str
@@ -54,7 +55,7 @@ class _Part(NamedTuple):
     sql: str | None = None
 
 
-# The columns, constraints, indexes and options of all tables, by table name and part name.
+# For each table name, a dict from part name to part. The parts are columns, constraints, indexes and options.
 _Tables = dict[str, dict[str, _Part]]
 
 
@@ -236,7 +237,7 @@ def _clauses(body: str) -> Iterator[str]:
 # PostgreSQL
 
 # If a trigger is disabled, the query returns NULL instead of the definition. The query also returns NULL if the
-# trigger's function does not have the settings of homeagent's functions.
+# trigger's function lacks SECURITY DEFINER or homeagent's search_path.
 _TRIGGERS = text(
     "SELECT 'trigger', tgname, tgtype & 2 = 2, CASE WHEN tgenabled IN ('O', 'A') AND p.prosecdef"
     " AND p.proconfig = ARRAY['search_path=pg_catalog, pg_temp'] THEN pg_get_triggerdef(t.oid, true) || p.prosrc END"

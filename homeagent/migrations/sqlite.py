@@ -137,9 +137,7 @@ def identify(engine: SQLiteEngine) -> os.stat_result | None:
 
 
 def identify_or_wait(engine: SQLiteEngine) -> bool:
-    """Call `identify()` before this process takes the in-use lock. Return False if the caller must first take the
-    in-use lock, and then call `identify()`.
-    """
+    """Try to call `identify()` without the in-use lock. If `identify()` needs the in-use lock, return False."""
     if database_file.size_of(in_use_path(engine.path)):
         return False  # a restore can have added a hard link, which `identify()` would refuse
     try:
@@ -189,7 +187,7 @@ def _make_or_upgrade(
         suitable, pending = suits(connection, revision), application.is_pending(connection)
         has_tables = bool(tables(connection))
     if revision is not None and not initialised and not temporary:
-        # Write the marker before the upgrade, so that a full disk prevents the upgrade.
+        # Write the marker before the upgrade. If the disk is full, the upgrade does not start.
         lock.write_marker("initialised")
         initialised = True
     if suitable and not pending:

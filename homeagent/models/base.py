@@ -112,7 +112,7 @@ class PartialIndex(Index):
 
     @cached_property
     def dialect_options(self) -> Any:
-        """Return SQLAlchemy's options of the index, with the condition for both engines."""
+        """Return SQLAlchemy's options of the index. Add the index's condition for SQLite and for PostgreSQL."""
         options = super().dialect_options
         for dialect in ("sqlite", "postgresql"):
             options[dialect]["where"] = self._where
@@ -240,8 +240,8 @@ class Table(Model, metaclass=_TableType):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # Set Pydantic's attributes of a loaded instance at their first use. Setting the attributes of each loaded
-            # instance took a third of the load time.
+            # A loaded instance lacks Pydantic's attributes. Compute an attribute only when code reads the attribute.
+            # Setting the attributes of each loaded instance took a third of the load time.
             if name == "__pydantic_fields_set__":
                 getattr(self, "_sa_instance_state", None)  # see `__setattr__`
                 fields_set = set(type(self).model_fields)

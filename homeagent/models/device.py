@@ -42,8 +42,8 @@ class DeviceStatus(StrEnum):
     REVOKED = "revoked"
 
 
-# Do not reword the condition of this partial index. SQLite uses the index for a query only if the query contains the
-# terms of the condition (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
+# Do not reword the condition of this partial index. SQLite uses the index only for queries that contain the index's
+# condition (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
 PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 """SQL condition for the pending devices."""
 
@@ -131,7 +131,7 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If a flush changes `Device.approved`, set the same columns as `devices.approve()` and `devices.revoke()`."""
+    """If a flush changes `Device.approved`, set the times of approval and revocation, and clear the previous secret."""
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return

@@ -11,8 +11,8 @@ from homeagent.models.types import Identifier, Timestamp
 
 
 class DeviceChangeKind(StrEnum):
-    """Kind of a device change. One UPDATE can cause several changes. A trigger records the kind named `updated` only if
-    the UPDATE causes no change of another kind.
+    """Kind of a device change. One UPDATE can cause several changes. A trigger uses the kind UPDATED only if no other
+    kind fits.
     """
 
     PAIRED = "paired"

@@ -168,7 +168,7 @@ class IdempotencyScope:
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
-# `IdempotencyScope` is frozen, so `__init__` sets each field by its slot, which is faster than `object.__setattr__()`.
+# The next three functions set the fields of a frozen `IdempotencyScope` faster than `object.__setattr__()`.
 _slots: Any = vars(IdempotencyScope)
 _set_device_id, _set_method, _set_key = (_slots[name].__set__ for name in ("device_id", "method", "key"))
 

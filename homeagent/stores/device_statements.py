@@ -191,8 +191,8 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the changes whose number is greater than the argument `after`. The argument `rows` is the result of
-    `CHANGES`. If the first row has a different number than the argument `after`, return one change with `kind="reset"`.
+    """Return the changes whose number is greater than the given number. Pass the rows of the statement `CHANGES`. If
+    the first row does not have the given number, return one change with `kind="reset"`.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]

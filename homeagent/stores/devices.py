@@ -81,7 +81,7 @@ class DeviceStore(Store):
 
     @reading
     def count_pending(self, *, limit: int) -> int:
-        """Return the number of pending devices that a sweep would keep, but at most the given limit."""
+        """Count pending devices, and stop at the given limit. Do not count devices that a sweep would delete."""
         before = types.earlier(self._unit.now(), self._unit.settings.limits.pending_ttl)
         return self._unit.one(statements.COUNT_PENDING, limit=types.check_limit(limit), before=before) or 0
 
@@ -202,7 +202,7 @@ class DeviceStore(Store):
         approved, _, was_decided, *equal = self._lock_state(device_id, role, secret_hash, paired_at)
         expected = {"role": expected_role, "secret": expected_secret_hash, "time of pairing": expected_paired_at}
         for (changed, value), is_equal in zip(expected.items(), equal, strict=True):
-            # If no database can store the expected text, the comparison gives None.
+            # If the database can't store the expected text, the variable `is_equal` is None.
             if value is not None and not is_equal:
                 raise errors.ApprovalChangedError(device_id, changed)
         if approved:
@@ -247,7 +247,7 @@ class DeviceStore(Store):
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
     ) -> tuple[bool, bool]:
-        """Return `(True, False)` if `update_last_seen()` would not change the row, and otherwise `(False, False)`."""
+        """If `update_last_seen()` has no row to change, return `(True, False)`. Otherwise return `(False, False)`."""
         device = self._searched(device_id, "device_id")
         _, before = self._seen_range(at, granularity)
         return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
@@ -258,8 +258,8 @@ class DeviceStore(Store):
     ) -> bool:
         """Store the time at which a device was last seen. Return True if the method changed the row.
 
-        Without `at=…`, or for a time in the future, the method stores the current time. If less than the duration
-        `granularity` has passed since the stored time, the method does not change the row.
+        Without `at=…`, or for a time in the future, the method stores the current time. If the new time minus the
+        stored time is less than the argument `granularity`, the method does not change the row.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -371,9 +371,9 @@ class DeviceStore(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete device changes, oldest first, and return the number of deleted changes. Keep the first change whose
-        time is later than the argument `before`, and keep all later changes. Always keep the newest change. The
-        argument `limit` is the maximum number of deleted changes.
+        """Delete device changes, oldest first, and return the number of deleted changes. Stop the deletion at the first
+        change that happened after the given time. Always keep the newest change. The argument `limit` is the maximum
+        number of deleted changes.
         """
         return self._unit.write(
             statements.DELETE_OLD, before=types.check_timestamp(before, "before"), limit=types.check_limit(limit)

@@ -22,7 +22,7 @@ EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for the records that count as absent and that a sweep deletes."""
 
 # Count expired rows too, so that the statement reads only the index of the primary key. To skip expired rows, SQLite
-# would have to read the column `result`, which can be long and comes before `expires_at`.
+# would have to read the table, which can contain long rows.
 COUNT = count(_table, equal(_table, "device_id"))
 # Do not replace `device_id + ""` by `device_id`, because the database would then use the primary key, not the index of
 # `expires_at` (`test_expired_keys_are_counted_by_the_index`).
@@ -32,8 +32,8 @@ COUNT_EXPIRED = count(_table, EXPIRED)
 
 def _upsert(**values: Any) -> Statement[IdempotencyKey]:
     """Return the statement that inserts a record. The statement replaces an expired record, because an expired record
-    counts as absent. If a column is not in the argument `values`, the column gets the value for a first attempt, or
-    NULL.
+    counts as absent. The keyword arguments `state` and `result` are necessary. Each other keyword argument replaces the
+    default value of a column.
     """
     values = {
         **dict.fromkeys(("fingerprint", "owner", "lease_expires_at", "downstream_key"), null()),

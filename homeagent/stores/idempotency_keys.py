@@ -238,7 +238,7 @@ class IdempotencyKeyStore(Store):
             json, omitted = types.encode_json(result, limit=types.MAX_RESULT_BYTES), False
         except errors.InvalidArgumentError:
             json, omitted = types.encode_json(None), True
-        # If the effect took longer than the `ttl`, the old `expires_at` has passed, so count the `ttl` from now.
+        # If the time `expires_at` has passed, count the `ttl` from now, so that the record does not expire at once.
         expires_at = attempt.expires_at if attempt.expires_at > now else types.later(now, attempt.ttl, "ttl")
         self._write_fenced(
             statements.RECORD,
@@ -256,10 +256,10 @@ class IdempotencyKeyStore(Store):
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call the method only if the effect of the attempt did not begin.
 
-        For the first attempt of a call, the method deletes the record. After the second or a further attempt, the
-        record stays and counts as abandoned. The effect of an earlier attempt has perhaps begun. With
-        `none_began=True`, the caller states that no earlier attempt began its effect, and the method deletes the
-        record.
+        For the first attempt of a call, the method deletes the record. If the number of the attempt is 2 or more, the
+        method keeps the record, and the attempt counts as abandoned. The effect of an earlier attempt has perhaps
+        begun. With `none_began=True`, the caller states that no earlier attempt began its effect, and the method
+        deletes the record.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key.
@@ -370,5 +370,5 @@ def _check_new(scope: IdempotencyScope) -> None:
     """Check the scope for a new record."""
     if type(scope) is not IdempotencyScope:
         check_kind(scope, IdempotencyScope, "scope")
-        # The texts of a scope from `IdempotencyScope.of_record()` can break the rules for new texts.
+        # Check the texts, because `IdempotencyScope.of_record()` accepts texts that are invalid in a new record.
         IdempotencyScope(scope.device_id, scope.method, scope.key)

@@ -178,8 +178,8 @@ class NonceStore(Store):
 
     @writing()
     def delete_expired(self, *, limit: int = 100) -> int:
-        """Delete at most `limit` nonces that expired at least an hour ago, oldest first. Return the number of deleted
-        nonces.
+        """Delete nonces that expired at least an hour ago, oldest first. Return the number of deleted nonces, which is
+        at most the limit.
         """
         return self._unit.write(
             _DELETE_EXPIRED, before=types.earlier(self._unit.now(), NONCE_GRACE), limit=types.check_limit(limit)

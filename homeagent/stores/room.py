@@ -1,7 +1,8 @@
 """Limit for the rows of one device. Counting 10,000 rows takes as long as 40 inserts, so a process does not count
 before each insert. After a count, the process gets a grant: a number of rows that the process can add before the next
-count. A grant is at most a fiftieth of the limit, but at least one row. If several processes add rows, the device can
-exceed the limit. For up to 49 processes, the device stays below twice the limit.
+count. For a limit of 50 or more, a grant is at most 2 % of the limit. For a limit below 50, a grant is one row. If
+several processes add rows, the device can exceed the limit. For up to 49 processes, the device stays below twice the
+limit.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def has_room(
         granted = _grant(limit, count(device_id, now))
     if len(grants) >= _MOST_GRANTS:
         grants.clear()
-    # The caller adds one row immediately. Keep the remaining rows of the grant for later calls.
+    # Subtract 1 from the grant, because the caller adds one row immediately.
     grants[key] = iter(range(granted - 1))
     return granted > 0
 

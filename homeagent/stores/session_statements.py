@@ -94,8 +94,8 @@ def _activity(columns: Any) -> tuple[Any, Any, Any]:
 
 
 def _others_on(route: Any, given: frozenset[str]) -> list[Any]:
-    """Return the conditions for the sessions with the agent, sender and channel of `route`. The argument `given`
-    contains the names of the values that are not NULL.
+    """Return the conditions for the sessions with the agent, sender and channel of `route`. The set named `given`
+    contains the names of the columns that are not NULL.
     """
     # Do not use IS NOT DISTINCT FROM here, because PostgreSQL would not use an index.
     return [_others.c[name] == route[name] if name in given else _others.c[name].is_(None) for name in ROUTE]
@@ -118,8 +118,8 @@ def last_active(given: frozenset[str]) -> Statement[str]:
 
 @cache
 def give(given: frozenset[str]) -> Statement[AgentSession]:
-    """Return the statement that gives a free route to the session that was last active on the route. On PostgreSQL, the
-    statement violates the unique index if another transaction takes the route at the same time.
+    """Return the statement that sets a route key. If the route is free, its last active session gets the route key.
+    On PostgreSQL, the statement violates the unique index if another transaction takes the route at the same time.
     """
     is_free = not_(exists().where(_columns.route_key == _route).correlate(None))
     candidate = _last_active(given, is_free).correlate(None)

@@ -55,7 +55,7 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
     """Return True if the session is on the route. Do not compare the route keys, because a stored key can be stale."""
-    # Read `__dict__`, because reading the attributes takes five times as long.
+    # Get the values from the dictionary `__dict__`, because access to the attributes takes five times as long.
     values = session.__dict__
     return bool(
         values["agent_id"] == route["agent_id"]
@@ -269,8 +269,8 @@ class SessionStore(Store):
             sender_id: sender of the selected sessions. Default: all senders.
             channel_id: channel of the selected sessions. Default: all channels.
             limit: maximum number of sessions, 1 or more.
-            after: last session of the previous page. Default: the first page. A session that did not change is on
-                exactly one page.
+            after: last session of the previous page. Default: the first page. If a session does not change between the
+                calls, the session appears on exactly one page.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise errors.InvalidArgumentError("after must be the last session of the page before")
@@ -333,7 +333,7 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Do not pass a generator to `write_many()`, because `_rows()` reads agents from the database.
+            # Finish the generator `_rows()` before the write, because the generator itself reads from the database.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
             while not self._unless_taken(partial(self._index_rows, rows)):
                 pass  # try again, because another transaction has taken a route (only on PostgreSQL)

@@ -40,7 +40,7 @@ def access_of(method: object) -> Access | None:
 
 
 def reading(method: F) -> F:
-    """Declare that a store's method reads, and sends only one statement."""
+    """Mark a store's method that only reads. The method must send only one statement."""
     method.homeagent_access = Access.READ  # type: ignore[attr-defined]  # mypy does not allow new attributes of a function
     return method
 
@@ -48,9 +48,9 @@ def reading(method: F) -> F:
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
     """Declare that a store's method writes. If `stream` is True, the method consumes an iterable.
 
-    If the method does not write in each call, pass a function in the argument `unless`. Outside a unit, homeagent first
-    calls the function `unless()` with the arguments of the method. If the function `unless()` returns a tuple
-    `(True, result)`, the caller gets the result, and homeagent does not call the method.
+    If some calls of the method do not write, pass a check function in the argument named `unless`. Outside a unit,
+    homeagent first calls the check function with the arguments of the method. If the check function returns a tuple
+    `(True, result)`, homeagent returns the result without a call of the method.
     """
 
     def declare(method: Any) -> Any:

@@ -80,12 +80,12 @@ def secure_sidecars(path: Path) -> list[Path]:
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """Refuse a WAL with content whose database is missing or empty, because SQLite itself would delete such a WAL. A
+    """Raise an error if a WAL has content, but its database is missing or empty. SQLite itself would delete the WAL. A
     caller that creates a database must hold `sidecar_lock`.
     """
     log = sidecars(path)[0]
-    # Read the size of the WAL before the size of the database, because another process can create both files between
-    # the two reads.
+    # Read the size of the WAL first. If another process creates both files between the two reads, this function must
+    # accept the new files.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "

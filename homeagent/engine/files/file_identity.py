@@ -53,7 +53,7 @@ class FileIdentityCheck:
             status = _status(self._name)
             self.identity = None if status is None else identity_of(status)
         else:
-            # Check only later connections, because SQLite can empty an incomplete file at the first connection.
+            # Do not run this check for the first connection, because SQLite can truncate an incomplete file to 0 bytes.
             self._check()
 
     def disconnected(self) -> None:
@@ -78,7 +78,7 @@ class FileIdentityCheck:
         """Return an error if the file was deleted or replaced. With `beside=True`, also check the WAL and its index."""
         try:
             self._check(beside=beside)
-        except CorruptDatabaseError as error:  # a database that is marked corrupt was not moved
+        except CorruptDatabaseError as error:  # a database can be corrupt without being moved
             return error if isinstance(error, DatabaseMovedError) else None
         return None
 

@@ -52,9 +52,9 @@ def filesystem_kind(path: Path) -> str | None:
         # The kernel writes a blank or a backslash as an octal code.
         point = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8) & 0xFF]), escaped)
         if inside.startswith(point.rstrip(b"/") + b"/"):
-            # Prefer a mount with the device number of the path, because a later mount can hide a mount with a longer
-            # path. On Btrfs, a path and its mount have different device numbers, so use the mount with the longest
-            # path. If two mounts have the same path, use the later mount.
+            # Prefer a mount with the device number of the path. A later mount can hide the mount with the longest path.
+            # On Btrfs, a path and its mount have different device numbers, so use the mount with the longest path. If
+            # two mounts have the same path, use the later mount.
             rank = (number == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0])

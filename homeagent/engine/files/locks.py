@@ -69,8 +69,8 @@ class FileLock:
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # Unlock the file before the close. A child process between fork and exec has a copy of the descriptor,
-                # so the close alone would not release the lock.
+                # Unlock the file before the close. The close does not release the lock while a new child process has a
+                # copy of the descriptor.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
@@ -96,7 +96,8 @@ class FileLock:
         with explained("read", self.path):
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             content = os.read(self._descriptor, 4096)
-        # If a power cut interrupted `write_marker()`, the rest of an older marker can follow the new marker.
+        # Return only the first line. After a power cut during `write_marker()`, a part of the old marker can follow the
+        # first line.
         return content.split(b"\n", 1)[0].decode("utf-8", "replace") if content else None
 
     def write_marker(self, text: str) -> None:
@@ -158,7 +159,7 @@ class FileLock:
                 return None
 
     def _is_in_place(self, descriptor: int) -> bool:
-        """Return True if the path still names the locked file. A lock on a removed file excludes no other process."""
+        """Return False if the locked file was removed or replaced. A lock on a removed file is useless."""
         status = look_at(self.path)
         return status is not None and identity_of(status) == identity_of(os.fstat(descriptor))
 

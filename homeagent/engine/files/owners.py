@@ -1,4 +1,4 @@
-"""Decide which users' files homeagent trusts, and which user becomes the owner of a new file that root creates.
+"""Decide whether homeagent trusts the owner of a file. If root creates a file, choose the owner of the new file.
 
 | the process runs as | trusted owners of a database's files | trusted owners of its backups |
 |---|---|---|
@@ -26,14 +26,14 @@ def trusted_owners(directory: Path) -> frozenset[int]:
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the owners from whom homeagent accepts a backup, or the note of the last backup, in any directory."""
+    """Return the users whose backups homeagent accepts. The note of the last backup can belong to the same users."""
     return trusted_owners(database.parent) | {0}
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
     """If the process runs as root, give a new file or directory to the owner of its directory. Pass descriptors,
     because another user can replace the file at a path. For a copy outside the database directory, pass the path of the
-    source database. Only a user in `backup_owners()` becomes the owner of a copy, which contains all devices.
+    source database. A copy contains all devices, so only a user in `backup_owners()` can become the owner of a copy.
     """
     if os.geteuid() != 0:
         return

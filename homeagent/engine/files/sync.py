@@ -18,7 +18,7 @@ def fsync_directory(directory: Path) -> None:
         try:
             sync(descriptor)
         except OSError as error:
-            # Some file systems do not support fsync for a directory (fsync(2)), and SQLite ignores the error too.
+            # Like SQLite, ignore the error of a file system that does not support fsync for a directory (fsync(2)).
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:

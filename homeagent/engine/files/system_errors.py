@@ -21,7 +21,7 @@ from homeagent.errors import (
 
 @contextmanager
 def explained(act: str, path: Path) -> Iterator[None]:
-    """Translate an OSError that the block raises into an error of homeagent that names the path and the remedy."""
+    """If the block raises an OSError, raise homeagent's error instead. The new error names the path and the remedy."""
     try:
         yield
     except OSError as error:

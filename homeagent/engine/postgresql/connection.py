@@ -47,14 +47,15 @@ class PostgreSQLConnection(StoreConnection):
         self._pooled = bool(connection.info[POOLED])
         self._warned = False
         self._raw.add_notice_handler(self._notice)
-        # Send commands such as BEGIN by libpq. psycopg's cursor takes 12 µs more, a third of the time for a read.
+        # Send commands such as BEGIN by libpq. psycopg's cursor takes 12 µs more, and a whole read takes only three
+        # times 12 µs.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
 
     def _translate(self, error: BaseException) -> HomeAgentError:
         failure = super()._translate(error)
         if isinstance(failure, ConnectionLostError):
-            # psycopg notices a closed connection, but not the error that the server sends before the close.
+            # The server sends an error before the server closes a connection. psycopg notices only the close.
             self._lost = True
         return failure
 
@@ -107,7 +108,7 @@ class PostgreSQLConnection(StoreConnection):
     def commit(self) -> None:
         """Commit the transaction. If the outcome of COMMIT is unknown, raise CommitUnknownError."""
         if self._raw.pgconn.transaction_status == _FAILED:
-            # After a failed statement, the server would roll back at COMMIT without reporting an error.
+            # After a failed statement, PostgreSQL answers COMMIT with a rollback, and reports no error.
             raise DatabaseError(
                 "a statement of this unit failed and its error was caught, after which PostgreSQL commits nothing: "
                 "let the error leave the block, or run the statement in a savepoint()"
@@ -166,8 +167,8 @@ class PostgreSQLConnection(StoreConnection):
 
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
-    """Return the error for a value that is too long for an index, or None. PostgreSQL does not name the index for a
-    value over 8,191 bytes: then the error names each index that can contain long values.
+    """Return an error if a value is too long for an index, and otherwise None. For a value over 8,191 bytes, PostgreSQL
+    does not name the index. If the index is unknown, the error names each index that has a column of text or bytes.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

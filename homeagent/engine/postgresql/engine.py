@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-# Timeouts for a host that does not answer, in seconds (tcp_user_timeout: in milliseconds). By default, libpq waits for
-# a new connection without a limit (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
+# Timeouts for a host that does not answer, in seconds (tcp_user_timeout: in milliseconds). By default, libpq sets no
+# time limit for a new connection (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
 # Linux waits about 15 minutes for the acknowledgement of sent data (tcp(7), `tcp_retries2`).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # for each host
@@ -66,8 +66,8 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # Override a setting of the role that hides warnings. With a warning, the server reports that a standby can lack
-        # a commit.
+        # Override a setting of the role that hides warnings. The server sends a warning if a commit can be missing on a
+        # standby.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
         """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
@@ -156,7 +156,7 @@ class PostgreSQLEngine(Engine):
         return connection
 
     def begin_of(self, connection: Connection, *, read_only: bool) -> Sequence[str]:
-        """Return the SQL that begins a unit. Behind a pooler, the SQL also applies the engine's settings."""
+        """Return the SQL statements that begin a unit. Behind a pooler, also set the engine's settings by SET LOCAL."""
         begin = super().begin_of(connection, read_only=read_only)
         return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
 
@@ -185,7 +185,9 @@ def _connect_args(url: URL) -> dict[str, str]:
 
 
 def _run_by(method: str) -> Callable[..., bool]:
-    """Return a listener that runs a statement by a method of the cursor, and removes private data from an exception."""
+    """Return a listener that passes a statement to the given method of the cursor. If the method raises an exception,
+    the listener removes private data from the exception.
+    """
 
     def run(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
         try:
@@ -199,11 +201,12 @@ def _run_by(method: str) -> Callable[..., bool]:
 
 
 def _remove_private(error: BaseException) -> None:
-    """Remove the password and the server's message from an exception of psycopg. psycopg's message can show a row."""
+    """Remove the password and the server's message from an exception of psycopg. psycopg's message can show a row. The
+    attributes `_info` and `_pgconn` contain the server's message and the parameters of a failed connection.
+    """
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
         error.args = (message_with_name(error) or "the server's message is withheld",)
-        # The attributes `_info` and `_pgconn` contain the server's message and the parameters of a failed connection.
         error._info = error._pgconn = None  # type: ignore[attr-defined]
 
 
@@ -223,7 +226,8 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
             failure = _connect_error(original)
         elif type(original).__name__ == "ProgrammingError":
             failure = InvalidArgumentError("the database URL has an option that libpq does not know: correct the query")
-    # Remove private data, because SQLAlchemy makes the driver's exception the cause of the returned error.
+    # Remove private data from the driver's exception. A traceback of the returned error also shows the driver's
+    # exception.
     _remove_private(original)
     return failure
 

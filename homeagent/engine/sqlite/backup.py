@@ -84,8 +84,8 @@ def write_backup(
     stop: Stop = never_stop,
 ) -> Manifest:
     """Copy an open database to a new file, and write the manifest next to the copy. The copy is in rollback mode and
-    needs no WAL. Write the copy to `partial`, verify the copy, and rename the file to `target` in the same directory.
-    If `stop()` returns True, raise BackupStoppedError.
+    needs no WAL. Write the copy to the path `partial`, verify the copy, and rename the copy to the path `target`. The
+    paths `partial` and `target` must be in the same directory. If `stop()` returns True, raise BackupStoppedError.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")

@@ -33,7 +33,7 @@ _NOT_UTF8 = "holds text that is not UTF-8"
 
 
 class SQLiteConnection(StoreConnection):
-    """An apsw connection. Statements run on a fast cursor, which lacks the methods that only SQLAlchemy needs."""
+    """An apsw connection."""
 
     __slots__ = ()
 
@@ -46,8 +46,8 @@ class SQLiteConnection(StoreConnection):
         return StatementCursor(raw)
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
-        # Do not call `after_failed_commit()` twice. If SQLAlchemy sends COMMIT, the driver's method `commit()` has
-        # already called `after_failed_commit()`.
+        # Do not call `after_failed_commit()` twice. SQLAlchemy commits by the driver's method `commit()`, which calls
+        # `after_failed_commit()` itself.
         unknown = self._raw.after_failed_commit(error) if self._root is None else None
         return unknown or super()._commit_failure(error)
 
@@ -85,10 +85,10 @@ def busy_handler(timeout: float, began: Callable[[], object]) -> Callable[[int],
     """Return a busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html). The handler pauses before the next
     try to get the lock, and returns False if the wait has reached the timeout.
 
-    After some tries, SQLite's own busy handler tries only every 100 ms. In a test of SQLite's busy handler with eight
-    writing processes, some processes therefore waited for seconds. With pauses of 1 to 5 ms instead of 2 to 10 ms, more
-    than 1% of the writes waited for the lock. The 99th percentile of the write times was 20 ms instead of 0.3 ms, and
-    fewer units were committed.
+    The pauses of SQLite's own busy handler grow to 100 ms. In a test of SQLite's busy handler with eight writing
+    processes, some processes therefore waited for seconds. With pauses of 1 to 5 ms instead of 2 to 10 ms, more than 1%
+    of the writes waited for the lock. The 99th percentile of the write times was 20 ms instead of 0.3 ms, and fewer
+    units were committed.
     """
     since = 0.0
 

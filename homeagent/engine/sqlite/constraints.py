@@ -27,7 +27,7 @@ _TARGET = re.compile(rf"\s*(?:WITH\b.*?\)\s*)?(INSERT|REPLACE|UPDATE|DELETE)\b.*
 _IGNORED = re.compile(r"/\*.*?\*/|\b(OR\s+\w+|INTO|FROM)\b\s*", re.I | re.S)
 
 
-# The parameter `target` is empty if SQLite refused a COMMIT. Only a deferred foreign key can refuse a COMMIT.
+# For a refused COMMIT, the SQL parameter `:target` is an empty text. Only a deferred foreign key can refuse a COMMIT.
 _FOREIGN_KEYS = """
     SELECT child.name, group_concat(key."from", ', ' ORDER BY key.seq)
     FROM sqlite_master AS child, pragma_foreign_key_list(child.name) AS key
@@ -46,7 +46,7 @@ _UNIQUE_INDEXES = """
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
     """Return the error for a change that a constraint refused, or None. SQLite checks a deferred foreign key at the
-    commit. If SQLite refused a COMMIT, pass COMMIT or None as the argument `statement`.
+    commit. The argument `statement` is the SQL text that SQLite refused, or None for a COMMIT.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:

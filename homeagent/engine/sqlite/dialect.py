@@ -167,8 +167,8 @@ class Connection(_Connection):
     def _erase_failed_commit(self) -> bool:
         """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded. If only the
         sync failed, the WAL contains the whole commit, and a later connection could recover the commit. The empty
-        commit overwrites the first frame of the failed commit, so that the checksums of the later frames become
-        invalid. Do not sync the WAL, because the sync could fail again.
+        commit replaces the first frame of the failed commit. SQLite then ignores the other frames of the failed commit,
+        because the checksums no longer match. Do not sync the WAL, because the sync could fail again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
@@ -183,8 +183,8 @@ class Connection(_Connection):
         except apsw.Error:
             return False
         with suppress(apsw.Error):
-            # After a checkpoint, the next commit restarts the WAL with a new salt, so that `find_lost_commits()`
-            # ignores the old frames.
+            # After a checkpoint, the next commit writes a new header to the WAL. The function `find_lost_commits()`
+            # ignores frames that are older than the header of the WAL.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 
@@ -212,8 +212,8 @@ def connect(database: str = ":memory:", *, uri: bool = False, timeout: float = 5
     # Keep temporary data in memory, because a container can lack a directory for SQLite's temporary files
     # (https://sqlite.org/tempfiles.html).
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Without the option `SQLITE_DBCONFIG_ENABLE_QPSG`, SQLite plans a statement with a parameter for LIMIT at every
-    # execution. In a test that read pages of rows, the planning took 10% of the time
+    # Make SQLite keep query plans. By default, SQLite makes a new plan at each execution of a statement with a LIMIT
+    # parameter. In a test that read pages of rows, the planning took 10% of the time
     # (https://sqlite.org/queryplanner-ng.html#qpstab).
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection

@@ -141,7 +141,8 @@ class SQLiteEngine(Engine):
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
         # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. If another
-        # program replaced the files, prevent the copy, because the WAL can contain commits of another process.
+        # program replaced the files, prevent SQLite from copying the WAL. The WAL can contain commits of another
+        # process.
         try:
             moved: HomeAgentError | None = self.identity_check.find_moved(beside=True)
         except HomeAgentError as error:
@@ -180,8 +181,8 @@ class SQLiteEngine(Engine):
         return self._connect(self.sa_engine)
 
     def _connect(self, sa_engine: sqlalchemy.Engine, *, take_snapshot: bool = False) -> Connection:
-        # Check the file before and after opening, because SQLite would apply the WAL of a replaced file to the new
-        # file.
+        # Check the file before and after opening. If another program replaced the file, SQLite would use the new file
+        # with the WAL of the old file.
         self.identity_check.before_connect()
         with self.translated():
             connection = sa_engine.connect()
@@ -259,8 +260,8 @@ class SQLiteEngine(Engine):
             mode = "TRUNCATE" if truncate else "PASSIVE"  # https://sqlite.org/pragma.html#pragma_wal_checkpoint
             ((blocked, _, _),) = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
             if truncate:
-                # Make an empty commit, which writes a new header to the truncated WAL. With an empty WAL and an
-                # outdated WAL index, homeagent would report lost commits after a power cut.
+                # Make an empty commit, which writes a new header to the truncated WAL. If the WAL stayed empty,
+                # homeagent could falsely report lost commits after a power cut.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
         except BaseException:
@@ -310,7 +311,9 @@ class SQLiteEngine(Engine):
             )
 
     def _sqlite_will_empty(self) -> bool:
-        """Return True if SQLite will empty the file, because a crash interrupted the file's first transaction."""
+        """Return True if a crash interrupted the first transaction of the file. SQLite will undo the transaction, and
+        the file will be empty.
+        """
         journal = database_file.sidecars(self.path)[2]
         if database_file.size_of(lock_path(self.path)) or database_file.look_at(journal) is None:
             return False

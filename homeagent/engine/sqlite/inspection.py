@@ -56,9 +56,9 @@ def inspect_sqlite(
 ) -> Iterator[Connection]:
     """Open an existing file for reading. All statements see one snapshot. SQLite creates no file except a WAL index.
 
-    Pass `assume_closed=False` if another process could open the file at the same time. Before you pass
-    `is_closed=True`, check that no process of homeagent has the file open. A process with an open database can add a
-    frame to the WAL at any time.
+    If the arguments `assume_closed` and `is_closed` are both False, take SQLite's locks. Another process can then use
+    the file at the same time. Before you pass `is_closed=True`, check that no process of homeagent has the file open. A
+    process with an open database can add a frame to the WAL at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -119,9 +119,9 @@ def journal_mode(connection: Connection) -> str:
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
     """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables. SQLite reports
-    the tables that a compiled statement uses (https://sqlite.org/c3ref/set_authorizer.html). If SQLite can't compile a
-    statement that uses the trigger or the view, also return True. The argument named `tables` contains names in lower
-    case. The argument named `on` contains the name of the trigger's table, or the name of the view.
+    the tables that a compiled statement uses (https://sqlite.org/c3ref/set_authorizer.html). Also return True if SQLite
+    can't compile the trigger or the view. The argument named `tables` contains names in lower case. As the last
+    argument, pass the name of the trigger's table or the name of the view.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []

@@ -42,8 +42,9 @@ _INSTRUCTIONS = 100_000
 
 
 def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
-    """Check a file that was not closed cleanly and that no process of homeagent has open. Do not change any file.
-    Return True if `check_content()` accepted the file, or False if the database has no WAL to check.
+    """Check a file that was not closed cleanly, without changing any file. Before the call, ensure that no process of
+    homeagent has the file open. Return True if `check_content()` accepted the file, or False if the database has no WAL
+    to check.
     """
     path = engine.path
     log, index, journal = sidecars(path)

@@ -26,9 +26,10 @@ def refuse_changes(
     raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
 ) -> Iterator[None]:
     """During the block, refuse statements that change the rows, columns, indexes or triggers of the given tables. Also
-    refuse statements that set `PRAGMA writable_schema`. The names of the tables are in lower case. The triggers with
-    the names in `triggers` are allowed to change the tables. A refused statement has no effect, because SQLite asks the
-    authorizer during the compilation of a statement (https://sqlite.org/c3ref/set_authorizer.html).
+    refuse statements that set `PRAGMA writable_schema`. The names of the tables are in lower case. The argument
+    `triggers` contains the names of triggers that are allowed to change the tables. A refused statement has no effect,
+    because SQLite asks the authorizer during the compilation of a statement
+    (https://sqlite.org/c3ref/set_authorizer.html).
     """
 
     def judge(action: int, first: str | None, second: str | None, _schema: object, by: str | None) -> int:

@@ -96,7 +96,7 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
 def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
     """Describe the commits that SQLite would silently discard at the opening of the database, or return None. The
     argument `raw` must be a connection from `open_without_locks()`. A power cut during COMMIT can damage the last
-    commit. If the WAL index is missing, do not report damage in the last commit.
+    commit. If the WAL index is missing, do not report a damaged last commit.
     """
     log, index = sidecars(path)[:2]
     known, found = _read_index(index), _Log()
@@ -139,8 +139,8 @@ def _read_log(file: BinaryIO, raw: Connection) -> _Log:
 
 
 def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
-    """Return the number of frames up to the last intact commit. Use the function only if the process can't write the
-    WAL, because SQLite counts frames a hundred times faster.
+    """Return the number of frames up to the last intact commit. SQLite counts the frames a hundred times faster, but
+    only if the process can write the WAL.
     """
     order = _MAGIC[int.from_bytes(header[:4], "big")]
     sums: tuple[int, ...] = struct.unpack(">2I", header[24:])
@@ -182,7 +182,7 @@ def _judged(index: _Index | None, log: _Log, state: str) -> LostCommits | None:
         # SQLite writes the header of the WAL before the frames. A power cut can't split the header, which is smaller
         # than a disk's sector.
         return None if log.is_blank else LostCommits("the log has no sound header", 0, False)
-    # A single commit after the damage does not prove a loss. After a power cut, the last frame of an unfinished commit
+    # If only one commit follows the damage, report no loss. After a power cut, the last frame of an unfinished commit
     # can be on the disk without the first frame.
     if log.later_commits > 1:
         return LostCommits(

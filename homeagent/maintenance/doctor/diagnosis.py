@@ -92,7 +92,9 @@ def diagnose_open(settings: UnitSettings, *, thorough: bool, fix: bool) -> Diagn
 
 @contextmanager
 def _reading(settings: UnitSettings | None) -> Iterator[None]:
-    """If possible, keep a read-only unit open, so that SQLite keeps the WAL index and the doctor creates no file."""
+    """If possible, keep a read-only unit open during the block. Without an open unit, the doctor could have to create
+    the file of the WAL index.
+    """
     with ExitStack() as stack:
         try:
             if settings is not None:

@@ -114,7 +114,8 @@ class Collector:
     """Collects the findings of a diagnosis. Several findings of a check become one finding with the worst severity.
 
     Attributes:
-        database_option: option `--database` for homeagent's commands in a finding. Empty for a server.
+        database_option: text that the collector appends to homeagent's commands, such as " --database hub.db". Empty
+            for a server.
         restore_command: command that restores the newest good backup. None if no backup is known.
     """
 
@@ -139,8 +140,8 @@ class Collector:
         warning: object = False,
         **facts: Fact,
     ) -> None:
-        """Add a finding. The argument `critical` or `warning` sets the severity, and `critical` has priority. Without
-        `critical` and `warning`, the severity is OK, and the method ignores `meaning`, `remedy` and `command`.
+        """Add a finding. The severity is CRITICAL if `critical=` is true, WARNING if only `warning=` is true, and
+        otherwise OK. For the severity OK, ignore the arguments `meaning`, `remedy` and `command`.
         """
         severity, advice = Severity.OK, {}
         if critical or warning:

@@ -50,7 +50,7 @@ def check_sqlite(collector: Collector, path: Path) -> None:
 
 
 def _check_wal(collector: Collector, path: Path) -> bool:
-    """Check the WAL. Return True only if no process of homeagent can have the database open."""
+    """Check the WAL. Return False if a process of homeagent can have the database open."""
     log, index, _ = sidecars(path)
     size = size_of(log)
     if size > WAL_LIMIT:

@@ -204,7 +204,7 @@ def _pages(described: Table, connection: Connection) -> Iterator[Sequence[Sequen
     """Yield the stored values of all rows of a table, without the conversions of the column types."""
     quote = connection.dialect.identifier_preparer.quote
     names = [quote(c.name) for c in described.columns]
-    # On SQLite, read texts as bytes, because the driver raises an error for a page of rows with invalid UTF-8.
+    # On SQLite, read texts as bytes. Otherwise one text that is not UTF-8 would make a whole page of rows unreadable.
     undecoded = connection.dialect.name == "sqlite"
     columns = undecoded_columns(names) if undecoded else ", ".join(names)
     rows = text(f"SELECT {columns} FROM {quote(described.name)}")  # noqa: S608  quoted

@@ -48,8 +48,8 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as 0 or 1. The argument named `otherwise` is the result for a stored value that is
-    not 0 or 1. Choose a result that grants no access.
+    """Column type for a bool, stored as 0 or 1. For a stored value that is not 0 or 1, the result is the bool that the
+    constructor received. Choose a bool that grants no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer

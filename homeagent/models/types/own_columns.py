@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined
 from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
-# The next two imports use private names, because SQLModel has no public counterparts. `FieldInfoMetadata` holds the
-# arguments of `Field()`, and `get_sa_type_from_field()` returns `int` for a field with the type `int | None`.
+# The next two imports use private names, because SQLModel has no public counterparts. The class `FieldInfoMetadata`
+# stores the arguments of `Field()`. The function `get_sa_type_from_field()` returns a field's type without None.
 from sqlmodel._compat import get_sa_type_from_field
 from sqlmodel.main import FieldInfoMetadata
 

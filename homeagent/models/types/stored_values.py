@@ -50,7 +50,9 @@ def unreadable(
     key: object = None,
     what: str = "holds a value that can't be read",
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. The argument `key` is the value of the row's `naming_column()`."""
+    """Return the error for an unreadable value. To identify the row in the error's text, pass as `key=` the row's value
+    of the column `naming_column(table)`.
+    """
     if table is None:
         place = "a stored value can't be read; 'homeagent doctor' names its row"
     else:
