@@ -325,6 +325,7 @@ def hooks(homeagent_database: Database, house: House) -> Client:
     install_error_handlers(app)
 
     @app.post("/hook")
+    @app.post("/hook/{room}")
     async def hook(webhook: Annotated[Webhook, Depends(signed_webhook([OTHER, SECRET], sender="bell"))]) -> Any:
         return await webhook(lambda attempt: {"rung": webhook.json()["rung"], **house.close(attempt)})
 
@@ -346,6 +347,16 @@ def test_a_webhook_is_handled_once(hooks: Client, house: House, homeagent_clock:
     rotated = sign(OTHER, "m-2", now + 3600, body)
     rotated["webhook-signature"] = f"v1a,xyz {rotated['webhook-signature']}"
     assert hooks.post("/hook", content=body, headers=rotated).json()["count"] == 2
+
+
+def test_a_webhook_for_another_path(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:
+    """A message that is sent again to another path of the route gets an error, and not the first path's answer."""
+    body = b'{"rung": 1}'
+    headers = sign(SECRET, "m-1", int(homeagent_clock().timestamp()), body)
+    paths = ("/hook/hall", "/hook/attic", "/hook/hall?bell=2", "/hook/hall")
+    replies = [hooks.post(path, content=body, headers=headers) for path in paths]
+    assert [reply.status_code for reply in replies] == [200, 422, 422, 200]
+    assert (replies[1].json()["error"], house.count) == ("FingerprintMismatchError", 1)
 
 
 def test_a_stranger_cannot_erase_a_webhook(

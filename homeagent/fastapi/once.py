@@ -238,7 +238,7 @@ def route_of(request: Request) -> str:
     prefix = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. Read the path with all prefixes
     # from FastAPI's private route context. If FastAPI sets no route context, the function can return the same text for
-    # two routes. With `idempotent()`, a retry must also repeat the path of the request (see `params_of()`).
+    # two routes. A retry must therefore also repeat the path of the request (see `params_of()`).
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import hmac
 import json
 import re
@@ -16,7 +15,7 @@ from pydantic import SecretBytes, SecretStr
 
 from homeagent.errors import AuthenticationError, CorruptDatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.fastapi.lifespan import DatabaseDep
-from homeagent.fastapi.once import MAX_BODY, Once, read_body, route_of
+from homeagent.fastapi.once import MAX_BODY, Once, params_of, read_body, route_of
 from homeagent.fastapi.problems import HTTPProblem, as_http
 from homeagent.idempotency import OnAbandoned
 from homeagent.models.idempotency_key import IdempotencyScope
@@ -103,9 +102,9 @@ def signed_webhook(
             raise as_http(error) from error
         if not fresh:
             raise _refused()
-        digest = hashlib.sha256(body).hexdigest()
+        params = await params_of(request, max_body)
         found = Webhook(
-            database, response, scope, stored=True, params=digest, lease=lease, ttl=ttl, on_abandoned=on_abandoned
+            database, response, scope, stored=True, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned
         )
         found.id, found.sent_at, found.body = message_id, sent_at, body
         return found
