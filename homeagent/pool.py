@@ -204,7 +204,7 @@ class ConnectionPool(Generic[T]):
             waiters, self._waiters = self._waiters, deque()
             for waiter in waiters:
                 waiter.notified.release()
-        self.discard_free()
+            self.discard_free()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
         """Return the error for a timeout. The message names the threads that hold the resources."""

@@ -22,7 +22,8 @@ T = TypeVar("T")
 _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
-# If the calls of a thread take longer than this time in seconds, the remaining calls run in separate threads.
+# A thread with several calls wakes the callers of ended calls after this time in seconds. If a single call takes longer
+# than this time, the remaining calls run in separate threads.
 _MAX_SHARED_SECONDS = 0.1
 
 
@@ -137,18 +138,23 @@ def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
 
 def _run(executor: Executor, loop: asyncio.AbstractEventLoop, calls: list[ThreadCall]) -> None:
     ended: list[ThreadCall] = []
-    end = monotonic() + _MAX_SHARED_SECONDS
+    now = monotonic()
+    end = now + _MAX_SHARED_SECONDS
     for place, call in enumerate(calls, 1):
         if call.decision.acquire(blocking=False):
             # Do not inline `attempt()`, because `clear_locals()` can't clear the frame of a function that still runs.
             call.attempt()
             call.is_over = True
             ended.append(call)
-            if monotonic() >= end:
+            begun, now = now, monotonic()
+            if now - begun >= _MAX_SHARED_SECONDS:
                 # Run each remaining call in a separate thread, so that a slow call does not delay the next calls.
                 for waiting in calls[place:]:
                     loop.call_soon_threadsafe(run_in_thread, executor, [waiting])
                 break
+            if now >= end:
+                loop.call_soon_threadsafe(wake, ended)
+                ended, end = [], now + _MAX_SHARED_SECONDS
     if ended:
         loop.call_soon_threadsafe(wake, ended)
 

@@ -141,7 +141,9 @@ def test_an_interrupt_anywhere_in_a_call_holds_nobody_up(sqlite_path: Path, crow
     with Database.open(sqlite_path, busy_timeout=timedelta(seconds=10), durability="normal") as database:
         for turn in itertools.count():
             group_commit_of(database)._is_contended = crowded
-            came = interrupt_at(turn, {"homeagent.group_commit", "homeagent.queued_call"}, lambda: database.run(count))
+            came = interrupt_at(
+                turn, {"homeagent.group_commit", "homeagent.worker_threads"}, lambda: database.run(count)
+            )
             other = threading.Thread(target=database.run, args=(count,))
             other.start()
             assert database.run(count) == 0
@@ -151,3 +153,72 @@ def test_an_interrupt_anywhere_in_a_call_holds_nobody_up(sqlite_path: Path, crow
             if not came:
                 break
     assert turn > 4
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from homeagent import AgentCreate, Database
+# A shell starts what it runs in the background with this signal ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+database = Database.open(sys.argv[1])
+group_commit = database._runner._group_commit
+others, interrupts = [], 0
+begun = threading.Event()
+
+def work(unit, name, slow=False):
+    unit.agents.create(AgentCreate(id=name, name=name, workspace_path="/srv"))
+    if slow:
+        begun.set()
+        time.sleep(0.002)
+
+def other(number):
+    for turn in range(20):
+        database.run(lambda unit: work(unit, f"other {number}-{turn}", slow=True))
+        others.append(f"other {number}-{turn}")
+
+def interrupt():
+    while not over.wait(0.003):
+        os.kill(os.getpid(), signal.SIGINT)
+
+threads = [threading.Thread(target=other, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+begun.wait()
+over, mine = threading.Event(), []
+sender = threading.Thread(target=interrupt)
+turn = 0
+while any(thread.is_alive() for thread in threads):
+    turn += 1
+    try:
+        if not sender.is_alive() and turn == 1:
+            sender.start()
+        # An interrupted unit can still begin in the writer thread, so bind the number now.
+        database.run(lambda unit, turn=turn: work(unit, f"mine {turn}"))
+        mine.append(f"mine {turn}")
+    except KeyboardInterrupt:
+        interrupts += 1
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+over.set()
+sender.join()
+for thread in threads:
+    thread.join(30)
+database.run(lambda unit: work(unit, "last"))
+with database.unit_of_work(read_only=True) as unit:
+    there, after = set(), None
+    page = unit.agents.list(limit=1000)
+    there = {agent.id for agent in page}
+assert len(others) == 80, others
+assert set(others) <= there, set(others) - there
+assert set(mine) <= there, set(mine) - there
+assert "last" in there
+database.close()
+print(interrupts)
+"""
+
+
+@pytest.mark.slow
+def test_interrupts_of_a_waiting_caller_block_no_other_caller(sqlite_path: Path, children: Children) -> None:
+    """If a real Ctrl-C interrupts the main thread every 3 ms, the other callers' units are committed, each once."""
+    process = children.start(INTERRUPTED, sqlite_path)
+    output = children.finish(process)
+    assert int(output) > 0

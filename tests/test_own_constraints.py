@@ -18,6 +18,8 @@ TABLES = (
     " CONSTRAINT pk_own_tags PRIMARY KEY (id), CONSTRAINT uq_own_tags_name UNIQUE (name),"
     " CONSTRAINT ck_own_tags_size CHECK (size > 0))",
     "CREATE UNIQUE INDEX idx_own_tags_size ON own_tags (size)",
+    # The column of an expression has no name.
+    "CREATE UNIQUE INDEX a_first ON own_tags (name, lower(plain))",
     "CREATE TABLE own_uses (tag INTEGER, CONSTRAINT fk_own_uses_tag FOREIGN KEY (tag) REFERENCES own_tags (id))",
     "CREATE TABLE own_plans (agent TEXT, CONSTRAINT fk_own_plans_agent FOREIGN KEY (agent)"
     " REFERENCES agents (id) DEFERRABLE INITIALLY DEFERRED)",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
+from homeagent.errors import InvalidArgumentError
 from homeagent.models.types import MAX_LIMIT, check_timestamp
 
 
@@ -40,10 +42,15 @@ def timestamp(help: str) -> Any:
 
 
 def _read_timestamp(text: str) -> datetime:
+    found: datetime | None = None
+    with suppress(ValueError):
+        found = datetime.fromisoformat(text)
+    if found is None or found.tzinfo is None:
+        raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.")
     try:
-        return check_timestamp(datetime.fromisoformat(text))
-    except ValueError:
-        raise typer.BadParameter("must be a timestamp with an offset, such as 2030-01-31T12:00:00.000Z.") from None
+        return check_timestamp(found)
+    except InvalidArgumentError as error:
+        raise typer.BadParameter(f"{error}.") from None
 
 
 def _find_packages(migrations: str | None) -> str | None:

@@ -52,7 +52,7 @@ class FailureContext(ExceptionContext):
         self.is_disconnect = self.invalidate_pool_on_disconnect = self.is_pre_ping = False
 
 
-@dataclass
+@dataclass(eq=False)
 class InstrumentedCursor:
     """A driver's cursor that calls the connection's listeners."""
 

@@ -166,7 +166,9 @@ class CopiedTable:
         return False
 
     def _is_copied(self, page: list[_Row], target: Connection) -> bool:
-        wanted, key = self._by_key(page), [column for column in self.target.columns if column.primary_key]
+        wanted, columns = self._by_key(page), zip(self.source.columns, self.target.columns, strict=True)
+        # In the target, an application's table can have another primary key.
+        key = [other for column, other in columns if column.primary_key]
         chosen = tuple_(*key).in_(wanted) if len(key) > 1 else key[0].in_([one for (one,) in wanted])
         copied = self._by_key(chain.from_iterable(self._read(target, select(*self.target.columns).where(chosen))))
         return all(self._is_same(row, copied.get(one)) for one, row in wanted.items())

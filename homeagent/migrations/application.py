@@ -301,10 +301,13 @@ class RevisionGuard:
         self._left_transaction = True
         with self._outside():
             yield
-        # The COMMIT has reset the numbers of written rows. The method `check()` compares the structure of the tables.
-        after = _server_state(self._connection, self._acknowledged)
-        for name, (structure, written) in self._before.items():
-            self._before[name] = structure, after.get(name, (structure, written))[1]
+        # The COMMIT has reset the numbers of written rows, so compare only the structure of the tables. Compare the
+        # structure now, because the revision can undo its change after the block.
+        before, self._before = self._before, _server_state(self._connection, self._acknowledged)
+        changed = sorted(name for name in before if before[name][0] != self._before.get(name, ("", 0))[0])
+        if changed:
+            self.refuse(changed[0])
+            self.check()
 
 
 @contextmanager

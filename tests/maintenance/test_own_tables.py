@@ -225,6 +225,20 @@ def test_numbers_of_deleted_rows_are_not_used_again(open_three: OpenThree, tmp_p
     assert run(back, add) == 5
 
 
+@pytest.mark.parametrize(("key", "other"), [("a", "a, b"), ("a, b", "a"), ("a", "b")])
+def test_a_target_with_another_primary_key(tmp_path: Path, key: str, other: str) -> None:
+    """A table is copied and compared by the key of the source, also if the target's table has another primary key."""
+    with ExitStack() as stack:
+        source, target = (stack.enter_context(Database.open(tmp_path / name / "h.db")) for name in ("one", "two"))
+        for database, columns in ((source, key), (target, other)):
+            with database.unit_of_work() as unit:
+                statement = f"CREATE TABLE pairs (a INTEGER NOT NULL, b INTEGER NOT NULL, PRIMARY KEY ({columns}))"
+                unit.session.execute(text(statement))
+        with source.unit_of_work() as unit:
+            unit.session.execute(text("INSERT INTO pairs VALUES (1, 10), (2, 20)"))
+        assert source.copy_to(target).rows["pairs"] == 2
+
+
 def test_unknown_tables_are_named(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
     """A copy refuses tables that the target lacks by name, unless the caller leaves them behind."""
     with Database.open(sqlite_path, migrations=folder) as source, Database.open(tmp_path / "new" / "x.db") as target:

@@ -201,6 +201,18 @@ def test_statement_outside_a_transaction(empty_postgres_url: str, folder: Path) 
         assert rows(database, "SELECT version_num FROM application_schema_version") == [("a4",)]
 
 
+def test_change_that_is_undone_after_the_block(empty_postgres_url: str, folder: Path) -> None:
+    """On PostgreSQL a change of homeagent's table in an autocommit_block is refused, even if it is undone later."""
+    body = (
+        "with op.get_context().autocommit_block():\n"
+        "    op.execute(\"ALTER TABLE agents ALTER COLUMN name SET DEFAULT 'x'\")\n"
+        'op.execute("ALTER TABLE agents ALTER COLUMN name DROP DEFAULT")'
+    )
+    write_revision(folder, "a4", "a3", body)
+    with pytest.raises(MigrationError, match="it changes homeagent's table agents"):
+        Database.open(empty_postgres_url, migrations=folder)
+
+
 # What makes the revisions unusable. A string or a number is the argument `migrations`.
 BROKEN: dict[str, Any] = {
     "there is no folder 'nowhere/versions'.*homeagent migrations new": "nowhere",

@@ -15,7 +15,7 @@ from homeagent.migrations import REVISION
 from tests.migrations.old_databases import CHECKOUT
 
 NEXT = f"{int(REVISION) + 1:04}"
-FIELD = '    room: Label | None = Field(default=None, sa_column=Column("room", text_column()))\n'
+FIELD = '    room: Name | None = Field(default=None, description="Room of the device.")\n'
 
 
 def commands() -> list[str]:

@@ -141,7 +141,9 @@ def test_last_seen_once_a_minute(database: Database, clock: FakeClock) -> None:
     assert database.devices.update_last_seen("lamp")
     assert database.devices.get("lamp").last_seen_at == clock.now
     assert not database.devices.update_last_seen("lamp", granularity=timedelta.max)
-    assert not database.devices.update_last_seen("lamp", datetime.min.replace(tzinfo=UTC))
+    for earlier in (clock.now - MINUTE, datetime.min.replace(tzinfo=UTC)):
+        assert not database.devices.update_last_seen("lamp", earlier)
+    assert database.devices.get("lamp").last_seen_at == clock.now
 
 
 def test_delete_removes_results_and_keeps_nonces(database: Database) -> None:

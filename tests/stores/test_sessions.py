@@ -296,3 +296,22 @@ def test_index_names_the_wrong_item(database: Database) -> None:
         database.sessions.index([*rows(1), *rows(1, agent_id="nobody")])
     assert caught.value.agent_id == "nobody"
     assert dump(database) == before
+
+
+def test_delete_refuses_or_deletes_sessions(database: Database) -> None:
+    """If an agent has sessions, `delete` raises an error; `delete_sessions` deletes only this agent's sessions too."""
+    add_agent(database)
+    add_agent(database, "bob")
+    with database.unit_of_work() as unit:
+        for number in range(3):
+            unit.sessions.create(AgentSessionCreate(session_id=f"s{number}", agent_id="ada"))
+        unit.sessions.create(AgentSessionCreate(session_id="other", agent_id="bob"))
+    before = dump(database)
+    with pytest.raises(errors.AgentInUseError) as caught:
+        database.agents.delete("ada")
+    assert (caught.value.agent_id, caught.value.session_count) == ("ada", 3)
+    assert dump(database) == before
+    with database.unit_of_work() as unit:
+        assert unit.agents.delete("ada", delete_sessions=True) is True
+        assert [session.session_id for session in unit.sessions.list()] == ["other"]
+        assert [agent.id for agent in unit.agents.list()] == ["bob"]

@@ -122,17 +122,14 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
     try:
         # Set the mode again, because the umask removes bits from the mode of a new file. Do not read the umask, because
         # the system call for reading changes the umask of all threads.
-        try:
+        with suppress(PermissionError):
             os.fchmod(descriptor, FILE_MODE)
-        except PermissionError as error:
-            raise modes_not_kept(path) from error
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != FILE_MODE:
+            path.unlink()  # no other process uses the file, because homeagent refuses the mode
             raise modes_not_kept(path)
         give_to_owner(descriptor, path.parent, database=database)
     except BaseException:
         os.close(descriptor)
-        with suppress(OSError):
-            path.unlink()
         raise
     return descriptor
 

@@ -32,7 +32,9 @@ _FOREIGN_KEYS = """
     SELECT child.name, group_concat(key."from", ', ' ORDER BY key.seq)
     FROM sqlite_master AS child, pragma_foreign_key_list(child.name) AS key
     WHERE child.type = 'table' AND CASE WHEN :target = ''
-        THEN child.sql LIKE '%DEFERR%' AND key.id IN (SELECT fkid FROM pragma_foreign_key_check(child.name))
+        THEN (child.name, key.id) IN (
+            SELECT broken.name, fkid FROM sqlite_master AS broken, pragma_foreign_key_check(broken.name)
+            WHERE broken.type = 'table' AND broken.sql LIKE '%DEFERR%')
         ELSE :verb <> 'DELETE' AND child.name = :target COLLATE NOCASE
             OR :verb <> 'INSERT' AND key."table" = :target COLLATE NOCASE
         END
@@ -40,7 +42,7 @@ _FOREIGN_KEYS = """
 """
 _UNIQUE_INDEXES = """
     SELECT name FROM pragma_index_list(:table) AS listed WHERE "unique" AND origin = 'c' AND :columns =
-        (SELECT group_concat(name, ', ' ORDER BY seqno) FROM pragma_index_info(listed.name))
+        (SELECT group_concat(ifnull(name, ''), ', ' ORDER BY seqno) FROM pragma_index_info(listed.name))
 """
 
 
@@ -69,7 +71,7 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
             table = str(found[0][0]) if found else None
         else:
             table = message.partition(".")[0]
-            columns = message.replace(f"{table}.", "")
+            columns = ", ".join(part.removeprefix(f"{table}.") for part in message.split(", "))
             constraint = (_unique_name(raw, table, columns) if kind == "unique" else None) or columns
     except (apsw.Error, UnicodeError):
         pass  # the schema can't be read, so the error contains only the names that were found before
