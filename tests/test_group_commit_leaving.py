@@ -22,6 +22,7 @@ import pytest
 from homeagent import Database, UnitOfWork, group_commit
 from tests import fork_server
 from tests.batches import agents_of, create, creating, group_commit_of, held
+from tests.conftest import Children
 from tests.interrupts import interrupt_at
 
 

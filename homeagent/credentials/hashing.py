@@ -162,15 +162,14 @@ class SecretHasher:
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         # For an unknown device, parse and compare the decoy. A shorter duration would reveal that the device is unknown
         # (`test_time_tells_nothing`). No secret matches the random digest of the decoy.
-        texts = [one if one.startswith("$") and one.isascii() else self._decoy for one in stored or ("",)]
-        recipes = [_recipe_of(one) or self._decoy_recipe for one in texts]
-        hashes = {recipe: self._run(text, recipe, waiting) for recipe in dict.fromkeys(recipes)}
-        same = [hmac.compare_digest(hashes[recipe], one) for recipe, one in zip(recipes, texts, strict=True)]
-        if not any(same):
+        texts = [one for one in stored if one.startswith("$")] or [self._decoy]
+        recipes = {one: recipe for one in texts if (recipe := _recipe_of(one))} or {self._decoy: self._decoy_recipe}
+        hashes = {recipe: self._run(text, recipe, waiting) for recipe in dict.fromkeys(recipes.values())}
+        same = [one for one, recipe in recipes.items() if hmac.compare_digest(hashes[recipe], one)]
+        if not same:
             return SecretMatch()
-        matched = same.index(True)
-        found = recipes[matched]
-        if self._is_current(found):
+        matched = list(stored).index(same[0])
+        if self._is_current(recipes[same[0]]):
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
