@@ -213,7 +213,8 @@ class DeviceWatcher:
                 subscriptions = list(self._subscriptions)
             self._read(subscriptions)
             with suppress(Empty):
-                self._wakes.get(timeout=_INTERVAL)
+                # After a failed read, changes already wait, for example after a restart of the PostgreSQL server.
+                self._wakes.get(timeout=_INTERVAL if self._error is None else _INTERVAL / 4)
                 while True:
                     self._wakes.get_nowait()
 
