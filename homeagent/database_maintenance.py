@@ -110,6 +110,7 @@ class DatabaseMaintenance:
         return sweeper
 
     def _require_open(self) -> None:
+        """Raise DatabaseClosedError if the database was closed, or was opened before the process was forked."""
         self._engine.pool(read_only=True)
         if self._closed:
             raise DatabaseClosedError("the database was closed: open it again")

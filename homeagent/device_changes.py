@@ -203,6 +203,7 @@ class DeviceWatcher:
     # The thread
 
     def _run(self) -> None:
+        """Read the change feed after each wake or interval, until `close()` or until no subscription is open."""
         while True:
             with self._mutex:
                 self._subscriptions = {each for each in self._subscriptions if not each.is_closed}
@@ -219,6 +220,7 @@ class DeviceWatcher:
                     self._wakes.get_nowait()
 
     def _read(self, subscriptions: Iterable[_Subscription]) -> None:
+        """Deliver new changes to the subscriptions. If the read fails, store the error instead of raising the error."""
         engine = self._engine
         try:
             with engine.feed_mutex:

@@ -177,6 +177,7 @@ class DeviceSecrets:
             # so check the presented secret again.
 
     def _find_device(self, device_id: str) -> Device | None:
+        """Read a device in a separate read-only unit. Return None if the device does not exist."""
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
@@ -400,10 +401,12 @@ def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> D
 
 
 def _checked(device: Device | None) -> models.SecretCheck:
+    """Return the result of a check. Pass the device only after a right secret or proof: None means "denied"."""
     return models.SecretCheck("denied") if device is None else models.SecretCheck(device.status.value, device)
 
 
 def _make_verifier(secret: SecretStr) -> str | None:
+    """Return a new proof verifier of a generated secret, or None for a secret that a person chose."""
     # Do not make a verifier for a human's secret. An attacker could guess the secret faster with a verifier (PBKDF2)
     # than with the hash (Argon2id).
     return make_verifier(secret) if is_generated(secret) else None
@@ -415,6 +418,7 @@ def _encodable(device_id: str) -> str:
 
 
 def _hash_and_verifier(device: Device) -> tuple[str, str | None]:
+    """Return the stored hash and the proof verifier of the current secret. An absent verifier is None."""
     return device.shared_secret_hash, device.proof_verifier
 
 

@@ -90,6 +90,7 @@ class GroupCommit:
         return self._run_alone(work)
 
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
+        """Run a function in the current thread as a unit with a separate commit, and return the function's value."""
         with self._settings.unit(self._settings, read_only=False) as unit:
             # Do not return inside the block, because `test_an_interrupt_anywhere_in_a_call_holds_nobody_up` would fail.
             value = work(unit)
@@ -193,6 +194,7 @@ class GroupCommit:
             self._deliver(ended)
 
     def _refuse(self, calls: list[QueuedCall]) -> None:
+        """End the calls with DatabaseClosedError, and wake the callers. Do not wake a caller whose call is over."""
         for call in calls:
             call.error = closed_error()
         self._deliver(self._move(calls, DONE))
@@ -313,6 +315,7 @@ class GroupCommit:
             call = None if is_full else self._next()
 
     def _next(self) -> QueuedCall | None:
+        """Remove the oldest call from the queue, and return the call. Return None if the queue is empty."""
         try:
             return self._queue.get_nowait()
         except Empty:
@@ -354,6 +357,7 @@ class GroupCommit:
 
 
 def _log(error: BaseException) -> None:
+    """Log an error from outside of units of work, with the traceback."""
     logger.error(
         "the writer thread continues after an error outside of units; see the traceback",
         exc_info=error,

@@ -116,6 +116,7 @@ class _Reads:
         return self._unit.all(statement, **parameters)
 
     def _check(self, statement: Statement[Any]) -> None:
+        """Count the statement. If the call has ended, or if the statement needs a unit, raise an error."""
         if self.is_over:
             raise UnitStateError("the call of the store's method has ended: return the rows, not a generator")
         if not statement.only_reads:
@@ -126,6 +127,7 @@ class _Reads:
             self._allowed -= 1
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
+        """Return the error that asks for a unit of work. The caller must raise the error."""
         # Also store the error in an attribute, because the store's method can suppress the raised error.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed

@@ -216,6 +216,7 @@ class ConnectionPool(Generic[T]):
         )
 
     def _holders(self) -> str:
+        """Describe the threads that hold resources, for an error message. The caller must hold `self.mutex`."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         now = monotonic()
         held = []

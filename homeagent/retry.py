@@ -93,6 +93,7 @@ class Runner:
         return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
 
     async def _in_thread(self, work: Callable[[], T], kind: str) -> T:
+        """Call `work()` in a worker thread for the given kind of work, and return the result."""
         if not _under_asyncio():
             import anyio.to_thread
 
@@ -106,6 +107,7 @@ class Runner:
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
 
     def _executor(self, kind: str) -> Executor:
+        """Return the thread pool for a kind of work. If the kind has no thread pool, create the thread pool."""
         executor = self._executors.get(kind)
         if executor is None:
             from concurrent.futures import ThreadPoolExecutor

@@ -69,10 +69,12 @@ _MIN_FAKE_KEY_BYTES = 16
 
 
 def _hmac_sha256(key: bytes, message: bytes) -> bytes:
+    """Return the 32 bytes of HMAC-SHA-256, named HMAC(key, str) in RFC 5802 section 2.2."""
     return hmac.digest(key, message, "sha256")
 
 
 def _xor(left: bytes, right: bytes) -> bytes:
+    """Return the bitwise XOR of two byte strings. If the lengths differ, raise ValueError."""
     return bytes(a ^ b for a, b in zip(left, right, strict=True))
 
 

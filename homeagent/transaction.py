@@ -268,6 +268,7 @@ class Transaction:
         self._undo_changes(connection)
 
     def _undo_changes(self, connection: StoreConnection) -> None:
+        """Roll back the unit (in a batch, only to the savepoint), drop the callbacks, and set the state ROLLED_BACK."""
         if not self._has_joined:
             connection.rollback()
         elif connection.in_transaction:

@@ -111,6 +111,7 @@ class _Commands(TyperGroup):
 
 @contextmanager
 def _reported_errors(common: _Common) -> Iterator[None]:
+    """Turn an expected error of the block into `typer.Exit`. Print a message, except after a broken pipe."""
     try:
         yield
     except _UsageError as error:
@@ -141,6 +142,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
 
 
 def _print_message(common: _Common, text: str, **facts: object) -> None:
+    """Print a text on standard error in one line or, with --json, as an object together with `facts`."""
     line = escape_words(" ".join(text.split()))
     if common.as_json:
         typer.echo(json.dumps({**facts, "message": line}, default=timedelta.total_seconds), err=True)

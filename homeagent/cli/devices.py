@@ -46,16 +46,19 @@ class _Order(StrEnum):
 
 
 def _row_of(device: Device) -> tuple[object, ...]:
+    """Return the cells of a device for a table, in the order of `_HEADINGS`."""
     return device.id, device.role, device.status, device.paired_at, device.last_seen_at
 
 
 def _report_change(context: typer.Context, device: Device, *, changed: bool, word: str) -> None:
+    """Print a device and whether the command changed the device. The argument `word` is "approved" or "revoked"."""
     name = quoted(device.id)
     text = f"{word.capitalize()} {name}, {device.role}." if changed else f"{name} is {word} already: nothing to do."
     print_result(context, {"changed": changed, "device": public(device)}, text)
 
 
 def _report_secret(context: typer.Context, word: str, device: Device, secret: SecretStr) -> None:
+    """Print a device and the new secret in plain text. The argument `word` names the action, such as "Paired"."""
     shown = secret.get_secret_value()
     text = f"{word} {quoted(device.id)}, {device.role}, {device.status}.\nSecret, which is not shown again: {shown}"
     print_result(context, {"device": public(device), "shared_secret": shown}, text)

@@ -29,6 +29,7 @@ _HEADINGS = ("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at")
 
 
 def _row_of(row: IdempotencyKey) -> tuple[object, ...]:
+    """Return the cells of an idempotency key for a table, in the order of `_HEADINGS`."""
     return row.device_id, row.method, row.key, row.attempt, row.created_at, row.lease_expires_at
 
 
@@ -107,6 +108,7 @@ def _settle(
     question: str,
     done: str,
 ) -> None:
+    """Apply the argument `change` to an abandoned attempt, after a confirmation or with --yes. Print the result."""
     require_expected(context, "attempt", "as 'keys abandoned --json' prints it")
     with open_named(context) as opened:
         changed = change_shown(

@@ -114,6 +114,7 @@ def _wrapped(line: str, width: int) -> list[str]:
 
 
 def _width(text: str) -> int:
+    """Return the width of a text in columns of a terminal. A wide character, such as an emoji, fills two columns."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -122,6 +123,7 @@ def _width(text: str) -> int:
 
 
 def _terminal_width(*, error: bool) -> int | None:
+    """Return the terminal's width in columns, or None if the output stream is not a terminal."""
     stream = sys.stderr if error else sys.stdout
     return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
 

@@ -93,6 +93,7 @@ def migrate(context: typer.Context, migrations: MigrationsOption = None, acknowl
 
 
 def _report_upgrade(context: typer.Context, migrations: str | None, acknowledged: Collection[str]) -> None:
+    """Create or upgrade the database, and print the action and the path of a new backup."""
     target = context.obj.database
     where = lasting_target(target)
     action, application = "unchanged", None
@@ -187,6 +188,7 @@ def import_tables(migrations: str | None) -> None:
 
 
 def _application_tables(package: str, folder: Path) -> Collection[str]:
+    """Import a package, and return the names of the tables. If an import fails, raise InvalidArgumentError."""
     from homeagent.migrations.autogenerate import application_tables
 
     try:

@@ -31,6 +31,7 @@ _Moment = tuple[datetime, float]
 
 
 def _age(begun: _Moment, now: _Moment) -> timedelta:
+    """Return the age of a check by the database's clock or by the monotonic clock. Choose the larger age."""
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
 
 
@@ -83,6 +84,7 @@ class FailedChecks:
                 self._take_back(device_id, begun)
 
     def _begin(self, device_id: str) -> _Moment:
+        """Start to count a check, and return the start time. At the limit of the id, raise TooManyAttemptsError."""
         with _lock:
             now = (self._clock(), self._monotonic())
             failed = [begun for begun in self._failed.get(device_id, ()) if _age(begun, now) < _MINUTE]

@@ -55,6 +55,7 @@ class _Recipe:
 
 
 def _recipe_of(stored: str | None) -> _Recipe | None:
+    """Return the recipe of a stored Argon2id hash. Return None for another value or for costs outside the limits."""
     found = _ARGON2.fullmatch(stored or "")
     if found is None:
         return None
@@ -71,6 +72,7 @@ def _recipe_of(stored: str | None) -> _Recipe | None:
 
 
 def _sha256(text: str) -> str:
+    """Return the stored form of a generated secret. Do not call the function for a secret that a person chose."""
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -179,13 +181,16 @@ class SecretHasher:
         return SecretMatch(matched, replacement)
 
     def _fresh_recipe(self) -> _Recipe:
+        """Return a recipe with a new random salt, the hasher's costs and the default digest length."""
         return _Recipe(self._costs, _DIGEST_BYTES, secrets.token_bytes(_SALT_BYTES))
 
     def _is_current(self, recipe: _Recipe) -> bool:
+        """Return True if a new hash would have the recipe's costs, salt length and digest length."""
         lengths = len(recipe.salt), recipe.digest_bytes
         return recipe.costs == self._costs and lengths == (_SALT_BYTES, _DIGEST_BYTES)
 
     def _run(self, text: str, recipe: _Recipe, waiting: int) -> str:
+        """Wait for a permit, and return the Argon2id hash of a text. A full queue or the timeout raises an error."""
         from argon2.exceptions import HashingError
         from argon2.low_level import Type, hash_secret
 

@@ -58,6 +58,7 @@ _RANDOM_BYTES = 32
 
 
 def _checksum(random: bytes) -> bytes:
+    """Return the CRC-32 of a generated secret's prefix and random bytes, as 4 bytes in big-endian order."""
     return zlib.crc32(_GENERATED_PREFIX.encode() + random).to_bytes(4, "big")
 
 

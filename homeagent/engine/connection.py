@@ -54,6 +54,7 @@ class StoreConnection:
         return raw.cursor()
 
     def _translate(self, error: BaseException) -> HomeAgentError:
+        """Return homeagent's error for an exception of the driver. On PostgreSQL, also record a lost connection."""
         return self._engine.translate(error)
 
     @property
@@ -107,6 +108,7 @@ class StoreConnection:
         raise failure
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
+        """Return homeagent's error for a failed COMMIT. On SQLite, the method can return a CommitUnknownError."""
         return self._refused(error, "COMMIT")
 
     def rollback(self) -> None:
@@ -175,9 +177,11 @@ class StoreConnection:
         raise failure
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
+        """Return homeagent's error for a failed statement. Add the SQL text to a plain DatabaseError."""
         return naming_statement(self._translate(error), sql)
 
     def _compile(self, statement: Statement[R]) -> Compiled[R]:
+        """Compile and cache a statement. If the statement writes on a read-only connection, raise ReadOnlyError."""
         compiled = statement.compiled(self.dialect, read_only=self.read_only)
         if compiled.writes and self.read_only:
             raise _read_only()
@@ -246,6 +250,7 @@ class StoreConnection:
             self._insert(into, len(columns), rows)
 
     def _naming(self, sql: str) -> AbstractContextManager[None]:
+        """Return a context manager for a block with driver calls. `_refused()` translates the driver's exceptions."""
         return translated(self._driver_errors, partial(self._refused, sql=sql))
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
@@ -301,4 +306,5 @@ def _keep_forever(connection: object) -> None:
 
 
 def _read_only() -> ReadOnlyError:
+    """Return the error for a write in a read-only unit. The caller must raise the error."""
     return ReadOnlyError("this unit of work can only read: open it without read_only=True to write")

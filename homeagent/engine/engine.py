@@ -157,6 +157,7 @@ class Engine:
         return translated(self.driver_errors, self.translate)
 
     def _connection(self, *, read_only: bool) -> StoreConnection:
+        """Open and prepare a connection for a pool. Record the connection for `require_reconnect()` and for a fork."""
         raw = self.connect()
         try:
             self.prepare_connection(raw, read_only=read_only)
@@ -237,4 +238,5 @@ class Engine:
 
 
 def _invalidated() -> DatabaseClosedError:
+    """Return the error for a database that was opened before a fork and is used in the forked child."""
     return DatabaseClosedError("this database was opened before the process was forked: open it again in the child")

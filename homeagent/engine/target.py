@@ -116,6 +116,7 @@ def refuse_address(path: object) -> None:
 
 
 def _refuse_sqlite_uri(path: str) -> None:
+    """Raise InvalidArgumentError if the path looks like a SQLite URI (`file:…`). The message omits the path."""
     if _SQLITE_URI.match(path):
         raise InvalidArgumentError(
             "the path is a SQLite URI, which is not supported: name the path alone; to read without writing, open a "
@@ -124,6 +125,7 @@ def _refuse_sqlite_uri(path: str) -> None:
 
 
 def _named_file(path: str | os.PathLike[str]) -> Target:
+    """Return the target for the path of a SQLite file. Raise InvalidArgumentError if the path ends with a slash."""
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith("/"):

@@ -136,6 +136,7 @@ class Once:
         return {"status": value.status_code, "body": body, "headers": kept}
 
     def _answer(self, outcome: Outcome) -> Any:
+        """Return the answer for the HTTP endpoint. Raise HTTPProblem if the first request's answer is not stored."""
         if not outcome.replayed:
             return self._first
         if outcome.omitted or not isinstance(outcome.value, dict):

@@ -126,10 +126,12 @@ def problem_response(error: Exception) -> JSONResponse:
 
 
 def _answer_for(error: Exception) -> tuple[int, str]:
+    """Return the HTTP status and the text for the client. The argument `error` must be a HomeAgentError."""
     return next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)
 
 
 def _title(status: int) -> str:
+    """Return the standard phrase for an HTTP status, or "Error" for a status without a standard phrase."""
     try:
         return HTTPStatus(status).phrase
     except ValueError:

@@ -131,6 +131,7 @@ async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tup
 
 
 def _refused() -> HTTPProblem:
+    """Return the error for a message with a wrong signature, id or time. The text does not name the wrong value."""
     problem = HTTPProblem(AuthenticationError("the signature or the time of the message is wrong"))
     problem.headers = {"WWW-Authenticate": "Webhook"}
     return problem

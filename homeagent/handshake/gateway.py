@@ -123,5 +123,6 @@ async def recheck(database: Database, admission: Admission) -> None:
 
 
 def _require_approval(device: Device) -> None:
+    """Raise AccessDeniedError if the device is pending or revoked. The caller must check the device's proof before."""
     if device.status is not DeviceStatus.APPROVED:
         raise AccessDeniedError(REFUSALS[device.status.value])

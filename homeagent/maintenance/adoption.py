@@ -185,16 +185,19 @@ def adopt(
 
 
 def _application(migrations: str | os.PathLike[str] | None, acknowledged: Collection[str]) -> Application:
+    """Find the application's revisions, and return the Application object for an adoption (`adopts=True`)."""
     return replace(Application.of(migrations, acknowledged), adopts=True)
 
 
 def _path_of(where: Target) -> Path:
+    """Return the path of a target without a URL. Raise InvalidArgumentError if the target is `:memory:`."""
     if where.path is None:
         raise InvalidArgumentError("a temporary database needs no adoption: name a file or a server's URL")
     return where.path
 
 
 def _examine(connection: Connection, application: Application, location: str) -> AdoptionReport | None:
+    """Return the report of a database before the adoption, or None if the database needs no adoption."""
     is_sqlite = connection.dialect.name == "sqlite"
     application_id = connection.exec_driver_sql("PRAGMA application_id").scalar_one() if is_sqlite else None
     adopted = ", ".join(sorted(application.adopted_revisions(connection))) or None
@@ -266,6 +269,7 @@ def _adopt_file(
 
 
 def _add_tables(connection: Connection, report: AdoptionReport) -> None:
+    """Bring homeagent's tables to the newest revision, and preserve the application's indexes and triggers."""
     revision = revision_of(connection)
     with kept_objects(connection, revision or _FIRST):
         if revision is None:

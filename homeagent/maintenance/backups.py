@@ -95,6 +95,7 @@ def back_up_on_schedule(settings: UnitSettings, schedule: BackupSchedule, stop: 
 
 
 def _make_in(directory: Path, engine: SQLiteEngine, clock: Clock, keep: int | None, stop: Stop = never_stop) -> Path:
+    """Make a backup under a free name, and return the backup's path. The caller must hold the directory's lock."""
     # Delete unfinished backups of killed processes. The caller holds the directory's lock, so no other backup runs.
     for partial in directory.glob(f".{glob.escape(engine.path.name)}.*.backup{PARTIAL}"):
         discard(partial)
@@ -118,6 +119,7 @@ def _make(
     replace: bool = False,
     stop: Stop = never_stop,
 ) -> Path:
+    """Make the backup `target`. If `keep` is given, remove old backups. The caller must hold the directory's lock."""
     manifest = write_backup(
         engine, target, partial=_partial(target), taken_at=taken_at, kind="backup", replace=replace, stop=stop
     )
@@ -150,11 +152,13 @@ def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: date
 
 
 def _backups_of(database: Path, directory: Path) -> list[tuple[Path, Manifest]]:
+    """Return the ordinary backups of the database in a directory, oldest first, with the manifest of each backup."""
     found = backups_in(directory, database)
     return [entry for entry in found if entry[1].kind == "backup" and entry[1].database == str(database)]
 
 
 def _partial(target: Path) -> Path:
+    """Return the path of the hidden file that holds the backup until the backup is complete."""
     return target.with_name(f".{target.name}{PARTIAL}")
 
 

@@ -139,6 +139,7 @@ class CopiedTable:
             ) from None
 
     def _check(self, model: Table, page: Sequence[_Row]) -> None:
+        """Raise CorruptDatabaseError if a row has a value that homeagent does not store in the table `model`."""
         # A column of SQLite accepts values of any type, and psycopg would write some of these values as text.
         names = [column.name for column in self.source.columns]
         problems = [problem_of_stored(model.columns[name]) for name in names]
@@ -185,6 +186,7 @@ class CopiedTable:
         )
 
     def _read(self, connection: Connection, rows: Any) -> Iterator[list[_Row]]:
+        """Yield the rows of the SELECT statement `rows` in pages. Raise CorruptDatabaseError if a row can't be read."""
         try:
             with connection.execute(rows, execution_options={"yield_per": self._page}) as found:
                 for page in found.partitions():
@@ -222,6 +224,7 @@ class CopiedTable:
         )
 
     def _numbered(self, connection: Connection) -> Iterator[dict[str, str]]:
+        """Yield the quoted table name and the column name for each integer column of the target's primary key."""
         table = connection.dialect.identifier_preparer.quote(self.name)
         for column in self.target.primary_key.columns:
             if isinstance(column.type, Integer):

@@ -53,11 +53,13 @@ def check_header(source: Path, database: Path, manifest: Manifest | None) -> Non
 
 
 def _header_of(path: Path, database: Path) -> bytes:
+    """Return at most 100 bytes from the start of the file, which are the header if the file is a SQLite database."""
     with explained("read", path), open_to_read(path, backup_owners(database)) as file:
         return file.read(100)
 
 
 def _damaged(source: Path, how: str) -> CorruptDatabaseError:
+    """Return the error for a damaged backup. The argument `how` describes the damage for the error message."""
     return CorruptDatabaseError(
         f"{quoted(source)} is damaged ({how}): restore another backup; the database was not changed"
     )

@@ -153,6 +153,7 @@ class ExpiredRows:
                     return deleted, False
 
     def _times(self) -> dict[str, datetime]:
+        """Return the SQL parameters `now` (the current time) and `before` (`now` minus the grace period)."""
         now = self._settings.now()
         return {"now": now, "before": earlier(now, self._grace)}
 

@@ -113,6 +113,7 @@ class Application:
         return self._stored(connection, APPLICATION_VERSION_TABLE) != ({self.head} if self.head else set())
 
     def _stored(self, connection: Connection, table: str) -> set[str]:
+        """Return the revisions in a version table. If a revision has no script, raise SchemaTooNewError."""
         stored = stored_revisions(connection, table)
         unknown = sorted(stored - self.scripts.keys())
         if unknown:
@@ -346,6 +347,7 @@ _STATE = text(
 
 
 def _server_state(connection: Connection, acknowledged: frozenset[str]) -> dict[str, tuple[str, int]]:
+    """Return the structure and the number of written rows of homeagent's tables. On SQLite, return an empty dict."""
     if connection.dialect.name == "sqlite":
         return {}
     parameters = {"names": list(_PROTECTED), "acknowledged": list(acknowledged)}

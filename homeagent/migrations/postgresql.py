@@ -139,6 +139,7 @@ def _views(connection: Connection) -> str:
 
 
 def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:
+    """Set the schema, and switch off statement_timeout. The caller must begin the transaction."""
     if engine.search_schema is not None:
         # Limit the search_path to homeagent's schema, so that a revision can't use the tables of a second store.
         connection.execute(text(f"SET LOCAL {engine.search_schema}"))
@@ -147,6 +148,7 @@ def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:
 
 
 def _set_for_revisions(connection: Connection, left: int) -> None:
+    """Set the time limits of the open transaction. The argument `left` is the remaining time in milliseconds."""
     connection.execute(text(f"SET LOCAL lock_timeout = {min(left, _TABLE_LOCK_PATIENCE * 1000)}"))
     connection.execute(text(f"SET LOCAL statement_timeout = {int(_STATEMENT_PATIENCE.total_seconds() * 1000)}"))
 

@@ -65,6 +65,7 @@ def script_directory() -> Traversable:
 
 
 def _scripts() -> list[ModuleType]:
+    """Run each of homeagent's revision scripts as a new module, and return the modules, sorted by file name."""
     found = sorted((script_directory() / "versions").iterdir(), key=lambda file: file.name)
     return [loaded(file) for file in found if file.name.endswith(".py")]
 

@@ -100,6 +100,7 @@ def homeagents_objects(revision: str) -> set[str]:
 
 
 def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
+    """Yield the differences in each table of `wanted`. Ignore a table that only `found` contains."""
     for table, parts in wanted.items():
         if table not in found:
             yield Difference(f"table {table} is missing", grave=True)
@@ -125,6 +126,7 @@ def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
 
 
 def _name(name: str) -> str:
+    """Return a name for an SQL command. If the name is not a plain name in lower case, add double quotes."""
     return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
 
 
@@ -141,6 +143,7 @@ def _sqlite_expected(revision: str) -> tuple[_Tables, dict[str, str]]:
 
 
 def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Difference]:
+    """Yield the differences in tables, triggers and views between a SQLite database and homeagent's schema."""
     wanted, triggers = _sqlite_expected(revision)
     yield from _compare(wanted, _sqlite_tables(connection))
     others = _sqlite_others(connection)
@@ -164,6 +167,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
 
 
 def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
+    """Return the type, name, table and SQL text of each trigger and view, sorted by name."""
     found = connection.exec_driver_sql(
         "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE type IN ('trigger', 'view') ORDER BY name"
     )
@@ -171,6 +175,7 @@ def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
 
 
 def _sqlite_tables(connection: Connection) -> _Tables:
+    """Return the parts of homeagent's tables, with the application's indexes. Ignore the application's tables."""
     found: _Tables = {}
     rows = connection.exec_driver_sql(
         "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type DESC"
@@ -263,6 +268,7 @@ def views_of_tables(connection: Connection) -> Iterator[Difference]:
 
 
 def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Difference]:
+    """Yield the added, changed and missing triggers of homeagent's tables on PostgreSQL, and all rules."""
     expected = server_triggers(revision)
     for table in (*TABLES, VERSION_TABLE):
         for kind, name, is_before, definition in connection.execute(_TRIGGERS, {"name": table}):

@@ -129,6 +129,7 @@ _RESERVED_NAMES = frozenset(
 
 
 def _is_own(model: type) -> bool:
+    """Return True if the application defines the model. Return False for a model of the package `homeagent`."""
     return not model.__module__.startswith("homeagent.")
 
 

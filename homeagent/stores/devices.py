@@ -384,6 +384,7 @@ E = TypeVar("E", Role, DeviceStatus)
 
 
 def _member(kind: type[E], value: E | None, what: str) -> E | None:
+    """Return the enum's member for the value, or None for None. If no member matches, raise InvalidArgumentError."""
     try:
         return None if value is None else kind(value)
     except ValueError:

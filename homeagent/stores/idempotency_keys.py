@@ -103,6 +103,7 @@ class IdempotencyKeyStore(Store):
             raise errors.KeyLimitError(device_id, limit)
 
     def _count(self, device_id: str, now: datetime) -> int:
+        """Return the number of a device's records. Below the limit, the number includes expired records."""
         stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
         if stored < self._unit.settings.limits.keys_per_device:
             return stored
@@ -335,6 +336,7 @@ class IdempotencyKeyStore(Store):
 
 
 def _attempt_of(row: IdempotencyKey) -> Attempt:
+    """Return the attempt of a record. If `lease_expires_at` is NULL, the lease ends at `created_at`."""
     return Attempt(
         number=row.attempt,
         downstream_key=row.downstream_key or "",
@@ -363,6 +365,7 @@ def _refusal(row: IdempotencyKey) -> dict[str, Any]:
 
 
 def _parameters(scope: IdempotencyScope | IdempotencyKey) -> dict[str, Any]:
+    """Return the device's id, the method and the key as SQL parameters, without a check of the texts."""
     return {"device_id": scope.device_id, "method": scope.method, "key": scope.key}
 
 

@@ -93,6 +93,9 @@ class NonceStore(Store):
         return self._consume(device_id, nonce, expires_at, now, limit)
 
     def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int | None) -> bool:
+        """Store a nonce. If the nonce is already stored and has not expired, return False. The caller must check the
+        device's id, the nonce and `expires_at`.
+        """
         unit = self._unit
         bound = unit.settings.limits.nonces_per_device
         bound = bound if limit is None else min(types.check_limit(limit), bound)
@@ -103,6 +106,7 @@ class NonceStore(Store):
         return unit.write(_CONSUME, device_id=device_id, nonce=nonce, now=now, expires_at=expires_at) > 0
 
     def _count(self, device_id: str, now: datetime) -> int:
+        """Return the number of a device's unexpired nonces, without the nonces that `forget()` has released."""
         return self._unit.one(_COUNT, device_id=device_id, now=now) or 0
 
     @writing()

@@ -102,6 +102,7 @@ def _others_on(route: Any, given: frozenset[str]) -> list[Any]:
 
 
 def _last_active(given: frozenset[str], *conditions: Any) -> Any:
+    """Return a SELECT for the id of a route's last active session. The WHERE clause includes `conditions`."""
     return (
         select(_others.c.session_id)
         .where(*_others_on(_VALUES, given), *conditions)

@@ -105,6 +105,7 @@ class SessionStore(Store):
         )
 
     def _require_agent(self, agent_id: str) -> None:
+        """Raise AgentNotFoundError if the agent does not exist. On PostgreSQL, lock the agent against deletion."""
         if self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id")) is None:
             raise errors.AgentNotFoundError(agent_id)
 

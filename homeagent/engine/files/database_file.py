@@ -225,6 +225,7 @@ def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) 
 
 
 def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
+    """Return the error for a file whose owner is not the user that runs the process. The error names both user ids."""
     return InsecureFileError(
         f"{quoted(path)} belongs to user {status.st_uid} and you are {os.geteuid()}: run as its owner, "
         "or let an administrator chown it to you and chmod it to 600"

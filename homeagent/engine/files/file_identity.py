@@ -83,6 +83,7 @@ class FileIdentityCheck:
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:
+        """Raise an error if a file moved or the database is marked corrupt. With `beside=True`, check the WAL too."""
         due, self.due = self.due, 0.0  # after an error, the next unit must check the files again
         if self.marked_corrupt is not None:
             raise CorruptDatabaseError(self.marked_corrupt)
@@ -121,6 +122,7 @@ class FileIdentityCheck:
 
 
 def _status(name: str) -> os.stat_result | None:
+    """Return the result of `os.lstat()`. If the path does not exist or leads through a file, return None."""
     try:
         return os.lstat(name)
     except (FileNotFoundError, NotADirectoryError):

@@ -110,6 +110,7 @@ class FileLock:
         self._replace(b"")
 
     def _replace(self, content: bytes) -> None:
+        """Replace the content of the lock file, and sync the file. The caller must hold an exclusive lock."""
         with explained("write", self.path):
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             # Write the marker first and truncate the file afterwards, so that the file always contains a marker.

@@ -60,6 +60,7 @@ def refuse_replaceable(directory: Path) -> None:
 
 
 def _nearest(directory: Path) -> os.stat_result:
+    """Return the status of a directory. If the directory is missing, use the nearest parent directory that exists."""
     with explained("look into the directory", directory):
         while True:
             try:

@@ -53,6 +53,7 @@ class PostgreSQLConnection(StoreConnection):
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
 
     def _translate(self, error: BaseException) -> HomeAgentError:
+        """Return homeagent's error for psycopg's exception. After a connection loss, mark this connection as lost."""
         failure = super()._translate(error)
         if isinstance(failure, ConnectionLostError):
             # The server sends an error before the server closes a connection. psycopg notices only the close.
@@ -143,12 +144,14 @@ class PostgreSQLConnection(StoreConnection):
             raise connection_lost()
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
+        """Insert rows by COPY. The argument `into` names the table and the columns."""
         # COPY takes a third of the time of executemany (https://www.postgresql.org/docs/current/sql-copy.html).
         with self._cursor.copy(f"COPY {into} FROM STDIN") as copy:
             for row in rows:
                 copy.write_row(row)
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
+        """Return InvalidArgumentError if a value is too long for an index, and otherwise the base class's error."""
         return index_error(error, sql) or super()._refused(error, sql)
 
     @property

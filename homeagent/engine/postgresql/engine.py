@@ -96,6 +96,7 @@ class PostgreSQLEngine(Engine):
         return postgresql_error(error)
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry) -> None:
+        """Record whether a pooler serves the new connection. Without a pooler, set the engine's settings by SET."""
         pooled = connection.execute("SELECT pg_backend_pid()").fetchone()[0] != connection.info.backend_pid
         record.info[POOLED] = pooled
         if self.search_schema is None:
@@ -120,6 +121,7 @@ class PostgreSQLEngine(Engine):
             self.search_schema = f"search_path = {schemas[0]}, pg_temp"
 
     def _on_begin(self, connection: Connection) -> None:
+        """Send BEGIN and the engine's settings, unless the connection is already in a transaction."""
         raw: Any = connection.connection.driver_connection
         # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
         if raw.info.transaction_status == 0:
@@ -161,6 +163,7 @@ class PostgreSQLEngine(Engine):
         return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
 
     def _local_settings(self) -> list[str]:
+        """Return the SQL statements that apply the engine's settings to the current transaction only."""
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
     def fork_locks(self) -> Sequence[threading.RLock]:

@@ -205,6 +205,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
 
 
 def _raise_if_stopped(stop: Stop) -> None:
+    """Raise BackupStoppedError if `stop()` returns True. After the error, the caller must remove the partial copy."""
     if stop():
         raise BackupStoppedError(_STOPPED)
 

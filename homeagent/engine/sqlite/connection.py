@@ -52,6 +52,7 @@ class SQLiteConnection(StoreConnection):
         return unknown or super()._commit_failure(error)
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
+        """Return ConflictError if a constraint refused the statement, and otherwise the base class's error."""
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
 
     def look_for_commits(self) -> bool:

@@ -79,6 +79,7 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
 
 
 def _rows(raw: Any, query: str, **parameters: object) -> list[Any]:
+    """Run a query with named parameters on the driver's connection `raw`, and return all rows."""
     rows: list[Any] = raw.execute(query, parameters).fetchall()
     return rows
 
@@ -90,6 +91,7 @@ def _target(statement: str | None) -> tuple[str, str]:
 
 
 def _unquoted(name: str) -> str:
+    """Return an SQL name without the quotes, backticks or brackets around the name. The name must not be empty."""
     return name[1:-1].replace('""', '"') if name[0] in '"`[' else name
 
 
@@ -108,6 +110,7 @@ def _unique_name(raw: Any, table: str, columns: str) -> str | None:
 
 
 def _constraint_name(raw: Any, table: str, kind: str, columns: str) -> str | None:
+    """Return the name that CREATE TABLE gives to a constraint on `columns`, or None. The text `kind` is a regex."""
     query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = :table COLLATE NOCASE"
     for (sql,) in _rows(raw, query, table=table):
         for name, listed in re.findall(rf"CONSTRAINT\s+({_NAME})\s+{kind}\s*\(([^)]*)\)", sql, re.I):

@@ -116,6 +116,7 @@ class SQLiteEngine(Engine):
         return translation
 
     def _create_engine(self, open_file: Callable[[], DriverConnection]) -> sqlalchemy.Engine:
+        """Return a new SQLAlchemy engine with homeagent's listeners. The function `open_file` opens each connection."""
         url = URL.create(DRIVER_NAME, database=str(self.path))
         sa_engine = sqlalchemy.create_engine(url, poolclass=NullPool, hide_parameters=True, creator=open_file)
         event.listen(sa_engine, "connect", self._on_connect)
@@ -132,6 +133,7 @@ class SQLiteEngine(Engine):
         return open_guarded(self.path, options, timeout=self.busy_seconds, refuse=True)
 
     def _on_begin(self, connection: Connection) -> None:
+        """Send BEGIN, unless a transaction is open. On a writable connection, take the write lock at once."""
         raw: Any = connection.connection.driver_connection
         # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
         if not raw.in_transaction:
@@ -140,9 +142,9 @@ class SQLiteEngine(Engine):
         end_with_transactions(connection)
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
-        # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. If another
-        # program replaced the files, prevent SQLite from copying the WAL. The WAL can contain commits of another
-        # process.
+        """Before a close, prevent SQLite from copying the WAL if a file was replaced or can't be inspected."""
+        # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. The WAL can
+        # contain commits of another process.
         try:
             moved: HomeAgentError | None = self.identity_check.find_moved(beside=True)
         except HomeAgentError as error:
@@ -164,6 +166,7 @@ class SQLiteEngine(Engine):
         self._release_in_use_lock()
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
+        """Set homeagent's pragmas on a new connection, and add the connection to the set of open connections."""
         connection.execute(
             f"PRAGMA foreign_keys=ON; PRAGMA synchronous={self.durability.upper()}; PRAGMA trusted_schema=OFF;"
             f"PRAGMA cell_size_check=ON; PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}"
@@ -181,6 +184,7 @@ class SQLiteEngine(Engine):
         return self._connect(self.sa_engine)
 
     def _connect(self, sa_engine: sqlalchemy.Engine, *, take_snapshot: bool = False) -> Connection:
+        """Return a new connection. With `take_snapshot=True`, also begin a transaction and take the snapshot."""
         # Check the file before and after opening. If another program replaced the file, SQLite would use the new file
         # with the WAL of the old file.
         self.identity_check.before_connect()
@@ -238,6 +242,8 @@ class SQLiteEngine(Engine):
             self._wait_for_locks(raw, self.busy_seconds)
 
     def _wait_for_locks(self, raw: DriverConnection, timeout: float) -> None:
+        """Make the connection's statements wait up to `timeout` seconds for a lock, and count each wait."""
+
         def count() -> None:
             self._lock_waits += 1
 
@@ -334,6 +340,7 @@ class SQLiteEngine(Engine):
             return self._application_id("immutable=1")
 
     def _application_id(self, option: str) -> int:
+        """Read the application id over a read-only connection. The text `option` is a URI parameter for SQLite."""
         with (
             self.translated(),
             closing(open_guarded(self.path, f"mode=ro&{option}", timeout=self.busy_seconds)) as raw,
@@ -341,6 +348,7 @@ class SQLiteEngine(Engine):
             return int(raw.pragma("application_id"))
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
+        """Return homeagent's error for the driver's exception, or None if the exception must stay untranslated."""
         # Return the error. Do not raise the error, because SQLAlchemy would then skip later listeners, such as the
         # listeners of a tracing library.
         if isinstance(context, FailureContext):

@@ -120,6 +120,7 @@ class FileGuard:
 
 
 def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
+    """Take or release an OFD lock (Linux only) on a byte range. If the range has a conflicting lock, raise OSError."""
     # struct flock with l_pid 0: https://man7.org/linux/man-pages/man2/F_OFD_SETLK.2const.html
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 

@@ -175,10 +175,12 @@ def _check(engine: SQLiteEngine, table: str, give_up: Callable[[], bool]) -> boo
 
 
 def _refuse(path: Path, found: list[Any]) -> None:
+    """Raise CorruptDatabaseError if the result rows of SQLite's integrity check or quick check report damage."""
     if found and found[0][0] != "ok":
         # The result of SQLite's check contains numbers of rows and names of columns, but no values.
         raise _damaged(path, found[0][0].splitlines()[-1])
 
 
 def _damaged(path: Path, problem: str, more: str = "") -> CorruptDatabaseError:
+    """Return the error for a damaged database, with the problem, the remedy and the newest backup."""
     return CorruptDatabaseError(f"{quoted(path)} is damaged ({problem}): {RESTORE}; {newest_backup_hint(path)}{more}")

@@ -132,6 +132,7 @@ def remembered_backup(database: Path) -> Path | None:
 
 
 def _read(path: Path, owners: frozenset[int]) -> bytes:
+    """Return the content of a file of one of the users `owners`. Raise OSError if the file is larger than 64 KiB."""
     with open_to_read(path, owners) as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:

@@ -77,6 +77,7 @@ def read_start(path: Path, size: int) -> bytes:
 
 
 def _opened(path: Path) -> BinaryIO:
+    """Open a file for reading, and return the open file. Raise OSError if the path is a symbolic link."""
     return os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
 
 
@@ -155,6 +156,7 @@ def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
 
 
 def _page_size(header: bytes) -> int | None:
+    """Return the page size in the header of a WAL, or None if the header is too short or invalid."""
     if len(header) < _HEADER:
         return None
     magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)

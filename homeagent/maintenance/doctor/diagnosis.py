@@ -116,6 +116,8 @@ def _diagnose(
     fix: bool,
     settings: UnitSettings | None = None,
 ) -> Diagnosis:
+    """Run the checks, and return the diagnosis. If `fix` is True, make safe repairs, and check again after a repair."""
+
     def check(repairs: list[Repair]) -> Diagnosis:
         limit = None if thorough else QUICK
         now = check_timestamp(clock(), "the clock's time")
@@ -181,6 +183,7 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
 
 @contextmanager
 def _noted(done: list[Repair], check: str) -> Iterator[None]:
+    """Catch a HomeAgentError of the block, and append the error to the list `done` as a failed repair."""
     try:
         yield
     except HomeAgentError as error:

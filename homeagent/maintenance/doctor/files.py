@@ -147,6 +147,7 @@ def _check_owners(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _words(files: Iterable[Path]) -> str:
+    """Quote each path for the shell, and join the paths with spaces."""
     return shlex.join(map(str, files))
 
 

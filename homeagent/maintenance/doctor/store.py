@@ -139,6 +139,7 @@ def _report_changes(collector: Collector, differences: Sequence[Difference]) -> 
 
 
 def _texts(differences: Sequence[Difference]) -> str:
+    """Join the texts of at most ten differences for a summary."""
     return _first_ten([difference.text for difference in differences])
 
 
@@ -239,6 +240,7 @@ def _fault_finder(table: Table, dialect: Dialect) -> Callable[[Sequence[Any]], s
 
 
 def _count(connection: Connection, model: Any, *conditions: ColumnElement[bool]) -> int:
+    """Return the number of rows that meet all the conditions, in the table of the class `model`."""
     statement = select(func.count()).select_from(model.__table__).where(*conditions)
     return int(connection.execute(statement).scalar_one())
 

@@ -91,6 +91,7 @@ def _is_modifier(character: str) -> bool:
 
 
 def _is_emoji(character: str) -> bool:
+    """Return True if the Unicode category of the character is So, or if the character is U+2194."""
     # U+2194 is an emoji, although its Unicode category is Sm and not So.
     return character == "\u2194" or unicodedata.category(character) == "So"
 
