@@ -1,8 +1,8 @@
 """Compare sizes and commit subjects with the limits in pyproject.toml, `[tool.homeagent.limits]`.
 
 Run `python3 .ci/limits.py` in a checkout. The exit status is 1 if a function or a module of homeagent/ has more lines
-than the limit, or if a commit's subject has more characters than the limit. The commit that added this script and all
-earlier commits are exempt.
+than the limit, if a private function that two functions use has no docstring, or if a commit's subject has more
+characters than the limit. The commit that added this script and all earlier commits are exempt.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,28 @@ def long_functions(package: Path, limit: int) -> Iterator[str]:
                     yield f"{path}:{node.lineno}: {node.name} has {lines} lines (limit {limit}): split it"
 
 
+def undescribed_functions(package: Path) -> Iterator[str]:
+    """Yield a complaint about each private function without a docstring that two functions of its module use."""
+    for path in sorted(package.rglob("*.py")):
+        functions = [
+            node
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        ]
+        users = Counter(name for function in functions for name in _names(function) - {function.name})
+        for function in functions:
+            is_private = function.name.startswith("_") and not function.name.startswith("__")
+            if is_private and users[function.name] > 1 and ast.get_docstring(function) is None:
+                yield f"{path}:{function.lineno}: {function.name} has {users[function.name]} users: add a docstring"
+
+
+def _names(function: ast.AST) -> set[str]:
+    nodes = list(ast.walk(function))
+    return {node.id for node in nodes if isinstance(node, ast.Name)} | {
+        node.attr for node in nodes if isinstance(node, ast.Attribute)
+    }
+
+
 def long_subjects(root: Path, limit: int) -> Iterator[str]:
     """Yield a complaint about each commit with a too long subject, if the commit is later than this script."""
     if not (root / ".git").exists():
@@ -67,6 +90,7 @@ def main() -> int:
     complaints = [
         *long_modules(ROOT / "homeagent", limits["module_lines"]),
         *long_functions(ROOT / "homeagent", limits["function_lines"]),
+        *undescribed_functions(ROOT / "homeagent"),
         *long_subjects(ROOT, limits["commit_subject"]),
     ]
     print(*complaints, sep="\n", end="\n" if complaints else "")

@@ -221,6 +221,7 @@ def idempotent(
 
 
 def _refused(detail: str) -> HTTPProblem:
+    """Return the reply with status 400 for a wrong header. The caller must raise the reply."""
     return HTTPProblem(InvalidArgumentError(detail), 400, detail)
 
 
