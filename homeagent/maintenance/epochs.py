@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from contextlib import closing
 from datetime import datetime, timedelta
+from time import sleep
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from sqlalchemy import URL, select, text, update
 
+from homeagent.clock import monotonic
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.in_use import alone, epoch_of_marker, kept_from_sqlite, marker_of_epoch
@@ -39,6 +41,7 @@ _OTHERS = (
     "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
     " AND application_name = 'homeagent'"
 )
+_ENDING = 1.0  # PostgreSQL lists the session of a closed connection for a moment. This is the longest wait in seconds.
 
 
 class EpochReport(BaseModel, frozen=True):
@@ -97,12 +100,15 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
         with engine.translated(), engine.connect() as connection, connection.begin():
             # A process that connects later waits for the lock of the table, and then reads the new epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
-            others = int(connection.execute(text(_OTHERS)).scalar_one())
-            if others:
-                raise DatabaseBusyError(
-                    f"{others} session(s) of homeagent have the database open and would continue in the old epoch: "
-                    "stop the gateways first"
-                )
+            end = monotonic() + min(timeout.total_seconds(), _ENDING)
+            while others := int(connection.execute(text(_OTHERS)).scalar_one()):
+                if monotonic() >= end:
+                    raise DatabaseBusyError(
+                        f"{others} session(s) of homeagent have the database open and would continue in the old epoch: "
+                        "stop the gateways first"
+                    )
+                sleep(0.02)
+                connection.execute(text("SELECT pg_stat_clear_snapshot()"))
             return _advance(connection, now, at_least=0, expected=expected)
 
 

@@ -56,6 +56,14 @@ def test_open_database_is_refused(target: str, clock: FakeClock) -> None:
         assert database.status().epoch == 1
 
 
+def test_session_that_ends(empty_postgres_url: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL lists the session of a closed connection for a moment, so the call waits for the session's end."""
+    database = Database.open(empty_postgres_url, clock=clock)
+    judge(database, "one")
+    monkeypatch.setattr(epochs, "sleep", lambda seconds: database.close())
+    assert Database.begin_epoch(empty_postgres_url, clock=clock).epoch == 2
+
+
 def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:
     """After a second epoch, `homeagent status` shows the epoch. SQLite only: the output is the same for PostgreSQL."""
 
