@@ -150,7 +150,7 @@ class Engine:
 
     def translate(self, error: BaseException) -> HomeAgentError:
         """Return homeagent's error for an exception of the driver."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each engine overrides the method.
 
     def translated(self) -> AbstractContextManager[None]:
         """Raise homeagent's error instead of an exception of the driver."""
@@ -184,11 +184,11 @@ class Engine:
 
     def connect(self) -> sqlalchemy.Connection:
         """Return a new connection that belongs to no pool. The caller must close the connection."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each engine overrides the method.
 
     def open_read_connection(self) -> sqlalchemy.Connection:
         """Return a new read-only connection. All statements of the connection's transaction read one snapshot."""
-        raise NotImplementedError
+        raise NotImplementedError  # Each engine overrides the method.
 
     @contextmanager
     def read_connection(self, timeout: float) -> Iterator[sqlalchemy.Connection]:
