@@ -12,6 +12,7 @@ from pathlib import Path
 from sqlalchemy import URL
 
 from homeagent import maintenance
+from homeagent.callables import check_function
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.engine import Engine
 from homeagent.engine.target import conceal
@@ -280,7 +281,7 @@ class DatabaseMaintenance:
         return restore(
             backup,
             given,
-            clock=clock,
+            clock=check_function(clock, "clock"),
             busy_timeout=busy_timeout,
             acknowledged=acknowledged,
             expected_epoch=expected_epoch,
@@ -317,4 +318,5 @@ class DatabaseMaintenance:
 
         given = conceal(target)
         del target
+        check_function(clock, "clock")
         return begin_epoch(given, clock=clock, busy_timeout=busy_timeout, expected_epoch=expected_epoch)

@@ -133,6 +133,7 @@ def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
         "devices delete --before 2030-01-01T00:00:00Z --yes",
         "devices delete --pending --yes",
         "devices delete --pending --before 2030-01-01 --yes",
+        "devices delete --pending --before 9999-12-31T23:00:00-02:00 --yes",
         "sessions move talk",
         "sessions move talk --sender anna --no-sender",
         "agents update maid",

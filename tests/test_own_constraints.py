@@ -23,6 +23,10 @@ TABLES = (
     "CREATE TABLE own_uses (tag INTEGER, CONSTRAINT fk_own_uses_tag FOREIGN KEY (tag) REFERENCES own_tags (id))",
     "CREATE TABLE own_plans (agent TEXT, CONSTRAINT fk_own_plans_agent FOREIGN KEY (agent)"
     " REFERENCES agents (id) DEFERRABLE INITIALLY DEFERRED)",
+    # The text "own_tags." is in the name of a column.
+    'CREATE TABLE own_odd ("x own_tags.y" INTEGER, "own_odd.b" INTEGER,'
+    ' CONSTRAINT uq_own_odd UNIQUE ("x own_tags.y", "own_odd.b"))',
+    "INSERT INTO own_odd VALUES (1, 1)",
     "INSERT INTO own_tags VALUES (1, 'geheim', 1, 'geheim')",
     "INSERT INTO own_uses VALUES (1)",
 )
@@ -32,6 +36,7 @@ REFUSED = {
     "primary key": ("INSERT INTO own_tags (id, name) VALUES (1, 'n')", "own_tags", "pk_own_tags", "unique"),
     "unique": ("INSERT INTO own_tags (id, name) VALUES (2, 'geheim')", "own_tags", "uq_own_tags_name", "unique"),
     "index": ("INSERT INTO own_tags (id, name, size) VALUES (2, 'n', 1)", "own_tags", "idx_own_tags_size", "unique"),
+    "odd names": ("INSERT INTO own_odd VALUES (1, 1)", "own_odd", "uq_own_odd", "unique"),
     "check": ("UPDATE own_tags SET size = -7", "own_tags", "ck_own_tags_size", "check"),
     "not null": ("INSERT INTO own_tags (id) VALUES (2)", "own_tags", "name", "not_null"),
     "child": ("INSERT INTO own_uses VALUES (77)", "own_uses", "fk_own_uses_tag", "foreign_key"),

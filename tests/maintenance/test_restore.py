@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,16 @@ def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: s
     assert backup.read_bytes() == content
     if is_there:
         assert agents(target) == ["new", "old"]
+
+
+def test_refused_clock(sqlite_path: Path, backup: Path) -> None:
+    """If the clock can't be called, no restore and no epoch begins."""
+    before = listing(sqlite_path.parent)
+    clock: Any = 5
+    for begin in (partial(Database.restore, backup), Database.begin_epoch):
+        with pytest.raises(errors.InvalidArgumentError, match="clock must be a function, not int"):
+            begin(sqlite_path, clock=clock)
+    assert listing(sqlite_path.parent) == before
 
 
 def test_refused_target(sqlite_path: Path, backup: Path, tmp_path: Path) -> None:
