@@ -160,10 +160,16 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def _closing_connection(self, connection: DriverConnection, guarded: Any) -> Iterator[None]:
-        with guarded():
-            yield
-        self._closing.discard(connection)
-        self._release_in_use_lock()
+        is_closed = False
+        try:
+            with guarded():
+                yield
+                is_closed = True
+        finally:
+            # The connection can be closed although the unlock after the close failed.
+            if is_closed:
+                self._closing.discard(connection)
+            self._release_in_use_lock()
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
         """Set homeagent's pragmas on a new connection, and add the connection to the set of open connections."""
