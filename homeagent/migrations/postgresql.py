@@ -233,5 +233,7 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
     finally:
         raw.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
         _set_for_upgrade(engine, connection)
-        raw.execute(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK}), pg_advisory_unlock({_OUTSIDE_LOCK})")
+        # Take `_OUTSIDE_LOCK` for the transaction before the session gives the lock back.
+        raw.execute(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK}), pg_advisory_xact_lock({_OUTSIDE_LOCK})")
+        raw.execute(f"SELECT pg_advisory_unlock({_OUTSIDE_LOCK})")
         _set_for_revisions(connection, left)
