@@ -1,7 +1,8 @@
-"""Store the operational data of a gateway for home agents in one SQLite file or on PostgreSQL.
+"""Store the operational data of a gateway for home agents.
 
-The store holds agents, sessions, devices, used nonces and idempotency keys. `Database.open` is the entry point. The
-lists `homeagent.__all__`, `homeagent.errors.__all__` and `homeagent.stores.__all__` contain the public names.
+The store is one SQLite file, or is on PostgreSQL. The store holds agents, sessions, devices, used nonces and
+idempotency keys. `Database.open` is the entry point. The lists `homeagent.__all__`, `homeagent.errors.__all__` and
+`homeagent.stores.__all__` contain the public names.
 """
 
 from typing import TYPE_CHECKING
@@ -62,8 +63,8 @@ __all__ = [
 ]
 # fmt: on
 
-# Import each public name only when a program first uses the name. Every run of pytest imports the plugin
-# `homeagent.testing`, which must not import the rest of the package.
+# Import each public name at its first use. Every run of pytest imports the plugin `homeagent.testing`. The plugin must
+# not import the whole package.
 _LAZY = {
     "Clock": "clock",
     "Database": "database",
@@ -80,13 +81,12 @@ _LAZY = {
     "hash_secret": "credentials",
     "safe_filename": "file_names",
 }
-"""Modules of the public names. The package `homeagent.models` has the names that are in `__all__` but not here."""
+"""Modules of the public names. The other public classes are in the package `homeagent.models`."""
 _MODULES = ("errors", "maintenance", "models", "stores")
-"""Names of the modules that are attributes of the package after `import homeagent`."""
+"""Modules that are attributes of the package after `import homeagent`."""
 
 
-# Hide the function `__getattr__` from type checkers, because a type checker accepts every attribute of a module that
-# defines `__getattr__`, even a misspelt name.
+# Hide the function `__getattr__` from type checkers, which would otherwise accept misspelt names.
 if not TYPE_CHECKING:
 
     def __getattr__(name):

@@ -1,4 +1,4 @@
-"""Run homeagent's command line if a user calls `python -m homeagent`."""
+"""Run homeagent's command line for `python -m homeagent`."""
 
 from homeagent.cli import main
 

@@ -1,4 +1,4 @@
-"""Run Alembic's commands on an application's tables. An application calls the functions of this module in its file
+"""Run Alembic's commands on an application's tables. Call the functions of this module in the application's file
 `env.py`.
 
 A complete `env.py` has these lines:
@@ -42,8 +42,8 @@ TABLES: frozenset[str] = frozenset({table.name for table in SCHEMA} | {VERSION_T
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
-    """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass `include_name` to
-    Alembic's `context.configure`.
+    """Return False for homeagent's tables and their columns, indexes and constraints. Pass `include_name` to Alembic's
+    `context.configure`.
 
     Args:
         name: name of the object in the database.
@@ -55,11 +55,11 @@ def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | 
 
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
-    """Return False for homeagent's tables, and for their columns, indexes and constraints. Pass `include_object` to
+    """Return False for homeagent's tables and their columns, indexes and constraints. Pass `include_object` to
     Alembic's `context.configure`.
 
-    The metadata of `homeagent.Table` also contains homeagent's tables, so that an application's foreign key can refer
-    to a table of homeagent by name.
+    The metadata of `homeagent.Table` also contains homeagent's tables. An application's foreign key can name a table of
+    homeagent.
 
     Args:
         object: SQLAlchemy object, such as a `Table` or a `Column`.
@@ -75,14 +75,14 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
 def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
     """Run the current command of Alembic on the application's tables.
 
-    The option `-x database=TARGET` names the database. Without `-x database`, `run_environment()` uses the line
-    `database = TARGET` in Alembic's configuration, or the environment variable `$HOMEAGENT_DATABASE`. Before the
-    command, `run_environment()` upgrades homeagent's tables in a named database. If no database is named, the commands
-    `alembic revision` and `alembic check` use a scratch database. A program that calls Alembic's commands can pass a
-    connection in `config.attributes["connection"]`.
+    The option `-x database=TARGET` names the database. The default is the line `database = TARGET` in Alembic's
+    configuration. If the line is absent, the environment variable `$HOMEAGENT_DATABASE` names the database. Before the
+    command, `run_environment()` upgrades homeagent's tables in a named database. Without a named database,
+    `alembic revision` and `alembic check` use a scratch database. A program can pass a connection in
+    `config.attributes["connection"]`.
 
-    `run_environment()` imports all modules of the application's package. Autogenerate compares only tables whose
-    classes are in the package.
+    `run_environment()` imports all modules of the application's package. Autogenerate compares the tables of these
+    modules and of the argument `metadata`.
 
     Args:
         context: the module `alembic.context`.
@@ -90,7 +90,7 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
         metadata: further `MetaData` objects with tables of the application, such as `SQLModel.metadata`.
 
     Raises:
-        alembic.util.CommandError: if no database is named, or if the connection is not usable.
+        alembic.util.CommandError: if no database is named, or if homeagent refuses the connection or a revision.
         HomeAgentError: if the function can't open or upgrade the database.
     """
     tables = application_tables(package, more=metadata, scripts=Path(context.script.dir).resolve())
@@ -115,7 +115,7 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
 
 def _target(context: Any) -> str | None:
     named = context.get_x_argument(as_dictionary=True).get("database")
-    # Do not call `get_main_option()`, because it needs the file alembic.ini and does not read pyproject.toml.
+    # Do not call `get_main_option()`, which does not read pyproject.toml.
     return named or context.config.get_alembic_option("database") or os.environ.get(ENVIRONMENT_VARIABLE)
 
 
@@ -152,7 +152,7 @@ def _upgrade_lock(engine: Engine) -> AbstractContextManager[object]:
 
 @contextmanager
 def _without_foreign_keys(connection: Connection) -> Iterator[None]:
-    """Switch foreign keys off, because the rebuild of a table would otherwise delete rows that refer to the table."""
+    """Switch foreign keys off. With foreign keys, the rebuild of a table can delete referring rows."""
     raw: Any = connection.connection.driver_connection
     if connection.dialect.name != "sqlite" or not raw.execute("PRAGMA foreign_keys").fetchall()[0][0]:
         yield

@@ -1,4 +1,4 @@
-"""Errors about a call or its caller. `homeagent.errors` exports the errors of this module."""
+"""Errors about a call or its caller. The module `homeagent.errors` exports these errors."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ class InvalidArgumentError(HomeAgentError, ValueError):
 
 
 class UnitStateError(HomeAgentError):
-    """A unit of work was used after its end, or a thread opened a second write unit inside the first. Remedy: open
-    another unit after the end of the first unit.
+    """A caller used an ended unit of work, or nested write units. Remedy: open another unit after the end of the first
+    unit.
     """
 
 
 class TooManyAttemptsError(HomeAgentError):
-    """Too many checks of a device's secret failed, or too many slow hashes are waiting. homeagent refuses the check
-    before the computation of a hash (HTTP status 429). Remedy: wait for the time in `error.retry_after`, or give the
-    device a generated secret.
+    """Too many checks of a secret failed, or too many slow hashes wait. The refused call computes no slow hash (HTTP
+    status 429). Remedy: wait for `error.retry_after`, or give the device a generated secret.
 
-    `error.retry_after` is the time to wait. `error.device_id` is None if too many slow hashes are waiting.
+    The time to wait is `error.retry_after`. If too many slow hashes wait, `error.device_id` is None.
     """
 
     def __init__(self, reason: str, *, retry_after: timedelta, device_id: str | None = None) -> None:
@@ -51,20 +50,20 @@ class TooManyAttemptsError(HomeAgentError):
 
 
 class AuthenticationError(HomeAgentError):
-    """The credentials of a request, or the proof of a handshake, are absent or wrong (HTTP status 401). Remedy: send
-    the id and the present secret of a paired device.
+    """The credentials or the proof are absent or wrong (HTTP status 401). Remedy: send the id and the present secret of
+    a paired device.
     """
 
 
 class AccessDeniedError(HomeAgentError):
-    """The secret or the proof is right, but the device is pending, is revoked, or does not have the required role (HTTP
-    status 403). Remedy: approve the device, or use a device with the right role.
+    """The device is pending or revoked, or lacks the required role (HTTP status 403). The secret or the proof is right.
+    Remedy: approve the device, or use a device with the right role.
     """
 
 
 class HandshakeError(HomeAgentError):
-    """A message of a handshake is invalid or late, or comes from a wrong device or gateway. Remedy: the error names the
-    cause; correct the clock, the address or the message.
+    """A handshake's message is invalid, late or from a wrong sender. Remedy: correct the clock, address or message that
+    the error names.
     """
 
 
@@ -76,9 +75,10 @@ class RefusingRecord(TypedDict, total=False):
 
 
 class IdempotencyError(HomeAgentError):
-    """homeagent can't claim an idempotency key, renew the key's lease or record the key's outcome.
+    """An idempotency key can't be claimed, renewed or completed.
 
-    `error.state` and `error.expires_at` are the values of the stored record that prevents the claim, or None.
+    If a record prevents the claim, `error.state` and `error.expires_at` describe the record. For other causes, both
+    attributes are None.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class IdempotencyError(HomeAgentError):
 
 
 class IdempotencyInProgressError(IdempotencyError):
-    """Another caller is running the effect of the idempotency key (HTTP status 409). The lease of the other caller ends
-    after `error.retry_after`. Remedy: repeat the call after `retry_after`.
+    """Another caller runs the effect of the idempotency key (HTTP status 409). The lease of the other caller ends after
+    `error.retry_after`. Remedy: repeat the call after `retry_after`.
     """
 
     def __init__(
@@ -123,9 +123,8 @@ class FingerprintMismatchError(IdempotencyError):
 
 
 class OutcomeUnknownError(IdempotencyError):
-    """The lease of an earlier attempt expired, and homeagent does not know whether the effect took place. Remedy: find
-    out whether the effect took place, and then call `resolve()` or `forget()`. Alternatively, pass `on_abandoned` to
-    `run_once()`.
+    """An earlier attempt's lease expired, and the outcome is unknown. Remedy: check whether the effect took place, and
+    call `resolve()` or `forget()`. Alternatively, pass `on_abandoned` to `run_once()`.
     """
 
     def __init__(self, *, device_id: str, method: str, attempt: int, **record: Unpack[RefusingRecord]) -> None:
@@ -148,13 +147,12 @@ class LeaseLostError(IdempotencyError):
 
 
 class EffectFailedError(HomeAgentError):
-    """The application's function for `run_once` raises EffectFailedError to record a permanent failure. Each later call
-    of `run_once` with the same key raises the stored error again. Remedy: read `error.detail`, and make a new call with
-    a new key.
+    """The application raises EffectFailedError in its effect, to record a permanent failure. Later calls with the same
+    key raise the stored error again. Remedy: read `error.detail`, and make a new call with a new key.
 
     Args:
         detail: JSON value that homeagent stores.
-        replayed: True if the call read the error from the store and did not run the effect.
+        replayed: True if the call read the stored error and ran no effect.
     """
 
     def __init__(self, detail: JsonValue = None, *, replayed: bool = False) -> None:
@@ -164,6 +162,6 @@ class EffectFailedError(HomeAgentError):
 
 
 class EffectNotStartedError(HomeAgentError):
-    """The application's function for `run_once` raises EffectNotStartedError if the function did not begin its effect.
-    The idempotency key is free again, so the next call can run the effect. Remedy: repeat the call.
+    """The application raises EffectNotStartedError if its effect did not begin. The next call with the idempotency key
+    can run the effect. Remedy: repeat the call.
     """

@@ -11,18 +11,18 @@ from homeagent.errors import InvalidArgumentError
 T = TypeVar("T")
 
 _DEFERRED = CO_GENERATOR | CO_COROUTINE
-"""Flags of generator functions and coroutine functions: a call of such a function does not run the body."""
+"""Flags of functions whose body does not run at the call."""
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return the function. For a generator function or an object that can't be called, raise InvalidArgumentError. If
-    the argument `coroutine` is not None, also refuse a coroutine function. The text of the argument `coroutine` becomes
-    the end of the error's message.
+    """Return the function. Raise InvalidArgumentError for a generator function or a non-callable object. If the
+    argument `coroutine` is not None, also refuse a coroutine function. The text of the argument `coroutine` ends the
+    error's message.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED
-    # For an ordinary function, skip the slow checks below. Check a function with attributes, because an attribute can
-    # mark the function as a coroutine function (`inspect.markcoroutinefunction()`).
+    # For an ordinary function without attributes, skip the slow checks below. An attribute can mark a coroutine
+    # function (`inspect.markcoroutinefunction()`).
     if isinstance(plain, FunctionType) and not (plain.__code__.co_flags & deferred or plain.__dict__):
         return function
     if not callable(function):

@@ -1,6 +1,6 @@
 """Canonical JSON (RFC 8785, JSON Canonicalization Scheme). Equal parameters have the same canonical text.
 
-Unlike RFC 8785, homeagent keeps all digits of an int, because rounding could give two large ids the same text.
+Unlike RFC 8785, homeagent keeps all digits of an int. Rounding could give two large ids the same text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from homeagent.errors import InvalidArgumentError
 if TYPE_CHECKING:
     from pydantic import JsonValue
 
-# Do not replace this encoder by calls of `json.dumps(…, ensure_ascii=False)`: each call would create an encoder.
+# Do not call `json.dumps(…, ensure_ascii=False)`, which would create an encoder for each call.
 _ENCODER = json.JSONEncoder(ensure_ascii=False)
 
 
@@ -27,7 +27,7 @@ def canonical_json(value: JsonValue, what: str = "params") -> bytes:
     except InvalidArgumentError:
         raise
     except (ValueError, RecursionError):
-        pass  # do not raise the error here, because Python would chain the caught error, which can contain the value
+        pass  # do not raise here: the chained error could contain the value
     raise InvalidArgumentError(f"{what} contain a lone surrogate or an int with too many digits, or nest too deeply")
 
 
@@ -56,7 +56,7 @@ def _write(value: object) -> str:
 
 
 def _number(value: float) -> str:
-    """Return the text of a double in the format of ECMAScript's Number::toString (ECMA-262, section 6.1.6.1.20)."""
+    """Return the text of a double (ECMA-262, section 6.1.6.1.20, Number::toString)."""
     if not math.isfinite(value):
         raise InvalidArgumentError("params contain NaN or an infinity, which JSON can't represent")
     if value == 0:

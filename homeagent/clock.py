@@ -1,4 +1,4 @@
-"""Read the wall clock for timestamps, and the monotonic clock for waits and timeouts."""
+"""Read the wall clock for timestamps and the monotonic clock for timeouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Clock = Callable[[], datetime]
 monotonic: Callable[[], float] = partial(time.clock_gettime, time.CLOCK_MONOTONIC)
 """A function that returns the seconds of a monotonic clock.
 
-Do not use `time.monotonic`. If an application's tests freeze `time.monotonic` with freezegun, a timeout would not end.
+Do not use `time.monotonic`. If a test freezes `time.monotonic` with freezegun, no timeout ends.
 """
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -25,15 +25,15 @@ _latest = (0, _EPOCH)
 
 
 def system_clock() -> datetime:
-    """Return the current time in whole milliseconds. The time does not go back, so an expired nonce stays expired."""
+    """Return the current time in whole milliseconds. The time does not go back, so expired nonces stay expired."""
     global _latest
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest
     if milliseconds > latest:
-        # Two threads can run this block at the same time. Each thread returns the time that the thread has read.
+        # Two threads can run this block at the same time. Each thread returns its own reading.
         timestamp = _EPOCH + milliseconds * _MILLISECOND
         reading = (milliseconds, timestamp)
-        # Do not add a call between the comparison and the assignment. CPython can switch threads after a call, and the
+        # Do not add a call between the comparison and the assignment. After a call, CPython can switch threads. The
         # stored time could go back (`test_the_clock_never_goes_back`).
         if reading > _latest:
             _latest = reading

@@ -67,11 +67,11 @@ V = TypeVar("V", bound=UnitOfWork, default=UnitOfWork)
 class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     """An open database of homeagent. All threads of a process can share one `Database`.
 
-    The units of a `Database[HubUnit]` are instances of `HubUnit`, a subclass of `UnitOfWork`. A function with a
-    parameter of the type `Database` also accepts a `Database[HubUnit]`.
+    The units of a `Database[HubUnit]` have the class `HubUnit`, a subclass of `UnitOfWork`. A parameter of the type
+    `Database` also accepts a `Database[HubUnit]`.
 
-    A forked child process must open the database again. Open a database with `Database.open`. Close the database with
-    `close()`, or use the database as a context manager.
+    A forked child process must open the database again. Open a database with `Database.open`. Close a database with
+    `close()` or a `with` block.
     """
 
     def __init__(self, engine: Engine, *, clock: Clock, busy_timeout: timedelta, limits: Limits, unit: type[U]) -> None:
@@ -83,8 +83,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         self._clock: Clock = self._settings.now
         self._runner = Runner(self._settings)
         self._lease_timer = LeaseTimer(partial(self._runner.run, idempotent=True))
-        # The mutex is reentrant because a signal handler can close the database while the interrupted thread holds the
-        # mutex.
+        # The mutex is reentrant, because a signal handler can close the database.
         self._mutex = threading.RLock()
         self._sweepers: list[maintenance.Sweeper] = []
         self._device_watcher = DeviceWatcher(engine, timeout=self._timeout)
@@ -113,19 +112,19 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             target: path, URL, or `":memory:"` for a private temporary database. The default is the environment variable
                 `HOMEAGENT_DATABASE`. Without the variable, the default is `~/.homeagent/homeagent.db`.
             clock: function that returns the current time. Each store method calls the clock once.
-            busy_timeout: longest wait of a unit for the write lock or a connection, capped at 24 days.
+            busy_timeout: longest wait for the write lock or a connection, capped at 24 days.
             durability: `durability="full"` syncs every commit to the disk. With `durability="normal"`, a power cut can
                 lose the last commits. An attacker can replay a message whose nonce was lost.
-            migrate: True to create or upgrade the schema. homeagent backs a SQLite file up before the upgrade.
-            pool_size: maximum number of connections for write units, and also for read-only units, from 1 to 1,000.
-                SQLite ignores `pool_size`.
+            migrate: True to create or upgrade the schema. Before an upgrade, homeagent makes a backup of a SQLite file.
+            pool_size: maximum number of connections for write units, from 1 to 1,000. Read-only units have a separate
+                pool with the same maximum. SQLite ignores `pool_size`.
             unit: subclass of `UnitOfWork` with the application's own stores. None means `UnitOfWork`.
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. An upgrade runs
-                homeagent's revisions first, and then the revisions in this folder.
+                these revisions after homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. If the name of a trigger on
-                homeagent's tables is missing, an upgrade, a copy and a restore fail.
-            limits: limits on the rows that devices can create, and on the work that unknown devices can cause.
+            acknowledged: names of the application's triggers on homeagent's tables. If a trigger's name is missing,
+                upgrades, copies and restores fail.
+            limits: limits on rows that devices create, and on work that callers cause.
 
         Raises:
             InvalidArgumentError: if the target or another argument is invalid.
@@ -154,12 +153,12 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return Database(engine, clock=clock, busy_timeout=busy_timeout, limits=limits, unit=kind)
 
     def close(self) -> None:
-        """Stop the sweepers, end the iterators of device changes, and close every connection.
+        """Stop sweepers and iterators of device changes, and close every connection.
 
         After a call of `close()`, all other methods except `counters()` raise DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
-            # Do not take the mutex in a forked child: a thread of the parent can hold the mutex during the fork.
+            # A forked child must not take the mutex, which can stay locked.
             return
         with self._mutex:
             self._closed = True
@@ -182,7 +181,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # Stores in which each call of a method is a separate unit of work
+    # Stores in which each call is a separate unit of work
 
     @cached_property
     def devices(self) -> DeviceStore:
@@ -201,7 +200,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
     @cached_property
     def nonces(self) -> NonceStore:
-        """The store of consumed nonces. Each call of a method is a separate unit of work, so the application can't roll
+        """The store of consumed nonces. Each call of a method is a separate unit of work. The application can't roll
         back a consumed nonce.
         """
         return self.store(NonceStore)
@@ -212,17 +211,17 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return self.store(IdempotencyKeyStore)
 
     def store(self, kind: type[S]) -> S:
-        """Return a store that runs each call of a method as a separate unit of work.
+        """Return a store whose calls are separate units of work.
 
-        A method that only reads runs one statement in autocommit mode, and takes no lock. A method that writes runs in
-        `Database.run()`, and raises `UnitStateError` if the thread already has an open write unit. If a write depends
-        on a read, use one unit of work for the read and the write.
+        A read is one statement in autocommit mode, without a lock. A write runs in `Database.run()`. The method
+        `sessions.index()` runs in a unit without retries. In a thread with an open write unit, a write raises
+        `UnitStateError`. If a write depends on a read, use one unit of work for both.
 
-        If a method of an application's store sends a second statement, homeagent stops the method, and calls the method
+        A write or a second statement can stop a method of the application's store. Then homeagent calls the method
         again in a unit of work.
 
         Args:
-            kind: class of the store, such as `DeviceStore` or a store of the application.
+            kind: class of the store, such as `DeviceStore` or an application's store.
 
         Raises:
             InvalidArgumentError: if the argument is not a subclass of `Store`.
@@ -232,23 +231,22 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return one_call_store(kind, self._settings, self._runner)
 
     def watch_devices(self, *, after: int | None = None) -> AsyncIterator[DeviceChange]:
-        """Return an asynchronous iterator of the device changes of all processes, in the order of their commits.
+        """Return an asynchronous iterator of device changes, under asyncio or trio.
 
-        The iterator gets a change within 0.3 s of the commit, under asyncio or trio. Only one task at a time can use
-        the iterator. After a restore, or after the deletion of unread changes, the iterator returns a change of the
-        kind `reset`. After a change of the kind `reset`, read all devices again. The method `aclose()` of the iterator
-        ends the iteration.
+        The iterator returns the changes of all processes in the order of commits. A change arrives within 0.3 s of the
+        commit. Only one task at a time can use the iterator. After a restore, the iterator returns a change of the kind
+        `reset`. The iterator also returns a `reset` change if unread changes were deleted. After a `reset` change, read
+        all devices again. The method `aclose()` ends the iteration.
 
         Args:
-            after: number of the last change that the caller has read. By default, `watch_devices()` reads the number of
-                the newest change from the database.
+            after: number of the last change that the caller has read. The default is the newest change in the database.
 
         Raises:
             InvalidArgumentError: if the argument is not the number of a change.
-            DatabaseError: if the database cannot be read. The iterator raises DatabaseError if the change feed could
-                not be read for 5 s.
-            DatabaseClosedError: if the database was closed, or was opened before a fork. When the database is closed,
-                an iterator that waits for a change raises DatabaseClosedError.
+            DatabaseError: if the database cannot be read. The iterator raises DatabaseError after 5 s without a
+                successful read.
+            DatabaseClosedError: if the database was closed, or was opened before a fork. When the database is closed, a
+                waiting iterator raises DatabaseClosedError.
         """
         number = self.devices.newest_change() if after is None else check_number(after)
         return DeviceChanges(self._device_watcher, number)
@@ -257,7 +255,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Return a read-only connection for reports, pandas or ad-hoc SQL. Use the connection as a context manager.
 
         The connection reads one snapshot until the caller commits or rolls back. On SQLite, the connection refuses
-        ATTACH. At most two connections for reports can be in use at the same time.
+        ATTACH. At most two callers at a time can use connections for reports.
 
         Raises (when the block is entered):
             DatabaseBusyError: if two other callers use the read-only connections for the whole `busy_timeout`.
@@ -277,7 +275,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 writers do not wait for each other.
 
         Raises (when the block is entered):
-            DatabaseBusyError: if the unit did not get the write lock or a connection within the `busy_timeout`.
+            DatabaseBusyError: if the unit got no write lock or connection within the `busy_timeout`.
             UnitStateError: if this thread already has an open write unit.
             DatabaseClosedError: if the database was closed, or was opened before a fork.
         """
@@ -285,29 +283,28 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return self._unit(self._settings, read_only)  # type: ignore[return-value]
 
     def run(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Call your function inside a unit of work, and call the function again after an error that a retry can solve.
+        """Call your function in a unit of work, and retry after a temporary error.
 
-        A retry can solve a serialization failure, a deadlock or the error of a busy database. A retry also helps after
-        a restart or a failover of the server, or if the connection was lost before COMMIT was sent. The pauses between
-        tries grow. The last try begins before the `busy_timeout` is over.
+        Temporary errors are a serialization failure, a deadlock and a busy database. A failover and a connection lost
+        before COMMIT are also temporary errors. The pauses between tries grow. The last try begins before the
+        `busy_timeout` is over.
 
-        On SQLite, waiting write units share one commit, and each unit has a savepoint. The database's writer thread
-        calls each function with the context variables of the caller. If a function raises an exception, only the unit
-        of that function is undone. If the shared commit fails, each unit runs again in its own transaction.
+        On SQLite, waiting write units share one commit. Each unit has a savepoint. The writer thread can call the
+        function, with the caller's context variables. If a function raises an exception, only its unit is undone. If a
+        shared commit fails, each unit runs again separately.
 
         Args:
-            work: function that gets the unit. The database can call this function several times, so the function must
-                have no side effect outside the unit.
+            work: function that gets the unit. A retry calls the function again. The function must have no side effect
+                outside the unit.
             read_only: see `unit_of_work()`.
             idempotent: True if a second run of the function makes no further change. With `idempotent=True`, the
-                function also runs again if the connection was lost during COMMIT.
+                function runs again even after CommitUnknownError.
 
         Returns:
             Return value of the function, after the commit.
 
         Raises:
-            InvalidArgumentError: if the passed object can't be called, or is a coroutine function or a generator
-                function.
+            InvalidArgumentError: if `work` is not callable, or is a coroutine or generator function.
             DatabaseBusyError: if the database was busy for the whole `busy_timeout`. A slow function in the same shared
                 commit can also cause the error. The failed call changed no row.
             ConnectionLostError: if the server was not reachable within the `busy_timeout`. The failed call changed no
@@ -318,11 +315,11 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         return self._runner.run(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]  # a unit is a U
 
     async def arun(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Run a unit like `Database.run()`, without blocking the event loop of asyncio or trio. The function runs in
-        another thread.
+        """Run a unit like `Database.run()`, without blocking the event loop. The function runs in another thread, under
+        asyncio or trio.
 
-        If the caller is cancelled under asyncio before the unit begins, the unit does not run. If the unit has begun,
-        a cancelled caller still waits for the end of the unit.
+        Under asyncio, a cancellation prevents a unit that has not begun. A cancelled caller waits for the end of a
+        begun unit.
 
         Args:
             work: ordinary function, which runs with the caller's context variables.
@@ -349,24 +346,22 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         ttl: timedelta = timedelta(hours=24),
         on_abandoned: OnAbandoned = "refuse",
     ) -> Outcome:
-        """Run a side effect only once, even if several calls have the same device, method and key. Later calls return
-        the stored outcome.
+        """Run a side effect once for each device, method and key. Later calls return the stored outcome.
 
-        Before the effect begins, homeagent commits a record that claims the key. After the effect has ended, homeagent
-        commits the outcome. While the effect runs, a background thread renews the lease of the key.
+        Before the effect, homeagent commits a record that claims the key. After the effect, homeagent commits the
+        outcome. During the effect, a background thread renews the lease of the key.
 
         Args:
-            scope: identity of the call (the device, the method and the key that the device chose).
-            effect: function to call, which gets the attempt and returns any JSON value. The function can pass
-                `attempt.downstream_key` to another service as an idempotency key. If the function raises
-                `EffectFailedError`, the error is stored, and later calls raise the stored error. If the function raises
-                `EffectNotStartedError`, the key is free again. After an exception that is neither EffectFailedError nor
-                EffectNotStartedError, the outcome of the effect is unknown.
+            scope: identity of the call: device, method and idempotency key.
+            effect: function that gets the attempt and returns any JSON value. The idempotency key for another service
+                is `attempt.downstream_key`. If the function raises `EffectFailedError`, later calls raise the stored
+                error. If the function raises `EffectNotStartedError`, the next call can run the effect. After any other
+                exception, the outcome of the effect is unknown.
             params: parameters of the call. A later call with the same key must have equal parameters.
             lease: duration of the lease. If the lease ends without a renewal, the attempt counts as abandoned.
             ttl: time for which a retry of the call returns the stored outcome.
-            on_abandoned: action if an earlier attempt of the key was abandoned. The action is "refuse", "rerun", or a
-                function that gets the new attempt and returns the outcome.
+            on_abandoned: action after an abandoned attempt: "refuse", "rerun" or a function. The function gets the new
+                attempt and returns the outcome.
 
         Raises:
             InvalidArgumentError: if an argument is invalid. For a coroutine function, use the method `arun_once()`.
@@ -374,9 +369,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             IdempotencyInProgressError: if another caller is running the effect.
             OutcomeUnknownError: if an earlier attempt was abandoned and `on_abandoned="refuse"`.
             LeaseLostError: if the effect ran, but this call could not record the outcome. Another caller had taken over
-                the key, or had deleted the key.
-            EffectFailedError, EffectNotStartedError: if the effect raised the error in this call. If the effect of an
-                earlier call with the key raised EffectFailedError, this call raises the stored error.
+                or deleted the key.
+            EffectFailedError, EffectNotStartedError: if the effect raised the error. The stored EffectFailedError of an
+                earlier call is raised again.
         """
         call = OnceCall(scope, fingerprint_of(params), lease, ttl, on_abandoned)
         call.check(effect, ARUN_ONCE)
@@ -393,10 +388,10 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         ttl: timedelta = timedelta(hours=24),
         on_abandoned: OnAbandoned = "refuse",
     ) -> Outcome:
-        """Run a coroutine function as an effect once, under asyncio or trio (see `run_once()`).
+        """Run a coroutine function like `run_once()`, under asyncio or trio.
 
-        A cancellation of the caller also cancels the effect. If the cancellation comes after the end of the effect,
-        homeagent still records the outcome.
+        A cancellation of the caller also cancels the effect. After the end of the effect, homeagent records the outcome
+        despite a cancellation.
         """
         call = OnceCall(scope, fingerprint_of(params), lease, ttl, on_abandoned)
         call.check(effect)

@@ -1,4 +1,4 @@
-"""Methods of `Database` for maintenance: sweeps, backups, restores, copies, the doctor, counters and status."""
+"""Methods of `Database` for sweeps, backups, restores, copies, checks and reports."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class DatabaseMaintenance:
     def sweep(
         self, *, batch_size: int = 100, time_budget: timedelta | None = None, dry_run: bool = False
     ) -> maintenance.SweepReport:
-        """Delete expired nonces and idempotency keys, old device changes, and devices that were pending for too long.
+        """Delete expired nonces, expired idempotency keys and other old rows.
 
-        A pending device is deleted after `Limits.pending_ttl`, and a device change after `Limits.changes_kept`. Other
-        writers wait only briefly, because `sweep()` deletes the rows in small batches. While other writers wait,
-        `sweep()` makes the batches smaller and the pauses longer.
+        A sweep deletes a pending device after `Limits.pending_ttl`. A sweep deletes a device change after
+        `Limits.changes_kept`. Other writers wait only briefly, because the batches are small. While other writers wait,
+        the batches are smaller and the pauses longer.
 
         Args:
             batch_size: maximum number of rows that one unit deletes.
@@ -67,8 +67,7 @@ class DatabaseMaintenance:
         backups: maintenance.BackupSchedule | None = None,
         check_every: timedelta | None = timedelta(hours=24),
     ) -> maintenance.Sweeper:
-        """Return a thread that calls `sweep()` periodically. Call `start()` and `stop()`, or use the thread as a
-        context manager.
+        """Return a thread that calls `sweep()` periodically. Call `start()` and `stop()`, or use a `with` block.
 
         `Database.close` stops the thread.
 
@@ -76,9 +75,9 @@ class DatabaseMaintenance:
             every: time between two sweeps, at most 24 days. The first sweep begins when the thread starts.
             backups: schedule of the backups that the thread makes after a sweep. With `backups=None`, the thread makes
                 no backups. A failed backup is logged and tried again after the next sweep.
-            check_every: time between two checks of the content of a SQLite file. The thread makes a check after a
-                sweep. With `check_every=None`, the thread makes no checks. If a check finds damage, every later unit of
-                this database raises CorruptDatabaseError.
+            check_every: time between two checks of a SQLite file's content. The thread makes a check after a sweep.
+                With `check_every=None`, the thread makes no checks. If a check finds damage, every later unit of this
+                database raises CorruptDatabaseError.
 
         Raises:
             DatabaseError: if a schedule of backups is given for a database on PostgreSQL.
@@ -111,25 +110,25 @@ class DatabaseMaintenance:
         return sweeper
 
     def _require_open(self) -> None:
-        """Raise DatabaseClosedError if the database was closed, or was opened before the process was forked."""
+        """Raise DatabaseClosedError after `close()` and in a forked child."""
         self._engine.pool(read_only=True)
         if self._closed:
             raise DatabaseClosedError("the database was closed: open it again")
 
     def backup(self, destination: str | PathLike[str], *, keep: int | None = None, replace: bool = False) -> Path:
-        """Make a verified backup of one snapshot while other units write. The file gets its final name only after the
-        backup is complete.
+        """Make a verified backup of one snapshot while other units write. The file gets its final name after the backup
+        is complete.
 
-        The backup is a single file with mode 0600, and can be opened on a read-only medium. The manifest file
-        `<backup>.json` is next to the backup. The manifest records the backup's time, schema revision, size, SHA-256
-        and number of rows in each table.
+        The backup is a single file with mode 0600. A program can open the backup on a read-only medium. The manifest
+        file `<backup>.json` is next to the backup. The manifest records time, schema revision, size, SHA-256 and row
+        counts.
 
         Args:
-            destination: path of a new file, or of a directory. In a directory, the name of the new file contains the
-                schema's revision and the time. If a path with a final slash does not exist, homeagent creates a
-                directory with mode 0700.
-            keep: number of this database's backups to keep in the directory. Older backups are deleted. The method
-                ignores files without a manifest, backups of a different database, and copies from upgrades.
+            destination: path of a new file or a directory. With a final slash, the path is a directory. An absent
+                directory is created with mode 0700. In a directory, the file name contains the schema revision and the
+                time.
+            keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
+                manifest and copies from upgrades stay.
             replace: True to replace an existing file.
 
         Returns:
@@ -138,8 +137,8 @@ class DatabaseMaintenance:
         Raises:
             InvalidArgumentError: if the destination exists or is not a valid path of a backup.
             CorruptDatabaseError: if the database is damaged.
-            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. After the
-                error, no part of the new backup remains, and every older backup still exists.
+            DiskFullError, ReadOnlyError, InsecureFileError, DatabaseError: if the backup cannot be written. No part of
+                the new backup remains. Every older backup still exists.
             DatabaseError: if the database is on PostgreSQL. The error message names PostgreSQL's tools for backups.
         """
         from homeagent.maintenance.backups import back_up
@@ -156,21 +155,19 @@ class DatabaseMaintenance:
         leave: Collection[str] = (),
         progress: Callable[[maintenance.CopyProgress], object] | None = None,
     ) -> maintenance.CopyReport:
-        """Copy the whole store into an empty store, for example from SQLite to PostgreSQL. The source does not change.
+        """Copy the whole store into an empty store of any engine. The source does not change.
 
         The copy is one transaction on the target database. Before the commit, homeagent compares every row with the
-        source. After an error the target is still empty, and the caller can repeat the copy. The copy contains the
-        application's tables if the target was opened with `migrations=…`.
+        source. After an error, the target is unchanged, and a new copy is possible. The copy includes the application's
+        tables, which the target must have (`migrations=…`).
 
         Args:
-            target: instance of `Database`. The target must be open, and must have the same schema revision as the
-                source. The target must contain no devices, agents, sessions, nonces or idempotency keys. The
-                application's tables that the copy fills must also be empty.
-            live: True to allow other units to write to the source during the copy. The copy contains the state of the
-                source at the beginning of the copy, without later writes. For a move to another database, stop all
-                writers and pass `live=False`.
+            target: open `Database` with the schema revision of the source. The target must contain no devices, agents,
+                sessions, nonces or idempotency keys. The application's tables that the copy fills must also be empty.
+            live: True to allow writes to the source during the copy. The copy contains the state at its beginning,
+                without later writes. For a move to another database, stop all writers and pass `live=False`.
             leave: names of the application's tables that the copy leaves out.
-            progress: function that homeagent calls after each page of copied rows.
+            progress: function that homeagent calls after each page of copied or compared rows.
 
         Returns:
             Number of copied rows of each table.
@@ -178,10 +175,9 @@ class DatabaseMaintenance:
         Raises:
             TargetNotEmptyError: if the target holds data.
             SourceChangedError: if the source changed during a copy with `live=False`.
-            InvalidArgumentError: if source and target are the same database, or if the target lacks a table of the
-                application. The error message names the missing table.
-            SchemaOutdatedError, SchemaTooNewError: if the source or the target has the schema of a different version of
-                homeagent.
+            InvalidArgumentError: if source and target are equal, or if the target lacks a table. The error message
+                names the missing table.
+            SchemaOutdatedError, SchemaTooNewError: if the source or the target has another version's schema.
             SchemaChangedError: if a schema was changed by hand. On PostgreSQL, homeagent checks only triggers and
                 rules.
             CorruptDatabaseError: if the source holds a value that no store writes.
@@ -216,13 +212,13 @@ class DatabaseMaintenance:
         return diagnose_open(self._settings, thorough=thorough, fix=fix)
 
     def counters(self) -> maintenance.DatabaseCounters:
-        """Return the counters of this process since the database was opened. A program can call the method every
-        second, because the call is cheap.
+        """Return the counters of this process since the database was opened. A program can call this cheap method every
+        second.
         """
         return self._engine.counters.snapshot()
 
     def status(self) -> maintenance.DatabaseStatus:
-        """Return the database's path or address, engine, schema, number of rows and number of expired rows."""
+        """Return the database's location, engine, schema, row counts and expired rows."""
         from homeagent.maintenance.status import report_status
 
         with UnitOfWork(self._settings, read_only=True) as unit:
@@ -240,18 +236,18 @@ class DatabaseMaintenance:
         acknowledged: Collection[str] = (),
         expected_epoch: int | None = None,
     ) -> maintenance.RestoreReport:
-        """Replace a closed database by a backup, and keep the old database in quarantine.
+        """Replace a closed database by a backup. The old database stays in quarantine.
 
-        The restore first verifies the backup, and upgrades a copy of the backup to the schema of this version of
-        homeagent. The restore begins a new epoch. In the new epoch, the replay guard refuses all messages that devices
-        signed before the restore. After a crash, either the old or the new database is in place.
+        The restore first verifies the backup. The restore upgrades a copy of the backup, if necessary. The restore
+        begins a new epoch. The replay guard refuses all messages that devices signed before the restore. After a crash,
+        the old or the new database is in place.
 
         Args:
             backup: file that `Database.backup()` made, or a copy of a closed database. If the backup has a manifest
-                file, the size, SHA-256 and row counts in the manifest are compared with the backup.
+                file, the restore compares their values.
             target: path of the database to replace, as for `Database.open`. The database can be damaged or absent.
-            clock: clock that gives the time at which the new epoch starts. The clock must be right, because the replay
-                guard compares the time of each message with the start of the epoch.
+            clock: clock for the start of the new epoch. The clock must be right, because the replay guard uses the
+                start.
             busy_timeout: longest wait for other processes to close the target.
             acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
             expected_epoch: epoch that the target must have, by default any epoch. With `expected_epoch=0`, the target
@@ -261,18 +257,16 @@ class DatabaseMaintenance:
             Report of the restore, with the path of the old database.
 
         Raises:
-            InvalidArgumentError: if the backup is absent, if backup and target are the same file, or if the target is
-                not a file.
+            InvalidArgumentError: if the backup is absent, or if the target is not another file.
             ConflictError: if the epoch of the target is not `expected_epoch`.
             DatabaseBusyError: if a process has the target or the backup open. On Linux the error message names the
-                process that has the file open.
+                process.
             CorruptDatabaseError: if the backup is damaged.
             SchemaTooNewError: if a newer version of homeagent made the backup.
-            SchemaChangedError: if a person changed the schema of the backup, for example by adding a trigger.
+            SchemaChangedError: if the schema of the backup was changed by hand.
             ForeignDatabaseError: if the backup or the target belongs to another application.
-            DatabaseError: if the restore failed for a reason that no error above covers. If the last step of the
-                restore failed, the next call of `Database.open()` finishes the restore. If an earlier step failed, the
-                target is unchanged.
+            DatabaseError: if the restore failed for another reason. If the last step failed, the next `Database.open()`
+                finishes the restore. If an earlier step failed, the target is unchanged.
         """
         from homeagent.maintenance.restore import restore
 
@@ -295,24 +289,24 @@ class DatabaseMaintenance:
         busy_timeout: timedelta = timedelta(seconds=5),
         expected_epoch: int | None = None,
     ) -> maintenance.EpochReport:
-        """Begin a new epoch after another program restored an older state of the database. Before the call, close the
-        database in all processes.
+        """Begin a new epoch after another program restored the database. Before the call, close the database in all
+        processes.
 
-        For example, call `begin_epoch()` after a restore by PostgreSQL's tools or from a disk snapshot. The restored
-        database lacks the nonces that were consumed after the backup, so an attacker could replay messages with these
-        nonces. In the new epoch, the replay guard refuses all messages that devices signed before the epoch.
+        For example, call `begin_epoch()` after a restore from a disk snapshot or by PostgreSQL's tools. The restored
+        database lacks the newest nonces, so an attacker could replay messages. The replay guard refuses all messages
+        that devices signed before the new epoch.
 
         Args:
             target: path or URL of the database, as for `Database.open`.
-            clock: clock that gives the time at which the epoch starts.
+            clock: clock for the start of the epoch.
             busy_timeout: longest wait for other processes to close the database.
             expected_epoch: epoch that the database must have. Default: any epoch.
 
         Raises:
             ConflictError: if the epoch of the database is not `expected_epoch`.
-            DatabaseBusyError: if a process still has the database open, and would continue in the old epoch.
+            DatabaseBusyError: if a process still has the database open.
             SchemaOutdatedError: if the database is absent, or has an older schema.
-            DatabaseError: if the database cannot be opened for a reason that no error above covers.
+            DatabaseError: if the database cannot be opened for another reason.
         """
         from homeagent.maintenance.epochs import begin_epoch
 

@@ -1,7 +1,7 @@
 """Deliver device changes to asynchronous iterators (see `Database.watch_devices`).
 
-One thread of each `Database` reads the change feed for all iterators. Each iterator also checks the time of the last
-read, because a lost connection can block the thread (`test_a_server_that_does_not_answer_ends_the_iterator`).
+One thread of each `Database` reads the change feed for all iterators. A lost connection can block the thread. Each
+iterator therefore checks the time of the last read (`test_a_server_that_does_not_answer_ends_the_iterator`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 logger: logging.Logger = logging.getLogger("homeagent")
 
 PATIENCE = 5.0
-"""Time in seconds. If no read of the change feed succeeds for this time, an iterator raises an error."""
+"""Seconds without a successful read after which an iterator raises an error."""
 
 _PAGE = 100  # Maximum number of changes that one statement reads.
 _WAITING = 1000  # At this number of changes, the queue of an iterator is full.
@@ -42,7 +42,7 @@ _CLOSED = "the database was closed, or was opened before the process was forked:
 
 class _Subscription:
     """Queue of device changes for one iterator. The thread of a `DeviceWatcher` fills the queue. The attribute
-    `position` is the number of the last change that the thread has read.
+    `position` is the number of the last read change.
     """
 
     def __init__(self, after: int) -> None:
@@ -50,7 +50,7 @@ class _Subscription:
         self._wake: Callable[[], object] | None = None
         self.position: int = after
         self.is_behind: bool = True
-        """True if the feed can have further changes that the thread has not read for this iterator."""
+        """True if the feed can have further changes for this iterator."""
         self.is_closed: bool = False
 
     @property
@@ -58,11 +58,8 @@ class _Subscription:
         return len(self._changes) < _WAITING
 
     def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change, or None if the queue is empty. When the thread adds a change, the thread calls
-        `wake()`.
-        """
-        # Set `_wake` before reading the queue. If `_wake` is set too late, the thread can add a change without waking
-        # the iterator.
+        """Return the next change, or None if the queue is empty. After the next change, the thread calls `wake()`."""
+        # Set `_wake` before reading the queue. Otherwise the iterator could miss a change.
         self._wake = wake
         return self._changes.popleft() if self._changes else None
 
@@ -109,18 +106,18 @@ class DeviceChanges(AsyncIterator["DeviceChange"]):
         raise StopAsyncIteration
 
     async def aclose(self) -> None:
-        """End the iteration. A task that waits for the next change of this iterator gets StopAsyncIteration."""
+        """End the iteration. A waiting task gets StopAsyncIteration."""
         self._subscription.is_closed = True
         self._subscription.wake()
         self._watcher.wake()
 
     def __del__(self) -> None:
-        # Do not take a mutex here: the garbage collector can call this method in a thread that already holds the mutex.
+        # Do not take a mutex, because the garbage collector can interrupt the holder.
         self._subscription.is_closed = True
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
-    """Return a function that schedules a call in the event loop of this task. Any thread can call the function."""
+    """Return a function that schedules calls in this task's event loop. Any thread can call the function."""
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
@@ -130,7 +127,7 @@ def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
 
 
 class DeviceWatcher:
-    """Thread that reads the change feed of a `Database`. `timeout` is the longest wait of `close()`, in seconds."""
+    """Thread that reads the change feed of a `Database`. The method `close()` waits at most `timeout` seconds."""
 
     def __init__(self, engine: Engine, *, timeout: float, monotonic: Callable[[], float] = monotonic) -> None:
         self._engine = engine
@@ -142,16 +139,14 @@ class DeviceWatcher:
         self._is_closed = False
         self._read_at = 0.0
         self._error: Exception | None = None
-        # The method `put()` of SimpleQueue is reentrant: a signal handler or the garbage collector can call `put()`
-        # during another call.
+        # SimpleQueue is reentrant: a signal handler can call `put()` during another `put()`.
         self._wakes: SimpleQueue[None] = SimpleQueue()
 
     # The iterators
 
     def serve(self, subscription: _Subscription) -> None:
         """Add a subscription, and start the thread. If the database is closed, raise DatabaseClosedError."""
-        # Check for a fork before taking the mutex. In a forked child, the mutex can stay locked, because a thread of
-        # the parent held the mutex during the fork.
+        # Check for a fork before taking the mutex. A forked child's mutex can stay locked.
         if self._engine.is_forked_copy or self._is_closed:
             raise DatabaseClosedError(_CLOSED)
         if subscription not in self._subscriptions:
@@ -173,9 +168,7 @@ class DeviceWatcher:
             raise DatabaseError(f"could not start the thread that reads device changes: {error}") from None
 
     def seconds_left(self, subscription: _Subscription) -> float:
-        """Return the time in seconds for which an iterator can still wait. After `PATIENCE` seconds without a read,
-        raise an error.
-        """
+        """Return an iterator's remaining wait in seconds. After `PATIENCE` seconds without a read, raise an error."""
         waited = self._monotonic() - self._read_at
         if waited < PATIENCE:
             return PATIENCE - waited
@@ -186,11 +179,11 @@ class DeviceWatcher:
         ) from self._error
 
     def wake(self) -> None:
-        """Let the thread read the change feed now, before the end of the interval."""
+        """Let the thread read the change feed at once."""
         self._wakes.put(None)
 
     def close(self) -> None:
-        """End the thread. After the end of the thread, every iterator raises DatabaseClosedError."""
+        """End the thread. Every iterator then raises DatabaseClosedError."""
         with self._mutex:
             self._is_closed = True
             thread, subscriptions = self._thread, list(self._subscriptions)
@@ -203,7 +196,7 @@ class DeviceWatcher:
     # The thread
 
     def _run(self) -> None:
-        """Read the change feed after each wake or interval, until `close()` or until no subscription is open."""
+        """Read the change feed until `close()`, or until no subscription is open."""
         while True:
             with self._mutex:
                 self._subscriptions = {each for each in self._subscriptions if not each.is_closed}
@@ -214,13 +207,13 @@ class DeviceWatcher:
                 subscriptions = list(self._subscriptions)
             self._read(subscriptions)
             with suppress(Empty):
-                # After a failed read, changes already wait, for example after a restart of the PostgreSQL server.
+                # After a failed read, use a shorter interval, because changes already wait.
                 self._wakes.get(timeout=_INTERVAL if self._error is None else _INTERVAL / 4)
                 while True:
                     self._wakes.get_nowait()
 
     def _read(self, subscriptions: Iterable[_Subscription]) -> None:
-        """Deliver new changes to the subscriptions. If the read fails, store the error instead of raising the error."""
+        """Deliver new changes to the subscriptions. If the read fails, store the error."""
         engine = self._engine
         try:
             with engine.feed_mutex:
@@ -252,7 +245,7 @@ class DeviceWatcher:
 
     @staticmethod
     def _deliver(connection: StoreConnection, subscriptions: list[_Subscription]) -> None:
-        """Fill the queue of each iterator from the change feed. Stop if the queue is full, or at the newest change."""
+        """Fill the queue of each iterator up to the newest change. Stop at a full queue."""
         for subscription in subscriptions:
             subscription.is_behind = True
         while True:

@@ -1,6 +1,6 @@
-"""Methods of `Database` that pair devices, check secrets and proofs, and rotate secrets.
+"""Methods of `Database` for the secrets and proofs of devices.
 
-Do not compute a slow hash inside a unit of work, because other writers would wait.
+Do not compute a slow hash inside a unit: other writers would wait.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import partial
 
 from pydantic import SecretStr
 
-# Do not import `homeagent.models.schemas` here, because the import takes 5% of the start time.
+# Do not import `homeagent.models.schemas`, because the slow import delays the start.
 from homeagent import models
 from homeagent.clock import Clock
 from homeagent.credentials import (
@@ -57,14 +57,14 @@ class DeviceSecrets:
 
     @clears_locals
     def pair(self, request: models.DevicePair) -> models.PairedDevice:
-        """Add a device. The device is pending until an administrator approves the device. The store contains a hash
-        and, for a generated secret, a verifier, but not the secret.
+        """Add a device. The device is pending until an administrator approves the device. The store contains a hash,
+        not the secret. For a generated secret, the store also contains a verifier.
 
-        The method deletes idempotency keys that an earlier device with the same id left behind.
+        The method deletes ended idempotency keys of an earlier device with this id.
 
         Args:
-            request: id, role and metadata of the device. If the request contains no secret, homeagent generates a
-                secret of 256 random bits.
+            request: id, role and metadata of the device. Without a secret, homeagent generates a secret of 256 random
+                bits.
 
         Returns:
             Device and secret. A program can't read the secret again later.
@@ -73,11 +73,10 @@ class DeviceSecrets:
             DeviceExistsError: if a device with this id exists. The error reveals to a caller that the id exists.
             PendingLimitError: if the number of pending devices has reached `Limits.pending_devices`.
             InvalidArgumentError: if the secret is too long or has a control character.
-            TooManyAttemptsError: if the caller chose the secret and the number of waiting slow hashes has reached
-                `Limits.waiting_hashes`.
+            TooManyAttemptsError: if the secret is chosen and the limit `Limits.waiting_hashes` is reached.
         """
         check_kind(request, models.DevicePair, "request")
-        # Check the id and the limit before the slow hash, so that a refusal costs no hash.
+        # A refusal must not cost a slow hash.
         if self._find_device(request.id) is not None:
             raise DeviceExistsError(request.id)
         limit = self._limits.pending_devices
@@ -101,9 +100,9 @@ class DeviceSecrets:
 
     @clears_locals
     def verify_secret(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
-        """Return the device if the device is approved and the secret is right, or None in all other cases.
+        """Return the approved device if the secret is right, otherwise None.
 
-        To find out whether a device with the right secret is pending or revoked, call `check_secret()`.
+        To recognise pending and revoked devices, call `check_secret()`.
 
         Args:
             device_id: presented id.
@@ -117,25 +116,24 @@ class DeviceSecrets:
 
     @clears_locals
     def check_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        """Return whether the secret is right, and whether the device is approved, pending or revoked.
+        """Check a secret, and return the result with the device's status.
 
-        An attacker with a wrong secret can't learn whether the device exists, is approved, or has a generated secret.
-        For a wrong secret, the duration of the check depends only on the presented id and secret. The limits treat
-        known and unknown device ids alike.
+        A wrong secret does not reveal the existence or approval of a device. The kind of the stored secret also stays
+        hidden. The duration of a failed check normally depends only on the presented values. The limits treat known and
+        unknown device ids alike.
 
         Args:
             device_id: presented id.
             shared_secret: presented secret. During the overlap of a rotation, the old secret still works.
 
         Returns:
-            Result of the check. In an `if` statement, the result is true only if the secret is right and the device is
-            approved. For a wrong secret or an absent device, the result has `status="denied"` and `device=None`.
+            Result of the check. A true result means an approved device with the right secret. A wrong secret or an
+            absent device gives `status="denied"` and `device=None`.
 
         Raises:
-            TooManyAttemptsError: if the failed checks of this id in this process have reached
-                `Limits.failed_checks_per_minute`, or if the number of waiting slow hashes has reached
-                `Limits.waiting_hashes`. If a limit is reached, the method raises the error even for the right secret.
-                The limits do not apply to a secret that has the form of a generated secret.
+            TooManyAttemptsError: if the id has reached `Limits.failed_checks_per_minute` in this process. The error
+                also occurs at the limit `Limits.waiting_hashes`. At a limit, even the right secret raises the error. A
+                secret in the form of a generated secret has no limit.
             DatabaseBusyError: if the slow hash did not begin within 30 seconds.
         """
         check_searched(device_id, "device_id")
@@ -147,12 +145,12 @@ class DeviceSecrets:
         return checked
 
     def _check_fast(self, unit: UnitOfWork, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        # For a wrong secret, send one statement and compute at most one hash, even if the device is absent.
+        # A wrong secret costs one statement, even if the device is absent.
         stored = _valid_hashes(unit.devices.find_secret_hashes(device_id), self._clock())
         return _checked(unit.devices.find_by_id(device_id) if check_secret(shared_secret, stored) else None)
 
     def _check_slowly(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
-        # For a wrong secret, send one statement and compute one hash, even if the device is absent.
+        # A wrong secret costs one statement and a hash, even without a device.
         while True:
             now = self._clock()
             stored = _valid_hashes(
@@ -161,29 +159,25 @@ class DeviceSecrets:
             match = check_secret(shared_secret, stored, waiting=self._limits.waiting_hashes)
             if match.matched is None:
                 return _checked(None)
-            # Read the device again, because another caller can change or delete the device while the hash is computed.
+            # Another caller can change or delete the device during the slow hash.
             device = self._find_device(device_id)
             if device is None:
                 return _checked(None)
             if stored[match.matched] in _valid_hashes(device, self._clock()):
-                # Do not replace the hash of a pending device. An approval can fail if the hash has changed after the
-                # administrator saw the device.
+                # Do not replace the hash of a pending device. An approval with the old hash could fail.
                 if device.approved and match.matched == 0 and match.replacement is not None:
                     self._rehash(device_id, stored[0], match.replacement)
                 return _checked(device)
             if device.shared_secret_hash == stored[0]:
                 return _checked(None)  # The old secret expired during the check.
-            # Another caller has replaced the hash. The new hash can be a hash of the same secret with different costs,
-            # so check the presented secret again.
+            # Another caller has replaced the hash. The new hash can belong to the same secret, so check again.
 
     def _find_device(self, device_id: str) -> Device | None:
         """Read a device in a separate read-only unit. Return None if the device does not exist."""
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
     def _rehash(self, device_id: str, old: str, new: str) -> None:
-        """Replace a stored hash by a hash with the current costs. Log an error instead of raising the error, because
-        the secret is right.
-        """
+        """Replace a stored hash by a hash with the current costs. Only log an error, because the secret is right."""
         try:
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
@@ -201,46 +195,44 @@ class DeviceSecrets:
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         """Run `check_secret()` under asyncio or trio, without blocking the event loop.
 
-        A check with a slow hash runs in a separate worker thread. Calls of `arun()` and checks of generated secrets do
-        not wait for slow hashes.
+        Slow hashes have separate worker threads. Slow hashes do not delay `arun()` or checks of generated secrets.
         """
         check = partial(self.check_secret, device_id, shared_secret)
         return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))
 
     @clears_locals
     def verify_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> Device | None:
-        """Return the device if the device is approved and the proof is right, or None in all other cases.
+        """Return the approved device if the proof is right, otherwise None.
 
-        To find out whether a device with a right proof is pending or revoked, call `check_proof()`.
+        To recognise pending and revoked devices, call `check_proof()`.
 
-        A proof is the client proof of SCRAM (RFC 5802, section 3) for the device's id, the nonce and the timestamp. A
-        device makes the proof with the function `homeagent.scram.make_proof`. The gateway stores a verifier. With a
-        verifier, the gateway can check proofs but can't make proofs. Consume the nonce after the check of the proof and
-        before you grant access. After a rotation, a proof with the old secret is wrong, even during an overlap.
+        A proof is the ClientProof of SCRAM (RFC 5802, section 3). The proof covers the device's id, the nonce and the
+        timestamp. A device makes the proof with `homeagent.scram.make_proof`. The gateway stores a verifier. With a
+        verifier, the gateway can check proofs but can't make proofs. After the check, consume the nonce before you
+        grant access. Even during an overlap, a proof with the old secret is wrong.
 
         Args:
             device_id: presented id.
             nonce: nonce in the message of the proof.
-            timestamp: time in the message of the proof.
+            timestamp: aware time in the message of the proof.
             proof: 32 bytes. A proof that does not have 32 bytes is wrong.
 
         Raises:
-            InvalidArgumentError: if the nonce has an invalid form, the timestamp has no time zone, or the proof is not
-                bytes. The error does not reveal whether the device exists.
+            InvalidArgumentError: if the nonce, the timestamp or the type of the proof is invalid. The error does not
+                reveal whether the device exists.
         """
         checked = self.check_proof(device_id, nonce=nonce, timestamp=timestamp, proof=proof)
         return checked.device if checked else None
 
     @clears_locals
     def check_proof(self, device_id: str, *, nonce: str, timestamp: datetime, proof: bytes) -> models.SecretCheck:
-        """Return whether the proof is right, and whether the device is approved, pending or revoked.
+        """Check a proof, and return the result with the device's status.
 
         For the arguments, see `verify_proof()`.
 
         Returns:
-            Result of the check. In an `if` statement, the result is true only if the proof is right and the device is
-            approved. For a wrong proof, an absent device or a device without a verifier, the result has
-            `status="denied"` and `device=None`.
+            Result of the check. A true result means an approved device with a right proof. Without a device or a
+            verifier, every proof is wrong. A wrong proof gives `status="denied"` and `device=None`.
 
         Raises:
             InvalidArgumentError: see `verify_proof()`.
@@ -255,7 +247,7 @@ class DeviceSecrets:
         if not check_proof(verifier, message, proof):
             return _checked(None)
         device = self._find_device(device_id)
-        # Compare the verifier, because another caller can delete the device or rotate the secret after the first read.
+        # Another caller can change or delete the device between the two reads.
         return _checked(None if device is None or device.proof_verifier != verifier else device)
 
     @clears_locals
@@ -267,13 +259,11 @@ class DeviceSecrets:
         return await self._runner.in_thread(check, slow=False)
 
     def proof_parameters(self, device_id: str) -> models.ProofParameters:
-        """Return the salt and the number of iterations that a device needs to make proofs. The salt and the number of
-        iterations are not secret.
+        """Return the salt and the iterations for a device's proofs. The salt and the iterations are not secret.
 
-        For an absent device or a device without a verifier, the method derives an answer from the id and a key of the
-        store. The method takes equally long for an absent device and for a device with a verifier. All processes derive
-        the same answer, even after a restore. The answer for an id can change when the device is paired, is deleted or
-        gets a new secret. A caller can notice the change.
+        For an id without a verifier, the method makes up an answer. All processes make up the same answer, even after a
+        restore. The duration of the call does not show whether a device exists. A pairing, a deletion or a rotation can
+        change the answer. A caller can notice the change.
 
         Args:
             device_id: presented id.
@@ -301,26 +291,26 @@ class DeviceSecrets:
         """Replace a device's secret, and return the new secret. A program can't read the secret again later.
 
         Args:
-            device_id: id of the device. The rotation changes neither the role nor the approval of the device.
-            shared_secret: chosen secret. If the caller passes no secret, homeagent generates a secret.
-            overlap: time for which the old secret stays right, by default 0. The rotation immediately ends the overlap
-                of an earlier rotation.
+            device_id: id of the device. The rotation does not change the role or the approval.
+            shared_secret: chosen secret. By default, homeagent generates a secret.
+            overlap: time for which the old secret stays right, by default 0. The rotation ends an earlier overlap at
+                once.
             expected_secret_hash: expected hash of the old secret. Default: any hash.
             expected_paired_at: expected time of pairing. Default: any time.
 
         Raises:
-            ConflictError: if the old secret or the time of pairing differs from the expected value.
+            ConflictError: if the old secret or the pairing time is not as expected.
             DeviceNotFoundError: if the device does not exist.
             DeviceNotApprovedError: if `overlap=…` is above 0 for a pending or revoked device.
-            InvalidArgumentError: if the secret has fewer than 8 characters, is too long or has a control character.
-            TooManyAttemptsError: if the caller chose the secret and the number of waiting slow hashes has reached
-                `Limits.waiting_hashes`.
+            InvalidArgumentError: if the secret has fewer than 8 or too many characters. A control character also raises
+                the error.
+            TooManyAttemptsError: if the secret is chosen and the limit `Limits.waiting_hashes` is reached.
         """
         check_duration(overlap, "overlap", zero=True)
         if expected_paired_at is not None:
             expected_paired_at = check_timestamp(expected_paired_at, "expected_paired_at")
         secret = generate_secret() if shared_secret is None else check_new_secret(shared_secret)
-        # If another caller rotates the secret at the same time, begin again with the newly stored hash.
+        # If another caller rotates the secret at the same time, begin again.
         while not self._rotate(device_id, secret, overlap, expected_secret_hash, expected_paired_at):
             pass
         return secret
@@ -328,14 +318,14 @@ class DeviceSecrets:
     def _rotate(
         self, device_id: str, secret: SecretStr, overlap: timedelta, wanted_hash: str | None, paired_at: datetime | None
     ) -> bool:
-        """Replace the secret. If another caller has replaced the secret during the computation, return False."""
+        """Replace the secret. Return False if another caller was faster."""
         current = self._find_device(device_id)
         if current is None:
             raise DeviceNotFoundError(device_id)
         if overlap and not current.approved:
             raise DeviceNotApprovedError(device_id)  # set_secret() checks the approval again
         old = current.shared_secret_hash
-        # During an overlap, a check needs only one slow hash if the two stored hashes have the same salt.
+        # With equal salts, a check during an overlap needs one slow hash.
         new = hash_secret(secret, beside=old if overlap else None, waiting=self._limits.waiting_hashes)
         verifier = _make_verifier(secret)
 
@@ -354,7 +344,7 @@ class DeviceSecrets:
                 expected_secret_hash=old,
                 secret_hash=new,
                 proof_verifier=verifier,
-                # If the new secret equals the old secret, no overlap begins, and an earlier overlap ends.
+                # For an unchanged secret, no overlap begins, and an earlier overlap ends.
                 previous_until=later(self._clock(), overlap, "overlap") if overlap and new != old else None,
             )
 
@@ -385,35 +375,32 @@ class DeviceSecrets:
 def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> Device:
     try:
         device = unit.devices.create(create)
-        # Check the limit only after the insert. If a committed unit runs again, the insert raises DeviceExistsError
-        # before the check of the limit.
+        # Insert before the limit check. If a committed unit runs again, the insert must fail first.
         unit.devices.require_pending_room(limit)
-        # Do not delete an idempotency key in progress, because the pairing can be part of a running `run_once()` call.
+        # Do not delete keys in progress: a `run_once()` call can contain the pairing.
         unit.idempotency_keys.delete_ended(create.id)
         return device
     except DeviceExistsError:
         stored = unit.devices.find_by_id(create.id)
-        # The hash or the verifier has a random salt. Only an earlier run of this unit can have stored the same hash and
-        # the same verifier.
+        # The hash or the verifier has a random salt. Only an earlier run of this unit can have stored the same salt.
         if stored is None or _hash_and_verifier(stored) != (create.shared_secret_hash, create.proof_verifier):
             raise
         return stored
 
 
 def _checked(device: Device | None) -> models.SecretCheck:
-    """Return the result of a check. Pass the device only after a right secret or proof: None means "denied"."""
+    """Return the result of a check. After a wrong secret or proof, pass None."""
     return models.SecretCheck("denied") if device is None else models.SecretCheck(device.status.value, device)
 
 
 def _make_verifier(secret: SecretStr) -> str | None:
-    """Return a new proof verifier of a generated secret, or None for a secret that a person chose."""
-    # Do not make a verifier for a human's secret. An attacker could guess the secret faster with a verifier (PBKDF2)
-    # than with the hash (Argon2id).
+    """Return a new proof verifier of a generated secret, otherwise None."""
+    # Do not make a verifier for a human's secret. A verifier (PBKDF2) allows faster guesses than the hash (Argon2id).
     return make_verifier(secret) if is_generated(secret) else None
 
 
 def _encodable(device_id: str) -> str:
-    """Replace each lone surrogate in an id, so that UTF-8 can encode the id. A stored id has no lone surrogate."""
+    """Replace lone surrogates, so that UTF-8 can encode the id. A stored id has no lone surrogate."""
     return device_id.encode(errors="replace").decode()
 
 
@@ -423,7 +410,7 @@ def _hash_and_verifier(device: Device) -> tuple[str, str | None]:
 
 
 def _valid_hashes(device: Device | SecretHashes, now: datetime) -> list[str]:
-    """Return the hash of the current secret and, during an overlap, the hash of the previous secret."""
+    """Return the current hash and, during an overlap, the previous hash."""
     hashes = [device.shared_secret_hash]
     until = device.previous_secret_expires_at
     if device.previous_secret_hash is not None and until is not None and until > now:

@@ -1,5 +1,5 @@
-"""Environment variables set the arguments that the caller of `Database.open` leaves out (see docs/settings.md). An
-empty variable counts as absent.
+"""Environment variables supply the omitted arguments of `Database.open` (see docs/settings.md). An empty variable
+counts as absent.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class _Number(int):
     __slots__ = ()
 
 
-# The defaults in the signature of `Database.open`. Compare an argument with a default by the operator `is`, because the
-# caller can pass an equal value. Python can use one object for two equal texts or numbers. The classes `_Text` and
-# `_Number` make the defaults separate objects.
+# Defaults in the signature of `Database.open`. The operator `is` distinguishes an omitted argument from an equal value.
+# Python can use one object for equal texts or numbers. The classes `_Text` and `_Number` make the defaults separate
+# objects.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)
 
 
 def busy_timeout_or_default(given: timedelta) -> timedelta:
-    """Return the argument, or the value of `HOMEAGENT_BUSY_TIMEOUT` if the caller left the argument out."""
+    """Return the argument. The variable `HOMEAGENT_BUSY_TIMEOUT`, if set, replaces an omitted argument."""
     text = os.environ.get("HOMEAGENT_BUSY_TIMEOUT") if given is BUSY_TIMEOUT else None
     if not text:
         return given
@@ -43,7 +43,7 @@ def busy_timeout_or_default(given: timedelta) -> timedelta:
 
 
 def durability_or_default(given: Durability) -> Durability:
-    """Return the argument, or the value of `HOMEAGENT_DURABILITY` if the caller left the argument out."""
+    """Return the argument. The variable `HOMEAGENT_DURABILITY`, if set, replaces an omitted argument."""
     text = (os.environ.get("HOMEAGENT_DURABILITY") if given is DURABILITY else None) or given
     if text not in ("full", "normal"):
         name = "durability" if text is given else "HOMEAGENT_DURABILITY"
@@ -52,7 +52,7 @@ def durability_or_default(given: Durability) -> Durability:
 
 
 def pool_size_or_default(given: int) -> int:
-    """Return the argument, or the value of `HOMEAGENT_POOL_SIZE` if the caller left the argument out."""
+    """Return the argument. The variable `HOMEAGENT_POOL_SIZE`, if set, replaces an omitted argument."""
     if given is not POOL_SIZE:
         return given
     text = os.environ.get("HOMEAGENT_POOL_SIZE") or str(int(given))

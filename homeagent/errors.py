@@ -1,9 +1,8 @@
-"""Errors of this package. The attributes of an error contain the ids of the rows, and the message names the remedy.
+"""Errors of this package. The attributes of an error contain the ids of rows. The message names the remedy.
 
-Catch `HomeAgentError` to catch all errors. To catch related errors, catch one of the base classes
-`InvalidArgumentError`, `NotFoundError`, `AlreadyExistsError`, `ConflictError`, `IdempotencyError` and `DatabaseError`.
-A program can log the messages, because no message contains a secret, hash, nonce, idempotency key, stored result or
-bound parameter.
+Catch `HomeAgentError` to catch all errors. Related errors have a base class: `InvalidArgumentError`, `NotFoundError`,
+`AlreadyExistsError`, `ConflictError`, `IdempotencyError` or `DatabaseError`. A program can log the messages. Messages
+contain no secret, hash, nonce, idempotency key, stored result or bound parameter.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class NotFoundError(HomeAgentError):
 
 
 class DeviceNotFoundError(NotFoundError):
-    """No device has the given id. Remedy: pair the device, or find the id in the output of `homeagent devices list`."""
+    """No device has the given id. Remedy: pair the device, or find the id by `homeagent devices list`."""
 
     def __init__(self, device_id: str) -> None:
         self.device_id = device_id
@@ -75,7 +74,7 @@ class SessionNotFoundError(NotFoundError):
 
 
 class AlreadyExistsError(HomeAgentError):
-    """A row with the given id or key exists already. homeagent did not change the existing row."""
+    """A row with the given id or key exists. The existing row stays unchanged."""
 
 
 class DeviceExistsError(AlreadyExistsError):
@@ -113,15 +112,14 @@ class IdempotencyKeyExistsError(AlreadyExistsError):
 
 class ConflictError(HomeAgentError):
     """The present state of the store does not permit the change. The method that raised the error did not change a row.
-    Remedy: read the row again, and correct the values that violate the constraint.
+    Remedy: read the row again, and correct the violating values.
 
-    If no constraint was violated, the error has `constraint=None` and `kind=None`.
+    Without a violated constraint, the error has `constraint=None` and `kind=None`.
 
     Attributes:
         table: name of the table. The value is None if the table is not known.
-        constraint: name of the violated constraint. If the constraint has no name, the value has the names of the
-            columns. The value is None if the database does not report the name, for example for a foreign key on
-            SQLite.
+        constraint: name of the violated constraint. A constraint without a name has the names of its columns. If the
+            database reports no name, the value is None. SQLite reports no name of a foreign key.
         kind: kind of the constraint: `unique`, `foreign_key`, `check`, `not_null`, `exclusion` or `datatype`. A
             violated primary key also has the kind `unique`. The kind `exclusion` occurs only on PostgreSQL. The kind
             `datatype` occurs only for a STRICT table of SQLite.
@@ -160,8 +158,8 @@ class LastAdminError(ConflictError):
 
 
 class ApprovalChangedError(ConflictError):
-    """The device has changed since the administrator read the device. `error.changed` is the name of the changed field.
-    Remedy: show the device to the administrator again, and ask for a new decision.
+    """The device changed after the administrator had read the device. The changed field is `error.changed`. Remedy:
+    show the device again, and ask for a new decision.
     """
 
     def __init__(self, device_id: str, changed: str) -> None:
@@ -172,8 +170,8 @@ class ApprovalChangedError(ConflictError):
 
 
 class DeviceNotApprovedError(ConflictError):
-    """A device that is not approved can't get a new secret with an overlap. During an overlap, the old secret still
-    works. Remedy: leave out `overlap=…`.
+    """Only an approved device can get a new secret with an overlap. During an overlap, the old secret still works.
+    Remedy: leave out `overlap=…`.
     """
 
     def __init__(self, device_id: str) -> None:
@@ -182,7 +180,7 @@ class DeviceNotApprovedError(ConflictError):
 
 
 class LimitError(ConflictError):
-    """The store already contains the maximum number of rows of a kind. `error.limit` is the maximum number."""
+    """The store contains the maximum number of rows of a kind. The maximum is `error.limit`."""
 
     def __init__(self, message: str, *, limit: int) -> None:
         self.limit = limit
@@ -230,9 +228,7 @@ class TargetNotEmptyError(ConflictError):
 
 
 class SourceChangedError(ConflictError):
-    """Another unit wrote to the source during a copy, so homeagent undid the copy. Remedy: stop every gateway, and copy
-    again.
-    """
+    """Another unit wrote to the source, so homeagent undid the copy. Remedy: stop every gateway, and copy again."""
 
     def __init__(self, table: str) -> None:
         self.table: str = table
@@ -243,7 +239,7 @@ class SourceChangedError(ConflictError):
 
 
 class DatabaseError(HomeAgentError):
-    """The engine refused an operation, or a database file is not in the required state. Remedy: see the message."""
+    """The engine refused an operation, or a database file is unusable. Remedy: see the message."""
 
 
 class DatabaseBusyError(DatabaseError):
@@ -253,8 +249,8 @@ class DatabaseBusyError(DatabaseError):
 
 
 class TransientError(DatabaseBusyError):
-    """The unit conflicted with another transaction, and the database rolled back the unit. `Database.run` runs the
-    whole unit again. Remedy: call `run()` instead of `unit_of_work`, or repeat the unit.
+    """The database rolled back the unit after a conflict with another transaction. `Database.run` runs the whole unit
+    again. Remedy: call `run()` instead of `unit_of_work`, or repeat the unit.
     """
 
     sqlstate: str | None = None
@@ -268,20 +264,17 @@ class ConnectionLostError(DatabaseError):
 
 
 class CommitUnknownError(DatabaseError):
-    """homeagent can't find out whether the database committed the unit (SQLSTATE 08007, transaction resolution
-    unknown).
+    """homeagent does not know whether the unit was committed (SQLSTATE 08007).
 
-    On PostgreSQL, the connection was lost before the answer to COMMIT arrived, or PostgreSQL cancelled the wait for a
-    synchronous standby. On SQLite, COMMIT failed, and homeagent could not remove the failed commit from the WAL.
-    Remedy: before a retry, check whether the unit's rows exist. If the caller passed `idempotent=True`, `Database.run`
-    repeats the unit after this error.
+    On PostgreSQL, the connection was lost during COMMIT. PostgreSQL can also cancel the wait for a synchronous standby.
+    On SQLite, homeagent could not remove a failed commit from the WAL. Remedy: before a retry, check whether the unit's
+    rows exist. With `idempotent=True`, `Database.run` repeats the unit.
     """
 
 
 class SchemaTooNewError(DatabaseError):
-    """A newer version of homeagent or of the application upgraded the database. The older version, which raises the
-    error, does not change the database. Remedy: upgrade homeagent or the application, or restore a backup from before
-    the upgrade.
+    """A newer version of homeagent or of the application upgraded the database. The present version does not change the
+    database. Remedy: upgrade homeagent or the application, or restore an older backup.
     """
 
     def __init__(self, revision: str, *, known: str, application: str | None = None) -> None:
@@ -296,12 +289,11 @@ class SchemaTooNewError(DatabaseError):
 
 
 class SchemaOutdatedError(DatabaseError):
-    """The database does not exist or needs an upgrade, and `migrate=False` forbids both the creation and the upgrade.
-    Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
+    """The database is absent or needs an upgrade. With `migrate=False`, homeagent does not create or upgrade a
+    database. Remedy: run `homeagent migrate`, or open the database with `migrate=True`.
 
-    `error.location` is the path of the database, the URL of the server without the password, or None. If only revisions
-    of the application are missing, `error.application` is the application's name. Otherwise `error.application` is
-    None.
+    The attribute `error.location` is a path, a URL without password, or None. If only the application's revisions are
+    missing, `error.application` is the application's name. Otherwise `error.application` is None.
     """
 
     def __init__(
@@ -326,11 +318,11 @@ class SchemaOutdatedError(DatabaseError):
 
 
 class SchemaChangedError(DatabaseError):
-    """The schema was changed by statements that are not a part of a revision. The stored rows can violate the rules of
-    homeagent's schema. Remedy: undo the changes, or list the application's triggers in the argument `acknowledged`.
+    """Statements outside of revisions changed the schema. Stored rows can violate the rules of homeagent's schema.
+    Remedy: undo the changes, or pass the application's triggers in `acknowledged`.
 
-    A restore, a copy, an upgrade and an adoption raise this error, and do not change the database. `error.changes` is a
-    list with a sentence for each change. Each sentence names the changed object, such as a table and its index.
+    The failed restore, copy, upgrade or adoption does not change the database. The list `error.changes` names each
+    changed object in a sentence.
     """
 
     def __init__(self, changes: list[str], *, location: str, command: str | None, triggers: Sequence[str] = ()) -> None:
@@ -350,8 +342,8 @@ class IncompatibleRevisionError(DatabaseError):
     """A revision breaks code of the application's previous version (see `homeagent.testing.check_revisions`). Remedy:
     change the revision as the error says.
 
-    `error.revision` is the id of the revision. `error.problems` is a list with a text for each change that breaks old
-    code. Each text names the table or column, and the remedy.
+    The revision's id is `error.revision`. The list `error.problems` has a text for each incompatible change. Each text
+    names the table or column, and the remedy.
     """
 
     def __init__(self, revision: str, *, application: str, problems: list[str]) -> None:
@@ -366,7 +358,7 @@ class IncompatibleRevisionError(DatabaseError):
 class MigrationError(DatabaseError):
     """An upgrade failed and was rolled back. Remedy: correct the cause in the message, and open the database again.
 
-    `error.backup` is the path of the backup that homeagent made before the upgrade, or None for a new database.
+    The attribute `error.backup` is the path of homeagent's backup. Without a backup, `error.backup` is None.
     """
 
     def __init__(self, message: str, *, backup: Path | None = None) -> None:
@@ -375,41 +367,37 @@ class MigrationError(DatabaseError):
 
     @property
     def cause(self) -> BaseException | None:
-        """Exception that the code of a revision raised, or None if the database raised the exception."""
+        """Exception that a revision's code raised, or None for a database error."""
         return self.__cause__
 
 
 class ForeignAccessError(DatabaseError):
-    """Another SQLite library in this process opened or tried to open the file of an open database. Remedy: access the
-    file only by `Database.read_connection` or a store.
+    """Another SQLite library in this process accessed the file of the database. Remedy: access the file only by
+    `Database.read_connection` or a store.
     """
 
 
 class ForeignDatabaseError(DatabaseError):
-    """The file or schema belongs to another application. homeagent did not change the file or schema. Remedy: name
-    another path, or add homeagent's tables by `homeagent init --adopt`.
+    """The file or schema belongs to another application and stays unchanged. Remedy: name another path, or add
+    homeagent's tables by `homeagent init --adopt`.
     """
 
 
 class CorruptDatabaseError(DatabaseError):
-    """The file is damaged, or is not a SQLite database. homeagent does not change a damaged file, and does not treat
-    the file as empty. Remedy: restore the newest good backup.
+    """The file is damaged, or is not a SQLite database. The file stays unchanged, and does not count as empty. Remedy:
+    restore the newest good backup.
     """
 
 
 class DatabaseMovedError(CorruptDatabaseError):
-    """The file or its WAL was deleted, moved or replaced while the database was open. The database did not commit the
-    unit.
+    """An open database's file or WAL was deleted, moved or replaced. The unit was not committed.
 
-    Remedy: put the original file back, so that new units can commit. To use a different file, close the database
-    and open the database again.
+    Remedy: put the original file back. To use a different file, close and reopen the database.
     """
 
 
 class InsecureFileError(DatabaseError):
-    """The path is a link, or another user could read or replace the file. Remedy: correct the problem that the message
-    names.
-    """
+    """The path is a link, or another user could access the file. Remedy: correct the problem that the message names."""
 
 
 class DiskFullError(DatabaseError):
@@ -433,8 +421,8 @@ class ReadOnlyError(DatabaseError):
 
 
 class StandbyError(ReadOnlyError):
-    """The PostgreSQL server is a standby and refuses writes. `Database.run` searches for the primary among the hosts of
-    the URL, and runs the unit again. Remedy: name all hosts in the URL, with `target_session_attrs=read-write`.
+    """The PostgreSQL server is a standby and refuses writes. With a primary among the URL's hosts, `Database.run` runs
+    the unit again. Remedy: name all hosts in the URL, with `target_session_attrs=read-write`.
     """
 
     def __init__(self) -> None:

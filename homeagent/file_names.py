@@ -1,4 +1,4 @@
-"""Make a file name for an id. An id can contain `/`, so an id must not be used as a path."""
+"""Make a file name for an id. An id can contain `/`, so an id is not a safe path."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from hashlib import sha256
 
 from homeagent.errors import InvalidArgumentError
 
-# The pattern excludes upper-case letters, because a file system can ignore case. The pattern excludes characters
-# outside of ASCII, because a file system can normalise Unicode.
+# Exclude upper-case letters, because a file system can ignore case. Exclude non-ASCII characters, because a file system
+# can normalise Unicode.
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9._-]{0,126}[a-z0-9]|[a-z0-9]")
 _OTHER = re.compile(r"[^a-z0-9_-]+")
 _PREFIX = 100
 
 
 def safe_filename(identifier: str) -> str:
-    """Return a file name for an id. Different ids have different file names, even on a file system that ignores case or
-    normalises Unicode.
+    """Return a file name for an id. Different ids have different file names, even if a file system ignores case.
+    Unicode normalisation does not change a file name.
 
-    If a short id contains only lower-case ASCII letters, digits, `.`, `_` and `-`, the file name is the id itself. For
-    any other id, the file name consists of a readable part of the id, the character `~` and the SHA-256 of the id. An
-    id has the same file name in every release of homeagent.
+    A short, plain id is its own file name. Plain ids contain only `a-z`, `0-9`, `.`, `_` and `-`. Other file names
+    consist of a readable part, `~` and the id's SHA-256. An id has the same file name in every release of homeagent.
 
     Args:
         identifier: id of a row in the store.
 
     Returns:
-        File name of 1 to 165 bytes of ASCII, without `/` and without a leading or trailing dot.
+        ASCII file name of 1 to 165 bytes. The name has no `/`, leading dot or trailing dot.
 
     Raises:
         InvalidArgumentError: if the id is empty or is not a str.

@@ -1,4 +1,4 @@
-"""Clear the local variables of homeagent's frames in tracebacks, so that error reporters do not record secrets."""
+"""Clear local variables in tracebacks, so that error reporters record no secrets."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ R = TypeVar("R")
 
 
 def clear_locals(error: BaseException) -> None:
-    """Clear the local variables of homeagent's frames in the tracebacks of an error, its causes and its contexts. The
-    caller must delete its own local variables, because Python can't clear the variables of a running function.
+    """Clear local variables of homeagent's frames in an error's tracebacks, causes and contexts. The caller must delete
+    its own local variables.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()
@@ -36,7 +36,7 @@ def clear_locals(error: BaseException) -> None:
 
 
 def clears_locals(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function. If a HomeAgentError leaves the function, clear the local variables of homeagent's frames."""
+    """Decorate a function. If the function raises a HomeAgentError, clear local variables of homeagent's frames."""
     if iscoroutinefunction(function):
         awaited: Any = function
 

@@ -1,6 +1,6 @@
-"""Group commit lets waiting write units share one transaction, because a synced commit takes longer than a unit.
+"""Let waiting write units share a transaction. A synced commit takes longer than a unit.
 
-Ctrl-C can't interrupt a batch in the writer thread, because Python runs signal handlers only in the main thread.
+Ctrl-C can't interrupt a batch, because the writer thread handles no signals.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from homeagent.worker_threads import CollectedCalls, call_in_thread, wake
 
 T = TypeVar("T")
 
-# A batch has limits, because a unit of work outside the batch waits for the write lock until the batch ends.
+# Limits of a batch, during which other units wait for the write lock.
 _MAX_BATCH_UNITS = 256
 _MAX_BATCH_SECONDS = 0.03
 _MIN_CHECK_INTERVAL = 0.005
 """Shortest time between two checks of a call's timeout, in seconds."""
 _IDLE = 5.0
-"""Time without a call after which the writer thread ends, in seconds. The next call starts a new thread."""
+"""Seconds without a call after which the writer thread ends."""
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class _NotSharedError(BaseException):
-    """A batch can't be committed: a caller has stopped waiting, or SQLite has rolled back the transaction."""
+    """A caller has stopped waiting, or SQLite has rolled back the batch."""
 
 
 class GroupCommit:
@@ -48,10 +48,9 @@ class GroupCommit:
         self._settings = settings
         self._executor = executor
         # The mutex protects the states of the calls. Do not call a function while a caller's thread holds the mutex.
-        # After the function call, Python could run a signal handler that writes to the database. The signal handler
-        # would wait for the writer thread, and the writer thread would wait for the mutex
-        # (`test_a_handler_that_writes_during_a_call`). The mutex is reentrant, because a signal handler can interrupt
-        # `close()`.
+        # After a call, Python can run a signal handler that writes. The handler and the writer thread would wait for
+        # each other (`test_a_handler_that_writes_during_a_call`). The mutex is reentrant, because a signal handler can
+        # interrupt `close()`.
         self._mutex = threading.RLock()
         self._queue: SimpleQueue[QueuedCall] = SimpleQueue()
         self._collected = CollectedCalls(self._submit)
@@ -65,7 +64,7 @@ class GroupCommit:
     # Callers
 
     def run(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit, in this thread or in the writer thread, and return the function's value."""
+        """Run a function as a unit, and return the function's value."""
         settings = self._settings
         settings.engine.pool(read_only=False)  # in a forked child, the method pool() raises DatabaseClosedError
         if get_ident() in settings.writing:
@@ -90,7 +89,7 @@ class GroupCommit:
         return self._run_alone(work)
 
     def _run_alone(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function in the current thread as a unit with a separate commit, and return the function's value."""
+        """In the current thread, run a function as a separate unit."""
         with self._settings.unit(self._settings, read_only=False) as unit:
             # Do not return inside the block, because `test_an_interrupt_anywhere_in_a_call_holds_nobody_up` would fail.
             value = work(unit)
@@ -120,7 +119,7 @@ class GroupCommit:
         if call.state is ALONE and cancellation is None:
             return await call_in_thread(partial(self._run_alone, work), self._executor())
         if call.callbacks:
-            # Call the callbacks in another thread, because a callback can use the database and block the event loop.
+            # A callback can block the event loop, so use another thread.
             await call_in_thread(partial(call_back, call.callbacks), self._executor(), must_run=True)
         if cancellation is not None:
             raise cancellation
@@ -128,7 +127,7 @@ class GroupCommit:
         return value
 
     def _check_loop(self, loop: asyncio.AbstractEventLoop, calls: set[QueuedCall]) -> None:
-        """Check the timeouts of the calls of an event loop, and repeat the check until each call has ended."""
+        """Repeatedly check the timeouts of an event loop's calls."""
         wait = min(map(self._check, calls), default=0)
         # Wake each caller whose call has ended. The method `_deliver()` also wakes callers, but can fail.
         wake(call for call in calls if call.state.is_over)
@@ -142,7 +141,7 @@ class GroupCommit:
         remaining = timeout = self._settings.timeout
         now = monotonic()
         with self._mutex:
-            # While no batch runs, a queued call does not time out, because the writer thread soon takes the call.
+            # Without a running batch, the writer thread soon takes a queued call.
             if call.state is ENDED or (call.state is QUEUED and self._batch):
                 remaining = call.since + timeout - now
                 if remaining <= 0:
@@ -169,7 +168,7 @@ class GroupCommit:
             # If AnyIO has cancelled the caller, the future of the call is done. Skip the call.
             if call.future is None or not call.future.done():
                 self._queue.put(call)
-        # Read the attribute `_thread` only after `put()`, because the writer thread could end before `put()`.
+        # Read `_thread` after `put()`, because the writer thread could end before.
         with self._mutex:
             thread = self._thread
         if thread is not None:
@@ -181,8 +180,7 @@ class GroupCommit:
                 f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
             )
             with self._mutex:
-                # Do not end the calls if another caller has started a writer thread. The writer thread runs all queued
-                # calls.
+                # A writer thread of another caller would run all queued calls.
                 ended = [call for call in calls if call.state is QUEUED and self._thread is None]
                 for call in ended:
                     call.error = failure
@@ -194,7 +192,7 @@ class GroupCommit:
             self._deliver(ended)
 
     def _refuse(self, calls: list[QueuedCall]) -> None:
-        """End the calls with DatabaseClosedError, and wake the callers. Do not wake a caller whose call is over."""
+        """End the calls with DatabaseClosedError, and wake the callers. Skip calls that are over."""
         for call in calls:
             call.error = closed_error()
         self._deliver(self._move(calls, DONE))
@@ -220,10 +218,10 @@ class GroupCommit:
     # The writer thread
 
     def _write(self) -> None:
-        """Run batches until the database is closed, or until no call was queued for `_IDLE` seconds."""
+        """Run batches until the database is closed or the queue stays empty."""
         thread = threading.current_thread()
         with self._mutex:
-            # If two callers start a writer thread at the same time, the second thread ends at once.
+            # If two callers start a thread, the second thread ends at once.
             if self._thread is None:
                 self._thread = thread
         while self._thread is thread:
@@ -256,7 +254,7 @@ class GroupCommit:
         try:
             with transaction:
                 self._run_units(first, transaction, shared)
-                # If a caller has stopped waiting, do not commit the batch, because this caller got an error.
+                # If a caller got a timeout error, do not commit the batch.
                 if len(self._move(shared, COMMITTING)) < len(shared):
                     raise _NotSharedError
                 if all(call.error is not None for call in shared):
@@ -267,7 +265,7 @@ class GroupCommit:
             else:
                 shared, alone = [], shared
         try:
-            # The class UnitOfWork has already counted one commit or one rollback for the whole batch.
+            # UnitOfWork has already counted one commit or rollback for the batch.
             counters, kept = self._settings.engine.counters, sum(call.error is None for call in shared)
             counters.commits += max(kept - 1, 0)
             counters.rollbacks += len(shared) - max(kept, 1)
@@ -277,9 +275,7 @@ class GroupCommit:
             self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
-        """Run units in savepoints until the queue is empty or the batch is full. Append each call to the list named
-        `shared`.
-        """
+        """Run queued units in savepoints, up to the limits of a batch. Append each call to the list named `shared`."""
         settings = self._settings
         connection = transaction._require_connection()
         now = monotonic()
@@ -308,21 +304,21 @@ class GroupCommit:
                 now = monotonic()
                 call.since, call.state = now, ENDED
                 if not connection.in_transaction:
-                    # On a full disk, for example, SQLite rolls back the whole transaction
+                    # On a full disk, SQLite can roll back the whole transaction
                     # (https://sqlite.org/lang_transaction.html, section 3).
                     raise _NotSharedError
             is_full = len(self._batch) >= _MAX_BATCH_UNITS or now >= end
             call = None if is_full else self._next()
 
     def _next(self) -> QueuedCall | None:
-        """Remove the oldest call from the queue, and return the call. Return None if the queue is empty."""
+        """Remove and return the oldest call of the queue, or None."""
         try:
             return self._queue.get_nowait()
         except Empty:
             return None
 
     def _move(self, calls: list[QueuedCall], state: CallState) -> list[QueuedCall]:
-        """Set the state of each call that has not ended, and return the calls with the new state."""
+        """Set the state of each call that is not over. Return the changed calls."""
         now = monotonic()
         moved = []
         with self._mutex:
@@ -335,7 +331,7 @@ class GroupCommit:
         return moved
 
     def _deliver(self, calls: list[QueuedCall]) -> None:
-        """Wake the callers. If several callers wait in one event loop, notify the event loop once."""
+        """Wake the callers. Notify each event loop only once."""
         loops: dict[asyncio.AbstractEventLoop, list[QueuedCall]] = {}
         for call in calls:
             if call.future is None:
@@ -346,12 +342,12 @@ class GroupCommit:
             try:
                 loop.call_soon_threadsafe(wake, waiting)
             except RuntimeError:
-                self._loops.pop(loop, None)  # a closed event loop has no waiting coroutines
+                self._loops.pop(loop, None)  # a closed event loop has no coroutines
             except Exception as error:  # noqa: BLE001  after a MemoryError, `_check_loop()` wakes the callers
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:
-        """Return a description of the function that the writer thread runs, or None if no function runs."""
+        """Return a description of the running function, or None."""
         running = next((call for call in reversed(self._batch) if call.state is RUNNING), None)
         return None if running is None else f"{running} since {monotonic() - running.since:.3f} s"
 

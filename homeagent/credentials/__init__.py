@@ -1,6 +1,6 @@
 """Format, hashing and checks of the secrets of devices.
 
-The database stores the SHA-256 of a generated secret, and the Argon2id hash (RFC 9106) of any other secret.
+The database stores the SHA-256 of a generated secret. Any other secret is stored as an Argon2id hash (RFC 9106).
 """
 
 from homeagent.credentials.failed_checks import FAILED_CHECKS_PER_MINUTE, FailedChecks

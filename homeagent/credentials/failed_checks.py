@@ -1,6 +1,6 @@
 """For each presented device id, count the failed checks of guessable secrets. The id can be known or unknown.
 
-A success does not reset the count, because an attacker would get 30 new guesses after each success of the device.
+A success does not reset the count. Otherwise each success would give an attacker 30 new guesses.
 """
 
 from __future__ import annotations
@@ -22,36 +22,35 @@ _MOST_IDS = 10_000
 # A caller can present an id of any length. For an id over `_LONGEST_ID` characters, the counter keeps only a hash.
 _LONGEST_ID = 512
 
-# All instances share one lock, so that a forked child replaces only one lock. The lock is reentrant, because a signal
-# handler can check a secret while the interrupted thread holds the lock.
+# All instances share one lock, which `_renew_lock()` replaces after a fork. The lock is reentrant for a signal handler
+# that checks a secret.
 _lock = threading.RLock()
 
 _Moment = tuple[datetime, float]
-"""Readings of the database's clock and of the monotonic clock at the same time."""
+"""Simultaneous readings of the database's clock and the monotonic clock."""
 
 
 def _age(begun: _Moment, now: _Moment) -> timedelta:
-    """Return the age of a check by the database's clock or by the monotonic clock. Choose the larger age."""
+    """Return the age of a check. If the database's clock and monotonic clock disagree, return the larger age."""
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
 
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. In the block of `FailedChecks.attempt()`, set `failed` to True if the secret is wrong."""
+    """One check of a secret. For a wrong secret, the caller sets the attribute `failed` to True."""
 
     failed: bool = False
 
 
 class FailedChecks:
-    """Counts the failed and unfinished checks of each device id. The argument `per_minute` is the maximum number of
-    counted checks of one id.
+    """Counts the failed and unfinished checks of each device id. The argument `per_minute` limits the counted checks of
+    one id.
 
     The argument `most_ids` limits the number of counted ids. At the limit, a new id replaces the id with the fewest
-    failures. To remove an id with 30 failures, an attacker needs 300,000 slow hashes in a minute. Do not replace the
-    oldest id, because an attacker could then remove any id with only 10,000 slow hashes.
+    failures. Do not replace the oldest id. Otherwise an attacker could reset any count with 10,000 slow hashes.
 
-    A check counts for at most 60 seconds of the wall clock and at most 60 seconds of the monotonic clock. A refused
-    caller waits at most 60 seconds, even if the wall clock stands still.
+    A check counts for 60 seconds of the wall clock or monotonic clock. So the count ends even if one clock stands
+    still.
     """
 
     def __init__(
@@ -70,8 +69,8 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id, and run the block. If the check did not fail, stop counting the check after the
-        block. If the id has reached the limit, raise TooManyAttemptsError.
+        """Count a check of the id, and run the block. After the block, stop counting a check that did not fail. If the
+        id has reached the limit, raise TooManyAttemptsError.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"
@@ -91,7 +90,7 @@ class FailedChecks:
             if len(failed) >= self._per_minute:
                 raise TooManyAttemptsError(
                     f"{len(failed)} checks of a secret of device {device_id!r} failed within a minute or are under way",
-                    # Even if the database's clock was set back, the wait is at most a minute.
+                    # If the database's clock was set back, the wait is a minute.
                     retry_after=_MINUTE - max(timedelta(0), *(now[0] - begun for begun, _ in failed)),
                     device_id=device_id,
                 )
@@ -115,8 +114,7 @@ class FailedChecks:
 
 
 def _renew_lock() -> None:
-    # Replace the lock. During the fork, a thread of the parent process can hold the lock, and this thread does not
-    # exist in the child process.
+    # Replace the lock. A thread of the parent process can hold the old lock.
     global _lock
     _lock = threading.RLock()
 

@@ -1,4 +1,4 @@
-"""Hashing and checking of secrets, with a limited number of concurrent slow hashes."""
+"""Hashing and checking of secrets, with a limit of concurrent slow hashes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ARGON2 = re.compile(
 )
 
 # Limits for the costs of a stored hash. Without limits, a damaged hash could ask for a terabyte of memory. The memory
-# limit, 2 GiB, is the first recommended option of RFC 9106 section 4.
+# limit, 2 GiB, comes from RFC 9106 section 4.
 _MAX_MEMORY_COST = 2 * 1024 * 1024
 _MAX_TIME_COST = 64
 _MAX_PARALLELISM = 64
@@ -76,18 +76,19 @@ def _sha256(text: str) -> str:
     return "sha256$" + hashlib.sha256(text.encode()).hexdigest()
 
 
-# For an unknown device id, the check compares a generated secret with the decoy, and takes as long as for a known id.
+# For an unknown device, compare a generated secret with the decoy. A shorter duration would reveal that the device is
+# unknown.
 _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
 class SecretMatch:
-    """The result of a check. In an `if` statement, the result is true if a stored hash matched."""
+    """The result of a check. The result is true in a condition if a stored hash matched."""
 
     matched: int | None = None
     """Index of the matching stored hash, or None if no hash matched."""
     replacement: str | None = field(default=None, repr=False)
-    """New hash of the secret, to store in place of the matching hash. None if the costs of the hash are current."""
+    """New hash of the secret, to store in place of the matching hash. None if no new hash is needed or possible."""
 
     def __bool__(self) -> bool:
         # Compare the index with None, because the index 0 counts as false.
@@ -102,10 +103,9 @@ class _Run:
 
 
 class SecretHasher:
-    """Computes and checks the hashes of secrets. The default costs are the second recommended option of RFC 9106
-    section 4.
+    """Computes and checks the hashes of secrets. RFC 9106 section 4 recommends the default costs as the second option.
 
-    A hash matches even if its costs differ from the costs of the hasher. The memory cost is in kibibytes.
+    A stored hash with different costs can match too. The memory cost is in kibibytes.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class SecretHasher:
         self._timeout = timeout.total_seconds()
         self.concurrency: int = concurrency or min(4, os.cpu_count() or 1)
         self._free_all_runs()
-        # Give a forked child new permits, because threads that exist only in the parent can hold the old permits.
+        # Give a forked child new permits. Threads of the parent can hold the old permits.
         os.register_at_fork(after_in_child=self._free_all_runs)
 
     def _free_all_runs(self) -> None:
@@ -142,11 +142,11 @@ class SecretHasher:
         return self._run(text, recipe, waiting)
 
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
-        """Check a presented secret against the hash of a device and, during an overlap, the previous hash.
+        """Check a presented secret against the stored hashes of a device. During an overlap, a device has two hashes.
 
-        The duration depends only on the presented secret, even if the device is unknown. A generated secret costs one
-        SHA-256, an unusable secret costs no hash, and any other secret costs one Argon2 run. Two stored hashes with
-        different salts need two Argon2 runs. A stored hash with outdated costs also changes the duration.
+        An unknown device does not change the duration. A generated secret costs one SHA-256. An unusable secret costs
+        no hash. Any other secret costs one Argon2 run. Two stored hashes with different salts need two Argon2 runs. A
+        stored hash with outdated costs also changes the duration.
         """
         text = reveal(secret)
         if what_is_wrong(text) is not None:
@@ -156,8 +156,8 @@ class SecretHasher:
     def _check_generated(self, text: str, stored: Sequence[str]) -> SecretMatch:
         presented = _sha256(text).encode()
         hashes = [*stored, _DECOY_HASH, _DECOY_HASH][:_MAX_STORED]
-        # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Pass `errors="replace"`,
-        # because otherwise a surrogate in a stored hash would raise an error.
+        # Compare bytes, because `compare_digest` raises an error for text outside ASCII. Without `errors="replace"`, a
+        # surrogate in a stored hash would raise an error.
         same = [hmac.compare_digest(presented, one.encode(errors="replace")) for one in hashes][: len(stored)]
         return SecretMatch(same.index(True) if any(same) else None)
 
@@ -175,17 +175,17 @@ class SecretHasher:
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
-        # If no Argon2 run is free, accept the right secret without a new hash.
+        # If no Argon2 run is free, accept the secret without a replacement.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)
 
     def _fresh_recipe(self) -> _Recipe:
-        """Return a recipe with a new random salt, the hasher's costs and the default digest length."""
+        """Return a recipe with a new random salt and the hasher's costs."""
         return _Recipe(self._costs, _DIGEST_BYTES, secrets.token_bytes(_SALT_BYTES))
 
     def _is_current(self, recipe: _Recipe) -> bool:
-        """Return True if a new hash would have the recipe's costs, salt length and digest length."""
+        """Return True if the recipe has a new hash's costs and lengths."""
         lengths = len(recipe.salt), recipe.digest_bytes
         return recipe.costs == self._costs and lengths == (_SALT_BYTES, _DIGEST_BYTES)
 
@@ -212,7 +212,7 @@ class SecretHasher:
                 text.encode(), recipe.salt, passes, memory, threads, recipe.digest_bytes, Type.ID
             ).decode()
         except HashingError as error:
-            # The costs are valid, so Argon2 can fail only for lack of memory or threads.
+            # With valid costs, Argon2 fails only for lack of memory or threads.
             raise MemoryError(
                 f"Argon2id could not run with {memory:,} KiB and {threads} lane(s) ({error}): "
                 "give the process more memory, or lower memory_cost"
@@ -221,7 +221,7 @@ class SecretHasher:
             runs.release(run)
 
 
-# All callers in a process share one hasher, and so share the limit of concurrent Argon2 runs.
+# All callers in a process share one limit of concurrent Argon2 runs.
 _default = SecretHasher()
 
 
@@ -230,19 +230,17 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
     """Return a hash of a secret for storing. A call waits at most 30 s for a slow hash.
 
     Args:
-        secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8 and no control character. The text of the
-            secret is not normalised.
-        beside: stored hash of the old secret, if the old secret stays valid during an overlap. If both hashes are
-            Argon2 hashes with the current costs, the new hash has the same salt as the old hash. If two hashes have the
-            same salt, a check needs only one Argon2 run. A second Argon2 run would take longer, and would reveal a
-            rotation. RFC 9106 section 3.1 asks for a different salt for each password, because otherwise an attacker
-            can try one guess on many accounts. The two hashes with the same salt belong to one device. Pass None if the
-            old secret becomes invalid at once.
-        waiting: maximum number of callers in this process that wait for a slow hash, including this caller.
+        secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8. Control characters and lone surrogates are
+            not allowed. The text is not normalised.
+        beside: stored hash of an old secret that stays valid during an overlap. If both hashes have the current costs,
+            both get the same salt. With the same salt, a check needs only one Argon2 run. A second run would take
+            longer, and would reveal a rotation. RFC 9106 section 3.1 asks for a different salt for each password. The
+            exception is harmless for two secrets of one device. Pass None if the old secret becomes invalid at once.
+        waiting: maximum number of waiting callers in the process, including this caller.
 
     Returns:
-        A text of at most 256 characters. For a generated secret, the text is `sha256$` and 64 hex digits. For a secret
-        that is not generated, the text has Argon2's format `$argon2id$v=19$…`.
+        A text of at most 256 characters. For a generated secret, the text is `sha256$` and 64 hex digits. For any other
+        secret, the text has Argon2's format `$argon2id$v=19$…`.
 
     Raises:
         InvalidArgumentError: if the secret is unusable. The error message does not show the secret.

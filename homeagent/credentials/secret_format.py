@@ -1,4 +1,4 @@
-"""Format and generation of secrets. homeagent neither strips nor normalises a secret."""
+"""Format and generation of secrets. homeagent does not strip or normalise a secret."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from homeagent.errors import InvalidArgumentError
 MAX_SECRET_CHARACTERS = 512
 MAX_SECRET_BYTES = 1024
 
-# The pattern finds control characters and lone surrogates. The method `str.encode()` would raise an error for a
-# surrogate, and this error would contain the secret.
+# The pattern finds control characters and lone surrogates. For a surrogate, `str.encode()` would raise an error that
+# shows the secret.
 _UNUSABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def reveal(secret: SecretStr | str) -> str:
-    """Return the text of a secret. Raise InvalidArgumentError for a value that is neither a SecretStr nor a str."""
+    """Return the text of a secret. For a value of another type, raise InvalidArgumentError."""
     if isinstance(secret, str):
         return secret
     if isinstance(secret, SecretStr):
@@ -29,9 +29,7 @@ def reveal(secret: SecretStr | str) -> str:
 
 
 def what_is_wrong(text: str) -> str | None:
-    """Return the reason why a text is not a usable secret, or None for a usable secret. The reason does not contain the
-    secret.
-    """
+    """Return the reason why a secret is unusable, or None. The reason does not show the secret."""
     if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
         return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
     if _UNUSABLE.search(text):
@@ -42,9 +40,7 @@ def what_is_wrong(text: str) -> str | None:
 
 
 def secret_text(secret: SecretStr | str) -> str:
-    """Return the text of a usable secret. For an unusable secret, raise InvalidArgumentError without the text of the
-    secret.
-    """
+    """Return the text of a usable secret, or raise InvalidArgumentError. The error does not show the secret."""
     text = reveal(secret)
     problem = what_is_wrong(text)
     if problem is not None:
@@ -58,25 +54,26 @@ _RANDOM_BYTES = 32
 
 
 def _checksum(random: bytes) -> bytes:
-    """Return the CRC-32 of a generated secret's prefix and random bytes, as 4 bytes in big-endian order."""
+    """Return the CRC-32 of the prefix and the given random bytes."""
     return zlib.crc32(_GENERATED_PREFIX.encode() + random).to_bytes(4, "big")
 
 
 def generate_secret() -> SecretStr:
-    """Return a new secret of 256 random bits, for a device that can store a secret.
+    """Return a new secret of 256 random bits. The device must store the secret.
 
-    The text is `ha1_`, followed by the random bytes and a CRC-32 in base64url (RFC 4648 section 5).
+    The text is `ha1_` and a base64url text (RFC 4648 section 5). The base64url text contains the random bytes and a
+    CRC-32.
     """
     random = secrets.token_bytes(_RANDOM_BYTES)
-    # In base64url, 36 bytes are exactly 48 characters, so two different texts can't decode to the same bytes.
+    # In base64url, 36 bytes are exactly 48 characters. So different texts decode to different bytes.
     return SecretStr(_GENERATED_PREFIX + base64.urlsafe_b64encode(random + _checksum(random)).decode())
 
 
 def is_generated(secret: SecretStr | str) -> bool:
-    """Return True if a secret has the format of the function `generate_secret()`.
+    """Return True if a secret has the format of `generate_secret()`.
 
     Create secrets in this format only from 256 random bits. An attacker could guess a weaker secret from the stored
-    SHA-256. A text that a person chose has a right checksum with a probability of 1 in 2**32.
+    SHA-256. The checksum of a person's own text is right with probability 2**-32.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:

@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class StoreConnection:
-    """A long-lived connection that does not belong to SQLAlchemy's pool, for one unit of work at a time."""
+    """A long-lived connection outside SQLAlchemy's pool. One unit of work uses the connection at a time."""
 
     def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
         self._connection = connection
@@ -36,7 +36,7 @@ class StoreConnection:
         self._driver_errors = engine.driver_errors
         self._identity_check = engine.identity_check
         self.needs_reconnect: bool = False
-        """True if the connection must be replaced after a failure of the system. The engine sets this attribute."""
+        """True if the connection must be replaced after a system failure. The engine sets this attribute."""
         raw: Any = connection.connection.driver_connection
         self._raw = raw
         self._cursor: Any = self._open_cursor(raw)
@@ -44,7 +44,7 @@ class StoreConnection:
             self._cursor = InstrumentedCursor(connection, self._cursor, self._driver_errors, self._translate)
         self._execute: Callable[..., Any] = self._cursor.execute
         self.changes: Callable[[], int] = partial(getattr, self._cursor, "rowcount")
-        """Function that returns the number of rows that the last statement changed."""
+        """Returns the number of rows that the last statement changed."""
         self._root: RootTransaction | None = None
         self.memory: dict[str, Any] = {}
         """Cache of values that do not change while the connection is open."""
@@ -63,7 +63,7 @@ class StoreConnection:
         return self._raw
 
     def begin(self) -> None:
-        """Begin a transaction. On SQLite a read-only unit takes a snapshot, and a write unit takes the write lock."""
+        """Begin a transaction. On SQLite, a read-only unit takes a snapshot. A write unit takes SQLite's write lock."""
         failure: BaseException
         try:
             self._execute(self._begin)
@@ -117,7 +117,7 @@ class StoreConnection:
             return  # the transaction belongs to the parent process
         if self._root is not None:
             root, self._root = self._root, None
-            # After a failed flush of an ORM session, SQLAlchemy has already rolled back the root transaction.
+            # After a failed flush, SQLAlchemy has already rolled back the root transaction.
             if self._connection.get_transaction() is root:
                 root.rollback()
         if self.in_transaction:
@@ -130,7 +130,7 @@ class StoreConnection:
 
     @property
     def is_lost(self) -> bool:
-        """True if the connection has ended, for example because Ctrl-C interrupted a statement of SQLAlchemy."""
+        """True if the connection has ended, for example by Ctrl-C."""
         return self._connection.invalidated
 
     def is_stale(self, failure: BaseException) -> bool:
@@ -138,7 +138,7 @@ class StoreConnection:
         return False
 
     def orm_connection(self) -> Connection:
-        """Return SQLAlchemy's connection, on which an ORM session can join the open transaction."""
+        """Return SQLAlchemy's connection for an ORM session in the open transaction."""
         if self._root is None:
             self._root = self._connection.begin()
         return self._connection
@@ -163,7 +163,7 @@ class StoreConnection:
             self._root = None
 
     def rollback_to_savepoint(self, name: str) -> None:
-        """Roll back the changes that were made after a savepoint, and release the savepoint."""
+        """Roll back the changes after a savepoint, and release the savepoint."""
         self.execute(f"ROLLBACK TO SAVEPOINT {name}")
         self.execute(f"RELEASE SAVEPOINT {name}")
 
@@ -195,8 +195,8 @@ class StoreConnection:
         try:
             compiled = self._compiled.get(statement) or self._compile(statement)
             cursor = self._execute(compiled.sql, compiled.bind(parameters))
-            # Do not use fetchone, because a statement with an unread row keeps SQLite's locks and snapshot. SQLite
-            # knows the number of changed rows only after the caller has fetched the last row of RETURNING.
+            # Do not use fetchone: an unread row keeps SQLite's locks and snapshot. With RETURNING, SQLite counts the
+            # changed rows after the last fetch.
             if compiled.columns:
                 stored = cursor.fetchall()
             elif compiled.is_text:
@@ -219,29 +219,29 @@ class StoreConnection:
     """Run one statement outside a unit. The statement must only read."""
 
     def _rows_of_text(self, cursor: Any) -> Sequence[Row]:
-        """Return the rows of a statement that was made from text(), or no rows if the statement has no result."""
+        """Return the rows of a statement from SQLAlchemy's text(). Without a result, return no rows."""
         rows: Sequence[Row] = cursor.fetchall()
         return rows
 
     def look_for_commits(self) -> bool:
-        """Return True if another connection may have committed since the last call of the method."""
+        """Return True if another connection may have committed since the last call."""
         return True
 
     def _unread_rows(
         self, error: BaseException, compiled: Compiled[Any], parameters: Parameters
     ) -> HomeAgentError | None:
-        """If a stored value can't be decoded, return an error that names the value's row. Otherwise return None."""
+        """Return the error for a value that can't be decoded, or None. The error names the row."""
         return None
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
-        """Run a statement once for each set of parameters, and return the total number of changed rows."""
+        """Run a statement for each set of parameters. Return the total number of changed rows."""
         compiled = self._compiled.get(statement) or self._compile(statement)
         with self._naming(compiled.sql):
             self._cursor.executemany(compiled.sql, map(compiled.bind, parameters))
         return int(self._cursor.rowcount)
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-        """Insert rows by the fastest method of the driver, without converting the values."""
+        """Insert rows by the driver's fastest method, without converting the values."""
         if self.read_only:
             raise _read_only()
         quote = self.dialect.identifier_preparer.quote
@@ -250,11 +250,11 @@ class StoreConnection:
             self._insert(into, len(columns), rows)
 
     def _naming(self, sql: str) -> AbstractContextManager[None]:
-        """Return a context manager for a block with driver calls. `_refused()` translates the driver's exceptions."""
+        """Return a context manager that translates the driver's exceptions by `_refused()`."""
         return translated(self._driver_errors, partial(self._refused, sql=sql))
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows. A text such as "devices (id, role)" names the table and the columns."""
+        """Insert rows. A text such as "devices (id, role)" names the table and columns."""
         places = ", ".join("?" * width)
         self._cursor.executemany(f"INSERT INTO {into} VALUES ({places})", rows)  # noqa: S608  names from the models
 
@@ -262,7 +262,7 @@ class StoreConnection:
         """In a forked child, make every further statement raise `DatabaseClosedError`."""
         if self._connection.closed:
             return  # The connection was closed before the fork.
-        # Do not close the connection, because SQLite would delete the WAL that the parent process still uses.
+        # Do not close the connection. SQLite would delete the WAL of the parent process.
         gone: Any = _ClosedAfterFork()
         _keep_forever(self._raw)
         self._identity_check = None

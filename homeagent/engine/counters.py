@@ -33,21 +33,20 @@ class DatabaseCounters(BaseModel, frozen=True):
     """Counters of one open database in this process since it was opened.
 
     Attributes:
-        units: number of ended units of work (the sum of the reads, commits and rollbacks).
+        units: number of ended units: the sum of reads, commits and rollbacks.
         reads: number of ended read-only units.
         commits: number of committed write units. A batch of three units counts as three commits.
         rollbacks: number of write units that were rolled back.
         retries: number of times that a unit was run again.
-        pool_waits: number of waits for a connection of the pool. On SQLite, `pool_waits` also counts the waits of
-            writers for the write lock.
+        pool_waits: number of waits for a connection of the pool. On SQLite, `pool_waits` also counts the waits for the
+            write lock.
         pool_wait_p50: median duration of the last 1,024 waits, in seconds. The value is None if no caller waited.
         pool_wait_p99: 99th percentile of the durations of the last 1,024 waits, in seconds. The value is None if no
             caller waited.
         groups: number of batches. A batch is a commit of two or more units together.
-        group_size_p50: median size of the last 1,024 batches, in units of work. The value is None before the first
-            batch.
-        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units of work. The value is None
-            before the first batch.
+        group_size_p50: median size of the last 1,024 batches, in units. The value is None before the first batch.
+        group_size_p99: 99th percentile of the sizes of the last 1,024 batches, in units. The value is None before the
+            first batch.
         sweeps: number of ended sweeps.
         swept: number of rows that sweeps deleted.
         last_error: last error of the engine. The value is None before the first error.
@@ -70,17 +69,17 @@ class DatabaseCounters(BaseModel, frozen=True):
 
     @property
     def lane_waits(self) -> int:
-        """Return the field `pool_waits`. In earlier versions, the name of the field was `lane_waits`."""
+        """Return the field `pool_waits`. The earlier name was `lane_waits`."""
         return self.pool_waits
 
     @property
     def lane_wait_p50(self) -> float | None:
-        """Return the field `pool_wait_p50`. In earlier versions, the name of the field was `lane_wait_p50`."""
+        """Return the field `pool_wait_p50`. The earlier name was `lane_wait_p50`."""
         return self.pool_wait_p50
 
     @property
     def lane_wait_p99(self) -> float | None:
-        """Return the field `pool_wait_p99`. In earlier versions, the name of the field was `lane_wait_p99`."""
+        """Return the field `pool_wait_p99`. The earlier name was `lane_wait_p99`."""
         return self.pool_wait_p99
 
 
@@ -133,7 +132,7 @@ class Counters:
 
 
 def _percentile(values: deque[N], percent: int) -> N | None:
-    """Return a percentile by the nearest-rank method, or None if there are no values."""
-    # The call `list(values)` copies the deque in one step, so another thread can't append a value during the copy.
+    """Return a percentile by the nearest-rank method, or None without values."""
+    # The call `list(values)` is atomic. Another thread can append values at any time.
     ordered = sorted(list(values))  # noqa: C414
     return ordered[(len(ordered) * percent - 1) // 100] if ordered else None

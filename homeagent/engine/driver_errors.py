@@ -1,4 +1,4 @@
-"""Translate a driver's exceptions to homeagent's errors, which contain no stored values and no driver's exception."""
+"""Translate a driver's exceptions to homeagent's errors. The errors contain no stored values or driver's exceptions."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _CLOSED = "the database was closed: open it again"
 _REFUSED = "a constraint of the database refused the change: a duplicate, a missing reference or a value out of range"
 
 _NOT_IN_TIME = ("55P03", "57014")
-"""Error codes (SQLSTATE) of PostgreSQL after a lock timed out or a statement was cancelled."""
+"""PostgreSQL's error codes (SQLSTATE) for a lock timeout and a cancelled statement."""
 
 SESSION_ENDED = frozenset({"FATAL", "PANIC"})
-"""Severities of PostgreSQL errors. An error of these severities ends the session, whatever the SQLSTATE is."""
+"""Severities of PostgreSQL errors that end the session, with any SQLSTATE."""
 
 Translate = Callable[[BaseException], HomeAgentError]
 
 
-# Messages of SQLite and PostgreSQL that contain names from the schema, but no stored values.
+# Messages of SQLite and PostgreSQL with schema names, but without stored values.
 _NAMING = re.compile(
     r"""no\ such\ (table|column|index|view|function|module|savepoint):\ [\w.~]+
     | table\ \w+\ has\ no\ column\ named\ \w+
@@ -59,19 +59,19 @@ _MISSING_REMEDY = (
 
 
 def message_with_name(error: BaseException) -> str:
-    """Return the database's message. If the database's message can contain a stored value, return an empty text."""
+    """Return the database's message. If the message can contain a stored value, return an empty text."""
     first, *_ = str(error).splitlines() or [""]
     return first if _NAMING.fullmatch(first) else ""
 
 
 def named(error: BaseException) -> str:
-    """Return the end of an error message: the database's message, and a remedy if a table or column is missing."""
+    """Return the database's message to end homeagent's message. For a missing table or column, add a remedy."""
     message = message_with_name(error)
     return (f": {message}" if message else "") + (_MISSING_REMEDY if _MISSING.search(message) else "")
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
-    """If the error's class is exactly DatabaseError, add the SQL text, which has no stored values, to the message."""
+    """Add the SQL text to an error of the exact class DatabaseError. The SQL text contains no stored values."""
     if type(error) is not DatabaseError:
         return error
     return DatabaseError(f"{error}; the statement was: {' '.join(sql.split())}")
@@ -111,7 +111,7 @@ def constraint_conflict(kind: str, table: str | None, constraint: str | None, la
     return error
 
 
-# The low byte of an extended result code is the primary result code (https://sqlite.org/rescode.html).
+# The low byte of an extended code is the primary code (https://sqlite.org/rescode.html).
 _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
     apsw.SQLITE_BUSY: (
         TransientError,
@@ -173,8 +173,7 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
     code = getattr(error, "extendedresult", None)
     if code is None:
         if isinstance(error, UnicodeError):
-            # Remove the stored text from the exception, because a traceback of homeagent's error can also show the
-            # exception.
+            # Remove the stored text, because a traceback can show the driver's exception.
             error.args = ()
             error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
@@ -187,12 +186,12 @@ def sqlite_error(error: BaseException) -> HomeAgentError:
 
 
 def sqlite_code(error: BaseException) -> int:
-    """Return the primary result code of an error from SQLite, or 0 if the error does not come from SQLite."""
+    """Return the primary result code of SQLite's error. For another error, return 0."""
     return int(getattr(error, "extendedresult", None) or 0) & 0xFF
 
 
 def sqlite_code_name(error: BaseException) -> str:
-    """Return the name of SQLite's extended result code of an error, such as `SQLITE_IOERR_READ`."""
+    """Return the name of SQLite's extended result code, such as `SQLITE_IOERR_READ`."""
     code = int(getattr(error, "extendedresult", None) or apsw.SQLITE_ERROR)
     names = apsw.mapping_extended_result_codes, apsw.mapping_result_codes
     return str(names[0].get(code) or names[1].get(code & 0xFF, "SQLITE_ERROR"))
@@ -210,11 +209,11 @@ _POSTGRESQL_CONSTRAINTS = {
 _ENDED = ("08", "57P", "25P03", "25P04")
 _READ_ONLY = ("25006", "42501")
 _DAMAGED = ("XX001", "XX002")
-# Use the first entry that contains the error's code or a prefix of the code.
+# The first entry with a prefix of the error's code applies.
 _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...] = (
     (("40001", "40P01"), TransientError, f"serialization failure or deadlock with another unit: {_AGAIN}"),
     (_NOT_IN_TIME, TransientError, f"a lock was not available in time: {_AGAIN}"),
-    # The server was restarted or replaced by another server, or the server ended a session after a timeout.
+    # The server restarted, failed over, or ended a session after a timeout.
     (_ENDED, ConnectionLostError, f"the PostgreSQL server closed the connection or is starting: {_AGAIN}"),
     (_READ_ONLY, ReadOnlyError, "the database can't be written: the unit, the server or the role is read-only"),
     (("53100", "53400"), DiskFullError, f"the PostgreSQL server has no room to write: make room, then {_AGAIN}"),
@@ -225,7 +224,7 @@ _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return two names from psycopg's exception: the table, and the constraint or column. A missing name is None."""
+    """Return psycopg's name of the table and of the constraint or column. A missing name is None."""
     kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
     if kept is not None:
         return kept
@@ -253,8 +252,8 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
 
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
-    """Return homeagent's error for a driver's exception without an error code (SQLSTATE) of the server."""
-    # Compare the names of the classes (PEP 249), because a SQLite store must work without an import of psycopg.
+    """Return homeagent's error for a driver's exception without a SQLSTATE."""
+    # Compare class names (PEP 249). A SQLite store must work without psycopg.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"OverflowError", "UnicodeError", "DataError"}:
         return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")
@@ -265,7 +264,7 @@ def _psycopg_error(error: BaseException) -> HomeAgentError:
 
 @contextmanager
 def translated(driver_errors: tuple[type[BaseException], ...], translate: Translate) -> Iterator[None]:
-    """If the block raises an exception of the driver, raise homeagent's error without a cause or context."""
+    """Raise homeagent's error in place of an exception of the driver. The error has no cause or context."""
     translation: HomeAgentError | None = None
     try:
         yield
@@ -279,5 +278,5 @@ def translated(driver_errors: tuple[type[BaseException], ...], translate: Transl
         try:
             raise translation
         finally:
-            # Remove the driver's exception, which Python or SQLAlchemy has set as the cause or context.
+            # Remove the driver's exception, which Python or SQLAlchemy has attached.
             translation.__cause__ = translation.__context__ = None

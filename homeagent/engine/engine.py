@@ -1,4 +1,4 @@
-"""Base class of the engines. An engine has a pool of connections for writing, and another pool for reading."""
+"""Base class of the engines. An engine has separate pools of connections for writing and reading."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Engine:
     begin_read: Sequence[str]
     """SQL statements that begin a read-only unit."""
     driver_errors: tuple[type[BaseException], ...]
-    """Exceptions of the driver, which the method `translate()` turns into errors of homeagent."""
+    """Exceptions of the driver for the method `translate()`."""
     identity_check: FileIdentityCheck | None = None
     """Check of the database's file. None for a server."""
 
@@ -69,7 +69,7 @@ class Engine:
             1, lambda: self._connection(read_only=True), name="the connection that reads device changes"
         )
         self.feed_mutex: threading.RLock = threading.RLock()
-        """Mutex that a thread holds while the thread uses the connection for the feed of device changes."""
+        """Mutex for the use of the connection in `feed_connections`."""
         self._closed = False
         self.is_forked_copy = False
         """True if a fork copied this object into a child process. The child can't use the copy."""
@@ -88,7 +88,7 @@ class Engine:
 
     def begin(self, read_only: bool, timeout: float) -> StoreConnection:
         """Take a connection from its pool within `timeout` seconds, and begin a transaction."""
-        # Do not call the method `self.pool()` here, because the call would cost time in every unit.
+        # Do not call `self.pool()`, which would cost time in every unit.
         if self.is_forked_copy:
             raise _invalidated()
         pool = self.readers if read_only else self.writers
@@ -97,7 +97,7 @@ class Engine:
             try:
                 connection.begin()
             except BaseException as error:
-                # Keep the connection to a deleted file open, so that the administrator can restore the content.
+                # An open connection keeps the content of a deleted file readable.
                 if isinstance(error, (DatabaseBusyError, DatabaseMovedError)) and not connection.in_transaction:
                     pool.release(connection)
                     raise
@@ -107,8 +107,8 @@ class Engine:
                     raise
             else:
                 return connection
-            # The server has ended the idle connection, and probably the other idle connections too. Only BEGIN was
-            # sent, so another try can't repeat a change.
+            # The server has probably ended the other idle connections too. Only BEGIN was sent, so another try can't
+            # repeat a change.
             self.discard_free()
 
     def read_alone(self, statement: Statement[R], parameters: Parameters, timeout: float) -> list[R]:
@@ -173,7 +173,7 @@ class Engine:
         return self.begin_read if read_only else self.begin_write
 
     def require_reconnect(self) -> None:
-        """Set `needs_reconnect` on every connection, so that each connection is closed at the end of its unit."""
+        """Make every connection close at the end of its unit."""
         for connection in list(self._connections):
             connection.needs_reconnect = True
 
@@ -202,7 +202,7 @@ class Engine:
             self.read_connections.discard(connection)
 
     def prepare_connection(self, connection: sqlalchemy.Connection, *, read_only: bool) -> None:
-        """Change the settings that differ between connections for reading and connections for writing."""
+        """Apply the settings that differ between reading and writing connections."""
 
     def close(self) -> None:
         """Close every connection. A second call of the method has no effect."""
@@ -222,9 +222,8 @@ class Engine:
         """Release resources such as lock files. Call the method after the last connection was closed."""
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the mutexes that the caller must acquire before a fork, in the order of acquisition."""
-        # Take `feed_mutex` first. A thread that waits for `feed_mutex` must not block the pools, because all units
-        # would wait.
+        """Return the mutexes for a fork in the order of acquisition."""
+        # Take `feed_mutex` first. Otherwise a fork that waits for `feed_mutex` would block all units.
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
 
@@ -232,11 +231,11 @@ class Engine:
         """Close the connections that a forked child must not inherit."""
 
     def after_fork_in_child(self) -> None:
-        """In a forked child, make the connections unusable, because the connections belong to the parent process."""
+        """In a forked child, make the parent's connections unusable."""
         for connection in list(self._connections):
             connection.invalidate()
 
 
 def _invalidated() -> DatabaseClosedError:
-    """Return the error for a database that was opened before a fork and is used in the forked child."""
+    """Return the error for a parent's database in a forked child."""
     return DatabaseClosedError("this database was opened before the process was forked: open it again in the child")

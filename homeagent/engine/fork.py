@@ -1,4 +1,4 @@
-"""Prepare open databases for a fork. A child inherits no file locks, but inherits the memory in which SQLite records
+"""Prepare open databases for a fork. A forked child inherits no file locks. SQLite's memory in the child still records
 the parent's locks (https://sqlite.org/howtocorrupt.html#_carrying_an_open_database_connection_across_a_fork_).
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _known: weakref.WeakSet[Engine] = weakref.WeakSet()
 _inherited: set[tuple[int, int]] = set()
 
-# Two threads that fork at the same time could deadlock without this lock, because each thread takes all mutexes.
+# Each forking thread takes all mutexes. Without this lock, two forking threads could deadlock.
 _forking = threading.RLock()
 _held: list[threading.RLock] = []
 
@@ -31,14 +31,14 @@ def register(engine: Engine) -> None:
 
 
 def inherit(identity: tuple[int, int]) -> None:
-    """In a forked child, record a file that the parent had in use. The argument `identity` contains the file's device
-    number and inode number.
+    """In a forked child, record a file that the parent used. The argument `identity` contains the file's device and
+    inode.
     """
     _inherited.add(identity)
 
 
 def refuse_inherited(path: Path) -> None:
-    """Raise DatabaseError for a file that the parent had in use when this process was forked."""
+    """Raise DatabaseError for a file that the parent used at the fork."""
     if not _inherited:
         return
     status = look_at(path)
@@ -50,8 +50,8 @@ def refuse_inherited(path: Path) -> None:
 
 
 def _before() -> None:
-    # Hold the mutexes until the end of the fork (`test_forks_under_load`). If another thread opened a connection during
-    # the fork, the child could inherit a held lock of SQLite, and wait for the lock forever.
+    # Hold the mutexes until the end of the fork (`test_forks_under_load`). Otherwise the child could wait forever for
+    # an inherited lock of SQLite.
     _forking.acquire()
     for engine in list(_known):
         for lock in engine.fork_locks():
@@ -68,7 +68,7 @@ def _after() -> None:
 
 def _after_in_child() -> None:
     engines = list(_known)
-    # First make all engines unusable in the child process, because `after_fork_in_child()` can raise an error.
+    # First mark all engines as unusable, because `after_fork_in_child()` can raise an error.
     for engine in engines:
         engine.is_forked_copy = True
     try:

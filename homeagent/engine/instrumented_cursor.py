@@ -1,5 +1,5 @@
-"""Call the listeners of SQLAlchemy's engine events for statements that bypass SQLAlchemy. The listeners get neither the
-parameters nor the driver's exception (https://docs.sqlalchemy.org/en/21/core/events.html).
+"""Call the listeners of SQLAlchemy's events for statements that bypass SQLAlchemy. The listeners do not get the
+parameters or the driver's exception (https://docs.sqlalchemy.org/en/21/core/events.html).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def has_listeners(connection: Connection) -> bool:
 
 
 class _Execution(ExecutionContext):
-    """Context of one statement. A listener, for example of a tracing library, can set attributes of the context."""
+    """Context of one statement. A listener can set attributes of the context."""
 
     def __init__(self, connection: Connection, cursor: Any, statement: str, *, many: bool) -> None:
         self.engine: Engine = connection.engine

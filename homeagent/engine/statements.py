@@ -1,5 +1,5 @@
-"""Compile each statement once for each dialect, and run constant SQL. If SQLAlchemy ran the statements, a read by the
-primary key would take several times as long.
+"""Compile each statement once for each dialect, and run constant SQL. SQLAlchemy's own execution would take several
+times as long.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ DialectInsert = Callable[[Any], Any]
 
 
 class Compiled(Generic[R]):
-    """A statement in the SQL of one dialect. The attribute `target` is the table that the statement writes to, or None.
-    The attribute `cascade` is "ondelete" for a DELETE, "onupdate" for an UPDATE, and None for any other statement.
+    """A statement in the SQL of one dialect. The attribute `target` is the name of the written table, or None. The
+    attribute `cascade` is "ondelete" (DELETE), "onupdate" (UPDATE) or None.
     """
 
     __slots__ = ("_dialect", "bind", "cascade", "columns", "is_text", "load", "sql", "target", "writes")
@@ -54,7 +54,7 @@ class Compiled(Generic[R]):
         model = returning or _model_of(expression)
         columns = getattr(expression, "exported_columns", ()) if model is None else model.__table__.columns
         self.columns: list[Any] = list(columns)
-        """The columns of the statement's rows, in their order; an empty list if the statement has no rows."""
+        """The columns of the statement's rows. The list is empty for a statement without rows."""
         self.load: Callable[[Sequence[Row]], list[R]] = (
             _loader(self.columns, dialect) if model is None else _model_loader(model, dialect)
         )
@@ -111,18 +111,17 @@ class Statement(Generic[R]):
 
     Create a `Statement` once, for example as a constant of a module. Each engine compiles the statement at its first
     use. A SELECT of one model gives instances of the model. The model must derive from `homeagent.Table`. A SELECT of
-    one column gives values, and a SELECT of several columns gives tuples. A statement of SQLAlchemy's text() gives
-    tuples. An INSERT without `values()` has a parameter for each column, except for the key that the database assigns.
+    one column gives values. A SELECT of several columns gives tuples. A statement of SQLAlchemy's text() gives tuples.
+    An INSERT without `values()` has a parameter for each column. A key that the database assigns has no parameter.
 
     Args:
-        make: expression of the statement. For an upsert, pass a function that takes the dialect's `insert()` and
-            returns the expression. Use SQLAlchemy's function bindparam() for each value that differs between calls.
-        lock: True if a SELECT in a write unit locks the selected rows until the unit ends. SQLite does not lock rows.
-        returning: model class of the rows that an INSERT, UPDATE or DELETE returns; None if the statement returns no
-            rows.
+        make: expression of the statement. For an upsert, pass a function. The function takes the dialect's `insert()`,
+            and returns the expression. Use SQLAlchemy's bindparam() for each value that differs between calls.
+        lock: True if a SELECT in a write unit locks its rows. The locks end with the unit. SQLite does not lock rows.
+        returning: model class of the rows from an INSERT, UPDATE or DELETE. With None, the statement returns no rows.
 
-    Raises (at the first use): InvalidArgumentError: if the results contain a model and other columns, or if a model
-        does not derive from `homeagent.Table`.
+    Raises (at the first use): InvalidArgumentError: if the results mix a model and columns, or the model does not
+        derive from `homeagent.Table`.
     """
 
     __slots__ = ("_cache", "_make", "_returning", "lock")
@@ -165,21 +164,20 @@ class Statement(Generic[R]):
         except KeyError:
             expression: Any = self._make
             if callable(expression):
-                # Import only the dialect in use, because the import of the other dialect would take a tenth of
-                # homeagent's import time.
+                # Import only the dialect in use, because each import costs start time.
                 expression = expression(import_module(f"sqlalchemy.dialects.{dialect.name}").insert)
             if self.lock and not read_only:
                 expression = expression.with_for_update()
             if self._returning is not None:
                 expression = expression.returning(*self._returning.__table__.columns)
-            # Compile without a lock, because two threads that compile the same statement get equal results.
+            # Compile without a lock, because two threads get equal results.
             compiled = self._cache[key] = Compiled[R](expression, dialect, self._returning)
             return compiled
 
 
 def constant(value: str | int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
-    """Return an expression that SQLAlchemy writes into the SQL text. Do not pass a user's value, because the function
-    does not escape quotes. Passing the constants of an INSERT as parameters doubled the time for writing a row.
+    """Return an expression that SQLAlchemy writes into the SQL text. Do not pass a user's value. The function does not
+    escape quotes. As parameters, such constants doubled the time of an INSERT.
     """
     return literal_column(f"'{value}'" if isinstance(value, str) else str(int(value)), type_)
 
@@ -190,18 +188,18 @@ def bindparams(*names: str) -> dict[str, Any]:
 
 
 def equal(table: Any, *names: str) -> ColumnElement[bool]:
-    """Return the conditions `column = :column` for all given columns, joined by AND."""
+    """Return the conditions `column = :column` for the given columns, joined by AND."""
     return sqlalchemy.and_(*(table.c[name] == bindparam(name) for name in names))
 
 
 def count(table: Any, *conditions: Any) -> Statement[int]:
-    """Return the statement that counts the rows that match the conditions."""
+    """Return a statement that counts the matching rows."""
     return Statement(sqlalchemy.select(sqlalchemy.func.count()).select_from(table).where(*conditions))
 
 
 def delete_first(table: Any, order: ColumnElement[Any], *conditions: Any) -> sqlalchemy.Delete:
-    """Return the DELETE of at most `:limit` rows that match the conditions, in the given order. If two hosts sweep at
-    the same time (only on PostgreSQL), SKIP LOCKED makes the two sweeps delete different rows.
+    """Return the DELETE of the first `:limit` matching rows in the given order. On PostgreSQL, SKIP LOCKED makes
+    simultaneous sweeps delete different rows.
     """
     key = table.primary_key.columns
     first = sqlalchemy.select(*key).where(*conditions).order_by(order).limit(bindparam("limit"))
@@ -209,9 +207,7 @@ def delete_first(table: Any, order: ColumnElement[Any], *conditions: Any) -> sql
 
 
 def _column_keys(expression: Any) -> list[str] | None:
-    """Return the column names of an INSERT that has no values, or None for any other statement. Leave out a key that
-    the database assigns.
-    """
+    """Return the column names of an INSERT without values, or None. Leave out a key that the database assigns."""
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
         return None
@@ -221,7 +217,7 @@ def _column_keys(expression: Any) -> list[str] | None:
 
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
-    """For each column without a value in the statement, return the function that makes the default value."""
+    """For each column without a value, return the function for the default."""
     defaults = {column.key: column.default for column in compiled.insert_prefetch}
     defaults |= {column.key: column.onupdate for column in compiled.update_prefetch}
     return {
@@ -231,7 +227,7 @@ def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
 
 
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
-    """Generate a function that converts parameters to placeholder values, three times as fast as a loop."""
+    """Generate a function that converts parameters to placeholder values. A loop would take three times as long."""
     defaults = _defaults(compiled)
     namespace: dict[str, Any] = {"_missing": _missing}
     given: dict[str, str] = {}
@@ -241,12 +237,12 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
         parameter = compiled.binds[name]
         convert: Any = parameter.type.dialect_impl(dialect).bind_processor(dialect)
         if not parameter.required and parameter.key not in defaults:
-            # SQLAlchemy also makes parameters from constants, such as False in the condition `approved == False`.
+            # SQLAlchemy makes parameters from constants too, as in `approved == False`.
             constant = parameter.effective_value
             namespace[f"constant{index}"] = convert(constant) if convert else constant
             values.append(f"constant{index}")
             continue
-        # Call the type's conversion directly, because SQLAlchemy's layers cost more than the conversion.
+        # Call the type's conversion directly, because SQLAlchemy's layers are slow.
         direct = getattr(parameter.type, "convert_bound", None)
         namespace[f"convert{index}"] = convert and (direct or convert)
         namespace[f"default{index}"] = defaults.get(parameter.key)
@@ -263,7 +259,7 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
         else:
             converted[value, direct] = f"bound{index}"
             values.append(f"(bound{index} := None if {value} is None else convert{index}({value}))")
-    # Convert values outside the `try` block, because a KeyError of a conversion would look like a missing parameter.
+    # Convert outside the `try` block, because a conversion can raise KeyError too.
     source = f"""
 def bind(given):
     try:
@@ -285,9 +281,9 @@ _NUMERIC, _FLOAT8 = 1700, 701
 
 
 def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], Any] | None:
-    """Return the function that converts a value of the driver, or None if the value needs no conversion."""
-    # The driver reports the type codes only after the execution of a statement. A `Float` column with Decimal values
-    # needs the code `_FLOAT8`. For any other column, the code `_NUMERIC` is right.
+    """Return the function that converts a value of the driver, or None."""
+    # Before the execution, the driver's type code is unknown. A `Float` column with Decimal values needs the code
+    # `_FLOAT8`. For any other column, the code `_NUMERIC` is right.
     code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
     return column.type.dialect_impl(dialect).result_processor(dialect, code)
 
@@ -317,7 +313,7 @@ def _loader(columns: Sequence[ColumnElement[Any]], dialect: Dialect) -> Loader:
     return lambda rows: [tuple(row) for row in rows]
 
 
-# The function replaces the attribute dictionary of an instance faster than Pydantic's method `__setattr__`.
+# The function replaces an instance's `__dict__` faster than Pydantic's method `__setattr__`.
 _set_dict: Any = BaseModel.__dict__["__dict__"].__set__
 
 
@@ -330,9 +326,8 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 
 @cache
 def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
-    """Generate a function that converts rows to detached instances. Loading one agent session took 0.45 µs. Loading an
-    agent session took 1.9 µs with SQLAlchemy's state, 3.0 µs with the method `model_construct()`, and 18 µs with
-    validation.
+    """Generate a function that converts rows to detached instances. With SQLAlchemy's state, the loading takes four
+    times as long.
     """
     if not issubclass(model, Table):
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Resolve the target of `Database.open`: a SQLite file, a private temporary database, or the URL of a server."""
+"""Resolve the target of `Database.open`: a file, `:memory:` or a server's URL."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from homeagent.errors import InvalidArgumentError
 ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
-# A server's address without the form of a URL, such as "host=… password=…" and "user:password@host/…". An
-# address must not become the path of a new, empty store, because error messages would show the password. Do not compile
-# the pattern at import, because the compilation takes a hundredth of the start time.
+# A server's address that is not a URL, such as "user:password@host/…". An address must not become the path of a new
+# store. Error messages would show the password. Do not compile the pattern at import, which would cost start time.
 _ADDRESS = (
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"
@@ -37,7 +36,7 @@ _SHOWN_OPTIONS = frozenset({"host", "hostaddr", "port", "sslmode", "target_sessi
 
 
 class Target(NamedTuple):
-    """The path of a SQLite file or the URL of a server. For `:memory:` the target has neither a path nor a URL."""
+    """The path of a SQLite file or the URL of a server. For `:memory:`, both fields are None."""
 
     path: Path | None = None
     url: URL | None = None
@@ -49,14 +48,14 @@ class Target(NamedTuple):
 
     @property
     def location(self) -> str:
-        """The text that names the target in messages: the path, `:memory:`, or the server's URL without passwords."""
+        """The target in messages: the path, `:memory:` or the URL without passwords."""
         if self.url is not None:
             return presentable_url(self.url)
         return ":memory:" if self.path is None else str(self.path)
 
 
 def presentable_url(url: URL) -> str:
-    """Remove the password and all options except `_SHOWN_OPTIONS`, since libpq accepts passwords as options too."""
+    """Remove the password and all options except `_SHOWN_OPTIONS`. An option of libpq can be a password too."""
     kept = {name: value for name, value in url.query.items() if name in _SHOWN_OPTIONS}
     return url.set(query=kept).render_as_string(hide_password=True)
 
@@ -74,7 +73,7 @@ def resolve_target(target: Given) -> Target:
         problem = str(error)
     if target is None and os.environ.get(ENVIRONMENT_VARIABLE):
         problem = f"the value of {ENVIRONMENT_VARIABLE} is invalid: {problem}"
-    # Raise a new error, because the traceback of the first error can show the password in local variables.
+    # Raise a new error. The first error's traceback can show the password.
     raise InvalidArgumentError(problem)
 
 
@@ -102,9 +101,7 @@ def _read(target: Given) -> Target:
 
 
 def refuse_address(path: object) -> None:
-    """If the path looks like a server's address or a SQLite URI, raise InvalidArgumentError. The error message does not
-    contain the path.
-    """
+    """Raise InvalidArgumentError for a server's address or a SQLite URI. The message does not show the path."""
     if not isinstance(path, str) or _PLAIN_PATH.match(path):
         return
     _refuse_sqlite_uri(path)
@@ -129,7 +126,7 @@ def _named_file(path: str | os.PathLike[str]) -> Target:
     where = locate_file(path)
     text = os.fspath(path)
     if text.endswith("/"):
-        # Check the given text, because the function `locate_file()` removes a slash at the end of the path.
+        # Check the given text, because `locate_file()` removes a slash at the end.
         raise InvalidArgumentError(f"{text!r} names a directory: name a file in it")
     return Target(path=where)
 
@@ -163,7 +160,7 @@ def _read_server_url(url: URL) -> Target:
     try:
         hosts = url.get_dialect()().create_connect_args(url)[1].get("host", "")
         for host in hosts.split(","):
-            # A host that begins with a slash or an at sign means a Unix socket.
+            # A host with a leading slash or at sign is a Unix socket.
             if not host.startswith(("/", "@")):
                 host.encode("idna")
     except (ArgumentError, ValueError):
@@ -172,6 +169,6 @@ def _read_server_url(url: URL) -> Target:
             "hosts: write ?host=a.example:5432&host=b.example:5432, see docs/postgresql.md"
         ) from None
     if isinstance(password := url.query.get("password"), str):
-        # SQLAlchemy hides the attribute `URL.password`, but does not hide a password in the query of the URL.
+        # SQLAlchemy hides the attribute `URL.password`, but not a password in the query.
         url = url.difference_update_query(["password"]).set(password=password)
     return Target(url=url)

@@ -60,7 +60,7 @@ class _CurrentDevice(SecurityBase):
     async def __call__(
         self, connection: HTTPConnection, database: DatabaseDep, _basic: Annotated[None, Security(_BASIC)]
     ) -> Device:
-        """Return the approved device that sent the request, or raise HTTPProblem with status 401, 403 or 429."""
+        """Return the approved device of the request. For a refusal, raise HTTPProblem with status 401, 403 or 429."""
         presented = _credentials(connection.headers.getlist("authorization"))
         if presented is None:
             raise HTTPProblem(AuthenticationError("the request has no credentials that can be read"))
@@ -104,7 +104,7 @@ def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
 
 @clears_locals
 def _credentials(headers: list[str]) -> tuple[str, SecretStr] | None:
-    """Return the id and the secret of the header Authorization, or None if the header is absent or malformed."""
+    """Return the id and secret of the header Authorization. For a missing or malformed header, return None."""
     if len(headers) != 1 or len(headers[0]) > _LONGEST_HEADER:
         return None
     scheme, _, value = headers[0].partition(" ")
@@ -123,6 +123,6 @@ def _credentials(headers: list[str]) -> tuple[str, SecretStr] | None:
 
 
 def _decoded(text: str, alternatives: bytes) -> str:
-    # Do not require padding, because RFC 7515, appendix C, writes base64url without padding.
+    # Do not require padding (RFC 7515, appendix C).
     unpadded = text.rstrip("=")
     return base64.b64decode(unpadded + "=" * (-len(unpadded) % 4), alternatives, validate=True).decode()

@@ -29,8 +29,7 @@ def lifespan(
     sweep_every: timedelta | None = timedelta(minutes=5),
     **options: Any,
 ) -> Callable[[App], AbstractAsyncContextManager[Any]]:
-    """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database when the
-    process starts.
+    """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database at its start.
 
     Args:
         target: path or URL of the database, or an open `Database` object. The lifespan does not close a given
@@ -50,8 +49,8 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: Database.open(given, **options))
-        # If the database was opened before a fork, `ping()` raises an error. Without the call of `ping()`, the server
-        # would start, and each request would fail.
+        # If the database was opened before a fork, `ping()` raises an error. Without `ping()`, the server would start,
+        # and each request would fail.
         await run_sync(database.ping)
         try:
             app.state.homeagent_database = database
@@ -83,7 +82,7 @@ DatabaseDep = Annotated[Database, Depends(get_database)]
 """Dependency: the open database of the application."""
 
 health_router: APIRouter = APIRouter()
-"""Router with `GET /health`, which has the status 200 if the database answers, and else 503."""
+"""Router with `GET /health`. The status is 200 if the database answers, else 503."""
 
 
 @health_router.get("/health")

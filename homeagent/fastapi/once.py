@@ -50,8 +50,8 @@ Effect = Callable[[Attempt], Any]
 
 
 class Once:
-    """Run the effect of a request once. A retry of the request gets the status and the body of the first answer. The
-    dependency from `idempotent()` creates the `Once` object.
+    """Run the effect of a request once. A retry gets the status and the body of the first answer. The dependency from
+    `idempotent()` creates the `Once` object.
     """
 
     def __init__(
@@ -78,8 +78,7 @@ class Once:
         self._is_called = False
 
     async def __call__(self, effect: Effect) -> Any:
-        """Run the effect, or return the answer of the first request with this key. The HTTP endpoint must return the
-        answer.
+        """Run the effect, or return the first answer for the key. The HTTP endpoint must return the answer.
 
         Args:
             effect: function that gets the attempt, and returns JSON, a model, or a Response. A coroutine function runs
@@ -91,7 +90,7 @@ class Once:
         """
         check_function(effect, "effect")
         if self._is_called:
-            # A second call would return the outcome of the first call, because both calls have the same key.
+            # A second call with the same key would return the first outcome.
             raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
         self._is_called = True
         try:
@@ -125,12 +124,12 @@ class Once:
             value = problem_response(error)
         self._first = value
         if not isinstance(value, Response):
-            # If FastAPI cannot encode the value, `arun_once()` records the outcome without a value. FastAPI raises the
-            # encoding error when FastAPI builds the reply.
+            # If FastAPI can't encode the value, `arun_once()` records no value. FastAPI raises the encoding error for
+            # the reply.
             with suppress(Exception):
                 self._first = jsonable_encoder(value)
             return {"status": self._response.status_code, "value": self._first}
-        # A streamed body can't be stored, so `arun_once()` records the outcome without a value.
+        # A streamed body can't be stored, so `arun_once()` records no value.
         body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
         kept = {name: value.headers[name] for name in _KEPT_HEADERS if name in value.headers}
         return {"status": value.status_code, "body": body, "headers": kept}
@@ -174,25 +173,25 @@ def idempotent(
 ) -> Callable[..., Awaitable[Once]]:
     """Return a dependency that reads the header Idempotency-Key: `Annotated[Once, Depends(idempotent())]`.
 
-    An idempotency key belongs to the device, the method and the path of the route. A retry must repeat the path, query
-    and body of the first request.
+    An idempotency key belongs to one device, HTTP method and route path. A retry must repeat the path, query and body
+    of the first request.
 
     Args:
-        required: With `required=True`, a request without a key gets status 400. With `required=False`, homeagent runs
-            the effect of a request without a key, but does not record the request.
+        required: With `required=True`, a request without a key gets status 400. With `required=False`, a request
+            without a key runs, but is not recorded.
         lease: see `Database.run_once()`.
         ttl: time for which a retry gets the answer of the first request.
         on_abandoned: see `Database.run_once()`. The argument also accepts a coroutine function.
         device: dependency that returns the device of the request.
-        max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. If the route
-            declares a form or a model, also set FastAPI's argument `max_body_size`.
+        max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. For a form or a
+            model, also set FastAPI's argument `max_body_size`.
     """
 
     async def once(
         request: Request,
         response: Response,
         database: DatabaseDep,
-        # Do not write the annotation `str | None`, because FastAPI inspects each part of a union in each request.
+        # Do not write `str | None`. FastAPI handles a union more slowly.
         idempotency_key: str = Header(None, description="Key of the call, the same in each retry."),
         caller: Device = Depends(device),  # an annotation can't refer to an argument of the enclosing function
     ) -> Once:
@@ -226,21 +225,18 @@ def _refused(detail: str) -> HTTPProblem:
 
 
 def _key_of(header: str) -> str:
-    """Return the key. The header contains a String of RFC 8941 (as in the draft standard) or plain text (as in many
-    APIs).
-    """
+    """Return the key. The header contains a String of RFC 8941 or plain text."""
     quoted = _QUOTED.fullmatch(header)
     return header if quoted is None else re.sub(r'\\(["\\])', r"\1", quoted[1])
 
 
 def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
-    # Begin the result with the path at which the application is mounted. Leave out a prefix that a proxy removed from
-    # the path.
+    # Begin the result with the application's mount path. Leave out a prefix that a proxy removed.
     prefix = request.scope.get("root_path", "").removeprefix(_outer_root(request))
-    # Since FastAPI 0.137, the path of a route lacks the prefixes of `include_router`. Read the path with all prefixes
-    # from FastAPI's private route context. If FastAPI sets no route context, the function can return the same text for
-    # two routes. A retry must therefore also repeat the path of the request (see `params_of()`).
+    # Since FastAPI 0.137, a route's path lacks the prefixes of `include_router`. Read the path with all prefixes from
+    # FastAPI's private route context. Without a route context, two routes can give the same text. So a retry must also
+    # repeat the request's path (see `params_of()`).
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
     whole = context if getattr(context, "original_route", None) is route else route
@@ -254,7 +250,7 @@ def _outer_root(request: Request) -> str:
 
 
 async def read_body(request: Request, max_body: int) -> bytes:
-    """Return the body of a request. Raise HTTPProblem with status 413 if the body has more bytes than `max_body`."""
+    """Return the body of a request. If the body exceeds `max_body` bytes, raise HTTPProblem with status 413."""
     chunks, size = [], 0
     async with aclosing(request.stream()) as stream:
         async for chunk in stream:
@@ -269,9 +265,9 @@ async def read_body(request: Request, max_body: int) -> bytes:
 
 
 async def params_of(request: Request, max_body: int) -> JsonValue:
-    """Return the values that a retry must repeat: path, query and a hash of the body."""
+    """Return the values that a retry must repeat: path, query and body."""
     if getattr(request, "_form", None) is not None:
-        # FastAPI has parsed the form, so the bytes of the body are no longer available.
+        # FastAPI has parsed the form, so the body's bytes are gone.
         body: JsonValue = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
     else:
         body = hashlib.sha256(await read_body(request, max_body)).hexdigest()

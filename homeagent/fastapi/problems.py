@@ -1,6 +1,4 @@
-"""Convert errors to problem details (RFC 9457). The message of an error is for operators, and can contain paths and
-ids.
-"""
+"""Convert errors to problem details (RFC 9457). Only operators see an error's message, which can contain paths."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
 _RETRY_AFTER = 1
 """Seconds in the header Retry-After of an error without a known time."""
 
-# HTTP status and text of the reply. An error class without an entry gets the status and text of its base class.
+# HTTP status and text of the reply. A class without an entry has the entry of its base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     HomeAgentError: (500, "The server could not handle the request."),
     errors.InvalidArgumentError: (422, "A value in the request is not allowed."),
@@ -50,7 +48,7 @@ _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
     errors.LastAdminError: (409, "The device is the last approved administrator."),
     errors.ApprovalChangedError: (409, "The device has changed since it was shown: read the device again."),
     errors.DeviceNotApprovedError: (409, "The device is not approved."),
-    # Ask the client for a new request, because a retry with the same idempotency key would get the stored reply.
+    # Ask for a new request. A retry would get the stored reply.
     errors.LimitError: (409, "The maximum number of stored objects of this kind is reached: send a new request later."),
     errors.PendingLimitError: (409, "Too many devices wait for approval: send a new request later."),
     errors.TooManyAttemptsError: (429, "Too many attempts: try again later."),
@@ -109,9 +107,7 @@ class HTTPProblem(HTTPException):
 
 
 def as_http(error: HomeAgentError) -> Exception:
-    """Return the error as an `HTTPProblem`. Return an error with status 500 unchanged, so that the server logs the
-    error.
-    """
+    """Return the error as an `HTTPProblem`. Return an error with status 500 unchanged, for the server's log."""
     return error if _answer_for(error)[0] == 500 else HTTPProblem(error)
 
 
@@ -131,7 +127,7 @@ def _answer_for(error: Exception) -> tuple[int, str]:
 
 
 def _title(status: int) -> str:
-    """Return the standard phrase for an HTTP status, or "Error" for a status without a standard phrase."""
+    """Return the standard phrase for an HTTP status, or else "Error"."""
     try:
         return HTTPStatus(status).phrase
     except ValueError:
@@ -170,8 +166,7 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
 
 
 def _reason(line: Mapping[str, Any]) -> str:
-    # Replace Pydantic's message for the error type `union_tag_invalid`, because this message repeats the input. No
-    # other message of Pydantic repeats the input.
+    # Only Pydantic's message for `union_tag_invalid` repeats the input. Replace the message.
     return "Input tag is not one of the expected tags" if line["type"] == "union_tag_invalid" else str(line["msg"])
 
 
@@ -189,11 +184,11 @@ def install_error_handlers(app: FastAPI) -> None:
     | `DatabaseBusyError`, `ConnectionLostError`, `EffectNotStartedError` | 503 |
     | `DatabaseClosedError`, `DiskFullError` | 503 |
 
-    A reply has the header Retry-After (RFC 9110, section 10.2.3) if a retry can succeed. The function replaces the
-    application's handlers for homeagent's errors, `HTTPException` and `RequestValidationError`. FastAPI's own reply for
-    a RequestValidationError repeats the input, which can be a secret.
+    If a retry can succeed, the reply has the header Retry-After (RFC 9110, section 10.2.3). The function replaces the
+    handlers for homeagent's errors, `HTTPException` and `RequestValidationError`. FastAPI's own reply for a
+    RequestValidationError repeats the input. The input can be a secret.
     """
-    # Use the type Any, because Starlette's types require separate handlers for requests and WebSockets.
+    # With Starlette's types, requests and WebSockets would need separate handlers.
     answer: Any = _answer
     for kind in (HomeAgentError, StarletteHTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
@@ -202,7 +197,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.openapi = lambda: _document_problems(original())  # type: ignore[method-assign]  # FastAPI documents this way
 
 
-# Do not remove the keyword `async`, because Starlette would run a plain function in the thread pool, which can be full.
+# Do not remove the keyword `async`. Otherwise Starlette would use the thread pool, which can be full.
 async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
     response: Response = problem_response(error)
     if response.status_code == 500 and isinstance(error, HomeAgentError):
@@ -222,7 +217,7 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
 
 
 async def _ignore(connection: Request | WebSocket, error: Exception) -> None:
-    """Ignore the end of a WebSocket, for which the server would otherwise log a traceback."""
+    """Keep the end of a WebSocket out of the server's log."""
 
 
 def _document_problems(document: dict[str, Any]) -> dict[str, Any]:

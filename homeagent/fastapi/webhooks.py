@@ -30,8 +30,7 @@ _OWNER_CHARACTERS = 22  # A text of 22 base64 characters has 132 random bits.
 
 class Webhook(Once):
     """Message with a right signature and time. Handle the message in a function, and call `await webhook(function)`.
-    The function runs once for each message. If the sender repeats the message, the reply is the answer to the first
-    message.
+    The function runs once for each message. A repeated message gets the first answer.
 
     Attributes:
         id: id of the message.
@@ -63,12 +62,12 @@ def signed_webhook(
 ) -> Callable[..., Awaitable[Webhook]]:
     """Return a dependency for `Annotated[Webhook, Depends(signed_webhook(secret, sender=…))]`.
 
-    The reply to a message with a wrong signature or a wrong time has status 401.
+    A message with a wrong signature or time gets status 401.
 
     Args:
-        secret: secret `whsec_…` from the sender, or several secrets during a rotation.
-        sender: name of the sender, at most 489 bytes. The store keeps an idempotency key for each message. The
-            field `device_id` of the idempotency key begins with the sender's name and a slash.
+        secret: secret `whsec_…` from the sender, or several secrets during a rotation. A secret has at least 24 bytes.
+        sender: name of the sender, at most 489 bytes. The store keeps an idempotency key for each message. The key's
+            field `device_id` begins with the sender's name and a slash.
         tolerance: longest difference between the time of the message and the gateway's clock.
         lease: see `Database.run_once()`.
         ttl: time for which a repetition gets the answer of the first message. The time must be longer than twice the
@@ -77,7 +76,7 @@ def signed_webhook(
         max_body: largest message in bytes, 1 MiB by default. A larger message gets a reply with status 413.
 
     Raises:
-        InvalidArgumentError: if a secret is malformed or shorter than 24 bytes, or the `ttl` is too short.
+        InvalidArgumentError: if a secret, the `sender`, the `tolerance` or the `ttl` is invalid.
     """
     secrets = [secret] if isinstance(secret, (SecretStr, str)) else list(secret)
     keys = [_key_of(each) for each in secrets]
@@ -113,18 +112,18 @@ def signed_webhook(
 
 
 async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tuple[str, datetime, bytes]:
-    """Check the signature of a message, and return the id, the time and the body of the message."""
+    """Check a message's signature. Return the message's id, time and body."""
     message_id, timestamp, signatures = (
         request.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
     )
     body = await read_body(request, max_body)
     signed = f"{message_id}.{timestamp}.".encode() + body
-    # A header can contain thousands of signatures, so compute only one signature for each key.
+    # Compute one signature for each key. A header can contain thousands of signatures.
     digests = (hmac.digest(key.get_secret_value(), signed, "sha256") for key in keys)
     expected = [b"v1," + base64.b64encode(digest) for digest in digests]
-    # Compare all signatures, so that the duration does not show the position of the right signature.
+    # Compare all signatures, to hide the position of the right signature.
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]
-    # If an id could contain a full stop, an attacker could split a signed text into a false id, time and body.
+    # A full stop in the id would allow another split of the signed text.
     if not any(right) or not re.fullmatch("[0-9]{1,11}", timestamp) or "." in message_id:
         raise _refused()
     return message_id, datetime.fromtimestamp(int(timestamp), UTC), body
@@ -150,9 +149,9 @@ def _key_of(secret: SecretStr | str) -> SecretBytes:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the value of the field `device_id` for the idempotency keys of a sender. Keep the `device_id` secret.
-    Otherwise a stranger could pair a device with the sender's `device_id`. The deletion of the stranger's device would
-    delete the sender's idempotency keys. Without the keys, homeagent could accept a message of the sender twice.
+    """Return the `device_id` of a sender's idempotency keys. Keep the `device_id` secret. Otherwise a stranger could
+    pair a device with the sender's `device_id`. The deletion of the device would delete the sender's idempotency keys.
+    Without the keys, homeagent could accept a message twice.
     """
     key, _ = unit.devices.find_proof_secrets(sender)
     digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
@@ -160,9 +159,7 @@ def _owner(unit: UnitOfWork, sender: str) -> str:
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:
-    """Return False if the time of the message is wrong, or if a restore has perhaps lost the idempotency key of the
-    message.
-    """
+    """Return False if the message's time is wrong. Also return False if a restore may have lost the idempotency key."""
     record = unit.one(FIND_RECORD)
     if record is None:
         raise CorruptDatabaseError("the table `store` has lost its row: restore the newest good backup")

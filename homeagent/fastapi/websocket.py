@@ -1,4 +1,4 @@
-"""Accept WebSockets of devices, and close the WebSocket of a device that loses its access."""
+"""Accept WebSockets of devices. Close the WebSocket of a device that loses its access."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ async def accept_device(
 ) -> AsyncIterator[Device]:
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
-    If the device is revoked, is deleted, or gets a new secret or a different role, homeagent cancels the code in the
-    block, and closes the WebSocket. homeagent also cancels the code and closes the WebSocket if the feed of device
-    changes can't be read. The page on FastAPI lists the close codes.
+    When the access ends, homeagent cancels the block, and closes the WebSocket. The access ends with a revocation,
+    deletion, new secret or new role. An unreadable feed of device changes also ends the access. The page on FastAPI
+    lists the close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.
@@ -52,12 +52,11 @@ async def accept_device(
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        WebSocketException: if the handshake fails, or if the device has no access or loses its access. Starlette then
-            closes the WebSocket.
+        WebSocketException: if the handshake fails, or if the device lacks or loses access. Starlette then closes the
+            WebSocket.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
-    # Subscribe to device changes before the handshake reads the approval, because a later subscription could miss a
-    # revocation.
+    # Subscribe before the handshake, because a later subscription could miss a revocation.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()
 
@@ -94,14 +93,14 @@ async def accept_device(
 
 
 async def _end_of_access(database: Database, admission: Admission, changes: AsyncIterator[Any]) -> HomeAgentError:
-    """Wait until the device loses its access, or until the feed of changes can't be read. Return the reason."""
+    """Wait until the device loses its access or the feed fails. Return the reason."""
     try:
         async for change in changes:
             # A change without a device id has the kind `reset`.
             if change.device_id not in {admission.device.id, None}:
                 continue
-            # Do not read the device after a revocation. Otherwise a revoked device would stay connected while all
-            # worker threads are busy (`test_a_revocation_while_the_workers_are_busy`).
+            # Do not read the device after a revocation. Otherwise the device would stay connected while all worker
+            # threads are busy (`test_a_revocation_while_the_workers_are_busy`).
             if change.kind is DeviceChangeKind.REVOKED:
                 return AccessDeniedError(REFUSALS["revoked"])
             if change.kind is DeviceChangeKind.DELETED:

@@ -20,7 +20,7 @@ __all__ = [
 ]
 # fmt: on
 
-# Import each name only when a program first uses the name, to shorten the start of a process.
+# Import each name at its first use, so that programs start faster.
 _MODULES = {
     "adoption": ("AdoptionReport", "adopt", "preview_adoption"),
     "copy_store": ("CopyProgress", "CopyReport"),

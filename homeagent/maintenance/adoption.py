@@ -1,7 +1,7 @@
-"""Adopt the database of an application: add homeagent's tables next to the application's tables.
+"""Adopt an application's database: add homeagent's tables to the database.
 
-A SQLite file can contain tables of homeagent's first version, with unnamed constraints and NULL keys. One transaction
-converts the tables of the first version and writes the application id, so a crash can't leave a partly adopted file.
+A SQLite file can have tables of homeagent's first version, with NULL keys. One transaction converts the tables and
+writes the application id. A crash can't leave a partly adopted file.
 """
 
 from __future__ import annotations
@@ -61,20 +61,20 @@ _FIRST_TABLES = {
 
 
 class AdoptionReport(BaseModel, frozen=True):
-    """State of a database before its adoption, and the changes that the adoption makes.
+    """State of a database before its adoption, and the adoption's changes.
 
     Attributes:
         location: path of the file, or URL of the server without its password.
         tables: the application's own tables, with the number of rows in each table.
-        converted: number of rows whose primary key is not NULL, for each table that the adoption converts. The adoption
-            keeps the rows in the table.
-        moved: number of rows whose primary key is NULL. homeagent moves the rows to a new table. The keys of the
+        converted: number of rows with a non-NULL primary key, in each converted table. The adoption keeps the rows in
+            the table.
+        moved: number of rows whose primary key is NULL. The adoption moves the rows to a new table. The keys of the
             dictionary are the names of the new tables.
         application_id: application id that the adoption replaces in the SQLite file. None on PostgreSQL.
         application_revision: revision in Alembic's table `alembic_version`. The adoption makes `alembic_version` the
             version table of the application's own revisions. None if the adoption does not rename `alembic_version`.
-        backup: path of the backup that homeagent made of the file before the first change. The value is None before the
-            adoption, and for a PostgreSQL database.
+        backup: path of the backup that homeagent made before the first change. The value is None before the adoption,
+            and for a PostgreSQL database.
     """
 
     location: str
@@ -104,7 +104,7 @@ def preview_adoption(
         busy_timeout: longest wait for a lock of PostgreSQL.
 
     Returns:
-        The report, or None if the database does not exist or needs no adoption.
+        The report. None if the database does not exist or needs no adoption.
 
     Raises:
         ForeignDatabaseError: if a table has the name of a homeagent table, but different columns.
@@ -150,15 +150,14 @@ def adopt(
     clock: Clock = system_clock,
     busy_timeout: timedelta = BUSY_TIMEOUT,
 ) -> AdoptionReport:
-    """Make a backup of the database, and bring the database to this version's schema.
+    """Create or upgrade homeagent's tables in the database. If the database is a SQLite file, first make a backup.
 
     Stop the application first. The function also raises the errors of `preview_adoption`.
 
     Args:
         target: path of a SQLite file, or URL of a PostgreSQL database.
         report: return value of `preview_adoption`. The administrator must confirm the report before the call.
-        migrations: the application's revisions (see `Database.open`). The missing revisions of the application run at
-            the end.
+        migrations: the application's revisions (see `Database.open`). The missing revisions run at the end.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
         clock: function that returns the time of the backup.
         busy_timeout: longest wait for another process or for a lock.
@@ -167,8 +166,8 @@ def adopt(
         The report with the path of the backup.
 
     Raises:
-        DatabaseBusyError: if the database has changed since the report, or another program has the database open.
-            Nothing was changed.
+        DatabaseBusyError: if the database has changed since the report. Also raised if another program has the database
+            open. Nothing was changed.
         MigrationError: if the adoption failed. The adoption was undone.
     """
     given = conceal(target)
@@ -185,7 +184,7 @@ def adopt(
 
 
 def _application(migrations: str | os.PathLike[str] | None, acknowledged: Collection[str]) -> Application:
-    """Find the application's revisions, and return the Application object for an adoption (`adopts=True`)."""
+    """Return the Application object for an adoption (`adopts=True`)."""
     return replace(Application.of(migrations, acknowledged), adopts=True)
 
 
@@ -197,7 +196,7 @@ def _path_of(where: Target) -> Path:
 
 
 def _examine(connection: Connection, application: Application, location: str) -> AdoptionReport | None:
-    """Return the report of a database before the adoption, or None if the database needs no adoption."""
+    """Return the report, or None if the database needs no adoption."""
     is_sqlite = connection.dialect.name == "sqlite"
     application_id = connection.exec_driver_sql("PRAGMA application_id").scalar_one() if is_sqlite else None
     adopted = ", ".join(sorted(application.adopted_revisions(connection))) or None
@@ -251,7 +250,7 @@ def _adopt_file(
             pass  # `kept_from_sqlite()` raises an error if another program has the file open
         with closing(SQLiteEngine(path, busy_timeout=timeout, durability="full")) as engine:
             with engine.translated(), engine.driver_connection() as raw:
-                # Turn off the WAL, so that the commit writes the application id to the database file.
+                # Without the WAL, the commit writes the application id into the file.
                 raw.execute("PRAGMA journal_mode=DELETE")
             with upgrade_transaction(engine, f"adopting {quoted(path)}") as attempt:
                 connection = attempt.connection
@@ -269,7 +268,7 @@ def _adopt_file(
 
 
 def _add_tables(connection: Connection, report: AdoptionReport) -> None:
-    """Bring homeagent's tables to the newest revision, and preserve the application's indexes and triggers."""
+    """Create or upgrade homeagent's tables. Preserve the application's indexes and triggers."""
     revision = revision_of(connection)
     with kept_objects(connection, revision or _FIRST):
         if revision is None:
@@ -285,7 +284,7 @@ def _convert(connection: Connection, report: AdoptionReport) -> None:
         execute(f"DROP TABLE {table}")
     upgrade(connection, _FIRST)
     for table in report.converted:
-        # The names are safe in SQL: each name is a constant, or the caller has compared the name with the database.
+        # The report's names are safe in SQL, because `_adopt_file()` checks the report.
         columns = ", ".join(_FIRST_TABLES[table])
         key = _FIRST_TABLES[table][0]
         execute(

@@ -1,4 +1,4 @@
-"""Make backups when the application asks for a backup, or on a schedule. Remove old backups."""
+"""Make backups on request or on a schedule. Remove old backups."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def back_up_if_due(settings: UnitSettings, schedule: BackupSchedule, stop: Stop 
             lock.enter_context(FileLock(directory / _LOCK, timeout=timedelta(0)))
         except DatabaseBusyError:
             return None
-        # Check again, because another process perhaps made the backup after the first check.
+        # Check again: another process can have made the backup.
         due = _is_due(engine.path, directory, schedule, clock())
         return _make_in(directory, engine, clock, schedule.keep, stop) if due else None
 
 
 def back_up_on_schedule(settings: UnitSettings, schedule: BackupSchedule, stop: Stop) -> None:
-    """Make a scheduled backup if it is due. Log the error of a failed backup, so that the caller continues."""
+    """Make a scheduled backup if it is due. If the backup fails, only log the error."""
     try:
         back_up_if_due(settings, schedule, stop)
     except HomeAgentError as error:
@@ -129,7 +129,7 @@ def _make(
         try:
             remember_backup(engine.path, target)
         except HomeAgentError as error:
-            # Do not raise the error: the backup is valid, and only messages about a damaged database use the note.
+            # Do not raise the error: the backup is valid without the note.
             logger.warning(
                 "could not write the path of the last backup to a note next to the database: %s",
                 error,
@@ -146,19 +146,19 @@ def _make(
 
 
 def _is_due(database: Path, directory: Path, schedule: BackupSchedule, now: datetime) -> bool:
-    # Ignore a backup with a time in the future, because the clock was wrong at the time of the backup.
+    # Ignore backups with a time in the future: the clock was wrong.
     ages = [now - manifest.taken_at for _, manifest in _backups_of(database, directory) if manifest.taken_at <= now]
     return not ages or min(ages) >= schedule.every
 
 
 def _backups_of(database: Path, directory: Path) -> list[tuple[Path, Manifest]]:
-    """Return the ordinary backups of the database in a directory, oldest first, with the manifest of each backup."""
+    """Return the database's ordinary backups and their manifests, oldest first."""
     found = backups_in(directory, database)
     return [entry for entry in found if entry[1].kind == "backup" and entry[1].database == str(database)]
 
 
 def _partial(target: Path) -> Path:
-    """Return the path of the hidden file that holds the backup until the backup is complete."""
+    """Return the path of the hidden file for an incomplete backup."""
     return target.with_name(f".{target.name}{PARTIAL}")
 
 
@@ -167,7 +167,7 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
     if target in own:
         raise InvalidArgumentError(f"{quoted(target)} belongs to the database itself: name another file")
     for sidecar in sidecars(target):
-        # SQLite would apply the sidecar file of another database to a backup with the same name.
+        # SQLite would apply another database's sidecar file to the new backup.
         if os.path.lexists(sidecar):
             raise InvalidArgumentError(
                 f"{quoted(target)} is a database that is open or was not closed cleanly, since {quoted(sidecar)} "
@@ -176,9 +176,9 @@ def _refuse_files_in_use(database: Path, target: Path) -> None:
 
 
 def _remove_oldest(made: Path, manifest: Manifest, keep: int) -> None:
-    # Do not remove the new backup, which looks like the oldest backup if the clock was set back.
+    # Keep the new backup, even if the clock was set back.
     found = [entry for entry in _backups_of(Path(manifest.database), made.parent) if entry[0] != made]
-    # First remove backups with a time in the future, because such backups would always count as the newest backups.
+    # First remove backups with a time in the future. Otherwise homeagent would always keep such backups.
     others = [backup for backup, _ in sorted(found, key=lambda entry: entry[1].taken_at <= manifest.taken_at)]
     for backup in others[: max(len(others) - (keep - 1), 0)]:
         with explained("remove the old backup", backup):

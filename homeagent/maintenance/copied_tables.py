@@ -1,7 +1,7 @@
-"""Find the tables to copy, copy their rows, and compare the copied rows with the source.
+"""Find, copy and compare the tables of two stores.
 
-SQLite and PostgreSQL store some column types differently, so SQLAlchemy's types convert the application's values. The
-engines can sort text keys differently, so the comparison searches the target for the key of each row.
+SQLAlchemy's types convert the application's values between SQLite and PostgreSQL. The comparison finds rows by key,
+because engines can sort texts differently.
 """
 
 from __future__ import annotations
@@ -54,22 +54,22 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 PAGE = 1000
-"""Number of rows that a page has. Only one page of each store is in memory."""
+"""Number of rows in a page. Only one page of each store is in memory."""
 
 PAGE_WITH_JSON = 25
-"""Number of rows that a page of a table with JSON has. The JSON of one row has up to 1 MiB."""
+"""Number of rows in a page of a table with JSON. The JSON of one row has up to 1 MiB."""
 
-# Column types with the same stored values on both engines, so homeagent copies the values without decoding.
+# Column types that store the same values on SQLite and PostgreSQL. Copy such values without decoding.
 _STORED_ALIKE = (AutoString, EnumColumn, FlagColumn, JsonColumn, TimestampColumn)
 
 _Row = tuple[Any, ...]
 
 Progress = Callable[[str, int], object]
-"""Function that is called with the name of a table and the number of rows that were processed."""
+"""Function that gets a table's name and the number of processed rows."""
 
 
 class _JsonText(TypeDecorator[str]):
-    """JSON that is read as text. A decoded value would lose digits, and would not distinguish NULL from JSON's null."""
+    """JSON that is read as text. Decoding would lose digits, and would confuse NULL with JSON's null."""
 
     impl = Text
     cache_ok = True
@@ -79,7 +79,7 @@ class _JsonText(TypeDecorator[str]):
 
 
 class _ZonedTime(TypeDecorator[datetime]):
-    """A time with a time zone. SQLAlchemy stores no zone in SQLite, so a time without a zone counts as UTC."""
+    """A time with a time zone. SQLAlchemy stores no zone in SQLite. A time without a zone counts as UTC."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -139,8 +139,8 @@ class CopiedTable:
             ) from None
 
     def _check(self, model: Table, page: Sequence[_Row]) -> None:
-        """Raise CorruptDatabaseError if a row has a value that homeagent does not store in the table `model`."""
-        # A column of SQLite accepts values of any type, and psycopg would write some of these values as text.
+        """Raise CorruptDatabaseError for a value that homeagent does not store."""
+        # A SQLite column accepts any type. PostgreSQL's driver would write some values as text.
         names = [column.name for column in self.source.columns]
         problems = [problem_of_stored(model.columns[name]) for name in names]
         for row in page:
@@ -155,9 +155,7 @@ class CopiedTable:
                     )
 
     def differs(self, source: Connection, target: Connection, progress: Progress) -> bool:
-        """Return True if the two databases have different rows. Compare the rows page by page. After each page without
-        a difference, report the progress.
-        """
+        """Return True if the two databases have different rows. Report the progress after each equal page."""
         if self.count(source) != self.count(target):
             return True
         for page in self.pages(source):
@@ -175,10 +173,10 @@ class CopiedTable:
         return all(self._is_same(row, copied.get(one)) for one, row in wanted.items())
 
     def _is_same(self, row: _Row, other: _Row | None) -> bool:
-        # Two NaN values are not equal in Python, so also compare the rows as texts.
+        # Also compare the rows as texts, because NaN differs from NaN.
         if other is None or other == row or repr(other) == repr(row):
             return other is not None
-        # Compare parsed JSON, because PostgreSQL and SQLite can store the same JSON value with different texts.
+        # Compare parsed JSON: the engines can store one value as different texts.
         return all(
             one == two
             or (isinstance(column.type, _JsonText) and None not in (one, two) and _parsed(one) == _parsed(two))
@@ -200,10 +198,10 @@ class CopiedTable:
             ) from None
 
     def continue_numbers(self, source: Connection, target: Connection) -> None:
-        """Set the target's next automatic key above the highest key of the source. Include the keys of deleted rows."""
+        """Set the target's next automatic key above all keys of the source. Include the keys of deleted rows."""
         last = self._last_number(source)
         if target.dialect.name == "sqlite":
-            # SQLite uses the numbers of deleted rows again, except in a table with AUTOINCREMENT.
+            # SQLite reuses the keys of deleted rows, except with AUTOINCREMENT.
             if last and target.execute(_AUTOINCREMENT, {"table": self.name}).first():
                 target.execute(_FORGET, {"table": self.name})
                 target.execute(_REMEMBER, {"table": self.name, "last": last})
@@ -224,14 +222,14 @@ class CopiedTable:
         )
 
     def _numbered(self, connection: Connection) -> Iterator[dict[str, str]]:
-        """Yield the quoted table name and the column name for each integer column of the target's primary key."""
+        """Yield the names of table and column for each integer key column."""
         table = connection.dialect.identifier_preparer.quote(self.name)
         for column in self.target.primary_key.columns:
             if isinstance(column.type, Integer):
                 yield {"table": table, "name": column.name}
 
 
-# SQLite has the table `sqlite_sequence` only after the first table with AUTOINCREMENT was created.
+# SQLite creates `sqlite_sequence` together with the first AUTOINCREMENT table.
 _HAS_SEQUENCES = text("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'")
 _SEQUENCE = text("SELECT seq FROM sqlite_sequence WHERE name = :table")
 _AUTOINCREMENT = text("SELECT 1 FROM sqlite_master WHERE name = :table AND upper(sql) LIKE '%AUTOINCREMENT%'")
@@ -242,8 +240,8 @@ _SET_VALUE = text("SELECT setval(s, :last) FROM pg_get_serial_sequence(:table, :
 
 
 def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTable]:
-    """Return homeagent's tables in the order of their foreign keys. Leave out the feed of device changes, because the
-    target's triggers fill the feed.
+    """Return homeagent's tables in the order of their foreign keys. Omit the feed of device changes: the target's
+    triggers fill the feed.
     """
     return [
         CopiedTable(model.name, _described(model.name, source, None), _described(model.name, target, None), model)
@@ -255,9 +253,7 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
 def applications_tables(
     engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
 ) -> list[CopiedTable]:
-    """Return the application's tables to copy, in the order of their foreign keys. Do not return the tables that the
-    caller excludes.
-    """
+    """Return the application's tables in the order of their foreign keys. Omit the tables in the argument `leave`."""
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)
     if wrong:
@@ -292,15 +288,14 @@ def applications_tables(
             "the rows: correct or delete the rows ('PRAGMA foreign_key_check' lists them), or leave the tables"
         )
     if target.dialect.name == "sqlite":
-        # A row can refer to a later row of the same table, so let COMMIT check the foreign keys.
+        # Let COMMIT check the foreign keys. A row can refer to a later row.
         target.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
-    # For the order of the tables, SQLAlchemy ignores foreign keys that form a circle. `late_references()` defers such
-    # foreign keys.
+    # SQLAlchemy's order ignores circular foreign keys, which `late_references()` defers.
     order = [str(name) for name, _ in inspect(target).get_sorted_table_and_fkc_names() if name in names]
     return [_own_table(name, source, target, declared.get(name)) for name in order]
 
 
-# Only the owner of a table can defer the check of its foreign keys.
+# Only the owner of a table can defer its foreign keys.
 _REFERENCES = text(
     "SELECT c.relname, k.conname, p.relname FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid"
     " JOIN pg_class p ON p.oid = k.confrelid WHERE k.contype = 'f' AND NOT k.condeferrable AND k.conparentid = 0"
@@ -311,7 +306,7 @@ _REFERENCES = text(
 
 @contextmanager
 def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
-    """On PostgreSQL, defer foreign keys during the block, so that a child row can be copied before its parent row."""
+    """On PostgreSQL, let the block copy child rows before their parent rows."""
     if not tables or connection.dialect.name == "sqlite":
         yield
         return
@@ -349,7 +344,7 @@ def _own_table(name: str, source: Connection, target: Connection, declared: Tabl
 
 
 def _described(name: str, connection: Connection, declared: Table | None) -> Table:
-    """Return a Table object with only the writable columns of the table, sorted by name."""
+    """Return a Table object with the writable columns, sorted by name."""
     inspector = inspect(connection)
     key = inspector.get_pk_constraint(name)["constrained_columns"]
     columns = []

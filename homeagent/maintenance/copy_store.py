@@ -1,4 +1,4 @@
-"""Copy a whole store into an empty store of any engine in one transaction, and compare the two stores."""
+"""Copy a store into an empty store, and compare the two stores."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CopyProgress:
     """Progress of a copy.
 
     Attributes:
-        step: the text "copying" in the first step, or "comparing" in the second step.
+        step: "copying" in the first step, and "comparing" in the second step.
         table: name of the current table.
         rows: number of rows that the current step has processed, in all tables.
         total: total number of rows of the current step.
@@ -91,7 +91,7 @@ def copy_store(
             destination.execute(text(f"LOCK TABLE {', '.join(names)} IN EXCLUSIVE MODE"))
         for table in tables:
             if table.name == store_table.name:
-                # Replace the row that a revision inserted, so that the target continues with the epoch of the source.
+                # The target continues the source's epoch, so delete the revision's row.
                 destination.execute(delete(table.target))
             elif table.count(destination):
                 raise TargetNotEmptyError(table.name)
@@ -101,7 +101,7 @@ def copy_store(
         for name in names:
             # Without statistics the server's planner would assume empty tables until autovacuum runs.
             destination.execute(text(f"ANALYZE {name}"))
-        # Compare the target with a new snapshot of the source, to find rows that were written during the copy.
+        # Compare with a new snapshot, to find rows written during the copy.
         with nullcontext(source) if live else UnitOfWork(read, read_only=True) as later:
             differing = _first_difference(later.session.connection(), destination, tables, step("comparing"))
         if differing is not None:
@@ -156,7 +156,7 @@ def _first_difference(
 
 def _require_present_schema(connection: Connection) -> None:
     revision = revision_of(connection)
-    # A schema of a newer version can have columns that this version of homeagent would not copy.
+    # This version would not copy the new columns of a newer schema.
     if revision is not None and revision > REVISION:
         raise SchemaTooNewError(revision, known=REVISION)
     if revision != REVISION:
@@ -168,9 +168,8 @@ def _refuse_same_database(engines: tuple[Engine, Engine], source: Connection, ta
     if isinstance(first, SQLiteEngine) or isinstance(second, SQLiteEngine):
         same = isinstance(first, SQLiteEngine) and isinstance(second, SQLiteEngine) and first.path.samefile(second.path)
     else:
-        # Do not compare URLs: a server can have several names, and a name can lead to several servers. Two connections
-        # to the same database can't hold the same exclusive advisory lock
-        # (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
+        # Do not compare URLs: one server can have several names. Two connections to one database can't share an
+        # exclusive advisory lock (https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS).
         key = secrets.randbits(63)
         query = text("SELECT pg_try_advisory_xact_lock(:key), current_schema()")
         _, target_schema = target.execute(query, {"key": key}).one()

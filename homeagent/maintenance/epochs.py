@@ -1,4 +1,4 @@
-"""Begin a new epoch after the administrator restored a store with the server's tools or from a disk snapshot."""
+"""Begin a new epoch after another tool restored the store."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class EpochReport(BaseModel, frozen=True):
     Attributes:
         location: path of the file, or URL of the server without the password.
         epoch: number of the epoch.
-        restored_at: start of the epoch. A replay guard accepts a message only if the timestamp of the message is later
-            than `restored_at + skew` (see `ReplayGuard`).
+        restored_at: start of the epoch. A replay guard accepts only timestamps after `restored_at + skew` (see
+            `ReplayGuard`).
     """
 
     location: str
@@ -62,7 +62,7 @@ class EpochReport(BaseModel, frozen=True):
 def begin_epoch(
     target: Given, *, clock: Clock, busy_timeout: timedelta, expected_epoch: int | None = None
 ) -> EpochReport:
-    """Begin a new epoch of a store that no process has open (see `Database.begin_epoch`)."""
+    """Begin a new epoch of a closed store (see `Database.begin_epoch`)."""
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     where = resolve_target(target)
     now = check_timestamp(clock(), "the clock's time")
@@ -83,8 +83,8 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
                 pass  # `kept_from_sqlite()` raises an error if another program has the file open.
-            # The context manager `alone()` already holds the in-use lock. With `temporary=True`, the function
-            # `open_sqlite()` does not take the in-use lock.
+            # The context manager `alone()` already holds the in-use lock. With `temporary=True`, `open_sqlite()` does
+            # not take the lock again.
             open_sqlite(engine, clock=lambda: now, timeout=timeout, migrate=False, temporary=True)
             with sidecar_lock(path, timeout=timeout) as lock:
                 with engine.translated(), engine.connect() as connection, connection.begin():
@@ -98,7 +98,7 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
     with closing(PostgreSQLEngine(url, busy_timeout=timeout)) as engine:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
-            # A process that connects later waits for the lock of the table, and then reads the new epoch.
+            # A later process waits for the lock, and reads the new epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
             end = monotonic() + min(timeout.total_seconds(), _ENDING)
             while others := int(connection.execute(text(_OTHERS)).scalar_one()):

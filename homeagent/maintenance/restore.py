@@ -1,7 +1,7 @@
-"""Restore a backup: check and upgrade a copy, replace the database, and keep the old database in quarantine.
+"""Restore a backup, and keep the old database in quarantine.
 
-A backup lacks the nonces that devices used after the time of the backup. Therefore a restore begins a new epoch, and
-the replay guard refuses messages that were signed before the start of the epoch.
+A backup lacks the nonces that devices used later. Therefore a restore begins a new epoch. The replay guard refuses
+messages from before the new epoch.
 """
 
 from __future__ import annotations
@@ -66,19 +66,17 @@ class RestoreReport(BaseModel, frozen=True):
     Attributes:
         database: path of the restored database.
         backup: path of the backup. The restore did not change the backup.
-        kept_aside: path of the old database in quarantine, next to its -wal and -shm, or None if no old database
-            existed.
+        kept_aside: path of the old database in quarantine, next to its -wal and -shm. None if no old database existed.
         taken_at: time of the backup, or None if the backup has no manifest.
         epoch: new epoch of the store.
         restored_at: start of the new epoch.
         upgraded_from: schema revision of the backup, or None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
         rows: number of rows of each table, including the application's tables.
-        readmitted_devices: ids of devices that the restore approved, or gave another role. A device in this list was
-            revoked, deleted or paired again after the backup. The list is None if homeagent could not read the old
-            database.
-        old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back an
-            older secret of each device in this list. The list is None if homeagent could not read the old database.
+        readmitted_devices: ids of devices that the restore approved, or gave another role. After the backup, the
+            devices were revoked, deleted or paired again. None if homeagent could not read the old database.
+        old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back the
+            older secret of each device. None if homeagent could not read the old database.
     """
 
     database: Path
@@ -103,15 +101,15 @@ def restore(
     acknowledged: Collection[str] = (),
     expected_epoch: int | None = None,
 ) -> RestoreReport:
-    """Restore a backup over a database that no process has open (see `Database.restore`)."""
+    """Restore a backup over a closed database (see `Database.restore`)."""
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
     source, database, manifest = check_paths(backup, target)
     with _not_in_use(source):
         check_header(source, database, manifest)
-        # Check the file before the next steps create a lock file next to the file.
+        # Check the file before homeagent creates a lock file next to it.
         _refuse_foreign_target(database, initialised=any(map(size_of, (lock_path(database), in_use_path(database)))))
         if not any(map(os.path.lexists, (database, lock_path(database), in_use_path(database)))):
-            # Check the epoch here, because the next steps create a directory and lock files.
+            # Check the epoch before homeagent creates a directory and lock files.
             _refuse_other_epoch(database, 0, expected_epoch)
         prepare_directory(database.parent)
         refuse_network_filesystem(database)
@@ -212,7 +210,7 @@ def _not_in_use(source: Path) -> Iterator[None]:
     with ExitStack() as locks:
         if os.path.lexists(in_use_path(source)):
             try:
-                # Open the lock file for reading, because the backup can be in a read-only snapshot of a disk.
+                # Do not open the lock file for writing: the disk can be read-only.
                 locks.enter_context(FileLock(in_use_path(source), timeout=timedelta(0), writable=False))
             except DatabaseBusyError:
                 raise DatabaseBusyError(
@@ -229,12 +227,12 @@ def _not_in_use(source: Path) -> Iterator[None]:
 
 def _refuse_foreign_target(database: Path, *, initialised: bool) -> None:
     """Refuse a file of another application. Pass `initialised=True` if homeagent left a marker for the database. With
-    `initialised=True`, do not check the file's header, because the header can be damaged.
+    `initialised=True`, accept the file, even with a damaged header.
     """
     state = inspect_file(database, is_database=False, repair=False)
     if initialised or state is None or state.st_size == 0:
         return
-    # Do not read the file by `open()`, because closing the file would release the locks of other threads on the file.
+    # Do not use `open()`: closing the file would release other threads' locks.
     with closing(SQLiteEngine(database, busy_timeout=timedelta(0), durability="full")) as engine:
         try:
             engine.refuse_foreign()

@@ -27,8 +27,8 @@ from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import open_sqlite
 from homeagent.models import APPLICATION_VERSION_TABLE, DATA_TABLES, TABLES, store_table
 
-# Bytes 18 and 19 of a header are the format versions, and bytes 68 to 71 are the application id
-# (https://sqlite.org/fileformat2.html, section 1.3).
+# Bytes 18 and 19 are the format versions. Bytes 68 to 71 are the application id (https://sqlite.org/fileformat2.html,
+# section 1.3).
 _SQLITE_HEADER = b"SQLite format 3\0"
 _WAL_FORMAT = b"\x02\x02"
 
@@ -36,11 +36,11 @@ _BOOKKEEPING = frozenset(TABLES).difference(DATA_TABLES) | {APPLICATION_VERSION_
 """Tables that the report of a restore does not count."""
 
 Devices = dict[str, tuple[str, str]]
-"""Role and hash of the secret of each approved device, by device id."""
+"""Role and the secret's hash of each approved device, by id."""
 
 
 def check_header(source: Path, database: Path, manifest: Manifest | None) -> None:
-    """Refuse a backup that is not a SQLite database of homeagent, or whose size differs from the manifest."""
+    """Refuse a backup with a wrong size or a wrong SQLite header."""
     header, size = _header_of(source, database), source.stat().st_size
     if manifest is not None and manifest.size != size:
         raise _damaged(source, f"it has {size:,} bytes, but its manifest says {manifest.size:,}")
@@ -53,13 +53,13 @@ def check_header(source: Path, database: Path, manifest: Manifest | None) -> Non
 
 
 def _header_of(path: Path, database: Path) -> bytes:
-    """Return at most 100 bytes from the start of the file, which are the header if the file is a SQLite database."""
+    """Return the first 100 bytes, the size of a SQLite header."""
     with explained("read", path), open_to_read(path, backup_owners(database)) as file:
         return file.read(100)
 
 
 def _damaged(source: Path, how: str) -> CorruptDatabaseError:
-    """Return the error for a damaged backup. The argument `how` describes the damage for the error message."""
+    """Return the error for a damaged backup. The argument `how` describes the damage."""
     return CorruptDatabaseError(
         f"{quoted(source)} is damaged ({how}): restore another backup; the database was not changed"
     )
@@ -75,8 +75,8 @@ def stage(
     restored_at: datetime,
     known_epoch: int,
 ) -> tuple[dict[str, Any], Devices]:
-    """Prepare the new database as one complete file. Return the values for the `RestoreReport`, and the devices of the
-    new database.
+    """Prepare the new database as one complete file. Return values for the `RestoreReport`, and the new database's
+    devices.
     """
     for stale in database.parent.glob(f"{glob.escape(database.name)}.*.restoring"):
         discard(stale)  # an interrupted restore has left the file behind
@@ -127,7 +127,7 @@ def _copy(source: Path, new: Path, manifest: Manifest | None, *, database: Path)
 
 
 def _copy_file(source: Path, new: Path, *, database: Path) -> str:
-    """Copy a backup or its sidecar file to a new private file, and return the SHA-256."""
+    """Copy a file to a new private file, and return the SHA-256."""
     digest = hashlib.sha256()
     with explained("copy the backup to", new):
         descriptor = create_descriptor(new)
@@ -161,7 +161,7 @@ def _restore_error(error: BaseException, source: Path) -> HomeAgentError:
 
 
 def _require_single_file(new: Path) -> None:
-    """Remove the empty sidecar files of a closed database, and sync the database file."""
+    """Remove the empty sidecar files, and sync the database file."""
     for sidecar in sidecars(new):
         with explained("remove", sidecar):
             if os.path.lexists(sidecar):

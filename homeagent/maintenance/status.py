@@ -52,14 +52,13 @@ class DatabaseStatus(BaseModel, frozen=True):
         epoch: number of the epoch; the first epoch has number 1. A restore or `begin_epoch()` increments the epoch.
             When the epoch changes, the application must read cached data again.
         restored_at: start of the epoch, or None in the first epoch.
-        durability: "full" or "normal" (see `Database.open`), or None for a PostgreSQL server, whose configuration
-            decides when commits are synced to the disk.
+        durability: "full" or "normal" (see `Database.open`). None for a PostgreSQL server, which has its own setting.
         pragmas: values of SQLite's settings on a new connection, by name.
-        file_modes: permission bits of the directory and of each database file, in octal, by file name.
+        file_modes: octal permission bits of the directory and database files, by file name.
         rows: number of rows by table name. First come homeagent's tables, then the application's tables.
-        application_revision: revision of the application's own tables, or None if the application has no revisions.
+        application_revision: revision of the application's own tables, or None without revisions.
         expired: number of expired rows that a sweep has not deleted, by table name.
-        wal_bytes: size of the write-ahead log in bytes, or None for a PostgreSQL server.
+        wal_bytes: size of the write-ahead log in bytes, or None for PostgreSQL.
         counters: counters of this process since the database was opened.
     """
 
@@ -82,7 +81,7 @@ class DatabaseStatus(BaseModel, frozen=True):
 
 
 def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
-    """Return the state of an open database in the snapshot of a read-only unit."""
+    """Return the state of an open database in the unit's snapshot."""
     connection = unit.session.connection()
     now = unit.now()
     facts: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""Sweep: delete expired rows in small batches. Each batch is a unit of work, so other writers wait only briefly.
+"""Sweep: delete expired rows in small batches. Each batch is a unit of work, so writers wait only briefly.
 
-If a constraint refuses a batch, the sweep splits the batch into halves to find and skip the refused rows. After the
-refusal, the sweep reads the expired rows in the order of time and primary key, and reads each row only once.
+If a constraint refuses a batch, the sweep skips the refused rows. After a refusal, the sweep reads each expired row
+only once.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ class ExpiredRows:
         self.skipped: Counter[str] = Counter()
 
     def count(self) -> int:
-        """Return the number of expired rows, including the rows to which an application's table refers."""
+        """Return the number of expired rows, including rows that sweeps skip."""
         with UnitOfWork(self._settings, read_only=True) as unit:
             statement = COUNT_OLD if self._statements is None else self._statements.count
             return unit.one(statement, **self._times()) or 0
 
     def _delete(self, limit: int) -> tuple[int, int, float, float]:
-        """Delete a batch of at most `limit` rows. Return the number of deleted rows, the number of found rows, and two
-        durations in seconds. The found rows include the skipped rows. The second duration includes the commit.
+        """Delete a batch of at most `limit` rows. Return two numbers of rows (deleted, found) and two durations in
+        seconds. The found rows include the skipped rows. The second duration includes the commit.
         """
         if self._after is None:
             try:
@@ -103,8 +103,7 @@ class ExpiredRows:
                 return count, count, worked, self._monotonic() - begun
             except ConflictError:
                 if self._statements is None:
-                    # Do not skip a device change. A reader that stopped at the skipped change would not notice
-                    # the deletion of later changes.
+                    # Do not skip a device change. The feed's readers would not notice deleted later changes.
                     raise
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
@@ -130,8 +129,8 @@ class ExpiredRows:
         return self._delete_each(page[:half]) + self._delete_each(page[half:])
 
     def delete_all(self, pace: Pace, paused: Callable[[float], bool]) -> tuple[int, bool]:
-        """Delete the rows in batches until no row is left, or until `paused()` returns False. Return the number of
-        deleted rows, and whether the method reached the last row.
+        """Delete all rows in batches. Stop if `paused()` returns False. Return the number of deleted rows, and whether
+        no row is left.
         """
         engine = self._settings.engine
         deleted = in_log = 0
@@ -153,7 +152,7 @@ class ExpiredRows:
                     return deleted, False
 
     def _times(self) -> dict[str, datetime]:
-        """Return the SQL parameters `now` (the current time) and `before` (`now` minus the grace period)."""
+        """Return the SQL parameters `now` and `before` (`now` minus the grace period)."""
         now = self._settings.now()
         return {"now": now, "before": earlier(now, self._grace)}
 
@@ -165,17 +164,16 @@ def _name(error: ConflictError) -> str:
 
 
 # Number of deleted rows between two WAL checkpoints of a sweep. A sweep runs a checkpoint only if other writers wait.
-# Most deleted rows are in separate database pages. If the WAL reached a thousand pages, SQLite would run a checkpoint
-# during a commit.
+# Most deleted rows are in separate database pages. At a thousand WAL pages, a commit would also run a checkpoint.
 _ROWS_IN_LOG = 250
 
-# Longest time in seconds for finding and deleting the rows of a batch, if other writers wait. The limit does not
-# include the commit, because the duration of a commit hardly depends on the number of rows.
+# Longest time in seconds for a batch, if other writers wait. The limit excludes the commit, whose duration hardly
+# depends on the rows.
 _LONGEST_WORK = 0.004
 _FEWEST_ROWS = 10
 
-# Pauses after a batch, in seconds. Each pause is above zero, because a sweep does not notice the waiting writers of
-# other processes.
+# Pauses after a batch, in seconds. Do not use a pause of zero. A sweep does not notice other processes' waiting
+# writers.
 _SHORTEST_PAUSE = 0.001
 _PAUSE_FACTOR = 4
 _LONGEST_PAUSE = 0.25
@@ -187,14 +185,14 @@ class BackupSchedule:
 
     Args:
         directory: directory for the backups. The backup creates a missing directory with mode 0700.
-        every: maximum age of the newest backup. The sweeper reads the age from the manifest of the newest backup, so a
-            restart or a second process with the same schedule makes no additional backup.
+        every: maximum age of the newest backup. The sweeper reads the age from the newest backup's manifest. Therefore
+            a restart causes no additional backup. A second process with the same schedule makes no additional backup.
         keep: number of this database's backups to keep. Older backups are removed after a new backup is verified. With
             `keep=None`, no backup is removed.
 
     Raises:
-        InvalidArgumentError: if the interval is not above zero, if the number of backups to keep is below 1, or if the
-            directory is a server's address.
+        InvalidArgumentError: if `every` is not above zero, or `keep` is below 1. Also raised if the directory is a
+            server's address.
     """
 
     directory: str | os.PathLike[str]
@@ -217,8 +215,8 @@ class SweepReport(BaseModel, frozen=True):
         pending_devices: number of deleted devices that had waited too long for their approval.
         device_changes: number of deleted rows of the feed of device changes.
         more: True if the sweep ended early, so that expired rows can remain.
-        skipped: number of skipped rows. A sweep skips an expired row if a foreign key of the application refers to the
-            row. The next sweep tries again to delete the row. homeagent ignores skipped nonces and idempotency keys.
+        skipped: number of skipped rows. A foreign key of the application prevents the deletion of such rows. The next
+            sweep tries again. Skipped nonces and idempotency keys count as absent.
         constraints: constraints that prevented the deletion of expired rows. Each text names the constraint and its
             table.
     """
@@ -285,7 +283,7 @@ def sweep(
 
 
 class Pace:
-    """Object that chooses the sizes of a sweep's batches and the pauses between the batches."""
+    """Sizes of a sweep's batches, and pauses between the batches."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -307,11 +305,11 @@ class Pace:
 
 
 class Sweeper:
-    """Object that sweeps periodically in a daemon thread. If a sweep raises an error, the thread logs the error and
-    continues.
+    """Object that sweeps periodically in a daemon thread. The thread logs the error of a failed sweep, and continues.
+    The thread ends if the database is closed.
 
     Args:
-        run: function that sweeps once. The function gets an event, and ends early if the event is set.
+        run: function that sweeps once. The function gets an event, and stops if the event is set.
         every: pause between two sweeps, at most 24 days. The first sweep starts without a pause.
     """
 
@@ -320,7 +318,7 @@ class Sweeper:
         self._every = check_wait(every, "every").total_seconds()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        # The mutex is reentrant, because a signal handler can close the database in the thread that holds the mutex.
+        # The mutex is reentrant, because a signal handler can close the database.
         self._mutex = threading.RLock()
 
     @property
@@ -337,7 +335,7 @@ class Sweeper:
             self._stop = threading.Event()
             thread = threading.Thread(target=self._loop, args=(self._stop,), name="homeagent-sweeper", daemon=True)
             thread.start()
-            # Store the thread only after its start, because joining a thread that never started raises an error.
+            # Store the thread after its start: an unstarted thread can't be joined.
             self._thread = thread
 
     def stop(self) -> None:
@@ -370,7 +368,7 @@ class Sweeper:
                     extra={"event": "sweep_failed", "error": type(error).__name__, "retry_seconds": self._every},
                 )
             except Exception as error:
-                # An unexpected error, such as an error of an injected clock, must not end all later sweeps.
+                # An unexpected error must not end all later sweeps.
                 logger.exception(
                     "a sweep failed and will be tried again in %g s",
                     self._every,

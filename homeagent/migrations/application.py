@@ -1,8 +1,7 @@
 """Find and run the application's own Alembic revisions, after homeagent's revisions.
 
-homeagent reads the identifiers of the revisions from the syntax trees of the scripts, so opening an up-to-date database
-does not import Alembic. An application's revision must not change homeagent's tables, because homeagent's own revisions
-rely on the tables' structure.
+homeagent parses the scripts, and imports Alembic only for an upgrade. An application's revision must not change
+homeagent's tables. The revisions of homeagent rely on the tables' structure.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 ALEMBIC_TABLE = "alembic_version"
-"""Version table of Alembic in an application that did not use homeagent (https://alembic.sqlalchemy.org)."""
+"""Alembic's version table in an application without homeagent (https://alembic.sqlalchemy.org)."""
 
 _PACKAGE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^:]+)")
 
@@ -75,7 +74,7 @@ class Application:
 
     @classmethod
     def of(cls, given: str | os.PathLike[str] | Application | None, acknowledged: Collection[str] = ()) -> Application:
-        """Find the application's revisions in the folder from the argument `migrations=` of `Database.open()`."""
+        """Find the application's revisions (see the argument `migrations=` of `Database.open()`)."""
         if isinstance(given, Application):
             return given
         triggers = check_names(acknowledged, "acknowledged", "audit_devices")
@@ -160,8 +159,8 @@ NO_APPLICATION = Application()
 
 
 def named_folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
-    """Return the package's name and the folder from the argument `migrations=`. If the argument `migrations=` is only a
-    path, return an empty text as the package's name.
+    """Return the package's name and the folder from the argument `migrations=`. For a path, the package's name is an
+    empty text.
     """
     if not isinstance(given, (str, os.PathLike)):
         raise InvalidArgumentError(f"migrations must be 'package:folder' or a path, not {type(given).__name__}")
@@ -252,7 +251,7 @@ class RevisionGuard:
         raise RevisionFailedError(reason)
 
     def refuse(self, table: str) -> None:
-        """Store the error message for a revision that tried to change one of homeagent's tables."""
+        """Store the error message for a change of one of homeagent's tables."""
         self.refused = (
             f"it changes homeagent's table {table}, which only homeagent's own revisions may change. Put the "
             "application's data into a table of the application; change rows by homeagent's stores; acknowledge a "
@@ -260,14 +259,14 @@ class RevisionGuard:
         )
 
     def begin(self, revision: str) -> None:
-        """Before a revision runs, record the revision's id and the state of the database for the method `check()`."""
+        """Before a revision, record its id and the database's state for `check()`."""
         self.revision = revision
         self._tables = tables(self._connection)
         self._before = _server_state(self._connection, self._acknowledged)
         self._statements = 0
 
     def check(self) -> None:
-        """Raise an error if the revision changed homeagent's tables, or created a table with a reserved name."""
+        """Raise an error for a changed homeagent table, or a reserved table name."""
         if self.refused is None:
             after = _server_state(self._connection, self._acknowledged)
             changed = sorted(name for name in self._before if self._before[name] != after.get(name))
@@ -283,7 +282,7 @@ class RevisionGuard:
                 "homeagent's tables. Give the table another name"
             )
         if self._outside is not None and self._left_transaction:
-            # Commit at once, because a rollback could not undo the statements that ran outside the transaction.
+            # Commit now: a rollback could not undo statements outside the transaction.
             with self._outside():
                 self._left_transaction = False
 
@@ -302,8 +301,8 @@ class RevisionGuard:
         self._left_transaction = True
         with self._outside():
             yield
-        # The COMMIT has reset the numbers of written rows, so compare only the structure of the tables. Compare the
-        # structure now, because the revision can undo its change after the block.
+        # COMMIT has reset the numbers of written rows, so compare the structure. Compare now, because the revision can
+        # undo its change later.
         before, self._before = self._before, _server_state(self._connection, self._acknowledged)
         changed = sorted(name for name in before if before[name][0] != self._before.get(name, ("", 0))[0])
         if changed:
@@ -315,7 +314,7 @@ class RevisionGuard:
 def revision_guard(
     connection: Connection, acknowledged: frozenset[str], outside: Outside | None = None
 ) -> Iterator[RevisionGuard]:
-    """While the block runs, prevent the application's revisions from changing homeagent's tables."""
+    """During the block, prevent the application's revisions from changing homeagent's tables."""
     guard = RevisionGuard(connection, acknowledged, outside)
     raw: Any = connection.connection.driver_connection
     event.listen(connection, "before_cursor_execute", guard.count)
@@ -327,8 +326,7 @@ def revision_guard(
         event.remove(connection, "before_cursor_execute", guard.count)
 
 
-# Select the structure of each table as one text, and the number of rows that the transaction wrote. TRUNCATE changes
-# relfilenode.
+# Select each table's structure as text, and the number of written rows. TRUNCATE changes relfilenode.
 _STATE = text(
     "SELECT c.relname, concat_ws(' ', c.oid, c.relfilenode, c.relowner, c.relrowsecurity,"
     " (SELECT string_agg(concat_ws(' ', attname, atttypid, atttypmod, attnotnull, attisdropped,"

@@ -1,5 +1,5 @@
-"""Compare the tables of the models with a database. Import this module only for a command that needs Alembic, because
-importing Alembic takes 80 ms.
+"""Compare the tables of the models with a database. Import this module only for commands that need Alembic. The import
+of Alembic takes 80 ms.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColum
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Otherwise a later version of
-    homeagent could change the effect of the revision.
+    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Otherwise a later homeagent
+    could change the effect of the revision.
     """
     if kind != "type":
         return False
@@ -49,7 +49,7 @@ def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[
 def options(
     dialect_name: str, tables: Collection[str], *, version_table: str, more: Sequence[MetaData] = ()
 ) -> dict[str, Any]:
-    """Return Alembic's options for a comparison. Alembic compares only the tables whose names the caller passes."""
+    """Return Alembic's options for a comparison. Alembic compares only the given tables."""
 
     def include_name(name: str | None, kind: str, parents: dict[str, Any]) -> bool:
         return kind != "table" or (name in tables and parents.get("schema_name") is None)
@@ -58,8 +58,7 @@ def options(
         return kind != "table" or name in tables
 
     return {
-        # Do not put a single MetaData object into a list, because Alembic would ignore the naming convention of the
-        # object.
+        # Pass one MetaData without a list. Otherwise Alembic ignores its naming convention.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,
@@ -75,7 +74,7 @@ def options(
 
 
 def application_tables(package: str, *, more: Sequence[MetaData] = (), scripts: Path | None = None) -> frozenset[str]:
-    """Import all modules of a package, and return the names of the tables whose classes the package defines."""
+    """Import a package's modules, and return the names of the package's tables."""
     _import_modules(package, scripts)
     homeagents = {table.name for table in SCHEMA}
     named: set[str] = {
@@ -97,7 +96,7 @@ def _import_modules(name: str, scripts: Path | None) -> None:
 
 @contextmanager
 def scratch_database(application: Application) -> Iterator[Connection]:
-    """Open a SQLite database in memory with the tables of homeagent and the application, without foreign keys."""
+    """Open a SQLite database in memory with homeagent's and the application's tables."""
     with scratch_sqlite() as connection:
         try:
             with connection.begin():

@@ -1,8 +1,7 @@
-"""Check that a revision only expands the schema, so that code of the previous version works with the new schema.
+"""Check that a revision only expands the schema.
 
-Administrators upgrade hosts one after the other, so old code runs on the new schema. A revision that breaks old code,
-for example by removing a column, is a contraction. A contraction names the oldest revision whose code works with the
-new schema, for example `oldest_revision = "a7"`.
+Administrators upgrade hosts one by one, so old code uses the new schema. A contraction is a revision that breaks old
+code. A contraction sets `oldest_revision`: the oldest revision whose code still works.
 """
 
 from __future__ import annotations
@@ -108,8 +107,8 @@ def structure(connection: Connection) -> Structure:
 
 
 def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Iterator[str]:
-    """Yield the problem and the remedy of each change that can break old code. Ignore the added checks and triggers
-    that the caller accepts by name.
+    """Yield problem and remedy for each change that can break old code. Ignore added checks and triggers whose names
+    are in `accepted`.
     """
     for part in sorted(old):
         kind, table, name = part
@@ -144,7 +143,7 @@ def _breaks_of_addition(part: tuple[str, str, Any], old: Structure, new: Structu
         if not words & added or words & _columns(old, table):
             yield f"CHECK {name} of {table} is new or changed, and old code can violate it: {_IN_CODE}"
     elif kind == "unique":
-        # Old code writes NULL to a new nullable column, and a unique index accepts several rows with NULL.
+        # Old code writes NULL to new columns. A unique index accepts several rows with NULL.
         columns = [new["column", table, column] for column in added & {*name}]
         if not any(column["nullable"] and not column["default"] for column in columns):
             yield f"{table} gets unique {name}, of which old code can write a duplicate: {_IN_CODE}"

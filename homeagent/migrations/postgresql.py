@@ -1,4 +1,4 @@
-"""Create or upgrade the schema on a PostgreSQL server, from one host at a time, while other hosts continue to work."""
+"""Create or upgrade the schema on a PostgreSQL server. Other hosts continue to work."""
 
 from __future__ import annotations
 
@@ -41,14 +41,13 @@ if TYPE_CHECKING:
 
     from homeagent.engine.postgresql.engine import PostgreSQLEngine
 
-# Key of the advisory lock that each host takes before an upgrade: the bytes of the text "homeagen".
+# Key of the advisory lock for upgrades: the bytes of "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of a second advisory lock, for revisions that run outside a transaction. Alembic's commands take only
-# `_OUTSIDE_LOCK`.
+# Key of a second advisory lock, for revisions outside a transaction. Alembic's commands take only `_OUTSIDE_LOCK`.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
-# Longest wait of a revision for a table's lock, in seconds. While a revision waits for a table's lock, new readers and
-# writers of the table also wait.
+# Longest wait of a revision for a table's lock, in seconds. During the wait, new readers and writers of the table also
+# wait.
 _TABLE_LOCK_PATIENCE = 2
 
 # Longest time for a statement of a revision.
@@ -56,8 +55,7 @@ _STATEMENT_PATIENCE = timedelta(minutes=15)
 
 _STATEMENT_CANCELLED = "57014"
 
-# The engine changes the session's search_path, but `pg_settings.reset_val` still has the value from the URL, role or
-# database.
+# The engine changes the session's search_path, but `reset_val` keeps the original value.
 _OTHER_STORES = text(
     "SELECT schemaname FROM pg_catalog.pg_tables WHERE tablename = :name AND schemaname = ANY (current_schemas(false))"
     " AND schemaname <> current_schema() AND current_schema() = current_user"
@@ -115,11 +113,10 @@ def open_postgresql(
 
 
 def refuse_second_store(connection: Connection) -> None:
-    """Raise an error if PostgreSQL would use the schema with the role's name, although another schema in the
-    search_path contains homeagent's tables.
+    """Raise an error if the role's own schema hides homeagent's schema.
 
-    By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE on the
-    database could create a schema with the role's name, and store an approved device in the schema.
+    By default PostgreSQL first searches a schema with the role's name. Another role with the privilege CREATE could
+    create such a schema. The false schema could contain an approved device.
     """
     others = connection.execute(_OTHER_STORES, {"name": VERSION_TABLE}).scalars().all()
     if others:
@@ -131,7 +128,7 @@ def refuse_second_store(connection: Connection) -> None:
 
 
 def _views(connection: Connection) -> str:
-    """Return a hint about views of homeagent's tables, because PostgreSQL can refuse to change a table with a view."""
+    """Return a hint about views, which can prevent changes of homeagent's tables."""
     with connection.begin():
         names = sorted({difference.text for difference in views_of_tables(connection)})
     hint = ": PostgreSQL can refuse to change such a table. Drop the view, upgrade, and create the view again"
@@ -141,9 +138,9 @@ def _views(connection: Connection) -> str:
 def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:
     """Set the schema, and switch off statement_timeout. The caller must begin the transaction."""
     if engine.search_schema is not None:
-        # Limit the search_path to homeagent's schema, so that a revision can't use the tables of a second store.
+        # A revision must not use the tables of a second store.
         connection.execute(text(f"SET LOCAL {engine.search_schema}"))
-    # Wait without statement_timeout, because the upgrade of another host can take longer than the role's timeout.
+    # Another host's upgrade can take longer than the role's statement_timeout.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
 
 
@@ -164,8 +161,7 @@ def _make_or_upgrade(
     if suitable and not application.is_pending(connection):
         return
     if not connection.execute(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _OUTSIDE_LOCK}).scalar_one():
-        # Do not wait for `_OUTSIDE_LOCK`, because the wait could cause a deadlock with CREATE INDEX CONCURRENTLY on
-        # another host.
+        # Do not wait for `_OUTSIDE_LOCK`: the wait could deadlock with CREATE INDEX CONCURRENTLY.
         raise TransientError("another host runs a revision outside a transaction")
     if connection.execute(text("SELECT current_schema()")).scalar_one() is None:
         raise InvalidArgumentError(
@@ -184,19 +180,18 @@ def _make_or_upgrade(
     if not suitable:
         upgrade(connection)
     application.upgrade(connection, lambda: _outside_transaction(engine, connection, left))
-    # COMMIT can take longer than the time limit of a statement, for example if the server waits for a standby.
+    # COMMIT can exceed the time limit if the server waits for a standby.
     connection.execute(text("SET LOCAL statement_timeout = 0"))
 
 
 @contextmanager
 def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]:
-    """Prevent upgrades by other hosts and by other commands of Alembic during the block."""
+    """Prevent upgrades by other hosts and other Alembic commands during the block."""
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         while True:
-            # Do not use a statement that waits for the lock, because the statement could cause a deadlock with CREATE
-            # INDEX CONCURRENTLY. Between two statements, the open transaction (READ COMMITTED) does not block CREATE
-            # INDEX CONCURRENTLY.
+            # Do not wait in a statement, which could deadlock with CREATE INDEX CONCURRENTLY. An idle transaction (READ
+            # COMMITTED) does not block CREATE INDEX CONCURRENTLY.
             with connection.begin():
                 connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():
@@ -211,10 +206,10 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
 
 @contextmanager
 def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left: int) -> Iterator[None]:
-    """Commit the transaction, run the block without a transaction, and begin a new transaction with the same locks.
+    """Commit, run the block outside a transaction, and begin a new transaction.
 
-    Do not hold the lock `_ADVISORY_LOCK` during the block. CREATE INDEX CONCURRENTLY waits for the transactions of
-    other hosts, so a host that waits for the lock could cause a deadlock.
+    Do not hold `_ADVISORY_LOCK` during the block. Other hosts would wait, and could deadlock with CREATE INDEX
+    CONCURRENTLY.
     """
     if connection.info[POOLED]:
         raise MigrationError(
@@ -222,7 +217,7 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
             "database once with a URL that leads directly to the server"
         )
     raw: Any = connection.connection.driver_connection
-    # Use the driver's connection, so that SQLAlchemy does not notice the end of the transaction.
+    # SQLAlchemy must not notice the end of the transaction.
     raw.execute(f"SELECT pg_advisory_lock({_OUTSIDE_LOCK})")
     if engine.search_schema is not None:
         raw.execute(f"SET {engine.search_schema}")

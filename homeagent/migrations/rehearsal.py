@@ -1,8 +1,8 @@
-"""Protect the application's indexes, triggers and views during an upgrade of a SQLite file. If an upgrade would break a
-view or trigger, refuse the upgrade.
+"""During a SQLite upgrade, protect the application's indexes, triggers and views. Refuse an upgrade that would break a
+view or trigger.
 
-When a revision renames a rebuilt table, SQLite checks all views and triggers (https://sqlite.org/lang_altertable.html).
-Therefore the revisions first run on a scratch database in memory with the schema of the file, but without rows.
+When a revision renames a table, SQLite checks views and triggers (https://sqlite.org/lang_altertable.html). Therefore
+the revisions first run on an in-memory copy of the schema.
 """
 
 from __future__ import annotations
@@ -30,16 +30,14 @@ _CULPRIT = re.compile(
 
 
 def refuse_broken_objects(connection: Connection, act: str, run: Callable[[Connection], None] = upgrade) -> None:
-    """Raise MigrationError if the upgrade would break a view or trigger, or if an object has a name that the upgrade
-    needs.
-    """
-    # Skip shadow tables, because SQLite creates a shadow table together with the virtual table.
+    """Raise MigrationError if an object of the application prevents the upgrade."""
+    # Skip shadow tables: SQLite creates them together with the virtual table.
     query = (
         "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite~_%' ESCAPE '~'"
         " AND name NOT IN (SELECT name FROM pragma_table_list WHERE type = 'shadow') ORDER BY "
     )
-    # Create triggers last, because the table or view of a trigger must exist. A view can refer to a view that does not
-    # exist yet.
+    # Create triggers last, because their tables and views must exist. A view can refer to a view that does not exist
+    # yet.
     order = "CASE type WHEN 'table' THEN 1 WHEN 'view' THEN 2 ELSE 3 END, rowid"
     statements = [str(row[0]) for row in connection.exec_driver_sql(query + order)]
     found = None
@@ -74,9 +72,7 @@ _CONVERTED = (
 
 
 def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
-    """Raise MigrationError if a missing revision would convert a column that contains a BLOB or a text that is not
-    UTF-8.
-    """
+    """Raise MigrationError if a missing revision can't convert a stored value."""
     for later, table, columns in _CONVERTED:
         if later <= revision:
             continue
@@ -93,7 +89,7 @@ def refuse_unconvertible_rows(connection: Connection, revision: str) -> None:
 
 @contextmanager
 def kept_objects(connection: Connection, revision: str) -> Iterator[None]:
-    """After the block, restore the application's indexes and triggers that Alembic's batch mode dropped or changed."""
+    """After the block, restore the application's dropped or changed indexes and triggers."""
     query = "SELECT type, name, sql FROM sqlite_master WHERE type IN ('index', 'trigger') AND sql IS NOT NULL"
     before = {name: (kind, sql) for kind, name, sql in connection.exec_driver_sql(f"{query} ORDER BY rowid")}
     yield

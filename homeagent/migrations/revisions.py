@@ -1,7 +1,7 @@
 """Read the revision of a schema, and run the missing revisions.
 
-Do not import Alembic for an up-to-date database, because the import takes 80 ms. Do not run `env.py`, and do not change
-Alembic's global objects `context` and `op`. An Alembic command in another thread could use the same global objects.
+Import Alembic only for an upgrade, because the import takes 80 ms. Do not run `env.py` or change Alembic's objects
+`context` and `op`. An Alembic command in another thread could use the same objects.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 REVISION = "0009"
-"""Revision that this version needs, which is the newest revision in `alembic/versions`."""
+"""Revision that this version needs: the newest revision in `alembic/versions`."""
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -58,14 +58,14 @@ def script_directory() -> Traversable:
     """Return the directory of `env.py` and the revisions. In a checkout the directory is `alembic/`."""
     candidates: list[Traversable] = [files("homeagent") / "_migrations", Path(__file__).parents[2] / "alembic"]
     for candidate in candidates:
-        # In site-packages, the directory `alembic` is the library Alembic, which has no file `env.py`.
+        # In site-packages, `alembic` is the library Alembic, without `env.py`.
         if (candidate / "env.py").is_file():
             return candidate
     raise errors.MigrationError("this installation has no migrations: install homeagent anew")
 
 
 def _scripts() -> list[ModuleType]:
-    """Run each of homeagent's revision scripts as a new module, and return the modules, sorted by file name."""
+    """Load homeagent's revision scripts as new modules, sorted by file name."""
     found = sorted((script_directory() / "versions").iterdir(), key=lambda file: file.name)
     return [loaded(file) for file in found if file.name.endswith(".py")]
 
@@ -108,7 +108,7 @@ def count_rows(connection: Connection, names: Iterable[str]) -> dict[str, int]:
 
 
 def own_tables(connection: Connection) -> list[str]:
-    """Return the names of the application's tables in alphabetical order, without the version table."""
+    """Return the sorted names of the application's tables, without the version table."""
     others = tables(connection) - {*TABLES, VERSION_TABLE, APPLICATION_VERSION_TABLE}
     # Litestream creates its tables in each database that it replicates.
     return sorted(name for name in others if not name.startswith("_litestream_"))
@@ -139,7 +139,7 @@ def known_revisions() -> set[str]:
 
 
 def server_triggers(revision: str) -> dict[str, str]:
-    """Return the definition and the function body of each PostgreSQL trigger that homeagent has at a revision."""
+    """Return definition and function body of homeagent's PostgreSQL triggers at a revision."""
     found: dict[str, str] = {}
     for script in _scripts():
         if script.revision <= revision:
@@ -157,8 +157,8 @@ def suits(connection: Connection, revision: str | None) -> bool:
     known = known_revisions()
     if revision in known:
         return False
-    # The column `oldest_revision` names the oldest revision whose code can use the schema. If this version knows the
-    # oldest revision, this version can use the schema.
+    # The column `oldest_revision` names the oldest revision whose code works. If this version knows the revision, this
+    # version can use the schema.
     query = text("SELECT oldest_revision FROM store")
     if "store" not in tables(connection) or connection.execute(query).scalar() not in known:
         raise errors.SchemaTooNewError(revision, known=REVISION)
@@ -172,9 +172,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Return the cause of a failure. Leave out the message of another library's error, because the message can contain
-    row values.
-    """
+    """Return the cause of a failure. Leave out messages of other libraries, which can contain row values."""
     if isinstance(error, RevisionFailedError):
         return str(error)
     name = type(error).__name__
@@ -213,7 +211,7 @@ def run_revisions(
                 guard.check()
 
     options = {"fn": missing, "target_metadata": metadata, "transactional_ddl": True, "version_table": version_table}
-    # Replace the method `autocommit_block()` of Alembic's context, because the caller began the transaction.
+    # Replace the method `autocommit_block()`, because the caller began the transaction.
     context = MigrationContext.configure(connection, opts=options)
     context.autocommit_block = nullcontext if guard is None else guard.autocommit  # type: ignore[assignment, method-assign]
     context.run_migrations()

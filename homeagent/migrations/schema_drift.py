@@ -1,8 +1,8 @@
-"""Compare the schema of a database with the schema of homeagent's revisions, without writing to the database.
+"""Compare a database's schema with homeagent's schema, without writing to the database.
 
-On SQLite, the revisions run on a scratch database in memory to get the expected SQL text, because no pragma shows a
-CHECK constraint. On PostgreSQL, homeagent compares the models with the server's catalogue. No revision runs there,
-because a revision needs write access.
+On SQLite, the revisions create the expected schema in memory. No pragma shows CHECK constraints, so homeagent compares
+SQL texts. On PostgreSQL, homeagent compares the models with the server's catalogue. No revision runs there, because a
+revision needs write access.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Difference:
     """A difference between a database's schema and homeagent's schema.
 
     Attributes:
-        grave: True if homeagent can fail, or can accept values that homeagent must refuse.
+        grave: True if homeagent can fail, or can accept wrong values.
         command: SQL that undoes the change. None if homeagent does not know the SQL.
         kind: kind of an object that can belong to the application. None for other objects.
         trigger: name of a trigger that the application can acknowledge. None for other differences.
@@ -45,9 +45,7 @@ class Difference:
 
 
 class _Part(NamedTuple):
-    """Normalised SQL text of a part of a table. If `strict` is True, the part can cause an error when homeagent writes
-    a row.
-    """
+    """Normalised SQL text of a part of a table. If `strict` is True, the part can make homeagent's writes fail."""
 
     definition: str
     strict: bool = False
@@ -92,7 +90,7 @@ def schema_differences(connection: Connection) -> list[Difference]:
 
 
 def homeagents_objects(revision: str) -> set[str]:
-    """Return the names of homeagent's indexes and triggers on SQLite at a revision."""
+    """Return the names of homeagent's SQLite indexes and triggers at a revision."""
     wanted, triggers = _sqlite_expected(revision)
     return triggers.keys() | {
         part.index_name for parts in wanted.values() for part in parts.values() if part.index_name
@@ -126,7 +124,7 @@ def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
 
 
 def _name(name: str) -> str:
-    """Return a name for an SQL command. If the name is not a plain name in lower case, add double quotes."""
+    """Return a name for an SQL command. Add double quotes if necessary."""
     return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
 
 
@@ -135,7 +133,7 @@ def _name(name: str) -> str:
 
 @cache
 def _sqlite_expected(revision: str) -> tuple[_Tables, dict[str, str]]:
-    """Return homeagent's tables at a revision, and the SQL of homeagent's triggers by name."""
+    """Return homeagent's tables and the SQL of its triggers at a revision."""
     with scratch_sqlite() as scratch:
         with scratch.begin():
             upgrade(scratch, revision)
@@ -143,7 +141,7 @@ def _sqlite_expected(revision: str) -> tuple[_Tables, dict[str, str]]:
 
 
 def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Difference]:
-    """Yield the differences in tables, triggers and views between a SQLite database and homeagent's schema."""
+    """Yield the differences between a SQLite database and homeagent's schema."""
     wanted, triggers = _sqlite_expected(revision)
     yield from _compare(wanted, _sqlite_tables(connection))
     others = _sqlite_others(connection)
@@ -156,7 +154,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
             continue
         command = f"DROP {kind.upper()} {_name(name)}"
         uses = mention.search(sql) is not None and reaches(raw, wanted, kind=kind, name=name, on=on)
-        # Compare names in lower case, because a trigger can spell the name of a table in upper case.
+        # A trigger can name the table in upper case.
         if kind == "trigger" and on.lower() in wanted:
             what = f"trigger {name} of {on.lower()} is not homeagent's"
             yield Difference(what, True, command, None if uses else "trigger", name)
@@ -167,7 +165,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
 
 
 def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
-    """Return the type, name, table and SQL text of each trigger and view, sorted by name."""
+    """Return type, name, table and SQL text of each trigger and view."""
     found = connection.exec_driver_sql(
         "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE type IN ('trigger', 'view') ORDER BY name"
     )
@@ -206,7 +204,7 @@ def _sqlite_parts(table: str, sql: str) -> Iterator[tuple[str, _Part]]:
 
 
 def _sqlite_leftovers(connection: Connection) -> Iterator[Difference]:
-    # Alembic's batch mode builds a table under a temporary name, and renames the table at the end.
+    # Alembic's batch mode first builds a table under a temporary name.
     for name in tables(connection):
         if name.startswith("_alembic_tmp_"):
             yield Difference(
@@ -215,17 +213,15 @@ def _sqlite_leftovers(connection: Connection) -> Iterator[Difference]:
 
 
 _QUOTED_OR_BLANK = re.compile(
-    r"""('(?:[^']|'')*')"""  # The first group of the pattern is a text literal, which stays unchanged.
-    r'''|"((?:[^"]|"")*)"'''  # The second group of the pattern is a quoted name.
+    r"""('(?:[^']|'')*')"""  # The first group is a text literal, which stays unchanged.
+    r'''|"((?:[^"]|"")*)"'''  # The second group is a quoted name.
     r"|(?:\s|/\*.*?\*/|--[^\n]*)+",
     re.DOTALL,
 )
 
 
 def _plain(sql: str) -> str:
-    """Return a statement without unnecessary spaces, quotes and comments. For example, a tracing listener can add a
-    comment.
-    """
+    """Return a statement without unnecessary spaces, quotes and comments."""
     return _QUOTED_OR_BLANK.sub(lambda match: match[1] or match[2] or " ", sql).strip()
 
 
@@ -241,8 +237,8 @@ def _clauses(body: str) -> Iterator[str]:
 
 # PostgreSQL
 
-# If a trigger is disabled, the query returns NULL instead of the definition. The query also returns NULL if the
-# trigger's function lacks SECURITY DEFINER or homeagent's search_path.
+# The definition of a disabled trigger is NULL. The definition is also NULL without SECURITY DEFINER or homeagent's
+# search_path.
 _TRIGGERS = text(
     "SELECT 'trigger', tgname, tgtype & 2 = 2, CASE WHEN tgenabled IN ('O', 'A') AND p.prosecdef"
     " AND p.proconfig = ARRAY['search_path=pg_catalog, pg_temp'] THEN pg_get_triggerdef(t.oid, true) || p.prosrc END"
@@ -268,7 +264,7 @@ def views_of_tables(connection: Connection) -> Iterator[Difference]:
 
 
 def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Difference]:
-    """Yield the added, changed and missing triggers of homeagent's tables on PostgreSQL, and all rules."""
+    """Yield all rules, and the added, changed and missing triggers."""
     expected = server_triggers(revision)
     for table in (*TABLES, VERSION_TABLE):
         for kind, name, is_before, definition in connection.execute(_TRIGGERS, {"name": table}):
@@ -276,8 +272,7 @@ def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Diff
                 del expected[name]
                 continue
             command = f"DROP {kind.upper()} {_name(name)} ON {table}"
-            # Do not accept a BEFORE trigger or a rule. A BEFORE trigger can replace the row, and a rule can replace an
-            # INSERT by another statement.
+            # Do not accept a BEFORE trigger or a rule. A BEFORE trigger or a rule can replace homeagent's writes.
             harmless: Literal["trigger"] | None = "trigger" if kind == "trigger" and not is_before else None
             trigger = name if kind == "trigger" else None
             yield Difference(f"{kind} {name} of {table} is not homeagent's", True, command, harmless, trigger)

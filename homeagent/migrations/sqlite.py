@@ -64,10 +64,10 @@ def open_sqlite(
     temporary: bool,
     application: Application = NO_APPLICATION,
 ) -> None:
-    """Check the file, switch the file to WAL mode, and create or upgrade the schema.
+    """Check a SQLite file, and create or upgrade the schema.
 
-    A temporary file is private to the caller, so the file needs no in-use lock and no backup. If homeagent refuses the
-    file, the content stays unchanged.
+    A temporary file is private, and needs no in-use lock or backup. If homeagent refuses the file, the content stays
+    unchanged.
     """
     try:
         _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
@@ -101,7 +101,7 @@ def _open_sqlite(
         with engine.translated(), engine.connect() as connection:
             if not is_checked:
                 check_content(path, connection.connection.driver_connection)
-            # Read the revision and the schema in one snapshot, because another process can upgrade the file.
+            # Use one snapshot, because another process can upgrade the file.
             with read_transaction(connection):
                 revision = revision_of(connection)
                 suitable, pending = suits(connection, revision), application.is_pending(connection)
@@ -116,8 +116,7 @@ def _open_sqlite(
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
     elif not migrate:
         if not temporary and database_file.size_of(lock_path(path)):
-            # The database file is lost. Do not raise SchemaOutdatedError, because the error's message would advise to
-            # create a database.
+            # The database file is lost. Do not raise SchemaOutdatedError, which advises to create a database.
             raise corrupt_after_all(path)
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
@@ -158,9 +157,7 @@ def _hold_in_use_lock(engine: SQLiteEngine, *, timeout: timedelta, temporary: bo
 
 
 def _prepare_file(engine: SQLiteEngine, lock: FileLock) -> bool:
-    """Create the file if it does not exist, and prepare the header of the file. Return True if the lock file has a
-    marker.
-    """
+    """Create the file if it is missing, and prepare the header. Return True if the lock file has a marker."""
     path = engine.path
     database_file.refuse_orphaned_log(path)
     state = identify(engine)
@@ -207,7 +204,7 @@ def _upgrade(engine: SQLiteEngine, application: Application, backup_clock: Clock
     path = engine.path
     with upgrade_transaction(engine, f"upgrading {path}") as attempt:
         connection = attempt.connection
-        # After BEGIN IMMEDIATE the transaction holds the write lock, so no other process can change the revision.
+        # The transaction holds the write lock, so no other process can upgrade.
         revision = revision_of(connection)
         attempt.act = f"upgrading {path} from {revision!r}"
         suitable = suits(connection, revision)
@@ -250,16 +247,15 @@ class _Attempt:
 
 @contextmanager
 def upgrade_transaction(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
-    """Run the block in one transaction, and verify the schema at the end of the block. If the block raises an error
-    that is not in `SPEAK_FOR_THEMSELVES`, raise MigrationError.
+    """Run the block in one transaction, and verify the schema. Convert errors that are not in `SPEAK_FOR_THEMSELVES` to
+    MigrationError.
     """
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
-        # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table. Set the
-        # pragma foreign_keys before the transaction, because the pragma has no effect inside a transaction.
+        # With foreign keys, rebuilding a table fails or deletes referring rows. The pragma `foreign_keys` has no effect
+        # inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
-        # A revision can recreate a table. The deleted rows of the old table hold hashes, so let SQLite overwrite the
-        # rows.
+        # A revision can recreate a table. SQLite must overwrite the hashes in the old table.
         raw.execute("PRAGMA secure_delete=ON")
         attempt = _Attempt(connection, act)
         try:
@@ -282,9 +278,9 @@ def upgrade_transaction(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
 
 
 def _verify_upgrade(attempt: _Attempt, broken_before: Counter[tuple[str, str]]) -> None:
-    """Raise MigrationError if the upgrade left a broken reference, or ended at an unexpected revision."""
+    """Raise MigrationError for a broken reference or an unexpected revision."""
     broken = broken_references(attempt.connection)
-    # In the application's tables, accept as many broken references as before the upgrade.
+    # The application's tables may have as many broken references as before.
     worse = [keys for keys, rows in broken.items() if keys[0] in TABLES or rows > broken_before[keys]]
     revision = revision_of(attempt.connection)
     if worse:
@@ -305,15 +301,15 @@ def back_up(
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        # No running upgrade uses the partial backup, because this process holds the lock for upgrades.
+        # No upgrade uses the partial backup: this process holds the upgrade lock.
         discard(stale)
     try:
         manifest = write_backup(engine, target, partial=partial, taken_at=now, kind=kind)
-        # A service manager can restart the gateway repeatedly, and a backup for each restart would fill the disk.
+        # A backup for each restart of the gateway would fill the disk.
         for backup, earlier in backups_in(path.parent, path) if kind == "upgrade" else ():
             # Do not remove a backup that the administrator has renamed.
             named = backup.name == backup_name(path, revision, earlier.taken_at)
-            # If the facts are equal, no successful upgrade, restore or downgrade happened between the two backups.
+            # Equal facts mean: no upgrade, restore or downgrade succeeded between the backups.
             facts = ("kind", "database", "epoch", "schema_revision", "application_revision", "schema_version")
             is_same = all(getattr(earlier, name) == getattr(manifest, name) for name in facts)
             if named and backup != target and is_same and earlier.schema_version is not None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name):
-        # Import the schemas when a program first uses a schema, because the import takes a twentieth of the start time.
+        # Import the module `schemas` lazily, to shorten the start time.
         schemas = import_module("homeagent.models.schemas")
         if not hasattr(schemas, name):
             raise AttributeError(f"module 'homeagent.models' has no attribute {name!r}")
@@ -56,4 +56,4 @@ APPLICATION_VERSION_TABLE = "application_schema_version"
 """Version table of the application's own revisions."""
 
 DATA_TABLES: tuple[str, ...] = tuple(sorted(set(TABLES) - {store_table.name, DeviceChange.__table__.name}))
-"""Names of homeagent's tables with rows of an application: all except `store` and the feed of device changes."""
+"""Names of homeagent's tables with application data: all except `store` and `device_changes`."""

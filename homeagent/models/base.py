@@ -1,5 +1,5 @@
-"""Base classes of the models. Do not postpone the evaluation of annotations (PEP 563) in a module of models, because
-the import would take 8% longer.
+"""Base classes of the models. Do not postpone annotations (PEP 563) in a module of models. Postponed annotations slow
+down the import.
 """
 
 import copy
@@ -16,8 +16,8 @@ from sqlalchemy.orm.attributes import set_attribute
 from sqlalchemy.orm.state import InstanceState
 from sqlmodel import Field, SQLModel
 
-# The next two imports use private names, because SQLModel has no public counterparts. The context variable
-# `finish_init` is False while SQLModel builds and validates an instance.
+# The next two imports use private names: SQLModel has no public counterparts. The context variable `finish_init` is
+# False while SQLModel builds and validates an instance.
 from sqlmodel._compat import SQLModelConfig, finish_init, is_table_model_class
 from sqlmodel.main import FieldInfo, SQLModelMetaclass
 
@@ -27,7 +27,7 @@ from homeagent.models.types import choose_column_type
 T = TypeVar("T")
 
 metadata: MetaData = MetaData(
-    # Every constraint needs a name, because Alembic cannot change a constraint without a name.
+    # Alembic can't change a constraint without a name.
     naming_convention={
         "ix": "idx_%(table_name)s_%(column_0_N_name)s",
         "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -46,9 +46,9 @@ _KNOWN_ERRORS = frozenset(get_args(ErrorType))
 
 
 def _without_input(error: ValidationError) -> ValidationError:
-    """Return a copy of the error without the input, which can be a secret. Pydantic's setting `hide_input_in_errors`
-    does not remove the input from `error.errors()`. FastAPI puts the result of `error.errors()` into the reply with
-    status 422.
+    """Return a copy of the error without the input. The input can be a secret. Pydantic's setting
+    `hide_input_in_errors` does not remove the input from `error.errors()`. FastAPI sends the result of `error.errors()`
+    with status 422.
     """
     lines: list[InitErrorDetails] = []
     for line in error.errors(include_url=False, include_input=False):
@@ -65,20 +65,20 @@ def _without_input(error: ValidationError) -> ValidationError:
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
-    """Call `handler(data)`. If the handler raises a ValidationError, raise a copy of the error without the data."""
+    """Call `handler(data)`. If the handler raises ValidationError, raise a copy without the data."""
     try:
         return handler(data)
     except ValidationError as error:
         without_input = _without_input(error)
-    # Do not raise inside the `except` block, because the context of the error would show the input.
+    # Do not raise inside the `except` block. The error's `__context__` would show the input.
     raise without_input
 
 
 class Model(SQLModel, registry=_registry):
     """Base of all models. A model refuses unknown fields, and validates each assignment."""
 
-    # To describe a field of a model, pass the argument `description` to the function `Field()`. If docstrings described
-    # the fields, Pydantic would parse the source of each class, which takes a tenth of the start time.
+    # Describe a field by `Field(description=…)`, not by a docstring. To read docstrings, Pydantic would parse the
+    # source at each start.
     model_config: ClassVar[SQLModelConfig] = SQLModelConfig(
         extra="forbid",
         validate_assignment=True,
@@ -96,14 +96,14 @@ class Model(SQLModel, registry=_registry):
 
     @classmethod
     def model_validate_json(cls, *args: Any, **kwargs: Any) -> Self:
-        """Validate JSON text like Pydantic's method, but with errors that do not show the text."""
-        # Pydantic parses the text before the call of `_hide_input`, so handle an error of the parser here.
+        """Validate JSON text like Pydantic's method. An error does not show the JSON text."""
+        # Pydantic's parser runs before `_hide_input()`, so handle the parser's errors here.
         return hide_input(None, lambda _: super(Model, cls).model_validate_json(*args, **kwargs))
 
 
 class PartialIndex(Index):
-    """An index of the rows that match a condition, on both engines. Do not use `Index(…, postgresql_where=…)`, because
-    SQLAlchemy would import its PostgreSQL package in every process.
+    """An index of the rows that match a condition, on both engines. Do not use `Index(…, postgresql_where=…)`. With
+    `postgresql_where=…`, SQLAlchemy would import its PostgreSQL package in every process.
     """
 
     def __init__(self, name: str, *columns: str, where: TextClause) -> None:
@@ -129,7 +129,7 @@ _RESERVED_NAMES = frozenset(
 
 
 def _is_own(model: type) -> bool:
-    """Return True if the application defines the model. Return False for a model of the package `homeagent`."""
+    """Return True if the application, not homeagent, defines the model."""
     return not model.__module__.startswith("homeagent.")
 
 
@@ -152,7 +152,7 @@ def _check_table_name(model: type, name: str) -> None:
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(Field, FieldInfo))
 class _TableType(SQLModelMetaclass):
-    """Checks the name of an application's table before SQLAlchemy adds the table to the metadata."""
+    """Metaclass that checks the table name of an application's model."""
 
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **options: Any) -> None:
         if is_table_model_class(cls) and _is_own(cls) and not any(map(is_table_model_class, bases)):
@@ -161,25 +161,25 @@ class _TableType(SQLModelMetaclass):
 
 
 class Table(Model, metaclass=_TableType):
-    """Base class of table models. An application derives its own tables from this class with the argument `table=True`.
+    """Base class of table models. An application derives its own table models with the argument `table=True`.
 
     SQLModel does not validate a model with `table=True`. The class `Table` validates an instance on construction and on
-    assignment. If a value is invalid, the assignment raises an error, and the field keeps its old value. An instance
-    that a store loads is not validated again.
+    assignment. If an assignment raises `ValidationError`, the field keeps its old value. An instance that a store loads
+    is not validated again.
 
-    The documentation page "Add own tables" lists the column types. A constraint or an index without a name gets a name
-    such as `fk_messages_session_id_sessions`.
+    The documentation page "Add own tables" lists the column types. An unnamed constraint or index gets a name such as
+    `fk_messages_session_id_sessions`.
 
     Raises (when the class is defined):
-        InvalidArgumentError: if the name of the table is reserved or already in use, or if a datetime field does not
-            have the type `Timestamp`.
+        InvalidArgumentError: if the name of the table is reserved or already in use.
+        InvalidArgumentError: if a datetime field without `sa_type` or `sa_column` is not a `Timestamp`.
         TypeError: if the class derives from a table of homeagent.
     """
 
     __table__: ClassVar[Any]
 
     if TYPE_CHECKING:
-        # Declare the attributes only for type checkers, because SQLAlchemy would look for their values at runtime.
+        # At runtime, SQLAlchemy would look for the values of the attributes.
         __tablename__: ClassVar[str]
         __table_args__: ClassVar[Any]
 
@@ -190,9 +190,7 @@ class Table(Model, metaclass=_TableType):
             choose_column_type(field, f"{cls.__qualname__}.{name}")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Refuse a subclass of one of homeagent's tables, because the subclass would have private fields, such as
-        hashes.
-        """
+        """Refuse a subclass of homeagent's tables. The subclass would have private fields, such as hashes."""
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__[1:]:
             if "__table__" in vars(base) and not _is_own(base):
@@ -206,8 +204,8 @@ class Table(Model, metaclass=_TableType):
             super().__init__(**data)
             return
         related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
-        # The validator writes the values into `__dict__`, but SQLAlchemy does not notice these changes. Therefore
-        # restore the old `__dict__` after the validation, and set each field by `set_attribute()`.
+        # SQLAlchemy does not notice values that the validator writes into `__dict__`. So restore `__dict__`, and set
+        # each field by `set_attribute()`.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -225,8 +223,8 @@ class Table(Model, metaclass=_TableType):
         # For a loaded instance, create SQLAlchemy's state first. After the assignment, the class `_StateOnDemand` could
         # not create the state.
         getattr(self, "_sa_instance_state", None)
-        # Validation by Pydantic replaces the instance's dictionary by a copy. Restore the original dictionary, because
-        # otherwise a flush would ignore the assignments of a listener (see `test_a_listener_of_a_flush_assigns`).
+        # Pydantic's validation replaces `__dict__` by a copy. With the copy, a flush would ignore a listener's
+        # assignments (`test_a_listener_of_a_flush_assigns`).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -241,8 +239,7 @@ class Table(Model, metaclass=_TableType):
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # A loaded instance lacks Pydantic's attributes. Compute an attribute only when code reads the attribute.
-            # Setting the attributes of each loaded instance took a third of the load time.
+            # A loaded instance lacks Pydantic's attributes. Compute an attribute on access, so that loads stay fast.
             if name == "__pydantic_fields_set__":
                 getattr(self, "_sa_instance_state", None)  # see `__setattr__`
                 fields_set = set(type(self).model_fields)
@@ -254,8 +251,8 @@ class Table(Model, metaclass=_TableType):
 
     @classmethod
     def model_values(cls, **data: Any) -> dict[str, Any]:
-        """Validate the values of a new row, and add the defaults. Return a dict from attribute name to value, for the
-        parameters of a `Statement`. Creating an instance would take ten times as long.
+        """Validate the values of a new row, and add the defaults. Return a dict from attribute name to value, for a
+        `Statement`. The method is faster than creating an instance.
         """
         instance = object.__new__(cls)
         cls.__pydantic_validator__.validate_python(data, self_instance=instance)
@@ -265,15 +262,15 @@ class Table(Model, metaclass=_TableType):
         """Return a new, validated instance that does not belong to an ORM session. The values in `update={…}` replace
         the copied values. With `deep=True`, also copy the values of JSON columns.
         """
-        # Pydantic's `model_copy()` would also copy SQLAlchemy's state, which binds the instance to an ORM session.
+        # Do not call Pydantic's `model_copy()`, which would copy SQLAlchemy's state.
         values = {name: getattr(self, name) for name in type(self).model_fields}
         if deep:
             values = copy.deepcopy(values)
         return type(self)(**{**values, **(update or {})})
 
     def __getstate__(self) -> dict[Any, Any]:
-        # Create SQLAlchemy's state, so that the pickle contains the state. The class `_StateOnDemand` could not create
-        # the state after `pickle.loads()`.
+        # Create SQLAlchemy's state for the pickle. After `pickle.loads()`, the class `_StateOnDemand` could not create
+        # the state.
         getattr(self, "_sa_instance_state", None)
         return super().__getstate__()
 
@@ -285,7 +282,7 @@ class Table(Model, metaclass=_TableType):
 
 
 def _is_loaded(instance: Table) -> bool:
-    """Return True for a loaded instance that does not have the attribute `__pydantic_fields_set__` yet."""
+    """Return True for a loaded instance without `__pydantic_fields_set__`."""
     try:
         _get_fields_set(instance)
     except AttributeError:
@@ -298,9 +295,8 @@ _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
-    """A descriptor that creates SQLAlchemy's state when the ORM uses a loaded instance for the first time. Creating the
-    state for each loaded instance would more than double the load time, and most loaded instances do not need the
-    state.
+    """Creates SQLAlchemy's state when the ORM first uses a loaded instance. Creating the state at each load would more
+    than double load times.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:
@@ -311,11 +307,10 @@ class _StateOnDemand:
         values = instance.__dict__
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
-        # If two threads create the state at the same time, `setdefault()` returns the first state to both threads.
+        # If two threads create the state, `setdefault()` gives both the same state.
         stored: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
         return stored
 
 
-# Do not set `_sa_instance_state` in the body of the class, because Pydantic treats a name that begins with `_` as a
-# private attribute.
+# In the class body, Pydantic would make `_sa_instance_state` a private attribute.
 Table._sa_instance_state = _StateOnDemand()

@@ -1,4 +1,4 @@
-"""A device pairs with a secret, and has no access until an administrator approves the device.
+"""A device pairs with a secret. A device has access only after an administrator's approval.
 
 | state | event | next state |
 |---|---|---|
@@ -27,7 +27,7 @@ from homeagent.models.types import FlagColumn, HashColumn, Identifier, Json, Jso
 
 
 class Role(StrEnum):
-    """Role of a device. The device chooses its role when it pairs, and the role does not change later."""
+    """Role that a device chooses when it pairs. The role does not change later."""
 
     CLIENT = "client"
     NODE = "node"
@@ -42,8 +42,8 @@ class DeviceStatus(StrEnum):
     REVOKED = "revoked"
 
 
-# Do not reword the condition of this partial index. SQLite uses the index only for queries that contain the index's
-# condition (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
+# Do not reword the condition of this partial index. SQLite uses the index only for queries that contain the condition
+# (https://sqlite.org/partialindex.html, section 3; test_the_index_counts).
 PENDING = text("approved = 0 AND approved_at IS NULL AND revoked_at IS NULL")
 """SQL condition for the pending devices."""
 
@@ -55,7 +55,7 @@ class Device(Table, table=True):
     __table_args__: ClassVar[Any] = (
         CheckConstraint("role IN ('client', 'node', 'admin')", name="role"),
         CheckConstraint("approved IN (0, 1)", name="approved"),
-        # The index contains all columns of its condition, so SQLite counts pending devices without reading the table.
+        # With all four columns, SQLite counts pending devices by the index alone.
         PartialIndex("idx_devices_pending", "paired_at", "approved", "approved_at", "revoked_at", where=PENDING),
     )
 
@@ -131,12 +131,12 @@ class Device(Table, table=True):
 @event.listens_for(Device, "before_insert")
 @event.listens_for(Device, "before_update")
 def _record_approval(mapper: Mapper[Any], connection: Connection, device: Device) -> None:
-    """If a flush changes `Device.approved`, set the times of approval and revocation, and clear the previous secret."""
+    """If a flush changes `Device.approved`, update the times and the previous secret."""
     attributes = inspect(device).attrs
     if not attributes["approved"].history.has_changes():
         return
     columns: Any = mapper.local_table.c
-    # Read the old value from the table, because SQLAlchemy does not know the old value of an expired attribute.
+    # SQLAlchemy does not know the old value of an expired attribute.
     stored = connection.execute(select(columns.approved).where(columns.id == device.id)).scalar()
     if device.approved == (stored is True):
         return

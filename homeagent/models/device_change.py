@@ -1,4 +1,4 @@
-"""The feed of device changes is a table that database triggers write in the order of the commits."""
+"""Database triggers write the feed of device changes in commit order."""
 
 from enum import StrEnum
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ class DeviceChangeKind(StrEnum):
     APPROVED = "approved"
     REVOKED = "revoked"
     ROTATED = "rotated"
-    """The stored hash or verifier of the secret has changed, even if the secret itself is still the same."""
+    """The stored hash or verifier has changed. The secret can still be the same."""
     UPDATED = "updated"
     DELETED = "deleted"
     RESET = "reset"
@@ -27,7 +27,7 @@ class DeviceChangeKind(StrEnum):
 
 
 class DeviceChange(Table, table=True):
-    """A row of the table `device_changes`. A later change has a greater number than an earlier change."""
+    """A row of the table `device_changes`. A later change has a greater number."""
 
     __tablename__ = "device_changes"
     __table_args__: ClassVar[Any] = (

@@ -53,14 +53,14 @@ class IdempotencyState(StrEnum):
     """State of the effect that an idempotency key protects."""
 
     IN_PROGRESS = "in_progress"
-    """An attempt runs the effect. If the attempt's lease has expired, it is unknown whether the effect took place."""
+    """An attempt runs the effect. If the lease has expired, the effect has perhaps taken place."""
     COMPLETED = "completed"
     FAILED = "failed"
     """The effect failed for good. A retry raises the recorded error."""
 
 
 class IdempotencyKey(Table, table=True):
-    """A row of the table `idempotency_keys`. Each combination of device, method and key has at most one row."""
+    """A row of the table `idempotency_keys`. Device, method and key together identify the row."""
 
     __tablename__ = "idempotency_keys"
     __table_args__: ClassVar[Any] = (
@@ -129,20 +129,18 @@ class IdempotencyKey(Table, table=True):
 
 @dataclass(frozen=True, slots=True, init=False)
 class IdempotencyScope:
-    """The identity of a call: a device, a method, and the key that the device chose. An invalid device, method or key
-    raises InvalidArgumentError.
+    """The identity of a call: a device, a method and a key. The device chooses the key. An invalid value raises
+    InvalidArgumentError.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
-    # Pydantic creates a scope without a call of the constructor. Therefore Pydantic needs the annotations to validate
-    # the values.
+    # Pydantic validates by the annotations, without a call of the constructor.
     device_id: Identifier
     method: Name
     key: Label = field(repr=False)
 
-    # The constructor removes the key from tracebacks. Do not use a decorator instead, because a look-up of a record
-    # would need 12% more instructions.
+    # The constructor removes the key from tracebacks. Do not use a decorator, because look-ups would be slower.
     def __init__(self, device_id: str, method: str, key: str) -> None:
         try:
             _set_device_id(self, check_identifier(device_id, "device_id"))
@@ -155,8 +153,8 @@ class IdempotencyScope:
 
     @classmethod
     def of_record(cls, device_id: str, method: str, key: str) -> "IdempotencyScope":
-        """Return the scope of a stored record. An old record can contain a text that is invalid for new records. The
-        methods `insert()` and `claim()` raise an error for a scope with an invalid text.
+        """Return the scope of a stored record. An old record can break the rules for new texts. The methods `insert()`
+        and `claim()` raise an error for an invalid text.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
@@ -168,13 +166,13 @@ class IdempotencyScope:
         return no_info_wrap_validator_function(hide_input, handler(source))
 
 
-# The next three functions set the fields of a frozen `IdempotencyScope` faster than `object.__setattr__()`.
+# The next three functions set frozen fields faster than `object.__setattr__()`.
 _slots: Any = vars(IdempotencyScope)
 _set_device_id, _set_method, _set_key = (_slots[name].__set__ for name in ("device_id", "method", "key"))
 
 
 class _RecordedScope(IdempotencyScope):
-    """Scope of a stored record. The scope can contain texts that break the rules for new texts."""
+    """Scope of a stored record. The texts can break the rules for new texts."""
 
     __slots__ = ()
 
@@ -186,7 +184,7 @@ class _RecordedScope(IdempotencyScope):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """The right to run an effect (the action that `run_once` protects), until the lease of the claim ends.
+    """The right to run an effect until the lease ends. An effect is the action that `run_once` protects.
 
     Attributes:
         number: number of the attempt for the key, beginning with 1.
@@ -195,8 +193,8 @@ class Attempt:
         scope: device, method and key of the call.
         lease_expires_at: end of the lease.
         expires_at: time until which a repeated call gets the stored outcome.
-        ttl: time from the claim to `expires_at`. If the effect ends after `expires_at`, the ttl begins at the end of
-            the effect.
+        ttl: time from the claim to `expires_at`. If the effect ends after `expires_at`, the ttl begins when the effect
+            ends.
         owner: random text that identifies this attempt.
     """
 
@@ -217,8 +215,8 @@ class Outcome:
         value: return value of the effect, after it was encoded as JSON and decoded.
         replayed: True if the outcome was read from the store. False if this call ran the effect.
         attempt: number of the attempt that recorded the outcome.
-        omitted: True if the return value is not JSON or is larger than 1 MiB. The call that ran the effect returns the
-            value, and later calls return None.
+        omitted: True if the return value is not JSON or exceeds 1 MiB. The call that ran the effect returns the value.
+            Later calls return None.
     """
 
     value: JsonValue = field(repr=False)

@@ -9,21 +9,18 @@ from homeagent.models.types import check_duration, check_limit
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Limits on the rows that devices can create, and on the work that callers can cause. The page on limits describes
-    how exact each limit is. If a database already has more rows than a limit allows, the rows stay.
+    """Limits on the rows and the work that callers can cause. The page on limits describes how exact each limit is.
+    Rows that already exceed a limit stay in the database.
 
     Args:
         pending_devices: maximum number of pending devices. If the limit is reached, `Database.pair` raises
             PendingLimitError. If the limit is 0, no device can pair.
         pending_ttl: time after which a sweep deletes a pending device.
-        nonces_per_device: maximum number of nonces per device, 1 or more. An expired nonce does not count towards the
-            limit.
-        keys_per_device: maximum number of idempotency keys per device, 1 or more. An expired key does not count towards
-            the limit.
+        nonces_per_device: maximum number of unexpired nonces per device, 1 or more.
+        keys_per_device: maximum number of unexpired idempotency keys per device, 1 or more.
         longest_ttl: longest time for which the store keeps a nonce or an idempotency key.
-        waiting_hashes: maximum number of calls that wait for a slow hash in one process, 1 or more.
-        failed_checks_per_minute: maximum number of failed secret checks in a minute for a device id, in one process, 1
-            or more.
+        waiting_hashes: maximum number of calls that wait for a slow hash, per process. Minimum: 1.
+        failed_checks_per_minute: maximum number of failed secret checks per minute, device id and process. Minimum: 1.
         changes_kept: time after which a sweep deletes a device change from the feed. A sweep keeps the newest change.
 
     Raises:

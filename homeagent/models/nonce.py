@@ -14,7 +14,7 @@ class Nonce(Table, table=True):
 
     __tablename__ = "nonces"
     __table_args__: ClassVar[Any] = (
-        # If nonces were unique for all devices, one device could consume the nonces of another device.
+        # A device must not consume the nonces of another device.
         PrimaryKeyConstraint("device_id", "nonce", name="pk_nonces"),
         Index("idx_nonces_expires", "expires_at"),
         # With a rowid, an insert would be slower by a quarter (https://sqlite.org/withoutrowid.html).

@@ -1,4 +1,4 @@
-"""Parameters that a gateway sends to a device for a proof. `homeagent/scram.py` computes the proofs."""
+"""Parameters that a gateway sends to a device for a proof. The module `homeagent/scram.py` computes the proofs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from homeagent.errors import InvalidArgumentError
 
 MIN_ITERATIONS = 4_096
-"""Minimum number of iterations in RFC 7677 section 4, which is enough for a generated secret."""
+"""Minimum number of iterations (RFC 7677, section 4), enough for a generated secret."""
 
-# A device needs a few seconds for a proof with 10 million iterations. With more iterations, a malicious gateway could
-# keep the device busy.
+# A proof with 10 million iterations takes a few seconds. With more iterations, a malicious gateway could keep the
+# device busy.
 _MAX_ITERATIONS = 10_000_000
 _MIN_SALT_BYTES = 8
 _MAX_SALT_BYTES = 64

@@ -23,7 +23,7 @@ from homeagent.models.types import (
     check_new_secret,
 )
 
-# Keep `metadata_` as the first alias, because the attribute `metadata` of a row belongs to SQLAlchemy.
+# Keep the alias `metadata_` first. The attribute `metadata` of a row belongs to SQLAlchemy.
 PublicMetadata = Annotated[
     Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
 ]
@@ -39,8 +39,7 @@ ChosenSecret = Annotated[
 class MetadataSchema(Model):
     """A schema with the field `metadata_`, whose alias is `metadata`. SQLAlchemy reserves the name `metadata`."""
 
-    # SQLAlchemy does not use the attribute `metadata` of a class without a table, so a schema can redefine the
-    # attribute.
+    # Without a table, SQLAlchemy does not use the attribute `metadata`.
     @property
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""
@@ -57,17 +56,17 @@ class AgentCreate(Model):
 
 
 class AgentUpdate(Model):
-    """Request to change an agent. Fields that the request leaves out keep their values. The value None of the field
-    `config` clears the configuration.
+    """Request to change an agent. Omitted fields keep their values. The value None of the field `config` clears the
+    configuration.
     """
 
-    # Pydantic does not validate the default None, but refuses a request that contains null.
+    # Pydantic refuses null, but does not validate the default None.
     name: Name = Field(default=None)
     workspace_path: WorkspacePath = Field(default=None)
     config: Json = None
 
 
-# Do not validate the texts of a reply. An earlier version can have stored texts that break the rules for new texts.
+# Do not validate the texts of a reply. A text from an earlier version can break the present rules.
 
 
 class AgentPublic(Model):
@@ -103,13 +102,13 @@ class DeviceCreate(MetadataSchema):
 
 
 class DeviceUpdate(MetadataSchema):
-    """Request to change a device. Fields that the request leaves out keep their values. The role can't be changed."""
+    """Request to change a device. Omitted fields keep their values. The role can't be changed."""
 
     metadata_: Json = Field(default=None, alias="metadata")
 
 
 class DevicePublic(MetadataSchema):
-    """Reply with the fields of a device, except the values that are derived from its secret."""
+    """Reply with a device's fields, except the fields about its secrets."""
 
     id: str
     role: Role
@@ -128,7 +127,7 @@ class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
     Attributes:
         device: the stored device, which is not approved yet.
-        shared_secret: secret of the request, or the generated secret if the request had no secret.
+        shared_secret: the request's secret, or else the generated secret.
     """
 
     device: Device
@@ -137,7 +136,7 @@ class PairedDevice(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
 @dataclass(frozen=True, slots=True)
 class SecretCheck:
-    """The result of a check of a secret. `bool(check)` is True if the secret is right and the device is approved.
+    """The result of a check of a secret. If the status is "approved", `bool(check)` is True.
 
     Attributes:
         status: status of the device if the secret is right, or else "denied".
@@ -162,8 +161,8 @@ class AgentSessionCreate(MetadataSchema):
 
 
 class AgentSessionUpdate(MetadataSchema):
-    """Request to change a session. Fields that the request leaves out keep their values. To change the agent, sender or
-    channel, call `sessions.move()`.
+    """Request to change a session. Omitted fields keep their values. To change the agent, sender or channel, call
+    `sessions.move()`.
     """
 
     metadata_: Json = Field(default=None, alias="metadata")

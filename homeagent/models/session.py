@@ -29,8 +29,8 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return the hash of a route, for a unique index. A unique index on agent, sender and channel would accept equal
-    routes with NULL.
+    """Return the hash of a route, for a unique index. A unique index on the columns would accept equal routes with
+    NULL.
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)
@@ -88,7 +88,7 @@ _ROUTE = ("agent_id", "sender_id", "channel_id", "route_key")
 
 
 def _changes_route(session: AgentSession) -> bool:
-    """Return True if the flush changes the agent, the sender or the channel of the session."""
+    """Return True if the flush changes a column of the session's route."""
     attributes = inspect(session).attrs
     return any(attributes[name].history.has_changes() for name in _ROUTE)
 
@@ -104,7 +104,7 @@ def _clear_route(mapper: Mapper[Any], connection: Connection, session: AgentSess
 @event.listens_for(AgentSession, "after_insert")
 @event.listens_for(AgentSession, "after_update")
 def _take_route(mapper: Mapper[Any], connection: Connection, session: AgentSession) -> None:
-    """If no other session has the route key, set the column `route_key` of the session."""
+    """Set the session's `route_key` if no other session holds the route."""
     if not _changes_route(session):
         return
     table: Any = mapper.local_table

@@ -1,4 +1,4 @@
-"""The table with the name `store` has one row with facts about the whole database, such as the epoch."""
+"""The table named `store` has one row with facts about the database."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def _column(name: str, kind: Any, description: str, **options: Any) -> Column[An
     return Column(name, kind, info={"description": description}, **options)
 
 
-# The table has no model class, because creating a model class would take longer than all reads of the row.
+# The table has no model class, because creating a class is slow.
 store_table: Table = Table(
     "store",
     metadata,

@@ -89,11 +89,11 @@ class AgentStore(Store):
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:
         """Set the given fields, and return the agent. If the agent does not exist, raise `AgentNotFoundError`."""
         check_kind(changes, models.AgentUpdate, "changes")
-        # An application's subclass of `AgentUpdate` can have further fields, which are not columns.
+        # A subclass of `AgentUpdate` can have fields that are not columns.
         given = changes.model_fields_set & models.AgentUpdate.model_fields.keys()
         if not given:
             return self.get(agent_id)
-        # Do not read the row before the update, because an update must also replace a value that cannot be read.
+        # Do not read the old row, which can contain an unreadable value.
         values = {f"new_{name}": getattr(changes, name) for name in given}
         changed = self._unit.write_one(
             _update(frozenset(given)), agent_id=self._searched(agent_id, "agent_id"), **values
@@ -109,7 +109,7 @@ class AgentStore(Store):
         Raises:
             AgentInUseError: if the agent has sessions and `delete_sessions` is False.
         """
-        # Lock the agent before counting its sessions, so that no other unit can add a session after the count.
+        # Lock the agent first, so that no other unit adds a session.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False
         if delete_sessions:

@@ -17,7 +17,7 @@ from homeagent.models.store_record import store_table
 
 
 class SecretHashes(NamedTuple):
-    """Hashes of a device's secrets. The hash of an absent device is an empty text, which matches no secret."""
+    """Hashes of a device's secrets. An absent device has an empty hash, which matches no secret."""
 
     shared_secret_hash: str
     previous_secret_hash: str | None
@@ -39,13 +39,12 @@ PAIRED_AT = Statement[datetime](select(_columns.paired_at).where(equal(_table, "
 
 
 def _for_every_id(*columns: Any) -> Any:
-    """Select one row even for an absent device, because the statement must take the same time for every id."""
+    """Select one row for every id. Absent devices must take the same time."""
     one_row = select(literal_column("1").label("one")).subquery("requested")
     return select(*columns).select_from(one_row.outerjoin(_table, equal(_table, "id")))
 
 
-# Do not select `proof_verifier` here. SQLite takes longer to read a column after a long value, and `proof_verifier`
-# comes after `metadata`, which can be long.
+# Do not select `proof_verifier`, which SQLite reads slowly after a long `metadata`.
 SECRET_HASHES = Statement[tuple[str | None, str | None, datetime | None]](
     _for_every_id(_columns.shared_secret_hash, _columns.previous_secret_hash, _columns.previous_secret_expires_at)
 )
@@ -56,14 +55,13 @@ PROOF_SECRETS = Statement[tuple[str | None, str | None]](
     )
 )
 COUNT_PENDING = count(
-    # Select only columns of the index, so that the database does not read the table.
+    # Select only columns of the index, to avoid reads of the table.
     select(_columns.paired_at)
     .where(PENDING, _columns.paired_at > bindparam("before"))
     .limit(bindparam("limit"))
     .subquery()
 )
-# With this lock, a second pairing waits until the first pairing has ended. Without the lock, two pairings at the same
-# time on PostgreSQL could exceed the limit of pending devices.
+# On PostgreSQL, pairings without the lock could exceed `Limits.pending_devices`.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
 """The parameter `before` is the current time minus `Limits.pending_ttl`."""
@@ -92,7 +90,7 @@ _WITHOUT_OVERLAP = {"previous_secret_hash": None, "previous_secret_expires_at": 
 _HAS_EXPECTED_HASH = _columns.shared_secret_hash == bindparam("expected")
 
 UPDATE_METADATA = Statement[Device](_update(metadata=bindparam("value")), returning=Device)
-# An unapproved device can have a previous secret, for example from an earlier version of homeagent.
+# An earlier version can leave a previous secret in an unapproved device.
 APPROVE = Statement[Device](
     _update(approved=True, approved_at=bindparam("now"), revoked_at=None, revoked_reason=None, **_WITHOUT_OVERLAP)
 )
@@ -114,8 +112,8 @@ NEEDS_LAST_SEEN = Statement[str](select(_columns.id).where(_IS_DEVICE, _SEEN_EAR
 SET_LAST_SEEN = Statement[Device](_update(_SEEN_EARLIER, last_seen_at=bindparam("at")))
 DELETE = Statement[Device](delete(_table).where(_IS_DEVICE))
 DELETE_KEYS = Statement[IdempotencyKey](delete(_keys).where(equal(_keys, "device_id")))
-# Compare the columns in SQL and not in Python, so that an administrator can approve or revoke a device even if the row
-# contains a value that cannot be read. The third column is True if the device was approved or revoked at least once.
+# Compare in SQL. An unreadable value must not prevent an approval or a revocation. The third column is True after the
+# first approval or revocation.
 STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](
     select(
         _columns.approved,
@@ -128,8 +126,8 @@ STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]
     lock=True,
 )
 IS_ADMIN = Statement[bool](select(_columns.role == constant(Role.ADMIN, _columns.role.type)).where(_IS_DEVICE))
-# Lock the admins in the order of the ids to prevent a deadlock. If two admins revoke each other at the same time, the
-# second revocation waits, and then finds only one approved admin.
+# Lock the admins in the order of the ids to prevent a deadlock. If two admins revoke each other, the second revocation
+# raises LastAdminError.
 APPROVED_ADMINS = Statement[bool](
     select(_IS_DEVICE).where(_columns.role == Role.ADMIN, _APPROVED).order_by(_columns.id), lock=True
 )
@@ -172,8 +170,8 @@ _after = bindparam("after", type_=_changes.number.type)
 _is_kept = select(constant(1, _changes.number.type)).where(_changes.number == _after).exists()
 
 NEWEST = Statement[int](select(func.max(_changes.number)))
-# The statement selects the change whose number equals the parameter `:after`, and all later changes. If no change has
-# the number `:after`, the statement selects only the newest change.
+# Select the change with the number `:after`, and all later changes. If the change does not exist, select only the
+# newest change.
 CHANGES = Statement[DeviceChange](
     select(DeviceChange)
     .where(_changes.number >= case((_is_kept, _after), else_=_newest))
@@ -191,8 +189,8 @@ DELETE_OLD = Statement[DeviceChange](
 
 
 def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
-    """Return the changes whose number is greater than the given number. Pass the rows of the statement `CHANGES`. If
-    the first row does not have the given number, return one change with `kind="reset"`.
+    """Return the changes after the given number. Pass the rows of the statement `CHANGES`. If the first row has another
+    number, return one change with `kind="reset"`.
     """
     if rows and rows[0].number != after:
         return [rows[0].model_copy(update={"device_id": None, "kind": DeviceChangeKind.RESET})]
@@ -200,7 +198,7 @@ def changes_of(rows: list[DeviceChange], after: int) -> list[DeviceChange]:
 
 
 def check_number(after: int) -> int:
-    """Return the argument. If the argument can't be the number of a device change, raise InvalidArgumentError."""
+    """Return the argument. If the argument can't be a change's number, raise InvalidArgumentError."""
     if type(after) is not int or not 0 <= after < 2**63:
         raise InvalidArgumentError("after must be the number of a device change: a whole number, 0 or more")
     return after

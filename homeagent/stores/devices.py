@@ -63,13 +63,13 @@ class DeviceStore(Store):
 
     @reading
     def find_proof_verifier(self, device_id: str) -> str | None:
-        """Return the verifier of the device's proofs, or None if the device is absent or has no verifier."""
+        """Return the verifier of the device's proofs. Return None if the device or the verifier is absent."""
         return self._unit.one(statements.VERIFIER, id=self._searched(device_id, "device_id"))
 
     @reading
     def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
-        """Return two values: the store's proof key, and the device's verifier or None. The method takes the same time
-        for present and absent devices.
+        """Return the store's proof key, and the device's verifier or None. The method takes the same time for present
+        and absent devices.
         """
         row = self._unit.one(statements.PROOF_SECRETS, id=self._searched(device_id, "device_id"))
         key, verifier = row or (None, None)
@@ -96,8 +96,8 @@ class DeviceStore(Store):
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete the oldest pending devices that were paired at `paired_before` or earlier. The argument `limit` is the
-        maximum number of deleted devices. Return the number of deleted devices.
+        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. Return the number of
+        deleted devices, which is at most the limit.
         """
         before = types.check_timestamp(paired_before, "paired_before")
         return self._unit.write(statements.DELETE_PENDING, before=before, limit=types.check_limit(limit))
@@ -120,15 +120,14 @@ class DeviceStore(Store):
             approved: True to select approved devices, False to select unapproved devices. Default: all.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
-            seen_before: time. The page contains only devices that were last seen before this time. Default: all
-                devices, also devices that were never seen.
+            seen_before: time before which the selected devices were last seen. Default: all devices.
             order: order of the devices: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
             after: last device on the previous page, or the device's id. Default: the first page.
 
         Raises:
-            DeviceNotFoundError: if `order="paired_at"` and the argument `after` is the id of an absent device. To avoid
-                the error, pass a `Device` object instead of the id.
+            DeviceNotFoundError: if `order="paired_at"` and the argument `after` is the id of an absent device. Pass a
+                `Device` object to avoid the error.
         """
         if approved is not None and not isinstance(approved, bool):
             raise errors.InvalidArgumentError("approved must be True, False or None")
@@ -178,8 +177,7 @@ class DeviceStore(Store):
         expected_paired_at: datetime | None = None,
         expected_status: DeviceStatus | None = None,
     ) -> bool:
-        """Approve a device if the device still has the values that the administrator saw. If the device was already
-        approved, return False.
+        """Approve a device if the expected values still match. If the device was already approved, return False.
 
         Args:
             device_id: id of a pending or revoked device.
@@ -190,7 +188,7 @@ class DeviceStore(Store):
 
         Raises:
             DeviceNotFoundError: if the device does not exist.
-            ApprovalChangedError: if the role, secret, time of pairing or status differs from the expected value.
+            ApprovalChangedError: if a value of the device differs from the expected value.
         """
         role = _member(Role, expected_role, "expected_role")
         status = _member(DeviceStatus, expected_status, "expected_status") or DeviceStatus.PENDING
@@ -258,19 +256,18 @@ class DeviceStore(Store):
     ) -> bool:
         """Store the time at which a device was last seen. Return True if the method changed the row.
 
-        Without `at=…`, or for a time in the future, the method stores the current time. If the new time minus the
-        stored time is less than the argument `granularity`, the method does not change the row.
+        Without `at=…`, or for a future time, store the current time. If the time would advance by less than
+        `granularity`, keep the row.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
         return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
-        """Return two datetimes: the new time, and the new time minus the granularity."""
+        """Return the new time, and the new time minus the granularity."""
         types.check_duration(granularity, "granularity", zero=True)
         at = types.not_after(self._unit.now(), at, "at")
-        # Use a granularity of at least 1 ms. With a granularity of zero, several calls within one millisecond would
-        # write the same timestamp.
+        # With a granularity below 1 ms, several calls could write equal timestamps.
         return at, types.earlier(at, max(granularity, types.MILLISECOND))
 
     @writing()
@@ -298,8 +295,8 @@ class DeviceStore(Store):
         proof_verifier: str | None,
         previous_until: datetime | None = None,
     ) -> bool:
-        """Replace the hash of the secret if the stored hash is the expected hash. If the device does not exist or has a
-        different hash, return False. To compute the new hash too, call `Database.rotate_secret()`.
+        """Replace the expected hash by the hash of a new secret. If the device is absent or has another hash, return
+        False. To compute the new hash too, call `Database.rotate_secret()`.
 
         Args:
             device_id: id of the device.
@@ -310,8 +307,7 @@ class DeviceStore(Store):
 
         Raises:
             DeviceNotApprovedError: if `previous_until` is given and the device is not approved.
-            InvalidArgumentError: if a hash or the verifier is not a valid text, or if `previous_until` has no time
-                zone.
+            InvalidArgumentError: if a text is invalid or `previous_until` has no time zone.
         """
         values = {
             "device_id": self._searched(device_id, "device_id"),
@@ -339,7 +335,7 @@ class DeviceStore(Store):
         return self._unit.write(statements.REHASH, **values) > 0
 
     def _require_another_admin(self, device_id: str, *, force: bool) -> None:
-        """Lock all approved admins, and raise LastAdminError if the device is the only approved admin."""
+        """Raise LastAdminError if the device is the only approved admin."""
         device = self._searched(device_id, "device_id")
         if force or not self._unit.one(statements.IS_ADMIN, device_id=device):
             return
@@ -350,10 +346,10 @@ class DeviceStore(Store):
 
     @reading
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
-        """Return the device changes whose number is greater than the argument `after`, oldest first.
+        """Return the device changes after the given number, oldest first.
 
-        If the change with the given number no longer exists, the method returns a single change with `kind="reset"`.
-        After a `reset` change, read all devices again, and pass the number of the `reset` change to the next call.
+        If the given number no longer exists, return one change with `kind="reset"`. After a `reset` change, read all
+        devices again. Then pass the number of the `reset` change as `after`.
 
         Args:
             after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.
@@ -371,9 +367,8 @@ class DeviceStore(Store):
 
     @writing()
     def delete_changes(self, *, before: datetime, limit: int = 100) -> int:
-        """Delete device changes, oldest first, and return the number of deleted changes. Stop the deletion at the first
-        change that happened after the given time. Always keep the newest change. The argument `limit` is the maximum
-        number of deleted changes.
+        """Delete device changes, oldest first. Stop at the first change after the given time. Always keep the newest
+        change. Return the number of deleted changes, which is at most the limit.
         """
         return self._unit.write(
             statements.DELETE_OLD, before=types.check_timestamp(before, "before"), limit=types.check_limit(limit)

@@ -15,25 +15,23 @@ _columns: Any = _table.c
 _IN_PROGRESS, _COMPLETED, _FAILED = (constant(state, _columns.state.type) for state in IdempotencyState)
 _SCOPE = ("device_id", "method", "key")
 _SAME_SCOPE = equal(_table, *_SCOPE)
-# Do not let a row with an invalid state expire. Without the row, a retry could run the effect a second time.
+# Do not let a row with an invalid state expire. Without the row, a retry could repeat the effect.
 _ENDED = or_(_columns.state == _COMPLETED, _columns.state == _FAILED)
 _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
-"""SQL condition for the records that count as absent and that a sweep deletes."""
+"""SQL condition for expired records, which a sweep deletes."""
 
-# Count expired rows too, so that the statement reads only the index of the primary key. To skip expired rows, SQLite
-# would have to read the table, which can contain long rows.
+# Count expired rows too, so that SQLite does not read the table.
 COUNT = count(_table, equal(_table, "device_id"))
-# Do not replace `device_id + ""` by `device_id`, because the database would then use the primary key, not the index of
-# `expires_at` (`test_expired_keys_are_counted_by_the_index`).
+# Do not simplify `device_id + ""`. For plain `device_id`, the database would ignore the index of `expires_at`
+# (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = count(_table, EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 COUNT_EXPIRED = count(_table, EXPIRED)
 
 
 def _upsert(**values: Any) -> Statement[IdempotencyKey]:
-    """Return the statement that inserts a record. The statement replaces an expired record, because an expired record
-    counts as absent. The keyword arguments `state` and `result` are necessary. Each other keyword argument replaces the
-    default value of a column.
+    """Return the statement that inserts a record or replaces an expired record. The arguments `state` and `result` are
+    necessary. Other arguments replace the default values of columns.
     """
     values = {
         **dict.fromkeys(("fingerprint", "owner", "lease_expires_at", "downstream_key"), null()),
@@ -50,7 +48,7 @@ def _upsert(**values: Any) -> Statement[IdempotencyKey]:
     )
 
 
-# The type is Text and not JSON, because the store has already encoded the result.
+# The store has already encoded the result, so the type is Text.
 INSERT = _upsert(state=_COMPLETED, result=bindparam("json", type_=Text))
 CLAIM = _upsert(
     state=_IN_PROGRESS,
@@ -60,7 +58,7 @@ CLAIM = _upsert(
 )
 FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _NOT_EXPIRED), lock=True)
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# The condition `_OWNED` is a fence: an attempt that no longer owns the record can't change the record.
+# The condition `_OWNED` is a fence against attempts that lost the record.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)

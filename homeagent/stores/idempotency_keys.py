@@ -26,12 +26,12 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def insert(self, scope: IdempotencyScope, result: JsonValue, *, ttl: timedelta) -> IdempotencyKey:
-        """Store the result of a call, so that a retry gets the stored result.
+        """Store the result of a call for later retries.
 
         Args:
             scope: device, method and key of the call.
             result: JSON value of at most 1 MiB.
-            ttl: time for which retries get the result, more than zero and at most `Limits.longest_ttl`.
+            ttl: time for which retries get the result, 1 ms to `Limits.longest_ttl`.
 
         Raises:
             IdempotencyKeyExistsError: if the key has a record that has not expired.
@@ -53,7 +53,7 @@ class IdempotencyKeyStore(Store):
             expires_at=expires_at,
         ):
             raise errors.IdempotencyKeyExistsError(scope.device_id, scope.method)
-        # Do not validate the instance, because the validation would take three times as long as the insert.
+        # Do not validate the instance: validation would take longer than the insert.
         return as_loaded(
             IdempotencyKey,
             {
@@ -76,16 +76,14 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def find(self, scope: IdempotencyScope) -> IdempotencyKey | None:
-        """Return the record of a call, or None if the call has no record or the record has expired."""
+        """Return the record of a call. If the record is absent or expired, return None."""
         unit = self._unit
         if type(scope) is not IdempotencyScope:
             return unit.one(statements.FIND, **self._search(scope), now=unit.now())
         return unit.one(statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
-        """Return the parameters for a search. Do not apply the rules for new texts, because an old record can break the
-        rules.
-        """
+        """Return the parameters for a search. An old record can break the rules for new texts."""
         check_kind(scope, IdempotencyScope, "scope")
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
@@ -94,7 +92,7 @@ class IdempotencyKeyStore(Store):
         }
 
     def _require_room(self, scope: IdempotencyScope, now: datetime) -> None:
-        """Raise KeyLimitError if a new record of this scope would exceed the limit of the device."""
+        """Raise KeyLimitError if a new record would exceed the device's limit."""
         unit, device_id = self._unit, scope.device_id
         limit = unit.settings.limits.keys_per_device
         if not has_room(unit, "idempotency_keys", device_id, limit, now, self._count) and (
@@ -107,7 +105,7 @@ class IdempotencyKeyStore(Store):
         stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
         if stored < self._unit.settings.limits.keys_per_device:
             return stored
-        # Count the expired rows only if the device has reached the limit, because counting expired rows is slow.
+        # Count expired rows only at the limit, because the count is slow.
         return stored - (self._unit.one(statements.COUNT_EXPIRED_OF_DEVICE, device_id=device_id, now=now) or 0)
 
     # Methods that `run_once()` calls
@@ -130,18 +128,16 @@ class IdempotencyKeyStore(Store):
             scope: device, method and key of the call.
             fingerprint: fingerprint of the call's parameters, for example by `canonical_json.fingerprint_of()`.
             lease: time after which an attempt without renewal counts as abandoned. A lease of zero expires at once.
-            ttl: time for which retries get the outcome, more than zero and at most `Limits.longest_ttl`.
-            rerun: True to take over an abandoned attempt, and to run the effect again.
-            owner: random token of the caller. If the caller repeats the claim with the same token, the method returns
-                the same attempt.
+            ttl: time for which retries get the outcome, 1 ms to `Limits.longest_ttl`.
+            rerun: True to take over an abandoned attempt and run the effect again.
+            owner: random token of the caller. A repeated claim with the same token returns the same attempt.
 
         Raises:
             FingerprintMismatchError: if an earlier call used the key with different parameters.
             IdempotencyInProgressError: if another attempt has a lease that has not expired.
             OutcomeUnknownError: if an attempt was abandoned and `rerun=False`.
-            EffectFailedError: if the effect has failed permanently. The error contains the stored detail of the
-                failure.
-            KeyLimitError: if the key is new and the device has reached the maximum number of keys.
+            EffectFailedError: if the effect has failed permanently. The error contains the stored detail.
+            KeyLimitError: if the key is new and the device has reached the limit.
         """
         _check_new(scope)
         if fingerprint != "":
@@ -171,9 +167,9 @@ class IdempotencyKeyStore(Store):
     def _take_over(
         self, row: IdempotencyKey, now: datetime, lease_expires_at: datetime, *, owner: str, rerun: bool
     ) -> Attempt:
-        """Return the next attempt of a key in progress, if the present attempt is abandoned and `rerun=True`."""
+        """If `rerun=True`, replace an abandoned attempt and return the next attempt."""
         if row.owner == owner:
-            # The caller has already committed the same claim, but did not get the result of the commit.
+            # The caller repeats the same claim, for example after CommitUnknownError.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise errors.IdempotencyInProgressError(**_refusal(row), retry_after=row.lease_expires_at - now)
@@ -193,8 +189,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Renew the lease of an attempt, and return the attempt with the new lease. The argument `lease` is the
-        duration from now to the end of the lease. If the attempt no longer owns the key, raise `LeaseLostError`.
+        """Renew the lease of an attempt, and return the renewed attempt. The argument `lease` is the duration of the
+        new lease from now. If the attempt no longer owns the key, raise `LeaseLostError`.
         """
         check_kind(attempt, Attempt, "attempt")
         until = types.later(self._unit.now(), types.check_duration(lease, "lease", zero=True), "lease")
@@ -204,8 +200,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
-        """Record the result of the effect, so that a retry gets the stored result. If the result is not JSON or is over
-        1 MiB, record `omitted=True` instead of the result, and return False.
+        """Record the result of the effect for later retries. Omit a result that is not JSON or is over 1 MiB. For an
+        omitted result, record `omitted=True` and return False.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key.
@@ -223,8 +219,8 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def find_recorded(self, attempt: Attempt) -> IdempotencyKey | None:
-        """Return the outcome that the attempt has recorded, or None. After `CommitUnknownError`, the result of the
-        method shows whether the outcome was committed.
+        """Return the outcome that the attempt has recorded, or None. After `CommitUnknownError`, the result shows
+        whether the outcome was committed.
         """
         check_kind(attempt, Attempt, "attempt")
         row = self._unit.one(statements.ANY, **_parameters(attempt.scope))
@@ -239,7 +235,7 @@ class IdempotencyKeyStore(Store):
             json, omitted = types.encode_json(result, limit=types.MAX_RESULT_BYTES), False
         except errors.InvalidArgumentError:
             json, omitted = types.encode_json(None), True
-        # If the time `expires_at` has passed, count the `ttl` from now, so that the record does not expire at once.
+        # If the time `expires_at` has passed, count the ttl from now.
         expires_at = attempt.expires_at if attempt.expires_at > now else types.later(now, attempt.ttl, "ttl")
         self._write_fenced(
             statements.RECORD,
@@ -255,12 +251,10 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
-        """Release a key. Call the method only if the effect of the attempt did not begin.
+        """Release a key. Call the method only if the attempt's effect did not begin.
 
-        For the first attempt of a call, the method deletes the record. If the number of the attempt is 2 or more, the
-        method keeps the record, and the attempt counts as abandoned. The effect of an earlier attempt has perhaps
-        begun. With `none_began=True`, the caller states that no earlier attempt began its effect, and the method
-        deletes the record.
+        For the first attempt, delete the record. For a later attempt, keep the record as abandoned. The effect of an
+        earlier attempt has perhaps begun. Pass `none_began=True` if no earlier effect has begun, to delete the record.
 
         Raises:
             LeaseLostError: if the attempt no longer owns the key.
@@ -288,8 +282,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def resolve(self, scope: IdempotencyScope, result: JsonValue) -> bool:
-        """Record the result of an abandoned attempt, so that a retry gets the result. If the store contains no
-        abandoned attempt with this scope, return False.
+        """Record the result of an abandoned attempt for later retries. If the scope has no abandoned attempt, return
+        False.
 
         Raises:
             IdempotencyInProgressError: if the lease has not expired, because the effect is perhaps still running.
@@ -303,8 +297,8 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def forget(self, scope: IdempotencyScope) -> bool:
-        """Delete the record of an abandoned attempt, so that the next call runs the effect again. If the store contains
-        no abandoned attempt with this scope, return False.
+        """Delete the record of an abandoned attempt. The next call runs the effect again. If the scope has no abandoned
+        attempt, return False.
 
         Raises:
             IdempotencyInProgressError: if the lease has not expired, because the effect is perhaps still running.
@@ -326,7 +320,7 @@ class IdempotencyKeyStore(Store):
 
     @writing()
     def delete_ended(self, device_id: str) -> int:
-        """Delete a device's records, except records in progress, and return the number of deleted records."""
+        """Delete a device's completed and failed records. Return the number of deleted records."""
         return self._unit.write(statements.DELETE_ENDED, device_id=self._searched(device_id, "device_id"))
 
     @writing()
@@ -349,7 +343,7 @@ def _attempt_of(row: IdempotencyKey) -> Attempt:
 
 
 def _outcome(row: IdempotencyKey, fingerprint: str) -> Outcome | None:
-    """Return the outcome of a row, or None if the row is in progress."""
+    """Return the outcome, or None for a row in progress."""
     if row.fingerprint is not None and row.fingerprint != fingerprint:
         raise errors.FingerprintMismatchError(**_refusal(row))
     if row.state is IdempotencyState.FAILED:
@@ -365,7 +359,7 @@ def _refusal(row: IdempotencyKey) -> dict[str, Any]:
 
 
 def _parameters(scope: IdempotencyScope | IdempotencyKey) -> dict[str, Any]:
-    """Return the device's id, the method and the key as SQL parameters, without a check of the texts."""
+    """Return the scope's values as SQL parameters, without checks."""
     return {"device_id": scope.device_id, "method": scope.method, "key": scope.key}
 
 
@@ -373,5 +367,5 @@ def _check_new(scope: IdempotencyScope) -> None:
     """Check the scope for a new record."""
     if type(scope) is not IdempotencyScope:
         check_kind(scope, IdempotencyScope, "scope")
-        # Check the texts, because `IdempotencyScope.of_record()` accepts texts that are invalid in a new record.
+        # Check the texts: `IdempotencyScope.of_record()` accepts texts that are now invalid.
         IdempotencyScope(scope.device_id, scope.method, scope.key)

@@ -16,7 +16,7 @@ from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, reading, writing
 
 NONCE_GRACE = timedelta(hours=1)
-"""Time for which the row of an expired nonce stays, in case the clock is set back."""
+"""Time for which an expired nonce stays. The clock can be set back."""
 
 _table: Any = Nonce.__table__
 _columns: Any = _table.c
@@ -28,13 +28,13 @@ _CONSUME = Statement[Nonce](
         statement := insert(_table).values(**bindparams("nonce", "device_id", "expires_at"), created_at=_NOW)
     ).on_conflict_do_update(
         index_elements=["device_id", "nonce"],
-        # An expired nonce counts as absent even before a sweep deletes the row.
+        # An expired nonce counts as absent, even before a sweep.
         set_={"created_at": statement.excluded.created_at, "expires_at": statement.excluded.expires_at},
         where=_columns.expires_at <= _NOW,
     )
 )
 _FIND = Statement[Nonce](select(Nonce).where(equal(_table, "device_id", "nonce"), _columns.expires_at > _NOW))
-# Value of `created_at` for a nonce that an operator has excluded from the limit
+# Value of `created_at` for a nonce that `forget()` released.
 _RELEASED = constant(0, Integer())
 _COUNTED = (equal(_table, "device_id"), _columns.expires_at > _NOW, _columns.created_at != _RELEASED)
 _COUNT = count(_table, *_COUNTED)
@@ -52,7 +52,7 @@ class Freshness(StrEnum):
 
     FRESH = "fresh"
     STALE = "stale"
-    """The message was signed too long ago, or was signed before a restore, which can remove the record of a nonce."""
+    """The message is too old, or a restore perhaps removed the nonce."""
     FUTURE = "future"
     """The clock of the signer is too far ahead."""
     REPLAYED = "replayed"
@@ -67,16 +67,16 @@ class NonceStore(Store):
     @writing()
     @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int | None = None) -> bool:
-        """Consume a nonce. Of all callers with the same device and nonce, at most one caller gets True. If the time
-        `expires_at` has passed, return False.
+        """Consume a nonce. For a device's nonce, at most one caller gets True. If the time `expires_at` has passed,
+        return False.
 
-        Call the method in a separate unit, after the check of the signature and before the device gets access. If the
-        unit also did other work, a rollback of the unit would make the nonce usable again.
+        Check the signature before the call. Call the method in a separate unit, before the device gets access. A
+        rollback for other work would make the nonce usable again.
 
         Args:
             device_id: id of the signer. Two devices can use the same nonce.
             nonce: nonce of the signed message.
-            expires_at: time at which the message becomes too old: the signed timestamp plus the allowed skew.
+            expires_at: time at which the message expires: signed timestamp plus allowed skew.
             limit: maximum number of the device's unexpired nonces. A limit above `Limits.nonces_per_device` has no
                 effect.
 
@@ -93,9 +93,7 @@ class NonceStore(Store):
         return self._consume(device_id, nonce, expires_at, now, limit)
 
     def _consume(self, device_id: str, nonce: str, expires_at: datetime, now: datetime, limit: int | None) -> bool:
-        """Store a nonce. If the nonce is already stored and has not expired, return False. The caller must check the
-        device's id, the nonce and `expires_at`.
-        """
+        """Store a nonce. If an unexpired nonce is already stored, return False. The caller must check the arguments."""
         unit = self._unit
         bound = unit.settings.limits.nonces_per_device
         bound = bound if limit is None else min(types.check_limit(limit), bound)
@@ -106,7 +104,7 @@ class NonceStore(Store):
         return unit.write(_CONSUME, device_id=device_id, nonce=nonce, now=now, expires_at=expires_at) > 0
 
     def _count(self, device_id: str, now: datetime) -> int:
-        """Return the number of a device's unexpired nonces, without the nonces that `forget()` has released."""
+        """Return the number of nonces that count towards the device's limit."""
         return self._unit.one(_COUNT, device_id=device_id, now=now) or 0
 
     @writing()
@@ -131,24 +129,21 @@ class NonceStore(Store):
         signed_at = types.check_timestamp(signed_at, "signed_at")
         self._check_ttl(skew, "skew")
         now = self._unit.now()
-        # First refuse a future time, because adding the skew to a time in the year 9999 would raise an error.
+        # First refuse future times: the next sum could exceed the year 9999.
         if signed_at - now > skew:
             return Freshness.FUTURE
         expires_at = types.later(signed_at, skew, "skew")
         if expires_at <= now:
             return Freshness.STALE
         restored_at = self._restored_at()
-        # Refuse a message that was signed at `restored_at + skew` or earlier, because a restore can remove the nonce of
-        # the message.
+        # Refuse an older message, because the restore can have removed its nonce.
         if restored_at is not None and signed_at - restored_at <= skew:
             return Freshness.STALE
         fresh = self._consume(device_id, nonce, expires_at, now, limit)
         return Freshness.FRESH if fresh else Freshness.REPLAYED
 
     def _restored_at(self) -> datetime | None:
-        """Return the time of the last restore. Read the time only once for each connection, because the time can't
-        change while a connection is open.
-        """
+        """Return the time of the last restore. The time can't change while a connection is open."""
         memory = self._unit.connection_memory
         if "restored_at" not in memory:
             record = self._unit.one(FIND_RECORD)
@@ -161,7 +156,7 @@ class NonceStore(Store):
     @reading
     @clears_locals
     def find(self, device_id: str, nonce: str) -> Nonce | None:
-        """Return a consumed nonce, or None if the nonce was not consumed or has expired."""
+        """Return a consumed nonce, or None if the nonce is absent or expired."""
         return self._unit.one(
             _FIND,
             device_id=self._searched(device_id, "device_id"),
@@ -171,11 +166,11 @@ class NonceStore(Store):
 
     @writing()
     def forget(self, device_id: str) -> int:
-        """Make room for new nonces of a device. The nonces that are already in the store no longer count for the
-        device's limit. Return the number of nonces that no longer count.
+        """Make room for new nonces of a device. Stored nonces no longer count towards the device's limit. Return the
+        number of released nonces.
 
-        The rows stay until the nonces expire, so that a replay is still refused. Before the call, choose a smaller skew
-        (or an earlier `expires_at`) for new nonces, so that the device does not reach the limit again.
+        The rows stay until expiry, so the store still refuses replays. Before the call, choose a smaller skew or an
+        earlier `expires_at`. With the old skew, the device could reach the limit again.
         """
         device = self._searched(device_id, "device_id")
         return self._unit.write(_RELEASE, device_id=device, now=self._unit.now())
@@ -191,14 +186,14 @@ class NonceStore(Store):
 
 
 class ReplayGuard:
-    """Guard that accepts each signed message once, and only while the message is fresh.
+    """Guard that accepts a signed message once, while the message is fresh.
 
     Args:
         skew: allowed difference between a device's clock and the gateway's clock.
         limit: maximum number of a device's unexpired nonces. A limit above `Limits.nonces_per_device` has no effect.
 
     Raises:
-        InvalidArgumentError: if the skew is zero or negative, or if the limit is less than 1.
+        InvalidArgumentError: if the skew is below 1 ms or the limit below 1.
     """
 
     def __init__(self, *, skew: timedelta = timedelta(minutes=5), limit: int | None = None) -> None:

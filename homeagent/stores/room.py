@@ -1,8 +1,7 @@
-"""Limit for the rows of one device. Counting 10,000 rows takes as long as 40 inserts, so a process does not count
-before each insert. After a count, the process gets a grant: a number of rows that the process can add before the next
-count. For a limit of 50 or more, a grant is at most 2 % of the limit. For a limit below 50, a grant is one row. If
-several processes add rows, the device can exceed the limit. For up to 49 processes, the device stays below twice the
-limit.
+"""Limit for the rows of one device. Counting is slow, so a process does not count before each insert. A grant is the
+maximum number of rows between two counts. A grant is at most 2 % of a limit above 49. Below a limit of 50, a grant is
+one row. If several processes add rows, the device can exceed the limit. For up to 49 processes, the device stays below
+twice the limit.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ _LOCK_DEVICE = Statement[None](select(func.pg_advisory_xact_lock(func.hashtextex
 def has_room(
     unit: UnitOfWork, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
 ) -> bool:
-    """Return True if the caller can add a row for the device, and False if the device has reached the limit. Call this
-    function once for each new row. The function `count()` returns the number of a device's unexpired rows.
+    """Return True if the caller can add a row for the device. Call this function once for each new row. The function
+    `count()` returns the number of a device's unexpired rows.
     """
     grants = unit.settings.grants
     key = (kind, device_id, limit)
-    # The function `next()` is atomic, so two threads can't get the same number from the iterator.
+    # Two threads can't get the same number, because `next()` is atomic.
     if key in grants and next(grants[key], None) is not None:
         return True
     granted = _grant(limit, count(device_id, now))
-    # On PostgreSQL, a count does not include the rows of uncommitted transactions. Without the lock, each transaction
-    # that is open at the same time could exceed the limit by one row.
+    # On PostgreSQL, a count does not include uncommitted rows of other transactions. Without the lock, simultaneous
+    # transactions could exceed the limit.
     if granted == 1 and unit.settings.engine.dialect_name == "postgresql":
         unit.one(_LOCK_DEVICE, device_id=device_id)
         granted = _grant(limit, count(device_id, now))

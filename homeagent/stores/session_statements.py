@@ -36,15 +36,14 @@ ROUTE = ("agent_id", "sender_id", "channel_id")
 
 FIND = Statement[AgentSession](select(AgentSession).where(_columns.session_id == bindparam("id")), lock=True)
 BY_ROUTE = Statement[AgentSession](select(AgentSession).where(_columns.route_key == _route), lock=True)
-# Do not lock the session. With a lock, two units could deadlock, if one unit moves session A to the route of session B,
-# and the other unit moves session B to the route of session A.
+# Do not lock the session. With a lock, two opposite moves between two routes could deadlock.
 BY_ROUTE_UNLOCKED = Statement[AgentSession](select(AgentSession).where(_columns.route_key == _route))
-# With this lock, no other unit can delete the agent before this unit adds a session.
+# With the lock, no other unit can delete the agent.
 AGENT = Statement[str](
     select(_agents.c.id).where(_agents.c.id == bindparam("agent_id")).with_for_update(read=True, key_share=True)
 )
 _VALUES = {**bindparams("session_id", *ROUTE, "created_at", "last_active_at"), "metadata": bindparam("metadata_")}
-# Do not add `index_elements=…`. The statement must ignore two conflicts: an existing id, and a route that is not free.
+# Do not add `index_elements=…`. The statement must ignore conflicts of the id and of the route.
 CREATE = Statement[AgentSession](
     lambda insert: insert(_table).values(**_VALUES, route_key=_route).on_conflict_do_nothing(), returning=AgentSession
 )
@@ -63,9 +62,9 @@ MOVE = Statement[AgentSession](
 )
 RELEASE = Statement[AgentSession](update(AgentSession).where(_columns.route_key == _route).values(route_key=None))
 
-# Do not compare the stored route key, because the key can be stale.
+# Do not compare the stored route key, which can be stale.
 _IS_ON_ROUTE = and_(*(_columns[name].is_not_distinct_from(bindparam(name)) for name in ROUTE))
-# A route key is stale if, for example, a bulk UPDATE changed a session's sender but not the route key.
+# A route key is stale, for example, after a bulk UPDATE of senders.
 RELEASE_STALE = Statement[AgentSession](
     update(AgentSession).where(_columns.route_key == _route, not_(_IS_ON_ROUTE)).values(route_key=None)
 )
@@ -88,16 +87,14 @@ INDEX = Statement[AgentSession](
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
     """Return the columns for sorting. The session with the latest activity comes last."""
-    # Do not simplify the expression `last_active_at + 0`. For the plain column `last_active_at`, SQLite would use a
-    # different index, and would read the sessions of other routes (`test_a_route_is_searched_by_its_index`).
+    # Do not simplify the expression `last_active_at + 0`. For plain `last_active_at`, SQLite would read sessions of
+    # other routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
 def _others_on(route: Any, given: frozenset[str]) -> list[Any]:
-    """Return the conditions for the sessions with the agent, sender and channel of `route`. The set named `given`
-    contains the names of the columns that are not NULL.
-    """
-    # Do not use IS NOT DISTINCT FROM here, because PostgreSQL would not use an index.
+    """Return the conditions for the sessions on the route. The set named `given` has the columns that are not NULL."""
+    # For IS NOT DISTINCT FROM, PostgreSQL would not use an index.
     return [_others.c[name] == route[name] if name in given else _others.c[name].is_(None) for name in ROUTE]
 
 
@@ -119,15 +116,15 @@ def last_active(given: frozenset[str]) -> Statement[str]:
 
 @cache
 def give(given: frozenset[str]) -> Statement[AgentSession]:
-    """Return the statement that sets a route key. If the route is free, its last active session gets the route key.
-    On PostgreSQL, the statement violates the unique index if another transaction takes the route at the same time.
+    """Return the statement that sets a route key. If the route is free, its last active session gets the route key. On
+    PostgreSQL, simultaneous statements can violate the unique index.
     """
     is_free = not_(exists().where(_columns.route_key == _route).correlate(None))
     candidate = _last_active(given, is_free).correlate(None)
     return Statement(
         update(AgentSession)
-        # Keep the condition `_IS_ON_ROUTE`. If another transaction moves the session, PostgreSQL checks the condition
-        # again for the changed row.
+        # Keep the condition `_IS_ON_ROUTE`. PostgreSQL checks the condition again if another transaction moves the
+        # session.
         .where(_columns.session_id == candidate.scalar_subquery(), _IS_ON_ROUTE)
         .values(route_key=_route)
     )
@@ -135,7 +132,7 @@ def give(given: frozenset[str]) -> Statement[AgentSession]:
 
 @cache
 def release_earlier(given: frozenset[str]) -> Statement[AgentSession]:
-    """Return the statement that frees a route if the holder is not the last active session on the route."""
+    """Return the statement that frees a route. A holder that is the last active session keeps the route."""
     is_later = tuple_(*_activity(_others.c)) > tuple_(*_activity(_columns))
     has_rival = exists().where(*_others_on(_columns, given), is_later)
     return Statement(update(AgentSession).where(_columns.route_key == _route, has_rival).values(route_key=None))

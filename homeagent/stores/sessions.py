@@ -1,4 +1,4 @@
-"""The store of sessions. At most one session holds a route, which is the combination of agent, sender and channel.
+"""The store of sessions. A route is the combination of agent, sender and channel. At most one session holds a route.
 
 | event | holder of the route afterwards |
 |---|---|
@@ -9,8 +9,8 @@
 | `index()` | the last active session |
 | `delete()`, or a flush of `uow.session` deletes or moves the holder | none: the route is free |
 
-If several sessions have the same `last_active_at`, the session with the latest `created_at` counts as the last active
-session. If the times of creation are equal too, the last active session is the session with the greatest id.
+The last active session has the latest `last_active_at`. For equal activity, the later `created_at` decides. For equal
+times of creation, the greater id decides.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> P
 
 
 def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return a route for a search. The route can contain texts that a new session must not contain."""
+    """Return a route for a search. The texts can break the rules for new texts."""
     check_searched(agent_id, "agent_id")
     for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
         if value is not None:
@@ -55,7 +55,7 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
     """Return True if the session is on the route. Do not compare the route keys, because a stored key can be stale."""
-    # Get the values from the dictionary `__dict__`, because access to the attributes takes five times as long.
+    # Read the dictionary `__dict__`, because reading attributes is slower.
     values = session.__dict__
     return bool(
         values["agent_id"] == route["agent_id"]
@@ -76,7 +76,7 @@ class SessionStore(Store):
 
     @writing()
     def create(self, session: models.AgentSessionCreate) -> AgentSession:
-        """Add a session. If no other session holds the route of the new session, the new session takes the route.
+        """Add a session. If the route is free, the new session takes the route.
 
         Raises:
             SessionExistsError: if a session with this id already exists.
@@ -136,14 +136,14 @@ class SessionStore(Store):
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the session that holds a route.
 
-        If no session holds the route, the last active session with this agent, sender and channel takes the route.
-        If the route has no session, the method adds a session. Calls for a route at the same time get the same session.
+        A free route goes to the last active session on the route. If the route has no session, the method adds a
+        session. Simultaneous calls for a route get the same session.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
-        # Use a loop, because another caller can change the sessions of the route between two statements.
+        # Repeat, because another caller can change the sessions between two statements.
         while True:
             session = self._unit.one(statements.BY_ROUTE, route=route["route"])
             if session is not None and _is_on(session, route):
@@ -151,7 +151,7 @@ class SessionStore(Store):
             self._require_agent(agent_id)
             if session is not None:
                 self._unit.write(statements.RELEASE_STALE, **route)
-            # If the database can't store the sender or the channel, skip the search, because no session can match.
+            # If the database can't store a text, no session can match.
             is_text = None not in (
                 self._searched(sender_id or "", "sender_id"),
                 self._searched(channel_id or "", "channel_id"),
@@ -159,7 +159,7 @@ class SessionStore(Store):
             if is_text and self._unit.one(statements.last_active(_given(route)), **route) is not None:
                 self._take(statements.give(_given(route)), route)
                 continue
-            # Check the texts after the search, because an existing session can break the rules for new texts.
+            # Check after the search: only a new session must follow the rules.
             check_optional_label(sender_id, "sender_id")
             check_optional_label(channel_id, "channel_id")
             created = self._insert(route, new_session_id(), self._unit.now())
@@ -171,8 +171,8 @@ class SessionStore(Store):
         return self._unless_taken(lambda: self._unit.write(statement, **route))
 
     def _unless_taken(self, write: Callable[[], object]) -> bool:
-        """Call a function that sets route keys. If another transaction has just taken one of the routes, undo the
-        changes of the function, and return False.
+        """Call a function that sets route keys. If another transaction has taken a route, undo the changes and return
+        False.
         """
         try:
             with self._unit.savepoint():
@@ -195,7 +195,7 @@ class SessionStore(Store):
         now = self._unit.now()
         while True:
             self._unit.write(statements.RELEASE, route=route["route"])
-            # Repeat the loop if another caller takes the route between the release and the insert.
+            # Repeat if another caller takes the route before the insert.
             started = self._insert(route, new_session_id(), now)
             if started is not None:
                 return started
@@ -209,12 +209,10 @@ class SessionStore(Store):
         sender_id: str | EllipsisType | None = ...,
         channel_id: str | EllipsisType | None = ...,
     ) -> AgentSession:
-        """Give a session a different agent, sender or channel, and return the session. The moved session takes the new
-        route.
+        """Change the agent, sender or channel of a session. Return the session, which holds the new route.
 
-        The move can free the old route. The last active session that remains on the free route then takes the route.
-        If the caller passes only the argument `session_id`, the session takes the free route of its agent, sender and
-        channel.
+        A move of the holder frees the old route. A free route goes to the last active session on the route. With only
+        the argument `session_id`, the session takes its present route.
 
         Args:
             session_id: id of the session.
@@ -228,7 +226,7 @@ class SessionStore(Store):
             RouteTakenError: if another session holds the new route. The error has the id of the other session in
                 `error.session_id`.
         """
-        # Lock the agent before the session, as the method `agents.delete()` does, to prevent a deadlock.
+        # Lock the agent before the session, like `agents.delete()`, to prevent a deadlock.
         agent = (
             None if agent_id is ... else self._unit.one(statements.AGENT, agent_id=self._searched(agent_id, "agent_id"))
         )
@@ -270,8 +268,8 @@ class SessionStore(Store):
             sender_id: sender of the selected sessions. Default: all senders.
             channel_id: channel of the selected sessions. Default: all channels.
             limit: maximum number of sessions, 1 or more.
-            after: last session of the previous page. Default: the first page. If a session does not change between the
-                calls, the session appears on exactly one page.
+            after: last session of the previous page. Default: the first page. Each unchanged session appears on exactly
+                one page.
         """
         if after is not None and not isinstance(after, AgentSession):
             raise errors.InvalidArgumentError("after must be the last session of the page before")
@@ -283,8 +281,8 @@ class SessionStore(Store):
 
     @writing()
     def touch(self, session_id: str, at: datetime | None = None) -> bool:
-        """Store the time of a session's last activity. Without `at=…`, or for a time in the future, store the current
-        time. Return True if the method changed the stored time.
+        """Store the time of a session's last activity. Without `at=…`, or for a future time, store the current time.
+        Return True if the method changed the stored time.
         """
         session = self._searched(session_id, "session_id")
         return self._unit.write(statements.TOUCH, id=session, at=not_after(self._unit.now(), at, "at")) > 0
@@ -309,20 +307,19 @@ class SessionStore(Store):
 
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
-        """Rebuild the index of transcripts: add sessions, or move the last activity of existing sessions forward.
-        Return the number of sessions in the argument.
+        """Rebuild the index of transcripts. Return the number of sessions in the argument.
 
-        An existing session keeps the agent, sender, channel, time of creation and metadata. The last active session on
-        a route takes the route.
+        Add each new session. For an existing session, only replace `last_active_at` by a later time. The last active
+        session on a route takes the route.
 
         Args:
             sessions: transient `AgentSession` objects, which the method reads in batches. Times in the future count as
                 the current time.
-            progress: function that the method calls after each batch, with the number of sessions written so far.
+            progress: function that gets the number of written sessions after each batch.
 
         Raises:
-            InvalidArgumentError: if `sessions` is not an iterable, or an item is not a session. Roll back the unit
-                after the error, because the unit has already written earlier batches.
+            InvalidArgumentError: if `sessions` is not an iterable, or an item is not a session. After the error, roll
+                back the unit, which contains earlier batches.
             AgentNotFoundError: if a session's agent does not exist.
         """
         if not isinstance(sessions, Iterable):
@@ -334,7 +331,7 @@ class SessionStore(Store):
         iterator = iter(sessions)
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
-            # Finish the generator `_rows()` before the write, because the generator itself reads from the database.
+            # Finish the generator before the write, because the generator reads the database.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
             while not self._unless_taken(partial(self._index_rows, rows)):
                 pass  # try again, because another transaction has taken a route (only on PostgreSQL)
@@ -344,8 +341,8 @@ class SessionStore(Store):
         return total
 
     def _index_rows(self, rows: Sequence[Parameters]) -> None:
-        """Write a batch. Pass the sessions in descending order of `last_active_at`, so that the last active session
-        takes the route.
+        """Write rows that are in descending order of `last_active_at`. The first new session of a free route takes the
+        route.
         """
         routes: dict[frozenset[str], dict[str, Parameters]] = {}
         for row in rows:

@@ -1,4 +1,4 @@
-"""Base class of the stores, and decorators that declare whether a store's method reads or writes."""
+"""Base class of the stores, and decorators for their methods."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Access(Enum):
 
     READ = auto()
     WRITE = auto()
-    """The method runs in a unit, which homeagent repeats if the database is busy."""
+    """If the database is busy, homeagent repeats the unit of the method."""
     STREAM = auto()
-    """The method runs in a unit, which homeagent does not repeat, because an iterable can be read only once."""
+    """homeagent does not repeat the unit: an iterable can be read only once."""
 
 
 def access_of(method: object) -> Access | None:
-    """Return the declaration of a store's method, or None for an object without a declaration."""
+    """Return the kind of a store's method, or None for other objects."""
     return getattr(method, "homeagent_access", None)
 
 
@@ -48,9 +48,8 @@ def reading(method: F) -> F:
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
     """Declare that a store's method writes. If `stream` is True, the method consumes an iterable.
 
-    If some calls of the method do not write, pass a check function in the argument named `unless`. Outside a unit,
-    homeagent first calls the check function with the arguments of the method. If the check function returns a tuple
-    `(True, result)`, homeagent returns the result without a call of the method.
+    The argument `unless` is a function that detects calls without a write. Outside a unit, homeagent first calls the
+    function with the same arguments. If the function returns `(True, result)`, homeagent returns the result at once.
     """
 
     def declare(method: Any) -> Any:
@@ -61,12 +60,12 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
 
 class Store:
-    """Base class of the stores. An application derives a class for each of its own tables.
+    """Base class of the stores. An application derives a class for each own table.
 
-    A method of a store runs statements by the methods of `self.unit`, and passes the value of each `bindparam()` as a
-    keyword argument. If the value of a `bindparam()` is absent, the unit raises InvalidArgumentError. After the end of
-    the unit, the methods of `self.unit` raise UnitStateError. A store's method must have no side effect outside the
-    unit, because homeagent can call the method twice.
+    A method of a store runs statements by the methods of `self.unit`. Pass the value of each `bindparam()` as a keyword
+    argument. If a value is absent, the unit raises InvalidArgumentError. After the end of the unit, the methods of
+    `self.unit` raise UnitStateError. A store's method must have no side effect outside the unit. If the database is
+    busy, homeagent can call the method again.
     """
 
     __slots__ = ("_unit",)
@@ -80,10 +79,8 @@ class Store:
         return self._unit
 
     def _searched(self, value: str, what: str) -> str | None:
-        """Return the given text, or None if the database can't store the text. A search for None finds no row. No
-        database can hold a lone surrogate, and PostgreSQL can't hold NUL.
-        """
-        # The method `isprintable()` returns False for each text with a lone surrogate or NUL.
+        """Return the text, or None if the database can't store the text. A search for None finds no row."""
+        # For a lone surrogate or NUL, `isprintable()` returns False.
         if value.__class__ is str and value.isprintable():
             return value
         check_searched(value, what)
@@ -92,7 +89,7 @@ class Store:
         return None if "\0" in value and self._unit.settings.engine.dialect_name == "postgresql" else value
 
     def _check_ttl(self, ttl: timedelta, what: str) -> timedelta:
-        """Return the duration if it is more than zero and at most `Limits.longest_ttl`."""
+        """Return the duration if it is from 1 ms to `Limits.longest_ttl`."""
         longest = self._unit.settings.limits.longest_ttl
         if not (isinstance(ttl, timedelta) and MILLISECOND <= ttl <= longest):
             check_duration(ttl, what)

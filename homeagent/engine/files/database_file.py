@@ -1,6 +1,5 @@
-"""Locate, inspect and create the files of a SQLite database. Do not open a database file or a sidecar file in this
-module. A process that closes any descriptor of a file loses all POSIX locks of SQLite on the file
-(https://sqlite.org/howtocorrupt.html, section 2.2).
+"""Locate, inspect and create the files of a SQLite database. Do not open a file that SQLite has open in this process.
+Closing any descriptor of the file would release SQLite's locks (https://sqlite.org/howtocorrupt.html, section 2.2).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from homeagent.errors import (
 logger: logging.Logger = logging.getLogger("homeagent")
 
 # The smallest database has one page of the smallest size (https://sqlite.org/fileformat2.html, section 1.3.2). SQLite
-# treats a file of fewer than 512 bytes as an empty database, so all revocations and nonces would be lost.
+# treats a file below 512 bytes as an empty database. All revocations and nonces would be lost.
 SMALLEST_DATABASE = 512
 
 FILE_MODE = 0o600
@@ -38,12 +37,12 @@ _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
-_ATTEMPTS = 10  # a correct program does not replace a file of SQLite ten times during one inspection
+_ATTEMPTS = 10  # a correct program does not replace a file so often
 
 
 def locate_file(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a file, which can be missing. Resolve links to directories, but not a link in the
-    last component, so that `inspect_file()` can refuse the link.
+    """Return the absolute path of a file, which can be missing. Resolve only links to directories. The function
+    `inspect_file()` refuses a link in the path's last component.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"a path must be a str or a PathLike, not {type(path).__name__}")
@@ -51,8 +50,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
     if not text:
         raise InvalidArgumentError("the path of a database is empty: name a file")
     if CONTROL_CHARACTER.search(text):
-        # A path from a text file can end with a line break. SQLite would create a new database under the path with the
-        # line break.
+        # A path from a text file can end with a line break. SQLite would include the line break in the file's name.
         raise InvalidArgumentError("the path holds a control character, such as a line break: remove the character")
     try:
         expanded = Path(text).expanduser()
@@ -62,7 +60,7 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
         try:
             absolute = expanded.absolute()
             found = Path(os.path.realpath(absolute.parent)) / absolute.name
-            # Manifests and reports contain the path as JSON text, which must be UTF-8.
+            # Manifests and reports contain the path as JSON text in UTF-8.
             str(found).encode()
         except UnicodeEncodeError:
             raise InvalidArgumentError(f"the path {text!r} or its directory is not UTF-8: name another file") from None
@@ -70,22 +68,21 @@ def locate_file(path: str | os.PathLike[str]) -> Path:
 
 
 def sidecars(path: Path) -> list[Path]:
-    """Return the paths of the WAL, the WAL index and the rollback journal (https://sqlite.org/tempfiles.html)."""
+    """Return the paths of the WAL, WAL index and rollback journal (https://sqlite.org/tempfiles.html)."""
     return [path.with_name(path.name + suffix) for suffix in _SIDECAR_SUFFIXES]
 
 
 def secure_sidecars(path: Path) -> list[Path]:
-    """Inspect each sidecar file, because SQLite does not correct the mode of an existing file. Return the files."""
+    """Inspect and return the existing sidecar files. SQLite does not correct the mode of an existing file."""
     return [sidecar for sidecar in sidecars(path) if inspect_file(sidecar, is_database=False) is not None]
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """Raise an error if a WAL has content, but its database is missing or empty. SQLite itself would delete the WAL. A
-    caller that creates a database must hold `sidecar_lock`.
+    """Raise an error if a non-empty WAL lacks a non-empty database. SQLite itself would delete the WAL. A caller that
+    creates a database must hold `sidecar_lock`.
     """
     log = sidecars(path)[0]
-    # Read the size of the WAL first. If another process creates both files between the two reads, this function must
-    # accept the new files.
+    # Read the size of the WAL first. Another process can create both files between the two reads.
     if size_of(log) and not size_of(path):
         raise CorruptDatabaseError(
             f"{quoted(path)} is gone or empty, but its log {quoted(log)} is not: restore a backup, "
@@ -94,8 +91,8 @@ def refuse_orphaned_log(path: Path) -> None:
 
 
 def create_file(path: Path, *, database: Path | None = None) -> bool:
-    """Create an empty database file with mode 0600, or return False if the file exists. The caller must hold
-    `sidecar_lock`, so that no other thread opens the file before this function closes the descriptor.
+    """Create an empty database file with mode 0600. Return False if the file exists. The caller must hold
+    `sidecar_lock`. Otherwise another thread could open the file before the close.
     """
     with explained("create", path):
         descriptor = create_descriptor(path, database=database)
@@ -112,16 +109,16 @@ def create_file(path: Path, *, database: Path | None = None) -> bool:
 
 
 def create_descriptor(path: Path, *, database: Path | None = None) -> int | None:
-    """Create an empty file with mode 0600 and return its descriptor. If the path already exists, return None. For a
-    copy outside the database directory, pass the path of the source database (see `give_to_owner`).
+    """Create an empty file with mode 0600, and return its descriptor. If the path exists, return None. For a copy in
+    another directory, pass the database's path (see `give_to_owner`).
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | OPEN_FLAGS, FILE_MODE)
     except FileExistsError:
         return None
     try:
-        # Set the mode again, because the umask removes bits from the mode of a new file. Do not read the umask, because
-        # the system call for reading changes the umask of all threads.
+        # Set the mode again, because the umask removes bits from a mode. Do not read the umask. The system call would
+        # change the umask of all threads.
         with suppress(PermissionError):
             os.fchmod(descriptor, FILE_MODE)
         if stat.S_IMODE(os.fstat(descriptor).st_mode) != FILE_MODE:
@@ -135,11 +132,11 @@ def create_descriptor(path: Path, *, database: Path | None = None) -> int | None
 
 
 def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
-    """Open a regular file of a trusted user for reading. Do not call this function for a file that SQLite has open in
-    this process, because closing the returned file would release SQLite's locks.
+    """Open a regular file of a trusted user for reading. Do not pass a file that SQLite has open in this process.
+    Closing the returned file would release SQLite's locks.
     """
-    # Check the open file and not the path, because another process could replace the file between a check and the open.
-    # Without O_NONBLOCK, opening a pipe would wait for a writer.
+    # Check the open file, because another process can replace the path's file. Without O_NONBLOCK, opening a pipe would
+    # wait for a writer.
     file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS | os.O_NONBLOCK), "rb")
     try:
         refuse_insecure(path, os.fstat(file.fileno()), owners)
@@ -152,11 +149,11 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
 def inspect_file(
     path: Path, *, is_database: bool = True, complete_empty: bool = False, repair: bool = True
 ) -> os.stat_result | None:
-    """Refuse an unsafe file, and narrow the mode of the caller's own file to 0600, without opening the file.
+    """Refuse an unsafe file, without opening the file. Narrow the mode of the caller's own file to 0600.
 
     With `is_database=True`, refuse a file that is too short for a database. With `is_database=True` or
-    `complete_empty=True`, set the mode of an empty file to 0600. With `repair=False`, do not change the mode, because
-    the file can belong to another application. Return the result of `lstat`, or None if the file does not exist.
+    `complete_empty=True`, set an empty file's mode to 0600. With `repair=False`, do not change the mode. Return the
+    result of `lstat`, or None for a missing file.
     """
     for _ in range(_ATTEMPTS):
         status = look_at(path)
@@ -164,8 +161,8 @@ def inspect_file(
             return None
         refuse_replaceable(path.parent)
         refuse_insecure(path, status, trusted_owners(path.parent))
-        # As root, do not change the mode of another user's file. The user could replace the file, and root would change
-        # the mode of a different file.
+        # As root, do not change the mode of another user's file. The user could make root change the mode of a
+        # different file.
         if status.st_uid != os.geteuid() and status.st_mode & 0o077:
             raise _not_the_callers(path, status)
         if is_database and 0 < status.st_size < SMALLEST_DATABASE:
@@ -201,7 +198,7 @@ def inspect_file(
 
 
 def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) -> None:
-    """Refuse a file that is not regular, has several hard links, or does not belong to one of the given owners."""
+    """Accept only a regular file of the given owners with one link. Otherwise raise an error."""
     if stat.S_ISLNK(status.st_mode):
         raise InsecureFileError(f"{quoted(path)} is a symbolic link: name the file itself, or remove the link")
     if stat.S_ISDIR(status.st_mode):
@@ -225,7 +222,7 @@ def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) 
 
 
 def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
-    """Return the error for a file whose owner is not the user that runs the process. The error names both user ids."""
+    """Return the error for a file of another user. The error names both user ids."""
     return InsecureFileError(
         f"{quoted(path)} belongs to user {status.st_uid} and you are {os.geteuid()}: run as its owner, "
         "or let an administrator chown it to you and chmod it to 600"
@@ -233,21 +230,21 @@ def _not_the_callers(path: Path, status: os.stat_result) -> InsecureFileError:
 
 
 def change_mode(path: Path, mode: int) -> None:
-    """Change the mode of the caller's own file or directory without following a link, or raise InsecureFileError."""
+    """Change the mode of the caller's own file or directory. For a link or a refused mode, raise InsecureFileError."""
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # Python raises NotImplementedError for a link, and on some systems for every file.
+        # Python raises NotImplementedError for a link, on some systems for every file.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)
     except PermissionError as error:
-        # This user owns the file, so only the file system can refuse the new mode.
+        # The caller owns the file, so the file system refused the mode.
         raise modes_not_kept(path) from error
 
 
 def modes_not_kept(path: Path) -> InsecureFileError:
-    """Return the error for a file system that does not keep the mode of a file or directory."""
+    """Return the error for a file system that does not keep modes."""
     return InsecureFileError(
         f"{quoted(path)} can't be made private, its file system does not keep modes or does not let them change: "
         "move the database to another file system"
@@ -270,5 +267,5 @@ def size_of(path: Path) -> int:
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int]:
-    """Return the device and inode of a file, which do not change if the file is renamed."""
+    """Return the device and inode of a file. A rename keeps both values."""
     return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""Create a private directory for a database, and log a warning about an existing directory that is not safe."""
+"""Create a private directory for a database. Log a warning about an unsafe existing directory."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _warn_once(directory: Path, problem: str) -> None:
 
 
 def make_temporary_directory() -> Path:
-    """Make a private directory in the directory for temporary files, or raise DatabaseError."""
+    """Make a private directory for temporary files, or raise DatabaseError."""
     try:
         parent = Path(tempfile.gettempdir())
     except FileNotFoundError:
@@ -75,8 +75,8 @@ def _give_to_parents_owner(made: Path) -> None:
         return
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
     with ExitStack() as stack:
-        # Use descriptors, because the owner of the parent directory could replace the path's directories by links.
-        # Replacing the new directory by another empty directory does no harm.
+        # Use descriptors, because another user could replace a directory by a link. A replacement by another empty
+        # directory does no harm.
         parent = os.open(made.parent, flags)
         stack.callback(os.close, parent)
         descriptor = os.open(made.name, flags | os.O_NOFOLLOW, dir_fd=parent)

@@ -1,6 +1,5 @@
-"""Check that the name of a database still refers to the file that was opened. In WAL mode SQLite itself does not check
-the name of an open file. After a replacement of the file, SQLite would use the old file, and all changes would be lost
-when the process ends (https://sqlite.org/howtocorrupt.html, section 4).
+"""Check that a database's name still refers to the opened file. In WAL mode, SQLite itself does not check the name.
+Changes to a replaced file are lost when the process ends (https://sqlite.org/howtocorrupt.html, section 4).
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ _INTERVAL = 0.01
 
 
 class FileIdentityCheck:
-    """Checks the identity (device and inode) of one open database's file, its WAL and its WAL index. With
-    `strict=True`, every commit checks the file. The attribute `due` is the time of the next check, by the monotonic
-    clock. If the attribute `marked_corrupt` is set, every check raises CorruptDatabaseError.
+    """Checks the identities of an open database's file, WAL and WAL index. With `strict=True`, every commit checks the
+    file. The attribute `due` is the next check's time by the monotonic clock. If the attribute `marked_corrupt` is set,
+    every check raises CorruptDatabaseError.
     """
 
     def __init__(self, path: Path, *, strict: bool, on_moved: Callable[[], object] = lambda: None) -> None:
         self._on_moved = on_moved
         self._strict = strict
         self.monotonic: Callable[[], float] = monotonic
-        # Convert the paths to text only once, because a conversion takes as long as a check.
+        # Convert the paths once. A conversion to text takes as long as a check.
         self._name = str(path)
         self._wal_files = [str(each) for each in sidecars(path)[:2]]
         self.identity: tuple[int, int] | None = None
@@ -38,13 +37,11 @@ class FileIdentityCheck:
 
     @property
     def remembers_log(self) -> bool:
-        """True if this object has recorded the identity of the WAL or of the WAL index."""
+        """True if the identity of the WAL or WAL index is recorded."""
         return bool(self._known)
 
     def before_connect(self) -> None:
-        """Check the files before a connection is opened. Do not record the identity of a WAL yet, because another
-        process can delete the WAL before the connection is open.
-        """
+        """Check the files before a connection opens. Do not record a WAL, which another process can still delete."""
         self._check(beside=self.remembers_log, remember=False)
 
     def connected(self) -> None:
@@ -53,22 +50,20 @@ class FileIdentityCheck:
             status = _status(self._name)
             self.identity = None if status is None else identity_of(status)
         else:
-            # Do not run this check for the first connection, because SQLite can truncate an incomplete file to 0 bytes.
+            # Skip the check for the first connection. SQLite can empty an incomplete file.
             self._check()
 
     def disconnected(self) -> None:
-        """Forget the identities of the WAL files, because SQLite can delete the files while no connection is open."""
+        """Forget the WAL files. Without an open connection, SQLite can delete the WAL files."""
         self._known = {}
 
     def after_begin(self) -> None:
-        """Check the files after BEGIN. During a transaction, SQLite deletes neither the WAL nor the WAL index."""
+        """Check the files after BEGIN. During a transaction, SQLite does not delete the WAL files."""
         self._check()
         self.due = self.monotonic() + _INTERVAL
 
     def before_commit(self) -> None:
-        """Check the files if the last check is at least 10 ms old. With `strict=True`, check the database file at every
-        call.
-        """
+        """Check the files at most once every 10 ms. With `strict=True`, check the database file at every call."""
         if self.monotonic() >= self.due:
             self.after_begin()
         elif self._strict:
@@ -83,7 +78,7 @@ class FileIdentityCheck:
         return None
 
     def _check(self, *, beside: bool = True, remember: bool = True) -> None:
-        """Raise an error if a file moved or the database is marked corrupt. With `beside=True`, check the WAL too."""
+        """Raise an error for a moved file or a database marked corrupt. With `beside=True`, check the WAL too."""
         due, self.due = self.due, 0.0  # after an error, the next unit must check the files again
         if self.marked_corrupt is not None:
             raise CorruptDatabaseError(self.marked_corrupt)

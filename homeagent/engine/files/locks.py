@@ -1,4 +1,4 @@
-"""Locks between threads and between processes, on separate files that SQLite does not open."""
+"""Locks between threads and processes, on files that SQLite does not open."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.001, 0.05  # seconds until a waiting caller tri
 
 class FileLock:
     """A lock by `flock()` between threads and processes. The holder can write a short text, the marker, for the next
-    holder. With `exclusive_if_free=True`, the lock is exclusive if the lock has no other holder, and otherwise shared.
-    With `writable=False`, the mode of the file does not change, and the holder can't write a marker.
+    holder. With `exclusive_if_free=True`, `acquire()` tries an exclusive lock before a shared lock. With
+    `writable=False`, the object can't change the mode or write a marker.
     """
 
     def __init__(
@@ -69,14 +69,13 @@ class FileLock:
         _held.discard(self)
         with explained("unlock", self.path):
             try:
-                # Unlock the file before the close. The close does not release the lock while a new child process has a
-                # copy of the descriptor.
+                # Unlock the file first. A new child process can keep a copy of the descriptor open.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
             finally:
                 os.close(descriptor)
 
     def withdraw(self) -> None:
-        """Release the lock. Remove an empty file that this object created, if no other process has locked the file."""
+        """Release the lock. Without another holder, remove an empty file that this object created."""
         if self._made:
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,12 +91,11 @@ class FileLock:
         self.release()
 
     def read_marker(self) -> str | None:
-        """Return the marker that an earlier holder of the lock left, or None. The caller must hold the lock."""
+        """Return the marker of an earlier holder, or None. The caller must hold the lock."""
         with explained("read", self.path):
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             content = os.read(self._descriptor, 4096)
-        # Return only the first line. After a power cut during `write_marker()`, a part of the old marker can follow the
-        # first line.
+        # Return only the first line. After a power cut, a part of the old marker can follow.
         return content.split(b"\n", 1)[0].decode("utf-8", "replace") if content else None
 
     def write_marker(self, text: str) -> None:
@@ -113,7 +111,7 @@ class FileLock:
         """Replace the content of the lock file, and sync the file. The caller must hold an exclusive lock."""
         with explained("write", self.path):
             os.lseek(self._descriptor, 0, os.SEEK_SET)
-            # Write the marker first and truncate the file afterwards, so that the file always contains a marker.
+            # Write before truncating, so that the file always contains a marker.
             written = os.write(self._descriptor, content)
             os.ftruncate(self._descriptor, written)
             sync(self._descriptor)
@@ -121,7 +119,7 @@ class FileLock:
             raise DiskFullError(f"the disk has no room to write {quoted(self.path)}: free some space")
 
     def _try(self) -> bool:
-        """Try to lock the file. Each call opens the path again, because another process can replace the file."""
+        """Try to lock the file. Each call opens the path, because another process can replace the file."""
         descriptor = self._open()
         if descriptor is None:
             return False
@@ -149,8 +147,7 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # Another process can be creating the file at this moment. The umask of the creating process can remove bits
-            # from the mode, so set the mode of an empty file.
+            # Another process can be creating the file, still without the right mode. So set the mode of an empty file.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None
@@ -169,7 +166,7 @@ _held: set[FileLock] = set()
 
 
 def _drop_inherited_locks() -> None:
-    # A flock lock belongs to the open file. A child that keeps the inherited file open would also keep the lock.
+    # A flock lock belongs to the open file. A child with an inherited descriptor would keep the lock.
     for lock in list(_held):
         descriptor, lock._descriptor = lock._descriptor, -1
         os.close(descriptor)

@@ -5,8 +5,7 @@
 | an ordinary user | the user | the user and root |
 | root | root and the owner of the database's directory | the same users |
 
-As root, homeagent accepts the files of the directory's owner, because the owner can replace every file in the directory
-anyway.
+As root, homeagent accepts the files of the directory's owner. The owner can replace every file in the directory anyway.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ def backup_owners(database: Path) -> frozenset[int]:
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
-    """If the process runs as root, give a new file or directory to the owner of its directory. Pass descriptors,
-    because another user can replace the file at a path. For a copy outside the database directory, pass the path of the
-    source database. A copy contains all devices, so only a user in `backup_owners()` can become the owner of a copy.
+    """As root, give a new file or directory to its directory's owner. Pass descriptors, because another user can
+    replace the file at a path. For a copy in another directory, pass the database's path. A copy contains all devices,
+    so `backup_owners()` limits the copy's owners.
     """
     if os.geteuid() != 0:
         return
@@ -43,12 +42,12 @@ def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | No
 
 
 def is_replaceable(status: os.stat_result) -> bool:
-    """Return whether users other than the owner can rename and remove files in a directory."""
+    """Return whether other users can rename and remove files in a directory."""
     return bool(status.st_mode & 0o022) and not status.st_mode & stat.S_ISVTX
 
 
 def refuse_replaceable(directory: Path) -> None:
-    """If the process runs as root, raise InsecureFileError for a directory in which other users can replace files."""
+    """As root, raise InsecureFileError if other users can replace the directory's files."""
     if os.geteuid() != 0:
         return
     status = _nearest(directory)

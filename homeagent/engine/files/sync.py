@@ -1,4 +1,4 @@
-"""Sync files and directories to the disk, so that a write survives a power cut."""
+"""Sync files and directories, so that a write survives a power cut."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from homeagent.engine.files.system_errors import explained
 
 
 def fsync_directory(directory: Path) -> None:
-    """Sync a directory, so that a power cut does not undo the creation, renaming or removal of files in it."""
+    """Sync a directory, so that creations, renamings and removals survive a power cut."""
     with explained("sync the directory", directory):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             sync(descriptor)
         except OSError as error:
-            # Like SQLite, ignore the error of a file system that does not support fsync for a directory (fsync(2)).
+            # Like SQLite, ignore a file system without fsync for directories (fsync(2)).
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:
@@ -26,7 +26,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Wait until all data of an open file is on the disk, and not only in the drive's cache, or raise OSError."""
+    """Wait until the data of an open file is on the disk. On failure, raise OSError."""
     if sys.platform == "darwin":
         # On macOS fsync leaves the data in the drive's cache (fsync(2) of macOS).
         try:

@@ -61,5 +61,5 @@ def _explain(error: OSError, act: str, path: Path) -> HomeAgentError:
 
 
 def quoted(path: Path) -> str:
-    """Quote and escape a path for a message, because a file name can contain a line break."""
+    """Quote and escape a path, which can contain a line break."""
     return repr(str(path))

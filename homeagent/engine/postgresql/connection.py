@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 POOLED = "homeagent_pooled"
-"""Key in the `info` of a connection. The value is True if a pooler can give each transaction another server session."""
+"""Key in the `info` of a connection. The value is True if a pooler serves the connection."""
 
 # libpq's PGTransactionStatusType: https://www.postgresql.org/docs/current/libpq-status.html
 _IDLE = 0
@@ -38,7 +38,7 @@ _WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|
 
 
 class PostgreSQLConnection(StoreConnection):
-    """A connection to a server. The server can end the connection at any time, and can become a standby."""
+    """A connection to a server. The server can become a standby or end the connection."""
 
     def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
         super().__init__(connection, engine, read_only=read_only)
@@ -47,8 +47,7 @@ class PostgreSQLConnection(StoreConnection):
         self._pooled = bool(connection.info[POOLED])
         self._warned = False
         self._raw.add_notice_handler(self._notice)
-        # Send commands such as BEGIN by libpq. psycopg's cursor takes 12 µs more, and a whole read takes only three
-        # times 12 µs.
+        # Send commands such as BEGIN by libpq. The cursor of psycopg is slower.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
         self._has_listeners = isinstance(self._cursor, InstrumentedCursor)
 
@@ -56,13 +55,13 @@ class PostgreSQLConnection(StoreConnection):
         """Return homeagent's error for psycopg's exception. After a connection loss, mark this connection as lost."""
         failure = super()._translate(error)
         if isinstance(failure, ConnectionLostError):
-            # The server sends an error before the server closes a connection. psycopg notices only the close.
+            # The server sends an error, then closes the connection. The driver notices only the close.
             self._lost = True
         return failure
 
     def _notice(self, notice: Any) -> None:
         if notice.severity_nonlocalized in SESSION_ENDED:
-            # If the server sends an error between two statements, for example after a timeout, libpq reports a notice.
+            # An error between two statements arrives as a notice.
             self._lost = True
         elif notice.severity_nonlocalized == "WARNING":
             self._warned = True
@@ -71,7 +70,7 @@ class PostgreSQLConnection(StoreConnection):
         """Begin a transaction. If the unit writes but the server accepts no writes, raise StandbyError."""
         failure: BaseException
         if self._pooled:
-            # Forget the last session's state, because the pooler can use a different session for this transaction.
+            # Forget the last session's state, because the pooler can use another session.
             self.memory.clear()
         try:
             self._command(self._begin)
@@ -96,7 +95,7 @@ class PostgreSQLConnection(StoreConnection):
         return () if cursor.description is None else super()._rows_of_text(cursor)
 
     def _command(self, sql: str) -> None:
-        """Run an SQL command that has no parameters and no result, or raise psycopg's error."""
+        """Run an SQL command without parameters and result, or raise psycopg's error."""
         if self._has_listeners:
             self._execute(sql)
             return
@@ -109,7 +108,7 @@ class PostgreSQLConnection(StoreConnection):
     def commit(self) -> None:
         """Commit the transaction. If the outcome of COMMIT is unknown, raise CommitUnknownError."""
         if self._raw.pgconn.transaction_status == _FAILED:
-            # After a failed statement, PostgreSQL answers COMMIT with a rollback, and reports no error.
+            # After a failed statement, PostgreSQL rolls back at COMMIT, without an error.
             raise DatabaseError(
                 "a statement of this unit failed and its error was caught, after which PostgreSQL commits nothing: "
                 "let the error leave the block, or run the statement in a savepoint()"
@@ -130,8 +129,7 @@ class PostgreSQLConnection(StoreConnection):
         self._warned = False
         super().commit()
         if self._warned and not self.read_only:
-            # The server warns if an administrator cancelled the wait for a synchronous standby. After a cancelled wait,
-            # the standby can lack the commit
+            # The server warns if a wait for a synchronous standby was cancelled. The standby can then lack the commit
             # (https://www.postgresql.org/docs/current/warm-standby.html#SYNCHRONOUS-REPLICATION).
             raise commit_unknown()
 
@@ -151,27 +149,27 @@ class PostgreSQLConnection(StoreConnection):
                 copy.write_row(row)
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
-        """Return InvalidArgumentError if a value is too long for an index, and otherwise the base class's error."""
+        """Return homeagent's error. If an index can't hold a value, return InvalidArgumentError."""
         return index_error(error, sql) or super()._refused(error, sql)
 
     @property
     def in_transaction(self) -> bool:
-        """True if the session is inside a transaction, or the state of the transaction is unknown."""
+        """True if the session is in a transaction or an unknown state."""
         return bool(self._raw.pgconn.transaction_status != _IDLE)
 
     @property
     def is_lost(self) -> bool:
-        """True if the driver or the method `_notice()` has noticed that the connection has ended."""
+        """True if the driver or the server has reported a lost connection."""
         return bool(self._lost or self._raw.closed)
 
     def is_stale(self, failure: BaseException) -> bool:
-        """Return True if BEGIN failed on a connection that worked before. The server has ended, or is a standby now."""
+        """Return True if BEGIN failed on a used connection. The server ended the session or became a standby."""
         return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))
 
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
-    """Return an error if a value is too long for an index, and otherwise None. For a value over 8,191 bytes, PostgreSQL
-    does not name the index. If the index is unknown, the error names each index that has a column of text or bytes.
+    """Return the error for a value that is too long for an index. For another error, return None. For a value over
+    8,191 bytes, PostgreSQL does not name the index. The error then names each index with text or bytes.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

@@ -1,4 +1,4 @@
-"""The PostgreSQL engine. Behind a pooler, each transaction can run in a different session of the server."""
+"""The PostgreSQL engine. Behind a pooler, each transaction can use another server session."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
-# Timeouts for a host that does not answer, in seconds (tcp_user_timeout: in milliseconds). By default, libpq sets no
-# time limit for a new connection (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS).
-# Linux waits about 15 minutes for the acknowledgement of sent data (tcp(7), `tcp_retries2`).
+# Timeouts for a silent host, in seconds (tcp_user_timeout: in milliseconds). By default, libpq sets no time limit for a
+# new connection (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-PARAMKEYWORDS). Linux waits about 15
+# minutes for the acknowledgement of sent data (tcp(7), `tcp_retries2`).
 _CONNECT_OPTIONS: dict[str, str] = {
     "connect_timeout": "10",  # for each host
     "keepalives_idle": "30",
@@ -45,13 +45,13 @@ _VARIABLES = {"connect_timeout": "PGCONNECT_TIMEOUT", "target_session_attrs": "P
 _READ_ONLY = "homeagent_reads"
 """Key in the `info` of a connection. The value is True if the connection's transactions are read-only."""
 
-# Another client of a pooler can have changed the session's search_path, so reset the search_path in this transaction.
+# Reset the search_path, which another client of the pooler can have changed.
 _SEARCH_PATH = "BEGIN; SET LOCAL search_path TO DEFAULT; SELECT pg_catalog.current_schemas(false); ROLLBACK"
 
 
 class PostgreSQLEngine(Engine):
-    """One PostgreSQL database. Every transaction searches exactly the schemas that the `search_path` names at the first
-    connection. A schema that another role creates later has no effect.
+    """One PostgreSQL database. Every transaction searches the schemas of the first connection's `search_path`. A schema
+    that another role creates later has no effect.
     """
 
     connection_type: type[PostgreSQLConnection] = PostgreSQLConnection
@@ -66,11 +66,10 @@ class PostgreSQLEngine(Engine):
             raise DatabaseError("PostgreSQL needs psycopg: install homeagent[postgresql]") from None
         self.url = url
         busy_ms = max(1, min(int(busy_timeout.total_seconds() * 1000), 2**31 - 1))
-        # Override a setting of the role that hides warnings. The server sends a warning if a commit can be missing on a
-        # standby.
+        # Override a role's setting that hides warnings. The server warns if a standby can lack a commit.
         self._settings = [f"lock_timeout = {busy_ms}", "client_min_messages = warning"]
         self.search_schema: str | None = None
-        """SQL setting that limits the search to the schema of homeagent's tables; None if no schema was found."""
+        """SQL setting that limits the search to homeagent's schema, or None."""
         sa_engine = sqlalchemy.create_engine(
             url,
             poolclass=NullPool,
@@ -82,9 +81,8 @@ class PostgreSQLEngine(Engine):
         )
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
-        # An error listener of a tracing library can run before homeagent's error listener. Before the first listener
-        # runs, the listeners of `_run_by()` remove stored values from the exception. Do not raise the translated error
-        # in `_on_error()`, because SQLAlchemy would not call later listeners.
+        # A tracing library's error listener can run before `_on_error()`. So `_run_by()` removes stored values from the
+        # exception first. Do not raise the translated error in `_on_error()`. SQLAlchemy would skip later listeners.
         event.listen(sa_engine, "do_execute", _run_by("execute"))
         event.listen(sa_engine, "do_executemany", _run_by("executemany"))
         event.listen(sa_engine, "handle_error", _on_error)
@@ -102,31 +100,29 @@ class PostgreSQLEngine(Engine):
         if self.search_schema is None:
             self._fix_search_path(connection)
         if pooled:
-            # A pooler reports its own process id, and not the process id of the server's session. Do not prepare
-            # statements, because the next transaction can get another session. Do not change session settings by SET,
-            # because other clients of the pooler would get the changed settings.
+            # A pooler reports its own process id, not the session's id. Do not prepare statements, because the next
+            # transaction can get another session. Do not use SET, which would change the settings of other clients.
             connection.prepare_threshold = None
         else:
             connection.execute("; ".join(f"SET {setting}" for setting in self._settings))
 
     def _fix_search_path(self, connection: Any) -> None:
-        """Set the `search_path` to the schemas that exist now, and put temporary tables last."""
+        """Set the `search_path` to the existing schemas. Put temporary tables last."""
         cursor = connection.execute(_SEARCH_PATH)
         while cursor.description is None:
             cursor.nextset()
         schemas = ['"{}"'.format(name.replace('"', '""')) for name in cursor.fetchone()[0]]
         if schemas:
-            # Keep all schemas in the search_path, because the application's tables and types can be in any schema.
+            # Keep all schemas, because any schema can contain the application's tables.
             self._settings.append(f"search_path = {', '.join(schemas)}, pg_temp")
             self.search_schema = f"search_path = {schemas[0]}, pg_temp"
 
     def _on_begin(self, connection: Connection) -> None:
-        """Send BEGIN and the engine's settings, unless the connection is already in a transaction."""
+        """Outside a transaction, send BEGIN and the engine's settings."""
         raw: Any = connection.connection.driver_connection
-        # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
+        # The class `StoreConnection` can have sent BEGIN already.
         if raw.info.transaction_status == 0:
-            # Use READ COMMITTED, even if the role has a different default isolation level. After a wait for a row lock,
-            # a unit must see the newest version of the row.
+            # Override the role's default isolation level. After a wait for a lock, a unit must see the newest row.
             kind = "REPEATABLE READ READ ONLY" if connection.info.get(_READ_ONLY) else "READ COMMITTED"
             raw.execute("; ".join((f"BEGIN ISOLATION LEVEL {kind}", *self._local_settings())))
 
@@ -139,7 +135,7 @@ class PostgreSQLEngine(Engine):
         except self.driver_errors as error:
             failure = postgresql_error(error)
         except ValueError:
-            # Because the function `resolve_target()` has checked the URL, the invalid value comes from the environment.
+            # The function `resolve_target()` accepted the URL, so an environment variable is invalid.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
         # The driver's exception and the frames of SQLAlchemy contain the password.
         failure.__cause__ = failure.__context__ = None
@@ -163,12 +159,12 @@ class PostgreSQLEngine(Engine):
         return (begin[0], *self._local_settings(), *begin[1:]) if connection.info[POOLED] else begin
 
     def _local_settings(self) -> list[str]:
-        """Return the SQL statements that apply the engine's settings to the current transaction only."""
+        """Return the SQL statements that apply the settings to one transaction."""
         return [f"SET LOCAL {setting}" for setting in self._settings]
 
     def fork_locks(self) -> Sequence[threading.RLock]:
         """Return the mutexes of the pools."""
-        # Leave out `feed_mutex`, because a thread can hold `feed_mutex` for a long time if a connection is lost.
+        # Leave out `feed_mutex`, which a lost connection can block for long.
         return super().fork_locks()[1:]
 
 
@@ -177,7 +173,7 @@ def _connect_args(url: URL) -> dict[str, str]:
     options = dict(_CONNECT_OPTIONS)
     hosts = url.query.get("host", ())
     if len(hosts.split(",") if isinstance(hosts, str) else hosts) > 1 or "," in (url.host or ""):
-        # If the URL names several hosts, use only the primary, even for reading, because a standby can lag behind.
+        # With several hosts, use only the primary. A standby can lag behind.
         options["target_session_attrs"] = "read-write"
     wanted = {
         name: value
@@ -188,8 +184,8 @@ def _connect_args(url: URL) -> dict[str, str]:
 
 
 def _run_by(method: str) -> Callable[..., bool]:
-    """Return a listener that passes a statement to the given method of the cursor. If the method raises an exception,
-    the listener removes private data from the exception.
+    """Return a listener that passes a statement to a cursor's method. The listener removes private data from the
+    method's exception.
     """
 
     def run(cursor: Any, statement: str, parameters: Any, context: Any) -> bool:
@@ -204,8 +200,8 @@ def _run_by(method: str) -> Callable[..., bool]:
 
 
 def _remove_private(error: BaseException) -> None:
-    """Remove the password and the server's message from an exception of psycopg. psycopg's message can show a row. The
-    attributes `_info` and `_pgconn` contain the server's message and the parameters of a failed connection.
+    """Remove the password and the server's message from psycopg's exception. The message can show a row. The attributes
+    `_info` and `_pgconn` contain private data too.
     """
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
@@ -237,7 +233,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
     """Return the error for a failed connection, with the reason for each host. Do not show libpq's whole message, which
-    can contain options of the URL.
+    can contain the URL's options.
     """
     reasons = dict.fromkeys(re.findall(r"^.*connection to server .* failed: (.*)$", str(error), re.MULTILINE))
     shown = f" ({'; '.join(reasons)})" if reasons else ""

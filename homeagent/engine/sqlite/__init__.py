@@ -1,1 +1,1 @@
-"""The SQLite engine, its driver and connections, the checks of the file and the WAL, and backups."""
+"""The SQLite engine, the file checks and the backups."""

@@ -1,6 +1,5 @@
-"""Write one backup. SQLite's online backup starts again if another connection writes between two steps
-(https://sqlite.org/backup.html). With frequent writes, the backup could run forever. The backup therefore reads the
-source in one transaction, which does not block a writer in WAL mode.
+"""Write one backup. Read the source in one transaction. In WAL mode, the transaction does not block writers. Without
+the transaction, another connection's write would restart SQLite's backup (https://sqlite.org/backup.html).
 """
 
 from __future__ import annotations
@@ -67,9 +66,7 @@ class Contents:
 
 
 def backup_name(database: Path, revision: str, taken_at: datetime) -> str:
-    """Return the file name of a backup. For backups of one revision, the alphabetical order of the file names is the
-    order in time.
-    """
+    """Return the file name of a backup. For one revision, sorting the names also sorts the backups by time."""
     return f"{database.name}.{revision}-{taken_at.strftime('%Y%m%dT%H%M%S%fZ')}.backup"
 
 
@@ -83,16 +80,16 @@ def write_backup(
     replace: bool = False,
     stop: Stop = never_stop,
 ) -> Manifest:
-    """Copy an open database to a new file, and write the manifest next to the copy. The copy is in rollback mode and
-    needs no WAL. Write the copy to the path `partial`, verify the copy, and rename the copy to the path `target`. The
-    paths `partial` and `target` must be in the same directory. If `stop()` returns True, raise BackupStoppedError.
+    """Copy an open database, and write the copy's manifest. The copy is in rollback mode and needs no WAL. Write and
+    verify the copy at the path `partial`. Then rename the copy to the path `target`. The paths `partial` and `target`
+    must be in the same directory. If `stop()` returns True, raise BackupStoppedError.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")
     if not create_file(partial, database=engine.path):
         raise DatabaseError(f"{quoted(partial)} is in the way of a backup: remove the file")
     try:
-        # Refuse another user's sidecar files, because SQLite would write the pages of a journal file into the copy.
+        # Refuse another user's sidecar files. SQLite would apply another user's journal to the copy.
         secure_sidecars(partial)
         contents = _copy(engine, partial, stop, needs_schema=kind != "adoption")
         manifest = _describe(partial, engine.path, contents, taken_at=taken_at, kind=kind, stop=stop)
@@ -105,7 +102,7 @@ def write_backup(
 
 
 def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
-    # After a power cut each backup must be complete and match its manifest, so sync each step before the next step.
+    # Sync after each step. After a power cut, each backup must match its manifest.
     with explained("put a backup in place at", target):
         if replace:
             manifest_path(target).unlink(missing_ok=True)
@@ -118,7 +115,7 @@ def _put_in_place(partial: Path, target: Path, *, replace: bool) -> None:
             manifest_path(partial).replace(manifest_path(target))
             fsync_directory(target.parent)
         except BaseException:
-            # If the copy has replaced an older backup, keep the copy, because the older backup no longer exists.
+            # Keep a copy that has replaced an older backup.
             if not replace:
                 discard(target)
             raise
@@ -130,14 +127,14 @@ def discard(partial: Path) -> None:
         try:
             path.unlink(missing_ok=True)
         except OSError:
-            # In a read-only directory, truncate the file, because an empty file does not look like a valid backup.
+            # In a read-only directory, truncate the file. An empty file is not a valid backup.
             with suppress(OSError):
                 os.truncate(path, 0)
 
 
 def read_contents(raw: Any) -> Contents:
-    """Read the row counts, revisions and epoch. If another connection can write, begin a transaction before the call,
-    so that all values come from one snapshot.
+    """Read the row counts, revisions and epoch. All values must come from one snapshot. If another connection can
+    write, begin a transaction before the call.
     """
     query = "SELECT name, replace(name, '\"', '\"\"') FROM sqlite_master WHERE type = 'table' ORDER BY name"
     escaped = {str(name): str(text) for name, text in raw.execute(query) if not str(name).startswith("sqlite_")}
@@ -161,8 +158,8 @@ def read_contents(raw: Any) -> Contents:
 
 
 def find_damage(raw: Any) -> str | None:
-    """Run SQLite's integrity check and foreign key check, and return the first problem or None. For broken references
-    of the application's tables, only log a warning.
+    """Return the first problem that SQLite finds in the database, or None. For broken references of the application's
+    tables, only log a warning.
     """
     verdict = str(raw.execute("PRAGMA integrity_check(1)").get)
     if verdict != "ok":
@@ -187,7 +184,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
         for raw in (source, copy):
             raw.set_progress_handler(stop, _INSTRUCTIONS)
         source.execute("PRAGMA query_only=ON")
-        # Write without a journal and without syncs, because homeagent removes an incomplete copy.
+        # Skip the journal and the syncs, because homeagent removes an incomplete copy.
         copy.execute("PRAGMA journal_mode=OFF")
         copy.execute("PRAGMA synchronous=OFF")
         source.execute("BEGIN")
@@ -198,7 +195,7 @@ def _copy(engine: SQLiteEngine, partial: Path, stop: Stop, *, needs_schema: bool
                 steps.step(_STEP)
                 _raise_if_stopped(stop)
         source.execute("ROLLBACK")
-        # Change the journal mode, because the header of the copy still says WAL mode.
+        # The header of the copy still says WAL mode.
         copy.execute("PRAGMA journal_mode=DELETE")
         _verify(engine.path, copy, contents, needs_schema=needs_schema)
     return contents
@@ -227,16 +224,16 @@ def _verify(source: Path, copy: Any, expected: Contents, *, needs_schema: bool) 
 def _describe(
     partial: Path, database: Path, contents: Contents, *, taken_at: datetime, kind: Kind, stop: Stop
 ) -> Manifest:
-    """Sync the copy to the disk, read back every byte, and return the manifest."""
+    """Sync the copy, read every byte back, and return the manifest."""
     digest = hashlib.sha256()
-    # Do not call this function while SQLite has the copy open, because closing the file would release SQLite's locks.
+    # Do not call this function while SQLite has the copy open. Closing the file would release SQLite's locks.
     with explained("read back a backup at", partial), os.fdopen(os.open(partial, os.O_RDWR | OPEN_FLAGS), "rb") as file:
         sync(file.fileno())
         while block := file.read(1 << 20):
             digest.update(block)
             _raise_if_stopped(stop)
         size = file.tell()
-    # Import `homeagent.version` lazily, because the import takes longer than all other imports of this module.
+    # Import `homeagent.version` lazily, because the import is slow.
     from homeagent.version import __version__
 
     return Manifest(
@@ -251,9 +248,7 @@ def _describe(
 
 
 def require_room(size: int, directory: Path, what: str = "a backup") -> None:
-    """Raise DiskFullError if a copy would fill the disk. A full disk would also stop the writes of a database on the
-    same disk.
-    """
+    """Raise DiskFullError if a copy would fill the disk. A full disk can also stop the writes of a database."""
     with explained("check the free space of", directory):
         free = shutil.disk_usage(directory).free
     if free < size:

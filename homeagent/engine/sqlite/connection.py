@@ -1,4 +1,4 @@
-"""A long-lived connection to a SQLite file, a busy handler, and a function that closes unfinished statements."""
+"""A long-lived connection to a SQLite file, and a busy handler."""
 
 from __future__ import annotations
 
@@ -52,13 +52,11 @@ class SQLiteConnection(StoreConnection):
         return unknown or super()._commit_failure(error)
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
-        """Return ConflictError if a constraint refused the statement, and otherwise the base class's error."""
+        """If a constraint refused the statement, return ConflictError."""
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
 
     def look_for_commits(self) -> bool:
-        """Return True if `PRAGMA data_version` has changed, because a different connection has committed since the last
-        call.
-        """
+        """Return True if another connection has committed since the last call."""
         self.check_file()  # the data_version of a replaced file does not change
         version = self.execute("PRAGMA data_version").fetchall()
         known, self.memory["data_version"] = self.memory.get("data_version"), version
@@ -84,12 +82,10 @@ class SQLiteConnection(StoreConnection):
 
 def busy_handler(timeout: float, began: Callable[[], object]) -> Callable[[int], bool]:
     """Return a busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html). The handler pauses before the next
-    try to get the lock, and returns False if the wait has reached the timeout.
+    try, and returns False after the timeout.
 
-    The pauses of SQLite's own busy handler grow to 100 ms. In a test of SQLite's busy handler with eight writing
-    processes, some processes therefore waited for seconds. With pauses of 1 to 5 ms instead of 2 to 10 ms, more than 1%
-    of the writes waited for the lock. The 99th percentile of the write times was 20 ms instead of 0.3 ms, and fewer
-    units were committed.
+    The pauses of SQLite's own busy handler grow to 100 ms. With SQLite's own handler, some of eight writing processes
+    waited for seconds. Shorter pauses (1 to 5 ms) made more writes wait.
     """
     since = 0.0
 
@@ -109,9 +105,8 @@ def busy_handler(timeout: float, began: Callable[[], object]) -> Callable[[int],
 
 
 def end_with_transactions(connection: Connection) -> None:
-    """Close the unfinished statements of an ORM session at each commit and rollback of its connection. In SQLite a
-    statement with unfetched rows keeps the read snapshot after COMMIT and ROLLBACK, so the next unit of work would read
-    old rows.
+    """At each commit and rollback, close an ORM session's unfinished statements. With an unfinished statement, the next
+    unit would read old rows.
     """
     if _CURSORS in connection.info:
         return
@@ -119,7 +114,7 @@ def end_with_transactions(connection: Connection) -> None:
     connection.info[_CURSORS] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # Do not close a store's cursor, because the connection uses the cursor for later statements.
+        # Do not close a store's cursor, which also runs later statements.
         if isinstance(context, DefaultExecutionContext):
             cursors.add(cursor)
 

@@ -1,5 +1,5 @@
-"""Find the constraint that refused a change. SQLite's message contains the name of a CHECK constraint, or the columns
-of a UNIQUE constraint. The names of all other constraints are only in the text of CREATE TABLE.
+"""Find the constraint that refused a change. SQLite's message often lacks the constraint's name. If the name is
+missing, read the name from the schema.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ _UNIQUE_INDEXES = """
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return the error for a change that a constraint refused, or None. SQLite checks a deferred foreign key at the
-    commit. The argument `statement` is the SQL text that SQLite refused, or None for a COMMIT.
+    """Return a ConflictError if a constraint refused the change, otherwise None. The argument `statement` is the
+    refused SQL text, or None for COMMIT.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
     if kind is None:
@@ -74,24 +74,24 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
             columns = ", ".join(part.removeprefix(f"{table}.") for part in message.split(", "))
             constraint = (_unique_name(raw, table, columns) if kind == "unique" else None) or columns
     except (apsw.Error, UnicodeError):
-        pass  # the schema can't be read, so the error contains only the names that were found before
+        pass  # the schema can't be read, so the error contains fewer names
     return constraint_conflict(kind, table, constraint, sqlite_code_name(error))
 
 
 def _rows(raw: Any, query: str, **parameters: object) -> list[Any]:
-    """Run a query with named parameters on the driver's connection `raw`, and return all rows."""
+    """Run a query with named parameters, and return all rows."""
     rows: list[Any] = raw.execute(query, parameters).fetchall()
     return rows
 
 
 def _target(statement: str | None) -> tuple[str, str]:
-    """Return the verb and the table of a statement that writes, or two empty texts."""
+    """Return a write statement's verb and table, or two empty texts."""
     found = _TARGET.match(_IGNORED.sub("", statement or ""))
     return ("", "") if found is None else (found[1].upper(), _unquoted(found[2]))
 
 
 def _unquoted(name: str) -> str:
-    """Return an SQL name without the quotes, backticks or brackets around the name. The name must not be empty."""
+    """Return an SQL name without its quotes, backticks or brackets. The name must not be empty."""
     return name[1:-1].replace('""', '"') if name[0] in '"`[' else name
 
 
@@ -103,14 +103,14 @@ def _table_of_check(raw: Any, check: str, statement: str | None) -> str | None:
 
 
 def _unique_name(raw: Any, table: str, columns: str) -> str | None:
-    """Return the name of the UNIQUE index, UNIQUE constraint or PRIMARY KEY on the given columns, or None."""
+    """Return the name of the unique index or constraint, or None."""
     for (index,) in _rows(raw, _UNIQUE_INDEXES, table=table, columns=columns):
         return str(index)
     return _constraint_name(raw, table, r"(?:UNIQUE|PRIMARY\s+KEY)", columns)
 
 
 def _constraint_name(raw: Any, table: str, kind: str, columns: str) -> str | None:
-    """Return the name that CREATE TABLE gives to a constraint on `columns`, or None. The text `kind` is a regex."""
+    """Return the name of a constraint in CREATE TABLE, or None. The text `kind` is a regex."""
     query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = :table COLLATE NOCASE"
     for (sql,) in _rows(raw, query, table=table):
         for name, listed in re.findall(rf"CONSTRAINT\s+({_NAME})\s+{kind}\s*\(([^)]*)\)", sql, re.I):
@@ -120,9 +120,7 @@ def _constraint_name(raw: Any, table: str, kind: str, columns: str) -> str | Non
 
 
 def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
-    """Return the table and the name of the failed foreign key. Return None for a table or name that the function can't
-    determine.
-    """
+    """Return the failed foreign key's table and name, each None if unknown."""
     verb, target = _target(statement)
     candidates = _rows(raw, _FOREIGN_KEYS, target=target, verb=verb)
     if len({child for child, _ in candidates}) != 1:

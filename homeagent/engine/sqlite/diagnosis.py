@@ -1,5 +1,5 @@
-"""Find out why SQLite could not read or write. SQLite does not return the system's error number, so a probe repeats the
-system call after an error.
+"""Find out why SQLite could not read or write. SQLite does not return the system's error number. A probe therefore
+repeats the system call.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def diagnosed_error(
 
 
 def newest_backup_hint(path: Path) -> str:
-    """Return a clause that names the newest backup, for the error message about a damaged database."""
+    """Return a clause about the newest backup, for an error message."""
     backup = newest_backup(path)
     return "no backup of the database is known here" if backup is None else f"the newest backup is {quoted(backup)}"
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:
-    """Return the error for an initialised homeagent database whose file was emptied or deleted."""
+    """Return the error for a database whose file was emptied or deleted."""
     return CorruptDatabaseError(
         f"{path} held a database and is empty or missing now: restore a backup, or remove {path.name}.lock for a new "
         f"database (every device, revocation and nonce is lost then); {newest_backup_hint(path)}"

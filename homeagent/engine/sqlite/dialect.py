@@ -35,19 +35,19 @@ paramstyle = "qmark"
 sqlite_version_info: tuple[int, ...] = tuple(map(int, SQLITE_VERSION.split(".")))
 Binary = bytes
 Error = apsw.Error
-"""apsw has a subclass for each of SQLite's result codes, and not DB-API's subclasses (see `_SQLALCHEMY_ERRORS`)."""
+"""apsw has subclasses for SQLite's result codes, not DB-API's subclasses (see `_SQLALCHEMY_ERRORS`)."""
 
 DRIVER_ERRORS = (apsw.Error, OverflowError, UnicodeError)
-"""Exceptions that a statement can raise: SQLite's errors, and errors for integers over 64 bits and undecodable text."""
+"""Exceptions that a statement can raise. OverflowError: integers over 64 bits. UnicodeError: undecodable text."""
 
 _NOT_IN_WAL = (apsw.SQLITE_FULL, apsw.SQLITE_IOERR_WRITE, apsw.SQLITE_CONSTRAINT_COMMITHOOK)
-"""Result codes of a failed COMMIT. With these codes, the WAL does not contain all frames of the transaction."""
+"""Result codes of a failed COMMIT that is not completely in the WAL."""
 
 Description = tuple[tuple[str, None, None, None, None, None, None], ...]
 
 
 def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
-    """Keep the column names of a statement for SQLAlchemy, because apsw drops the names after the last row."""
+    """Keep a statement's column names. apsw drops the names after the last row."""
     cursor.description = tuple((name, None, None, None, None, None, None) for name, _ in cursor.get_description())
     cursor.is_write = not cursor.is_readonly
     cursor.changes_before = cursor.connection.total_changes()
@@ -55,16 +55,14 @@ def _note_description(cursor: Any, sql: str, bindings: object) -> bool:
 
 
 class StatementCursor(_Cursor):
-    """A cursor for a store's statements. The cursor does not record the names of columns, because the class `Compiled`
-    knows the columns of each statement.
-    """
+    """A cursor for a store's statements, without the names of the columns."""
 
     _changed: int | None = None
 
     def executemany(self, statements: str, sequenceofbindings: Iterable[Any], **options: Any) -> _Cursor:
         """Run a statement once for each set of bindings."""
-        # Do not use `total_changes()`, which also counts the rows that triggers and foreign keys change. With a wrong
-        # count, the ORM raises StaleDataError.
+        # Do not use `total_changes()`, which also counts the changes of triggers. With a wrong count, the ORM raises
+        # StaleDataError.
         changed = 0
         for bindings in sequenceofbindings:
             self.execute(statements, bindings).fetchall()  # SQLite counts the changed rows only after the last row
@@ -74,7 +72,7 @@ class StatementCursor(_Cursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed; undefined after a statement that only reads."""
+        """Number of changed rows; undefined after a statement that only reads."""
         if self._changed is None:
             return self.connection.changes()
         changed, self._changed = self._changed, None
@@ -105,7 +103,7 @@ class Cursor(StatementCursor):
 
     @property
     def rowcount(self) -> int:
-        """Number of rows that the last statement changed; -1 after a statement that only reads."""
+        """Number of changed rows; -1 after a statement that only reads."""
         if self._changed is not None:
             return self._changed
         if not self.is_write:
@@ -157,25 +155,25 @@ class Connection(_Connection):
 
     def after_failed_commit(self, error: BaseException) -> HomeAgentError | None:
         """Overwrite a failed commit in the WAL. If the overwrite fails, return a CommitUnknownError."""
-        # If COMMIT failed before SQLite wrote to the WAL, the transaction is still open. If SQLite failed to write to
-        # the WAL, the WAL contains only a part of the transaction.
+        # An open transaction has no commit in the WAL. After a failed write, the WAL contains only part of the
+        # transaction.
         is_whole = not self.in_transaction and getattr(error, "extendedresult", 0) not in _NOT_IN_WAL
         if not is_whole or self._erase_failed_commit():
             return None
         return commit_unknown("the system failed to write the database's log in the middle of COMMIT")
 
     def _erase_failed_commit(self) -> bool:
-        """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded. If only the
-        sync failed, the WAL contains the whole commit, and a later connection could recover the commit. The empty
-        commit replaces the first frame of the failed commit. SQLite then ignores the other frames of the failed commit,
-        because the checksums no longer match. Do not sync the WAL, because the sync could fail again.
+        """Overwrite a failed commit in the WAL with an empty commit. Return True if the write succeeded. After a failed
+        sync, a later connection could recover the failed commit. The empty commit replaces the first frame of the
+        failed commit. So SQLite ignores the other frames, whose checksums no longer match. Do not sync the WAL, because
+        the sync could fail again.
         """
         try:
             if self.pragma("query_only") or self.pragma("journal_mode") != "wal":
                 return True
             synchronous, autocheckpoint = self.pragma("synchronous"), self.pragma("wal_autocheckpoint")
             try:
-                # Switch off checkpoints, because a power cut during a checkpoint without syncs can damage the database.
+                # Switch off checkpoints. Without syncs, a power cut during a checkpoint can damage the database.
                 self.execute("PRAGMA synchronous=OFF; PRAGMA wal_autocheckpoint=0")
                 self.pragma("user_version", self.pragma("user_version"))
             finally:
@@ -184,7 +182,7 @@ class Connection(_Connection):
             return False
         with suppress(apsw.Error):
             # After a checkpoint, the next commit writes a new header to the WAL. The function `find_lost_commits()`
-            # ignores frames that are older than the header of the WAL.
+            # ignores frames of an older header.
             self.execute("PRAGMA wal_checkpoint(PASSIVE)")
         return True
 
@@ -194,9 +192,8 @@ class Connection(_Connection):
             self.execute("ROLLBACK" if self._savepoint is None else f"ROLLBACK TO SAVEPOINT {self._savepoint}")
 
     def confine(self, savepoint: str | None) -> None:
-        """Make `rollback()` return to the given savepoint instead of the start of the transaction. A call with
-        `savepoint=None` undoes an earlier call. If a savepoint is set, every COMMIT fails, and SQLite rolls back the
-        whole transaction (https://sqlite.org/c3ref/commit_hook.html).
+        """Make `rollback()` return only to the given savepoint. A call with `savepoint=None` undoes an earlier call.
+        While a savepoint is set, every COMMIT fails and becomes a ROLLBACK (https://sqlite.org/c3ref/commit_hook.html).
         """
         self._savepoint = savepoint
         self.set_commit_hook(None if savepoint is None else lambda: True)
@@ -209,11 +206,10 @@ def connect(database: str = ":memory:", *, uri: bool = False, timeout: float = 5
     how = apsw.SQLITE_OPEN_URI if uri else apsw.SQLITE_OPEN_CREATE
     connection = Connection(database, apsw.SQLITE_OPEN_READWRITE | how)
     connection.set_busy_timeout(int(timeout * 1000))
-    # Keep temporary data in memory, because a container can lack a directory for SQLite's temporary files
+    # Keep temporary data in memory. A container can lack a directory for temporary files
     # (https://sqlite.org/tempfiles.html).
     connection.execute("PRAGMA temp_store=MEMORY")
-    # Make SQLite keep query plans. By default, SQLite makes a new plan at each execution of a statement with a LIMIT
-    # parameter. In a test that read pages of rows, the planning took 10% of the time
+    # Make SQLite keep query plans. By default, each execution with a LIMIT parameter makes a new plan
     # (https://sqlite.org/queryplanner-ng.html#qpstab).
     connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
     return connection
@@ -279,7 +275,7 @@ class Dialect(SQLiteDialect):
     supports_statement_cache = True
     returns_native_bytes = True
     poolclass = SingletonThreadPool  # An in-memory database stays the same for a thread.
-    # SQLAlchemy chooses its error class by the name of the driver's error class
+    # SQLAlchemy selects its error class by the driver's class name
     # (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
     dbapi_exception_translation_map: dict[str, str] = {
         f"{name}Error": kind for kind, names in _SQLALCHEMY_ERRORS.items() for name in names.split()
@@ -294,11 +290,11 @@ class Dialect(SQLiteDialect):
         return module
 
     def on_connect(self) -> Callable[[Any], None]:
-        """Return a function that adds the SQL function `regexp()`, which SQLAlchemy's `regexp_match()` uses."""
+        """Return a function that adds `regexp()` for SQLAlchemy's `regexp_match()`."""
         return lambda connection: connection.create_scalar_function("regexp", _regexp, 2, deterministic=True)
 
     def do_begin(self, dbapi_connection: Any) -> None:
-        """Send BEGIN, unless a listener of SQLAlchemy's `begin` event has already sent a BEGIN."""
+        """Send BEGIN, unless a listener has already begun the transaction."""
         if not dbapi_connection.autocommit and not dbapi_connection.in_transaction:
             dbapi_connection.execute("BEGIN")
 
@@ -309,7 +305,7 @@ class Dialect(SQLiteDialect):
             super().set_isolation_level(dbapi_connection, level)
 
     def detect_autocommit_setting(self, dbapi_conn: Any) -> bool:
-        """Return True if the connection is in autocommit mode, in which SQLAlchemy sends no BEGIN."""
+        """Return True if the connection is in autocommit mode."""
         return bool(dbapi_conn.autocommit)
 
     def _get_server_version_info(self, connection: Any) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The SQLite engine. The engine checks that a file belongs to homeagent, and sets equal pragmas on all connections."""
+"""The SQLite engine. The engine sets equal pragmas on all connections. The engine refuses other applications' files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def lock_path(database: Path) -> Path:
 
 
 def sidecar_lock(path: Path, *, timeout: timedelta) -> FileLock:
-    """Return the lock that a process must hold while it creates, upgrades or restores the database."""
+    """Return the lock for the creation, upgrade or restore of the database."""
     return FileLock(lock_path(path), timeout=timeout)
 
 
@@ -83,11 +83,10 @@ def read_transaction(connection: Connection) -> Iterator[None]:
 class SQLiteEngine(Engine):
     """Engine of one SQLite file with one writer. Each read-only connection sees a snapshot."""
 
-    # SQLite allows one writer. Small units share a commit, because a sync takes many times as long as a small unit.
+    # SQLite allows one writer. Small units share a commit, because a sync is slow.
     shares_commits = True
     connection_type: type[SQLiteConnection] = SQLiteConnection
-    # After a deferred BEGIN, the first write fails at once if another process has written since the BEGIN
-    # (https://sqlite.org/lang_transaction.html).
+    # After a deferred BEGIN, the first write can fail at once (https://sqlite.org/lang_transaction.html).
     begin_write: Sequence[str] = ("BEGIN IMMEDIATE",)
     # SQLite takes the snapshot at the first read, not at BEGIN.
     begin_read: Sequence[str] = (f"BEGIN; {_FIRST_READ}",)
@@ -122,29 +121,29 @@ class SQLiteEngine(Engine):
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         event.listen(sa_engine, "begin", self._on_begin)
-        # Use a weak reference to this engine. The caches of compiled statements keep this listener in memory. With a
-        # strong reference, the listener would keep a closed engine in memory.
+        # Use a weak reference to this engine. The caches of compiled statements keep this listener in memory. A strong
+        # reference would keep a closed engine in memory.
         on_error = weakref.WeakMethod(self._on_error)
         event.listen(sa_engine, "handle_error", lambda context: (method := on_error()) and method(context))
         return sa_engine
 
     def _open_existing(self, options: str = "mode=rw") -> DriverConnection:
-        """Open the file. Do not create a missing file, because an empty file must not replace a deleted database."""
+        """Open the file, but do not create a missing file. An empty file must not replace a deleted database."""
         return open_guarded(self.path, options, timeout=self.busy_seconds, refuse=True)
 
     def _on_begin(self, connection: Connection) -> None:
         """Send BEGIN, unless a transaction is open. On a writable connection, take the write lock at once."""
         raw: Any = connection.connection.driver_connection
-        # If the class `StoreConnection` has already begun the transaction, send no second BEGIN.
+        # The class `StoreConnection` can already have begun the transaction.
         if not raw.in_transaction:
             with self.translated():
                 raw.execute("BEGIN" if raw.readonly("main") else "BEGIN IMMEDIATE")
         end_with_transactions(connection)
 
     def _on_close(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
-        """Before a close, prevent SQLite from copying the WAL if a file was replaced or can't be inspected."""
-        # When the last connection is closed, SQLite copies the WAL into the file and deletes the WAL. The WAL can
-        # contain commits of another process.
+        """If a file was replaced, prevent SQLite's checkpoint at the close."""
+        # When the last connection is closed, SQLite checkpoints and deletes the WAL. The WAL can contain commits of
+        # another process.
         try:
             moved: HomeAgentError | None = self.identity_check.find_moved(beside=True)
         except HomeAgentError as error:
@@ -172,15 +171,15 @@ class SQLiteEngine(Engine):
             self._release_in_use_lock()
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
-        """Set homeagent's pragmas on a new connection, and add the connection to the set of open connections."""
+        """Set homeagent's pragmas on a new connection, and record the connection."""
         connection.execute(
             f"PRAGMA foreign_keys=ON; PRAGMA synchronous={self.durability.upper()}; PRAGMA trusted_schema=OFF;"
             f"PRAGMA cell_size_check=ON; PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}"
         ).fetchall()
-        self._open.add(connection)  # do not check yet, because another process can delete the WAL before the first read
+        self._open.add(connection)  # do not check files yet: another process can still delete the WAL
 
     def _keep_from_checkpoints(self) -> None:
-        """After a replacement of the file, prevent SQLite from copying the WAL when a connection is closed."""
+        """Prevent SQLite from copying the WAL when a connection is closed."""
         for connection in list(self._open):
             with suppress(apsw.ConnectionClosedError):
                 connection.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
@@ -191,8 +190,7 @@ class SQLiteEngine(Engine):
 
     def _connect(self, sa_engine: sqlalchemy.Engine, *, take_snapshot: bool = False) -> Connection:
         """Return a new connection. With `take_snapshot=True`, also begin a transaction and take the snapshot."""
-        # Check the file before and after opening. If another program replaced the file, SQLite would use the new file
-        # with the WAL of the old file.
+        # Check the file before and after opening. SQLite would use a new file with the old file's WAL.
         self.identity_check.before_connect()
         with self.translated():
             connection = sa_engine.connect()
@@ -207,9 +205,7 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def driver_connection(self) -> Iterator[DriverConnection]:
-        """Yield a driver's connection with the same pragmas as `connect()`. The method `connect()` takes a third more
-        time than `driver_connection()`.
-        """
+        """Yield a driver's connection with the same pragmas as `connect()`."""
         self.identity_check.before_connect()
         with closing(self._open_existing()) as raw:
             try:
@@ -248,7 +244,7 @@ class SQLiteEngine(Engine):
             self._wait_for_locks(raw, self.busy_seconds)
 
     def _wait_for_locks(self, raw: DriverConnection, timeout: float) -> None:
-        """Make the connection's statements wait up to `timeout` seconds for a lock, and count each wait."""
+        """Install a busy handler that counts the waits. The timeout is in seconds."""
 
         def count() -> None:
             self._lock_waits += 1
@@ -257,13 +253,13 @@ class SQLiteEngine(Engine):
 
     @property
     def contention(self) -> int:
-        """Number of times that a write unit has waited for another write unit or for another process."""
+        """Number of times that a write unit has waited for another writer."""
         return self.writers.waits + self._lock_waits
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Copy the WAL into the file while no unit of this process writes (see `Engine.empty_log`)."""
+        """Copy the WAL into the file (see `Engine.empty_log`)."""
         pool = self.pool(read_only=False)
-        # Use the write connection for the checkpoint, so that no other connection of this process can write.
+        # Use the write connection, so that no unit of this process writes.
         connection = pool.acquire(timeout)
         try:
             connection.check_file()
@@ -272,8 +268,8 @@ class SQLiteEngine(Engine):
             mode = "TRUNCATE" if truncate else "PASSIVE"  # https://sqlite.org/pragma.html#pragma_wal_checkpoint
             ((blocked, _, _),) = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
             if truncate:
-                # Make an empty commit, which writes a new header to the truncated WAL. If the WAL stayed empty,
-                # homeagent could falsely report lost commits after a power cut.
+                # Make an empty commit, which writes a header to the truncated WAL. After a power cut, an empty WAL
+                # could look like lost commits.
                 connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 self._wait_for_locks(connection.driver_connection, self.busy_seconds)
         except BaseException:
@@ -283,11 +279,11 @@ class SQLiteEngine(Engine):
         return not blocked
 
     def prepare_header(self) -> None:
-        """Write the application id into an empty file, and switch to WAL mode. The caller must hold `sidecar_lock`."""
+        """Write the application id into an empty file. Switch to WAL mode. The caller must hold `sidecar_lock`."""
         deadline = monotonic() + self.busy_seconds
         with self.translated(), closing(self._open_existing()) as raw:
             raw.execute(f"PRAGMA synchronous={self.durability.upper()}")
-            # Write the application id before the switch to WAL mode. Otherwise SQLite would write the id only to the
+            # Write the application id before the switch to WAL mode. In WAL mode, SQLite would write the id only to the
             # WAL.
             if not self.path.stat().st_size:
                 raw.execute(f"PRAGMA application_id={APPLICATION_ID}")
@@ -296,8 +292,8 @@ class SQLiteEngine(Engine):
                 try:
                     mode = raw.pragma("journal_mode", "WAL")
                 except apsw.BusyError:
-                    # SQLite needs an exclusive lock to change the journal mode, but does not call the busy handler.
-                    # Another process can hold a lock for a moment, to read the schema revision.
+                    # SQLite does not call the busy handler for `PRAGMA journal_mode`. Another process can hold a lock
+                    # for a moment.
                     if monotonic() >= deadline:
                         raise
                     time.sleep(_WAL_PAUSE)
@@ -308,7 +304,7 @@ class SQLiteEngine(Engine):
             )
 
     def refuse_foreign(self) -> None:
-        """Refuse a file that has content and does not belong to homeagent. Do not change the file."""
+        """Refuse a non-empty file that does not belong to homeagent. Do not change the file."""
         try:
             found = self._application_id("immutable=1")
         except CorruptDatabaseError:
@@ -323,26 +319,23 @@ class SQLiteEngine(Engine):
             )
 
     def _sqlite_will_empty(self) -> bool:
-        """Return True if a crash interrupted the first transaction of the file. SQLite will undo the transaction, and
-        the file will be empty.
-        """
+        """Return True if a crash interrupted the file's first transaction. SQLite's rollback will empty the file."""
         journal = database_file.sidecars(self.path)[2]
         if database_file.size_of(lock_path(self.path)) or database_file.look_at(journal) is None:
             return False
         header = read_start(journal, 20)
-        # In a journal, bytes 16 to 19 contain the size of the database before the transaction
-        # (https://sqlite.org/fileformat2.html, section 3).
+        # In a journal, bytes 16 to 19 contain the database's old size (https://sqlite.org/fileformat2.html, section 3).
         return header[:8] == _JOURNAL_MAGIC and header[16:] == bytes(4)
 
     def _application_id_while_locked(self) -> int:
         if database_file.look_at(database_file.sidecars(self.path)[1]) is not None and has_frames(self.path):
-            # A connection with `readonly_shm=1` takes SQLite's locks, but can't write the file or the WAL index. Open
-            # the connection only if the WAL has frames, because SQLite would create a missing WAL.
+            # With `readonly_shm=1`, SQLite takes locks, but does not change the files. Require a WAL with frames,
+            # because SQLite would create a missing WAL.
             return self._application_id("readonly_shm=1")
         lock = FileLock(lock_path(self.path), timeout=timedelta(seconds=self.busy_seconds), writable=False)
         if database_file.look_at(lock.path) is None:
             return self._application_id("immutable=1")
-        with lock:  # wait for a process that creates the database and holds the lock
+        with lock:  # wait for a process that creates the database
             return self._application_id("immutable=1")
 
     def _application_id(self, option: str) -> int:
@@ -354,17 +347,16 @@ class SQLiteEngine(Engine):
             return int(raw.pragma("application_id"))
 
     def _on_error(self, context: ExceptionContext) -> BaseException | None:
-        """Return homeagent's error for the driver's exception, or None if the exception must stay untranslated."""
-        # Return the error. Do not raise the error, because SQLAlchemy would then skip later listeners, such as the
-        # listeners of a tracing library.
+        """Return homeagent's error, or None if the exception must stay untranslated."""
+        # Do not raise the new error, because SQLAlchemy would then skip later listeners.
         if isinstance(context, FailureContext):
             return None  # `StoreConnection` translates the exception of the instrumented cursor
         original = context.original_exception
         if isinstance(context.original_exception, HomeAgentError):
             raise context.original_exception  # The exception is already an error of homeagent.
         clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
-        # Before a statement runs, a column type of the application can raise a Python exception. Do not translate the
-        # Python exception.
+        # Before a statement runs, translate only apsw's errors. A column type of the application can raise other
+        # errors.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
         if not isinstance(original, kinds):
             return None
@@ -380,7 +372,7 @@ class SQLiteEngine(Engine):
             self.feed_connections.discard_free()
 
     def after_fork_in_child(self) -> None:
-        """Invalidate the connections. If a unit of the parent used the file, refuse to open the file in the child."""
+        """Invalidate the connections. If a parent's unit used the file, refuse to open the file."""
         if len(self._open) and self.identity_check.identity is not None:
             inherit(self.identity_check.identity)
         super().after_fork_in_child()
@@ -401,9 +393,9 @@ class SQLiteEngine(Engine):
                 shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def _release_in_use_lock(self) -> None:
-        """Release the in-use lock if the engine is closed and no connection is open."""
-        # While another thread uses a connection, keep the in-use lock. Otherwise a restore in this process could close
-        # a descriptor of the file, and the connection would lose SQLite's locks.
+        """Release the in-use lock of a closed engine without open connections."""
+        # Keep the lock while another thread uses a connection. A restore in this process could release SQLite's locks
+        # on the file.
         if self._closed and not self._open and not self._closing and self.in_use_lock is not None:
             self.in_use_lock.release()
 

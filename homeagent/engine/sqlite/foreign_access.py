@@ -1,6 +1,6 @@
-"""Protect an open database from a second SQLite library in the same process. If another library closes a descriptor of
-the database, the process loses the POSIX locks of homeagent's connections. Another process can then delete the WAL
-(https://sqlite.org/howtocorrupt.html, section 2.2).
+"""Protect an open database from a second SQLite library in this process. If another library closes the file, the
+process loses SQLite's POSIX locks. Another process can then delete the WAL (https://sqlite.org/howtocorrupt.html,
+section 2.2).
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ from homeagent.errors import ForeignAccessError
 
 Identity = tuple[int, int]
 
-# Bytes that a guard locks: SQLite's SHARED range of the database file, and byte 128 of the WAL index. SQLite's source
-# os_unix.c defines the values as SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
+# Byte ranges that a guard locks. SQLite's os_unix.c names the values SHARED_FIRST, SHARED_SIZE and UNIX_SHM_DMS.
 _SHARED_RANGE = (0x40000002, 510)
 _WAL_INDEX_BYTE = (128, 1)
 
 _DESCRIPTORS = Path("/proc/self/fd")
 
-# Also check the platform, because `_lock()` builds struct flock as Linux defines the structure.
+# Check the platform, because `_lock()` uses Linux's layout of struct flock.
 _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 
 class FileGuard:
-    """Holds locks on one database file while this process has a connection to the file. On Linux, the guard's locks
-    belong to an open file description, so closing another descriptor does not release the locks. The locks also tell a
-    second SQLite library that the database is open.
+    """Holds locks on one database file while this process has a connection. On Linux, closing another descriptor does
+    not release the guard's locks. The locks show a second SQLite library that the database is open.
     """
 
     def __init__(self, path: Path, identity: Identity) -> None:
@@ -58,9 +56,8 @@ class FileGuard:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Run a block that closes a connection, and count the connection as closed. Release the locks before the last
-        connection is closed, because the close locks the file for a checkpoint. Do not close the descriptors before the
-        connection, because the connection would lose its locks.
+        """Run a block that closes a connection, and count the close. The last close needs an exclusive lock. So first
+        release the guard's locks. Do not close the descriptors before the connection, which would lose its locks.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -73,10 +70,10 @@ class FileGuard:
                     try:
                         self.forget()
                     finally:
-                        # Do not replace the guard while its descriptors are open, because closing the descriptors
-                        # releases the locks of all connections to the file (`test_a_closing_guard_stays_registered`).
+                        # Do not replace a guard with open descriptors (`test_a_closing_guard_stays_registered`).
+                        # Closing the descriptors would release the locks of all connections.
                         with _registry:
-                            # Read the counter again, because a signal handler can have opened a connection.
+                            # A signal handler can have opened a connection.
                             self.is_closed = self._connections == 0
                             if self.is_closed and _guards.get(self._identity) is self:
                                 del _guards[self._identity]
@@ -84,9 +81,7 @@ class FileGuard:
                 raise failure
 
     def hold(self) -> None:
-        """If a connection is open, take the read locks. Call the method after a read, because a read creates the WAL
-        index.
-        """
+        """If a connection is open, take the read locks. Call the method after a read, which creates the WAL index."""
         with self._mutex:
             if self._holds or not self._connections:
                 return
@@ -96,7 +91,7 @@ class FileGuard:
                     if look_at(path) is None:
                         return  # a read-only file, for which SQLite creates no WAL index
                     with explained("lock", path):
-                        # If locking fails, keep the descriptor open, because the close would drop SQLite's locks.
+                        # Keep the descriptor after an error. A close would drop SQLite's locks.
                         if number == len(self._descriptors):
                             self._descriptors.append(os.open(path, os.O_RDONLY | OPEN_FLAGS))
                         _lock(self._descriptors[number], fcntl.F_RDLCK, *span)
@@ -126,15 +121,15 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
 
 
 # Hold the lock `_opening` while a connection is opened and counted. Without the lock `_opening`, another thread could
-# find the new descriptor, and raise ForeignAccessError by mistake.
+# wrongly raise ForeignAccessError.
 _opening = threading.RLock()
 _is_hook_installed = False
 _uncounted = 0
-"""Number of connections that the thread with the lock `_opening` is opening, and has not counted yet."""
+"""Number of connections in `open_guarded()` that are not counted yet."""
 _registry = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
 _protected: weakref.WeakSet[FileIdentityCheck] = weakref.WeakSet()
-"""Open databases. A database without a connection has no guard, for example before the first unit."""
+"""Open databases. Before the first unit, a database can have no guard."""
 
 
 def guard_of(path: Path, identity: Identity) -> FileGuard:
@@ -148,12 +143,12 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
 
 def open_guarded(path: Path, options: str, *, timeout: float, refuse: bool = False) -> Connection:
     """Open an existing database (see `open_existing`), and count the connection until its close. With `refuse=True`,
-    raise ForeignAccessError if other code has the file open in this process.
+    raise ForeignAccessError if other code has the file open.
     """
     global _uncounted
     with _opening:
-        # A signal handler can interrupt this function and call the function a second time. Do not search for foreign
-        # descriptors in the second call, because the search would find the descriptor of the first call.
+        # A signal handler can call this function during another call. The inner call's search would find the outer
+        # call's descriptor.
         if refuse and not _uncounted:
             _refuse_foreign_descriptors(path)
         _uncounted += 1
@@ -171,14 +166,14 @@ def open_guarded(path: Path, options: str, *, timeout: float, refuse: bool = Fal
 
 
 def _refuse_foreign_descriptors(path: Path) -> None:
-    """Raise ForeignAccessError if code other than homeagent has the file open in this process."""
+    """Raise ForeignAccessError if other code of this process has the file open."""
     status = look_at(path)
     if status is None or (identity := identity_of(status)) in _guards or not _DESCRIPTORS.is_dir():
         return
     with explained("look into", _DESCRIPTORS), os.scandir(_DESCRIPTORS) as links:
         for link in links:
             with suppress(OSError):  # The descriptor was closed after the listing.
-                # Read the guards again, because a signal handler can have opened the file in the meantime.
+                # Read the guards again. A signal handler can have opened the file.
                 if identity_of(link.stat()) == identity and identity not in _guards:
                     raise ForeignAccessError(
                         f"this process has {quoted(path)} open already, as descriptor {link.name}, but not through "
@@ -188,19 +183,18 @@ def _refuse_foreign_descriptors(path: Path) -> None:
 
 
 def protect(database: FileIdentityCheck) -> None:
-    """Make `sqlite3.connect` raise an error for the file. The hook detects neither ATTACH nor a call from C code."""
+    """Make `sqlite3.connect` raise an error for the file. The hook does not detect ATTACH or calls from C code."""
     global _is_hook_installed
     with _registry:
         _protected.add(database)
-        # Install the hook only when the first file is opened, because the hook slows each audited call and can't be
-        # removed.
+        # Do not install the hook at import, because the hook slows audited calls.
         if not _is_hook_installed:
             _is_hook_installed = True
             sys.addaudithook(_refuse_connect)
 
 
 def unprotect(database: FileIdentityCheck) -> None:
-    """Stop protecting the file of a closed database, unless another `Database` object has the file open."""
+    """Stop protecting the file for a closed `Database` object."""
     with _registry:
         _protected.discard(database)
 
@@ -227,8 +221,7 @@ def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Replace the locks `_opening` and `_registry`. A thread of the parent can hold a lock during the fork, and no
-    # thread of the child would release the lock.
+    # Replace the locks. In the child, the thread that holds a lock can be missing.
     global _opening, _registry, _uncounted
     _opening, _registry, _uncounted = threading.RLock(), threading.RLock(), 0
     for guard in _guards.values():

@@ -1,9 +1,9 @@
-"""Each process with an open database holds the in-use lock, a shared lock on the file `homeagent.db.open`. A restore
-takes the lock exclusively, so a restore can't replace an open database.
+"""The in-use lock is a lock on the file `homeagent.db.open`. Each process with an open database shares the lock. A
+restore takes the lock exclusively. So a restore can't replace an open database.
 
-The restore replaces the database atomically: after a crash at any moment either the old or the new database is
-complete. No file system can change the database file and its WAL in one step. homeagent therefore first writes a marker
-to the in-use lock file. After a crash, the next `Database.open()` finds the marker and finishes the replacement.
+A restore replaces the database atomically. No file system can replace a file and its WAL in one step. So homeagent
+first writes a marker to the in-use lock file. After a crash, `Database.open()` finds the marker and finishes the
+replacement.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.engine import sidecar_lock
 from homeagent.errors import CorruptDatabaseError, DatabaseBusyError, DatabaseError, ReadOnlyError
 
-# SQLite's locks in a database file are one byte for PENDING, one byte for RESERVED, and the SHARED range
-# (https://sqlite.org/src/file/src/os.h). An open connection in WAL mode holds a lock in the SHARED range.
+# The bytes of SQLite's locks PENDING, RESERVED and SHARED (https://sqlite.org/src/file/src/os.h). In WAL mode, an open
+# connection holds the lock SHARED.
 _SQLITE_LOCKS = (0x40000000, 512)
 
 
@@ -36,7 +36,7 @@ def in_use_path(database: Path) -> Path:
 def hold_in_use_lock(database: Path, *, timeout: timedelta, exclusive_if_free: bool = False) -> FileLock | None:
     """Finish an interrupted restore, and take the in-use lock (for `exclusive_if_free`, see `FileLock`). The caller
     must hold the lock until the last connection is closed. If the directory is read-only and has no lock file, return
-    None, because neither a restore nor SQLite can write there.
+    None. A restore can't write to a read-only directory.
     """
     path = in_use_path(database)
     while True:
@@ -77,9 +77,8 @@ def alone(database: Path, *, timeout: timedelta) -> Iterator[FileLock]:
 
 @contextmanager
 def kept_from_sqlite(database: Path) -> Iterator[None]:
-    """During the block, prevent programs from opening the file with SQLite. Do not call the function while SQLite has
-    the file open in this process, because closing the function's descriptor would release all locks of this process on
-    the file.
+    """During the block, prevent programs from opening the file with SQLite. This process must not have the file open in
+    SQLite. Closing the file would release SQLite's locks.
     """
     with explained("open", database):
         try:
@@ -104,7 +103,7 @@ def kept_from_sqlite(database: Path) -> Iterator[None]:
 
 
 def _holders(path: Path) -> str:
-    """Return a text that names the processes with a lock on the file, from /proc/locks (proc_locks(5))."""
+    """Describe the processes that lock the file, from /proc/locks (proc_locks(5))."""
     numbers: set[int] = set()
     with suppress(OSError):
         held = re.compile(rf"^\d+: FLOCK +\S+ +\S+ +([1-9]\d*) \S+:{path.stat().st_ino} ", re.M)
@@ -118,13 +117,13 @@ def _holders(path: Path) -> str:
 
 # Replacement of a database
 
-# If the word "end" is missing, a power cut interrupted the write of the marker, and homeagent has moved no file.
+# A marker without "end" is incomplete, so homeagent has moved no file.
 _INTENT = r"swap (\w+) (\d+) end"
 _MARKER = r"initialised, epoch (\d+)"
 
 
 def new_path(database: Path, stamp: str) -> Path:
-    """Return the temporary path of a new database that will replace the old database."""
+    """Return the new database's path before the replacement."""
     return database.with_name(f"{database.name}.{stamp}.restoring")
 
 
@@ -134,12 +133,12 @@ def quarantine_path(database: Path, stamp: str) -> Path:
 
 
 def marker_of_epoch(epoch: int) -> str:
-    """Return the marker for the lock file of a database that was created or restored with this epoch."""
+    """Return the lock file's marker for a database with this epoch."""
     return "initialised" if epoch == 1 else f"initialised, epoch {epoch}"
 
 
 def epoch_of_marker(marker: str | None) -> int:
-    """Return the epoch in a lock file's marker, or 0 if the file has no marker."""
+    """Return the epoch in a marker, or 0 for no marker."""
     if marker is None:
         return 0
     found = re.fullmatch(_MARKER, marker)
@@ -147,8 +146,8 @@ def epoch_of_marker(marker: str | None) -> int:
 
 
 def replace_database(lock: FileLock, database: Path, *, stamp: str, epoch: int, timeout: timedelta) -> None:
-    """Move the file at `new_path` to the database's path, and the old files to `quarantine_path`. The caller must hold
-    the in-use lock exclusively. If a step fails, the next process that opens the database finishes the replacement.
+    """Replace the database by the file at `new_path`. Move the old files to `quarantine_path`. The caller must hold the
+    in-use lock exclusively. If a step fails, the next `Database.open()` finishes the replacement.
     """
     lock.write_marker(f"swap {stamp} {epoch} end")
     finish_replacement(lock, database, timeout=timeout)
@@ -170,11 +169,11 @@ def finish_replacement(lock: FileLock, database: Path, *, timeout: timedelta) ->
         )
     stamp, epoch = found[1], int(found[2])
     new, kept = new_path(database, stamp), quarantine_path(database, stamp)
-    # Check the file at `new_path`, because another user could have put a file there after a finished replacement.
+    # Check the file at `new_path`, because another user could have created the file.
     if inspect_file(new, is_database=False) is not None:
         with explained("put the restored database in place at", database):
-            # Between the first and the last rename, the database file is missing. If another process opens the database
-            # at this time, the process finds the marker and finishes the replacement.
+            # Between the first and the last rename, the database file is missing. A process that opens the database
+            # then finishes the replacement.
             if os.path.lexists(database) and not os.path.lexists(kept):
                 database.replace(kept)
             for old_sidecar, kept_sidecar in zip(sidecars(database), sidecars(kept), strict=True):

@@ -1,5 +1,5 @@
-"""Read a SQLite file without changing the file, its WAL or their modes. An ordinary connection could destroy data of a
-damaged file, because SQLite removes the WAL when the last connection closes.
+"""Read a SQLite file without changing the file, its WAL or their modes. The last ordinary connection removes the WAL at
+its close. A damaged database could then lose data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import ExceptionContext
 
-# Number of instructions of SQLite's virtual machine between two checks of the clock.
+# SQLite calls a `Stopwatch` object after this number of bytecode instructions.
 _INSTRUCTIONS = 10_000
 
 
@@ -56,9 +56,9 @@ def inspect_sqlite(
 ) -> Iterator[Connection]:
     """Open an existing file for reading. All statements see one snapshot. SQLite creates no file except a WAL index.
 
-    If the arguments `assume_closed` and `is_closed` are both False, take SQLite's locks. Another process can then use
-    the file at the same time. Before you pass `is_closed=True`, check that no process of homeagent has the file open. A
-    process with an open database can add a frame to the WAL at any time.
+    If `assume_closed` and `is_closed` are False, take SQLite's locks. Another process can then use the file at the same
+    time. Pass `is_closed=True` only if no homeagent process has the file open. A homeagent process could add frames to
+    the WAL at any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
@@ -88,8 +88,7 @@ def inspect_sqlite(
             with translated(DRIVER_ERRORS, sqlite_error):
                 connection = _begin(engine.connect())
         except ReadOnlyError:
-            # While another process writes, SQLite can refuse to read with the option `readonly_shm=1`. Try the next
-            # option.
+            # During another process's write, SQLite can refuse the option `readonly_shm=1`. Try the next option.
             if not options:
                 raise
     with connection:
@@ -97,8 +96,8 @@ def inspect_sqlite(
 
 
 def _begin(connection: Connection) -> Connection:
-    # Begin the transaction only after the engine's connect event. A listener of the host application can run a PRAGMA
-    # on each new connection, and SQLite refuses some PRAGMAs in a transaction. The first read takes the snapshot.
+    # Begin the transaction only after the engine's connect event. The application's listeners can run PRAGMAs that
+    # SQLite refuses in a transaction. The first read takes the snapshot.
     raw: Any = connection.connection.driver_connection
     try:
         raw.execute("BEGIN; SELECT count(*) FROM sqlite_master").fetchall()
@@ -109,8 +108,8 @@ def _begin(connection: Connection) -> Connection:
 
 
 def journal_mode(connection: Connection) -> str:
-    """Read the journal mode from the header of a file, because SQLite does not report the mode "wal" on a connection
-    without locks. Pass a connection of `inspect_sqlite()`.
+    """Read the journal mode from a file's header. Without locks, SQLite does not report the mode "wal". Pass a
+    connection of `inspect_sqlite()`.
     """
     raw: Any = connection.connection.driver_connection
     # https://sqlite.org/fileformat2.html#file_format_version_numbers
@@ -118,10 +117,10 @@ def journal_mode(connection: Connection) -> str:
 
 
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
-    """Return True if a trigger writes to one of the tables, or if a view reads from one of the tables. SQLite reports
-    the tables that a compiled statement uses (https://sqlite.org/c3ref/set_authorizer.html). Also return True if SQLite
-    can't compile the trigger or the view. The argument named `tables` contains names in lower case. As the last
-    argument, pass the name of the trigger's table or the name of the view.
+    """Return True if a trigger writes to one of the tables. For a view, return True if the view reads one of the
+    tables. Also return True if SQLite can't compile the trigger or the view. SQLite reports a statement's tables at the
+    compilation (https://sqlite.org/c3ref/set_authorizer.html). The argument `tables` contains names in lower case. As
+    the last argument, pass the trigger's table or the view's name.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []
@@ -147,7 +146,7 @@ def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) 
 def _using(raw: Any, kind: str, place: str) -> list[str]:
     if kind == "view":
         return [f"SELECT * FROM {place}"]  # noqa: S608  a name, escaped
-    # Leave out generated columns, which table_xinfo reports as hidden, because an UPDATE can't set generated columns.
+    # Leave out generated columns, which table_xinfo reports as hidden. An UPDATE can't set generated columns.
     names = [row[1].replace('"', '""') for row in raw.execute(f"PRAGMA table_xinfo({place})") if not row[6]]
     settings = ", ".join(f'"{name}" = "{name}"' for name in names)
     return [f"INSERT INTO {place} DEFAULT VALUES", f"UPDATE {place} SET {settings}", f"DELETE FROM {place}"]  # noqa: S608  likewise

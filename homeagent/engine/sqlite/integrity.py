@@ -1,5 +1,5 @@
-"""Checks of a SQLite file's content. SQLite stores no checksums of pages, so the checks do not detect a changed letter
-in a text.
+"""Checks of a SQLite file's content. SQLite stores no checksums of pages. The checks do not detect a changed letter in
+a text.
 """
 
 from __future__ import annotations
@@ -29,22 +29,21 @@ if TYPE_CHECKING:
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-# Maximum database sizes, in bytes, for SQLite's full check (about 5 ms per MiB) and quick check (about 1 ms per MiB).
-# The quick check does not compare indexes with tables.
+# Largest database sizes, in bytes, for SQLite's full check and quick check. The full check takes about 5 ms per MiB.
+# The quick check takes about 1 ms per MiB. The quick check does not compare indexes with tables.
 FULL_CHECK_BYTES = 2 * 1024 * 1024
 QUICK_CHECK_BYTES = 16 * 1024 * 1024
 
 # Longest time for one periodic check of an open file, in seconds.
 _BUDGET = 30.0
 
-# Number of instructions of SQLite's virtual machine between two calls of the function `give_up()`.
+# SQLite calls the function `give_up()` after this number of bytecode instructions.
 _INSTRUCTIONS = 100_000
 
 
 def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
-    """Check a file that was not closed cleanly, without changing any file. Before the call, ensure that no process of
-    homeagent has the file open. Return True if `check_content()` accepted the file, or False if the database has no WAL
-    to check.
+    """Check a file that was not closed cleanly, without changing any file. No process of homeagent may have the file
+    open. Return True if `check_content()` accepted the file. Return False if the database has no WAL to check.
     """
     path = engine.path
     log, index, journal = sidecars(path)
@@ -82,7 +81,7 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
                 check_content(path, raw, always=True)
         except CorruptDatabaseError as error:
             damage = error
-    # If the WAL index exists, another program can have the file open, so check the file again with locks.
+    # If the WAL index exists, another program can have the file open. Check the file again with locks.
     if damage is not None and (look_at(index) is None or not _is_sound(engine)):
         raise damage
     seconds = monotonic() - began
@@ -106,7 +105,7 @@ def _is_sound(engine: SQLiteEngine) -> bool:
 
 def check_content(path: Path, raw: Any, *, always: bool = False) -> None:
     """Check a file's content with SQLite. With `always=False`, do not check a file over `QUICK_CHECK_BYTES`."""
-    # Compute the size from the number of pages, because the WAL can contain more pages than the file.
+    # Count the pages, because the WAL can contain more pages than the file.
     size = raw.pragma("page_count") * raw.pragma("page_size")
     if size <= FULL_CHECK_BYTES:
         found = raw.execute("PRAGMA integrity_check(1)").fetchall()
@@ -128,8 +127,8 @@ class ContentCheck:
         self._left: list[str] = []
 
     def run_if_due(self, stop: Callable[[], bool]) -> None:
-        """If a check is due, check all tables, or the tables that the last call left unchecked. If a table is damaged,
-        raise CorruptDatabaseError.
+        """If a check is due, check the tables. A stopped check continues in the next call. If a table is damaged, raise
+        CorruptDatabaseError.
         """
         engine = self._engine
         now = self._monotonic()
@@ -155,9 +154,8 @@ class ContentCheck:
 
 
 def _check(engine: SQLiteEngine, table: str, give_up: Callable[[], bool]) -> bool:
-    """Check a table and its indexes. If the table is damaged, raise CorruptDatabaseError, and make later units
-    raise the error too. Return False if `give_up()` ended the check. SQLite calls `give_up()` every few
-    milliseconds.
+    """Check a table and its indexes. If the table is damaged, mark the database corrupt, and raise
+    CorruptDatabaseError. Return False if `give_up()` ended the check.
     """
     try:
         with engine.translated(), engine.driver_connection() as raw:
@@ -175,12 +173,12 @@ def _check(engine: SQLiteEngine, table: str, give_up: Callable[[], bool]) -> boo
 
 
 def _refuse(path: Path, found: list[Any]) -> None:
-    """Raise CorruptDatabaseError if the result rows of SQLite's integrity check or quick check report damage."""
+    """Raise CorruptDatabaseError if the rows of SQLite's check report damage."""
     if found and found[0][0] != "ok":
-        # The result of SQLite's check contains numbers of rows and names of columns, but no values.
+        # SQLite's result contains names and row numbers, but no stored values.
         raise _damaged(path, found[0][0].splitlines()[-1])
 
 
 def _damaged(path: Path, problem: str, more: str = "") -> CorruptDatabaseError:
-    """Return the error for a damaged database, with the problem, the remedy and the newest backup."""
+    """Return the error for a damaged database, with the remedy."""
     return CorruptDatabaseError(f"{quoted(path)} is damaged ({problem}): {RESTORE}; {newest_backup_hint(path)}{more}")

@@ -30,12 +30,12 @@ class Manifest(BaseModel, frozen=True):
     """Description of a backup at the time when homeagent verified the backup.
 
     Attributes:
-        kind: "upgrade" for a copy before a schema upgrade, "adoption" for a copy of an application's file before its
-            adoption, or "backup" for an ordinary backup.
+        kind: "backup" for an ordinary backup. "upgrade" is a copy before a schema upgrade. "adoption" is a copy of an
+            application's file before its adoption.
         schema_revision: schema revision; None for a file without homeagent's tables.
         schema_version: SQLite's counter of schema changes (https://sqlite.org/pragma.html#pragma_schema_version); None
-            in the manifest of an earlier version of homeagent.
-        epoch: epoch of the store; None if the schema is too old to have epochs.
+            in an older manifest.
+        epoch: epoch of the store; None for an old schema without epochs.
     """
 
     format: Literal[1] = 1
@@ -58,8 +58,8 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return the manifest of a backup, or None if the manifest does not exist. If `database` is None, accept the owners
-    that homeagent trusts in the backup's directory.
+    """Return a backup's manifest, or None if the manifest does not exist. If `database` is None, use the trusted owners
+    of the backup's directory.
     """
     path = manifest_path(backup)
     try:
@@ -74,14 +74,13 @@ def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None
 
 
 def write_manifest(backup: Path, manifest: Manifest) -> None:
-    """Write or replace the manifest of a backup, with mode 0600, or raise DatabaseError."""
+    """Write or replace a backup's manifest with mode 0600, or raise DatabaseError."""
     _write(manifest_path(backup), manifest.model_dump_json(indent=2) + "\n", database=Path(manifest.database))
 
 
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
-    """Return the backups in a directory, oldest first. Leave out a copy that homeagent made before an adoption, and a
-    backup whose size differs from the manifest. Leave out a backup that `restore()` would refuse because of the
-    backup's owner or a second hard link.
+    """Return the backups in a directory, oldest first. Leave out copies before an adoption, and backups of a wrong
+    size. Leave out backups with an untrusted owner or a second hard link.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -102,7 +101,7 @@ def newest_backup(database: Path) -> Path | None:
     """Search the database's directory and the directory of the last backup. Return the newest backup, or None. The
     argument `database` must be a path from `locate_file()`.
     """
-    # Compare only the file name of the source database, because the administrator can move the whole directory.
+    # Compare only file names, because the administrator can move the directory.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
     last = remembered_backup(database)
     if last is not None and last.parent != database.parent:
@@ -114,17 +113,17 @@ def newest_backup(database: Path) -> Path | None:
 
 
 def remember_backup(database: Path, backup: Path) -> None:
-    """Write the path of the last backup to a small file next to the database, or raise DatabaseError."""
+    """Write the path of the last backup to the file `note_path()`, or raise DatabaseError."""
     _write(note_path(database), f"{backup}\n")
 
 
 def note_path(database: Path) -> Path:
-    """Return the path of the file in which `remember_backup()` stores the path of the last backup."""
+    """Return the path of the note that contains the last backup's path."""
     return database.with_name(database.name + ".last-backup")
 
 
 def remembered_backup(database: Path) -> Path | None:
-    """Return the path of the last backup of a database. If the note with the path can't be read, return None."""
+    """Return the path of the last backup of a database. If the note can't be read, return None."""
     try:
         return Path(os.fsdecode(_read(note_path(database), backup_owners(database)).rstrip(b"\n")))
     except (OSError, ValueError, HomeAgentError):
@@ -132,7 +131,7 @@ def remembered_backup(database: Path) -> Path | None:
 
 
 def _read(path: Path, owners: frozenset[int]) -> bytes:
-    """Return the content of a file of one of the users `owners`. Raise OSError if the file is larger than 64 KiB."""
+    """Read a file of one of the users `owners`. Raise OSError if the file is larger than 64 KiB."""
     with open_to_read(path, owners) as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:
@@ -141,7 +140,7 @@ def _read(path: Path, owners: frozenset[int]) -> bytes:
 
 
 def _write(path: Path, text: str, *, database: Path | None = None) -> None:
-    """Replace a small file atomically. After a power cut the file contains either the old or the new content."""
+    """Replace a small file atomically, even during a power cut."""
     partial = path.with_name(f".{path.name}.{token_hex(8)}{PARTIAL}")
     try:
         with explained("write", path):

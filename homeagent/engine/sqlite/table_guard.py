@@ -1,4 +1,4 @@
-"""Refuse statements that change certain tables, for example while the revisions of an application run."""
+"""Refuse statements that change certain tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import apsw
 _WRITES = frozenset({apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE, apsw.SQLITE_DROP_TABLE})
 _TRIGGERS = frozenset({apsw.SQLITE_CREATE_TRIGGER, apsw.SQLITE_DROP_TRIGGER})
 
-# Actions for which SQLite passes the name of the table as the second argument
+# For these actions, SQLite passes the table's name as the second argument
 # (https://sqlite.org/c3ref/c_alter_table.html).
 _OF_TABLE = {
     apsw.SQLITE_ALTER_TABLE,
@@ -25,11 +25,9 @@ _OF_TABLE = {
 def refuse_changes(
     raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
 ) -> Iterator[None]:
-    """During the block, refuse statements that change the rows, columns, indexes or triggers of the given tables. Also
-    refuse statements that set `PRAGMA writable_schema`. The names of the tables are in lower case. The argument
-    `triggers` contains the names of triggers that are allowed to change the tables. A refused statement has no effect,
-    because SQLite asks the authorizer during the compilation of a statement
-    (https://sqlite.org/c3ref/set_authorizer.html).
+    """During the block, refuse changes of the tables' rows, columns, indexes and triggers. Also refuse statements that
+    set `PRAGMA writable_schema`. The names of the tables are in lower case. The triggers in the argument `triggers` may
+    change the tables. SQLite refuses a statement before the execution (https://sqlite.org/c3ref/set_authorizer.html).
     """
 
     def judge(action: int, first: str | None, second: str | None, _schema: object, by: str | None) -> int:

@@ -1,7 +1,6 @@
-"""Find committed transactions that are lost from a WAL. SQLite treats the first frame with a wrong checksum as the end
-of the WAL, and silently discards the later commits (https://sqlite.org/fileformat2.html#walformat, section 4.2). The
-caller must ensure that no process of homeagent has the database open. If this process had the database open, reading
-the WAL index would release SQLite's locks.
+"""Find lost commits in a WAL. For SQLite, a WAL ends at the first frame with a wrong checksum
+(https://sqlite.org/fileformat2.html#walformat, section 4.2). SQLite silently discards the later commits. No process of
+homeagent may have the database open. Reading the WAL index would release the SQLite locks of this process.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ _INDEX = 2 * _INDEX_HEADER + 40
 _INDEX_VERSION = 3007000
 
 # The kernel writes the WAL index to the disk within half a minute. In half a minute, the WAL restarts at most 65,536
-# times. A new WAL begins with a random number (salt), and each restart increments the salt.
+# times. A new WAL has a random number (salt). Each restart increments the salt.
 _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Lost commits in a WAL. The attribute `frames` is the number of frames that SQLite can still read. If
-    `by_power_cut` is True, a power cut with `durability="normal"` can be the cause of the loss.
+    """Lost commits in a WAL. The attribute `frames` is the number of readable frames. If `by_power_cut` is True, a
+    power cut can be the cause.
     """
 
     problem: str
@@ -58,18 +57,16 @@ class _Index(NamedTuple):
 
 
 def has_frames(path: Path) -> bool:
-    """Return whether SQLite would read a frame of this database's WAL. The function is safe while the caller has the
-    database open. If the WAL has no frames, a connection with the option `readonly_shm=1` fails after 10 seconds
-    (SQLITE_PROTOCOL).
+    """Return whether SQLite would read a frame of this database's WAL. The caller may have the database open. Without
+    frames, a connection with `readonly_shm=1` fails after 10 seconds (SQLITE_PROTOCOL).
     """
     log = sidecars(path)[0]
     return size_of(log) >= _SMALLEST_LOG and _page_size(read_start(log, _HEADER)) is not None
 
 
 def read_start(path: Path, size: int) -> bytes:
-    """Return the first bytes of a file, or no bytes if the file does not exist. Do not call this function for a
-    database file or a WAL index that SQLite has open in this process, because the close of the file drops SQLite's
-    locks.
+    """Return a file's first bytes. If the file does not exist, return no bytes. Do not read the database file or WAL
+    index of an open connection. Closing the file would drop SQLite's locks.
     """
     with explained("read", path), suppress(FileNotFoundError), _opened(path) as file:
         return file.read(size)
@@ -77,15 +74,15 @@ def read_start(path: Path, size: int) -> bytes:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Open a file for reading, and return the open file. Raise OSError if the path is a symbolic link."""
+    """Open a file for reading. Raise OSError if the path is a symbolic link."""
     return os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS), "rb")
 
 
 @contextmanager
 def open_without_locks(path: Path) -> Iterator[Connection]:
-    """Open a database for reading. Take no lock (virtual file system `unix-none`), and change no file. In exclusive
-    locking mode, SQLite ignores the WAL index of a killed process (https://sqlite.org/wal.html#noshm). If the database
-    has no WAL, do not read from the connection, because SQLite would create a WAL.
+    """Open a database for reading, without locks and without changing a file. In exclusive locking mode, SQLite ignores
+    an old WAL index (https://sqlite.org/wal.html#noshm). If the database has no WAL, do not read from the connection.
+    SQLite would create a WAL.
     """
     refuse_orphaned_log(path)
     with translated(DRIVER_ERRORS, sqlite_error), closing(open_existing(path, "mode=ro&vfs=unix-none")) as raw:
@@ -95,9 +92,9 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
 
 
 def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
-    """Describe the commits that SQLite would silently discard at the opening of the database, or return None. The
-    argument `raw` must be a connection from `open_without_locks()`. A power cut during COMMIT can damage the last
-    commit. If the WAL index is missing, do not report a damaged last commit.
+    """Describe the commits that SQLite would silently discard, or return None. The argument `raw` must be a connection
+    from `open_without_locks()`. A power cut during COMMIT can damage the last commit. If the WAL index is missing, do
+    not report a damaged last commit.
     """
     log, index = sidecars(path)[:2]
     known, found = _read_index(index), _Log()
@@ -108,9 +105,9 @@ def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
 
 class _Log(NamedTuple):
     salt: bytes | None = None  # None if the WAL has no valid header.
-    committed: int = 0  # Number of frames up to the end of the last intact commit.
-    later_commits: int = 0  # Number of commits that follow the last intact commit.
-    is_blank: bool = True  # True if the WAL is missing, too short for a frame, or has only zeros.
+    committed: int = 0  # Number of frames up to the last intact commit.
+    later_commits: int = 0  # Number of commits after the last intact commit.
+    is_blank: bool = True  # True if the WAL is missing, too short, or full of zeros.
 
 
 def _read_log(file: BinaryIO, raw: Connection) -> _Log:
@@ -140,9 +137,7 @@ def _read_log(file: BinaryIO, raw: Connection) -> _Log:
 
 
 def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
-    """Return the number of frames up to the last intact commit. SQLite counts the frames a hundred times faster, but
-    only if the process can write the WAL.
-    """
+    """Return the number of frames up to the last intact commit. SQLite counts faster, but needs write access."""
     order = _MAGIC[int.from_bytes(header[:4], "big")]
     sums: tuple[int, ...] = struct.unpack(">2I", header[24:])
     committed = number = 0
@@ -156,7 +151,7 @@ def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
 
 
 def _page_size(header: bytes) -> int | None:
-    """Return the page size in the header of a WAL, or None if the header is too short or invalid."""
+    """Return a WAL's page size, or None for an invalid header."""
     if len(header) < _HEADER:
         return None
     magic, version, page_size, _, *_, first, second = struct.unpack(">8I", header)
@@ -169,7 +164,7 @@ def _page_size(header: bytes) -> int | None:
 
 def _judged(index: _Index | None, log: _Log, state: str) -> LostCommits | None:
     if index is not None and index.committed > index.moved:
-        # Frames that were committed, but not copied into the database by a checkpoint, exist only in the WAL.
+        # The committed frames after the last checkpoint exist only in the WAL.
         if log.salt is None:
             return LostCommits(f"the log of {index.committed} frames {state}", 0, by_power_cut=log.is_blank)
         if log.salt != index.salt and not _is_later(log.salt, than=index.salt):
@@ -181,11 +176,11 @@ def _judged(index: _Index | None, log: _Log, state: str) -> LostCommits | None:
                 by_power_cut=True,
             )
     if log.salt is None:
-        # SQLite writes the header of the WAL before the frames. A power cut can't split the header, which is smaller
-        # than a disk's sector.
+        # SQLite writes the WAL's header before the frames. A power cut can't split the header, which fits in one
+        # sector.
         return None if log.is_blank else LostCommits("the log has no sound header", 0, False)
-    # If only one commit follows the damage, report no loss. After a power cut, the last frame of an unfinished commit
-    # can be on the disk without the first frame.
+    # If only one commit follows the damage, report no loss. After a power cut, an unfinished commit can lack its first
+    # frame.
     if log.later_commits > 1:
         return LostCommits(
             f"the log is damaged after {log.committed} frames, and {log.later_commits} commits follow",
@@ -196,7 +191,7 @@ def _judged(index: _Index | None, log: _Log, state: str) -> LostCommits | None:
 
 
 def _is_later(salt: bytes, *, than: bytes) -> bool:
-    """Return True if the WAL is newer than the WAL index on the disk. A restart increments the first salt
+    """Return True if the WAL is newer than its index. A restart increments the first salt
     (https://sqlite.org/fileformat2.html#walformat).
     """
     return 0 < (int.from_bytes(salt[:4], "big") - int.from_bytes(than[:4], "big")) % 2**32 < _MOST_RESTARTS

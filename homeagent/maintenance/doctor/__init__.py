@@ -1,4 +1,4 @@
-"""The doctor checks a database without changing the database, and repairs problems only on request."""
+"""The doctor checks a database, and repairs problems only on request."""
 
 from homeagent.maintenance.doctor.diagnosis import CHECKS, diagnose
 from homeagent.maintenance.doctor.report import Diagnosis, Finding, Severity

@@ -56,7 +56,7 @@ def diagnose(
 ) -> Diagnosis:
     """Check a database in any state, and report problems with their remedies.
 
-    With `fix=False`, the doctor does not change a file or a row. A missing, damaged, too old or too new database is a
+    With `fix=False`, the doctor does not change a file or a row. A missing, damaged or incompatible database causes a
     finding, not an error. Findings do not contain secrets, hashes, nonces, idempotency keys or results.
 
     Args:
@@ -64,11 +64,11 @@ def diagnose(
             open, call `Database.doctor()` instead.
         clock: clock of the store.
         thorough: True to run SQLite's full integrity check without a time limit. The full check also compares the
-            indexes with their tables. With `thorough=False`, a check that takes longer than 10 seconds is stopped and
-            listed in `Diagnosis.not_checked`.
-        fix: True to repair problems that can be repaired without loss. The doctor corrects modes of files, route keys
-            of sessions and the journal mode. The doctor also deletes partial copies older than a day, expired rows, and
-            hashes of expired secrets. At the end, the doctor empties the WAL. The returned findings describe the
+            indexes with their tables. With `thorough=False`, the doctor stops a check after 10 seconds. The attribute
+            `Diagnosis.not_checked` lists the stopped checks.
+        fix: True to repair problems that can be repaired without loss. The doctor corrects file modes, route keys and
+            the journal mode. The doctor deletes expired rows and hashes of expired secrets. The doctor also deletes
+            partial copies older than a day. At the end, the doctor empties the WAL. The returned findings describe the
             database after the repair.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
@@ -92,8 +92,8 @@ def diagnose_open(settings: UnitSettings, *, thorough: bool, fix: bool) -> Diagn
 
 @contextmanager
 def _reading(settings: UnitSettings | None) -> Iterator[None]:
-    """If possible, keep a read-only unit open during the block. Without an open unit, the doctor could have to create
-    the file of the WAL index.
+    """If possible, keep a read-only unit open during the block. Otherwise the doctor could create the file of the WAL
+    index.
     """
     with ExitStack() as stack:
         try:
@@ -116,7 +116,7 @@ def _diagnose(
     fix: bool,
     settings: UnitSettings | None = None,
 ) -> Diagnosis:
-    """Run the checks, and return the diagnosis. If `fix` is True, make safe repairs, and check again after a repair."""
+    """Run the checks, and return the diagnosis. If `fix` is True, make safe repairs, and check again."""
 
     def check(repairs: list[Repair]) -> Diagnosis:
         limit = None if thorough else QUICK
@@ -145,7 +145,7 @@ def _diagnose(
     return check(repairs) if repairs else found
 
 
-# If one of these checks has a critical finding, the doctor changes no rows, because the rows or the clock can be wrong.
+# After a critical finding of these checks, the doctor changes no rows.
 _HANDS_OFF = (
     "database",
     "integrity",
@@ -164,7 +164,7 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
-    # If the database file can belong to another application, change neither the file nor the files next to the file.
+    # If the database can be another application's, change no files.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
         _record(done, "files", _make_private(target.path))
         _record(done, "leftovers", _remove_partials(target.path, diagnosis.checked_at))
@@ -183,7 +183,7 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
 
 @contextmanager
 def _noted(done: list[Repair], check: str) -> Iterator[None]:
-    """Catch a HomeAgentError of the block, and append the error to the list `done` as a failed repair."""
+    """Append a HomeAgentError of the block to `done`, as a failed repair."""
     try:
         yield
     except HomeAgentError as error:
@@ -249,8 +249,7 @@ def _correct_routes(settings: UnitSettings) -> Iterator[str]:
     with UnitOfWork(settings, read_only=False) as unit:
         connection = unit.session.connection()
         stale = list(stale_routes(connection))
-        # First release all stale route keys, because the stale key of one session can be the right key of another
-        # session.
+        # First release all stale keys: another session can need the key.
         for session_id, _ in stale:
             connection.execute(update(routes).where(routes.c.session_id == session_id).values(route_key=None))
         for session_id, route in stale:

@@ -1,7 +1,7 @@
-"""Check the files of a SQLite database: names, owners, modes, leftovers, backups, file system, free space.
+"""Check the files, backups and free space of a SQLite database.
 
-Do not open the database file in this module. Use `lstat` instead. Closing the file would release the locks that SQLite
-holds on the file in this process (see `homeagent.engine.files.database_file`).
+Do not open the database file here: use `lstat`. Closing the file would release SQLite's locks (see
+`homeagent.engine.files.database_file`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Files = dict[Path, os.stat_result]
 
 
 def database_files(path: Path) -> Files:
-    """Return the existing files of a database: SQLite's files, lock files, backups and manifests."""
+    """Return a database's existing files, including lock files, backups and manifests."""
     own = {path, *sidecars(path)}
     found = {}
     with suppress(OSError):  # the check `"database"` reports a file that cannot be read
@@ -47,7 +47,7 @@ def database_files(path: Path) -> Files:
 
 
 def is_public(status: os.stat_result) -> bool:
-    """Return whether other users can use a regular file, or anyone can execute the file."""
+    """Return whether the mode of a regular file allows more than 0600."""
     return stat.S_ISREG(status.st_mode) and status.st_mode & 0o177 != 0
 
 
@@ -99,7 +99,7 @@ def _check_directory(collector: Collector, directory: Path) -> None:
     if critical:
         meaning = "other users can replace the database"
     remedy = "keep the database in your own directory, in which no other user can write"
-    # Do not suggest a different mode for a sticky directory such as /tmp, which is meant for all users.
+    # Do not suggest another mode for a sticky directory, such as /tmp.
     command = f"chmod go-w {named}" if is_replaceable(status) else f"ls -ld {named}"
     severity = {"critical": critical, "warning": status.st_mode & 0o022}
     collector.add("directory", summary, meaning, remedy, command, **severity, mode=mode, uid=status.st_uid)
@@ -202,9 +202,9 @@ def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
 
 
 def _stamps(files: Iterable[Path], pattern: Path) -> dict[Path, datetime]:
-    """Return the files that a restore created, and the time in the name of each file."""
+    """Return the files of earlier restores, with the time in each name."""
     before, _, after = pattern.name.partition("*")
-    # A quarantined WAL or WAL index has the name of the quarantined database and a suffix.
+    # A quarantined WAL has the quarantined database's name and a suffix.
     name = re.compile(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?")
     found = {file: match[1] for file in files if (match := name.fullmatch(file.name))}
     return {file: datetime.strptime(f"{time}+0000", "%Y%m%dT%H%M%S%fZ%z") for file, time in found.items()}
@@ -214,7 +214,7 @@ def _check_backup(collector: Collector, path: Path) -> None:
     backup = newest_backup(path)
     manifest = None if backup is None else read_manifest(backup, path)
     if backup is None or manifest is None:
-        # A missing backup is not a warning, because the administrator can use another backup tool.
+        # Do not warn: the administrator can use another backup tool.
         collector.add("backup", "No backup is known: 'homeagent backup' makes a backup.", age_seconds=None)
         return
     collector.restore_command = f"homeagent restore {shlex.quote(str(backup))}"

@@ -1,4 +1,4 @@
-"""Diagnose a PostgreSQL database: check the server settings that homeagent's guarantees need, then the store."""
+"""Diagnose a PostgreSQL database: check the server settings and the store."""
 
 from __future__ import annotations
 
@@ -26,11 +26,10 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
         with closing(server) as engine, engine.connect() as connection:
             raw: Any = connection.connection.driver_connection
             with engine.translated():
-                # Use SET LOCAL, because a plain SET would stay in the session, which a pooler then gives to another
-                # client.
+                # Use SET LOCAL: behind a pooler, SET would affect other clients.
                 raw.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
                 patience = 0 if limit is None else int(limit.total_seconds() * 1000)
-                # The role's settings can change PostgreSQL's output format of timestamps and trigger definitions.
+                # The role's settings can change the format of timestamps and trigger definitions.
                 for setting in (f"statement_timeout = {patience}", "datestyle = ISO", "quote_all_identifiers = off"):
                     raw.execute(f"SET LOCAL {setting}")
             name = connection.execute(text("SELECT current_database()")).scalar_one()

@@ -1,5 +1,5 @@
-"""Models of the doctor's report, and the class that collects the findings. Do not rename fields or checks, because
-monitoring programs depend on their names.
+"""Models of the doctor's report, and a collector of the findings. Do not rename fields or checks: monitoring programs
+use the names.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class Finding(BaseModel, frozen=True, extra="forbid"):
         severity: severity of the reported finding.
         summary: description of the state.
         meaning: consequence of a problem.
-        remedy: action for the administrator, or None if the administrator need not act.
-        command: command for the first step of the remedy, or None if the remedy needs no command.
-        facts: figures by name, such as counts, bytes and seconds. The figures contain no value of a device, agent,
-            session, nonce or idempotency key.
+        remedy: action for the administrator, or None if no action is necessary.
+        command: command for the first step of the remedy, or None.
+        facts: figures by name, such as counts, bytes and seconds. Facts contain no values of devices, agents, sessions,
+            nonces or idempotency keys.
     """
 
     check: str
@@ -86,8 +86,8 @@ class Diagnosis(BaseModel, frozen=True, extra="forbid"):
         thorough: True if the diagnosis included the slow checks.
         severity: worst severity of all findings.
         findings: one finding for each completed check, in the order of `CHECKS`.
-        not_checked: checks that were not completed. Each key is the name of a check, and each value is the reason.
-        repairs: repairs that the doctor made before the final checks. With `fix=False` the doctor makes no repairs.
+        not_checked: reason for each check that was not completed, by check name.
+        repairs: repairs that the doctor made or tried. Empty with `fix=False`.
     """
 
     location: str
@@ -101,11 +101,11 @@ class Diagnosis(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def exit_status(self) -> int:
-        """Exit status: 0 without problems, 1 if the worst finding is a warning, 2 if a finding is critical."""
+        """Exit status: 0 without problems, 1 for warnings, 2 for critical findings."""
         return self.severity.exit_status
 
     def finding(self, check: str) -> Finding | None:
-        """Return the finding of a check. If the check did not run or did not complete, return None."""
+        """Return the finding of a check. If the check did not complete, return None."""
         return next((finding for finding in self.findings if finding.check == check), None)
 
 
@@ -114,8 +114,7 @@ class Collector:
     """Collects the findings of a diagnosis. Several findings of a check become one finding with the worst severity.
 
     Attributes:
-        database_option: text that the collector appends to homeagent's commands, such as " --database hub.db". Empty
-            for a server.
+        database_option: option for homeagent's commands, such as " --database hub.db". Empty for a server.
         restore_command: command that restores the newest good backup. None if no backup is known.
     """
 
@@ -140,8 +139,8 @@ class Collector:
         warning: object = False,
         **facts: Fact,
     ) -> None:
-        """Add a finding. The severity is CRITICAL if `critical=` is true, WARNING if only `warning=` is true, and
-        otherwise OK. For the severity OK, ignore the arguments `meaning`, `remedy` and `command`.
+        """Add a finding. The arguments `critical` and `warning` choose the severity, otherwise OK. For the severity OK,
+        ignore the arguments `meaning`, `remedy` and `command`.
         """
         severity, advice = Severity.OK, {}
         if critical or warning:
@@ -160,16 +159,16 @@ class Collector:
     critical: ClassVar[partialmethod[None]] = partialmethod(add, critical=True)
 
     def skip(self, reason: str, *checks: str) -> None:
-        """Record the reason why checks did not run. Do not replace a finding or a reason that a check already has."""
+        """Record the reason why checks did not run. Do not replace an earlier finding or reason of a check."""
         for check in checks:
             if check not in self.findings:
                 self.not_checked.setdefault(check, reason)
 
     @contextmanager
     def attempt(self, check: str, *, on: Connection | None = None) -> Iterator[None]:
-        """Run the block as a check. If the block raises an error, report a finding, so that later checks still run."""
+        """Run the block as a check. Record an error of the block, so that later checks still run."""
         self.watch.start()
-        # After a failed statement, PostgreSQL refuses all later statements of the transaction.
+        # After an error, PostgreSQL refuses later statements of the transaction.
         guarded = on if on is not None and on.dialect.name == "postgresql" else None
         if guarded is not None:
             guarded.exec_driver_sql("SAVEPOINT doctor")

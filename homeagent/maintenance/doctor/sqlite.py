@@ -42,8 +42,7 @@ def check_sqlite(collector: Collector, path: Path) -> None:
         _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
-            # Another process has opened the database. If a process writes while the doctor reads without locks, the
-            # file looks damaged.
+            # Another process has opened the database. Without locks, a concurrent write looks like damage.
             collector.findings, collector.not_checked = before, skipped
             _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
     collector.skip("the database can't be opened", "wal", *STORE_CHECKS, "integrity")
@@ -63,7 +62,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
         return False
     in_use = look_at(in_use_path(path))
     if in_use is None or in_use.st_mode & 0o777 != FILE_MODE:
-        # Do not take the in-use lock, because taking the lock would create the lock file or change the file's mode.
+        # Do not take the in-use lock, because the doctor changes no file.
         collector.skip("the 'database in use' lock file is missing or not private", "wal")
         return in_use is None  # while a process has the database open, the lock file exists
     try:
@@ -85,9 +84,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Check the owners and sizes of the files. If the doctor must not open the database, add a finding, and return
-    False.
-    """
+    """Check the owners and sizes of the files. If a check fails, add a finding, and return False."""
     log, _, journal = sidecars(path)
     lock = lock_path(path)
     try:

@@ -1,6 +1,4 @@
-"""Check the schema and rows of a database, on both engines. A finding must not contain a secret, a hash, a nonce, a key
-or a result.
-"""
+"""Check the schema and the rows of a database. Findings must not contain secrets, hashes, nonces, keys or results."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ from homeagent.stores.nonces import NONCE_GRACE
 BACKLOG = 10_000  # If more expired rows exist, the doctor assumes that no process sweeps.
 AHEAD = timedelta(minutes=1)  # The clocks of two hosts can differ by this time.
 PENDING = timedelta(days=7)  # If a device waits longer for approval, the doctor reports a warning.
-SECRETS_GRACE = timedelta(days=1)  # The clock can be wrong, so an expired hash can stay for this time.
+SECRETS_GRACE = timedelta(days=1)  # Expired hashes may stay for this time, because clocks can be wrong.
 _PAGE = 1000
 _PAGE_WITH_JSON = 25  # the JSON of one row has up to 1 MiB
 
@@ -115,8 +113,7 @@ def _check_schema(collector: Collector, connection: Connection) -> None:
             collector.warn("schema", summary, meaning, remedy, **{fact: len(found)})
     if accepted:
         listed = ", ".join(str(difference.trigger) for difference in accepted)
-        # Report the names of the triggers in the facts too. If the schema has a problem, the report omits the summary
-        # with the names.
+        # Put the names into the facts too. A worse finding replaces the summary.
         collector.add("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
 
 
@@ -202,10 +199,10 @@ def _first_ten(texts: Sequence[str]) -> str:
 
 
 def _pages(described: Table, connection: Connection) -> Iterator[Sequence[Sequence[Any]]]:
-    """Yield the stored values of all rows of a table, without the conversions of the column types."""
+    """Yield all rows of a table in pages, without converting the values."""
     quote = connection.dialect.identifier_preparer.quote
     names = [quote(c.name) for c in described.columns]
-    # On SQLite, read texts as bytes. Otherwise one text that is not UTF-8 would make a whole page of rows unreadable.
+    # On SQLite, read texts as bytes. Otherwise one invalid UTF-8 text would make the page unreadable.
     undecoded = connection.dialect.name == "sqlite"
     columns = undecoded_columns(names) if undecoded else ", ".join(names)
     rows = text(f"SELECT {columns} FROM {quote(described.name)}")  # noqa: S608  quoted
@@ -215,9 +212,9 @@ def _pages(described: Table, connection: Connection) -> Iterator[Sequence[Sequen
 
 
 def _fault_finder(table: Table, dialect: Dialect) -> Callable[[Sequence[Any]], str | None]:
-    """Return a function that describes the first bad value of a row, or returns None."""
+    """Return a function that describes the first bad value of a row."""
     tests = [(c.name, problem_of_stored(c), getattr(c.type, "process_result_value", None)) for c in table.columns]
-    # For a nonce or an idempotency key, a finding shows only the device, because the nonce or key is secret.
+    # A finding names the device instead of a secret nonce or key.
     naming = naming_column(table)
     place = list(table.columns.keys()).index(naming)
 
@@ -240,7 +237,7 @@ def _fault_finder(table: Table, dialect: Dialect) -> Callable[[Sequence[Any]], s
 
 
 def _count(connection: Connection, model: Any, *conditions: ColumnElement[bool]) -> int:
-    """Return the number of rows that meet all the conditions, in the table of the class `model`."""
+    """Return the number of `model` rows that meet all conditions."""
     statement = select(func.count()).select_from(model.__table__).where(*conditions)
     return int(connection.execute(statement).scalar_one())
 
@@ -256,7 +253,7 @@ def _check_abandoned(collector: Collector, connection: Connection) -> None:
 
 
 def expired_secrets(now: datetime) -> ColumnElement[bool]:
-    """Return the SQL condition for devices that no longer need the hash of their previous secret."""
+    """Return the SQL condition for devices with an expired previous secret."""
     until = _device.previous_secret_expires_at
     return and_(_device.previous_secret_hash.is_not(None), or_(until.is_(None), until <= now - SECRETS_GRACE))
 
@@ -284,14 +281,14 @@ def _check_references(collector: Collector, connection: Connection) -> None:
 
 
 def stale_routes(connection: Connection) -> Iterator[tuple[str, str]]:
-    """Find the sessions with a wrong route key. For each found session, yield the id and the correct route key."""
+    """Find the sessions with a wrong route key. Yield the sessions' ids and the correct route keys."""
     columns = (_session.session_id, _session.route_key, _session.agent_id, _session.sender_id, _session.channel_id)
     holders = select(*columns).where(_session.route_key.is_not(None))
-    # If several sessions belong to one route, the session that was active last gets the route.
+    # The session that was active last gets the route.
     holders = holders.order_by(_session.last_active_at.desc(), _session.session_id.desc())
     for session_id, stored, *route in connection.execute(holders, execution_options={"yield_per": _PAGE}):
         if not all(value is None or isinstance(value, str) for value in route):
-            continue  # The check `"rows"` reports a row with a value that is not a text.
+            continue  # The check `"rows"` reports values that are not texts.
         right = route_key(*route)
         if stored != right:
             yield session_id, right

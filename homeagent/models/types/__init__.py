@@ -1,4 +1,4 @@
-"""Types of fields and columns, and the functions by which models and stores validate values."""
+"""Types of fields and columns, and functions that validate values."""
 
 from homeagent.models.types.enums import EnumColumn, FlagColumn
 from homeagent.models.types.json_text import (

@@ -29,9 +29,7 @@ class EnumColumn(StoredColumn[StrEnum]):
         self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
-        """Return the text that the column stores for an enum member. The argument can be an enum member, or the text of
-        an enum member.
-        """
+        """Return the stored text of an enum member. The argument can also be the text of a member."""
         try:
             return self._stored[value]
         except (KeyError, TypeError):
@@ -48,8 +46,8 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as 0 or 1. For a stored value that is not 0 or 1, the result is the bool that the
-    constructor received. Choose a bool that grants no access.
+    """Column type for a bool, stored as 0 or 1. A stored value other than 0 and 1 is loaded as `otherwise`. The
+    argument `otherwise` must grant no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer

@@ -19,32 +19,31 @@ MAX_JSON_BYTES = 256 * 1024
 """Maximum length of the JSON text of a configuration and of metadata."""
 
 MAX_PAIRING_JSON_BYTES = 16 * 1024
-"""Maximum length of the JSON text of the metadata in a pairing request, because a stranger can send the request."""
+"""Maximum length of a pairing request's metadata, which a stranger can send."""
 
 MAX_RESULT_BYTES = 1024 * 1024
 """Maximum length of the JSON text of a result."""
 
-# Python can refuse to read an integer with more digits than `_READABLE_DIGITS` (see `sys.set_int_max_str_digits()`).
+# Python can refuse an integer with more than `_READABLE_DIGITS` digits (see `sys.set_int_max_str_digits()`).
 _READABLE_DIGITS = sys.int_info.str_digits_check_threshold
 
 
 def encode_json(value: JsonValue, what: str = "JSON", *, limit: int = MAX_JSON_BYTES) -> str:
-    """Return the value as JSON text. Raise InvalidArgumentError if the text is too long, or if JSON can't represent the
-    value exactly.
+    """Return the value as JSON text. Raise InvalidArgumentError if the text is longer than `limit` bytes. Raise
+    InvalidArgumentError if JSON can't represent the value exactly.
     """
     if value is None or value is True or value is False:
         return "null" if value is None else "true" if value else "false"
     try:
         encoded = to_json(value, inf_nan_mode="null")
-        # Compare the decoded value with the argument, because `to_json()` turns the key 1 into "1", and a tuple into a
-        # list. Pydantic's validator would take three times as long, because the validator calls a Python function for
-        # each value.
+        # Compare the decoded text with the value: `to_json()` turns tuples into lists. Pydantic's validator would take
+        # three times as long.
         decoded = json.loads(encoded) if len(encoded) > _READABLE_DIGITS else decode_json(encoded)
         is_json = bool(value == decoded)
     except (ValueError, RecursionError):
         is_json = False
     if not is_json:
-        # Do not raise inside the `except` block, because the context of the error would show the value.
+        # Do not raise inside the `except` block. The error's `__context__` would show the value.
         raise InvalidArgumentError(
             f"{what} must be plain JSON: None, bool, int, finite float, text, lists and dicts with text keys"
         )
@@ -60,7 +59,7 @@ def decode_json(text: str | bytes) -> Any:
     try:
         return from_json(text, cache_strings="keys")
     except ValueError:
-        # `from_json()` reads at most 200 nested levels, but `encode_json()` writes up to 254 levels.
+        # For more than 200 nested levels, `from_json()` raises ValueError.
         return json.loads(text)
 
 
@@ -84,9 +83,8 @@ ResultJson = Annotated[JsonValue, _within(MAX_RESULT_BYTES)]
 
 
 class JsonColumn(StoredColumn[Any]):
-    """Column type for JSON, stored as text. A database's own JSON type would not keep every JSON text exactly. For
-    example, the type can change the order of keys or a large integer. With `none_as_null=False`, None is stored as the
-    JSON text `null`.
+    """Column type for JSON, stored as text. A database's JSON type can change key order or large integers. With
+    `none_as_null=False`, None is stored as the JSON text `null`.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Text

@@ -1,4 +1,4 @@
-"""Column types of the application's own tables, chosen by the types of the fields."""
+"""Column types that homeagent chooses for fields of an application's tables."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pydantic_core import PydanticUndefined
 from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
-# The next two imports use private names, because SQLModel has no public counterparts. The class `FieldInfoMetadata`
-# stores the arguments of `Field()`. The function `get_sa_type_from_field()` returns a field's type without None.
+# The next two imports use private names: SQLModel has no public counterparts. The class `FieldInfoMetadata` stores the
+# arguments of `Field()`. The function `get_sa_type_from_field()` returns a field's type without None.
 from sqlmodel._compat import get_sa_type_from_field
 from sqlmodel.main import FieldInfoMetadata
 
@@ -26,8 +26,8 @@ from homeagent.models.types.timestamps import TIMESTAMP_CHECK, TimestampColumn
 
 
 def choose_column_type(field: FieldInfo, what: str) -> None:
-    """If the field has neither `sa_type` nor `sa_column`, choose a column type. Both engines sort the values of a
-    chosen column type in the same order.
+    """Choose a column type, unless the field has `sa_type` or `sa_column`. Both engines sort the values of each chosen
+    type equally.
     """
     given = next((each for each in field.metadata if isinstance(each, FieldInfoMetadata)), None)
     if given is not None and not (given.sa_type is given.sa_column is PydanticUndefined):
@@ -56,7 +56,7 @@ def _column_type(kind: Any, field: FieldInfo, what: str) -> TypeEngine[Any] | No
     if issubclass(kind, str):
         return text_column()
     if issubclass(kind, int):
-        # PostgreSQL's INTEGER has only 32 bits. SQLite chooses the value of a primary key only if the type is INTEGER.
+        # PostgreSQL's INTEGER has only 32 bits. SQLite generates primary keys only for the type INTEGER.
         return BigInteger().with_variant(Integer(), "sqlite")
     if issubclass(kind, datetime):
         if TIMESTAMP_CHECK not in _parts(field.rebuild_annotation()):

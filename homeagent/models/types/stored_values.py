@@ -1,4 +1,4 @@
-"""Errors for stored values that a column type cannot convert, for example because another program wrote the value."""
+"""Errors for stored values that a column type can't convert."""
 
 from __future__ import annotations
 
@@ -17,16 +17,14 @@ UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, Val
 
 
 def naming_column(table: Table) -> str:
-    """Choose the column that error messages use to identify a row, and return the column's name. The message must not
-    show a nonce or an idempotency key.
+    """Return the name of the column that identifies a row in errors. An error must not show a nonce or an idempotency
+    key.
     """
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
 
 def problem_of_stored(column: Column[Any]) -> Callable[[Any], str | None]:
-    """Return a function that checks a stored value. The function returns the problem as text, or None for a valid
-    value.
-    """
+    """Return a function that checks a stored value. The function returns the problem, or None for a valid value."""
     stored: type = getattr(column.type, "impl_instance", column.type).python_type
     allowed = getattr(column.type, "allowed", None)
 
@@ -50,8 +48,8 @@ def unreadable(
     key: object = None,
     what: str = "holds a value that can't be read",
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. To identify the row in the error's text, pass as `key=` the row's value
-    of the column `naming_column(table)`.
+    """Return the error for an unreadable value. The argument `key` is the row's value in the column
+    `naming_column(table)`.
     """
     if table is None:
         place = "a stored value can't be read; 'homeagent doctor' names its row"
@@ -67,15 +65,15 @@ def unreadable(
 class StoredColumn(TypeDecorator[T]):
     """Base class of homeagent's column types, which convert values. NULL and None need no conversion.
 
-    Code that homeagent generates for a statement calls `convert_bound()` and `convert_loaded()`. If a column type has a
-    dictionary `loaded_values`, the code uses the dictionary instead of `convert_loaded()`. SQLAlchemy reads `cache_ok`
-    only from the class itself, so each column type sets `cache_ok`.
+    Generated code for a statement calls `convert_bound()` and `convert_loaded()`. In generated code, a dictionary named
+    `loaded_values` replaces `convert_loaded()`. Each column type sets `cache_ok`, because SQLAlchemy does not inherit
+    the setting.
     """
 
     convert_bound: Callable[[Any], Any]
     convert_loaded: Callable[[Any], Any]
     allowed: tuple[Any, ...] | None = None
-    """All values that a store writes, or None if a store can write any value of the stored type."""
+    """All values that a store writes, or None for no restriction."""
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
         """Return the value to store."""
@@ -86,5 +84,5 @@ class StoredColumn(TypeDecorator[T]):
         try:
             return None if value is None else self.convert_loaded(value)
         except UNREADABLE:
-            # Do not chain the original error, because an error of the JSON decoder shows the text.
+            # Do not chain the original error, which can show the stored text.
             raise unreadable() from None

@@ -14,10 +14,10 @@ from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import StoredColumn
 
 MAX_ID_BYTES = 512
-"""Maximum length of an id of a device or agent, of a method and of a name, in bytes of UTF-8."""
+"""Maximum length of device ids, agent ids, methods and names, in UTF-8 bytes."""
 
 MAX_LABEL_BYTES = 1024
-"""Maximum length of an id of a session, a sender, a channel, a key and a nonce, in bytes of UTF-8.
+"""Maximum length of session ids, senders, channels, keys and nonces, in UTF-8 bytes.
 
 On PostgreSQL, one entry of an index has at most 2,704 bytes. So an index must not have three columns of this length
 (test_the_longest_texts_are_stored).
@@ -43,12 +43,12 @@ _EMOJI_STYLES = frozenset("\ufe0e\ufe0f")
 
 def _check_text(value: str, what: str, octets: int) -> str:
     """Return the value if the text is valid. An empty text, a control character and a lone surrogate are invalid. The
-    argument named `octets` is the maximum length in bytes of UTF-8.
+    argument `octets` is the maximum number of UTF-8 bytes.
     """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
-    # Check the number of characters first, so that the check of the characters does not read a long text. Check the
-    # characters before the number of bytes, because a lone surrogate can't be encoded as UTF-8.
+    # Check the number of characters first, to avoid reading a long text. Check the characters before the bytes: UTF-8
+    # can't encode a lone surrogate.
     if 1 <= len(value) <= octets:
         if not value.isprintable() and any(unicodedata.category(each) in _REFUSED_CATEGORIES for each in value):
             raise InvalidArgumentError(f"{what} has a control character or a lone surrogate: remove it")
@@ -70,12 +70,12 @@ def _check_id(value: str, what: str, octets: int) -> str:
     return value
 
 
-# Use the cache only for a plain str. An object of another class can be unhashable, or can be equal to a cached str.
+# Use the cache only for a plain str. Objects of other classes can be unhashable, or equal to a cached str.
 _check_known = lru_cache(8192)(_check_id)
 
 
 def _is_visible(text: str, place: int) -> bool:
-    """Return True if an id can contain the character at the given position."""
+    """Return True if an id can contain the character at `place`."""
     character = text[place]
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
         return True
@@ -91,8 +91,8 @@ def _is_modifier(character: str) -> bool:
 
 
 def _is_emoji(character: str) -> bool:
-    """Return True if the Unicode category of the character is So, or if the character is U+2194."""
-    # U+2194 is an emoji, although its Unicode category is Sm and not So.
+    """Return True for the Unicode category So and for U+2194."""
+    # The emoji U+2194 has the Unicode category Sm.
     return character == "\u2194" or unicodedata.category(character) == "So"
 
 
@@ -108,8 +108,8 @@ def check_identifier(value: str, what: str = "an id", octets: int = MAX_ID_BYTES
 
 
 def check_label(value: str, what: str = "a label") -> str:
-    """Return the value if it is a valid new key, nonce, sender or channel. Invisible characters are allowed, because a
-    telephone number that was copied from an address book can contain bidirectional marks.
+    """Check a new key, nonce, sender or channel, and return the value. Allow invisible characters: a copied telephone
+    number can contain bidirectional marks.
     """
     return _check_text(value, what, MAX_LABEL_BYTES)
 
@@ -190,9 +190,7 @@ def _require_text(value: object) -> str:
 
 
 class HashColumn(StoredColumn[str]):
-    """Column type for the text of a hash, a verifier or a key. In SQLite, another program can store a BLOB in the
-    column, but homeagent can't read a BLOB.
-    """
+    """Column type for the text of a hash, a verifier or a key. A stored BLOB counts as unreadable."""
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = text_column()
     cache_ok: bool | None = True

@@ -19,7 +19,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
 
 LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
-"""Maximum time of a wait, nearly 25 days, because both engines store the milliseconds in 32 bits."""
+"""Maximum wait of nearly 25 days. Both engines store the milliseconds in 32 bits."""
 
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 _CACHED_TIMESTAMPS = 8192
@@ -48,9 +48,7 @@ def not_after(now: datetime, value: datetime | None, what: str) -> datetime:
 
 
 def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timedelta:
-    """Return the value if it is a duration of a millisecond or more. With `zero=True`, also allow zero and durations
-    below a millisecond.
-    """
+    """Return the value if it is at least a millisecond. With `zero=True`, the minimum is zero."""
     if not isinstance(value, timedelta):
         raise InvalidArgumentError(f"{what} must be a timedelta, not {type(value).__name__}")
     if value < timedelta(0) or (not zero and value < MILLISECOND):
@@ -74,7 +72,7 @@ def later(timestamp: datetime, duration: timedelta, what: str) -> datetime:
 
 
 def earlier(timestamp: datetime, duration: timedelta) -> datetime:
-    """Return `timestamp - duration`. If the result would be before the year 1, return the start of the year 1."""
+    """Return `timestamp - duration`, but at least the start of year 1."""
     try:
         return timestamp - duration
     except OverflowError:
@@ -87,7 +85,7 @@ def to_milliseconds(value: datetime) -> int:
 
 
 def _refuse_number(value: Any) -> Any:
-    # Refuse numbers, also as text, because Pydantic reads a large number as milliseconds and a small number as seconds.
+    # Refuse numbers, also as text, because Pydantic guesses seconds or milliseconds.
     if isinstance(value, datetime):
         return value
     try:
@@ -106,7 +104,8 @@ Timestamp = Annotated[datetime, BeforeValidator(_refuse_number), TIMESTAMP_CHECK
 """Field type for an aware datetime, converted to UTC and floored to milliseconds. A naive datetime and a number are
 invalid, also as text.
 
-In a `Table`, the column stores whole milliseconds since 1970, as INTEGER on SQLite and as BIGINT on PostgreSQL.
+In a `Table`, the column stores whole milliseconds since 1970. The column type is INTEGER on SQLite and BIGINT on
+PostgreSQL.
 """
 
 
@@ -118,7 +117,7 @@ def from_milliseconds(milliseconds: float) -> datetime:
 
 
 class _TimestampCache(dict[int, datetime]):
-    """Cache of loaded timestamps. A look-up in the cache is five times as fast as the creation of a timestamp."""
+    """Cache of loaded timestamps. A look-up is faster than creating a timestamp."""
 
     def __missing__(self, milliseconds: int) -> datetime:
         if len(self) >= _CACHED_TIMESTAMPS:
