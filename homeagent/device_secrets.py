@@ -74,6 +74,7 @@ class DeviceSecrets:
             PendingLimitError: if the number of pending devices has reached `Limits.pending_devices`.
             InvalidArgumentError: if the secret is too long or has a control character.
             TooManyAttemptsError: if the secret is chosen and the limit `Limits.waiting_hashes` is reached.
+            DatabaseBusyError: if the slow hash of a chosen secret did not begin within 30 seconds.
         """
         check_kind(request, models.DevicePair, "request")
         # A refusal must not cost a slow hash.
@@ -305,6 +306,7 @@ class DeviceSecrets:
             InvalidArgumentError: if the secret has fewer than 8 or too many characters. A control character also raises
                 the error.
             TooManyAttemptsError: if the secret is chosen and the limit `Limits.waiting_hashes` is reached.
+            DatabaseBusyError: if the slow hash of a chosen secret did not begin within 30 seconds.
         """
         check_duration(overlap, "overlap", zero=True)
         if expected_paired_at is not None:

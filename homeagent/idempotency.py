@@ -1,8 +1,8 @@
-"""Run a side effect once: commit a claim of the idempotency key, run the effect without a transaction, and commit the
-outcome.
+"""Run a side effect once. One unit claims the key, and another unit stores the outcome. The effect runs between both
+units.
 
-The outcome is unknown if the process ends after the claim and before the commit of the outcome. By default, a later
-call with the same key does not run an effect with an unknown outcome.
+If the process ends between the units, the outcome is unknown. By default, homeagent does not repeat an effect with an
+unknown outcome.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ if TYPE_CHECKING:
     from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 
 ARUN_ONCE = "call arun_once"
-"""Remedy in the error message for an effect that is a coroutine function."""
+"""Remedy in the error message about a coroutine function."""
 
-# The type `Run` describes the method `Database.run`, and the type `ARun` describes the method `Database.arun`. With
-# `idempotent=True`, both methods can run a unit twice.
+# Types of the methods `Database.run` and `Database.arun`. With `idempotent=True`, both methods can run a unit twice.
 Run = Callable[[Callable[[UnitOfWork], Any]], Any]
 ARun = Callable[[Callable[[UnitOfWork], Any]], Awaitable[Any]]
 OnAbandoned = Literal["refuse", "rerun"] | Callable[[Attempt], Any]
@@ -52,9 +51,7 @@ _SHORTEST_PERIOD = 0.05
 
 @dataclass(frozen=True, slots=True)
 class OnceCall:
-    """Arguments of `run_once()`. The object stores a fingerprint of the parameters, because the effect can change the
-    parameters.
-    """
+    """Arguments of `run_once()`. The effect can change the parameters, so the object keeps a fingerprint."""
 
     scope: IdempotencyScope
     fingerprint: str
@@ -73,9 +70,7 @@ class OnceCall:
 
     @property
     def period(self) -> float:
-        """Time between two renewals, in seconds. The period is about a third of the lease, so an attempt keeps the
-        lease even if one renewal fails.
-        """
+        """Seconds between two renewals. If one renewal fails, the next renewal is still in time."""
         return max(min(self.lease, LONGEST_WAIT).total_seconds() / 3, _SHORTEST_PERIOD)
 
     def claim(self, unit: UnitOfWork) -> Attempt | Outcome:
@@ -93,9 +88,8 @@ class OnceCall:
 def _once(
     attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Callable[[UnitOfWork], Any]:
-    """Return a function that ends an attempt. The function can run twice, for example if the outcome of the first
-    commit is unknown. If the argument `write` is a function that releases the key, pass `leaves_record=False`. If the
-    first run has released the key, a second run returns without an error.
+    """Return a function that ends an attempt. A second run is safe, for example after an unknown commit. If the
+    argument `write` releases the key, pass `leaves_record=False`.
     """
     begun = False
 
@@ -128,12 +122,12 @@ class _Lease:
 class LeaseTimer:
     """Thread that renews the leases of all effects that run on a `Database`.
 
-    The thread stays alive after the end of an effect, so that many short effects can share one thread.
+    The thread stays alive, so that many short effects can share one thread.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        # The lock must be reentrant, because a signal handler can run an effect while the thread holds the lock.
+        # The lock must be reentrant, because a signal handler can run an effect.
         self._changed = threading.Condition()
         self._leases: set[_Lease] = set()
         self._thread: threading.Thread | None = None
@@ -150,13 +144,12 @@ class LeaseTimer:
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # if the thread has started in spite of the error, the thread ends at once
+                    self._thread = None  # a thread that has started nevertheless ends at once
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
-        # The returned function must not take the lock. If the effect forks, the lock can stay locked in the child
-        # process.
+        # The returned function must not take the lock. In a forked child, the lock can stay locked.
         return partial(self._leases.discard, lease)
 
     def close(self) -> None:
@@ -212,11 +205,11 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
     try:
         end = timer.renew(call, attempt)
     except RuntimeError:
-        # The effect has not begun. Release the key, so that the attempt does not count as abandoned.
+        # The effect has not begun, so release the key.
         run(_once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
-        # If a plain function returns a coroutine, raise an error, because the code of the coroutine has not run.
+        # Refuse a returned coroutine, because its code has not run.
         value = refuse_coroutine((substitute or effect)(attempt), "the effect", ARUN_ONCE)
     except EffectFailedError as error:
         detail = error.detail
@@ -236,7 +229,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 async def _record(
     arun: ARun, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Any:
-    """End an attempt (see `_once()`). A cancellation of the caller is raised only after the end of the unit."""
+    """End an attempt (see `_once()`). Raise a cancellation of the caller after the unit's end."""
     import anyio
 
     work = _once(attempt, write, leaves_record=leaves_record)
@@ -248,9 +241,8 @@ async def _record(
                 value = await arun(work)
             break
         except anyio.get_cancelled_exc_class() as error:
-            # A CancelledError does not show whether the unit was committed. Run the unit again after each
-            # CancelledError, because AnyIO's cancel scope does not protect from `Task.cancel()`. A second run is safe
-            # (see `_once()`).
+            # A CancelledError does not show whether the unit was committed. Run the unit again, which is safe (see
+            # `_once()`). The loop is necessary, because AnyIO's cancel scope does not protect from `Task.cancel()`.
             cancellation, shield = error, anyio.CancelScope(shield=True)
         except HomeAgentError as error:
             if cancellation is None:
@@ -272,7 +264,7 @@ async def arun_once(
 
     def claim(unit: UnitOfWork) -> Attempt | Outcome:
         claimed = call.claim(unit)
-        # Keep the attempt in the list `attempts`. If the caller is cancelled, `arun()` does not return the attempt.
+        # Store the attempt here, because a cancelled `arun()` does not return the attempt.
         attempts[:] = [claimed] if isinstance(claimed, Attempt) else []
         return claimed
 
@@ -284,8 +276,7 @@ async def arun_once(
         attempt: Attempt = claimed
         end = timer.renew(call, attempt)
     except (anyio.get_cancelled_exc_class(), RuntimeError):
-        # The effect has not begun. Release the key, so that the attempt does not count as abandoned. Ignore an error
-        # here, because the claim ends anyway when the lease expires.
+        # The effect has not begun, so release the key. Ignore errors, because the claim also ends with the lease.
         for unused in attempts:
             with suppress(HomeAgentError):
                 await _record(arun, unused, methodcaller("release", unused), leaves_record=False)

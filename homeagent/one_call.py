@@ -1,4 +1,4 @@
-"""Create the stores of a database, such as `database.devices`, in which each call of a method is a separate unit."""
+"""Stores of a database, such as `database.devices`. Each call of a method has a separate transaction."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ S = TypeVar("S", bound=Store)
 
 
 def one_call_store(kind: type[S], settings: UnitSettings, runner: Runner) -> S:
-    """Return a store of the given class. The returned store belongs to a database, not to a unit."""
+    """Return a store that belongs to a database, not to a unit."""
     store: S = _one_call_type(kind)(AutocommitReads(settings, runner))  # type: ignore[arg-type]  # a class is hashable
     return store
 
 
 class AutocommitReads:
-    """Runs each SELECT of a store such as `database.devices` in autocommit mode, without a unit of work."""
+    """Runs each SELECT of a store in autocommit mode, without a unit."""
 
     def __init__(self, settings: UnitSettings, runner: Runner) -> None:
         self.settings: UnitSettings = settings
@@ -37,7 +37,7 @@ class AutocommitReads:
         self.now: Callable[[], datetime] = settings.now
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a statement, and return the object of the first row, or None if there is no row."""
+        """Run a statement. Return the first row's object, or None without rows."""
         rows = self.settings.engine.read_alone(statement, parameters, self.settings.timeout)
         return rows[0] if rows else None
 
@@ -48,7 +48,7 @@ class AutocommitReads:
 
 @cache
 def _one_call_type(kind: type[Store]) -> Any:
-    """Return a subclass of a store class. In the subclass, each method that writes runs in a new unit of work."""
+    """Return a subclass of a store class. Methods that write run in a new unit of work."""
     methods: dict[str, Any] = {"__slots__": ()}
     for name in dir(kind):
         method = getattr(kind, name)
@@ -69,7 +69,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         database: AutocommitReads = self._unit
         if access is Access.STREAM:
-            # Do not retry after an error, because the method can read its iterable argument only once.
+            # Do not retry, because an iterator can be read only once.
             with database.settings.unit(database.settings, read_only=False) as unit:
                 return method(kind(unit), *arguments, **named)
         if unless is not None:
@@ -81,24 +81,19 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
     return call
 
 
-# Methods of the application's stores. homeagent first calls a method without a unit. A method needs a unit if the
-# method writes, or if the method sends several statements. If a method needs a unit, homeagent stops the method by an
-# error, and calls the method again in a unit.
+# Methods of the application's stores. At first, homeagent calls a method without a unit. A method that writes, or sends
+# several statements, needs a unit. An error stops such a method. Then homeagent calls the method again in a unit.
 
 
 class _NeedsUnitError(BaseException):
-    """Stops a store's method, so that homeagent calls the method again in a unit. With `writes=False`, homeagent uses a
-    read-only unit.
-    """
+    """Stops a store's method that needs a unit. With `writes=False`, the method needs a read-only unit."""
 
     def __init__(self, *, writes: bool) -> None:
         self.writes = writes
 
 
 class _Reads:
-    """A stand-in for the unit in a store's method that only reads. The argument `allowed` limits the number of
-    statements.
-    """
+    """A stand-in for the unit, only for reads. The argument `allowed` limits the number of statements."""
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
         self._unit = unit
@@ -116,7 +111,7 @@ class _Reads:
         return self._unit.all(statement, **parameters)
 
     def _check(self, statement: Statement[Any]) -> None:
-        """Count the statement. If the call has ended, or if the statement needs a unit, raise an error."""
+        """Count the statement. Raise an error if the call has ended or needs a unit."""
         if self.is_over:
             raise UnitStateError("the call of the store's method has ended: return the rows, not a generator")
         if not statement.only_reads:
@@ -128,12 +123,12 @@ class _Reads:
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
         """Return the error that asks for a unit of work. The caller must raise the error."""
-        # Also store the error in an attribute, because the store's method can suppress the raised error.
+        # Also store the error, because the store's method can suppress the raised error.
         self.needed = _NeedsUnitError(writes=writes)
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # The store's method can write by the requested attribute, so ask for a unit that can write.
+        # Assume that the store's method writes through the attribute.
         raise self._need(writes=True)
 
 

@@ -34,7 +34,7 @@ def open_engine(
     metadata: Sequence[MetaData] = (),
     acknowledged: Collection[str] = (),
 ) -> Engine:
-    """Open the SQLite file or the PostgreSQL database that a target names (see `Database.open`)."""
+    """Open a SQLite file or a PostgreSQL database (see `Database.open`)."""
     durability, pool_size = durability_or_default(durability), pool_size_or_default(pool_size)
     if check_limit(pool_size, "pool_size") > 1000:
         raise InvalidArgumentError("pool_size must be 1 to 1000")

@@ -1,4 +1,4 @@
-"""The ORM session of a unit of work uses the connection and the transaction of the unit."""
+"""The ORM session of a unit of work, in the unit's transaction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 500
 
 
 class UnitSession(Session):
-    """The ORM session of a unit. `commit()` only flushes the session, and `rollback()` rolls back the whole unit."""
+    """ORM session of a unit. The method `commit()` only flushes. The method `rollback()` rolls back the unit."""
 
     def __init__(self, unit: Transaction, connection: StoreConnection) -> None:
         super().__init__(
@@ -48,7 +48,7 @@ class UnitSession(Session):
         self._unit.rollback()
 
     def expire_written(self, statement: Statement[Any]) -> None:
-        """After a store's write, mark the affected objects and collections of the session as expired."""
+        """After a store's write, expire the affected objects and collections."""
         compiled = statement.compiled(self._dialect)
         if not compiled.writes:
             return
@@ -74,7 +74,7 @@ class UnitSession(Session):
                 self.expire(row, stale)
 
     def complete(self) -> None:
-        """Flush the pending changes. Reload expired objects, so that the caller can use the objects after the unit."""
+        """Flush the pending changes. Reload expired objects for use after the unit."""
         if not self._unit._require_connection().has_orm_transaction:
             raise UnitStateError(
                 "the transaction of uow.session's connection was committed or rolled back inside the unit: use "
@@ -95,12 +95,12 @@ class UnitSession(Session):
 
 @event.listens_for(UnitSession, "after_rollback")
 def _after_rollback(session: UnitSession) -> None:
-    """Roll back the unit if the session has rolled back the whole transaction, for example after a failed flush."""
+    """Roll back the unit after a rollback by the session."""
     session._unit._end_after_rollback()
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
-    """Return True if a statement can change rows of a table, directly or by a cascade (see `Compiled.cascade`)."""
+    """Return True if a statement can change the table (see `Compiled.cascade`)."""
     if table.fullname == target:
         return True
     return cascade is not None and any(

@@ -1,6 +1,5 @@
 """A fair (first in, first out) pool of resources. A resource is a connection, or a permission to run a slow hash. On
-SQLite, the pool for writers has one connection, so that only one unit writes at a time. Do not use a `threading.Lock`
-instead, because the lock is not fair. With the lock, other writers waited 400 ms for a sweep.
+SQLite, the pool of writers has one connection. Do not use a `threading.Lock`, which is not fair.
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A pool of resources. The argument `size` is the greatest number of resources. The pool calls `waited()` with the
-    duration of each wait, in seconds.
-    """
+    """A pool of at most `size` resources. The pool passes the seconds of each wait to `waited()`."""
 
     def __init__(
         self, size: int, make: Callable[[], T], *, name: str, waited: Callable[[float], object] | None = None
@@ -49,9 +46,9 @@ class ConnectionPool(Generic[T]):
         self._make = make
         self._name = name
         self._waited = waited
-        # Use a reentrant lock, because a signal handler can interrupt the holder of the mutex and use the database.
+        # The lock must be reentrant, because a signal handler can use the database.
         self.mutex: threading.RLock = threading.RLock()
-        # A thread holds this lock while the thread creates a resource, so that a fork waits until the resource exists.
+        # A fork waits for this lock during the creation of a resource.
         self.making: threading.RLock = threading.RLock()
         self._free: list[T] = []
         self._waiters: deque[_Waiter[T]] = deque()
@@ -59,7 +56,7 @@ class ConnectionPool(Generic[T]):
         self._closed = False
         self._held: dict[T, tuple[int, float]] = {}
         self.occupation: Callable[[int], str | None] | None = None
-        """Function that names the work that the thread with a given id does for other threads."""
+        """Function that names the work of a thread for other threads."""
         self.waits: int = 0
         """Number of callers that had to wait."""
 
@@ -69,8 +66,8 @@ class ConnectionPool(Generic[T]):
         return len(self._waiters)
 
     def acquire(self, timeout: float, *, most_waiting: int | None = None) -> T:
-        """Return a resource that no other caller holds, or raise DatabaseBusyError after `timeout` seconds. If
-        `most_waiting` callers already wait, raise QueueFullError at once.
+        """Return a resource, or raise DatabaseBusyError after `timeout` seconds. If `most_waiting` callers already
+        wait, raise QueueFullError at once.
         """
         holder = get_ident(), monotonic()
         resource: T | None = None
@@ -79,9 +76,8 @@ class ConnectionPool(Generic[T]):
         try:
             with self.mutex:
                 if self._free and not self._waiters:
-                    # Do not add a function call or a loop between the next two lines. After a function call or in a
-                    # loop, CPython can run a signal handler. If the signal handler raises an error between the two
-                    # lines, the pool loses the resource (see the interrupt tests in `tests/test_pool.py`).
+                    # Do not add function calls or loops between the next two lines. CPython could run a signal handler
+                    # there. If the handler raises an error, the pool loses the resource (see `tests/test_pool.py`).
                     resource = self._free[-1]
                     self._held[resource] = holder
                     del self._free[-1]
@@ -129,7 +125,7 @@ class ConnectionPool(Generic[T]):
                 self._waited(monotonic() - since)
         if not given:
             with self.mutex:
-                # After the timeout, another thread can still serve the waiter and remove the waiter from the queue.
+                # After the timeout, another thread can still serve the waiter.
                 if waiter in self._waiters:
                     raise self.busy(timeout)
         return waiter.has_place
@@ -164,13 +160,13 @@ class ConnectionPool(Generic[T]):
         resource.close()
 
     def release_own(self, resource: T) -> None:
-        """After an interrupt, release the resource if the calling thread still holds the resource."""
+        """After an interrupt, release a resource that the calling thread still holds."""
         holder = self._held.get(resource)
         if holder is not None and holder[0] == get_ident():
             self.release(resource)
 
     def discard(self, resource: T) -> None:
-        """Close a resource that must not be used again, and make room for a new resource."""
+        """Close a resource, and make room for a new resource."""
         try:
             resource.close()
         finally:
@@ -185,7 +181,7 @@ class ConnectionPool(Generic[T]):
             resource.close()
 
     def _free_place(self, resource: T | None = None) -> None:
-        """Let the next waiting thread create a resource that replaces a removed or failed resource."""
+        """Let the next waiting thread create a resource."""
         with self.mutex:
             if resource is not None:
                 del self._held[resource]

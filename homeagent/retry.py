@@ -1,4 +1,4 @@
-"""Run functions as units of work, and run a unit again after an error if a second run is safe."""
+"""Run functions as units of work, with retries after errors."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ T = TypeVar("T")
 RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError)
 """Errors after which a unit can run again. After CommitUnknownError, only an idempotent unit can run again."""
 
-# Upper bounds of the first and of the longest pause, in seconds. Each pause has a random length from 0 to the upper
-# bound.
+# Upper bounds of the first and the longest pause, in seconds. The length of each pause is random.
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
@@ -55,7 +54,7 @@ class Runner:
         self._checks = CollectedCalls[ThreadCall](lambda calls: run_in_thread(self._executor(_CHECKS), calls))
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Run a function as a unit, and run the unit again if a second run is safe (see `Database.run`)."""
+        """Run a function as a unit, with retries (see `Database.run`)."""
         check_function(work, "work", coroutine=_NO_COROUTINE)
         begun, retries = monotonic(), None
         while True:
@@ -70,13 +69,13 @@ class Runner:
             time.sleep(pause)
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
-        """Run a function as a unit of work, without blocking the event loop (see `Database.arun`)."""
+        """Run a function as a unit for a coroutine (see `Database.arun`)."""
         if self._group_commit is None or read_only or not _under_asyncio():
             await checkpoint_if_cancelled()
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
         check_function(work, "work", coroutine=_NO_COROUTINE)
-        # A call of `checkpoint_if_cancelled()` is not necessary here. `GroupCommit.arun()` gives AnyIO enough time to
-        # cancel the caller before the unit starts.
+        # A call of `checkpoint_if_cancelled()` is unnecessary. `GroupCommit.arun()` lets AnyIO cancel the caller before
+        # the unit starts.
         begun, retries = monotonic(), None
         while True:
             try:
@@ -89,25 +88,24 @@ class Runner:
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
         """Call `work()` in a worker thread. Even a cancelled caller waits until a started call has ended."""
         await checkpoint_if_cancelled()
-        # Use different threads for checks and slow hashes, so that a check does not wait for a slow hash.
+        # Use different threads, because a check must not wait for a slow hash.
         return await self._in_thread(work, _SLOW_HASHES if slow else _CHECKS)
 
     async def _in_thread(self, work: Callable[[], T], kind: str) -> T:
-        """Call `work()` in a worker thread for the given kind of work, and return the result."""
+        """Call `work()` in a worker thread for the given kind of work."""
         if not _under_asyncio():
             import anyio.to_thread
 
             return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
         # In a forked child, which has no threads, `pool()` raises an error.
         self._settings.engine.pool(read_only=True)
-        # Let only checks share a thread. A function of the application can be slow, and would delay the other calls in
-        # a shared thread. On PostgreSQL, each check has a separate thread, because a check mostly waits for the
-        # network.
+        # Let only checks share a thread, because an application's function can be slow. On PostgreSQL, use separate
+        # threads, because a check waits for the network.
         collects = kind is _CHECKS and self._group_commit is not None
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
 
     def _executor(self, kind: str) -> Executor:
-        """Return the thread pool for a kind of work. If the kind has no thread pool, create the thread pool."""
+        """Return the thread pool for a kind of work. Create the pool at its first use."""
         executor = self._executors.get(kind)
         if executor is None:
             from concurrent.futures import ThreadPoolExecutor
@@ -119,8 +117,8 @@ class Runner:
         """End the writer thread. The caller must close the connection pools before this call."""
         if self._group_commit is not None:
             self._group_commit.close()
-        # Do not call `shutdown()`, because later method calls would raise RuntimeError instead of DatabaseClosedError.
-        # The threads of an executor end when the last reference to the executor is gone.
+        # Do not call `shutdown()`, because later calls would raise RuntimeError instead of DatabaseClosedError. The
+        # threads end with the last reference to the executor.
         self._executors.clear()
 
 
@@ -140,7 +138,7 @@ class _Retries:
             self.unknown = error
         pause = random.uniform(0, self.bound)  # noqa: S311  the pause separates callers and is not a secret
         if monotonic() + pause >= self.begun + self.settings.timeout:
-            # If the outcome of an earlier commit is unknown, raise CommitUnknownError and not the last error.
+            # An earlier CommitUnknownError takes precedence over the last error.
             raise self.unknown or error
         self.bound = min(self.bound * 2, _LONGEST_PAUSE)
         self.settings.engine.counters.retries += 1

@@ -4,15 +4,14 @@ database.
 The computation follows SCRAM (RFC 5802 section 3, with SHA-256 from RFC 7677). The messages differ from SCRAM's
 messages:
 
-1. At pairing, the gateway stores a verifier. The function `make_verifier()` makes the verifier from the secret. A
-   verifier does not contain the secret.
-2. The device asks the gateway for the salt and the iterations of the verifier. The method `Database.proof_parameters()`
-   gives an answer even if the device does not exist.
-3. The device calls `proof_message()` and `make_proof()`, which make a proof for the id, a new nonce and the time. The
-   device sends the id, the nonce, the time and the proof.
-4. The gateway checks the proof by `check_proof()`, consumes the nonce, and sends the result of `server_signature()`.
-   The device checks the signature by `check_server_signature()`. A right signature proves that the gateway has the
-   verifier.
+1. At pairing, `make_verifier()` makes a verifier from the secret. The gateway stores the verifier, which does not
+   contain the secret.
+2. The device asks for the verifier's salt and iterations. The method `Database.proof_parameters()` also answers for an
+   absent device.
+3. The device makes a proof by `proof_message()` and `make_proof()`. The device sends its id, a new nonce, the time and
+   the proof.
+4. The gateway calls `check_proof()`, consumes the nonce, and sends the result of `server_signature()`. The device
+   checks the signature by `check_server_signature()`. A right signature proves that the gateway has the verifier.
 
 | attacker has | attacker can |
 |---|---|
@@ -20,8 +19,7 @@ messages:
 | the verifier | guess a secret that a human chose, or impersonate the gateway |
 | the verifier and the messages of one proof | make proofs until the secret is rotated (RFC 5802 section 9) |
 
-An attacker can't guess a generated secret. Use TLS, because an attacker could forward a proof, which is not bound to a
-connection.
+An attacker can't guess a generated secret. Use TLS, because an attacker could forward a proof.
 """
 
 from __future__ import annotations
@@ -59,8 +57,7 @@ __all__ = [
 ]
 
 _GENERATED_ITERATIONS = MIN_ITERATIONS
-# An attacker can guess a human's secret. OWASP's Password Storage Cheat Sheet recommends 600,000 iterations for PBKDF2
-# with HMAC-SHA-256.
+# OWASP's Password Storage Cheat Sheet recommends 600,000 iterations for PBKDF2 with HMAC-SHA-256.
 _HUMAN_ITERATIONS = 600_000
 _SALT_BYTES = 16
 
@@ -69,7 +66,7 @@ _MIN_FAKE_KEY_BYTES = 16
 
 
 def _hmac_sha256(key: bytes, message: bytes) -> bytes:
-    """Return the 32 bytes of HMAC-SHA-256, named HMAC(key, str) in RFC 5802 section 2.2."""
+    """Return HMAC-SHA-256 (HMAC(key, str) in RFC 5802 section 2.2)."""
     return hmac.digest(key, message, "sha256")
 
 
@@ -80,8 +77,8 @@ def _xor(left: bytes, right: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class ProofKeys:
-    """Two keys that homeagent derives from a secret and its proof parameters. Both keys must stay secret. A device can
-    keep the keys in memory, and make many proofs with the same keys (RFC 5802 section 5.1).
+    """Keys derived from a secret and its proof parameters. Both keys must stay secret. A device can make many proofs
+    with the same keys (RFC 5802 section 5.1).
     """
 
     client_key: bytes = field(repr=False)
@@ -97,7 +94,7 @@ class ProofKeys:
         return _xor(self.client_key, _hmac_sha256(self.stored_key, message))
 
     def recognises(self, message: bytes, signature: bytes) -> bool:
-        """Return True if the gateway's signature is right for the message and this secret."""
+        """Return True if the gateway's signature of the message is right."""
         return hmac.compare_digest(_hmac_sha256(self.server_key, message), signature)
 
 
@@ -105,19 +102,17 @@ class ProofKeys:
 def derive_proof_keys(
     secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = MIN_ITERATIONS
 ) -> ProofKeys:
-    """Derive the keys of a secret. The derivation takes about 2 ms for 4,096 iterations, and 0.2 s for 600,000
-    iterations.
+    """Derive the keys of a secret. The derivation takes about 2 ms for 4,096 iterations, and 0.2 s for 600,000.
 
     Args:
-        secret: the secret. The function does not normalize the secret by SASLprep (RFC 5802), which changes only
-            non-ASCII characters.
+        secret: the secret. The function does not apply SASLprep (RFC 5802) to non-ASCII characters.
         parameters: parameters of the verifier, which the device gets from the gateway.
-        minimum_iterations: minimum number of iterations that the device accepts. A false gateway could ask for very few
-            iterations. With very few iterations, an attacker can quickly guess a human's secret.
+        minimum_iterations: minimum number of iterations that the device accepts. With very few iterations, a false
+            gateway could guess a human's secret.
 
     Raises:
-        InvalidArgumentError: if the secret is invalid, or if the parameters have fewer iterations than
-            `minimum_iterations`. The error message does not show the secret.
+        InvalidArgumentError: if the secret is invalid, or the iterations are below `minimum_iterations`. The error
+            message does not show the secret.
     """
     if parameters.iterations < minimum_iterations:
         raise InvalidArgumentError(
@@ -156,9 +151,9 @@ def _parse_verifier(verifier: str) -> _Verifier | None:
         salt, stored_key, server_key = (base64.b64decode(part) for part in found.groups()[1:])
         parsed = _Verifier(ProofParameters(salt, int(found[1])), stored_key, server_key)
     except ValueError:
-        # The cause of a ValueError is incomplete padding of base64, or a parameter that is out of range.
+        # The base64 padding is incomplete, or a parameter is out of range.
         return None
-    # Accept only the canonical text, and not another base64 text for the same bytes (RFC 4648 section 3.5).
+    # Refuse another base64 text for the same bytes (RFC 4648 section 3.5).
     return parsed if parsed.text == verifier else None
 
 
@@ -175,20 +170,18 @@ def _require_verifier(verifier: str) -> _Verifier:
 
 @clears_locals
 def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, salt: bytes | None = None) -> str:
-    """Make a verifier, with which a gateway checks proofs of a secret. A verifier does not contain the secret.
+    """Make a verifier, by which a gateway checks proofs. A verifier does not contain the secret.
 
     Args:
-        secret: secret of 1 to 512 characters and at most 1,024 bytes of UTF-8, without control characters.
-        iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default for a generated secret is 4,096 iterations
-            (about 2 ms). The default for any other secret is 600,000 iterations (about 0.2 s). The function
-            `fake_parameters()` returns only 4,096 or 600,000 iterations. Any other number of iterations shows an
-            attacker that the device exists.
+        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, without control characters.
+        iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default for a generated secret is 4,096, and
+            otherwise 600,000. Any other number shows an attacker that the device exists (see `fake_parameters()`).
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
         Text of the form `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, at most 256 characters. The salt
-        and the keys are in base64. The format is PostgreSQL's format for stored passwords (see pg_authid in
-        PostgreSQL's manual).
+        and the keys are in base64. PostgreSQL stores passwords in the same format (see pg_authid in PostgreSQL's
+        manual).
 
     Raises:
         InvalidArgumentError: if an argument is out of range. The error message does not show the secret.
@@ -201,7 +194,7 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
 
 
 def verifier_parameters(verifier: str) -> ProofParameters:
-    """Return the salt and the iterations of a verifier, for the gateway to send to the device.
+    """Return the salt and the iterations of a verifier. The gateway sends both to the device.
 
     Raises:
         InvalidArgumentError: if the verifier is damaged or None. The error message does not show the verifier.
@@ -213,22 +206,22 @@ _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
 def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
-    """Make up a salt and a number of iterations for an absent device. The result looks like the answer for an existing
-    device.
+    """Make up parameters for an absent device. The result looks like the answer for an existing device.
 
     The same arguments always give the same result. The answer for an existing device changes with each rotation of its
-    secret. If a caller asks before and after a rotation, the two different answers show that the device exists.
+    secret. Different answers before and after a rotation show that the device exists.
 
     Args:
         device_id: device id in the request.
-        key: at least 16 random bytes. The default is a random key that the process creates once. Keep the key private,
-            and do not change the key. A new key changes the answer for each absent device. The answers for existing
-            devices stay the same. An attacker could compare the answers and find the existing devices.
-        human_share: number from 0 to 1. With `human_share=0.3`, the function returns 600,000 iterations for about 30 %
-            of the absent devices. If all devices have generated secrets, keep the default `human_share=0`.
+        key: at least 16 random bytes, by default a random key of the process. Keep the key private, and do not change
+            the key. A new key changes only the answers for absent devices. By comparing answers, an attacker could find
+            the existing devices.
+        human_share: share of the absent devices with 600,000 iterations, from 0 to 1. If all devices have generated
+            secrets, keep the default 0.
 
     Raises:
-        InvalidArgumentError: if the key is too short, `human_share` is out of range, or the id has a lone surrogate.
+        InvalidArgumentError: if the key is too short, or `human_share` is out of range. Another cause is a lone
+            surrogate in the id.
     """
     if key is None:
         key = _PROCESS_KEY
@@ -246,17 +239,18 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
 def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
     """Return the message for a proof. The device and the gateway compute the message from the same values.
 
-    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8, without spaces and
-    unnecessary escapes. A device can create the message with JavaScript's `JSON.stringify()` or according to RFC 8785
-    (JSON Canonicalization Scheme).
+    The message is the JSON array `["homeagent-proof-1", device_id, nonce, milliseconds]` in UTF-8. The array has no
+    spaces and no unnecessary escapes. A device can use JavaScript's `JSON.stringify()` or RFC 8785 (JSON
+    Canonicalization Scheme).
 
     Args:
         device_id: id of the device.
-        nonce: nonce of the proof. Use a new nonce for each proof, because the gateway accepts a nonce only once.
+        nonce: nonce of the proof. The gateway accepts each nonce only once.
         timestamp: aware datetime. The function floors the timestamp to milliseconds.
 
     Raises:
-        InvalidArgumentError: if the timestamp is not an aware datetime, or if the id or the nonce has a lone surrogate.
+        InvalidArgumentError: if the timestamp is not an aware datetime. Another cause is a lone surrogate in the id or
+            the nonce.
     """
     milliseconds = to_milliseconds(check_timestamp(timestamp, "timestamp"))
     return canonical_json(["homeagent-proof-1", device_id, nonce, milliseconds], "the id and the nonce")
@@ -269,12 +263,12 @@ def make_proof(
     """Return the 32-byte proof of a secret. Use this function in a device.
 
     The message is the result of `proof_message()`. For the other arguments and for the errors, see
-    `derive_proof_keys()`. For several proofs with one secret, derive the keys once, and call `ProofKeys.prove()`.
+    `derive_proof_keys()`. For several proofs, derive the keys once, and call `ProofKeys.prove()`.
     """
     return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
 
 
-# A stand-in for an absent or damaged verifier, so that each check takes the same time.
+# A stand-in for an absent or damaged verifier. All checks must take the same time.
 _DECOY = _Verifier(
     ProofParameters(secrets.token_bytes(_SALT_BYTES), _GENERATED_ITERATIONS),
     secrets.token_bytes(_KEY_BYTES),
@@ -286,13 +280,12 @@ _DECOY_TEXT = _DECOY.text
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
     """Return True if the proof is right for the message and the verifier. Use this function in a gateway.
 
-    The check takes the same time for a right proof, a wrong proof and an absent device. The caller must also check the
-    timestamp and consume the nonce, because an attacker could send an old proof again.
+    Right proofs, wrong proofs and absent devices take the same time. The caller must also check the timestamp and
+    consume the nonce. Otherwise an attacker could send an old proof again.
 
     Args:
         verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.
-        message: result of `proof_message()`. The gateway must call `proof_message()` itself. The gateway must not check
-            a proof with a message that the device has sent.
+        message: result of `proof_message()`. The gateway must not use a message that the device has sent.
         proof: 32 bytes. A proof that does not have 32 bytes is wrong.
     """
     parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
@@ -304,10 +297,10 @@ def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
 
 
 def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> ProofParameters:
-    """Return the salt and the iterations that a gateway sends to a device with this id.
+    """Return the parameters that a gateway sends to a device with this id.
 
-    If the verifier is None or damaged, the function returns the result of `fake_parameters(device_id, key)`. The
-    duration of the call does not show whether a device exists.
+    If the verifier is None or damaged, the function returns `fake_parameters(device_id, key)`. The duration of the call
+    does not show whether a device exists.
     """
     made_up = fake_parameters(device_id, key)
     parsed = _parse_verifier(_DECOY_TEXT if verifier is None else verifier)
@@ -316,10 +309,10 @@ def parameters_for(device_id: str, verifier: str | None, *, key: bytes) -> Proof
 
 @clears_locals
 def server_signature(verifier: str, message: bytes) -> bytes:
-    """Sign the message of a proof, so that the device can check the gateway. Use this function in a gateway.
+    """Sign the message of a proof for the device. Use this function in a gateway.
 
     The signature has 32 bytes (ServerSignature in RFC 5802 section 3). Send the signature only after `check_proof()`
-    has returned True, because an attacker can use the signature to check guesses at a human's secret.
+    has returned True. With the signature, an attacker can check guesses at a human's secret.
 
     Raises:
         InvalidArgumentError: if the verifier is damaged. The error message does not show the verifier.
@@ -331,7 +324,7 @@ def server_signature(verifier: str, message: bytes) -> bytes:
 def check_server_signature(
     secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
 ) -> bool:
-    """Return True if the gateway's signature is right for the message and the secret. Use this function in a device.
+    """Return True if the gateway's signature of the message is right. Use this function in a device.
 
     Pass the parameters and the message that the device used for the proof. A signature that does not have 32 bytes is
     wrong.

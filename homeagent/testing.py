@@ -1,7 +1,7 @@
-"""pytest plugin with fixtures for fresh databases, and for a clock that a test can move.
+"""pytest plugin with fixtures for fresh databases and a movable clock.
 
-If homeagent is installed, pytest loads the plugin automatically. The plugin imports the rest of homeagent only when a
-test uses a fixture, so that the plugin does not slow down test runs without homeagent.
+If homeagent is installed, pytest loads the plugin automatically. The plugin imports the rest of homeagent only for a
+used fixture.
 
 | fixture | value | override the fixture to |
 |---|---|---|
@@ -86,13 +86,13 @@ class _Templates:
         if server is not None:
             return closing.enter_context(_server_database(server, template=made.database))
         copied = self._new_directory()
-        # Copy the lock file too, because the creation of a new lock file would take longer.
+        # Copy the lock file too, because creating a lock file takes longer.
         for name in ("homeagent.db", "homeagent.db.lock"):
             shutil.copy(made.with_name(name), copied)
         return copied / "homeagent.db"
 
     def _new_directory(self) -> Path:
-        # Do not use pytest's function mktemp(), because each call reads the whole directory.
+        # Do not use pytest's mktemp(), which reads the whole directory.
         return Path(tempfile.mkdtemp(dir=self._directory))
 
 
@@ -110,10 +110,9 @@ class DatabaseFactory:
 
         Args:
             server: URL of a PostgreSQL server. The default is the value of the fixture `homeagent_server`.
-            options: arguments of `Database.open()`, such as `unit=` and `migrations=`. An argument of the call
-                overrides the argument of the same name from `homeagent_options`. By default, the clock is the fixture
-                `homeagent_clock`. The default is `durability="normal"`, because a test does not need its rows after a
-                power cut.
+            options: arguments of `Database.open()`, such as `unit=` and `migrations=`. Each argument overrides the same
+                argument in `homeagent_options`. The default clock is the fixture `homeagent_clock`. The default
+                durability is `"normal"`.
         """
         from homeagent.database import Database
 
@@ -136,10 +135,10 @@ def check_revisions(
 ) -> None:
     """Raise an error if a revision breaks code of the application's previous version.
 
-    During an upgrade of several hosts, old code uses the new schema, so a revision must only expand the schema. The
-    function runs the revisions one by one on an empty database, and compares the schemas before and after each
-    revision. The module of a revision can contain a line `oldest_revision = "…"`, with the oldest revision whose code
-    still runs. A revision that contains the line `oldest_revision` can make any change, for example drop a column.
+    During an upgrade of several hosts, old code uses the new schema. Therefore a revision must only expand the schema.
+    The function compares the schemas before and after each revision in an empty database. A revision can declare the
+    oldest revision whose code still runs: `oldest_revision = "…"`. Such a revision can make any change, for example
+    drop a column.
 
     Args:
         migrations: revisions of the application (see `Database.open`).
@@ -152,8 +151,7 @@ def check_revisions(
     Raises:
         IncompatibleRevisionError: if a revision breaks old code. The error names the revision, the changes and the
             remedies.
-        InvalidArgumentError: if the revisions do not form a sequence, for example because the revisions have several
-            heads.
+        InvalidArgumentError: if the revisions do not form a sequence, for example with several heads.
         MigrationError: if a revision fails, or changes homeagent's tables.
     """
     from homeagent.migrations.application import Application
@@ -175,7 +173,7 @@ def check_revisions(
 
 @contextmanager
 def _server_database(server: str, *, template: str | None = None) -> Iterator[URL]:
-    """Create a database with a random name on a server, and yield its URL. Drop the database after the block."""
+    """Create a database on a server, and yield its URL. Drop the database after the block."""
     from sqlalchemy import create_engine, make_url, text
     from sqlalchemy.pool import NullPool
 
@@ -233,9 +231,7 @@ def homeagent_factory(
     homeagent_options: dict[str, Any],
     homeagent_server: str | None,
 ) -> Iterator[DatabaseFactory]:
-    """Factory that opens further databases. The test can pass options of `Database.open` and the URL of a different
-    server.
-    """
+    """Factory that opens further databases. A test can pass arguments of `Database.open` and a different server."""
     options = {"clock": homeagent_clock, "durability": "normal", **homeagent_options}
     factory = DatabaseFactory(_homeagent_templates, options, homeagent_server)
     yield factory

@@ -1,4 +1,4 @@
-"""Begin and end the transaction of a unit of work, and release the connection.
+"""Begin and end the transaction of a unit of work.
 
 | from | to | when |
 |---|---|---|
@@ -37,7 +37,7 @@ logger: logging.Logger = logging.getLogger("homeagent")
 
 
 class UnitState(Enum):
-    """State of a unit: see the table in the docstring of this module."""
+    """State of a unit (see the module's docstring)."""
 
     NEW = auto()
     OPEN = auto()
@@ -45,7 +45,7 @@ class UnitState(Enum):
     FINISHED = auto()
 
 
-# Each statement reads the state of the unit. Python reads the global name `OPEN` faster than `UnitState.OPEN`.
+# Python reads the global name `OPEN` faster than `UnitState.OPEN`.
 NEW, OPEN, ROLLED_BACK, FINISHED = UnitState
 
 SAVEPOINT = "homeagent_group"
@@ -69,14 +69,14 @@ class UnitSettings:
     """Ids of the threads that have an open write unit."""
 
     def now(self) -> datetime:
-        """Return the clock's time as a timestamp in UTC, rounded down to milliseconds."""
+        """Return the clock's timestamp in UTC, rounded down to milliseconds."""
         clock = self.clock
         # The default clock already returns a timestamp in UTC in whole milliseconds.
         return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")
 
 
 def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
-    """Call the callbacks of a committed unit. If a callback raises an error, log the error and continue."""
+    """Call the callbacks of a committed unit. Log an error of a callback, and continue."""
     for callback in callbacks:
         try:
             callback()
@@ -87,7 +87,7 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
 
 
 def refuse_nesting() -> NoReturn:
-    """Raise UnitStateError, because a second write unit in a thread would wait for the thread's first write unit."""
+    """Raise UnitStateError. A second write unit would wait for the thread's first write unit."""
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
         "to be able to undo a part of a unit, use savepoint()"
@@ -95,9 +95,8 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`. To create a unit in a batch, pass the batch's connection in the argument `joined`.
-    The joined unit is a savepoint in the batch's transaction, and the method `_leave()` ends the joined unit. The
-    timeout is in seconds, and None means `settings.timeout`.
+    """Base class of `UnitOfWork`. For a unit in a batch, the argument `joined` is the batch's connection. The method
+    `_leave()` ends such a unit. The timeout is in seconds, by default `settings.timeout`.
     """
 
     __slots__ = (
@@ -126,8 +125,7 @@ class Transaction:
         self.read_only: bool = read_only
         self._state = NEW
         self._connection = joined
-        # The attribute `_run` is the connection's method `rows()`. If the unit is not open or has an ORM session, the
-        # attribute `_run` is None.
+        # The connection's method `rows()`. The value is None without an open unit, or with an ORM session.
         self._run: Callable[[Statement[Any], Parameters], list[Any]] | None = None
         self._has_joined = joined is not None
         self._session: UnitSession | None = None
@@ -205,7 +203,7 @@ class Transaction:
         sound = committed
         try:
             if not committed:
-                # Do not check for an earlier call of `rollback()`, because a second ROLLBACK has no effect.
+                # After an earlier call of `rollback()`, a second ROLLBACK has no effect.
                 sound = self._undo(connection)
         finally:
             self._state = FINISHED
@@ -218,7 +216,7 @@ class Transaction:
             finally:
                 try:
                     if engine.is_forked_copy:
-                        pass  # a thread of the parent can hold the mutex of the pool during the fork
+                        pass  # during the fork, another thread can hold the pool's mutex
                     elif sound and not connection.needs_reconnect:
                         try:
                             pool.release(connection)
@@ -233,8 +231,8 @@ class Transaction:
                     if self.read_only:
                         engine.counters.reads += 1
                     else:
-                        # Do not discard the id before the release of the write lock. Without the id, a signal handler
-                        # could open a second write unit, which would wait for the write lock of the same thread.
+                        # Do not discard the id before the release of the write lock. Otherwise a signal handler's write
+                        # unit would wait for the same thread.
                         settings.writing.discard(self._owner)
                         if committed:
                             engine.counters.commits += 1
@@ -251,7 +249,7 @@ class Transaction:
         return connection
 
     def now(self) -> datetime:
-        """Return the clock's time as a timestamp in UTC, rounded down to milliseconds."""
+        """Return the clock's timestamp in UTC, rounded down to milliseconds."""
         return self.settings.now()
 
     def rollback(self) -> None:
@@ -268,7 +266,7 @@ class Transaction:
         self._undo_changes(connection)
 
     def _undo_changes(self, connection: StoreConnection) -> None:
-        """Roll back the unit (in a batch, only to the savepoint), drop the callbacks, and set the state ROLLED_BACK."""
+        """Roll back the unit, drop the callbacks, and set the state ROLLED_BACK."""
         if not self._has_joined:
             connection.rollback()
         elif connection.in_transaction:
@@ -277,13 +275,13 @@ class Transaction:
         self._state = ROLLED_BACK
 
     def _end_after_rollback(self) -> None:
-        """If the ORM session has rolled back the whole transaction, set the state ROLLED_BACK."""
+        """If the ORM session has rolled back the transaction, set the state ROLLED_BACK."""
         connection = self._connection
         if self._state is not OPEN or connection is None:
             return
         if not connection.has_orm_transaction or not connection.in_transaction:
             if self._session is not None:
-                # Detach the objects from the ORM session, so that SQLAlchemy does not expire the objects.
+                # Detach the objects, so that SQLAlchemy does not expire the objects.
                 self._session.expunge_all()
             self._undo_changes(connection)
 

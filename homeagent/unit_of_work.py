@@ -1,4 +1,4 @@
-"""A unit of work is a transaction with stores, savepoints, an optional ORM session, and callbacks after the commit."""
+"""A unit of work is a transaction with stores, savepoints and callbacks."""
 
 from __future__ import annotations
 
@@ -35,14 +35,13 @@ _NO_COROUTINE = "use an ordinary function for the work in this database, and awa
 
 
 class UnitOfWork(Transaction):
-    """One transaction. The unit is a context manager, which commits at the end of the block, or rolls back if an
-    exception leaves the block.
+    """One transaction, as a context manager. The unit commits at the end of the block. If an exception leaves the
+    block, the unit rolls back.
 
     Get a unit from `Database.unit_of_work()`, and use the unit only inside its block.
 
-    An application can derive a class with its own stores, and pass the class to `Database.open`. The derived class has
-    a type annotation for each store, for example `messages: MessageStore`. Each access to such an attribute creates a
-    new store object.
+    An application can pass a subclass with more stores to `Database.open`. The subclass annotates each store, for
+    example `messages: MessageStore`. Each access to such an attribute creates a store.
 
     Attributes:
         devices, agents, sessions, nonces, idempotency_keys: stores that are bound to this unit.
@@ -85,8 +84,7 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 else:
                     if self._session is not None:
-                        # The block opened the ORM session. After the rollback, the session's objects can differ from
-                        # the rows in the database.
+                        # The block opened the ORM session. After the rollback, the session's objects can be outdated.
                         self._session.expunge_all()
                     connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
@@ -96,10 +94,10 @@ class UnitOfWork(Transaction):
             connection.execute(f"RELEASE SAVEPOINT {name}")
 
     def after_commit(self, callback: Callable[[], object]) -> None:
-        """Register a function that is called once after the commit. Several functions are called in the order of their
-        registration. If the unit is rolled back, homeagent does not call the function.
+        """Register a function that is called once after the commit. Several functions are called in the order of
+        registration. After a rollback, homeagent does not call the function.
 
-        An exception of a callback is logged, and affects neither the commit nor the caller.
+        An exception of a callback is only logged. The unit stays committed.
 
         Raises:
             UnitStateError: if the unit has ended.
@@ -113,13 +111,12 @@ class UnitOfWork(Transaction):
 
     @property
     def session(self) -> Session:
-        """The ORM session of this unit. At the first use of the session, the unit opens the session in the unit's
-        transaction.
+        """The ORM session of this unit, in the unit's transaction.
 
-        Before a store's statement, the unit flushes the session. If a store changes a table, the session reloads the
-        affected objects at the next access. The session and the stores therefore see the same data. The session's
-        method `commit()` only flushes, and its method `rollback()` rolls back the unit. After the end of the unit, the
-        session raises UnitStateError, but the application can still use the session's objects.
+        Before a store's statement, the unit flushes the session. After a store's change, the session reloads affected
+        objects at the next access. The session and the stores therefore see the same data. The session's `commit()`
+        only flushes. The session's `rollback()` rolls back the unit. After the unit, the session raises UnitStateError.
+        The session's objects stay usable after the unit.
         """
         connection = self._require_connection()
         if self._session is None:
@@ -127,7 +124,7 @@ class UnitOfWork(Transaction):
             from homeagent.orm_session import UnitSession
 
             if self._has_joined:
-                # A rollback of the session must not undo the other units of the batch.
+                # The session's rollback must not undo other units of the batch.
                 connection.driver_connection.confine(SAVEPOINT)
             self._session, self._run = UnitSession(self, connection), None
         return self._session
@@ -141,10 +138,10 @@ class UnitOfWork(Transaction):
         params: JsonValue = None,
         ttl: timedelta = timedelta(hours=24),
     ) -> Outcome:
-        """Run an effect on this database once. One commit contains the key, the changes of the effect and its result.
+        """Run an effect on this database once. One commit contains the key, the effect's changes and the result.
 
-        If the effect raises an exception, the unit undoes the changes of the effect, and the key is free again. To
-        store an `EffectFailedError` as the outcome, catch the error inside the unit, and let the unit commit.
+        An exception of the effect undoes the effect's changes and frees the key. To store an `EffectFailedError` as the
+        outcome, catch the error inside the unit.
 
         Args:
             scope: identity of the call.
@@ -153,7 +150,7 @@ class UnitOfWork(Transaction):
             ttl: time for which a retry of the call returns the stored outcome.
 
         Raises:
-            InvalidArgumentError: if an argument is invalid, for example if the effect is a coroutine function.
+            InvalidArgumentError: if an argument is invalid, for example a coroutine function.
             FingerprintMismatchError, IdempotencyInProgressError, OutcomeUnknownError, EffectFailedError: in the same
                 cases as `IdempotencyKeyStore.claim()`.
         """
@@ -179,7 +176,7 @@ class UnitOfWork(Transaction):
     # Methods that the stores call
 
     def one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's statement, and return the object of the first row, or None if there is no row."""
+        """Run a store's statement. Return the first row's object, or None without rows."""
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None
 
@@ -193,13 +190,13 @@ class UnitOfWork(Transaction):
         return self._connection.changes()  # type: ignore[union-attr]  # the statement has required the connection
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's statement with RETURNING. Return the object of the first row, or None if there is no row."""
+        """Run a store's statement with RETURNING. Return the first row's object, or None without rows."""
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None
 
     @clears_locals
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
-        """Run a writing statement of a store once for each set of parameters, and return the number of changed rows."""
+        """Run a store's statement for each set of parameters. Return the number of changed rows."""
         changed: int = self._run_after_flush(statement, parameters, StoreConnection.write_many)
         return changed
 
@@ -229,18 +226,18 @@ class UnitOfWork(Transaction):
 
     @property
     def connection_memory(self) -> dict[str, Any]:
-        """Dictionary in which the stores keep values until the unit's connection is closed."""
+        """Dictionary for values that the stores keep until the connection is closed."""
         return self._require_connection().memory
 
 
-# Each access to an attribute creates a store. Do not keep the store in the unit, because the unit and the store would
-# form a reference cycle. Use the store's class as the property's getter, because a getter function is slower.
+# Each access to an attribute creates a store. Do not keep the store in the unit, because of the reference cycle. The
+# getter is the store's class, because a function is slower.
 for _name, _store in get_type_hints(UnitOfWork).items():
     setattr(UnitOfWork, _name, property(_store, doc=_store.__doc__))
 
 
 def add_stores(kind: type[U]) -> type[U]:
-    """Add a property for each store that a subclass of `UnitOfWork` annotates, and return the class."""
+    """Add a property for each store that the class annotates. Return the class."""
     if not isinstance(kind, type) or not issubclass(kind, UnitOfWork):
         raise InvalidArgumentError("unit must be a subclass of UnitOfWork")
     own = [base for base in kind.__mro__ if not issubclass(UnitOfWork, base)]

@@ -1,4 +1,4 @@
-"""Version of the package. Import this module lazily, because importing importlib.metadata takes 1 to 2 ms."""
+"""Version of the package. Import this module lazily, because the import takes 1 to 2 ms."""
 
 from importlib.metadata import PackageNotFoundError, version
 

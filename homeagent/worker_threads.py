@@ -18,22 +18,20 @@ from homeagent.clock import monotonic
 C = TypeVar("C")
 T = TypeVar("T")
 
-# Limits of a collection. Without the limits, a busy event loop could add calls to one collection without end.
+# Limits of a collection. A busy event loop could otherwise add calls without end.
 _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
-# A thread with several calls wakes the callers of ended calls after this time in seconds. If a single call takes longer
-# than this time, the remaining calls run in separate threads.
+# After this time in seconds, a thread wakes the callers of ended calls. After a longer call, the remaining calls get
+# separate threads.
 _MAX_SHARED_SECONDS = 0.1
 
 
 class CollectedCalls(Generic[C]):
-    """Collects calls, and passes the calls together to `hand_over()` in the event loop's thread. If one turn of the
-    event loop adds no call, the collection ends.
+    """Collects calls, and passes the calls together to `hand_over()` in the event loop. If one turn of the event loop
+    adds no call, the collection ends.
 
-    A thread releases the GIL in SQLite's statements and in socket calls. Python can then switch to another thread. A
-    switch between threads takes longer than an SQL statement. In a measurement with 200 concurrent requests, the class
-    `CollectedCalls` reduced the number of switches per request from 20 to 3.
+    The class saves switches between threads, which take longer than an SQL statement.
     """
 
     def __init__(self, hand_over: Callable[[list[C]], None]) -> None:
@@ -50,14 +48,14 @@ class CollectedCalls(Generic[C]):
             calls.append(call)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop, known: int, end: float) -> None:
-        """End the collection if no new call has arrived, or if a limit is reached. Hand over the calls at the end."""
+        """At a limit or without a new call, hand over the calls."""
         calls = self._calls[loop]
         if known < len(calls) < _MAX_CALLS and monotonic() < end:
             loop.call_soon(self._end_turn, loop, len(calls), end)
             return
         del self._calls[loop]
         if known < len(calls):
-            # Call `hand_over()` one turn later, because AnyIO needs a turn of the event loop to cancel a caller
+            # Call `hand_over()` one turn later. AnyIO needs a turn of the event loop to cancel a caller
             # (`test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run`).
             loop.call_soon(self._hand_over, calls)
         else:
@@ -96,8 +94,8 @@ class AwaitedCall:
         """After a cancellation of the caller, wait until the call ends. Return the caller's last cancellation."""
         # The cancellation ended the future of the call. Wait for a new future, which `wake()` will end.
         self.future = future = asyncio.get_running_loop().create_future()
-        # AnyIO's cancel scope protects the wait only from a cancellation by AnyIO. The `while` loop protects the wait
-        # from `Task.cancel()`, which `asyncio.timeout()` calls.
+        # The cancel scope protects only from a cancellation by AnyIO. The `while` loop protects from `Task.cancel()`,
+        # which `asyncio.timeout()` calls.
         with anyio.CancelScope(shield=True):
             while not future.done():
                 try:
@@ -119,8 +117,7 @@ class ThreadCall(AwaitedCall):
     """A function that a worker thread calls for a coroutine."""
 
     decision: threading.Lock = field(default_factory=threading.Lock)
-    """Lock that a worker thread and a cancelled caller try to take. The function runs only if the thread gets the lock.
-    """
+    """Lock for a worker thread or a cancelled caller. The function runs only if the thread gets the lock."""
     is_over: bool = False
 
 
@@ -142,13 +139,13 @@ def _run(executor: Executor, loop: asyncio.AbstractEventLoop, calls: list[Thread
     end = now + _MAX_SHARED_SECONDS
     for place, call in enumerate(calls, 1):
         if call.decision.acquire(blocking=False):
-            # Do not inline `attempt()`, because `clear_locals()` can't clear the frame of a function that still runs.
+            # Do not inline `attempt()`, because `clear_locals()` can't clear a running frame.
             call.attempt()
             call.is_over = True
             ended.append(call)
             begun, now = now, monotonic()
             if now - begun >= _MAX_SHARED_SECONDS:
-                # Run each remaining call in a separate thread, so that a slow call does not delay the next calls.
+                # The remaining calls must not wait for another slow call.
                 for waiting in calls[place:]:
                     loop.call_soon_threadsafe(run_in_thread, executor, [waiting])
                 break
@@ -164,8 +161,8 @@ async def call_in_thread(
 ) -> T:
     """Call `act()` in a worker thread, and return the result. A cancelled caller waits until a started call has ended.
 
-    If the caller is cancelled before the call has started, the call runs only with `must_run=True`. Do not use
-    `anyio.to_thread.run_sync()` here, because its overhead is several times the duration of a read of one row.
+    A cancellation before the start prevents the call, except with `must_run=True`. Do not use
+    `anyio.to_thread.run_sync()`, which takes longer than a read of a row.
     """
     loop = asyncio.get_running_loop()
     future = loop.create_future()

@@ -1,4 +1,4 @@
-"""The command line. Each command or group of commands has a module. `application.py` holds the common parts."""
+"""The command line. The module `application.py` holds the common parts of the commands."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 
 def main() -> None:
-    """Run the command in `sys.argv`, and exit with the status of the command."""
-    # Ctrl-C raises KeyboardInterrupt only while the command runs. During the imports and the exit of the interpreter,
-    # Ctrl-C ends the process at once, because Python would otherwise print a traceback.
+    """Run the command in `sys.argv`, and exit with its status."""
+    # Ctrl-C raises KeyboardInterrupt only while the command runs. During the imports and the exit, Ctrl-C must not
+    # print a traceback.
     is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_default:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -63,7 +63,7 @@ def update(
     workspace: Annotated[str | None, arguments.option("DIRECTORY", "New workspace.")] = None,
     config: arguments.ConfigOption = None,
 ) -> None:
-    """Change an agent. Only the values of the given options change; --config null clears the configuration."""
+    """Change the given values of an agent. --config null clears the configuration."""
     given = {"name": name, "workspace_path": workspace, "config": config}
     values = {field: value for field, value in given.items() if value is not None}
     if not values:

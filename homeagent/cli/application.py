@@ -1,4 +1,4 @@
-"""Common parts of all commands: options, database, exit status, questions, and the output of errors and warnings."""
+"""Common parts of all commands, such as options, questions and error messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CREDENTIALS = re.compile(r"://(?!USER@)\S*@|((?:password|passwd)=)[^&\s]*", re.
 
 @dataclass
 class _Common:
-    """Values of the common options, which can stand before or after the name of the command."""
+    """Values of the common options --database and --json."""
 
     database: str | None = None
     as_json: bool = False
@@ -94,7 +94,7 @@ class _Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.parent is None:
             options = args[: args.index("--")] if "--" in args else args
-            # Search for --json before parsing: an error in an option before --json must also be printed as JSON.
+            # Search for --json before parsing. Errors of the parser must be JSON too.
             ctx.obj = _Common(as_json="--json" in options)
         with _reported_errors(ctx.obj):
             if not args and not ctx.obj.as_json and not ctx.resilient_parsing:
@@ -115,7 +115,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
     try:
         yield
     except _UsageError as error:
-        # The message of a usage error repeats the wrong argument, which can be a database URL with a password.
+        # A usage error repeats the wrong argument. A database URL can contain a password.
         text = _CREDENTIALS.sub(lambda found: f"{found[1]}***" if found[1] else "://***@", error.format_message())
         text = text.replace("Value error, ", "")  # Pydantic's prefix
         text += "" if text.endswith((".", "?")) else "."
@@ -129,9 +129,9 @@ def _reported_errors(common: _Common) -> Iterator[None]:
     except KeyboardInterrupt:
         text = "the command was interrupted, and may have done its work already"
         _print_message(common, text, error="Interrupted")
-        raise typer.Exit(130) from None  # after Ctrl-C, the exit status in a shell is 128 plus the number of the signal
+        raise typer.Exit(130) from None  # as in a shell, the status is 128 plus the signal's number
     except OSError as error:
-        # If an OSError has no file name, a write to the standard output has failed.
+        # If OSError has no file name, writing to the standard output failed.
         if error.filename is not None:
             raise
         _discard_output()
@@ -142,7 +142,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
 
 
 def _print_message(common: _Common, text: str, **facts: object) -> None:
-    """Print a text on standard error in one line or, with --json, as an object together with `facts`."""
+    """Print a text on standard error. With --json, print an object with the text and `facts`."""
     line = escape_words(" ".join(text.split()))
     if common.as_json:
         typer.echo(json.dumps({**facts, "message": line}, default=timedelta.total_seconds), err=True)
@@ -151,7 +151,7 @@ def _print_message(common: _Common, text: str, **facts: object) -> None:
 
 
 def _discard_output() -> None:
-    """Write the rest of the standard output to /dev/null, because the interpreter would otherwise fail at its exit."""
+    """Redirect the standard output to /dev/null, because the flush at exit would fail."""
     with suppress(OSError, ValueError):  # `fileno()` raises ValueError if the output is not a file
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, sys.stdout.fileno())
@@ -160,7 +160,7 @@ def _discard_output() -> None:
 
 @contextmanager
 def _printed_warnings(common: _Common) -> Iterator[None]:
-    # A refused operation must print exactly one line, so print the warnings only after a success.
+    # Print the warnings only after a success. A refused operation must print exactly one line.
     buffer = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
     buffer.setLevel(logging.WARNING)
     logger = logging.getLogger("homeagent")
@@ -174,8 +174,7 @@ def _printed_warnings(common: _Common) -> Iterator[None]:
 
 
 def confirm(context: typer.Context, question: str, show: Callable[[], object], *, asks: bool = True) -> None:
-    """Show the planned change, and ask a question on standard error. If the operator refuses, end the command with exit
-    status 1.
+    """Show the planned change, and ask a question. If the operator refuses, raise InvalidArgumentError.
 
     With --yes do not ask. With --dry-run only show the change.
     """
@@ -190,7 +189,7 @@ def confirm(context: typer.Context, question: str, show: Callable[[], object], *
     if sys.stdin is None:
         raise InvalidArgumentError("the command can't ask, because it has no standard input: pass --yes")
     show()
-    # The function `typer.confirm()` would print a space on standard output, which is for results only.
+    # Do not use `typer.confirm()`, which prints a space on standard output.
     typer.echo(f"{question} [y/N]: ", nl=False, err=True)
     answer = sys.stdin.readline()
     if not (answer.endswith("\n") and sys.stdin.isatty()):  # on a terminal, the Enter key has begun a new line
@@ -204,7 +203,7 @@ def confirm(context: typer.Context, question: str, show: Callable[[], object], *
 app: typer.Typer = typer.Typer(
     cls=_Commands,
     context_settings={"help_option_names": ["--help", "-h"]},
-    # An error other than HomeAgentError is a bug. Do not print Typer's traceback, which would show local variables.
+    # Do not print Typer's traceback, which shows local variables.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # Typer's tables would shorten the names of options on a narrow terminal
 )
@@ -226,7 +225,8 @@ def _before_command(
 ) -> None:
     """Operate the database of a home agent gateway.
 
-    Exit status: 0 for success, 1 for a refused operation with the reason on standard error, 2 for wrong usage.
+    Exit status: 0 for success, 1 for a refused operation, 2 for wrong usage. The reason for a refusal is on standard
+    error.
     """
 
 
@@ -247,5 +247,5 @@ def lasting_target(target: str | None) -> Target:
 
 def open_named(context: typer.Context) -> Database:
     """Open the database of the command without creating or upgrading it."""
-    # Do not create a database, because a command with a misspelt path must not create a file.
+    # A command with a misspelt path must not create a file.
     return Database.open(context.obj.database, migrate=False)

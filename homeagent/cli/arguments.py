@@ -25,9 +25,7 @@ def option(metavar: str, help: str, *names: str, show_default: bool | str = Fals
 
 
 def flag(name: str, help: str, **settings: Any) -> Any:
-    """Declare an option without a value. Because the name is explicit, Typer does not add an opposite option such as
-    --no-yes.
-    """
+    """Declare an option without a value. The explicit name prevents an opposite option such as --no-yes."""
     return typer.Option(name, help=help, **settings)
 
 
@@ -73,7 +71,7 @@ SessionArgument = Annotated[str, argument("SESSION", "Id of the session.")]
 
 LimitOption = Annotated[int, option("ROWS", "Maximum number of rows.", min=1, max=MAX_LIMIT, show_default=True)]
 AfterOption = Annotated[str | None, option("ID", "Last id of the previous page.")]
-_FORMS = "Form of the list. The form tsv prints tab-separated values below the column names. Times are in UTC."
+_FORMS = "Form of the list. The form tsv prints column names, tab-separated values, and times in UTC."
 FormatOption = Annotated[Format, choice(Format, _FORMS, "--format", show_default=True)]
 YesOption = Annotated[bool, flag("--yes", "Do not ask.")]
 DryRunOption = Annotated[bool, flag("--dry-run", "Show what the command would do. Change nothing.")]
@@ -83,5 +81,5 @@ ConfigOption = Annotated[str | None, option("JSON", "Configuration of the agent.
 
 _REVISIONS = "The application's own Alembic revisions: a folder of a package, or a path."
 MigrationsOption = Annotated[str | None, option("PACKAGE:FOLDER", _REVISIONS, callback=_find_packages)]
-_TRIGGERS = "Name of a trigger that the application has put on homeagent's tables. Can be repeated."
+_TRIGGERS = "Name of an application's trigger on homeagent's tables. Can be repeated."
 AcknowledgeOption = Annotated[list[str] | None, option("TRIGGER", _TRIGGERS)]

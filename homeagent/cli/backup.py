@@ -28,10 +28,9 @@ _DESTINATION_HELP = (
     "Directory, or file that does not exist. A path with a slash at the end is a directory, and is created if it does "
     "not exist."
 )
-_KEEP_HELP = "After the backup, remove the oldest backups of this database in the directory until N backups are left."
+_KEEP_HELP = "Remove this database's oldest backups from the directory until N backups are left."
 _EPOCH_HELP = (
-    "Refuse the restore if the database has another epoch. The epoch of a database that is absent or can't be opened "
-    "is 0."
+    "Refuse the restore if the database has another epoch. If the database is absent or unreadable, pass the epoch 0."
 )
 _LIVE_HELP = "For a trial: allow programs to change SOURCE during the copy. The copy lacks these changes."
 
@@ -45,8 +44,8 @@ def backup(
 ) -> None:
     """Copy the database while other processes use it.
 
-    The copy gets its final name only after the verification. The command writes a manifest next to the copy. The
-    manifest has the name of the copy with .json at the end, and records time, revision, rows, size and SHA-256.
+    The copy gets its final name only after the verification. The command adds a manifest, for example copy.db.json for
+    copy.db. The manifest records time, revision, rows, size and SHA-256.
     """
     with open_named(context) as opened, shown_progress(context, "copying and verifying"):
         made = opened.backup(destination, keep=keep, replace=replace)
@@ -78,8 +77,8 @@ def restore(
         seen, state = _state(context, database)
         facts = {"Database": identity(str(database)), **state, "Backup": identity(str(source)), **_described(manifest)}
         confirm(context, "Replace this database by this backup?", partial(print_facts, facts.items(), error=True))
-        # The operator gives the epoch 0 for a database that can't be opened. If `Database.restore` can still read the
-        # epoch of a damaged database, `Database.restore` would refuse the epoch 0. Therefore pass None.
+        # The operator gives the epoch 0 for a database that can't be opened. Pass None instead, because
+        # `Database.restore` can perhaps still read a different epoch.
         epoch = seen if epoch is None or (epoch == 0 and seen is None) else epoch
     with shown_progress(context, "verifying and restoring"):
         report = Database.restore(
@@ -93,9 +92,7 @@ def restore(
 
 
 def _state(context: typer.Context, database: Path) -> tuple[int | None, dict[str, str]]:
-    """Return the epoch and the facts about a database. The epoch is 0 if the database is absent, and None if the
-    database can't be opened.
-    """
+    """Return the epoch and facts about a database. If an existing database can't be opened, the epoch is None."""
     try:
         with open_named(context) as opened:
             seen = opened.status()
@@ -140,11 +137,11 @@ def begin_epoch(
     epoch: Annotated[int | None, option("NUMBER", "Refuse the change if the database has another epoch.")] = None,
     yes: YesOption = False,
 ) -> None:
-    """Begin a new epoch after a program other than homeagent has restored the database.
+    """Begin a new epoch after another program has restored the database.
 
-    For example, run the command after a restore by pg_restore or from a disk snapshot. Stop the gateways first. In the
-    new epoch, gateways refuse messages that were signed before the epoch began. The beginning of an epoch cannot be
-    undone, so the command shows the current epoch and asks for a confirmation. The option --yes needs --epoch.
+    For example, run the command after pg_restore or a restored disk snapshot. Stop the gateways first. In the new
+    epoch, gateways refuse messages signed before the epoch. A new epoch cannot be undone. The command shows the current
+    epoch and asks for a confirmation. The option --yes needs --epoch.
     """
     require_expected(context, "epoch", "as 'status --json' prints it")
     if not yes:
@@ -178,11 +175,11 @@ def copy(
 ) -> None:
     """Copy a whole store into an empty database. SOURCE and TARGET can have different engines.
 
-    First stop every gateway and sweeper that uses SOURCE. The command copies all rows in one transaction and compares
-    each copied row with SOURCE. If a step fails, TARGET stays empty. SOURCE is not changed.
+    First stop every gateway and sweeper that uses SOURCE. The command copies all rows in one transaction. The command
+    compares each copied row with SOURCE. If a step fails, TARGET stays empty. SOURCE is not changed.
 
-    Tables of an application are copied too. If TARGET does not have the application's tables yet, name the
-    application's revisions by --migrations.
+    The command also copies an application's tables. If TARGET lacks the application's tables, name the application's
+    revisions by --migrations.
     """
     if context.obj.database is not None:
         raise typer.BadParameter("copy takes SOURCE and TARGET: leave out --database.")
@@ -205,7 +202,7 @@ def _open_target(target: str, migrations: str | None) -> Database:
     try:
         return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
-        # Do not upgrade the schema of an existing target. If the copy refuses the target, the target must be unchanged.
+        # Do not upgrade an existing target, because a refused target must stay unchanged.
         if outdated.revision is not None:
             raise
     return Database.open(target, migrations=migrations)

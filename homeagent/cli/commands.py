@@ -1,4 +1,4 @@
-"""All commands. The imports below add the commands, and the help lists the commands in the order of the imports."""
+"""All commands. The imports add the commands. The order of the imports is the order in the help."""
 
 import io
 import logging
@@ -12,15 +12,15 @@ from homeagent.cli import devices, agents, sessions, keys  # isort: skip  # noqa
 from homeagent.cli.application import app
 
 command: Any = typer.main.get_command(app)
-"""The command `homeagent`, which Typer builds from the functions in 0.1 s."""
+"""The command `homeagent`, which Typer builds from the functions."""
 
 
 def run() -> None:
-    """Run the command in `sys.argv`, and exit with the status of the command."""
+    """Run the command in `sys.argv`, and exit with its status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # Print characters outside the terminal's encoding as escapes instead of raising UnicodeEncodeError.
             stream.reconfigure(errors="backslashreplace")
-    # Without a handler, Python would print SQLAlchemy's log records on standard error, for example after Ctrl-C.
+    # Without a handler, Python would print SQLAlchemy's log records on standard error.
     logging.getLogger("sqlalchemy").addHandler(logging.NullHandler())
     command(prog_name="homeagent")

@@ -1,4 +1,4 @@
-"""Commands of the group `homeagent devices`: pair and list devices, decide on access, and rotate secrets."""
+"""Commands that list and change devices (`homeagent devices`)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,7 @@ _DECISIVE = ("paired_at", "status", "role", "shared_secret_hash")
 
 _ORDER_HELP = "Order of the list. With paired_at, the device that was paired last comes first."
 _STATUS_HELP = (
-    "Refuse the approval if the status of the device differs from this status. With --yes, a revoked device is "
-    "approved only if you name its status."
+    "Refuse the approval if the device has another status. With --yes, a revoked device needs --status revoked."
 )
 _OVERLAP_HELP = "Time for which the old secret also works. The device must be approved."
 _LONGEST_OVERLAP = 366 * 24 * 3600  # in seconds
@@ -46,7 +45,7 @@ class _Order(StrEnum):
 
 
 def _row_of(device: Device) -> tuple[object, ...]:
-    """Return the cells of a device for a table, in the order of `_HEADINGS`."""
+    """Return the table cells of a device, in the order of `_HEADINGS`."""
     return device.id, device.role, device.status, device.paired_at, device.last_seen_at
 
 
@@ -109,9 +108,9 @@ def approve(
 ) -> None:
     """Approve a device.
 
-    The command shows the device and asks for a confirmation. The command does not approve the device if its role,
-    secret, time of pairing or status changes before the operator answers. The option --yes needs --role and
-    --paired-at. For a revoked device, --yes also needs --status revoked.
+    The command shows the device and asks for a confirmation. A new role, secret or status before the answer prevents
+    the approval. The option --yes needs --role and --paired-at. For a revoked device, --yes also needs --status
+    revoked.
     """
     require_expected(context, "role")
     require_expected(context, "paired_at")
@@ -123,8 +122,7 @@ def approve(
             expected_role=role or seen.role,
             expected_secret_hash=seen.shared_secret_hash,
             expected_paired_at=paired_at or seen.paired_at,
-            # Compare the status, because another administrator can revoke the device while the command waits for the
-            # answer.
+            # Compare the status, because another administrator can revoke the device meanwhile.
             expected_status=status if yes else status or seen.status,
         )
         now = opened.devices.get(device_id)
@@ -138,7 +136,7 @@ def revoke(
     reason: Annotated[str | None, arguments.option("TEXT", "Reason, stored with the device.")] = None,
     force: Annotated[bool, arguments.flag("--force", "Allow the revocation of the last approved admin.")] = False,
 ) -> None:
-    """Revoke a device. After the command, the device has no access until an administrator approves the device again."""
+    """Revoke a device. The device has no access until a new approval."""
     with open_named(context) as opened:
         changed = opened.devices.revoke(device_id, reason=reason, force=force)
         now = opened.devices.get(device_id)
@@ -160,9 +158,9 @@ def delete(
 ) -> None:
     """Delete a device, or the pending devices that were paired before a time.
 
-    The command shows the devices and asks for a confirmation. If the device changes before the operator answers, the
-    command does not delete the device. If a pending device is approved or revoked before the operator answers, the
-    command keeps the device. The option --yes needs --paired-at or --before.
+    The command shows the devices and asks for a confirmation. A new role, secret or status before the answer prevents
+    the deletion. With --pending, the command keeps devices that were approved or revoked meanwhile. The option --yes
+    needs --paired-at or --before.
     """
     if device_id is None:
         if not pending or before is None or force or paired_at is not None:
@@ -198,8 +196,7 @@ def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, 
                 found += [device for device in page if device.paired_at < before]
             confirm(context, f"Delete {count(len(found), 'pending device')}?", partial(_show_first, found))
             deleted = len(found) if dry_run else 0
-        # The passed time must be one millisecond before the value of --before. The method `delete_pending()` also
-        # deletes devices that were paired exactly at the passed time.
+        # Subtract one millisecond, because `delete_pending()` includes the passed time.
         until = earlier(before, MILLISECOND)
         while not dry_run and (batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until))):
             deleted += batch
@@ -248,10 +245,9 @@ def rotate(
     paired_at: arguments.PairedAtOption = None,
     yes: arguments.YesOption = False,
 ) -> None:
-    """Give a device a new secret, and print the secret once.
+    """Replace the secret of a device, and print the new secret once.
 
-    The command shows the device and asks for a confirmation, because the old secret becomes invalid. The option
-    --yes needs --paired-at.
+    The command shows the device and asks for a confirmation. The option --yes needs --paired-at.
     """
     require_expected(context, "paired_at")
     with open_named(context) as opened:

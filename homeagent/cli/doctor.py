@@ -27,8 +27,7 @@ def doctor(
 ) -> None:
     """Check the database. For each problem, show its meaning and its remedy.
 
-    Without --fix the command changes nothing. The command also works if the database is damaged, missing, too old or
-    too new.
+    Without --fix the command changes nothing. The checked database can be damaged, missing, too old or too new.
 
     Exit status: 0 without problems, 1 for warnings, 2 for critical problems.
     """
@@ -36,7 +35,7 @@ def doctor(
         with shown_progress(context, "checking"):
             diagnosis = diagnose(context.obj.database, thorough=thorough, fix=fix, acknowledged=acknowledge or ())
     except InvalidArgumentError as error:
-        # Exit with status 2 instead of 1, because exit status 1 of the doctor means warnings.
+        # Do not exit with status 1, by which the doctor reports warnings.
         raise typer.BadParameter(str(error)) from None
     print_result(context, diagnosis.model_dump(mode="json"), lambda: _print(diagnosis))
     raise typer.Exit(diagnosis.exit_status)
@@ -70,7 +69,7 @@ def _finding_text(finding: Finding) -> str:
 
 def _budget(seconds: float | None) -> float | None:
     longest = 366 * 24 * 3600
-    # Do not split the chained comparison: `seconds < 0.001 or seconds > longest` would accept the value NaN.
+    # Do not split the chained comparison, which also refuses the value NaN.
     if seconds is not None and not 0.001 <= seconds <= longest:
         raise typer.BadParameter("it must be from 0.001 seconds to 366 days.")
     return seconds
@@ -87,10 +86,9 @@ def sweep(
     ] = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Delete expired nonces and idempotency keys, old device changes, and devices that were pending for over 30 days.
+    """Delete expired nonces and idempotency keys. Also delete old device changes, and devices pending for over 30 days.
 
-    The command works in small transactions, so the gateway can run at the same time. With --dry-run the command only
-    counts the rows.
+    The gateway can keep running, because the transactions are small. With --dry-run the command only counts the rows.
     """
     budget = None if time_budget is None else timedelta(seconds=time_budget)
     with open_named(context) as opened:

@@ -1,4 +1,4 @@
-"""Commands of the groups `homeagent keys` and `homeagent nonces`: settle abandoned attempts, and release nonces."""
+"""Commands that settle abandoned attempts (`homeagent keys`) and release nonces (`homeagent nonces`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEADINGS = ("Device", "Method", "Key", "Attempt", "Begun at", "Abandoned at")
 
 
 def _row_of(row: IdempotencyKey) -> tuple[object, ...]:
-    """Return the cells of an idempotency key for a table, in the order of `_HEADINGS`."""
+    """Return the table cells of an idempotency key, in the order of `_HEADINGS`."""
     return row.device_id, row.method, row.key, row.attempt, row.created_at, row.lease_expires_at
 
 
@@ -39,11 +39,11 @@ def abandoned(
 ) -> None:
     """List the keys with an abandoned attempt, oldest first.
 
-    Find out whether the effect took place, then run 'keys resolve' or 'keys forget' for each key.
+    For each key, find out whether the effect took place. Then run 'keys resolve' or 'keys forget'.
     """
     with open_named(context) as opened:
         rows = opened.run(lambda unit: unit.idempotency_keys.list_abandoned(limit=limit), read_only=True)
-    # Do not show parameters or results, because parameters and results can be private.
+    # Do not show parameters or results, which can be private.
     shown = {"device_id", "method", "key", "attempt", "created_at", "lease_expires_at", "downstream_key"}
     values = [row.model_dump(mode="json", include=shown) for row in rows]
     print_list(context, _HEADINGS, map(_row_of, rows), values)
@@ -108,7 +108,7 @@ def _settle(
     question: str,
     done: str,
 ) -> None:
-    """Apply the argument `change` to an abandoned attempt, after a confirmation or with --yes. Print the result."""
+    """Apply the argument `change` to an abandoned attempt after a confirmation. Print the result."""
     require_expected(context, "attempt", "as 'keys abandoned --json' prints it")
     with open_named(context) as opened:
         changed = change_shown(
@@ -118,7 +118,7 @@ def _settle(
             lambda unit: _abandoned(unit, scope),
             lambda unit: change(unit.idempotency_keys),
             name=f"the key of {scope.method!r} by {scope.device_id!r}",
-            # Also compare the owner, because two attempts of a key can have the same number but different owners.
+            # Also compare the owner, because two attempts can have the same number.
             columns=("attempt", "owner"),
             show=lambda row: print_table(_HEADINGS, [_row_of(row)], error=True),
         )
@@ -133,8 +133,8 @@ nonces: typer.Typer = group("nonces", help="Release the nonces of a device that 
 def forget_nonces(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
     """Exclude the stored nonces of a device from the limit of nonces.
 
-    First configure the gateway to keep nonces for a shorter time. Until a nonce expires, homeagent still keeps the
-    nonce and refuses a replayed message.
+    First configure the gateway to keep nonces for a shorter time. The gateway still refuses a replayed message until
+    its nonce expires.
     """
     with open_named(context) as opened:
         released = opened.nonces.forget(device_id)

@@ -32,7 +32,7 @@ PHRASES = {
 
 
 def operator_text(text: str) -> str:
-    """Return an error message that names commands and options instead of Python methods and arguments."""
+    """Replace methods and arguments in an error message by commands and options."""
     for phrase, replacement in PHRASES.items():
         text = text.replace(phrase, replacement)
     return text

@@ -1,4 +1,4 @@
-"""Output of the commands: tables and lines for people, tab-separated values and JSON for programs."""
+"""Output of the commands for people and for programs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from homeagent.cli.visible_text import identity
 if TYPE_CHECKING:
     from homeagent.maintenance.copy_store import CopyProgress
 
-_LEAST = 24  # minimum width of the space in which `print_facts()` wraps a long value, in characters
+_LEAST = 24  # minimum width of a wrapped value, in characters
 
 
 def print_result(context: typer.Context, value: object, text: str | Callable[[], object]) -> None:
     """With --json print the value as JSON. Without --json print the given text, or call the given function."""
     if context.obj.as_json:
-        # Escape characters outside ASCII, so that the output is valid in any encoding and can't control the terminal.
+        # Do not pass `ensure_ascii=False`, because some characters could control the terminal.
         typer.echo(json.dumps(value, indent=2))
     elif isinstance(text, str):
         typer.echo(text)
@@ -61,7 +61,7 @@ def print_deletion(context: typer.Context, deleted: int, what: str, **others: in
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, error: bool = False) -> None:
-    """Print a table of texts, numbers and timestamps on standard output, or on standard error with `error=True`."""
+    """Print a table. With `error=True`, print the table on standard error."""
     rows = list(rows)
     cells = [list(map(_cell, row)) for row in rows]
     widths = [max(map(_width, column)) for column in zip(headings, *cells, strict=True)]
@@ -89,9 +89,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int], numeric: Sequence[bool
 def print_facts(
     facts: Iterable[tuple[str, str]], *, colours: Mapping[str, str] | None = None, error: bool = False
 ) -> None:
-    """Print a line with a name and a value for each fact. Print a name in bold if the argument `colours` does not
-    contain the name.
-    """
+    """Print the name and the value of each fact. A name without a colour is bold."""
     facts = list(facts)
     longest = max((_width(name) for name, _ in facts), default=0)
     available = _terminal_width(error=error)
@@ -102,19 +100,19 @@ def print_facts(
         lines = value.split("\n")
         if available is not None:
             if max([min(_LEAST, _width(value)), *map(_width, value.split())]) > available - indent:
-                # Print the value below its name, because the space next to the name is too narrow.
+                # Print the value below the name, because the line is too narrow.
                 space, indent = "\n  ", 2
             lines = [part for line in lines for part in _wrapped(line, available - indent)]
         typer.echo(label + space + ("\n" + " " * indent).join(lines), err=error)
 
 
 def _wrapped(line: str, width: int) -> list[str]:
-    # Do not wrap a line that begins with a space, because the line is a command to copy.
+    # Do not wrap an indented line, which is a command to copy.
     return [line] if line[:1] in ("", " ") else wrap(line, width, break_long_words=False)
 
 
 def _width(text: str) -> int:
-    """Return the width of a text in columns of a terminal. A wide character, such as an emoji, fills two columns."""
+    """Return the width of a text in terminal columns. An emoji fills two columns."""
     if text.isascii():
         return len(text)
     from rich.cells import cell_len
@@ -123,7 +121,7 @@ def _width(text: str) -> int:
 
 
 def _terminal_width(*, error: bool) -> int | None:
-    """Return the terminal's width in columns, or None if the output stream is not a terminal."""
+    """Return the terminal's width in columns, or None without a terminal."""
     stream = sys.stderr if error else sys.stdout
     return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
 
@@ -149,7 +147,7 @@ def format_timestamp(value: datetime | None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number and a noun, with a plural s if the number is not 1."""
+    """Return a number and a noun, such as "2 rows"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -157,7 +155,7 @@ def count(number: int, noun: str) -> str:
 def shown_progress(
     context: typer.Context, activity: str | None = None
 ) -> Iterator[Callable[[CopyProgress], object] | None]:
-    """Show progress bars during the block. Yield a function that updates the bars, or None if no bar is shown."""
+    """Show progress bars during the block. Yield a function that updates the bars, or None without bars."""
     if context.obj.as_json or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return

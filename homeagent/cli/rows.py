@@ -1,4 +1,4 @@
-"""Show rows of the stores, create requests from the arguments of a command, and change a row after a confirmation."""
+"""Functions of the commands that show and change rows."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _PUBLIC: dict[type, type[BaseModel]] = {Device: DevicePublic, Agent: AgentPublic
 
 
 def public(row: Device | Agent | AgentSession) -> dict[str, Any]:
-    """Return a row for JSON, without values that were derived from a secret."""
+    """Return a row for JSON, without values derived from a secret."""
     return _PUBLIC[type(row)].model_validate(row, from_attributes=True).model_dump(mode="json", by_alias=True)
 
 
 def show_row(row: Device | Agent | AgentSession, *, error: bool = False) -> None:
-    """Print the fields of a row on standard output, or on standard error with `error=True`."""
+    """Print the fields of a row. With `error=True`, print the fields on standard error."""
     values = dict(_PUBLIC[type(row)].model_validate(row, from_attributes=True))
     facts = []
     for name, value in values.items():
@@ -57,13 +57,13 @@ def request(model: type[M], **values: Any) -> M:
     try:
         return model(**values)
     except ValidationError as error:
-        # Do not show the invalid value, which can be long or contain control characters.
+        # Do not show the invalid value, which can contain control characters.
         texts = [f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors(include_input=False)]
         raise typer.BadParameter("; ".join(texts)) from None
 
 
 def json_argument(text: str | None, name: str) -> Any:
-    """Return the value of a JSON argument, or None if the argument is absent."""
+    """Parse a JSON argument. For an absent argument return None."""
     if text is None:
         return None
     try:
@@ -75,7 +75,7 @@ def json_argument(text: str | None, name: str) -> Any:
 def require_expected(
     context: typer.Context, name: str, source: str = "as the list of the rows prints it with --json"
 ) -> None:
-    """Raise `typer.BadParameter` if the operator passed --yes, but not the option with the given name."""
+    """Raise `typer.BadParameter` if --yes was passed without the option `name`."""
     if context.params["yes"] and context.params[name] is None:
         raise typer.BadParameter(f"--yes needs --{name.replace('_', '-')}, {source}.")
 
@@ -91,10 +91,10 @@ def change_shown(
     columns: tuple[str, ...],
     show: Callable[[Any], object] = lambda row: show_row(row, error=True),
 ) -> T:
-    """Show a row, ask a question, and change the row. Do not ask the question if the row does not exist.
+    """Show a row, ask a question, and change the row. If the row does not exist, do not ask.
 
-    Raise ConflictError if one of the given columns changed after the row was shown. Also raise ConflictError if the
-    operator expects a different value in the first column. With --dry-run undo the change.
+    Raise ConflictError if a given column changed after the row was shown. Also raise ConflictError if the first column
+    differs from the operator's option. With --dry-run undo the change.
     """
     expected = context.params[columns[0]]
     seen = opened.run(read, read_only=True)

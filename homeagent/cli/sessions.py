@@ -62,8 +62,7 @@ def move(
 ) -> None:
     """Give a session a different agent, sender or channel.
 
-    After the move, the next message on the new route continues the session. The command changes only the parts of the
-    route that the options name.
+    The next message on the new route continues the session. The command changes only the named parts of the route.
     """
     if (sender is not None and no_sender) or (channel is not None and no_channel):
         raise typer.BadParameter("--no-sender and --sender, or --no-channel and --channel, exclude each other.")

@@ -1,4 +1,4 @@
-"""Commands that show the state of the database (`homeagent status`) and the settings (`homeagent config`)."""
+"""Commands that show the database (`homeagent status`) and the settings (`homeagent config`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from homeagent.version import __version__
 
 @app.command()
 def status(context: typer.Context) -> None:
-    """Show location, engine, schema, settings, file modes and number of rows of the database.
+    """Show the database's location, engine, schema, settings, file modes and row counts.
 
     The command does not create or upgrade a database.
     """
@@ -41,7 +41,7 @@ def _print(found: DatabaseStatus) -> None:
     rows = [(name, number, found.expired.get(name)) for name, number in found.rows.items()]
     typer.echo()
     print_table(("Table", "Rows", "Expired, to be swept"), rows)
-    # Do not show the counters, because a gateway's counters are only in the process of the gateway.
+    # Do not show the counters, which exist only in the gateway's process.
     for title, facts in (("Pragmas", found.pragmas), ("File modes", found.file_modes)):
         if facts:
             typer.echo("\n" + typer.style(title, bold=True))
@@ -66,7 +66,7 @@ def _summary(found: DatabaseStatus) -> dict[str, str]:
 
 @app.command()
 def config(context: typer.Context, form: FormatOption = Format.TABLE) -> None:
-    """Show the settings of the commands, and where each setting comes from. The command opens no database."""
+    """Show the settings of the commands, and the source of each setting. The command opens no database."""
     target = resolve_target(context.obj.database)
     source = _source(ENVIRONMENT_VARIABLE, f"default, {DEFAULT_PATH}") if context.obj.database is None else "--database"
     server = () if target.url is None else sorted(name for name in os.environ if name.startswith("PG"))
@@ -75,7 +75,7 @@ def config(context: typer.Context, form: FormatOption = Format.TABLE) -> None:
     settings = [
         ("database", target.location, source),
         ("engine", "sqlite" if target.url is None else "postgresql", source),
-        # Show variables such as PGHOST, which PostgreSQL's client library reads, but do not show a password.
+        # Show variables of PostgreSQL's client, such as PGHOST, without the password.
         *((name, "set" if name == "PGPASSWORD" else os.environ[name], f"${name}") for name in server),
         ("durability", str(durability_or_default(DURABILITY)), _source("HOMEAGENT_DURABILITY")),
         ("busy timeout", f"{busy_timeout:g} s", _source("HOMEAGENT_BUSY_TIMEOUT")),

@@ -1,4 +1,4 @@
-"""Print ids of devices and other untrusted text, so that two different ids do not look the same by accident."""
+"""Escape untrusted text, so that two different ids do not look alike."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections import Counter
 from homeagent.models.types import INVISIBLE
 
 _EMPTY_BRAILLE = "\u2800"
-# Count the East Asian scripts as one writing system, because one name can contain several of the scripts.
+# Count East Asian scripts as one script, because a name can mix scripts.
 _EAST_ASIAN = frozenset({"BOPOMOFO", "CJK", "HANGUL", "HIRAGANA", "IDEOGRAPHIC", "KATAKANA"})
 
 
 def _script(character: str) -> str | None:
-    """Return the writing system of a letter, mark or digit: the first word of the character's Unicode name."""
+    """Return the writing system of a letter, mark or digit."""
     if not unicodedata.category(character).startswith(("L", "M", "N")) or character in "0123456789":
         return None
     script = re.split("[ -]", unicodedata.name(character, "UNKNOWN"), maxsplit=1)[0]
@@ -24,13 +24,13 @@ def _script(character: str) -> str | None:
 
 
 def _main_script(text: str) -> str | None:
-    """Return Latin if the text has Latin letters, and otherwise the most frequent writing system."""
+    """Return the most frequent writing system, but prefer Latin."""
     scripts = Counter(script for character in text if (script := _script(character)) is not None)
     return "LATIN" if "LATIN" in scripts else scripts.most_common(1)[0][0] if scripts else None
 
 
 def _is_mistakable(character: str, main: str | None) -> bool:
-    """Return True if the character can look like another character of the main writing system."""
+    """Return True if the character can look like a different character."""
     if character.isascii():
         return not character.isprintable()
     if (
@@ -49,31 +49,31 @@ def _is_mistakable(character: str, main: str | None) -> bool:
 
 
 def _escape(text: str) -> str:
-    """Return the text with an escape for each character that looks like another character."""
+    """Escape each character that can look like a different character."""
     if text.isascii() and text.isprintable():
         return text
     main = _main_script(text)
     shown = "".join(ascii(char)[1:-1] if _is_mistakable(char, main) else char for char in text)
-    # Escape a combining mark at the beginning, because a terminal draws the mark over the character before the text.
+    # Escape a combining mark at the beginning. A terminal would draw the mark over the preceding character.
     return ascii(shown[0])[1:-1] + shown[1:] if unicodedata.category(shown[0]).startswith("M") else shown
 
 
 def quoted(text: str) -> str:
-    """Return an id in quotes. If the main writing system is not Latin, append the name of the writing system."""
-    # Double the backslashes of the id first, because a backslash of the id would look like the start of an escape.
+    """Return an id in quotes. Append the name of a main writing system other than Latin."""
+    # Double the id's backslashes first, because a backslash begins an escape.
     shown = _escape(text.replace("\\", "\\\\").replace("'", "\\'"))
     main = _main_script(text)
     return f"'{shown}'" if main in {None, "LATIN"} else f"'{shown}' ({main})"
 
 
 def identity(text: str) -> str:
-    """Return a short text, such as an id, for printing. Add quotes if the text could be mistaken for another text."""
+    """Return a short text for printing. Add quotes if the text could be mistaken for another text."""
     shown = quoted(text)
     is_plain = shown == f"'{text}'" and text == text.strip() and unicodedata.is_normalized("NFC", text)
     return text if is_plain and not text.startswith('"') else shown
 
 
 def escape_words(text: str) -> str:
-    """Escape each word of a message separately, so that a Greek id in a Latin message stays readable."""
+    """Escape each word separately, so that a Greek id stays readable."""
     # Do not escape the ellipsis, which homeagent's messages contain.
     return re.sub(r"[^\s…]+", lambda word: _escape(word[0]), text)

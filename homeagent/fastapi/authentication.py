@@ -60,7 +60,7 @@ class _CurrentDevice(SecurityBase):
     async def __call__(
         self, connection: HTTPConnection, database: DatabaseDep, _basic: Annotated[None, Security(_BASIC)]
     ) -> Device:
-        """Return the approved device of the request. For a refusal, raise HTTPProblem with status 401, 403 or 429."""
+        """Return the approved device of the request. A refusal is an HTTPProblem with status 401, 403, 429 or 503."""
         presented = _credentials(connection.headers.getlist("authorization"))
         if presented is None:
             raise HTTPProblem(AuthenticationError("the request has no credentials that can be read"))
@@ -79,7 +79,7 @@ class _CurrentDevice(SecurityBase):
 
 
 current_device: _CurrentDevice = _CurrentDevice()
-"""Dependency: the approved device that sent the request. Otherwise the reply has the status 401, 403 or 429."""
+"""Dependency: the approved device that sent the request. Otherwise the reply has status 401, 403, 429 or 503."""
 
 CurrentDevice = Annotated[Device, Security(current_device)]
 """Dependency: the approved device that sent the request."""

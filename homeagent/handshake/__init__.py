@@ -1,6 +1,6 @@
 """Handshake over a WebSocket or a similar connection. The package imports no web framework.
 
-Each message is a JSON object in one text frame of at most 8 KiB. Base64 values use the standard alphabet.
+Each message is a JSON object in one text frame. A message has at most 8 KiB. Base64 values use the standard alphabet.
 
 | number | sender | message |
 |---|---|---|
@@ -9,11 +9,10 @@ Each message is a JSON object in one text frame of at most 8 KiB. Base64 values 
 | 3 | device | `{"type": "proof", "nonce": …, "time": …, "proof": base64}` |
 | 4 | gateway | `{"type": "welcome", "signature": base64}` or `{"type": "refused", "error": …, "detail": …}` |
 
-Each connection has a new random challenge. The proof covers the device id, a nonce, and the device's time in
-milliseconds since 1970. The nonce consists of the challenge, a dot, and the value `"nonce"` of message 3. The module
-`homeagent.scram` describes proofs. The signature proves that the gateway has the verifier of the device's secret. Use
-TLS. Without TLS, an attacker between the device and the gateway could pass on the messages, and then use the
-authenticated connection.
+Each connection has a new random challenge. The proof covers the device id, a nonce, and the device's time. Times are in
+milliseconds since 1970. The proof's nonce is the challenge, a dot, and the `"nonce"` of message 3. The module
+`homeagent.scram` describes proofs. The signature proves that the gateway has the device's verifier. Use TLS. An
+attacker could otherwise forward the messages, and then use the connection.
 """
 
 from homeagent.handshake.gateway import REFUSALS, Admission, authenticate_device, recheck

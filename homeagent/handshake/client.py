@@ -43,13 +43,13 @@ async def authenticate(
     skew: timedelta = timedelta(minutes=5),
     clock: Clock = system_clock,
 ) -> None:
-    """Prove to the gateway that the device has its secret, and check that the gateway has the verifier of the secret.
+    """Prove that the device has its secret, and check the gateway's signature.
 
     Args:
         device_id: id of the device.
         secret: generated secret of the device. A secret that a person chose is not suitable for proofs.
         send: function that sends a text frame.
-        receive: function that returns the next frame of the connection, or raises an error if the connection is closed.
+        receive: function that returns the next frame. If the connection is closed, the function raises an error.
         time_limit: longest duration of the whole handshake.
         skew: largest allowed difference between the clocks of the device and the gateway.
         clock: clock of the device.
@@ -57,9 +57,8 @@ async def authenticate(
     Raises:
         AuthenticationError: if the gateway does not accept the proof.
         AccessDeniedError: if the device is pending or revoked. The error message names the reason.
-        HandshakeError: if the handshake takes too long, or if the clocks differ too much. The function also raises the
-            error if a message is invalid, or if the gateway lacks the verifier of the secret. Close the connection
-            after the error.
+        HandshakeError: if the handshake takes too long, or the clocks differ too much. Another cause is an invalid
+            message, or a gateway without the verifier. Close the connection after the error.
     """
     try:
         with anyio.fail_after(time_limit.total_seconds()):

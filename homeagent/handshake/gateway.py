@@ -24,14 +24,14 @@ REFUSALS = {
     "pending": "The device waits for an administrator's approval: try again after the approval.",
     "revoked": "An administrator withdrew the approval of the device.",
 }
-"""Texts for a device that has the right secret but no approval, by the values of DeviceStatus."""
+"""Texts for a device with the right secret but without an approval. The keys are values of DeviceStatus."""
 
 _DENIED = "the proof is wrong, the time differs too much, or the device does not exist"
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """Approved device after a successful handshake, with the verifier of the device at the time of the handshake."""
+    """Approved device after a successful handshake, with the verifier at that time."""
 
     device: Device
     verifier: str = field(repr=False)
@@ -51,12 +51,12 @@ async def authenticate_device(
     Args:
         database: the open database.
         send: function that sends a text frame.
-        receive: function that returns the next frame of the connection, or raises an error if the connection is closed.
+        receive: function that returns the next frame. If the connection is closed, the function raises an error.
         time_limit: longest duration of the whole handshake.
         skew: allowed difference between the device's clock and the gateway's clock.
 
     Raises:
-        AuthenticationError: if the proof or the time is wrong, or if the device does not exist.
+        AuthenticationError: if the proof or the time is wrong, or the device is absent.
         AccessDeniedError: if the proof is right, but the device is pending or revoked.
         HandshakeError: if a message is invalid, or if the handshake takes too long.
         HomeAgentError: if the function can't read the database.

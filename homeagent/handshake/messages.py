@@ -12,7 +12,7 @@ from homeagent.errors import HandshakeError
 from homeagent.models.types import from_milliseconds, to_milliseconds
 
 MAX_MESSAGE = 8_192
-"""Maximum size of a message in bytes. The web server needs a separate limit for the bytes that the server buffers."""
+"""Maximum size of a message in bytes. The web server needs a separate limit for buffered bytes."""
 
 Send = Callable[[str], Awaitable[Any]]
 """Function that sends a text frame, such as `websocket.send_text` of Starlette or `send` of websockets."""
@@ -35,9 +35,7 @@ def _plain(value: bytes | datetime) -> str | int:
 
 
 def read(message: object, *kinds: str) -> dict[str, Any]:
-    """Return the fields of a message. The argument `kinds` contains the allowed types. If the message is invalid, or if
-    the type of the message is not allowed, raise HandshakeError.
-    """
+    """Return the fields of a message whose type is in `kinds`. For any other message, raise HandshakeError."""
     if not isinstance(message, str) or len(message.encode("utf-8", "replace")) > MAX_MESSAGE:
         raise HandshakeError(f"a message of a handshake is text of at most {MAX_MESSAGE:,} bytes")
     try:

@@ -74,7 +74,7 @@ class AdoptionReport(BaseModel, frozen=True):
         application_revision: revision in Alembic's table `alembic_version`. The adoption makes `alembic_version` the
             version table of the application's own revisions. None if the adoption does not rename `alembic_version`.
         backup: path of the backup that homeagent made before the first change. The value is None before the adoption,
-            and for a PostgreSQL database.
+            and for a PostgreSQL database. The value is also None for a file that already has homeagent's tables.
     """
 
     location: str

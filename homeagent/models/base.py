@@ -171,8 +171,8 @@ class Table(Model, metaclass=_TableType):
     `fk_messages_session_id_sessions`.
 
     Raises (when the class is defined):
-        InvalidArgumentError: if the name of the table is reserved or already in use.
-        InvalidArgumentError: if a datetime field without `sa_type` or `sa_column` is not a `Timestamp`.
+        InvalidArgumentError: if the name of the table is reserved or already in use. The error also occurs for a
+            datetime field without `sa_type` or `sa_column` that is not a `Timestamp`.
         TypeError: if the class derives from a table of homeagent.
     """
 
