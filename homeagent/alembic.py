@@ -75,14 +75,14 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
 def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
     """Run the current command of Alembic on the application's tables.
 
-    The option `-x database=TARGET` names the database. The default is the line `database = TARGET` in Alembic's
-    configuration. If the line is absent, the environment variable `$HOMEAGENT_DATABASE` names the database. Before the
-    command, `run_environment()` upgrades homeagent's tables in a named database. Without a named database,
+    The option `-x database=TARGET` names the database. Without the option, Alembic's configuration can name the
+    database (`database = TARGET`). If the configuration names no database, homeagent uses `$HOMEAGENT_DATABASE`. Before
+    the command, `run_environment()` upgrades homeagent's tables in a named database. Without a named database,
     `alembic revision` and `alembic check` use a scratch database. A program can pass a connection in
     `config.attributes["connection"]`.
 
-    `run_environment()` imports all modules of the application's package. Autogenerate compares the tables of these
-    modules and of the argument `metadata`.
+    `run_environment()` imports all modules of the application's package. Autogenerate compares the tables of all
+    modules with the database. Pass further tables in the argument `metadata=`.
 
     Args:
         context: the module `alembic.context`.

@@ -164,8 +164,8 @@ class DatabaseMaintenance:
         Args:
             target: open `Database` with the schema revision of the source. The target must contain no devices, agents,
                 sessions, nonces or idempotency keys. The application's tables that the copy fills must also be empty.
-            live: True to allow writes to the source during the copy. The copy contains the state at its beginning,
-                without later writes. For a move to another database, stop all writers and pass `live=False`.
+            live: True to allow writes to the source during the copy. The target then lacks the writes that were made
+                during the copy. For a move to another database, stop all writers and pass `live=False`.
             leave: names of the application's tables that the copy leaves out.
             progress: function that homeagent calls after each page of copied or compared rows.
 
@@ -180,7 +180,7 @@ class DatabaseMaintenance:
             SchemaOutdatedError, SchemaTooNewError: if the source or the target has another version's schema.
             SchemaChangedError: if a schema was changed by hand. On PostgreSQL, homeagent checks only triggers and
                 rules.
-            CorruptDatabaseError: if the source holds a value that no store writes.
+            CorruptDatabaseError: if a value in the source is invalid or unreadable.
         """
         from homeagent.maintenance.copy_store import copy_store
 
@@ -244,10 +244,10 @@ class DatabaseMaintenance:
 
         Args:
             backup: file that `Database.backup()` made, or a copy of a closed database. If the backup has a manifest
-                file, the restore compares their values.
+                file, the restore compares the backup with the manifest.
             target: path of the database to replace, as for `Database.open`. The database can be damaged or absent.
-            clock: clock for the start of the new epoch. The clock must be right, because the replay guard uses the
-                start.
+            clock: clock for the start of the new epoch. The clock must be right. With a wrong clock, the replay guard
+                can accept old messages.
             busy_timeout: longest wait for other processes to close the target.
             acknowledged: names of the application's triggers on homeagent's tables, as for `Database.open()`.
             expected_epoch: epoch that the target must have, by default any epoch. With `expected_epoch=0`, the target

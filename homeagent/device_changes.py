@@ -41,8 +41,8 @@ _CLOSED = "the database was closed, or was opened before the process was forked:
 
 
 class _Subscription:
-    """Queue of device changes for one iterator. The thread of a `DeviceWatcher` fills the queue. The attribute
-    `position` is the number of the last read change.
+    """Queue of device changes for one iterator. The thread of a `DeviceWatcher` fills the queue.
+    `subscription.position` is the number of the last change that was read.
     """
 
     def __init__(self, after: int) -> None:
@@ -127,7 +127,7 @@ def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
 
 
 class DeviceWatcher:
-    """Thread that reads the change feed of a `Database`. The method `close()` waits at most `timeout` seconds."""
+    """Thread that reads the change feed of a `Database`. The method `close()` waits at most `timeout=` seconds."""
 
     def __init__(self, engine: Engine, *, timeout: float, monotonic: Callable[[], float] = monotonic) -> None:
         self._engine = engine

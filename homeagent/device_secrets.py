@@ -60,7 +60,8 @@ class DeviceSecrets:
         """Add a device. The device is pending until an administrator approves the device. The store contains a hash,
         not the secret. For a generated secret, the store also contains a verifier.
 
-        The method deletes ended idempotency keys of an earlier device with this id.
+        An earlier device can have used the same id. The method deletes the earlier device's completed and failed
+        idempotency keys.
 
         Args:
             request: id, role and metadata of the device. Without a secret, homeagent generates a secret of 256 random
@@ -133,8 +134,8 @@ class DeviceSecrets:
 
         Raises:
             TooManyAttemptsError: if the id has reached `Limits.failed_checks_per_minute` in this process. The error
-                also occurs at the limit `Limits.waiting_hashes`. At a limit, even the right secret raises the error. A
-                secret in the form of a generated secret has no limit.
+                also occurs at the limit `Limits.waiting_hashes`. At a limit, even the right secret raises the error.
+                The limits do not apply to a secret with the format of generated secrets.
             DatabaseBusyError: if the slow hash did not begin within 30 seconds.
         """
         check_searched(device_id, "device_id")
@@ -196,7 +197,8 @@ class DeviceSecrets:
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         """Run `check_secret()` under asyncio or trio, without blocking the event loop.
 
-        Slow hashes have separate worker threads. Slow hashes do not delay `arun()` or checks of generated secrets.
+        Slow hashes have separate worker threads. So slow hashes do not delay `arun()`. Slow hashes also do not delay a
+        check of a generated secret.
         """
         check = partial(self.check_secret, device_id, shared_secret)
         return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))
@@ -262,9 +264,9 @@ class DeviceSecrets:
     def proof_parameters(self, device_id: str) -> models.ProofParameters:
         """Return the salt and the iterations for a device's proofs. The salt and the iterations are not secret.
 
-        For an id without a verifier, the method makes up an answer. All processes make up the same answer, even after a
-        restore. The duration of the call does not show whether a device exists. A pairing, a deletion or a rotation can
-        change the answer. A caller can notice the change.
+        For an id without a verifier, the method computes a fake answer. All processes compute the same fake answer,
+        even after a restore. The duration of the call does not show whether a device exists. A pairing, a deletion or a
+        rotation can change the answer. A caller can notice the change.
 
         Args:
             device_id: presented id.
@@ -377,9 +379,10 @@ class DeviceSecrets:
 def _add_pending(unit: UnitOfWork, create: models.DeviceCreate, limit: int) -> Device:
     try:
         device = unit.devices.create(create)
-        # Insert before the limit check. If a committed unit runs again, the insert must fail first.
+        # Insert the device before the limit check. If a committed unit runs again, the insert raises DeviceExistsError.
+        # The limit check could raise PendingLimitError.
         unit.devices.require_pending_room(limit)
-        # Do not delete keys in progress: a `run_once()` call can contain the pairing.
+        # Do not delete a key in progress. The key can belong to the `run_once()` call that runs this pairing.
         unit.idempotency_keys.delete_ended(create.id)
         return device
     except DeviceExistsError:

@@ -24,9 +24,9 @@ class _Number(int):
     __slots__ = ()
 
 
-# Defaults in the signature of `Database.open`. The operator `is` distinguishes an omitted argument from an equal value.
-# Python can use one object for equal texts or numbers. The classes `_Text` and `_Number` make the defaults separate
-# objects.
+# Defaults in the signature of `Database.open`. homeagent detects an omitted argument by the default object's identity.
+# Python can use one object for equal texts or numbers. With the class `_Text` or `_Number`, a default is always a new
+# object.
 BUSY_TIMEOUT = timedelta(seconds=30)
 DURABILITY = cast("Durability", _Text("full"))
 POOL_SIZE: int = _Number(10)

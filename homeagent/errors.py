@@ -118,11 +118,12 @@ class ConflictError(HomeAgentError):
 
     Attributes:
         table: name of the table. The value is None if the table is not known.
-        constraint: name of the violated constraint. A constraint without a name has the names of its columns. If the
-            database reports no name, the value is None. SQLite reports no name of a foreign key.
+        constraint: name of the violated constraint. For an unnamed constraint, the value contains the names of the
+            columns. If homeagent can't identify the constraint, the value is None. SQLite does not report the violated
+            foreign key.
         kind: kind of the constraint: `unique`, `foreign_key`, `check`, `not_null`, `exclusion` or `datatype`. A
-            violated primary key also has the kind `unique`. The kind `exclusion` occurs only on PostgreSQL. The kind
-            `datatype` occurs only for a STRICT table of SQLite.
+            violated primary key also has the kind "unique". The kind "exclusion" occurs only on PostgreSQL. The kind
+            "datatype" occurs only for a STRICT table of SQLite.
     """
 
     table: str | None = None
@@ -140,8 +141,8 @@ class AgentInUseError(ConflictError):
 
 
 class RouteTakenError(ConflictError):
-    """Another session, `error.session_id`, holds the new route of a moved session. Remedy: move or delete the other
-    session, and then try again.
+    """The new route of a moved session belongs to another session. The other session's id is `error.session_id`.
+    Remedy: move or delete the other session, and then try again.
     """
 
     def __init__(self, session_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Let waiting write units share a transaction. A synced commit takes longer than a unit.
+"""Let waiting write units share a transaction. The disk sync of a commit takes longer than a unit's statements.
 
 Ctrl-C can't interrupt a batch, because the writer thread handles no signals.
 """
@@ -32,7 +32,7 @@ _MAX_BATCH_SECONDS = 0.03
 _MIN_CHECK_INTERVAL = 0.005
 """Shortest time between two checks of a call's timeout, in seconds."""
 _IDLE = 5.0
-"""Seconds without a call after which the writer thread ends."""
+"""The writer thread ends after this number of seconds without a call."""
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
@@ -96,7 +96,9 @@ class GroupCommit:
         return value
 
     async def arun(self, work: Callable[[UnitOfWork], T]) -> T:
-        """Run a function as a unit in the writer thread. A cancelled caller waits for the end of a begun unit."""
+        """Run a function as a unit in the writer thread. If the unit has begun, a cancelled caller waits until the unit
+        ends.
+        """
         self._settings.engine.pool(read_only=False)
         loop = asyncio.get_running_loop()
         future = loop.create_future()
@@ -168,7 +170,7 @@ class GroupCommit:
             # If AnyIO has cancelled the caller, the future of the call is done. Skip the call.
             if call.future is None or not call.future.done():
                 self._queue.put(call)
-        # Read `_thread` after `put()`, because the writer thread could end before.
+        # Read `_thread` only after `put()`. Otherwise the writer thread could end between the read and `put()`.
         with self._mutex:
             thread = self._thread
         if thread is not None:
@@ -180,7 +182,7 @@ class GroupCommit:
                 f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
             )
             with self._mutex:
-                # A writer thread of another caller would run all queued calls.
+                # If another caller has started a writer thread, the thread runs all queued calls.
                 ended = [call for call in calls if call.state is QUEUED and self._thread is None]
                 for call in ended:
                     call.error = failure
@@ -342,8 +344,9 @@ class GroupCommit:
             try:
                 loop.call_soon_threadsafe(wake, waiting)
             except RuntimeError:
-                self._loops.pop(loop, None)  # a closed event loop has no coroutines
-            except Exception as error:  # noqa: BLE001  after a MemoryError, `_check_loop()` wakes the callers
+                # A closed event loop runs no coroutines.
+                self._loops.pop(loop, None)
+            except Exception as error:  # noqa: BLE001  If the wake-up fails, `_check_loop()` wakes the callers later.
                 _log(error)
 
     def _occupation(self, holder: int) -> str | None:

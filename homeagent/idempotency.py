@@ -88,8 +88,8 @@ class OnceCall:
 def _once(
     attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Callable[[UnitOfWork], Any]:
-    """Return a function that ends an attempt. A second run is safe, for example after an unknown commit. If the
-    argument `write` releases the key, pass `leaves_record=False`.
+    """Return a function that ends an attempt. A second run is safe, for example after an unknown commit. If the given
+    function releases the key, pass `leaves_record=False`.
     """
     begun = False
 
@@ -138,13 +138,14 @@ class LeaseTimer:
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
             if self._thread is None:
-                # If the effect ends before the thread starts, the thread ends at `lease.due`.
+                # A new thread without a lease waits until `lease.due`, and then ends.
                 self._wakes = lease.due
                 self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
                 try:
                     self._thread.start()
                 except BaseException:
-                    self._thread = None  # a thread that has started nevertheless ends at once
+                    # If the thread has started despite the error, the thread ends at once.
+                    self._thread = None
                     raise
             self._leases.add(lease)
             if lease.due < self._wakes:
@@ -165,7 +166,7 @@ class LeaseTimer:
                 self._run(partial(self._renew, lease))
             except LeaseLostError:
                 self._leases.discard(lease)
-            except Exception as error:  # noqa: BLE001  after a full disk, for example, the thread tries again
+            except Exception as error:  # noqa: BLE001  After an error, such as a full disk, the thread tries again.
                 if lease in self._leases:
                     logger.warning(
                         "a lease could not be renewed and will be tried again: %s",
@@ -229,7 +230,7 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
 async def _record(
     arun: ARun, attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Any:
-    """End an attempt (see `_once()`). Raise a cancellation of the caller after the unit's end."""
+    """End an attempt (see `_once()`). For a cancelled caller, first finish the unit, then raise the cancellation."""
     import anyio
 
     work = _once(attempt, write, leaves_record=leaves_record)
@@ -241,8 +242,9 @@ async def _record(
                 value = await arun(work)
             break
         except anyio.get_cancelled_exc_class() as error:
-            # A CancelledError does not show whether the unit was committed. Run the unit again, which is safe (see
-            # `_once()`). The loop is necessary, because AnyIO's cancel scope does not protect from `Task.cancel()`.
+            # A CancelledError does not show whether the unit was committed. Run the unit again: `_once()` makes a
+            # second run safe. The loop is necessary, because AnyIO's cancel scope does not protect from
+            # `Task.cancel()`.
             cancellation, shield = error, anyio.CancelScope(shield=True)
         except HomeAgentError as error:
             if cancellation is None:

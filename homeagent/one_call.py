@@ -93,7 +93,7 @@ class _NeedsUnitError(BaseException):
 
 
 class _Reads:
-    """A stand-in for the unit, only for reads. The argument `allowed` limits the number of statements."""
+    """A stand-in for the unit, only for reads. The argument `allowed=` is the maximum number of statements."""
 
     def __init__(self, unit: AutocommitReads | UnitOfWork, allowed: int | None) -> None:
         self._unit = unit

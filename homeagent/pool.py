@@ -37,7 +37,9 @@ class _Waiter(Generic[T]):
 
 
 class ConnectionPool(Generic[T]):
-    """A pool of at most `size` resources. The pool passes the seconds of each wait to `waited()`."""
+    """A pool of resources. The argument `size=` is the maximum number of resources. After each wait, the pool calls
+    `waited()` with the time in seconds.
+    """
 
     def __init__(
         self, size: int, make: Callable[[], T], *, name: str, waited: Callable[[float], object] | None = None
@@ -66,7 +68,7 @@ class ConnectionPool(Generic[T]):
         return len(self._waiters)
 
     def acquire(self, timeout: float, *, most_waiting: int | None = None) -> T:
-        """Return a resource, or raise DatabaseBusyError after `timeout` seconds. If `most_waiting` callers already
+        """Return a resource. After the timeout in seconds, raise DatabaseBusyError. If `most_waiting` callers already
         wait, raise QueueFullError at once.
         """
         holder = get_ident(), monotonic()
@@ -131,7 +133,9 @@ class ConnectionPool(Generic[T]):
         return waiter.has_place
 
     def _leave_queue(self, waiter: _Waiter[T]) -> None:
-        """Remove a waiter from the queue. If the waiter has already left the queue, release its resource or place."""
+        """Remove a waiter from the queue. If the waiter has already received a resource, release the resource. If the
+        waiter may create a resource, call `_free_place()`.
+        """
         with self.mutex:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)

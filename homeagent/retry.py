@@ -42,7 +42,9 @@ _WORKERS = 64
 
 
 class Runner:
-    """Runs functions as units of work of one database. No retry starts after the time `settings.timeout`."""
+    """Runs functions as units of work of one database. After the timeout in the settings, the runner does not start a
+    retry.
+    """
 
     def __init__(self, settings: UnitSettings) -> None:
         self._settings = settings
@@ -99,8 +101,8 @@ class Runner:
             return await anyio.to_thread.run_sync(work, limiter=_worker_limiter(kind))
         # In a forked child, which has no threads, `pool()` raises an error.
         self._settings.engine.pool(read_only=True)
-        # Let only checks share a thread, because an application's function can be slow. On PostgreSQL, use separate
-        # threads, because a check waits for the network.
+        # Several checks can share a thread. A unit gets a separate thread, because the application's function can be
+        # slow. On PostgreSQL, a check also gets a separate thread, because the check waits for the network.
         collects = kind is _CHECKS and self._group_commit is not None
         return await call_in_thread(work, self._checks if collects else self._executor(kind))
 

@@ -175,7 +175,8 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
     Args:
         secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, without control characters.
         iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default for a generated secret is 4,096, and
-            otherwise 600,000. Any other number shows an attacker that the device exists (see `fake_parameters()`).
+            otherwise 600,000. For absent devices, `fake_parameters()` returns only 4,096 or 600,000 iterations. Another
+            number shows an attacker that the device exists.
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
@@ -216,8 +217,8 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
         key: at least 16 random bytes, by default a random key of the process. Keep the key private, and do not change
             the key. A new key changes only the answers for absent devices. By comparing answers, an attacker could find
             the existing devices.
-        human_share: share of the absent devices with 600,000 iterations, from 0 to 1. If all devices have generated
-            secrets, keep the default 0.
+        human_share: share of absent devices for which the function returns 600,000 iterations, from 0 to 1. If all
+            devices have generated secrets, keep the default 0.
 
     Raises:
         InvalidArgumentError: if the key is too short, or `human_share` is out of range. Another cause is a lone
@@ -280,8 +281,8 @@ _DECOY_TEXT = _DECOY.text
 def check_proof(verifier: str | None, message: bytes, proof: bytes) -> bool:
     """Return True if the proof is right for the message and the verifier. Use this function in a gateway.
 
-    Right proofs, wrong proofs and absent devices take the same time. The caller must also check the timestamp and
-    consume the nonce. Otherwise an attacker could send an old proof again.
+    The function takes the same time for right proofs, wrong proofs and absent devices. The caller must also check the
+    timestamp and consume the nonce. Otherwise an attacker could send an old proof again.
 
     Args:
         verifier: verifier of the device. If the verifier is None or damaged, every proof is wrong.

@@ -1,7 +1,7 @@
 """pytest plugin with fixtures for fresh databases and a movable clock.
 
-If homeagent is installed, pytest loads the plugin automatically. The plugin imports the rest of homeagent only for a
-used fixture.
+If homeagent is installed, pytest loads the plugin automatically. The plugin imports the rest of homeagent only if a
+test uses a fixture.
 
 | fixture | value | override the fixture to |
 |---|---|---|

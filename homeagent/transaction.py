@@ -95,8 +95,8 @@ def refuse_nesting() -> NoReturn:
 
 
 class Transaction:
-    """Base class of `UnitOfWork`. For a unit in a batch, the argument `joined` is the batch's connection. The method
-    `_leave()` ends such a unit. The timeout is in seconds, by default `settings.timeout`.
+    """Base class of `UnitOfWork`. If the unit joins a batch, the argument `joined=` is the batch's connection. The
+    method `_leave()` ends such a unit. The timeout is in seconds, by default `settings.timeout`.
     """
 
     __slots__ = (
@@ -231,8 +231,8 @@ class Transaction:
                     if self.read_only:
                         engine.counters.reads += 1
                     else:
-                        # Do not discard the id before the release of the write lock. Otherwise a signal handler's write
-                        # unit would wait for the same thread.
+                        # Do not discard the id before the release of the write lock. Without the id, a signal handler
+                        # would wait for the write lock of its own thread.
                         settings.writing.discard(self._owner)
                         if committed:
                             engine.counters.commits += 1

@@ -231,7 +231,7 @@ class UnitOfWork(Transaction):
 
 
 # Each access to an attribute creates a store. Do not keep the store in the unit, because of the reference cycle. The
-# getter is the store's class, because a function is slower.
+# property calls the store's class directly, because a function in between would be slower.
 for _name, _store in get_type_hints(UnitOfWork).items():
     setattr(UnitOfWork, _name, property(_store, doc=_store.__doc__))
 

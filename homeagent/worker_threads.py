@@ -22,16 +22,16 @@ T = TypeVar("T")
 _MAX_CALLS = 256
 _MAX_SECONDS = 0.1
 
-# After this time in seconds, a thread wakes the callers of ended calls. After a longer call, the remaining calls get
-# separate threads.
+# After `_MAX_SHARED_SECONDS`, a thread wakes each caller whose call has ended. If a single call takes
+# `_MAX_SHARED_SECONDS`, each remaining call gets a separate thread.
 _MAX_SHARED_SECONDS = 0.1
 
 
 class CollectedCalls(Generic[C]):
-    """Collects calls, and passes the calls together to `hand_over()` in the event loop. If one turn of the event loop
-    adds no call, the collection ends.
+    """Collects calls in the event loop, and passes the calls together to `hand_over()`. The collection ends after a
+    turn of the event loop without a new call.
 
-    The class saves switches between threads, which take longer than an SQL statement.
+    Several calls share one switch to another thread. A switch takes longer than an SQL statement.
     """
 
     def __init__(self, hand_over: Callable[[list[C]], None]) -> None:
@@ -48,14 +48,14 @@ class CollectedCalls(Generic[C]):
             calls.append(call)
 
     def _end_turn(self, loop: asyncio.AbstractEventLoop, known: int, end: float) -> None:
-        """At a limit or without a new call, hand over the calls."""
+        """If the last turn added no call, hand over the calls. If a limit is reached, also hand over the calls."""
         calls = self._calls[loop]
         if known < len(calls) < _MAX_CALLS and monotonic() < end:
             loop.call_soon(self._end_turn, loop, len(calls), end)
             return
         del self._calls[loop]
         if known < len(calls):
-            # Call `hand_over()` one turn later. AnyIO needs a turn of the event loop to cancel a caller
+            # Call `hand_over()` in the next turn of the event loop. AnyIO needs one turn to cancel a caller
             # (`test_a_call_that_is_cancelled_before_it_is_handed_over_does_not_run`).
             loop.call_soon(self._hand_over, calls)
         else:

@@ -115,7 +115,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
     try:
         yield
     except _UsageError as error:
-        # A usage error repeats the wrong argument. A database URL can contain a password.
+        # The message of a usage error shows the wrong argument. A wrong database URL can contain a password.
         text = _CREDENTIALS.sub(lambda found: f"{found[1]}***" if found[1] else "://***@", error.format_message())
         text = text.replace("Value error, ", "")  # Pydantic's prefix
         text += "" if text.endswith((".", "?")) else "."
@@ -131,7 +131,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
         _print_message(common, text, error="Interrupted")
         raise typer.Exit(130) from None  # as in a shell, the status is 128 plus the signal's number
     except OSError as error:
-        # If OSError has no file name, writing to the standard output failed.
+        # An OSError without a file name comes from a write to the standard output.
         if error.filename is not None:
             raise
         _discard_output()
@@ -142,7 +142,7 @@ def _reported_errors(common: _Common) -> Iterator[None]:
 
 
 def _print_message(common: _Common, text: str, **facts: object) -> None:
-    """Print a text on standard error. With --json, print an object with the text and `facts`."""
+    """Print a text on standard error. With --json, print a JSON object with the text and the facts."""
     line = escape_words(" ".join(text.split()))
     if common.as_json:
         typer.echo(json.dumps({**facts, "message": line}, default=timedelta.total_seconds), err=True)

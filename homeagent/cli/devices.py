@@ -50,14 +50,14 @@ def _row_of(device: Device) -> tuple[object, ...]:
 
 
 def _report_change(context: typer.Context, device: Device, *, changed: bool, word: str) -> None:
-    """Print a device and whether the command changed the device. The argument `word` is "approved" or "revoked"."""
+    """Print a device and whether the command changed the device. The argument `word=` is "approved" or "revoked"."""
     name = quoted(device.id)
     text = f"{word.capitalize()} {name}, {device.role}." if changed else f"{name} is {word} already: nothing to do."
     print_result(context, {"changed": changed, "device": public(device)}, text)
 
 
 def _report_secret(context: typer.Context, word: str, device: Device, secret: SecretStr) -> None:
-    """Print a device and the new secret in plain text. The argument `word` names the action, such as "Paired"."""
+    """Print a device and the new secret in plain text. The argument `word=` names the action, such as "Paired"."""
     shown = secret.get_secret_value()
     text = f"{word} {quoted(device.id)}, {device.role}, {device.status}.\nSecret, which is not shown again: {shown}"
     print_result(context, {"device": public(device), "shared_secret": shown}, text)
@@ -108,9 +108,9 @@ def approve(
 ) -> None:
     """Approve a device.
 
-    The command shows the device and asks for a confirmation. A new role, secret or status before the answer prevents
-    the approval. The option --yes needs --role and --paired-at. For a revoked device, --yes also needs --status
-    revoked.
+    The command shows the device and asks for a confirmation. If the device gets a new role, secret or status before the
+    confirmation, the command fails. The option --yes needs --role and --paired-at. For a revoked device, --yes also
+    needs --status revoked.
     """
     require_expected(context, "role")
     require_expected(context, "paired_at")
@@ -122,7 +122,7 @@ def approve(
             expected_role=role or seen.role,
             expected_secret_hash=seen.shared_secret_hash,
             expected_paired_at=paired_at or seen.paired_at,
-            # Compare the status, because another administrator can revoke the device meanwhile.
+            # Compare the status, because another administrator can revoke the device before the confirmation.
             expected_status=status if yes else status or seen.status,
         )
         now = opened.devices.get(device_id)
@@ -158,9 +158,9 @@ def delete(
 ) -> None:
     """Delete a device, or the pending devices that were paired before a time.
 
-    The command shows the devices and asks for a confirmation. A new role, secret or status before the answer prevents
-    the deletion. With --pending, the command keeps devices that were approved or revoked meanwhile. The option --yes
-    needs --paired-at or --before.
+    The command shows the devices and asks for a confirmation. If DEVICE gets a new role, secret or status before the
+    confirmation, the command fails. With --pending, the command deletes only devices that are still pending. The option
+    --yes needs --paired-at or --before.
     """
     if device_id is None:
         if not pending or before is None or force or paired_at is not None:
@@ -196,7 +196,8 @@ def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, 
                 found += [device for device in page if device.paired_at < before]
             confirm(context, f"Delete {count(len(found), 'pending device')}?", partial(_show_first, found))
             deleted = len(found) if dry_run else 0
-        # Subtract one millisecond, because `delete_pending()` includes the passed time.
+        # The command must keep a device that was paired exactly at --before. `delete_pending()` would delete the
+        # device, so subtract one millisecond.
         until = earlier(before, MILLISECOND)
         while not dry_run and (batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until))):
             deleted += batch

@@ -108,7 +108,7 @@ def _settle(
     question: str,
     done: str,
 ) -> None:
-    """Apply the argument `change` to an abandoned attempt after a confirmation. Print the result."""
+    """Show the abandoned attempt, and ask for a confirmation. Then call `change()`, and print the result."""
     require_expected(context, "attempt", "as 'keys abandoned --json' prints it")
     with open_named(context) as opened:
         changed = change_shown(

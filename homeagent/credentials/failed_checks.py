@@ -22,8 +22,8 @@ _MOST_IDS = 10_000
 # A caller can present an id of any length. For an id over `_LONGEST_ID` characters, the counter keeps only a hash.
 _LONGEST_ID = 512
 
-# All instances share one lock, which `_renew_lock()` replaces after a fork. The lock is reentrant for a signal handler
-# that checks a secret.
+# All instances share one lock, which `_renew_lock()` replaces after a fork. The lock is reentrant, because a signal
+# handler can check a secret.
 _lock = threading.RLock()
 
 _Moment = tuple[datetime, float]
@@ -37,20 +37,20 @@ def _age(begun: _Moment, now: _Moment) -> timedelta:
 
 @dataclass(slots=True)
 class CheckAttempt:
-    """One check of a secret. For a wrong secret, the caller sets the attribute `failed` to True."""
+    """One check of a secret. For a wrong secret, the caller must set `attempt.failed = True`."""
 
     failed: bool = False
 
 
 class FailedChecks:
-    """Counts the failed and unfinished checks of each device id. The argument `per_minute` limits the counted checks of
-    one id.
+    """Counts the failed and unfinished checks of each device id. The argument `per_minute=` limits the checks of one
+    id.
 
-    The argument `most_ids` limits the number of counted ids. At the limit, a new id replaces the id with the fewest
-    failures. Do not replace the oldest id. Otherwise an attacker could reset any count with 10,000 slow hashes.
+    The argument `most_ids=` limits the number of counted ids. At the limit, a new id replaces the id with the fewest
+    failures. Do not replace the oldest id. Otherwise an attacker could remove any count by checks of 10,000 new ids.
 
-    A check counts for 60 seconds of the wall clock or monotonic clock. So the count ends even if one clock stands
-    still.
+    A check expires after 60 seconds. The database's clock and the monotonic clock both measure the 60 seconds. So a
+    check expires even if one clock stands still.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class FailedChecks:
 
     @contextmanager
     def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id, and run the block. After the block, stop counting a check that did not fail. If the
-        id has reached the limit, raise TooManyAttemptsError.
+        """Count a check of the id, and run the block. After the block, subtract the check from the count, unless
+        `attempt.failed` is True. If the id has reached the limit, raise TooManyAttemptsError.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"

@@ -49,7 +49,7 @@ class _Recipe:
     both.
     """
 
-    costs: tuple[int, int, int]  # memory in kibibytes, passes over the memory, threads
+    costs: tuple[int, int, int]  # memory (in kibibytes), number of passes, number of threads
     digest_bytes: int
     salt: bytes
 
@@ -83,7 +83,7 @@ _DECOY_HASH = "sha256$" + secrets.token_hex(_DIGEST_BYTES)
 
 @dataclass(frozen=True, slots=True)
 class SecretMatch:
-    """The result of a check. The result is true in a condition if a stored hash matched."""
+    """The result of a check. `bool(match)` is True if a stored hash matched."""
 
     matched: int | None = None
     """Index of the matching stored hash, or None if no hash matched."""
@@ -144,9 +144,9 @@ class SecretHasher:
     def check(self, secret: SecretStr | str, stored: Sequence[str], *, waiting: int = WAITING_HASHES) -> SecretMatch:
         """Check a presented secret against the stored hashes of a device. During an overlap, a device has two hashes.
 
-        An unknown device does not change the duration. A generated secret costs one SHA-256. An unusable secret costs
-        no hash. Any other secret costs one Argon2 run. Two stored hashes with different salts need two Argon2 runs. A
-        stored hash with outdated costs also changes the duration.
+        An unknown device does not change the duration. For a generated secret, the method computes one SHA-256. For an
+        unusable secret, the method computes no hash. For any other secret, the method runs Argon2 once. Two stored
+        hashes with different salts need two Argon2 runs. A stored hash with outdated costs also changes the duration.
         """
         text = reveal(secret)
         if what_is_wrong(text) is not None:
@@ -163,7 +163,7 @@ class SecretHasher:
 
     def _check_human(self, text: str, stored: Sequence[str], waiting: int) -> SecretMatch:
         # For an unknown device, parse and compare the decoy. A shorter duration would reveal that the device is unknown
-        # (`test_time_tells_nothing`). No secret matches the random digest of the decoy.
+        # (`test_time_tells_nothing`). The decoy's digest is random, so no secret matches the decoy.
         texts = [one for one in stored if one.startswith("$")] or [self._decoy]
         recipes = {one: recipe for one in texts if (recipe := _recipe_of(one))} or {self._decoy: self._decoy_recipe}
         hashes = {recipe: self._run(text, recipe, waiting) for recipe in dict.fromkeys(recipes.values())}
@@ -175,7 +175,7 @@ class SecretHasher:
             return SecretMatch(matched)
         others = [one for index, one in enumerate(stored) if index != matched]
         replacement = None
-        # If no Argon2 run is free, accept the secret without a replacement.
+        # If no Argon2 run is free, accept the secret, and keep the stored hash.
         with suppress(DatabaseBusyError, TooManyAttemptsError):
             replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
         return SecretMatch(matched, replacement)
@@ -185,7 +185,7 @@ class SecretHasher:
         return _Recipe(self._costs, _DIGEST_BYTES, secrets.token_bytes(_SALT_BYTES))
 
     def _is_current(self, recipe: _Recipe) -> bool:
-        """Return True if the recipe has a new hash's costs and lengths."""
+        """Return True if the recipe has the costs and lengths of a new hash."""
         lengths = len(recipe.salt), recipe.digest_bytes
         return recipe.costs == self._costs and lengths == (_SALT_BYTES, _DIGEST_BYTES)
 
@@ -233,9 +233,9 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
         secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8. Control characters and lone surrogates are
             not allowed. The text is not normalised.
         beside: stored hash of an old secret that stays valid during an overlap. If both hashes have the current costs,
-            both get the same salt. With the same salt, a check needs only one Argon2 run. A second run would take
-            longer, and would reveal a rotation. RFC 9106 section 3.1 asks for a different salt for each password. The
-            exception is harmless for two secrets of one device. Pass None if the old secret becomes invalid at once.
+            both get the same salt. With the same salt, a check needs only one Argon2 run. The longer duration of two
+            runs would reveal a rotation. RFC 9106 section 3.1 asks for a different salt for each password. For two
+            secrets of one device, an equal salt is harmless. Pass None if the old secret becomes invalid at once.
         waiting: maximum number of waiting callers in the process, including this caller.
 
     Returns:

@@ -73,7 +73,7 @@ def is_generated(secret: SecretStr | str) -> bool:
     """Return True if a secret has the format of `generate_secret()`.
 
     Create secrets in this format only from 256 random bits. An attacker could guess a weaker secret from the stored
-    SHA-256. The checksum of a person's own text is right with probability 2**-32.
+    SHA-256. A secret that a person chose has a right checksum with probability 2**-32.
     """
     found = _GENERATED.fullmatch(reveal(secret))
     if found is None:

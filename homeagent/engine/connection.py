@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 class StoreConnection:
-    """A long-lived connection outside SQLAlchemy's pool. One unit of work uses the connection at a time."""
+    """A long-lived connection outside SQLAlchemy's pool. Only one unit of work at a time can use the connection."""
 
     def __init__(self, connection: Connection, engine: Engine, *, read_only: bool) -> None:
         self._connection = connection
@@ -189,7 +189,7 @@ class StoreConnection:
         return compiled
 
     def rows(self, statement: Statement[R], parameters: Parameters) -> list[R]:
-        """Run a statement, and return its rows. After an error, clear `parameters`, which a traceback could show."""
+        """Run a statement, and return its rows. After an error, clear the parameters, which a traceback could show."""
         stored: Sequence[Row] = ()
         failure: HomeAgentError
         try:

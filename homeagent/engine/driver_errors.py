@@ -1,4 +1,4 @@
-"""Translate a driver's exceptions to homeagent's errors. The errors contain no stored values or driver's exceptions."""
+"""Translate exceptions of a driver. homeagent's errors contain no stored values and no driver exceptions."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def message_with_name(error: BaseException) -> str:
 
 
 def named(error: BaseException) -> str:
-    """Return the database's message to end homeagent's message. For a missing table or column, add a remedy."""
+    """Return the database's message as a suffix for homeagent's message. Add a remedy for a missing table or column."""
     message = message_with_name(error)
     return (f": {message}" if message else "") + (_MISSING_REMEDY if _MISSING.search(message) else "")
 
@@ -103,7 +103,7 @@ _REASONS = {
 
 
 def constraint_conflict(kind: str, table: str | None, constraint: str | None, label: str) -> ConflictError:
-    """Return the error for a violated constraint. The argument `label` is the error's code, such as SQLSTATE 23505."""
+    """Return the error for a violated constraint. The argument `label=` is the error's code, such as SQLSTATE 23505."""
     name = f"a {kind} constraint" if constraint is None else f"the {kind} constraint {constraint!r}"
     owner = "the database" if table is None else f"table {table!r}"
     error = ConflictError(f"{name} of {owner} refused the change: {_REASONS[kind]} [{label}]")
@@ -209,7 +209,7 @@ _POSTGRESQL_CONSTRAINTS = {
 _ENDED = ("08", "57P", "25P03", "25P04")
 _READ_ONLY = ("25006", "42501")
 _DAMAGED = ("XX001", "XX002")
-# The first entry with a prefix of the error's code applies.
+# Each entry begins with prefixes of SQLSTATE codes. The first matching entry determines the error.
 _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...] = (
     (("40001", "40P01"), TransientError, f"serialization failure or deadlock with another unit: {_AGAIN}"),
     (_NOT_IN_TIME, TransientError, f"a lock was not available in time: {_AGAIN}"),
@@ -224,7 +224,7 @@ _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...
 
 
 def refused_by(error: BaseException) -> tuple[str | None, str | None]:
-    """Return psycopg's name of the table and of the constraint or column. A missing name is None."""
+    """Return the table's name, and the name of the constraint or column. A missing name is None."""
     kept: tuple[str | None, str | None] | None = getattr(error, "constraint", None)
     if kept is not None:
         return kept

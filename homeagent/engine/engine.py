@@ -39,7 +39,7 @@ class Engine:
     begin_read: Sequence[str]
     """SQL statements that begin a read-only unit."""
     driver_errors: tuple[type[BaseException], ...]
-    """Exceptions of the driver for the method `translate()`."""
+    """Exceptions of the driver that the method `translate()` accepts."""
     identity_check: FileIdentityCheck | None = None
     """Check of the database's file. None for a server."""
 
@@ -87,7 +87,7 @@ class Engine:
         return self.readers if read_only else self.writers
 
     def begin(self, read_only: bool, timeout: float) -> StoreConnection:
-        """Take a connection from its pool within `timeout` seconds, and begin a transaction."""
+        """Take a connection from its pool within `timeout=` seconds, and begin a transaction."""
         # Do not call `self.pool()`, which would cost time in every unit.
         if self.is_forked_copy:
             raise _invalidated()
@@ -143,7 +143,7 @@ class Engine:
         return self.writers.waits
 
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Copy the WAL into the database file. Return False if the WAL is still in use after `timeout` seconds. With
+        """Copy the WAL into the database file. Return False if the WAL is still in use after `timeout=` seconds. With
         `truncate=True`, also wait for readers, and truncate the WAL. On PostgreSQL, do nothing.
         """
         return True
@@ -222,7 +222,7 @@ class Engine:
         """Release resources such as lock files. Call the method after the last connection was closed."""
 
     def fork_locks(self) -> Sequence[threading.RLock]:
-        """Return the mutexes for a fork in the order of acquisition."""
+        """Return the mutexes that a fork must acquire, in the right order."""
         # Take `feed_mutex` first. Otherwise a fork that waits for `feed_mutex` would block all units.
         pools = self.writers, self.readers
         return self.feed_mutex, *(pool.making for pool in pools), *(pool.mutex for pool in pools)
@@ -237,5 +237,5 @@ class Engine:
 
 
 def _invalidated() -> DatabaseClosedError:
-    """Return the error for a parent's database in a forked child."""
+    """Return the error for a database that was opened before a fork."""
     return DatabaseClosedError("this database was opened before the process was forked: open it again in the child")

@@ -31,7 +31,7 @@ def register(engine: Engine) -> None:
 
 
 def inherit(identity: tuple[int, int]) -> None:
-    """In a forked child, record a file that the parent used. The argument `identity` contains the file's device and
+    """In a forked child, record a file that the parent used. The argument `identity=` contains the file's device and
     inode.
     """
     _inherited.add(identity)

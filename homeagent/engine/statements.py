@@ -38,8 +38,8 @@ DialectInsert = Callable[[Any], Any]
 
 
 class Compiled(Generic[R]):
-    """A statement in the SQL of one dialect. The attribute `target` is the name of the written table, or None. The
-    attribute `cascade` is "ondelete" (DELETE), "onupdate" (UPDATE) or None.
+    """A statement in the SQL of one dialect. The attribute `compiled.target` is the name of the written table, or None.
+    The attribute `compiled.cascade` is "ondelete" (DELETE), "onupdate" (UPDATE) or None.
     """
 
     __slots__ = ("_dialect", "bind", "cascade", "columns", "is_text", "load", "sql", "target", "writes")
@@ -177,7 +177,7 @@ class Statement(Generic[R]):
 
 def constant(value: str | int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
     """Return an expression that SQLAlchemy writes into the SQL text. Do not pass a user's value. The function does not
-    escape quotes. As parameters, such constants doubled the time of an INSERT.
+    escape quotes. With SQL parameters for the constants, an INSERT took twice as long.
     """
     return literal_column(f"'{value}'" if isinstance(value, str) else str(int(value)), type_)
 
@@ -198,8 +198,8 @@ def count(table: Any, *conditions: Any) -> Statement[int]:
 
 
 def delete_first(table: Any, order: ColumnElement[Any], *conditions: Any) -> sqlalchemy.Delete:
-    """Return the DELETE of the first `:limit` matching rows in the given order. On PostgreSQL, SKIP LOCKED makes
-    simultaneous sweeps delete different rows.
+    """Return a DELETE statement for the first matching rows in the given order. The SQL parameter `:limit` is the
+    maximum number of rows. On PostgreSQL, SKIP LOCKED makes simultaneous sweeps delete different rows.
     """
     key = table.primary_key.columns
     first = sqlalchemy.select(*key).where(*conditions).order_by(order).limit(bindparam("limit"))
@@ -207,7 +207,9 @@ def delete_first(table: Any, order: ColumnElement[Any], *conditions: Any) -> sql
 
 
 def _column_keys(expression: Any) -> list[str] | None:
-    """Return the column names of an INSERT without values, or None. Leave out a key that the database assigns."""
+    """Return the table's column names for an INSERT that lists no values. For other statements, return None. Leave out
+    a key that the database assigns.
+    """
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
         return None
@@ -217,7 +219,7 @@ def _column_keys(expression: Any) -> list[str] | None:
 
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
-    """For each column without a value, return the function for the default."""
+    """For each omitted column with a default, return a function. The function returns the default value."""
     defaults = {column.key: column.default for column in compiled.insert_prefetch}
     defaults |= {column.key: column.onupdate for column in compiled.update_prefetch}
     return {
@@ -313,12 +315,12 @@ def _loader(columns: Sequence[ColumnElement[Any]], dialect: Dialect) -> Loader:
     return lambda rows: [tuple(row) for row in rows]
 
 
-# The function replaces an instance's `__dict__` faster than Pydantic's method `__setattr__`.
+# This function sets an instance's `__dict__` directly. Pydantic's method `__setattr__` is slower.
 _set_dict: Any = BaseModel.__dict__["__dict__"].__set__
 
 
 def as_loaded(model: type[M], values: dict[str, Any]) -> M:
-    """Return a model instance for a written row. The instance uses the dictionary `values` without a copy."""
+    """Return a model instance for a written row. The instance uses the given dictionary without a copy."""
     instance: M = object.__new__(model)
     _set_dict(instance, values)
     return instance
@@ -326,8 +328,8 @@ def as_loaded(model: type[M], values: dict[str, Any]) -> M:
 
 @cache
 def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
-    """Generate a function that converts rows to detached instances. With SQLAlchemy's state, the loading takes four
-    times as long.
+    """Generate a function that converts rows to detached instances. Loading instances with SQLAlchemy's state takes
+    four times as long.
     """
     if not issubclass(model, Table):
         raise InvalidArgumentError(

@@ -18,7 +18,7 @@ ENVIRONMENT_VARIABLE = "HOMEAGENT_DATABASE"
 DEFAULT_PATH = "~/.homeagent/homeagent.db"
 
 # A server's address that is not a URL, such as "user:password@host/…". An address must not become the path of a new
-# store. Error messages would show the password. Do not compile the pattern at import, which would cost start time.
+# store. Error messages would show the password. Do not compile the pattern at import, to save start time.
 _ADDRESS = (
     r"(^|\s)(host|hostaddr|port|dbname|user|password|passfile|service|sslmode)\s*="
     r"|^([\w+.-]*//)?[^/]*(:|@[^/]*/)"
@@ -48,7 +48,7 @@ class Target(NamedTuple):
 
     @property
     def location(self) -> str:
-        """The target in messages: the path, `:memory:` or the URL without passwords."""
+        """The target's name for messages. For a server, the name is the URL without passwords."""
         if self.url is not None:
             return presentable_url(self.url)
         return ":memory:" if self.path is None else str(self.path)
@@ -160,7 +160,7 @@ def _read_server_url(url: URL) -> Target:
     try:
         hosts = url.get_dialect()().create_connect_args(url)[1].get("host", "")
         for host in hosts.split(","):
-            # A host with a leading slash or at sign is a Unix socket.
+            # A host that begins with "/" or "@" is a Unix socket.
             if not host.startswith(("/", "@")):
                 host.encode("idna")
     except (ArgumentError, ValueError):

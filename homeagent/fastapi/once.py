@@ -184,7 +184,7 @@ def idempotent(
         on_abandoned: see `Database.run_once()`. The argument also accepts a coroutine function.
         device: dependency that returns the device of the request.
         max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. For a form or a
-            model, also set FastAPI's argument `max_body_size`.
+            model, also set FastAPI's argument `max_body_size=`.
     """
 
     async def once(

@@ -26,7 +26,7 @@ CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
 """Value of the header WWW-Authenticate (RFC 9110, section 11.6.1)."""
 
 _RETRY_AFTER = 1
-"""Seconds in the header Retry-After of an error without a known time."""
+"""Value of the header Retry-After, in seconds, for errors without a known time."""
 
 # HTTP status and text of the reply. A class without an entry has the entry of its base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str]] = {
@@ -122,7 +122,7 @@ def problem_response(error: Exception) -> JSONResponse:
 
 
 def _answer_for(error: Exception) -> tuple[int, str]:
-    """Return the HTTP status and the text for the client. The argument `error` must be a HomeAgentError."""
+    """Return the HTTP status and the text for the client. The argument `error=` must be a HomeAgentError."""
     return next(_ANSWERS[kind] for kind in type(error).__mro__ if kind in _ANSWERS)
 
 
@@ -217,7 +217,7 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
 
 
 async def _ignore(connection: Request | WebSocket, error: Exception) -> None:
-    """Keep the end of a WebSocket out of the server's log."""
+    """Ignore a WebSocketDisconnect. Otherwise the server would log the exception."""
 
 
 def _document_problems(document: dict[str, Any]) -> dict[str, Any]:

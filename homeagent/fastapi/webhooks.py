@@ -70,8 +70,8 @@ def signed_webhook(
             field `device_id` begins with the sender's name and a slash.
         tolerance: longest difference between the time of the message and the gateway's clock.
         lease: see `Database.run_once()`.
-        ttl: time for which a repetition gets the answer of the first message. The time must be longer than twice the
-            tolerance.
+        ttl: lifetime of the stored answer. A repeated message gets the stored answer. The lifetime must be longer than
+            twice the tolerance.
         on_abandoned: see `Database.run_once()`.
         max_body: largest message in bytes, 1 MiB by default. A larger message gets a reply with status 413.
 
@@ -123,7 +123,7 @@ async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tup
     expected = [b"v1," + base64.b64encode(digest) for digest in digests]
     # Compare all signatures, to hide the position of the right signature.
     right = [hmac.compare_digest(each.encode(), one) for each in signatures.split(" ") for one in expected]
-    # A full stop in the id would allow another split of the signed text.
+    # Refuse an id with a full stop. With such ids, different messages could have the same signed text.
     if not any(right) or not re.fullmatch("[0-9]{1,11}", timestamp) or "." in message_id:
         raise _refused()
     return message_id, datetime.fromtimestamp(int(timestamp), UTC), body

@@ -95,7 +95,7 @@ _parsed = partial(json.loads, parse_float=Decimal)
 
 @dataclass(frozen=True)
 class CopiedTable:
-    """A table that exists in the source and in the target. For a table of the application, `model` is None."""
+    """A table that exists in the source and in the target. A table of the application has `model=None`."""
 
     name: str
     source: Table
@@ -155,7 +155,9 @@ class CopiedTable:
                     )
 
     def differs(self, source: Connection, target: Connection, progress: Progress) -> bool:
-        """Return True if the two databases have different rows. Report the progress after each equal page."""
+        """Return True if the two databases have different rows. Report the progress after each page without a
+        difference.
+        """
         if self.count(source) != self.count(target):
             return True
         for page in self.pages(source):
@@ -184,7 +186,7 @@ class CopiedTable:
         )
 
     def _read(self, connection: Connection, rows: Any) -> Iterator[list[_Row]]:
-        """Yield the rows of the SELECT statement `rows` in pages. Raise CorruptDatabaseError if a row can't be read."""
+        """Run a SELECT statement, and yield the rows in pages. Raise CorruptDatabaseError if a row can't be read."""
         try:
             with connection.execute(rows, execution_options={"yield_per": self._page}) as found:
                 for page in found.partitions():
@@ -222,7 +224,7 @@ class CopiedTable:
         )
 
     def _numbered(self, connection: Connection) -> Iterator[dict[str, str]]:
-        """Yield the names of table and column for each integer key column."""
+        """Yield the names of the table and the column for each integer key column."""
         table = connection.dialect.identifier_preparer.quote(self.name)
         for column in self.target.primary_key.columns:
             if isinstance(column.type, Integer):
@@ -253,7 +255,7 @@ def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTabl
 def applications_tables(
     engines: tuple[Engine, Engine], source: Connection, target: Connection, leave: Collection[str]
 ) -> list[CopiedTable]:
-    """Return the application's tables in the order of their foreign keys. Omit the tables in the argument `leave`."""
+    """Return the application's tables in the order of their foreign keys. Omit tables whose names are in `leave=`."""
     found = set(own_tables(source))
     wrong = sorted(set(leave) - found)
     if wrong:

@@ -87,11 +87,12 @@ def copy_store(
         quote = destination.dialect.identifier_preparer.quote
         names = [] if destination.dialect.name == "sqlite" else [quote(table.name) for table in tables]
         if names:
-            # On SQLite the write unit excludes other writers. On PostgreSQL the lock excludes writers, but not readers.
+            # On SQLite the write unit excludes other writers. On PostgreSQL the lock excludes writers, and allows
+            # readers.
             destination.execute(text(f"LOCK TABLE {', '.join(names)} IN EXCLUSIVE MODE"))
         for table in tables:
             if table.name == store_table.name:
-                # The target continues the source's epoch, so delete the revision's row.
+                # Delete the row that a revision has inserted. The copied row keeps the source's epoch.
                 destination.execute(delete(table.target))
             elif table.count(destination):
                 raise TargetNotEmptyError(table.name)

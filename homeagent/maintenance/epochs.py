@@ -113,7 +113,9 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
 
 
 def _advance(connection: Connection, now: datetime, *, at_least: int, expected: int | None) -> int:
-    """Store and return an epoch above the stored epoch and `at_least`. The caller must keep other processes out."""
+    """Store and return a new epoch. The new epoch is above the stored epoch and above `at_least=`. The caller must keep
+    other processes out.
+    """
     known = connection.execute(select(store_table.c.epoch)).scalar_one_or_none()
     if known is None:
         raise CorruptDatabaseError("the table `store` has no row: restore the newest good backup")

@@ -59,7 +59,7 @@ def _header_of(path: Path, database: Path) -> bytes:
 
 
 def _damaged(source: Path, how: str) -> CorruptDatabaseError:
-    """Return the error for a damaged backup. The argument `how` describes the damage."""
+    """Return the error for a damaged backup, with a description of the damage."""
     return CorruptDatabaseError(
         f"{quoted(source)} is damaged ({how}): restore another backup; the database was not changed"
     )

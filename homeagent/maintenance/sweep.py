@@ -47,7 +47,7 @@ class _Statements:
         key = list(table.primary_key.columns)
         order = [table.c[time], *key]
         self.names = [column.name for column in order]
-        """Names of the columns of a page. Each name is also a parameter of the statements."""
+        """Column names of a page. Each name is also a parameter of the statements."""
         after = tuple_(*(bindparam(column.name, type_=column.type) for column in order))
         self.page = Statement[tuple[Any, ...]](
             select(*order).where(expired, tuple_(*order) > after).order_by(*order).limit(bindparam("limit"))
@@ -73,7 +73,7 @@ _DELETE_BATCH: dict[Kind, Callable[[UnitOfWork, datetime, int], int]] = {
 
 
 class ExpiredRows:
-    """The expired rows of one table. The attribute `skipped` counts the skipped rows for each constraint."""
+    """The expired rows of one table. The attribute `ExpiredRows.skipped` counts skipped rows for each constraint."""
 
     def __init__(self, settings: UnitSettings, kind: Kind, grace: timedelta, monotonic: Callable[[], float]) -> None:
         self._settings = settings
@@ -103,7 +103,8 @@ class ExpiredRows:
                 return count, count, worked, self._monotonic() - begun
             except ConflictError:
                 if self._statements is None:
-                    # Do not skip a device change. The feed's readers would not notice deleted later changes.
+                    # Do not delete a change while an older change stays. A reader of the feed could not detect the
+                    # deletion.
                     raise
                 self._after = self._statements.first
         with UnitOfWork(self._settings, read_only=True) as unit:
@@ -152,7 +153,7 @@ class ExpiredRows:
                     return deleted, False
 
     def _times(self) -> dict[str, datetime]:
-        """Return the SQL parameters `now` and `before` (`now` minus the grace period)."""
+        """Return the SQL parameters `:now` and `:before`. The parameter `:before` is `:now` minus the grace period."""
         now = self._settings.now()
         return {"now": now, "before": earlier(now, self._grace)}
 
@@ -339,7 +340,7 @@ class Sweeper:
             self._thread = thread
 
     def stop(self) -> None:
-        """Stop the thread, and wait until the current batch ends. If the sweeper does not run, do nothing."""
+        """Stop the thread, and wait until the current batch ends. If the sweeper does not run, return at once."""
         with self._mutex:
             thread, self._thread = self._thread, None
             self._stop.set()

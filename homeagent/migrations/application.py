@@ -301,8 +301,8 @@ class RevisionGuard:
         self._left_transaction = True
         with self._outside():
             yield
-        # COMMIT has reset the numbers of written rows, so compare the structure. Compare now, because the revision can
-        # undo its change later.
+        # After COMMIT, compare only the structure of the tables. PostgreSQL resets the counts of written rows at
+        # COMMIT. Compare now, because the revision can undo its change later.
         before, self._before = self._before, _server_state(self._connection, self._acknowledged)
         changed = sorted(name for name in before if before[name][0] != self._before.get(name, ("", 0))[0])
         if changed:

@@ -26,8 +26,8 @@ from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColum
 
 
 def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Otherwise a later homeagent
-    could change the effect of the revision.
+    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Otherwise a newer homeagent
+    version could change the revision's effect.
     """
     if kind != "type":
         return False
@@ -58,7 +58,7 @@ def options(
         return kind != "table" or name in tables
 
     return {
-        # Pass one MetaData without a list. Otherwise Alembic ignores its naming convention.
+        # Pass one MetaData without a list. Otherwise Alembic ignores the naming convention.
         "target_metadata": [metadata, *more] if more else metadata,
         "version_table": version_table,
         "transactional_ddl": True,

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 # Key of the advisory lock for upgrades: the bytes of "homeagen".
 _ADVISORY_LOCK = 0x686F6D656167656E
-# Key of a second advisory lock, for revisions outside a transaction. Alembic's commands take only `_OUTSIDE_LOCK`.
+# Key of a second advisory lock, for revisions outside a transaction. Alembic's commands acquire only the second lock.
 _OUTSIDE_LOCK = _ADVISORY_LOCK + 1
 
 # Longest wait of a revision for a table's lock, in seconds. During the wait, new readers and writers of the table also
@@ -145,7 +145,7 @@ def _set_for_upgrade(engine: PostgreSQLEngine, connection: Connection) -> None:
 
 
 def _set_for_revisions(connection: Connection, left: int) -> None:
-    """Set the time limits of the open transaction. The argument `left` is the remaining time in milliseconds."""
+    """Set the time limits of the open transaction. Pass the remaining time in milliseconds."""
     connection.execute(text(f"SET LOCAL lock_timeout = {min(left, _TABLE_LOCK_PATIENCE * 1000)}"))
     connection.execute(text(f"SET LOCAL statement_timeout = {int(_STATEMENT_PATIENCE.total_seconds() * 1000)}"))
 
@@ -190,8 +190,8 @@ def upgrade_lock(engine: PostgreSQLEngine, timeout: timedelta) -> Iterator[None]
     deadline = monotonic() + timeout.total_seconds()
     with engine.translated(), engine.connect() as connection:
         while True:
-            # Do not wait in a statement, which could deadlock with CREATE INDEX CONCURRENTLY. An idle transaction (READ
-            # COMMITTED) does not block CREATE INDEX CONCURRENTLY.
+            # Do not let a statement wait for the lock. The statement could deadlock with CREATE INDEX CONCURRENTLY. An
+            # idle transaction (READ COMMITTED) does not block CREATE INDEX CONCURRENTLY.
             with connection.begin():
                 connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if connection.execute(text(f"SELECT pg_try_advisory_xact_lock({_OUTSIDE_LOCK})")).scalar_one():

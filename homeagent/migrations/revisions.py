@@ -139,7 +139,9 @@ def known_revisions() -> set[str]:
 
 
 def server_triggers(revision: str) -> dict[str, str]:
-    """Return definition and function body of homeagent's PostgreSQL triggers at a revision."""
+    """Return a text for each PostgreSQL trigger in a revision's schema. The text is the trigger's definition, followed
+    by the function's body.
+    """
     found: dict[str, str] = {}
     for script in _scripts():
         if script.revision <= revision:
@@ -157,8 +159,7 @@ def suits(connection: Connection, revision: str | None) -> bool:
     known = known_revisions()
     if revision in known:
         return False
-    # The column `oldest_revision` names the oldest revision whose code works. If this version knows the revision, this
-    # version can use the schema.
+    # The column `store.oldest_revision` contains a revision. A version that knows the revision can use the schema.
     query = text("SELECT oldest_revision FROM store")
     if "store" not in tables(connection) or connection.execute(query).scalar() not in known:
         raise errors.SchemaTooNewError(revision, known=REVISION)

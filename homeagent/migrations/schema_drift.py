@@ -45,7 +45,7 @@ class Difference:
 
 
 class _Part(NamedTuple):
-    """Normalised SQL text of a part of a table. If `strict` is True, the part can make homeagent's writes fail."""
+    """Normalised SQL text of a part of a table. A part with `strict=True` can make homeagent's writes fail."""
 
     definition: str
     strict: bool = False
@@ -98,7 +98,7 @@ def homeagents_objects(revision: str) -> set[str]:
 
 
 def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
-    """Yield the differences in each table of `wanted`. Ignore a table that only `found` contains."""
+    """Yield the differences between the expected and the found tables. Ignore other found tables."""
     for table, parts in wanted.items():
         if table not in found:
             yield Difference(f"table {table} is missing", grave=True)
@@ -165,7 +165,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
 
 
 def _sqlite_others(connection: Connection) -> list[tuple[str, str, str, str]]:
-    """Return type, name, table and SQL text of each trigger and view."""
+    """Return the type, name, table and SQL text of each trigger and view."""
     found = connection.exec_driver_sql(
         "SELECT type, name, tbl_name, sql FROM sqlite_master WHERE type IN ('trigger', 'view') ORDER BY name"
     )
@@ -237,8 +237,8 @@ def _clauses(body: str) -> Iterator[str]:
 
 # PostgreSQL
 
-# The definition of a disabled trigger is NULL. The definition is also NULL without SECURITY DEFINER or homeagent's
-# search_path.
+# The definition of a disabled trigger is NULL. The definition is also NULL if the trigger's function has changed
+# settings. The checked settings are SECURITY DEFINER and search_path.
 _TRIGGERS = text(
     "SELECT 'trigger', tgname, tgtype & 2 = 2, CASE WHEN tgenabled IN ('O', 'A') AND p.prosecdef"
     " AND p.proconfig = ARRAY['search_path=pg_catalog, pg_temp'] THEN pg_get_triggerdef(t.oid, true) || p.prosrc END"

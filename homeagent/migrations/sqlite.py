@@ -116,7 +116,8 @@ def _open_sqlite(
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
     elif not migrate:
         if not temporary and database_file.size_of(lock_path(path)):
-            # The database file is lost. Do not raise SchemaOutdatedError, which advises to create a database.
+            # The database file is lost. The remedy in SchemaOutdatedError would tell the administrator to create a
+            # database.
             raise corrupt_after_all(path)
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     else:
@@ -252,10 +253,10 @@ def upgrade_transaction(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
     """
     with engine.translated(), engine.connect() as connection:
         raw: Any = connection.connection.driver_connection
-        # With foreign keys, rebuilding a table fails or deletes referring rows. The pragma `foreign_keys` has no effect
-        # inside a transaction.
+        # A revision can drop and recreate a table. With `foreign_keys=ON`, DROP TABLE would fail or delete rows of
+        # other tables. The pragma `foreign_keys` has no effect inside a transaction.
         raw.execute("PRAGMA foreign_keys=OFF")
-        # A revision can recreate a table. SQLite must overwrite the hashes in the old table.
+        # SQLite must overwrite the secret hashes of a dropped table.
         raw.execute("PRAGMA secure_delete=ON")
         attempt = _Attempt(connection, act)
         try:
@@ -265,7 +266,7 @@ def upgrade_transaction(engine: SQLiteEngine, act: str) -> Iterator[_Attempt]:
                 _verify_upgrade(attempt, broken)
         except SPEAK_FOR_THEMSELVES:
             raise
-        except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
+        except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back.
             # After Ctrl-C, Alembic still runs a statement, which fails. Raise the KeyboardInterrupt and not this error.
             first: BaseException | None = error
             while isinstance(first, Exception):
@@ -301,7 +302,7 @@ def back_up(
     target = path.with_name(backup_name(path, revision, now))
     partial = target.with_name(target.name + PARTIAL)
     for stale in path.parent.glob(f"{glob.escape(path.name)}.*.backup{PARTIAL}"):
-        # No upgrade uses the partial backup: this process holds the upgrade lock.
+        # No other process writes a partial backup, because this process holds the upgrade lock.
         discard(stale)
     try:
         manifest = write_backup(engine, target, partial=partial, taken_at=now, kind=kind)
@@ -309,7 +310,7 @@ def back_up(
         for backup, earlier in backups_in(path.parent, path) if kind == "upgrade" else ():
             # Do not remove a backup that the administrator has renamed.
             named = backup.name == backup_name(path, revision, earlier.taken_at)
-            # Equal facts mean: no upgrade, restore or downgrade succeeded between the backups.
+            # A successful upgrade, restore or downgrade changes at least one of the following values.
             facts = ("kind", "database", "epoch", "schema_revision", "application_revision", "schema_version")
             is_same = all(getattr(earlier, name) == getattr(manifest, name) for name in facts)
             if named and backup != target and is_same and earlier.schema_version is not None:

@@ -171,8 +171,8 @@ class Table(Model, metaclass=_TableType):
     `fk_messages_session_id_sessions`.
 
     Raises (when the class is defined):
-        InvalidArgumentError: if the name of the table is reserved or already in use. The error also occurs for a
-            datetime field without `sa_type` or `sa_column` that is not a `Timestamp`.
+        InvalidArgumentError: if the name of the table is reserved or already in use. The error also occurs for a field
+            of type `datetime` without `sa_type=` or `sa_column=`. Use the type `Timestamp` instead.
         TypeError: if the class derives from a table of homeagent.
     """
 
@@ -204,8 +204,8 @@ class Table(Model, metaclass=_TableType):
             super().__init__(**data)
             return
         related = {name: data.pop(name) for name in type(self).__sqlmodel_relationships__ if name in data}
-        # SQLAlchemy does not notice values that the validator writes into `__dict__`. So restore `__dict__`, and set
-        # each field by `set_attribute()`.
+        # SQLAlchemy does not notice values that the validator writes into the instance's dictionary. Restore the
+        # dictionary, and set each field by `set_attribute()`.
         kept = self.__dict__.copy()
         type(self).__pydantic_validator__.validate_python(data, self_instance=self)
         values, fields_set = self.__dict__, self.__pydantic_fields_set__
@@ -223,8 +223,8 @@ class Table(Model, metaclass=_TableType):
         # For a loaded instance, create SQLAlchemy's state first. After the assignment, the class `_StateOnDemand` could
         # not create the state.
         getattr(self, "_sa_instance_state", None)
-        # Pydantic's validation replaces `__dict__` by a copy. With the copy, a flush would ignore a listener's
-        # assignments (`test_a_listener_of_a_flush_assigns`).
+        # Pydantic's validation replaces the instance's dictionary by a copy. If the instance kept the copy, a flush
+        # would ignore values that a listener assigns (`test_a_listener_of_a_flush_assigns`).
         before = self.__dict__
         fields_set = self.__pydantic_fields_set__.copy()
         try:
@@ -295,8 +295,8 @@ _get_fields_set: Any = BaseModel.__dict__["__pydantic_fields_set__"].__get__
 
 
 class _StateOnDemand:
-    """Creates SQLAlchemy's state when the ORM first uses a loaded instance. Creating the state at each load would more
-    than double load times.
+    """Creates SQLAlchemy's state when the ORM first uses a loaded instance. If each load created a state, loads would
+    take more than twice as long.
     """
 
     def __get__(self, instance: Table | None, owner: type[Table]) -> InstanceState[Any]:
@@ -307,7 +307,7 @@ class _StateOnDemand:
         values = instance.__dict__
         names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
         state.key = mapper.identity_key_from_primary_key(tuple(values[name] for name in names))
-        # If two threads create the state, `setdefault()` gives both the same state.
+        # If two threads create the state, `setdefault()` gives both threads the same state.
         stored: InstanceState[Any] = values.setdefault("_sa_instance_state", state)
         return stored
 

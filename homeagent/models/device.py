@@ -1,4 +1,4 @@
-"""A device pairs with a secret. A device has access only after an administrator's approval.
+"""A device proves its identity with a secret. A device has access only after an administrator's approval.
 
 | state | event | next state |
 |---|---|---|

@@ -153,8 +153,8 @@ class IdempotencyScope:
 
     @classmethod
     def of_record(cls, device_id: str, method: str, key: str) -> "IdempotencyScope":
-        """Return the scope of a stored record. An old record can break the rules for new texts. The methods `insert()`
-        and `claim()` raise an error for an invalid text.
+        """Return the scope of a stored record. An old record can contain texts that are no longer valid. The methods
+        `insert()` and `claim()` raise an error for an invalid text.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
@@ -172,7 +172,7 @@ _set_device_id, _set_method, _set_key = (_slots[name].__set__ for name in ("devi
 
 
 class _RecordedScope(IdempotencyScope):
-    """Scope of a stored record. The texts can break the rules for new texts."""
+    """Scope of a stored record. The class also accepts texts that are no longer valid."""
 
     __slots__ = ()
 

@@ -29,8 +29,8 @@ def new_session_id() -> str:
 
 
 def route_key(agent_id: str, sender_id: str | None, channel_id: str | None) -> str:
-    """Return the hash of a route, for a unique index. A unique index on the columns would accept equal routes with
-    NULL.
+    """Return the hash of a route, for a unique index. A unique index of the three columns would treat two NULLs as
+    different values.
     """
     sender = "null" if sender_id is None else encode_basestring(sender_id)
     channel = "null" if channel_id is None else encode_basestring(channel_id)

@@ -1,4 +1,4 @@
-"""SQL statements of the store of devices."""
+"""SQL statements of `DeviceStore`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ _IS_DEVICE = _columns.id == bindparam("device_id")
 
 _APPROVED = _columns.approved == True  # noqa: E712  an expression
 _UNAPPROVED = _columns.approved.is_distinct_from(True)
-"""Do not write `approved = 0`, which ignores a device with the value 2."""
+"""Do not write `approved = 0`. The condition would ignore a device with the value 2."""
 
 FIND = Statement[Device](select(Device).where(equal(_table, "id")), lock=True)
 PAIRED_AT = Statement[datetime](select(_columns.paired_at).where(equal(_table, "id")))
 
 
 def _for_every_id(*columns: Any) -> Any:
-    """Select one row for every id. Absent devices must take the same time."""
+    """Select one row even if the device is absent. The duration must not show whether a device exists."""
     one_row = select(literal_column("1").label("one")).subquery("requested")
     return select(*columns).select_from(one_row.outerjoin(_table, equal(_table, "id")))
 
 
-# Do not select `proof_verifier`, which SQLite reads slowly after a long `metadata`.
+# Do not select `proof_verifier`. SQLite would first read the column `devices.metadata`, which can be long.
 SECRET_HASHES = Statement[tuple[str | None, str | None, datetime | None]](
     _for_every_id(_columns.shared_secret_hash, _columns.previous_secret_hash, _columns.previous_secret_expires_at)
 )
@@ -64,7 +64,7 @@ COUNT_PENDING = count(
 # On PostgreSQL, pairings without the lock could exceed `Limits.pending_devices`.
 LOCK_STORE = Statement[int](select(store_table.c.id), lock=True)
 OVERDUE: Any = _columns.paired_at <= bindparam("before")
-"""The parameter `before` is the current time minus `Limits.pending_ttl`."""
+"""The parameter `:before` is the current time minus `Limits.pending_ttl`."""
 
 DELETE_PENDING = Statement[Device](delete_first(_table, _columns.paired_at, PENDING, OVERDUE).where(PENDING))
 CREATE = Statement[Device](
@@ -82,7 +82,7 @@ CREATE = Statement[Device](
 
 
 def _update(*conditions: Any, **values: Any) -> Any:
-    """Return the UPDATE of one device, if the device matches the conditions."""
+    """Return an UPDATE of one device. The device must match the conditions."""
     return update(_table).where(_IS_DEVICE, *conditions).values(values)
 
 

@@ -87,8 +87,8 @@ class DeviceStore(Store):
 
     @writing()
     def require_pending_room(self, limit: int) -> None:
-        """If more than `limit` devices are pending, raise `PendingLimitError`. Pairings in other units wait until this
-        unit ends.
+        """If the number of pending devices is above the limit, raise `PendingLimitError`. Pairings in other units wait
+        until this unit ends.
         """
         self._unit.one(statements.LOCK_STORE)
         if self.count_pending(limit=limit + 1) > limit:
@@ -96,8 +96,8 @@ class DeviceStore(Store):
 
     @writing()
     def delete_pending(self, *, paired_before: datetime, limit: int = 100) -> int:
-        """Delete pending devices that were paired at `paired_before` or earlier, oldest first. Return the number of
-        deleted devices, which is at most the limit.
+        """Delete pending devices, oldest first. Keep devices that were paired after `paired_before`. Return the number
+        of deleted devices, which is at most the limit.
         """
         before = types.check_timestamp(paired_before, "paired_before")
         return self._unit.write(statements.DELETE_PENDING, before=before, limit=types.check_limit(limit))
@@ -120,13 +120,13 @@ class DeviceStore(Store):
             approved: True to select approved devices, False to select unapproved devices. Default: all.
             role: role of the selected devices. Default: all roles.
             status: status of the selected devices. Default: all.
-            seen_before: time before which the selected devices were last seen. Default: all devices.
+            seen_before: a time, to select devices that were last seen earlier. Default: all devices.
             order: order of the devices: "id" (default), or "paired_at" for the newest first.
             limit: maximum number of devices, 1 or more.
             after: last device on the previous page, or the device's id. Default: the first page.
 
         Raises:
-            DeviceNotFoundError: if `order="paired_at"` and the argument `after` is the id of an absent device. Pass a
+            DeviceNotFoundError: if `order="paired_at"`, and no device has the id in the argument `after=`. Pass a
                 `Device` object to avoid the error.
         """
         if approved is not None and not isinstance(approved, bool):
@@ -257,7 +257,7 @@ class DeviceStore(Store):
         """Store the time at which a device was last seen. Return True if the method changed the row.
 
         Without `at=…`, or for a future time, store the current time. If the time would advance by less than
-        `granularity`, keep the row.
+        `granularity=`, keep the row.
         """
         device = self._searched(device_id, "device_id")
         at, before = self._seen_range(at, granularity)
@@ -272,7 +272,7 @@ class DeviceStore(Store):
 
     @writing()
     def delete(self, device_id: str, *, force: bool = False) -> bool:
-        """Delete a device and its idempotency keys, but not its nonces. Return False if the device did not exist.
+        """Delete a device and its idempotency keys. Keep the device's nonces. Return False if the device did not exist.
 
         Raises:
             LastAdminError: if the device is the last approved admin, and `force=False`.
@@ -348,8 +348,8 @@ class DeviceStore(Store):
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
         """Return the device changes after the given number, oldest first.
 
-        If the given number no longer exists, return one change with `kind="reset"`. After a `reset` change, read all
-        devices again. Then pass the number of the `reset` change as `after`.
+        If the given number no longer exists, return one change with `kind="reset"`. After a change with `kind="reset"`,
+        read all devices again. In the next call, pass the change's number in `after=`.
 
         Args:
             after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.

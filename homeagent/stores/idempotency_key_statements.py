@@ -1,4 +1,4 @@
-"""SQL statements of the store of idempotency keys."""
+"""SQL statements of `IdempotencyKeyStore`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _NOT_EXPIRED = or_(_columns.expires_at > bindparam("now"), not_(_ENDED))
 EXPIRED = and_(_columns.expires_at <= bindparam("now"), _ENDED)
 """SQL condition for expired records, which a sweep deletes."""
 
-# Count expired rows too, so that SQLite does not read the table.
+# Also count expired rows. To test the expiry, SQLite would read the table and not only an index.
 COUNT = count(_table, equal(_table, "device_id"))
-# Do not simplify `device_id + ""`. For plain `device_id`, the database would ignore the index of `expires_at`
+# Do not simplify `device_id + ""`. With `device_id` alone, the database would not use the index of `expires_at`
 # (`test_expired_keys_are_counted_by_the_index`).
 COUNT_EXPIRED_OF_DEVICE = count(_table, EXPIRED, _columns.device_id + "" == bindparam("device_id"))
 COUNT_EXPIRED = count(_table, EXPIRED)
 
 
 def _upsert(**values: Any) -> Statement[IdempotencyKey]:
-    """Return the statement that inserts a record or replaces an expired record. The arguments `state` and `result` are
-    necessary. Other arguments replace the default values of columns.
+    """Return the statement that inserts a record or replaces an expired record. The arguments `state=` and `result=`
+    are necessary. Other arguments replace the default values of columns.
     """
     values = {
         **dict.fromkeys(("fingerprint", "owner", "lease_expires_at", "downstream_key"), null()),
@@ -58,7 +58,7 @@ CLAIM = _upsert(
 )
 FIND = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE, _NOT_EXPIRED), lock=True)
 ANY = Statement[IdempotencyKey](select(IdempotencyKey).where(_SAME_SCOPE), lock=True)
-# The condition `_OWNED` is a fence against attempts that lost the record.
+# The condition `_OWNED` refuses an attempt that no longer owns the record.
 _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bindparam("old_owner"))
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)

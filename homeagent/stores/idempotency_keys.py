@@ -83,7 +83,7 @@ class IdempotencyKeyStore(Store):
         return unit.one(statements.FIND, device_id=scope.device_id, method=scope.method, key=scope.key, now=unit.now())
 
     def _search(self, scope: IdempotencyScope) -> dict[str, Any]:
-        """Return the parameters for a search. An old record can break the rules for new texts."""
+        """Return the parameters for a search. An old record can contain texts that are no longer valid."""
         check_kind(scope, IdempotencyScope, "scope")
         return {
             "device_id": self._searched(scope.device_id, "device_id"),
@@ -101,7 +101,9 @@ class IdempotencyKeyStore(Store):
             raise errors.KeyLimitError(device_id, limit)
 
     def _count(self, device_id: str, now: datetime) -> int:
-        """Return the number of a device's records. Below the limit, the number includes expired records."""
+        """Return the number of a device's records. If the device has fewer records than the limit, also count expired
+        records.
+        """
         stored = self._unit.one(statements.COUNT, device_id=device_id) or 0
         if stored < self._unit.settings.limits.keys_per_device:
             return stored
@@ -189,7 +191,7 @@ class IdempotencyKeyStore(Store):
     @writing()
     @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
-        """Renew the lease of an attempt, and return the renewed attempt. The argument `lease` is the duration of the
+        """Renew the lease of an attempt, and return the renewed attempt. The argument `lease=` is the duration of the
         new lease from now. If the attempt no longer owns the key, raise `LeaseLostError`.
         """
         check_kind(attempt, Attempt, "attempt")
@@ -276,7 +278,7 @@ class IdempotencyKeyStore(Store):
     @reading
     @clears_locals
     def list_abandoned(self, *, limit: int = 100) -> Sequence[IdempotencyKey]:
-        """Return at most `limit` records of abandoned attempts. The record whose lease expired first comes first."""
+        """Return records of abandoned attempts, up to the limit. The record whose lease expired first comes first."""
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=types.check_limit(limit))
 
     @writing()

@@ -16,7 +16,7 @@ from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, reading, writing
 
 NONCE_GRACE = timedelta(hours=1)
-"""Time for which an expired nonce stays. The clock can be set back."""
+"""Time for which the store keeps an expired nonce. If the clock is set back, the store must still refuse the nonce."""
 
 _table: Any = Nonce.__table__
 _columns: Any = _table.c
@@ -40,7 +40,7 @@ _COUNTED = (equal(_table, "device_id"), _columns.expires_at > _NOW, _columns.cre
 _COUNT = count(_table, *_COUNTED)
 _RELEASE = Statement[Nonce](update(Nonce).where(*_COUNTED).values(created_at=_RELEASED))
 EXPIRED: Any = _columns.expires_at <= _BEFORE
-"""SQL condition for the nonces that a sweep deletes. The parameter `before` is the current time minus `NONCE_GRACE`."""
+"""SQL condition for nonces that a sweep deletes. The parameter `:before` is the current time minus `NONCE_GRACE`."""
 
 _DELETE_EXPIRED = Statement[Nonce](delete_first(_table, _columns.expires_at, EXPIRED))
 COUNT_EXPIRED = count(_table, EXPIRED)
@@ -67,11 +67,11 @@ class NonceStore(Store):
     @writing()
     @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int | None = None) -> bool:
-        """Consume a nonce. For a device's nonce, at most one caller gets True. If the time `expires_at` has passed,
-        return False.
+        """Consume a nonce. If several callers consume a device's nonce, at most one caller gets True. If the time
+        `expires_at` has passed, return False.
 
         Check the signature before the call. Call the method in a separate unit, before the device gets access. A
-        rollback for other work would make the nonce usable again.
+        rollback of the unit makes the nonce usable again.
 
         Args:
             device_id: id of the signer. Two devices can use the same nonce.
@@ -129,7 +129,7 @@ class NonceStore(Store):
         signed_at = types.check_timestamp(signed_at, "signed_at")
         self._check_ttl(skew, "skew")
         now = self._unit.now()
-        # First refuse future times: the next sum could exceed the year 9999.
+        # Refuse a future time before `types.later()` adds the skew. The sum could exceed the year 9999.
         if signed_at - now > skew:
             return Freshness.FUTURE
         expires_at = types.later(signed_at, skew, "skew")

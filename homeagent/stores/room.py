@@ -1,7 +1,7 @@
 """Limit for the rows of one device. Counting is slow, so a process does not count before each insert. A grant is the
-maximum number of rows between two counts. A grant is at most 2 % of a limit above 49. Below a limit of 50, a grant is
-one row. If several processes add rows, the device can exceed the limit. For up to 49 processes, the device stays below
-twice the limit.
+number of rows that a process can add after one count. A grant is at most 2 % of the limit, but at least one row.
+Several processes together can exceed the limit. If the limit is 50 or more, the grants of 49 processes are at most 98 %
+of the limit. So the rows of up to 49 processes stay below twice the limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def has_room(
     unit: UnitOfWork, kind: str, device_id: str, limit: int, now: datetime, count: Callable[[str, datetime], int]
 ) -> bool:
     """Return True if the caller can add a row for the device. Call this function once for each new row. The function
-    `count()` returns the number of a device's unexpired rows.
+    `count()` returns the number of rows to compare with the limit.
     """
     grants = unit.settings.grants
     key = (kind, device_id, limit)

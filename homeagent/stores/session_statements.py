@@ -1,5 +1,5 @@
-"""SQL statements of the store of sessions. A route is the combination of agent, sender and channel. The parameter
-`:route` holds the value of `route_key`.
+"""SQL statements of `SessionStore`. A route is the combination of agent, sender and channel. The parameter `:route`
+holds the value of `route_key`.
 """
 
 from __future__ import annotations
@@ -87,19 +87,19 @@ INDEX = Statement[AgentSession](
 
 def _activity(columns: Any) -> tuple[Any, Any, Any]:
     """Return the columns for sorting. The session with the latest activity comes last."""
-    # Do not simplify the expression `last_active_at + 0`. For plain `last_active_at`, SQLite would read sessions of
-    # other routes (`test_a_route_is_searched_by_its_index`).
+    # Do not simplify the expression `last_active_at + 0`. To sort by `last_active_at`, SQLite would use an index that
+    # also contains other routes (`test_a_route_is_searched_by_its_index`).
     return columns.last_active_at.op("+")(literal_column("0")), columns.created_at, columns.session_id
 
 
 def _others_on(route: Any, given: frozenset[str]) -> list[Any]:
-    """Return the conditions for the sessions on the route. The set named `given` has the columns that are not NULL."""
+    """Return conditions for the sessions on the route. The argument `given=` names the columns that are not NULL."""
     # For IS NOT DISTINCT FROM, PostgreSQL would not use an index.
     return [_others.c[name] == route[name] if name in given else _others.c[name].is_(None) for name in ROUTE]
 
 
 def _last_active(given: frozenset[str], *conditions: Any) -> Any:
-    """Return a SELECT for the id of a route's last active session. The WHERE clause includes `conditions`."""
+    """Return a SELECT for the id of a route's last active session. Add the conditions to the WHERE clause."""
     return (
         select(_others.c.session_id)
         .where(*_others_on(_VALUES, given), *conditions)

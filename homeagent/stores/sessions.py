@@ -45,7 +45,7 @@ def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> P
 
 
 def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return a route for a search. The texts can break the rules for new texts."""
+    """Return a route for a search. An old session can contain texts that are no longer valid."""
     check_searched(agent_id, "agent_id")
     for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
         if value is not None:
@@ -55,7 +55,7 @@ def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
     """Return True if the session is on the route. Do not compare the route keys, because a stored key can be stale."""
-    # Read the dictionary `__dict__`, because reading attributes is slower.
+    # A look-up in the instance's dictionary is faster than an access to an attribute.
     values = session.__dict__
     return bool(
         values["agent_id"] == route["agent_id"]
@@ -136,8 +136,8 @@ class SessionStore(Store):
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:
         """Return the session that holds a route.
 
-        A free route goes to the last active session on the route. If the route has no session, the method adds a
-        session. Simultaneous calls for a route get the same session.
+        If the route has sessions but no holder, the last active session becomes the holder. If the route has no
+        session, the method adds a session. Simultaneous calls for a route get the same session.
 
         Raises:
             AgentNotFoundError: if the agent does not exist.
@@ -159,7 +159,7 @@ class SessionStore(Store):
             if is_text and self._unit.one(statements.last_active(_given(route)), **route) is not None:
                 self._take(statements.give(_given(route)), route)
                 continue
-            # Check after the search: only a new session must follow the rules.
+            # Only a new session needs valid texts, so check the texts after the search.
             check_optional_label(sender_id, "sender_id")
             check_optional_label(channel_id, "channel_id")
             created = self._insert(route, new_session_id(), self._unit.now())
@@ -211,8 +211,8 @@ class SessionStore(Store):
     ) -> AgentSession:
         """Change the agent, sender or channel of a session. Return the session, which holds the new route.
 
-        A move of the holder frees the old route. A free route goes to the last active session on the route. With only
-        the argument `session_id`, the session takes its present route.
+        If the old route loses its holder, the last active session on the old route becomes the holder. Without a new
+        agent, sender or channel, the session becomes the holder of its present route.
 
         Args:
             session_id: id of the session.
@@ -307,10 +307,10 @@ class SessionStore(Store):
 
     @writing(stream=True)
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
-        """Rebuild the index of transcripts. Return the number of sessions in the argument.
+        """Rebuild the index of transcripts. Return the number of sessions that the method has read.
 
         Add each new session. For an existing session, only replace `last_active_at` by a later time. The last active
-        session on a route takes the route.
+        session on each affected route becomes the holder.
 
         Args:
             sessions: transient `AgentSession` objects, which the method reads in batches. Times in the future count as
@@ -318,8 +318,8 @@ class SessionStore(Store):
             progress: function that gets the number of written sessions after each batch.
 
         Raises:
-            InvalidArgumentError: if `sessions` is not an iterable, or an item is not a session. After the error, roll
-                back the unit, which contains earlier batches.
+            InvalidArgumentError: if the argument `sessions=` is not an iterable, or an item is not a session. After the
+                error, roll back the unit, which contains earlier batches.
             AgentNotFoundError: if a session's agent does not exist.
         """
         if not isinstance(sessions, Iterable):
@@ -353,7 +353,7 @@ class SessionStore(Store):
                 self._unit.write_many(statements.give(given), rows_of_routes.values())
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
-        """Check each session of a batch, and yield its parameters. Add the ids of agents to the set named `known`."""
+        """Check each session of a batch, and yield its parameters. Add ids of existing agents to `known=`."""
         for number, session in enumerate(batch, before + 1):
             if not isinstance(session, AgentSession):
                 raise errors.InvalidArgumentError(

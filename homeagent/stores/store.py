@@ -46,10 +46,11 @@ def reading(method: F) -> F:
 
 
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
-    """Declare that a store's method writes. If `stream` is True, the method consumes an iterable.
+    """Declare that a store's method writes. With `stream=True`, the method consumes an iterable.
 
-    The argument `unless` is a function that detects calls without a write. Outside a unit, homeagent first calls the
-    function with the same arguments. If the function returns `(True, result)`, homeagent returns the result at once.
+    If some calls of the method do not write, pass a function as `unless=`. Outside a unit, homeagent first calls the
+    function with the method's arguments. If the function returns `(True, result)`, homeagent returns the result at
+    once.
     """
 
     def declare(method: Any) -> Any:
@@ -60,7 +61,7 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
 
 class Store:
-    """Base class of the stores. An application derives a class for each own table.
+    """Base class of the stores. An application derives one subclass for each table that it adds.
 
     A method of a store runs statements by the methods of `self.unit`. Pass the value of each `bindparam()` as a keyword
     argument. If a value is absent, the unit raises InvalidArgumentError. After the end of the unit, the methods of

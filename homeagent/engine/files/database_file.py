@@ -78,8 +78,8 @@ def secure_sidecars(path: Path) -> list[Path]:
 
 
 def refuse_orphaned_log(path: Path) -> None:
-    """Raise an error if a non-empty WAL lacks a non-empty database. SQLite itself would delete the WAL. A caller that
-    creates a database must hold `sidecar_lock`.
+    """If the database is missing or empty, refuse a WAL that has content. SQLite itself would delete the WAL. A caller
+    that creates a database must hold `sidecar_lock`.
     """
     log = sidecars(path)[0]
     # Read the size of the WAL first. Another process can create both files between the two reads.
@@ -135,8 +135,8 @@ def open_to_read(path: Path, owners: frozenset[int]) -> BinaryIO:
     """Open a regular file of a trusted user for reading. Do not pass a file that SQLite has open in this process.
     Closing the returned file would release SQLite's locks.
     """
-    # Check the open file, because another process can replace the path's file. Without O_NONBLOCK, opening a pipe would
-    # wait for a writer.
+    # Check the opened file, not the path. Another process can replace the file at the path. Without O_NONBLOCK, opening
+    # a pipe would wait for a writer.
     file = os.fdopen(os.open(path, os.O_RDONLY | OPEN_FLAGS | os.O_NONBLOCK), "rb")
     try:
         refuse_insecure(path, os.fstat(file.fileno()), owners)
@@ -198,7 +198,9 @@ def inspect_file(
 
 
 def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) -> None:
-    """Accept only a regular file of the given owners with one link. Otherwise raise an error."""
+    """Accept only a regular file that a given user owns. The file must have exactly one hard link. Otherwise raise an
+    error.
+    """
     if stat.S_ISLNK(status.st_mode):
         raise InsecureFileError(f"{quoted(path)} is a symbolic link: name the file itself, or remove the link")
     if stat.S_ISDIR(status.st_mode):
@@ -234,7 +236,7 @@ def change_mode(path: Path, mode: int) -> None:
     try:
         path.chmod(mode, follow_symlinks=False)
     except NotImplementedError:
-        # Python raises NotImplementedError for a link, on some systems for every file.
+        # Python raises NotImplementedError for a link. On some systems, Python raises the error for every file.
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise InsecureFileError(f"{quoted(path)} was replaced by a symbolic link: remove it") from None
         path.chmod(mode)

@@ -19,8 +19,8 @@ _INTERVAL = 0.01
 
 class FileIdentityCheck:
     """Checks the identities of an open database's file, WAL and WAL index. With `strict=True`, every commit checks the
-    file. The attribute `due` is the next check's time by the monotonic clock. If the attribute `marked_corrupt` is set,
-    every check raises CorruptDatabaseError.
+    file. `check.due` is the earliest time of the next check (monotonic clock). If `check.marked_corrupt` is set, every
+    check raises CorruptDatabaseError.
     """
 
     def __init__(self, path: Path, *, strict: bool, on_moved: Callable[[], object] = lambda: None) -> None:
@@ -41,7 +41,9 @@ class FileIdentityCheck:
         return bool(self._known)
 
     def before_connect(self) -> None:
-        """Check the files before a connection opens. Do not record a WAL, which another process can still delete."""
+        """Check the files before a connection opens. Do not record the WAL's identity, because another process can
+        still delete the WAL.
+        """
         self._check(beside=self.remembers_log, remember=False)
 
     def connected(self) -> None:
@@ -50,7 +52,8 @@ class FileIdentityCheck:
             status = _status(self._name)
             self.identity = None if status is None else identity_of(status)
         else:
-            # Skip the check for the first connection. SQLite can empty an incomplete file.
+            # Skip the check for the first connection. On the first connection, SQLite can truncate an incomplete file
+            # to zero bytes.
             self._check()
 
     def disconnected(self) -> None:

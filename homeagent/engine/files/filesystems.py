@@ -52,8 +52,8 @@ def filesystem_kind(path: Path) -> str | None:
         point = re.sub(rb"\\([0-7]{3})", lambda code: bytes([int(code[1], 8) & 0xFF]), escaped)
         if inside.startswith(point.rstrip(b"/") + b"/"):
             # Prefer a mount with the path's device number. A later mount can hide the mount with the longest path. On
-            # Btrfs, the device numbers differ, so use the longest path. If two mounts have the same path, use the later
-            # mount.
+            # Btrfs, `stat()` returns another device number than the mount table. If no device number matches, use the
+            # mount with the longest path. If two mounts have the same path, use the later mount.
             rank = (number == device, len(point))
             if found is None or rank >= found[:2]:
                 found = (*rank, rest.split()[0])

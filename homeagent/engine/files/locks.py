@@ -75,7 +75,9 @@ class FileLock:
                 os.close(descriptor)
 
     def withdraw(self) -> None:
-        """Release the lock. Without another holder, remove an empty file that this object created."""
+        """Release the lock. If this object created the lock file, remove the file. Keep a file that has a marker or
+        another holder.
+        """
         if self._made:
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -95,7 +97,7 @@ class FileLock:
         with explained("read", self.path):
             os.lseek(self._descriptor, 0, os.SEEK_SET)
             content = os.read(self._descriptor, 4096)
-        # Return only the first line. After a power cut, a part of the old marker can follow.
+        # Return only the first line. After a power cut, later lines can contain a part of the old marker.
         return content.split(b"\n", 1)[0].decode("utf-8", "replace") if content else None
 
     def write_marker(self, text: str) -> None:
@@ -147,7 +149,8 @@ class FileLock:
             if descriptor is not None:
                 self._made = True
                 return descriptor
-            # Another process can be creating the file, still without the right mode. So set the mode of an empty file.
+            # While another process creates the file, the empty file can have a wrong mode. So set the mode of an empty
+            # file.
             repair = self._access == os.O_RDWR
             if inspect_file(self.path, is_database=False, complete_empty=True, repair=repair) is None:
                 return None

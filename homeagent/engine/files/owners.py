@@ -25,14 +25,14 @@ def trusted_owners(directory: Path) -> frozenset[int]:
 
 
 def backup_owners(database: Path) -> frozenset[int]:
-    """Return the users whose backups homeagent accepts. The note of the last backup can belong to the same users."""
+    """Return the users that may own a backup. The same users may own the file that names the last backup."""
     return trusted_owners(database.parent) | {0}
 
 
 def give_to_owner(descriptor: int, directory: Path | int, *, database: Path | None = None) -> None:
-    """As root, give a new file or directory to its directory's owner. Pass descriptors, because another user can
-    replace the file at a path. For a copy in another directory, pass the database's path. A copy contains all devices,
-    so `backup_owners()` limits the copy's owners.
+    """As root, change the owner of a new file or directory. The new owner is the owner of the parent directory. Pass
+    descriptors, because another user can replace the file at a path. For a copy in another directory, pass the
+    database's path. A copy contains all devices, so `backup_owners()` limits the copy's owners.
     """
     if os.geteuid() != 0:
         return

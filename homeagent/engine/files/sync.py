@@ -18,7 +18,7 @@ def fsync_directory(directory: Path) -> None:
         try:
             sync(descriptor)
         except OSError as error:
-            # Like SQLite, ignore a file system without fsync for directories (fsync(2)).
+            # Some file systems can't sync a directory (fsync(2)). Like SQLite, ignore the error.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
                 raise
         finally:

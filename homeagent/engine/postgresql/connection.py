@@ -55,7 +55,8 @@ class PostgreSQLConnection(StoreConnection):
         """Return homeagent's error for psycopg's exception. After a connection loss, mark this connection as lost."""
         failure = super()._translate(error)
         if isinstance(failure, ConnectionLostError):
-            # The server sends an error, then closes the connection. The driver notices only the close.
+            # The server sends an error, then closes the connection. After the error, psycopg still treats the
+            # connection as open.
             self._lost = True
         return failure
 
@@ -142,7 +143,7 @@ class PostgreSQLConnection(StoreConnection):
             raise connection_lost()
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        """Insert rows by COPY. The argument `into` names the table and the columns."""
+        """Insert rows by COPY."""
         # COPY takes a third of the time of executemany (https://www.postgresql.org/docs/current/sql-copy.html).
         with self._cursor.copy(f"COPY {into} FROM STDIN") as copy:
             for row in rows:
@@ -169,7 +170,8 @@ class PostgreSQLConnection(StoreConnection):
 
 def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
     """Return the error for a value that is too long for an index. For another error, return None. For a value over
-    8,191 bytes, PostgreSQL does not name the index. The error then names each index with text or bytes.
+    8,191 bytes, PostgreSQL does not name the index. homeagent's error then names all indexes on text columns and bytes
+    columns.
     """
     if getattr(error, "sqlstate", None) != _TOO_LONG:
         return None

@@ -135,7 +135,7 @@ class PostgreSQLEngine(Engine):
         except self.driver_errors as error:
             failure = postgresql_error(error)
         except ValueError:
-            # The function `resolve_target()` accepted the URL, so an environment variable is invalid.
+            # `resolve_target()` has already checked the URL. So the ValueError comes from an environment variable.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
         # The driver's exception and the frames of SQLAlchemy contain the password.
         failure.__cause__ = failure.__context__ = None

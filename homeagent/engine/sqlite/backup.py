@@ -80,9 +80,9 @@ def write_backup(
     replace: bool = False,
     stop: Stop = never_stop,
 ) -> Manifest:
-    """Copy an open database, and write the copy's manifest. The copy is in rollback mode and needs no WAL. Write and
-    verify the copy at the path `partial`. Then rename the copy to the path `target`. The paths `partial` and `target`
-    must be in the same directory. If `stop()` returns True, raise BackupStoppedError.
+    """Copy an open database, and write the copy's manifest. The copy is in rollback mode and needs no WAL. The argument
+    `partial=` is the path of the unfinished copy. After the verification, rename the copy to `target=`. Both paths must
+    be in the same directory. If `stop()` returns True, raise BackupStoppedError.
     """
     if not replace and os.path.lexists(target):
         raise InvalidArgumentError(f"{quoted(target)} exists already: name another file, or replace the old one")

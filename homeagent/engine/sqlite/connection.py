@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from homeagent.errors import HomeAgentError
 
 _PAUSE = (0.002, 0.010)
-"""Range of the random pause between two tries, in seconds. Equal pauses could let two processes always try together."""
+"""Range of the random pause between two tries, in seconds. With equal pauses, two processes could always try at the
+same time.
+"""
 
 _CURSORS = "homeagent_cursors"
 """Key in the `info` of a connection. The value is the set of an ORM session's cursors."""
@@ -46,8 +48,8 @@ class SQLiteConnection(StoreConnection):
         return StatementCursor(raw)
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
-        # Do not call `after_failed_commit()` twice. SQLAlchemy commits by the driver's method `commit()`, which calls
-        # `after_failed_commit()` itself.
+        # Do not call `after_failed_commit()` twice. SQLAlchemy calls the driver's `commit()`. The driver's `commit()`
+        # already calls `after_failed_commit()`.
         unknown = self._raw.after_failed_commit(error) if self._root is None else None
         return unknown or super()._commit_failure(error)
 
@@ -71,7 +73,7 @@ class SQLiteConnection(StoreConnection):
             return compiled.unreadable_at(None, (), parameters, _NOT_UTF8)
         names = [f"c{place}" for place in range(len(compiled.columns))]
         sql = f"WITH found({', '.join(names)}) AS ({compiled.sql}) SELECT {undecoded_columns(names)} FROM found"  # noqa: S608  own SQL
-        # Use the same cursor, which ends the failed statement. An open statement would prevent closing the connection.
+        # Use the same cursor, to end the failed statement. An open statement would prevent closing the connection.
         for values in self._execute(sql, compiled.bind(parameters)).fetchall():
             row = decoded_row(values)
             found = [place for place, value in enumerate(row) if isinstance(value, Undecodable)]
@@ -84,8 +86,8 @@ def busy_handler(timeout: float, began: Callable[[], object]) -> Callable[[int],
     """Return a busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html). The handler pauses before the next
     try, and returns False after the timeout.
 
-    The pauses of SQLite's own busy handler grow to 100 ms. With SQLite's own handler, some of eight writing processes
-    waited for seconds. Shorter pauses (1 to 5 ms) made more writes wait.
+    The pauses of SQLite's own busy handler grow to 100 ms. With eight writing processes, SQLite's handler made some
+    processes wait for seconds. Shorter pauses (1 to 5 ms) made more writes wait.
     """
     since = 0.0
 
@@ -114,7 +116,7 @@ def end_with_transactions(connection: Connection) -> None:
     connection.info[_CURSORS] = cursors
 
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
-        # Do not close a store's cursor, which also runs later statements.
+        # Do not close a store's cursor. The store uses the cursor again for later statements.
         if isinstance(context, DefaultExecutionContext):
             cursors.add(cursor)
 

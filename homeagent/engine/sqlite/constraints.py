@@ -47,7 +47,7 @@ _UNIQUE_INDEXES = """
 
 
 def named_conflict(raw: Any, error: BaseException, statement: str | None) -> ConflictError | None:
-    """Return a ConflictError if a constraint refused the change, otherwise None. The argument `statement` is the
+    """Return a ConflictError if a constraint refused the change, otherwise None. The argument `statement=` is the
     refused SQL text, or None for COMMIT.
     """
     kind = _KINDS.get(getattr(error, "extendedresult", 0))
@@ -110,7 +110,9 @@ def _unique_name(raw: Any, table: str, columns: str) -> str | None:
 
 
 def _constraint_name(raw: Any, table: str, kind: str, columns: str) -> str | None:
-    """Return the name of a constraint in CREATE TABLE, or None. The text `kind` is a regex."""
+    """Return the name of a constraint in CREATE TABLE, or None. The argument `kind=` is a regex for the constraint's
+    keywords.
+    """
     query = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = :table COLLATE NOCASE"
     for (sql,) in _rows(raw, query, table=table):
         for name, listed in re.findall(rf"CONSTRAINT\s+({_NAME})\s+{kind}\s*\(([^)]*)\)", sql, re.I):

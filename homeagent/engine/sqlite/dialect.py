@@ -83,7 +83,7 @@ class Cursor(StatementCursor):
     """DB-API cursor for SQLAlchemy. A store's statements use the faster `StatementCursor`."""
 
     arraysize = 1
-    description: Description | None = None  # type: ignore[assignment]  # apsw's own raises after the last row
+    description: Description | None = None  # type: ignore[assignment]  # apsw raises an error after the last row
     is_write = False
     changes_before = 0
 
@@ -134,7 +134,7 @@ class Connection(_Connection):
         self.cursor_factory: Any = Cursor
 
     def close(self, force: bool = False) -> None:
-        """Close the connection. A second call of the method does nothing."""
+        """Close the connection. A second call of the method has no effect."""
         closing, self.closing = self.closing, nullcontext
         with closing():
             super().close(force)
@@ -257,7 +257,8 @@ def _regexp(pattern: Any, value: Any) -> bool | None:
         raise apsw.SQLError(f"regexp: {error}") from None
 
 
-# For each error class of SQLAlchemy, the names of apsw's classes. All other classes of apsw become DatabaseError.
+# For each error class of SQLAlchemy, the apsw exceptions without the suffix "Error". For other exceptions of apsw,
+# SQLAlchemy raises its own DatabaseError.
 _SQLALCHEMY_ERRORS = {
     "IntegrityError": "Constraint Mismatch",
     "DataError": "TooBig",
@@ -274,7 +275,7 @@ class Dialect(SQLiteDialect):
     default_paramstyle = "qmark"
     supports_statement_cache = True
     returns_native_bytes = True
-    poolclass = SingletonThreadPool  # An in-memory database stays the same for a thread.
+    poolclass = SingletonThreadPool  # Each thread keeps its own in-memory database.
     # SQLAlchemy selects its error class by the driver's class name
     # (https://docs.sqlalchemy.org/en/21/core/exceptions.html).
     dbapi_exception_translation_map: dict[str, str] = {

@@ -190,7 +190,7 @@ class SQLiteEngine(Engine):
 
     def _connect(self, sa_engine: sqlalchemy.Engine, *, take_snapshot: bool = False) -> Connection:
         """Return a new connection. With `take_snapshot=True`, also begin a transaction and take the snapshot."""
-        # Check the file before and after opening. SQLite would use a new file with the old file's WAL.
+        # Check the file before and after opening. For a replaced file, SQLite would use the old file's WAL.
         self.identity_check.before_connect()
         with self.translated():
             connection = sa_engine.connect()
@@ -259,7 +259,7 @@ class SQLiteEngine(Engine):
     def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
         """Copy the WAL into the file (see `Engine.empty_log`)."""
         pool = self.pool(read_only=False)
-        # Use the write connection, so that no unit of this process writes.
+        # Occupy the process's only write connection. Units of this process can't write until the checkpoint ends.
         connection = pool.acquire(timeout)
         try:
             connection.check_file()
@@ -339,7 +339,7 @@ class SQLiteEngine(Engine):
             return self._application_id("immutable=1")
 
     def _application_id(self, option: str) -> int:
-        """Read the application id over a read-only connection. The text `option` is a URI parameter for SQLite."""
+        """Read the application id over a read-only connection. The argument `option=` is a URI parameter for SQLite."""
         with (
             self.translated(),
             closing(open_guarded(self.path, f"mode=ro&{option}", timeout=self.busy_seconds)) as raw,

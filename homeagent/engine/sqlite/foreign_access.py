@@ -36,7 +36,7 @@ _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 class FileGuard:
     """Holds locks on one database file while this process has a connection. On Linux, closing another descriptor does
-    not release the guard's locks. The locks show a second SQLite library that the database is open.
+    not release the guard's locks. Another SQLite library finds the locks, and treats the database as open.
     """
 
     def __init__(self, path: Path, identity: Identity) -> None:
@@ -56,8 +56,9 @@ class FileGuard:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Run a block that closes a connection, and count the close. The last close needs an exclusive lock. So first
-        release the guard's locks. Do not close the descriptors before the connection, which would lose its locks.
+        """Count a connection as closed, and run the block that closes the connection. To close the last connection,
+        SQLite needs an exclusive lock. So first release the guard's locks. Close the guard's descriptors only after the
+        connection. Otherwise the connection would lose SQLite's locks.
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
@@ -81,7 +82,9 @@ class FileGuard:
                 raise failure
 
     def hold(self) -> None:
-        """If a connection is open, take the read locks. Call the method after a read, which creates the WAL index."""
+        """If a connection is open, take the read locks. Call the method after a read. SQLite creates the WAL index at
+        the first read.
+        """
         with self._mutex:
             if self._holds or not self._connections:
                 return
@@ -91,7 +94,7 @@ class FileGuard:
                     if look_at(path) is None:
                         return  # a read-only file, for which SQLite creates no WAL index
                     with explained("lock", path):
-                        # Keep the descriptor after an error. A close would drop SQLite's locks.
+                        # Keep the descriptor after an error. Closing the descriptor would drop SQLite's locks.
                         if number == len(self._descriptors):
                             self._descriptors.append(os.open(path, os.O_RDONLY | OPEN_FLAGS))
                         _lock(self._descriptors[number], fcntl.F_RDLCK, *span)
@@ -142,13 +145,13 @@ def guard_of(path: Path, identity: Identity) -> FileGuard:
 
 
 def open_guarded(path: Path, options: str, *, timeout: float, refuse: bool = False) -> Connection:
-    """Open an existing database (see `open_existing`), and count the connection until its close. With `refuse=True`,
-    raise ForeignAccessError if other code has the file open.
+    """Open an existing database (see `open_existing`), and count the connection as open. With `refuse=True`, raise
+    ForeignAccessError if other code has the file open.
     """
     global _uncounted
     with _opening:
-        # A signal handler can call this function during another call. The inner call's search would find the outer
-        # call's descriptor.
+        # A signal handler can call this function during another call. Then do not search, because the search would find
+        # homeagent's own descriptor.
         if refuse and not _uncounted:
             _refuse_foreign_descriptors(path)
         _uncounted += 1

@@ -128,7 +128,7 @@ def new_path(database: Path, stamp: str) -> Path:
 
 
 def quarantine_path(database: Path, stamp: str) -> Path:
-    """Return the path to which the replacement moves the old database."""
+    """Return the old database's path after the replacement."""
     return database.with_name(f"{database.name}.{stamp}.quarantine")
 
 

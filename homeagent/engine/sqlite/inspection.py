@@ -119,8 +119,8 @@ def journal_mode(connection: Connection) -> str:
 def reaches(raw: Any, tables: Container[str], *, kind: str, name: str, on: str) -> bool:
     """Return True if a trigger writes to one of the tables. For a view, return True if the view reads one of the
     tables. Also return True if SQLite can't compile the trigger or the view. SQLite reports a statement's tables at the
-    compilation (https://sqlite.org/c3ref/set_authorizer.html). The argument `tables` contains names in lower case. As
-    the last argument, pass the trigger's table or the view's name.
+    compilation (https://sqlite.org/c3ref/set_authorizer.html). Pass the names of the tables in lower case. As `on=`,
+    pass the trigger's table or the view's name.
     """
     writes = (apsw.SQLITE_INSERT, apsw.SQLITE_UPDATE, apsw.SQLITE_DELETE)
     used: list[tuple[int, str | None]] = []
@@ -149,7 +149,7 @@ def _using(raw: Any, kind: str, place: str) -> list[str]:
     # Leave out generated columns, which table_xinfo reports as hidden. An UPDATE can't set generated columns.
     names = [row[1].replace('"', '""') for row in raw.execute(f"PRAGMA table_xinfo({place})") if not row[6]]
     settings = ", ".join(f'"{name}" = "{name}"' for name in names)
-    return [f"INSERT INTO {place} DEFAULT VALUES", f"UPDATE {place} SET {settings}", f"DELETE FROM {place}"]  # noqa: S608  likewise
+    return [f"INSERT INTO {place} DEFAULT VALUES", f"UPDATE {place} SET {settings}", f"DELETE FROM {place}"]  # noqa: S608  escaped
 
 
 def scratch_sqlite() -> Connection:

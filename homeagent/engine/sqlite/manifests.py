@@ -58,7 +58,7 @@ def manifest_path(backup: Path) -> Path:
 
 
 def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None:
-    """Return a backup's manifest, or None if the manifest does not exist. If `database` is None, use the trusted owners
+    """Return a backup's manifest, or None if the manifest does not exist. With `database=None`, use the trusted owners
     of the backup's directory.
     """
     path = manifest_path(backup)
@@ -79,8 +79,8 @@ def write_manifest(backup: Path, manifest: Manifest) -> None:
 
 
 def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
-    """Return the backups in a directory, oldest first. Leave out copies before an adoption, and backups of a wrong
-    size. Leave out backups with an untrusted owner or a second hard link.
+    """Return the backups in a directory, oldest first. Leave out backups of the kind "adoption". Leave out backups
+    whose size differs from the manifest. Leave out backups with an untrusted owner or a second hard link.
     """
     found: list[tuple[Path, Manifest]] = []
     with suppress(OSError, HomeAgentError):
@@ -99,7 +99,7 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
 
 def newest_backup(database: Path) -> Path | None:
     """Search the database's directory and the directory of the last backup. Return the newest backup, or None. The
-    argument `database` must be a path from `locate_file()`.
+    argument `database=` must be a path from `locate_file()`.
     """
     # Compare only file names, because the administrator can move the directory.
     found = [entry for entry in backups_in(database.parent, database) if Path(entry[1].database).name == database.name]
@@ -131,7 +131,9 @@ def remembered_backup(database: Path) -> Path | None:
 
 
 def _read(path: Path, owners: frozenset[int]) -> bytes:
-    """Read a file of one of the users `owners`. Raise OSError if the file is larger than 64 KiB."""
+    """Read a file. The argument `owners=` contains the allowed owners' user ids. Raise OSError if the file is larger
+    than 64 KiB.
+    """
     with open_to_read(path, owners) as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:

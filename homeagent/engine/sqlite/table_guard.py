@@ -26,8 +26,9 @@ def refuse_changes(
     raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
 ) -> Iterator[None]:
     """During the block, refuse changes of the tables' rows, columns, indexes and triggers. Also refuse statements that
-    set `PRAGMA writable_schema`. The names of the tables are in lower case. The triggers in the argument `triggers` may
-    change the tables. SQLite refuses a statement before the execution (https://sqlite.org/c3ref/set_authorizer.html).
+    set `PRAGMA writable_schema`. Pass the names of the tables in lower case. The argument `triggers=` names triggers
+    that may change the tables. SQLite refuses a statement before the execution
+    (https://sqlite.org/c3ref/set_authorizer.html).
     """
 
     def judge(action: int, first: str | None, second: str | None, _schema: object, by: str | None) -> int:

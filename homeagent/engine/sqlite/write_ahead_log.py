@@ -92,7 +92,7 @@ def open_without_locks(path: Path) -> Iterator[Connection]:
 
 
 def find_lost_commits(path: Path, raw: Connection) -> LostCommits | None:
-    """Describe the commits that SQLite would silently discard, or return None. The argument `raw` must be a connection
+    """Describe the commits that SQLite would silently discard, or return None. The argument `raw=` must be a connection
     from `open_without_locks()`. A power cut during COMMIT can damage the last commit. If the WAL index is missing, do
     not report a damaged last commit.
     """

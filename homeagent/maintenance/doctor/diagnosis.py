@@ -116,7 +116,7 @@ def _diagnose(
     fix: bool,
     settings: UnitSettings | None = None,
 ) -> Diagnosis:
-    """Run the checks, and return the diagnosis. If `fix` is True, make safe repairs, and check again."""
+    """Run the checks, and return the diagnosis. With `fix=True`, make safe repairs, and check again."""
 
     def check(repairs: list[Repair]) -> Diagnosis:
         limit = None if thorough else QUICK
@@ -164,7 +164,7 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
     done: list[Repair] = []
     found = {finding.check: finding for finding in diagnosis.findings}
     bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
-    # If the database can be another application's, change no files.
+    # If the database can belong to another application, change no files.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
         _record(done, "files", _make_private(target.path))
         _record(done, "leftovers", _remove_partials(target.path, diagnosis.checked_at))
@@ -183,7 +183,7 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
 
 @contextmanager
 def _noted(done: list[Repair], check: str) -> Iterator[None]:
-    """Append a HomeAgentError of the block to `done`, as a failed repair."""
+    """If the block raises a HomeAgentError, record a failed repair."""
     try:
         yield
     except HomeAgentError as error:

@@ -27,8 +27,8 @@ from homeagent.maintenance.doctor.report import Collector
 
 OLD_BACKUP = timedelta(days=7)
 STALE = timedelta(days=1)  # After this time, the doctor treats a partial copy as abandoned.
-KEPT = timedelta(days=30)  # The doctor reports files in quarantine that are older.
-WAL_RESERVE = 64 * 1024 * 1024  # The WAL needs this free space in addition to a second database.
+KEPT = timedelta(days=30)  # After this time, the doctor reports a file in quarantine.
+WAL_RESERVE = 64 * 1024 * 1024  # The required free space is the database's size plus this reserve for the WAL.
 SCARCE = 16 * 1024 * 1024  # With less free space, the next writes can fail.
 
 Files = dict[Path, os.stat_result]

@@ -139,8 +139,8 @@ class Collector:
         warning: object = False,
         **facts: Fact,
     ) -> None:
-        """Add a finding. The arguments `critical` and `warning` choose the severity, otherwise OK. For the severity OK,
-        ignore the arguments `meaning`, `remedy` and `command`.
+        """Add a finding. A true value of `critical=` or `warning=` sets the severity. Without a true value, the
+        severity is OK. For the severity OK, ignore the arguments `meaning=`, `remedy=` and `command=`.
         """
         severity, advice = Severity.OK, {}
         if critical or warning:

@@ -40,7 +40,7 @@ _TIMES = [
     for c in described.columns
     if isinstance(c.type, TimestampColumn) and not c.name.endswith("expires_at") and c.name != "at"
 ]
-"""Columns to which stores write only the current time. The database's clock can set the column `device_changes.at`."""
+"""Stores write only the current time to these columns. The database's clock can set the column `device_changes.at`."""
 
 
 def check_store(collector: Collector, connection: Connection) -> None:
@@ -83,7 +83,7 @@ def _check_revision(collector: Collector, connection: Connection) -> None:
 
 # The schema, and the objects and tables of the application
 
-# Meaning and remedy for each kind of object of the application.
+# Meaning and remedy for each kind of application object.
 _OBJECTS = {
     "trigger": (
         "the trigger runs at writes to homeagent's tables; a copy, a restore and an upgrade refuse the trigger",
@@ -113,7 +113,7 @@ def _check_schema(collector: Collector, connection: Connection) -> None:
             collector.warn("schema", summary, meaning, remedy, **{fact: len(found)})
     if accepted:
         listed = ", ".join(str(difference.trigger) for difference in accepted)
-        # Put the names into the facts too. A worse finding replaces the summary.
+        # Also list the names in the field `Finding.facts`. A worse finding replaces the summary.
         collector.add("schema", f"Acknowledged triggers of the application: {listed}.", acknowledged=listed)
 
 

@@ -46,8 +46,8 @@ class _Flags(dict[Any, bool]):
 
 
 class FlagColumn(StoredColumn[bool]):
-    """Column type for a bool, stored as 0 or 1. A stored value other than 0 and 1 is loaded as `otherwise`. The
-    argument `otherwise` must grant no access.
+    """Column type for a bool, stored as 0 or 1. The argument `otherwise=` replaces a stored value that is not 0 or 1.
+    Choose a replacement that grants no access.
     """
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = Integer

@@ -13,12 +13,12 @@ from homeagent.errors import CorruptDatabaseError
 T = TypeVar("T")
 
 UNREADABLE = (CorruptDatabaseError, KeyError, OverflowError, RecursionError, ValueError)
-"""Exceptions that converting an unreadable value raises. A TypeError shows a bug in the code."""
+"""Exceptions that a column type raises for an unreadable value. A TypeError shows a bug in the code."""
 
 
 def naming_column(table: Table) -> str:
-    """Return the name of the column that identifies a row in errors. An error must not show a nonce or an idempotency
-    key.
+    """Return the name of the column by which an error identifies a row. An error must not show a nonce or an
+    idempotency key.
     """
     return "device_id" if "device_id" in table.columns else next(iter(table.primary_key.columns)).name
 
@@ -48,8 +48,8 @@ def unreadable(
     key: object = None,
     what: str = "holds a value that can't be read",
 ) -> CorruptDatabaseError:
-    """Return the error for an unreadable value. The argument `key` is the row's value in the column
-    `naming_column(table)`.
+    """Return the error for an unreadable value. The argument `key=` is the value that identifies the row (see
+    `naming_column()`).
     """
     if table is None:
         place = "a stored value can't be read; 'homeagent doctor' names its row"

@@ -43,7 +43,7 @@ _EMOJI_STYLES = frozenset("\ufe0e\ufe0f")
 
 def _check_text(value: str, what: str, octets: int) -> str:
     """Return the value if the text is valid. An empty text, a control character and a lone surrogate are invalid. The
-    argument `octets` is the maximum number of UTF-8 bytes.
+    argument `octets=` is the maximum number of UTF-8 bytes.
     """
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
@@ -75,7 +75,7 @@ _check_known = lru_cache(8192)(_check_id)
 
 
 def _is_visible(text: str, place: int) -> bool:
-    """Return True if an id can contain the character at `place`."""
+    """Return True if an id can contain the character `text[place]`."""
     character = text[place]
     if not INVISIBLE.match(character) and unicodedata.category(character) != "Cf":
         return True
@@ -101,7 +101,7 @@ def _is_letter_or_emoji(character: str) -> bool:
 
 
 def check_identifier(value: str, what: str = "an id", octets: int = MAX_ID_BYTES) -> str:
-    """Return the value if it is a valid id. The argument `octets` is the greatest number of bytes. The page on limits
+    """Return the value if it is a valid id. The argument `octets=` is the greatest number of bytes. The page on limits
     lists the rules.
     """
     return (_check_known if value.__class__ is str else _check_id)(value, what, octets)
@@ -128,7 +128,7 @@ def check_name(value: str, what: str = "a name") -> str:
 
 
 def check_searched(value: str, what: str) -> str:
-    """Return the value if it is a str. A stored text can break the rules for new texts."""
+    """Return the value if it is a str. An old row can contain a text that is no longer valid."""
     if not isinstance(value, str):
         raise InvalidArgumentError(f"{what} must be text, not {type(value).__name__}")
     return value
