@@ -201,10 +201,14 @@ class ConnectionPool(Generic[T]):
         """Close the free resources. Waiting callers and later callers of `acquire()` get DatabaseClosedError."""
         with self.mutex:
             self._closed = True
+            # Empty the list here, because `acquire()` lends a free resource also after the close.
+            free, self._free = self._free, []
+            self._count -= len(free)
             waiters, self._waiters = self._waiters, deque()
             for waiter in waiters:
                 waiter.notified.release()
-            self.discard_free()
+        for resource in free:
+            resource.close()
 
     def busy(self, timeout: float) -> DatabaseBusyError:
         """Return the error for a timeout. The message names the threads that hold the resources."""

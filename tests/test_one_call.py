@@ -112,6 +112,18 @@ def test_a_read_connection_has_one_snapshot_and_cannot_write(database: Database)
     assert len(database.agents.list()) == 3
 
 
+def test_rows_of_a_read_connection_after_its_commit(database: Database) -> None:
+    """A result stays readable after `commit()` and `rollback()`."""
+    for name in ("a", "b", "c"):
+        add_agent(database, name)
+    with database.read_connection() as connection:
+        for end in (connection.commit, connection.rollback):
+            found = connection.execute(text("SELECT id FROM agents ORDER BY id"))
+            assert found.fetchone() == ("a",)
+            end()
+            assert found.fetchall() == [("b",), ("c",)]
+
+
 def test_a_read_connection_attaches_nothing(sqlite_database: Database) -> None:
     """A read connection refuses ATTACH, which would allow writes and a second file."""
     with sqlite_database.read_connection() as connection, pytest.raises(errors.DatabaseError):

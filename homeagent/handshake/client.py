@@ -20,6 +20,7 @@ import anyio
 from anyio.to_thread import run_sync
 from pydantic import SecretStr
 
+from homeagent.callables import check_function
 from homeagent.clock import Clock, system_clock
 from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError, InvalidArgumentError
 from homeagent.frame_locals import clears_locals
@@ -60,6 +61,7 @@ async def authenticate(
         HandshakeError: if the handshake takes too long, or the clocks differ too much. Another cause is an invalid
             message, or a gateway without the verifier. Close the connection after the error.
     """
+    check_function(clock, "clock")
     try:
         with anyio.fail_after(time_limit.total_seconds()):
             await _authenticate(device_id, secret, send, receive, skew, clock)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 from sqlalchemy import text
 
+from homeagent.callables import check_function
 from homeagent.clock import system_clock
 from homeagent.engine.files.database_file import inspect_file, look_at, sidecars
 from homeagent.engine.files.directories import prepare_directory
@@ -172,6 +173,7 @@ def adopt(
     """
     given = conceal(target)
     del target
+    check_function(clock, "clock")
     application, where = _application(migrations, acknowledged), resolve_target(given)
     if where.url is None:
         path = _path_of(where)

@@ -15,6 +15,7 @@ from sqlalchemy import Connection, delete, text
 from homeagent.engine.engine import Engine
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.errors import (
+    CorruptDatabaseError,
     DatabaseError,
     InvalidArgumentError,
     SchemaOutdatedError,
@@ -92,6 +93,10 @@ def copy_store(
             destination.execute(text(f"LOCK TABLE {', '.join(names)} IN EXCLUSIVE MODE"))
         for table in tables:
             if table.name == store_table.name:
+                if table.count(origin) != 1:
+                    raise CorruptDatabaseError(
+                        "the table `store` of the source has lost its row: restore the newest good backup"
+                    )
                 # Delete the row that a revision has inserted. The copied row keeps the source's epoch.
                 destination.execute(delete(table.target))
             elif table.count(destination):

@@ -98,18 +98,23 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
     with closing(PostgreSQLEngine(url, busy_timeout=timeout)) as engine:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
+            # Wait before the lock of the table, because the lock stops a running gateway.
+            end = monotonic() + min(timeout.total_seconds(), _ENDING)
+            while _count_others(connection) and monotonic() < end:
+                sleep(0.02)
             # A later process waits for the lock, and reads the new epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
-            end = monotonic() + min(timeout.total_seconds(), _ENDING)
-            while others := int(connection.execute(text(_OTHERS)).scalar_one()):
-                if monotonic() >= end:
-                    raise DatabaseBusyError(
-                        f"{others} session(s) of homeagent have the database open and would continue in the old epoch: "
-                        "stop the gateways first"
-                    )
-                sleep(0.02)
-                connection.execute(text("SELECT pg_stat_clear_snapshot()"))
+            if others := _count_others(connection):
+                raise DatabaseBusyError(
+                    f"{others} session(s) of homeagent have the database open and would continue in the old epoch: "
+                    "stop the gateways first"
+                )
             return _advance(connection, now, at_least=0, expected=expected)
+
+
+def _count_others(connection: Connection) -> int:
+    connection.execute(text("SELECT pg_stat_clear_snapshot()"))
+    return int(connection.execute(text(_OTHERS)).scalar_one())
 
 
 def _advance(connection: Connection, now: datetime, *, at_least: int, expected: int | None) -> int:

@@ -309,12 +309,13 @@ class DeviceStore(Store):
             DeviceNotApprovedError: if `previous_until` is given and the device is not approved.
             InvalidArgumentError: if a text is invalid or `previous_until` has no time zone.
         """
+        expected = self._searched(expected_secret_hash, "expected_secret_hash")
         values = {
             "device_id": self._searched(device_id, "device_id"),
-            "expected": self._searched(expected_secret_hash, "expected_secret_hash"),
+            "expected": expected,
             "replacement": types.check_name(secret_hash, "secret_hash"),
             "verifier": None if proof_verifier is None else types.check_name(proof_verifier, "proof_verifier"),
-            "previous": None if previous_until is None else expected_secret_hash,
+            "previous": None if previous_until is None else expected,
             "until": None if previous_until is None else types.check_timestamp(previous_until, "previous_until"),
         }
         if previous_until is not None:

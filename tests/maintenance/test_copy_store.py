@@ -346,6 +346,7 @@ BAD_ROWS = {
     "approved": ("UPDATE devices SET approved = 2", f"devices.approved{FLAG}"),
     "omitted": ("UPDATE idempotency_keys SET omitted = 2", f"idempotency_keys.omitted{FLAG}"),
     "no agent": (NO_AGENT, "sessions"),
+    "no store record": ("DELETE FROM store", "table `store` of the source has lost its row"),
     "a number over 32 bits": (ATTEMPT, "."),
 }
 # The other errors are CorruptDatabaseError.

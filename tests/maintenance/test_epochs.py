@@ -64,6 +64,18 @@ def test_session_that_ends(empty_postgres_url: str, clock: FakeClock, monkeypatc
     assert Database.begin_epoch(empty_postgres_url, clock=clock).epoch == 2
 
 
+def test_a_refused_epoch_does_not_stop_the_gateway(
+    empty_postgres_url: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the call waits for a session's end, a gateway still answers at once."""
+    monkeypatch.setattr(epochs, "_ENDING", 0.05)
+    with Database.open(empty_postgres_url, clock=clock, busy_timeout=timedelta(milliseconds=50)) as gateway:
+        judge(gateway, "one")
+        monkeypatch.setattr(epochs, "sleep", lambda seconds: gateway.ping())
+        with pytest.raises(errors.DatabaseBusyError, match="stop the gateways first"):
+            Database.begin_epoch(empty_postgres_url, clock=clock)
+
+
 def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:
     """After a second epoch, `homeagent status` shows the epoch. SQLite only: the output is the same for PostgreSQL."""
 

@@ -106,6 +106,7 @@ class SQLiteEngine(Engine):
         self.identity_check = FileIdentityCheck(path, strict=durability == "full", on_moved=self._keep_from_checkpoints)
         self.in_use_lock: FileLock | None = None
         super().__init__(self._create_engine(self._open_existing), writers=1, readers=READERS)
+        event.listen(self.sa_engine, "begin", self._on_begin)
 
     def translate(self, error: BaseException) -> HomeAgentError:
         """Return homeagent's error for an exception that the driver raised."""
@@ -120,7 +121,6 @@ class SQLiteEngine(Engine):
         sa_engine = sqlalchemy.create_engine(url, poolclass=NullPool, hide_parameters=True, creator=open_file)
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
-        event.listen(sa_engine, "begin", self._on_begin)
         # Use a weak reference to this engine. The caches of compiled statements keep this listener in memory. A strong
         # reference would keep a closed engine in memory.
         on_error = weakref.WeakMethod(self._on_error)

@@ -15,6 +15,7 @@ from typing import Any
 
 from sqlalchemy import URL, exists, update
 
+from homeagent.callables import check_function
 from homeagent.clock import Clock, system_clock
 from homeagent.engine.files.database_file import FILE_MODE, change_mode
 from homeagent.engine.files.system_errors import explained
@@ -80,6 +81,7 @@ def diagnose(
     where = resolve_target(given)
     if where.is_temporary:
         raise InvalidArgumentError("a temporary database exists only while it is open: use Database.doctor()")
+    check_function(clock, "clock")
     return _diagnose(where, clock, frozenset(acknowledged), thorough=thorough, fix=fix)
 
 
