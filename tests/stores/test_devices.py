@@ -113,9 +113,10 @@ def test_overlap_needs_an_approved_device(database: Database, revoked: bool) -> 
     assert caught.value.device_id == "lamp"
     assert dump(database) == before
     assert database.run(lambda unit: unit.devices.set_secret("absent", previous_until=START + MINUTE, **new)) is False
-    for unstorable in ("\ud800", "a\0b"):
-        changed = {**new, "expected_secret_hash": unstorable, "previous_until": START + MINUTE}
-        assert database.run(lambda unit: unit.devices.set_secret("absent", **changed)) is False
+    with database.unit_of_work() as unit:
+        for unstorable in ("\ud800", "a\0b"):
+            changed = {**new, "expected_secret_hash": unstorable, "previous_until": START + MINUTE}
+            assert unit.devices.set_secret("absent", **changed) is False
     assert database.run(lambda unit: unit.devices.set_secret("lamp", **new)) is True
 
 
