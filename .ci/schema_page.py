@@ -25,8 +25,8 @@ BEGINNING = """\
 This page is for engineers who read the tables by SQL, or whose own tables refer to homeagent's tables. A program
 generates the page from the models. Timestamps are milliseconds since 1970-01-01 in UTC.
 
-In the diagram, the line from `agents` to `sessions` stands for a foreign key. The columns `device_id` of nonces,
-idempotency keys and changes are not foreign keys. If a device is deleted, the nonces and changes of the device stay.
+In the diagram, the line from `agents` to `sessions` stands for a foreign key. In homeagent's tables, the column
+`device_id` is not a foreign key. If a device is deleted, the nonces and changes of the device stay.
 """
 
 

@@ -139,9 +139,9 @@ def begin_epoch(
 ) -> None:
     """Begin a new epoch after another program has restored the database.
 
-    For example, run the command after pg_restore or a restored disk snapshot. Stop the gateways first. In the new
-    epoch, gateways refuse messages signed before the epoch. A new epoch cannot be undone. The command shows the current
-    epoch and asks for a confirmation. The option --yes needs --epoch.
+    For example, run the command after pg_restore, or after you have restored a disk snapshot. Stop the gateways first.
+    In the new epoch, gateways refuse messages signed before the epoch. A new epoch cannot be undone. The command shows
+    the current epoch and asks for a confirmation. The option --yes needs --epoch.
     """
     require_expected(context, "epoch", "as 'status --json' prints it")
     if not yes:
@@ -169,7 +169,7 @@ def copy(
     live: Annotated[bool, flag("--live", _LIVE_HELP)] = False,
     migrations: MigrationsOption = None,
     leave: Annotated[
-        list[str] | None, option("TABLE", "Table of an application that the command does not copy. Can be repeated.")
+        list[str] | None, option("TABLE", "Do not copy this table of an application. Can be repeated.")
     ] = None,
     acknowledge: AcknowledgeOption = None,
 ) -> None:

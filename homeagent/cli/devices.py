@@ -31,9 +31,10 @@ _DECISIVE = ("paired_at", "status", "role", "shared_secret_hash")
 """Columns of a device on which an operator's decision depends."""
 
 
-_ORDER_HELP = "Order of the list. With paired_at, the device that was paired last comes first."
+_ORDER_HELP = "Order of the list. With paired_at, the most recently paired device comes first."
 _STATUS_HELP = (
-    "Refuse the approval if the device has another status. With --yes, a revoked device needs --status revoked."
+    "Refuse the approval if the device has another status. To approve a revoked device with --yes, also pass "
+    "--status revoked."
 )
 _OVERLAP_HELP = "Time for which the old secret also works. The device must be approved."
 _LONGEST_OVERLAP = 366 * 24 * 3600  # in seconds
@@ -109,8 +110,8 @@ def approve(
     """Approve a device.
 
     The command shows the device and asks for a confirmation. If the device gets a new role, secret or status before the
-    confirmation, the command fails. The option --yes needs --role and --paired-at. For a revoked device, --yes also
-    needs --status revoked.
+    confirmation, the command fails. The option --yes needs --role and --paired-at. To approve a revoked device with
+    --yes, also pass --status revoked.
     """
     require_expected(context, "role")
     require_expected(context, "paired_at")
@@ -156,7 +157,7 @@ def delete(
     dry_run: arguments.DryRunOption = False,
     yes: arguments.YesOption = False,
 ) -> None:
-    """Delete a device, or the pending devices that were paired before a time.
+    """Delete one device. With --pending and --before, delete old pending devices.
 
     The command shows the devices and asks for a confirmation. If DEVICE gets a new role, secret or status before the
     confirmation, the command fails. With --pending, the command deletes only devices that are still pending. The option
@@ -217,7 +218,7 @@ def pair(
     role: Annotated[Role, arguments.choice(Role, "Role of the device.")],
     metadata: Annotated[str | None, arguments.option("JSON", "Metadata of the device.")] = None,
     approved: Annotated[
-        bool, arguments.flag("--approve", "Approve the device at once, for example the first admin.")
+        bool, arguments.flag("--approve", "Approve the device at once, for example if the device is the first admin.")
     ] = False,
 ) -> None:
     """Add a device, and print its new secret once.

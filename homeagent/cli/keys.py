@@ -18,7 +18,7 @@ from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyScope, I
 from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.unit_of_work import UnitOfWork
 
-keys: typer.Typer = group("keys", help="Settle the idempotency keys with an abandoned attempt.")
+keys: typer.Typer = group("keys", help="Settle the idempotency keys that have an abandoned attempt.")
 
 MethodArgument = Annotated[str, arguments.argument("METHOD", "Name of the method.")]
 KeyArgument = Annotated[str, arguments.argument("KEY", "Key that the device chose.")]
@@ -37,7 +37,7 @@ def _row_of(row: IdempotencyKey) -> tuple[object, ...]:
 def abandoned(
     context: typer.Context, limit: arguments.LimitOption = 100, form: arguments.FormatOption = arguments.Format.TABLE
 ) -> None:
-    """List the keys with an abandoned attempt, oldest first.
+    """List the keys that have an abandoned attempt, oldest first.
 
     For each key, find out whether the effect took place. Then run 'keys resolve' or 'keys forget'.
     """
@@ -131,7 +131,7 @@ nonces: typer.Typer = group("nonces", help="Release the nonces of a device that 
 
 @nonces.command("forget")
 def forget_nonces(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
-    """Exclude the stored nonces of a device from the limit of nonces.
+    """Stop counting the stored nonces of a device towards the device's limit of nonces.
 
     First configure the gateway to keep nonces for a shorter time. The gateway still refuses a replayed message until
     its nonce expires.

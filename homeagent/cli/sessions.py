@@ -56,9 +56,9 @@ def move(
     session_id: arguments.SessionArgument,
     agent: Annotated[str | None, arguments.option("AGENT", "New agent.")] = None,
     sender: Annotated[str | None, arguments.option("SENDER", "New sender.")] = None,
-    no_sender: Annotated[bool, arguments.flag("--no-sender", "Move to a route without a sender.")] = False,
+    no_sender: Annotated[bool, arguments.flag("--no-sender", "Remove the sender from the session's route.")] = False,
     channel: Annotated[str | None, arguments.option("CHANNEL", "New channel.")] = None,
-    no_channel: Annotated[bool, arguments.flag("--no-channel", "Move to a route without a channel.")] = False,
+    no_channel: Annotated[bool, arguments.flag("--no-channel", "Remove the channel from the session's route.")] = False,
 ) -> None:
     """Give a session a different agent, sender or channel.
 

@@ -11,8 +11,8 @@ class Agent(Table, table=True):
 
     __tablename__ = "agents"
 
-    id: Identifier = Field(primary_key=True, description="Name of the agent for programs, such as `butler`.")
-    name: Name = Field(description="Name of the agent for people.")
+    id: Identifier = Field(primary_key=True, description="Name that programs use, such as `butler`.")
+    name: Name = Field(description="Name that people see, such as `Butler`.")
     workspace_path: WorkspacePath = Field(
         description="Directory on the owner's machine. homeagent stores the path and does not open the directory."
     )

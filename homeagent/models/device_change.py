@@ -45,6 +45,6 @@ class DeviceChange(Table, table=True):
         ),
         description="Number of the change. A change that was committed later has a greater number.",
     )
-    device_id: Identifier | None = Field(default=None, description="Id of the device. Null in a `reset` change.")
+    device_id: Identifier | None = Field(default=None, description="Id of the device. Null if the kind is `reset`.")
     kind: DeviceChangeKind = Field(description="Kind of the change.")
     at: Timestamp = Field(description="Time of the change, from the device's row or from the database's clock.")

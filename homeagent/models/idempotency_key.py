@@ -99,8 +99,8 @@ class IdempotencyKey(Table, table=True):
         repr=False,
         exclude=True,
         description=(
-            "Random token of the attempt that can record the outcome or has recorded the outcome. Null if no attempt"
-            " has claimed the key."
+            "Random token of the attempt that claimed the key last. Null if `insert()` or an operator recorded the"
+            " result."
         ),
     )
     attempt: int = Field(

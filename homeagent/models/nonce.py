@@ -25,8 +25,8 @@ class Nonce(Table, table=True):
     device_id: Identifier = Field(description="Device that signed the value.")
     created_at: Timestamp = Field(
         description=(
-            "Time at which the nonce was consumed. 1970-01-01 if a call of `nonces.forget()` excluded the nonce"
-            " from the limit."
+            "Time at which the nonce was consumed. A call of `nonces.forget()` changes the time to 1970-01-01. Then the"
+            " nonce does not count towards the limit."
         )
     )
     expires_at: Timestamp = Field(

@@ -20,7 +20,8 @@ store_table: Table = Table(
     _column(
         "epoch",
         Integer,
-        "Counter from 1 that a restore increments. A cache from an earlier epoch can be wrong.",
+        "Counter that begins with 1. A restore or the command `begin-epoch` increments the counter. A cache from an "
+        "earlier epoch can be wrong.",
         server_default=text("1"),
         nullable=False,
     ),
@@ -35,7 +36,7 @@ store_table: Table = Table(
     _column(
         "proof_key",
         HashColumn(),
-        "Random key from which `Database.proof_parameters` derives the answers for absent devices.",
+        "Random key. `Database.proof_parameters` derives the answers for absent devices from the key.",
     ),
     CheckConstraint("id = 1", name="single"),
     CheckConstraint("epoch >= 1", name="epoch"),
