@@ -210,9 +210,10 @@ class DeviceSecrets:
         To recognise pending and revoked devices, call `check_proof()`.
 
         A proof is the ClientProof of SCRAM (RFC 5802, section 3). The proof covers the device's id, the nonce and the
-        timestamp. A device makes the proof with `homeagent.scram.make_proof`. The gateway stores a verifier. With a
-        verifier, the gateway can check proofs but can't make proofs. After the check, consume the nonce before you
-        grant access. Even during an overlap, a proof with the old secret is wrong.
+        timestamp. The proof does not cover the body of a message. A device makes the proof with
+        `homeagent.scram.make_proof`. The gateway stores a verifier. With a verifier, the gateway can check proofs but
+        can't make proofs. After the check, consume the nonce before you grant access. Even during an overlap, a proof
+        with the old secret is wrong.
 
         Args:
             device_id: presented id.

@@ -19,7 +19,8 @@ messages:
 | the verifier | guess a secret that a human chose, or impersonate the gateway |
 | the verifier and the messages of one proof | make proofs until the secret is rotated (RFC 5802 section 9) |
 
-An attacker can't guess a generated secret. Use TLS, because an attacker could forward a proof.
+An attacker can't guess a generated secret. Use TLS, because an attacker could forward a proof with another body. A
+proof covers only the device's id, the nonce and the time.
 """
 
 from __future__ import annotations

@@ -6,7 +6,9 @@ Without `--database` the example uses a temporary database. A second run with th
 the beginning of the trace again. The store then refuses each message whose nonce is still stored. The store accepts the
 other messages, although these messages would be too old for a real clock.
 
-The trace has no signatures. A real gateway calls `verify_secret` or `verify_proof` before it consumes a nonce.
+The trace has no signatures and no bodies. A real gateway calls `verify_secret` or `verify_proof` before it consumes a
+nonce. A proof does not cover the body of a message. Use TLS, or bind the body to the proof, as docs/how-to/devices.md
+shows.
 """
 
 from __future__ import annotations
