@@ -184,9 +184,10 @@ def install_error_handlers(app: FastAPI) -> None:
     | `DatabaseBusyError`, `ConnectionLostError`, `EffectNotStartedError` | 503 |
     | `DatabaseClosedError`, `DiskFullError` | 503 |
 
-    If a retry can succeed, the reply has the header Retry-After (RFC 9110, section 10.2.3). The function replaces the
-    handlers for homeagent's errors, `HTTPException` and `RequestValidationError`. FastAPI's own reply for a
-    RequestValidationError repeats the input. The input can be a secret.
+    For a temporary error, the reply has the header Retry-After (RFC 9110, section 10.2.3). The header is the shortest
+    time to wait before a retry. The retry can fail again. The function replaces the handlers for homeagent's errors,
+    `HTTPException` and `RequestValidationError`. FastAPI's own reply for a RequestValidationError repeats the input.
+    The input can be a secret.
     """
     # With Starlette's types, requests and WebSockets would need separate handlers.
     answer: Any = _answer
