@@ -76,8 +76,8 @@ class Device(Table, table=True):
     last_seen_at: Timestamp | None = Field(
         default=None,
         description=(
-            "Time at which the device was last seen, updated at most once a minute. Null before the device is seen for"
-            " the first time."
+            "Time that the application stored by `update_last_seen()`, usually at most once a minute. Null before the"
+            " first call of `update_last_seen()`."
         ),
     )
     metadata_: Json = Field(
