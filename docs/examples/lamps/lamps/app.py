@@ -4,9 +4,9 @@ from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, WebSocket, WebSocketException
-from pydantic import AwareDatetime, BaseModel, Field, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
-from homeagent import Attempt, Database, DevicePair, DevicePublic, DeviceStatus, IdempotencyScope, Outcome, Role
+from homeagent import Attempt, Database, DevicePair, DevicePublic, DeviceStatus, IdempotencyScope, Role, Timestamp
 from homeagent.errors import HomeAgentError
 from homeagent.fastapi import (
     CurrentDevice,
@@ -22,6 +22,8 @@ from homeagent.fastapi import (
 from lamps.tables import LampUnit, SwitchStore
 
 LampDatabase = Annotated[Database[LampUnit], Depends(get_database)]
+# The effect can run twice without harm, because `switch_once` recognises the second run by the downstream key.
+Repeatable = Annotated[Once, Depends(idempotent(on_abandoned="rerun"))]
 router = APIRouter()
 
 
@@ -43,17 +45,16 @@ def pending_devices(database: LampDatabase) -> Any:
     return database.devices.list(status=DeviceStatus.PENDING)
 
 
-@router.post("/devices/{device_id}/approve", dependencies=[Depends(require_role(Role.ADMIN))])
-def approve(device_id: str, role: Role, paired_at: AwareDatetime, database: LampDatabase) -> bool:
+@router.post("/devices/approve/{device_id:path}", dependencies=[Depends(require_role(Role.ADMIN))])
+def approve(device_id: str, role: Role, paired_at: Timestamp, database: LampDatabase) -> bool:
     return database.devices.approve(device_id, expected_role=role, expected_paired_at=paired_at)
 
 
 @router.put("/lamps/{lamp}/{on}")
-async def switch(
-    lamp: str, on: bool, device: CurrentDevice, database: LampDatabase, once: Annotated[Once, Depends(idempotent())]
-) -> Any:
+async def switch(lamp: str, on: bool, device: CurrentDevice, database: LampDatabase, once: Repeatable) -> Any:
     def effect(attempt: Attempt) -> JsonValue:
-        database.run(lambda uow: uow.switches.add(device.id, lamp, on))
+        call = Call(id=attempt.downstream_key, lamp=lamp, on=on)
+        database.run(partial(switch_once, device_id=device.id, call=call), idempotent=True)
         return {"lamp": lamp, "on": on}
 
     return await once(effect)
@@ -73,13 +74,13 @@ async def answer_calls(websocket: WebSocket, database: LampDatabase) -> None:
             except ValidationError:
                 raise WebSocketException(1007, "the call is invalid") from None
             try:
-                outcome = await database.arun(partial(switch_once, device_id=device.id, call=call), idempotent=True)
-                await websocket.send_json({"id": call.id, "result": outcome.value})
+                result = await database.arun(partial(switch_once, device_id=device.id, call=call), idempotent=True)
+                await websocket.send_json({"id": call.id, "result": result})
             except HomeAgentError as error:
                 await websocket.send_json({"id": call.id, "error": type(error).__name__})
 
 
-def switch_once(uow: LampUnit, device_id: str, call: Call) -> Outcome:
+def switch_once(uow: LampUnit, device_id: str, call: Call) -> JsonValue:
     """Switch a lamp, unless the device has made the same call before. One commit stores the row and the result."""
 
     def effect(attempt: Attempt) -> JsonValue:
@@ -87,7 +88,7 @@ def switch_once(uow: LampUnit, device_id: str, call: Call) -> Outcome:
         return call.on
 
     scope = IdempotencyScope(device_id=device_id, method="lamps.switch", key=call.id)
-    return uow.run_once(scope, effect, params=call.model_dump(exclude={"id"}))
+    return uow.run_once(scope, effect, params=call.model_dump(exclude={"id"})).value
 
 
 def create_app(target: Database[LampUnit] | None = None) -> FastAPI:

@@ -28,13 +28,13 @@ def test_lamps(homeagent_database: Database[LampUnit], homeagent_clock: FakeCloc
     admin = headers("owner", homeagent_database.pair(DevicePair(id="owner", role=Role.ADMIN)).shared_secret)
     homeagent_database.devices.approve("owner")
     with TestClient(create_app(homeagent_database)) as client:
-        secret = client.post("/devices", json={"id": "phone", "role": "client"}).json()["secret"]
-        once = headers("phone", secret, **{"Idempotency-Key": "1"})
+        secret = client.post("/devices", json={"id": "a/phone", "role": "client"}).json()["secret"]
+        once = headers("a/phone", secret, **{"Idempotency-Key": "1"})
         assert client.put("/lamps/hall/true", headers=once).status_code == 403
         (pending,) = client.get("/devices", headers=admin).json()
         seen = {"role": pending["role"], "paired_at": pending["paired_at"]}
-        assert client.post("/devices/phone/approve", params=seen, headers=once).status_code == 403
-        assert client.post("/devices/phone/approve", params=seen, headers=admin).json() is True
+        assert client.post("/devices/approve/a%2Fphone", params=seen, headers=once).status_code == 403
+        assert client.post("/devices/approve/a%2Fphone", params=seen, headers=admin).json() is True
         for replayed in (None, "true"):
             reply = client.put("/lamps/hall/true", headers=once)
             assert (reply.json(), reply.headers.get("Idempotency-Replayed")) == ({"lamp": "hall", "on": True}, replayed)
@@ -46,11 +46,11 @@ def test_lamps(homeagent_database: Database[LampUnit], homeagent_clock: FakeCloc
             async def receive() -> str:
                 return socket.receive_text()
 
-            asyncio.run(authenticate("phone", SecretStr(secret), send=send, receive=receive, clock=homeagent_clock))
+            asyncio.run(authenticate("a/phone", SecretStr(secret), send=send, receive=receive, clock=homeagent_clock))
             for _ in range(2):
                 socket.send_json({"id": "1", "lamp": "hall", "on": False})
                 assert socket.receive_json() == {"id": "1", "result": False}
             assert client.get("/lamps/hall", headers=once).json() == [True, False]
-            homeagent_database.devices.revoke("phone")
+            homeagent_database.devices.revoke("a/phone")
             assert socket.receive()["code"] == 4403
         assert client.get("/lamps/hall", headers=once).status_code == 403
