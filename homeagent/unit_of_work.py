@@ -190,7 +190,7 @@ class UnitOfWork(Transaction):
         return self._connection.changes()  # type: ignore[union-attr]  # the statement has required the connection
 
     def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
-        """Run a store's statement with RETURNING. Return the first row's object, or None without rows."""
+        """Run a store's statement, and return the first returned row's object. Without `returning=`, return None."""
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None
 
