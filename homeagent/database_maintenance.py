@@ -124,9 +124,9 @@ class DatabaseMaintenance:
         counts.
 
         Args:
-            destination: path of a new file or a directory. With a final slash, the path is a directory. An absent
-                directory is created with mode 0700. In a directory, the file name contains the schema revision and the
-                time.
+            destination: path of a new file or a directory. With a final slash, the path is a directory. Absent
+                directories are created with mode 0700. In a directory, the file name contains the schema revision and
+                the time.
             keep: number of this database's backups to keep in the directory. Older backups are deleted. Files without a
                 manifest and copies from upgrades stay.
             replace: True to replace an existing file.

@@ -25,8 +25,8 @@ from homeagent.maintenance.restore import check_paths
 from homeagent.models.types import MAX_LIMIT
 
 _DESTINATION_HELP = (
-    "Directory, or file that does not exist. A path with a slash at the end is a directory, and is created if it does "
-    "not exist."
+    "Directory, or file that does not exist. A path with a slash at the end is a directory. The command creates "
+    "missing directories."
 )
 _KEEP_HELP = "Remove this database's oldest backups from the directory until N backups are left."
 _EPOCH_HELP = (
