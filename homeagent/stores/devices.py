@@ -353,7 +353,8 @@ class DeviceStore(Store):
         read all devices again. In the next call, pass the change's number in `after=`.
 
         Args:
-            after: number of the last change that the caller has read. Pass 0 if the caller has read no change yet.
+            after: number of the last change that the caller has read. The number 0 is the beginning of a new feed.
+                After a sweep or a restore, the number 0 can be absent, so the method returns a `reset` change.
             limit: maximum number of changes, 1 or more.
         """
         rows = self._unit.all(
