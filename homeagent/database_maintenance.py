@@ -159,7 +159,7 @@ class DatabaseMaintenance:
 
         The copy is one transaction on the target database. Before the commit, homeagent compares every row with the
         source. After an error, the target is unchanged, and a new copy is possible. The copy includes the application's
-        tables, which the target must have (`migrations=…`).
+        tables, which the target must have (`migrations=…`). The copy does not run the application's triggers.
 
         Args:
             target: open `Database` with the schema revision of the source. The target must contain no devices, agents,

@@ -38,7 +38,17 @@ from sqlmodel import AutoString
 
 from homeagent.engine.engine import Engine
 from homeagent.errors import CorruptDatabaseError, DatabaseError, HomeAgentError, InvalidArgumentError
-from homeagent.migrations.revisions import broken_references, count_rows, own_tables, reason_of, stored_revisions
+from homeagent.migrations.rehearsal import kept_objects
+from homeagent.migrations.revisions import (
+    REVISION,
+    broken_references,
+    count_rows,
+    own_tables,
+    reason_of,
+    server_triggers,
+    stored_revisions,
+)
+from homeagent.migrations.schema_drift import homeagents_objects
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, DeviceChange, metadata
 from homeagent.models.types import (
     EnumColumn,
@@ -304,6 +314,39 @@ _REFERENCES = text(
     " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
     " AND pg_has_role(c.relowner, 'USAGE')"
 )
+
+
+# Select the application's triggers that run in an ordinary session.
+_TRIGGERS = text(
+    "SELECT c.relname, t.tgname, CASE t.tgenabled WHEN 'A' THEN 'ENABLE ALWAYS' ELSE 'ENABLE' END"
+    " FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
+    " WHERE NOT t.tgisinternal AND t.tgenabled IN ('O', 'A') AND t.tgname <> ALL (CAST(:homeagents AS text[]))"
+    " AND c.relname = ANY (CAST(:tables AS text[]))"
+    " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
+)
+
+
+@contextmanager
+def suspended_triggers(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
+    """In the block, do not run the application's triggers. The source has the rows that the triggers wrote."""
+    quote = connection.dialect.identifier_preparer.quote
+    if connection.dialect.name == "sqlite":
+        with kept_objects(connection, REVISION):
+            triggers = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").scalars()
+            for name in set(triggers) - homeagents_objects(REVISION):
+                connection.exec_driver_sql(f"DROP TRIGGER {quote(name)}")
+            yield
+        return
+    names = {"tables": [table.name for table in tables], "homeagents": list(server_triggers(REVISION))}
+    found = [(quote(table), quote(name), enable) for table, name, enable in connection.execute(_TRIGGERS, names)]
+    for table, name, _ in found:
+        connection.execute(text(f"ALTER TABLE {table} DISABLE TRIGGER {name}"))
+    yield
+    if found:
+        # ALTER TABLE fails before a deferred trigger has run. The trigger of the feed is deferred.
+        connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+    for table, name, enable in found:
+        connection.execute(text(f"ALTER TABLE {table} {enable} TRIGGER {name}"))
 
 
 @contextmanager

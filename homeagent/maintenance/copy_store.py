@@ -29,6 +29,7 @@ from homeagent.maintenance.copied_tables import (
     applications_tables,
     homeagents_tables,
     late_references,
+    suspended_triggers,
 )
 from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
@@ -142,7 +143,7 @@ def _copy(
     progress: Progress,
 ) -> None:
     connection = target.session.connection()
-    with late_references(connection, own):
+    with suspended_triggers(connection, tables), late_references(connection, own):
         for table in tables:
             for page in table.pages(source):
                 table.insert(target, page)

@@ -18,7 +18,7 @@ from sqlalchemy import Column, ForeignKey, Integer, MetaData, Row, Table, insert
 from homeagent import AgentSession, Database, diagnose
 from homeagent.errors import DatabaseError, InvalidArgumentError, SchemaChangedError, TargetNotEmptyError
 from homeagent.maintenance import CopyProgress, Finding, copied_tables
-from tests.conftest import add_agent, postgres_execute
+from tests.conftest import add_agent, add_device, postgres_execute
 from tests.migrations.old_databases import sqlite
 from tests.migrations.own_revisions import write_revision
 
@@ -90,12 +90,12 @@ def open_three(sqlite_path: Path, empty_postgres_url: str, tmp_path: Path) -> It
     """Opens a file, a server and another file with the application's revisions."""
     with ExitStack() as stack:
 
-        def open_three(folder: Path, metadata: Sequence[MetaData] = ()) -> list[Database]:
+        def open_three(folder: Path, metadata: Sequence[MetaData] = (), **options: Any) -> list[Database]:
             targets = (sqlite_path, empty_postgres_url, tmp_path / "back" / "homeagent.db")
             # A copy also finds a type that only one of its two databases declares.
             declared = (metadata, metadata, metadata[:1])
             return [
-                stack.enter_context(Database.open(target, migrations=folder, metadata=known))
+                stack.enter_context(Database.open(target, migrations=folder, metadata=known, **options))
                 for target, known in zip(targets, declared, strict=True)
             ]
 
@@ -223,6 +223,34 @@ def test_numbers_of_deleted_rows_are_not_used_again(open_three: OpenThree, tmp_p
     run(server, "DELETE FROM log")
     server.copy_to(back)
     assert run(back, add) == 5
+
+
+AUDIT = """
+op.create_table("log", sa.Column("id", sa.Integer, primary_key=True), sa.Column("device", sa.Text))
+body = "BEGIN INSERT INTO log (device) VALUES (NEW.id);"
+how = f"{body} END"
+if op.get_bind().dialect.name == "postgresql":
+    op.execute(f"CREATE FUNCTION f() RETURNS trigger LANGUAGE plpgsql AS '{body} RETURN NULL; END'")
+    how = "FOR EACH ROW EXECUTE FUNCTION f()"
+op.execute(f"CREATE TRIGGER audit AFTER INSERT ON devices {how}")
+"""
+
+
+def test_triggers_do_not_run_during_a_copy(open_three: OpenThree, tmp_path: Path) -> None:
+    """The application's triggers write no rows during a copy, and homeagent's do. Later, all triggers run again."""
+    folder = write_revision(tmp_path / "hub", "a1", None, AUDIT).parents[1]
+    source, server, back = open_three(folder, acknowledged=["audit"])
+    run(server, "ALTER TABLE devices ENABLE ALWAYS TRIGGER audit")
+    add_device(source, "one")
+    source.copy_to(server)
+    server.copy_to(back, leave=["log"])
+    assert run(server, "SELECT tgenabled FROM pg_trigger WHERE tgname = 'audit'") == "A"
+    for database, expected in ((server, ["one", "two"]), (back, ["two"])):
+        assert run(database, "SELECT number > 0 FROM device_changes WHERE kind = 'reset'")
+        add_device(database, "two")
+        with database.read_connection() as connection:
+            assert list(connection.execute(text("SELECT device FROM log ORDER BY id")).scalars()) == expected
+        assert run(database, "SELECT device_id FROM device_changes ORDER BY number DESC LIMIT 1") == "two"
 
 
 @pytest.mark.parametrize(("key", "other"), [("a", "a, b"), ("a, b", "a"), ("a", "b")])
