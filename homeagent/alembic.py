@@ -13,7 +13,7 @@ run_environment(context, package="hub")
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +28,7 @@ from homeagent.environment import BUSY_TIMEOUT
 from homeagent.migrations.application import Application, revision_guard
 from homeagent.migrations.autogenerate import application_tables, options, scratch_database
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, VERSION_TABLE
+from homeagent.models.types import check_names
 from homeagent.opening import open_engine
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def include_object(object: Any, name: str | None, type_: str, reflected: bool, c
     return table is None or table.name not in TABLES or table.schema is not None
 
 
-def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] = ()) -> None:
+def run_environment(
+    context: Any, package: str, *, metadata: Sequence[MetaData] = (), acknowledged: Collection[str] = ()
+) -> None:
     """Run the current command of Alembic on the application's tables.
 
     The option `-x database=TARGET` names the database. Without the option, Alembic's configuration can name the
@@ -88,12 +91,14 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
         context: the module `alembic.context`.
         package: name of the application's package.
         metadata: further `MetaData` objects with tables of the application, such as `SQLModel.metadata`.
+        acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
 
     Raises:
         alembic.util.CommandError: if no database is named, or if homeagent refuses the connection or a revision.
         HomeAgentError: if the function can't open or upgrade the database.
     """
     tables = application_tables(package, more=metadata, scripts=Path(context.script.dir).resolve())
+    triggers = check_names(acknowledged, "acknowledged", "audit_devices")
 
     def configure(engine: str, **how: Any) -> None:
         context.configure(**how, **options(engine, tables, version_table=APPLICATION_VERSION_TABLE, more=metadata))
@@ -106,11 +111,11 @@ def run_environment(context: Any, package: str, *, metadata: Sequence[MetaData] 
         with context.begin_transaction():
             context.run_migrations()
         return
-    with _connection(context, given, target, metadata) as connection:
+    with _connection(context, given, target, metadata, triggers) as connection:
         configure(connection.dialect.name, connection=connection)
         if given is None and target is None and context.get_context().opts["fn"].__name__ != "retrieve_migrations":
             raise CommandError(f"name the database: -x database=TARGET, or ${ENVIRONMENT_VARIABLE}")
-        _run(context, connection)
+        _run(context, connection, triggers)
 
 
 def _target(context: Any) -> str | None:
@@ -121,7 +126,11 @@ def _target(context: Any) -> str | None:
 
 @contextmanager
 def _connection(
-    context: Any, given: Connection | None, target: str | None, metadata: Sequence[MetaData]
+    context: Any,
+    given: Connection | None,
+    target: str | None,
+    metadata: Sequence[MetaData],
+    acknowledged: frozenset[str],
 ) -> Iterator[Connection]:
     """Yield a connection to a database with homeagent's tables. On SQLite, foreign keys are off."""
     if given is not None:
@@ -129,12 +138,12 @@ def _connection(
             yield given
     elif target is None:
         folder = Path(context.script.dir)
-        application = Application.of(folder) if (folder / "versions").is_dir() else Application()
+        application = Application.of(folder, acknowledged) if (folder / "versions").is_dir() else Application()
         with scratch_database(application) as connection:
             yield connection
     else:
         with (
-            closing(open_engine(target, metadata=metadata)) as engine,
+            closing(open_engine(target, metadata=metadata, acknowledged=acknowledged)) as engine,
             _upgrade_lock(engine),
             engine.connect() as connection,
             _without_foreign_keys(connection),
@@ -169,9 +178,9 @@ def _without_foreign_keys(connection: Connection) -> Iterator[None]:
         raw.execute("PRAGMA foreign_keys=ON")
 
 
-def _run(context: Any, connection: Connection) -> None:
+def _run(context: Any, connection: Connection, acknowledged: frozenset[str]) -> None:
     with context.begin_transaction():
-        with revision_guard(connection, frozenset()) as guard:
+        with revision_guard(connection, acknowledged) as guard:
             guard.begin("")
             try:
                 context.run_migrations()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests import fork_server
+from tests.migrations.own_revisions import write_revision
 
 TABLES = """
 from uuid import UUID
@@ -68,6 +69,23 @@ def test_application_without_alembic(project: Path) -> None:
     assert "the target does not have: messages" in refused.stderr
     copied = run(project, "copy", database[1], str(project / "two" / "copy.db"), "--migrations", "hub:migrations")
     assert copied.returncode == 0, copied.stderr
+
+
+TRIGGER = 'op.execute("CREATE TRIGGER audit AFTER INSERT ON devices BEGIN SELECT 1; END")'
+
+
+def test_acknowledged_trigger(project: Path) -> None:
+    """With --acknowledge, each command accepts a revision that creates a trigger on a table of homeagent."""
+    write_revision(project / "hub" / "migrations", "a1", None, TRIGGER)
+    names = ("--migrations", "hub:migrations", "--acknowledge", "audit")
+    source, target = str(project / "data" / "hub.db"), str(project / "new" / "hub.db")
+    for command in (["init", "--database", source], ["migrations", "new", "-m", "messages"], ["copy", source, target]):
+        if command[0] == "copy":
+            assert run(project, "migrate", "--database", source, *names).returncode == 0
+        refused = run(project, *command, *names[:2])
+        assert (refused.returncode, "acknowledge" in refused.stderr) == (1, True)
+        done = run(project, *command, *names)
+        assert done.returncode == 0, done.stderr
 
 
 def test_mistakes(project: Path) -> None:

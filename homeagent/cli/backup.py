@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -187,7 +188,7 @@ def copy(
     import_tables(migrations)
     with (
         Database.open(source, migrate=False, acknowledged=acknowledge or ()) as opened,
-        _open_target(target, migrations) as empty,
+        _open_target(target, migrations, acknowledge or ()) as empty,
         shown_progress(context) as progress,
     ):
         report = opened.copy_to(empty, live=live, leave=leave or (), progress=progress)
@@ -198,11 +199,11 @@ def copy(
     print_result(context, {**places, "live": live, **report.model_dump(mode="json")}, text)
 
 
-def _open_target(target: str, migrations: str | None) -> Database:
+def _open_target(target: str, migrations: str | None, acknowledged: Collection[str]) -> Database:
     try:
         return Database.open(target, migrate=False, migrations=migrations)
     except SchemaOutdatedError as outdated:
         # Do not upgrade an existing target, because a refused target must stay unchanged.
         if outdated.revision is not None:
             raise
-    return Database.open(target, migrations=migrations)
+    return Database.open(target, migrations=migrations, acknowledged=acknowledged)

@@ -156,6 +156,7 @@ def new(
     package: Annotated[
         str | None, option("PACKAGE", "Package with the tables. Default: the package of --migrations.")
     ] = None,
+    acknowledge: AcknowledgeOption = None,
     empty: Annotated[bool, flag("--empty", "Write a revision that you complete by hand.")] = False,
 ) -> None:
     """Compare the application's tables with its revisions, and write the next revision.
@@ -171,7 +172,7 @@ def new(
         raise typer.BadParameter("name the package with the tables: --package PACKAGE.")
     with explained("create the folder", folder / "versions"):
         (folder / "versions").mkdir(parents=True, exist_ok=True)
-    script = _write(Application.of(migrations), folder, package, message, empty=empty)
+    script = _write(Application.of(migrations, acknowledge or ()), folder, package, message, empty=empty)
     if script is None:
         text = "The revisions create all tables already: no revision was written. An empty revision needs --empty."
         print_result(context, {"script": None}, text)

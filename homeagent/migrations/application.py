@@ -255,7 +255,7 @@ class RevisionGuard:
         self.refused = (
             f"it changes homeagent's table {table}, which only homeagent's own revisions may change. Put the "
             "application's data into a table of the application; change rows by homeagent's stores; acknowledge a "
-            "trigger by Database.open(acknowledged=…)"
+            "trigger by its name (acknowledged=…, or --acknowledge)"
         )
 
     def begin(self, revision: str) -> None:

@@ -143,6 +143,32 @@ def test_refused_commands(sqlite_path: Path, make_hub: Any) -> None:
             command.upgrade(hub.config, "head")
 
 
+AUDIT = """
+how = "BEGIN SELECT 1; END"
+if op.get_bind().dialect.name == "postgresql":
+    how = "FOR EACH ROW EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+op.execute(f"CREATE TRIGGER audit BEFORE UPDATE ON devices {how}")
+
+def downgrade():
+    op.execute("DROP TRIGGER audit" + (" ON devices" if op.get_bind().dialect.name == "postgresql" else ""))
+"""
+
+
+def test_acknowledged_trigger(target: str, make_hub: Any) -> None:
+    """Alembic's commands run a revision with a trigger on a table of homeagent if the trigger is acknowledged."""
+    hub = make_hub(target)
+    hub.revise("messages")
+    write_revision(hub.package / "migrations", "b2", hub.head(), AUDIT)
+    with pytest.raises(CommandError, match=r"undone: it changes homeagent's table devices.*acknowledge"):
+        command.upgrade(hub.config, "head")
+    environment = hub.package / "migrations" / "env.py"
+    environment.write_text(environment.read_text().replace("package=", "acknowledged=['audit'], package="))
+    command.upgrade(hub.config, "head")
+    command.downgrade(hub.config, "-1")
+    hub.config.set_main_option("database", "")
+    command.check(hub.config)
+
+
 def test_lock_of_postgresql(empty_postgres_url: str, make_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On PostgreSQL a command of Alembic waits for an upgrade by another host, and makes another host wait."""
     hub = make_hub(empty_postgres_url)
