@@ -12,8 +12,9 @@ from unittest import mock
 
 import apsw
 import pytest
+from sqlalchemy import text
 
-from homeagent import AgentSessionCreate, Database, DevicePair, IdempotencyScope, Role
+from homeagent import AgentSessionCreate, Database, DevicePair, DeviceUpdate, IdempotencyScope, Role
 from homeagent.errors import DatabaseBusyError
 from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS
@@ -121,7 +122,8 @@ def test_a_deletion_shows_the_row_and_asks(store: Path, command: str) -> None:
         (["devices", "delete", "lamp"], {"deleted": 1, "idempotency_keys": 1}),
         (["devices", "delete", "--pending", "--before", "2030-01-01T00:00:00Z"], {"deleted": 1}),
         (["agents", "delete", "butler", "--with-sessions"], {"deleted": 1, "sessions": 1}),
-        (["sweep"], {"nonces": 1, "idempotency_keys": 1, "pending_devices": 1, "device_changes": 0}),
+        (["sweep"], {"nonces": 1, "idempotency_keys": 1, "pending_devices": 1, "device_changes": 2}),
+        (["sweep", "--pending-ttl", "36500", "--changes-kept", "36500"], {"pending_devices": 0, "device_changes": 0}),
     ],
     ids=str,
 )
@@ -130,6 +132,9 @@ def test_a_dry_run_counts_and_changes_nothing(store: Path, arguments: list[str],
     with Database.open(store, clock=FakeClock()) as database:
         scope = IdempotencyScope("other", "play", "k2")
         database.idempotency_keys.insert(scope, None, ttl=timedelta(minutes=1))
+        with database.unit_of_work() as unit:
+            unit.session.connection().execute(text("UPDATE device_changes SET at = 0"))
+            unit.devices.update("lamp", DeviceUpdate(metadata={"room": "hall"}))  # the newest change, which stays
         before = database.status().rows
     done = invoke(*arguments, "--dry-run", "--json", "--database", store, input=None)
     found = json.loads(done.stdout)

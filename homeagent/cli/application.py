@@ -25,9 +25,12 @@ from homeagent.cli.visible_text import escape_words
 from homeagent.database import Database
 from homeagent.engine.target import Target, resolve_target
 from homeagent.errors import HomeAgentError, InvalidArgumentError
+from homeagent.models.limits import Limits
 
 # `_UsageError` is the class UsageError in Typer's copy of Click.
 _UsageError: Any = typer.BadParameter.__base__
+
+_DEFAULT_LIMITS = Limits()
 
 _CREDENTIALS = re.compile(r"://(?!USER@)\S*@|((?:password|passwd)=)[^&\s]*", re.IGNORECASE)
 
@@ -245,7 +248,7 @@ def lasting_target(target: str | None) -> Target:
     return where
 
 
-def open_named(context: typer.Context) -> Database:
+def open_named(context: typer.Context, limits: Limits = _DEFAULT_LIMITS) -> Database:
     """Open the database of the command without creating or upgrading it."""
     # A command with a misspelt path must not create a file.
-    return Database.open(context.obj.database, migrate=False)
+    return Database.open(context.obj.database, migrate=False, limits=limits)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from homeagent.cli.output import count, print_facts, print_result, shown_progres
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
 from homeagent.maintenance.doctor import Diagnosis, Finding, Severity, diagnose
+from homeagent.models.limits import Limits
 from homeagent.models.types import MAX_LIMIT
 
 _COLOURS = {Severity.OK: "green", Severity.WARNING: "yellow", Severity.CRITICAL: "red"}
@@ -75,6 +76,10 @@ def _budget(seconds: float | None) -> float | None:
     return seconds
 
 
+def _days(help: str) -> Any:
+    return option("DAYS", help, min=1, max=36_500, show_default=True)
+
+
 @app.command()
 def sweep(
     context: typer.Context,
@@ -84,14 +89,18 @@ def sweep(
     time_budget: Annotated[
         float | None, option("SECONDS", "Longest time for the command.", callback=_budget, show_default="no limit")
     ] = None,
+    pending_ttl: Annotated[int, _days("Delete devices that have been pending for more than DAYS.")] = 30,
+    changes_kept: Annotated[int, _days("Delete device changes that are older than DAYS.")] = 7,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Delete expired nonces and idempotency keys. Also delete old device changes, and devices pending for over 30 days.
+    """Delete expired nonces and idempotency keys. Also delete old device changes, and devices pending for too long.
 
     The gateway can keep running, because the transactions are small. With --dry-run the command only counts the rows.
+    For --pending-ttl and --changes-kept, use the limits of the gateway.
     """
     budget = None if time_budget is None else timedelta(seconds=time_budget)
-    with open_named(context) as opened:
+    limits = Limits(pending_ttl=timedelta(days=pending_ttl), changes_kept=timedelta(days=changes_kept))
+    with open_named(context, limits) as opened:
         report = opened.sweep(batch_size=batch_size, time_budget=budget, dry_run=dry_run)
     print_result(
         context,
