@@ -332,8 +332,12 @@ def hooks(homeagent_database: Database, house: House) -> Client:
     return Client(app, homeagent_database)
 
 
-def test_a_webhook_is_handled_once(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:
-    """A signed message is handled once: a replay, and a later repetition by the sender, get the first answer."""
+def test_a_webhook_is_handled_once(
+    hooks: Client, house: House, homeagent_clock: FakeClock, homeagent_database: Database
+) -> None:
+    """A signed message is handled once: a replay, and a later repetition by the sender, get the first answer. The
+    doctor accepts the keys of the messages.
+    """
     body, now = b'{"rung": 1}', int(homeagent_clock().timestamp())
     headers = sign(SECRET, "m-1", now, body)
     first = hooks.post("/hook", content=body, headers=headers)
@@ -347,6 +351,9 @@ def test_a_webhook_is_handled_once(hooks: Client, house: House, homeagent_clock:
     rotated = sign(OTHER, "m-2", now + 3600, body)
     rotated["webhook-signature"] = f"v1a,xyz {rotated['webhook-signature']}"
     assert hooks.post("/hook", content=body, headers=rotated).json()["count"] == 2
+    references = homeagent_database.doctor().finding("references")
+    assert references is not None
+    assert (references.severity, references.facts["keys"]) == ("ok", 0)
 
 
 def test_a_webhook_for_another_path(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:

@@ -18,14 +18,13 @@ from homeagent.fastapi.lifespan import DatabaseDep
 from homeagent.fastapi.once import MAX_BODY, Once, params_of, read_body, route_of
 from homeagent.fastapi.problems import HTTPProblem, as_http
 from homeagent.idempotency import OnAbandoned
-from homeagent.models.idempotency_key import IdempotencyScope
+from homeagent.models.idempotency_key import OWNER_CHARACTERS, IdempotencyScope, webhook_owner
 from homeagent.models.types import check_duration, check_identifier
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
 _PREFIX = "whsec_"
 _MIN_KEY_BYTES = 24  # Standard Webhooks requires a secret of at least 24 bytes.
-_OWNER_CHARACTERS = 22  # A text of 22 base64 characters has 132 random bits.
 
 
 class Webhook(Once):
@@ -80,7 +79,7 @@ def signed_webhook(
     """
     secrets = [secret] if isinstance(secret, (SecretStr, str)) else list(secret)
     keys = [_key_of(each) for each in secrets]
-    check_identifier(sender and f"{sender}/{'x' * _OWNER_CHARACTERS}", "sender")
+    check_identifier(sender and f"{sender}/{'x' * OWNER_CHARACTERS}", "sender")
     if not keys:
         raise InvalidArgumentError("signed_webhook needs a secret")
     if ttl <= 2 * check_duration(tolerance, "tolerance"):
@@ -149,13 +148,9 @@ def _key_of(secret: SecretStr | str) -> SecretBytes:
 
 
 def _owner(unit: UnitOfWork, sender: str) -> str:
-    """Return the `device_id` of a sender's idempotency keys. Keep the `device_id` secret. Otherwise a stranger could
-    pair a device with the sender's `device_id`. The deletion of the device would delete the sender's idempotency keys.
-    Without the keys, homeagent could accept a message twice.
-    """
+    """Return the `device_id` of a sender's idempotency keys, in the unit's store."""
     key, _ = unit.devices.find_proof_secrets(sender)
-    digest = hmac.digest(key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
-    return f"{sender}/{base64.urlsafe_b64encode(digest).decode()[:_OWNER_CHARACTERS]}"
+    return webhook_owner(sender, key)
 
 
 def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool:

@@ -17,6 +17,8 @@
 | any | `devices.delete` deletes the device | no row |
 """
 
+import base64
+import hmac
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -47,6 +49,18 @@ from homeagent.models.types import (
     check_name,
     check_searched,
 )
+
+OWNER_CHARACTERS = 22
+"""Length of the secret part of a webhook's `device_id`. A text of 22 base64 characters has 132 random bits."""
+
+
+def webhook_owner(sender: str, proof_key: str) -> str:
+    """Return the `device_id` of a webhook sender's idempotency keys. Keep the `device_id` secret. Otherwise a stranger
+    could pair a device with the sender's `device_id`. The deletion of the device would delete the sender's idempotency
+    keys. Without the keys, homeagent could accept a message twice.
+    """
+    digest = hmac.digest(proof_key.encode(), b"homeagent-webhook-1" + sender.encode(), "sha256")
+    return f"{sender}/{base64.urlsafe_b64encode(digest).decode()[:OWNER_CHARACTERS]}"
 
 
 class IdempotencyState(StrEnum):
