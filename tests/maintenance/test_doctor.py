@@ -569,7 +569,7 @@ def test_effects_without_an_outcome(database: Database, clock: FakeClock) -> Non
     clock.advance(minutes=1)
     finding = only(database.doctor(), "abandoned_effects", Severity.WARNING)
     assert finding.facts == {"keys": 1}
-    assert finding.command.startswith("homeagent keys abandoned")
+    assert finding.command == f"homeagent keys abandoned --database {shlex.quote(database.status().location)}"
     assert database.doctor(fix=True).repairs == []
     database.idempotency_keys.resolve(desk, True)
     assert healthy(database.doctor())

@@ -77,7 +77,11 @@ def test_passwords_are_not_shown(url: str) -> None:
 def test_empty_database(empty_postgres_url: str) -> None:
     """A database without homeagent's tables has no schema; the finding's command creates it."""
     finding = only(diagnose(empty_postgres_url), "schema_revision", Severity.CRITICAL)
-    assert (finding.command, finding.facts["revision"]) == ("homeagent init", None)
+    shown = make_url(empty_postgres_url).set(drivername="postgresql+psycopg")
+    assert (finding.command, finding.facts["revision"]) == (f"homeagent init --database '{shown}'", None)
+    for hidden in (shown.set(password="geheim"), shown.update_query_dict({"options": "-c search_path=public"})):
+        finding = only(diagnose(hidden), "schema_revision", Severity.CRITICAL)
+        assert finding.command == "homeagent init --database 'postgresql://…'"
     Database.open(empty_postgres_url).close()
     assert bad(diagnose(empty_postgres_url)) == {}
 

@@ -124,8 +124,8 @@ def _diagnose(
         limit = None if thorough else QUICK
         now = check_timestamp(clock(), "the clock's time")
         collector = Collector(now, acknowledged, thorough=thorough, watch=Stopwatch(limit))
+        collector.database_option = _database_option(target)
         if target.path is not None:
-            collector.database_option = f" --database {shlex.quote(str(target.path))}"
             with _reading(settings):
                 check_sqlite(collector, target.path)
         elif target.url is not None:
@@ -145,6 +145,15 @@ def _diagnose(
     found = check([])
     repairs = _repair(found, target, clock, settings) if fix else []
     return check(repairs) if repairs else found
+
+
+def _database_option(target: Target) -> str:
+    """Return the option of homeagent's commands that names the checked database, without a password."""
+    shown = target.location
+    if target.url is not None and shown != target.url.render_as_string(hide_password=False):
+        # A URL without its hidden part can name another database. A connection to the host `…` always fails.
+        shown = "postgresql://…"
+    return f" --database {shlex.quote(shown)}"
 
 
 # After a critical finding of these checks, the doctor changes no rows.

@@ -114,7 +114,7 @@ class Collector:
     """Collects the findings of a diagnosis. Several findings of a check become one finding with the worst severity.
 
     Attributes:
-        database_option: option for homeagent's commands, such as " --database hub.db". Empty for a server.
+        database_option: option for homeagent's commands, such as " --database hub.db".
         restore_command: command that restores the newest good backup. None if no backup is known.
     """
 
