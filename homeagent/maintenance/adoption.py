@@ -206,6 +206,13 @@ def _examine(connection: Connection, application: Application, location: str) ->
     is_homeagents = application_id == APPLICATION_ID if is_sqlite else revision is not None
     if is_homeagents and adopted is None:
         return None
+    encoding = connection.exec_driver_sql("PRAGMA encoding").scalar_one() if is_sqlite else "UTF-8"
+    if encoding != "UTF-8":
+        # SQLite would sort and measure the bytes of UTF-16. homeagent's order and limits are those of UTF-8.
+        raise ForeignDatabaseError(
+            f"the texts of {location} are in {encoding}, and homeagent needs UTF-8: copy the database into a new file "
+            "by 'sqlite3 OLD .dump | sqlite3 NEW', and adopt the new file. Nothing was changed"
+        )
     found = tables(connection)
     old = [] if revision is not None or not is_sqlite else sorted(_FIRST_TABLES.keys() & found)
     moved: dict[str, int] = {}

@@ -168,6 +168,17 @@ def test_what_prevents_an_adoption_is_named(file: Path, problem: str) -> None:
     assert snapshot(file.parent) == before
 
 
+def test_utf_16(tmp_path: Path) -> None:
+    """A file with UTF-16 texts is refused, because homeagent's order and limits of texts are of UTF-8 bytes."""
+    path = tmp_path / "hub.db"
+    change(path, "PRAGMA encoding = 'UTF-16'; CREATE TABLE own (name TEXT)")
+    before = snapshot(tmp_path)
+    with pytest.raises(ForeignDatabaseError, match=r"are in UTF-16.*\.dump"):
+        preview_adoption(path)
+    assert init(path, "--yes").exit_code == 1
+    assert snapshot(tmp_path) == before
+
+
 CHANGES = {
     "has changed since the report": "INSERT INTO notes VALUES (2, NULL, 'new')",
     "another program has .* open|locked by another process": "BEGIN IMMEDIATE",
