@@ -64,7 +64,7 @@ def invoke(
     return Result(ended.value.code, output.getvalue(), errors.getvalue())
 
 
-def create_rows(path: Path) -> None:
+def create_rows(path: Path | str) -> None:
     """Open a store, and create a row in each table at `START`. The attempt of the idempotency key is abandoned."""
     with Database.open(path, clock=FakeClock()) as database:
         database.pair(DevicePair(id="lamp", role=Role.NODE))

@@ -146,6 +146,25 @@ def test_a_dry_run_counts_and_changes_nothing(store: Path, arguments: list[str],
         assert database.status().rows == before
 
 
+def test_cascades_are_named(target: str) -> None:
+    """A deletion names the tables of the application that lose rows, in the question, the dry run and the result."""
+    create_rows(target)
+    with Database.open(target) as database, database.unit_of_work() as unit:
+        for table, parent in (
+            ("notes", "sessions (session_id) ON DELETE CASCADE"),
+            ("marks", "notes (id) ON DELETE CASCADE"),
+            ("logs", "sessions (session_id) ON DELETE SET NULL"),
+        ):
+            create = f"CREATE TABLE {table} (id TEXT PRIMARY KEY, parent TEXT REFERENCES {parent})"
+            unit.session.connection().execute(text(create))
+    delete = ["agents", "delete", "butler", "--with-sessions", "--database", target]
+    assert "and 1 session, and their rows in marks, notes? [y/N]" in invoke(*delete, input="n\n").stderr
+    assert "'butler' and 1 session, and their rows in marks, notes." in invoke(*delete, "--dry-run").stdout
+    done = invoke(*delete, "--yes", "--created-at", AT_START, "--json")
+    assert json.loads(done.stdout) == {"deleted": 1, "cascades": ["marks", "notes"]}
+    assert "cascades" not in invoke("devices", "delete", "lamp", "--dry-run", "--json", "--database", target).stdout
+
+
 def test_questions_and_progress_at_a_terminal(store: Path, tmp_path: Path) -> None:
     """At a terminal and in a pipe, a command shows what it will change and asks; long work shows a bar."""
     at = ["--database", store]

@@ -9,8 +9,17 @@ import typer
 
 from homeagent.cli import arguments
 from homeagent.cli.application import group, open_named
-from homeagent.cli.output import count, print_deletion, print_list, print_result
-from homeagent.cli.rows import change_shown, count_rows, json_argument, public, request, require_expected, show_row
+from homeagent.cli.output import count, print_deletion, print_list, print_result, rows_in
+from homeagent.cli.rows import (
+    cascading_tables,
+    change_shown,
+    count_rows,
+    json_argument,
+    public,
+    request,
+    require_expected,
+    show_row,
+)
 from homeagent.cli.visible_text import quoted
 from homeagent.models.schemas import AgentCreate, AgentUpdate
 from homeagent.models.session import AgentSession
@@ -92,13 +101,14 @@ def delete(
     with open_named(context) as opened:
         sessions = count_rows(opened, AgentSession.agent_id, agent_id) if with_sessions else 0
         what = f"this agent and {count(sessions, 'session')}" if with_sessions else "this agent"
+        cascades = cascading_tables(opened, "agents", *(["sessions"] if with_sessions else []))
         change_shown(
             context,
             opened,
-            f"Delete {what}?",
+            f"Delete {what}{rows_in(cascades)}?",
             lambda unit: unit.agents.get(agent_id),
             lambda unit: unit.agents.delete(agent_id, delete_sessions=with_sessions),
             name=f"agent {agent_id!r}",
             columns=("created_at",),
         )
-    print_deletion(context, 1, quoted(agent_id), sessions=sessions)
+    print_deletion(context, 1, quoted(agent_id), cascades, sessions=sessions)

@@ -13,8 +13,17 @@ from pydantic import SecretStr
 
 from homeagent.cli import arguments
 from homeagent.cli.application import confirm, group, open_named
-from homeagent.cli.output import count, print_deletion, print_list, print_result, print_table
-from homeagent.cli.rows import change_shown, count_rows, json_argument, public, request, require_expected, show_row
+from homeagent.cli.output import count, print_deletion, print_list, print_result, print_table, rows_in
+from homeagent.cli.rows import (
+    cascading_tables,
+    change_shown,
+    count_rows,
+    json_argument,
+    public,
+    request,
+    require_expected,
+    show_row,
+)
 from homeagent.cli.visible_text import quoted
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
@@ -173,21 +182,23 @@ def delete(
     require_expected(context, "paired_at")
     with open_named(context) as opened:
         keys = count_rows(opened, IdempotencyKey.device_id, device_id)
+        cascades = cascading_tables(opened, "devices", "idempotency_keys")
         change_shown(
             context,
             opened,
-            f"Delete this device and {count(keys, 'idempotency key')}?",
+            f"Delete this device and {count(keys, 'idempotency key')}{rows_in(cascades)}?",
             lambda unit: unit.devices.get(device_id),
             lambda unit: unit.devices.delete(device_id, force=force),
             name=f"device {device_id!r}",
             columns=_DECISIVE,
         )
-    print_deletion(context, 1, "1 device", idempotency_keys=keys)
+    print_deletion(context, 1, "1 device", cascades, idempotency_keys=keys)
 
 
 def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, yes: bool) -> None:
     deleted = 0
     with open_named(context) as opened:
+        cascades = cascading_tables(opened, "devices")
         if dry_run or not yes:
             found: list[Device] = []
             page: Sequence[Device] = ()
@@ -195,14 +206,18 @@ def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, 
                 status=DeviceStatus.PENDING, order="paired_at", limit=1000, after=page[-1] if page else None
             ):
                 found += [device for device in page if device.paired_at < before]
-            confirm(context, f"Delete {count(len(found), 'pending device')}?", partial(_show_first, found))
+            confirm(
+                context,
+                f"Delete {count(len(found), 'pending device')}{rows_in(cascades)}?",
+                partial(_show_first, found),
+            )
             deleted = len(found) if dry_run else 0
         # The command must keep a device that was paired exactly at --before. `delete_pending()` would delete the
         # device, so subtract one millisecond.
         until = earlier(before, MILLISECOND)
         while not dry_run and (batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until))):
             deleted += batch
-    print_deletion(context, deleted, count(deleted, "pending device"))
+    print_deletion(context, deleted, count(deleted, "pending device"), cascades)
 
 
 def _show_first(found: list[Device]) -> None:

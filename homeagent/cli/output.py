@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from homeagent.cli.arguments import Format
-from homeagent.cli.visible_text import identity
+from homeagent.cli.visible_text import escape_words, identity
 
 if TYPE_CHECKING:
     from homeagent.maintenance.copy_store import CopyProgress
@@ -50,14 +50,22 @@ def _print_tsv(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         typer.echo("\t".join(map(_value, row)))
 
 
-def print_deletion(context: typer.Context, deleted: int, what: str, **others: int) -> None:
-    """Print what a command deleted. With --dry-run also print the numbers of dependent rows, such as sessions."""
+def rows_in(tables: Sequence[str]) -> str:
+    """Return a part of a sentence about rows that a cascade deletes. Without tables, return an empty text."""
+    return f", and their rows in {', '.join(map(escape_words, tables))}" if tables else ""
+
+
+def print_deletion(context: typer.Context, deleted: int, what: str, cascades: Sequence[str], **others: int) -> None:
+    """Print what a command deleted. The argument `cascades=` names the tables of the application that lose rows. With
+    --dry-run also print the numbers of dependent rows, such as sessions.
+    """
+    tables = {"cascades": cascades} if cascades else {}
     if context.params.get("dry_run"):
         more = "".join(f" and {count(rows, name.removesuffix('s').replace('_', ' '))}" for name, rows in others.items())
-        text = f"Would delete {what}{more}. Nothing was changed."
-        print_result(context, {"dry_run": True, "deleted": deleted, **others}, text)
+        text = f"Would delete {what}{more}{rows_in(cascades)}. Nothing was changed."
+        print_result(context, {"dry_run": True, "deleted": deleted, **others, **tables}, text)
     else:
-        print_result(context, {"deleted": deleted}, f"Deleted {what}.")
+        print_result(context, {"deleted": deleted, **tables}, f"Deleted {what}{rows_in(cascades)}.")
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, error: bool = False) -> None:

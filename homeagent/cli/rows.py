@@ -117,6 +117,26 @@ def change_shown(
     return opened.run(work)
 
 
+# Select each foreign key with ON DELETE CASCADE: the referring and the referenced table.
+_CASCADES = {
+    "sqlite": 'SELECT name, k."table" FROM sqlite_master, pragma_foreign_key_list(name) k'
+    " WHERE type = 'table' AND on_delete = 'CASCADE'",
+    "postgresql": "SELECT c.relname, p.relname FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid"
+    " JOIN pg_class p ON p.oid = k.confrelid WHERE k.contype = 'f' AND k.confdeltype = 'c'"
+    " AND p.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())",
+}
+
+
+def cascading_tables(opened: Database, *changed: str) -> list[str]:
+    """Return the tables whose rows the database deletes together with rows of the changed tables."""
+    with opened.read_connection() as connection:
+        keys = connection.exec_driver_sql(_CASCADES[connection.dialect.name]).all()
+    reached = set(changed)
+    while found := {child for child, parent in keys if parent in reached} - reached:
+        reached |= found
+    return sorted(reached - set(changed))
+
+
 def count_rows(opened: Database, column: Any, value: str) -> int:
     """Return the number of rows whose column has the value."""
     query = select(func.count()).select_from(column.class_).where(column == value)

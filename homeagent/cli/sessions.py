@@ -9,8 +9,8 @@ import typer
 
 from homeagent.cli import arguments
 from homeagent.cli.application import group, open_named
-from homeagent.cli.output import print_deletion, print_list, print_result
-from homeagent.cli.rows import change_shown, public, require_expected, show_row
+from homeagent.cli.output import print_deletion, print_list, print_result, rows_in
+from homeagent.cli.rows import cascading_tables, change_shown, public, require_expected, show_row
 from homeagent.cli.visible_text import quoted
 from homeagent.models.session import AgentSession
 from homeagent.unit_of_work import UnitOfWork
@@ -90,13 +90,14 @@ def delete(
     """
     require_expected(context, "created_at")
     with open_named(context) as opened:
+        cascades = cascading_tables(opened, "sessions")
         change_shown(
             context,
             opened,
-            "Delete this session?",
+            f"Delete this session{rows_in(cascades)}?",
             lambda unit: unit.sessions.get(session_id),
             lambda unit: unit.sessions.delete(session_id),
             name=f"session {session_id!r}",
             columns=("created_at",),
         )
-    print_deletion(context, 1, quoted(session_id))
+    print_deletion(context, 1, quoted(session_id), cascades)
