@@ -96,7 +96,7 @@ class IdempotencyKey(Table, table=True):
             " return value could not be stored."
         ),
     )
-    created_at: Timestamp = Field(description="Time of the claim, or of the insertion.")
+    created_at: Timestamp = Field(description="Time of the last claim, or of the insertion.")
     expires_at: Timestamp = Field(description="Time at which the record expires. A record in progress does not expire.")
     state: IdempotencyState = Field(
         default=IdempotencyState.COMPLETED,

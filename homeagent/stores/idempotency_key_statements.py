@@ -63,7 +63,12 @@ _OWNED = and_(_SAME_SCOPE, _columns.state == _IN_PROGRESS, _columns.owner == bin
 TAKE_OVER = Statement[IdempotencyKey](
     update(IdempotencyKey)
     .where(_OWNED)
-    .values(owner=bindparam("new_owner"), attempt=bindparam("number"), **bindparams("lease_expires_at"))
+    .values(
+        owner=bindparam("new_owner"),
+        attempt=bindparam("number"),
+        created_at=bindparam("now"),
+        **bindparams("lease_expires_at", "expires_at"),
+    )
 )
 RENEW = Statement[IdempotencyKey](update(IdempotencyKey).where(_OWNED).values(bindparams("lease_expires_at")))
 RECORD = Statement[IdempotencyKey](

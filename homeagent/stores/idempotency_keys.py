@@ -163,11 +163,18 @@ class IdempotencyKeyStore(Store):
             row = self._unit.one(statements.ANY, **_parameters(scope))
             if row is not None:  # if `row` is None, another caller has deleted the record: claim again
                 outcome = _outcome(row, fingerprint)
-                return outcome or self._take_over(row, now, lease_expires_at, owner=owner, rerun=rerun)
+                return outcome or self._take_over(row, now, lease_expires_at, expires_at, owner=owner, rerun=rerun)
         return Attempt(1, downstream_key, scope, lease_expires_at, expires_at, ttl, owner)
 
     def _take_over(
-        self, row: IdempotencyKey, now: datetime, lease_expires_at: datetime, *, owner: str, rerun: bool
+        self,
+        row: IdempotencyKey,
+        now: datetime,
+        lease_expires_at: datetime,
+        expires_at: datetime,
+        *,
+        owner: str,
+        rerun: bool,
     ) -> Attempt:
         """If `rerun=True`, replace an abandoned attempt and return the next attempt."""
         if row.owner == owner:
@@ -184,9 +191,18 @@ class IdempotencyKeyStore(Store):
             old_owner=row.owner,
             new_owner=owner,
             number=number,
+            now=now,
             lease_expires_at=lease_expires_at,
+            expires_at=expires_at,
         )
-        return replace(_attempt_of(row), number=number, lease_expires_at=lease_expires_at, owner=owner)
+        return replace(
+            _attempt_of(row),
+            number=number,
+            lease_expires_at=lease_expires_at,
+            expires_at=expires_at,
+            ttl=expires_at - now,
+            owner=owner,
+        )
 
     @writing()
     @clears_locals

@@ -96,6 +96,22 @@ def test_lease_is_exact(database: Database, clock: FakeClock) -> None:
     assert (second.number, second.downstream_key) == (2, first.downstream_key)
 
 
+def test_take_over_begins_a_new_ttl(database: Database, clock: FakeClock) -> None:
+    """The `ttl` of a call that takes over the key counts from the take-over, for the attempt and for an operator."""
+    keys = database.idempotency_keys
+    for by_operator in (False, True):
+        begin(database, ttl=TICK)
+        clock.advance(DAY)
+        second = begin(database, rerun=True, lease=timedelta(0), ttl=2 * MINUTE)
+        assert (second.ttl, second.expires_at) == (2 * MINUTE, clock.now + 2 * MINUTE)
+        # After the end of the ttl, the ttl begins again when the outcome is recorded.
+        clock.advance(3 * MINUTE)
+        assert keys.resolve(SCOPE, "done") if by_operator else keys.complete(second, "done")
+        clock.advance(2 * MINUTE - TICK)
+        assert claim(database) == Outcome("done", True, 2)
+        clock.advance(TICK)
+
+
 def test_lease_of_zero(database: Database) -> None:
     """A lease of zero has expired at once, and its attempt can still record an outcome."""
     attempt = begin(database, lease=timedelta(0), fingerprint="")
