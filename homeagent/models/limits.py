@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 from homeagent.errors import InvalidArgumentError
-from homeagent.models.types import check_duration, check_limit
+from homeagent.models.types import MAX_LIMIT, check_duration, check_limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,9 @@ class Limits:
     changes_kept: timedelta = timedelta(days=7)
 
     def __post_init__(self) -> None:
-        if type(self.pending_devices) is not int or self.pending_devices < 0:
-            raise InvalidArgumentError("pending_devices must be an int, 0 or more")
+        # `MAX_LIMIT` is too high, because `Database.pair` counts up to `pending_devices + 1`.
+        if type(self.pending_devices) is not int or not 0 <= self.pending_devices < MAX_LIMIT:
+            raise InvalidArgumentError(f"pending_devices must be a whole number from 0 to {MAX_LIMIT - 1:,}")
         for name in ("pending_ttl", "longest_ttl", "changes_kept"):
             check_duration(getattr(self, name), name)
         for name in ("nonces_per_device", "keys_per_device", "waiting_hashes", "failed_checks_per_minute"):

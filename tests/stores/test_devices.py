@@ -22,6 +22,7 @@ from homeagent import (
     Role,
     errors,
 )
+from homeagent.models.types import MAX_LIMIT
 from homeagent.scram import make_proof, proof_message, verifier_parameters
 from homeagent.stores import device_statements as statements
 from tests.conftest import START, FakeClock, MakeDatabase, add_device, dump, plan_of, write_past_checks
@@ -305,11 +306,13 @@ def test_the_bound_is_exact_for_callers_at_the_same_time(reopen: MakeDatabase) -
 
 
 def test_pairing_is_closed(reopen: MakeDatabase) -> None:
-    """With a limit of 0 no device pairs, but code that holds a hash still adds a device."""
+    """With a limit of 0 no device pairs, but code that holds a hash adds a device. With the largest, devices pair."""
     database = reopen(limits=Limits(pending_devices=0))
     with pytest.raises(errors.PendingLimitError, match="pairing is closed"):
         database.pair(DevicePair(id="lamp", role=Role.NODE))
     assert add_device(database, "lamp").status is DeviceStatus.PENDING
+    database = reopen(limits=Limits(pending_devices=MAX_LIMIT - 1))
+    assert database.pair(DevicePair(id="door", role=Role.NODE)).device.status is DeviceStatus.PENDING
 
 
 def test_a_sweep_removes_old_pending_devices(reopen: MakeDatabase, clock: FakeClock) -> None:
@@ -339,6 +342,7 @@ def test_the_index_counts(sqlite_database: Database) -> None:
     [
         {"pending_devices": -1},
         {"pending_devices": True},
+        {"pending_devices": MAX_LIMIT},
         *({name: timedelta(0)} for name in ("pending_ttl", "longest_ttl", "changes_kept")),
         *({name: 0} for name in ("waiting_hashes", "nonces_per_device", "failed_checks_per_minute")),
         {"keys_per_device": True},
