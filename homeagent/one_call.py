@@ -76,6 +76,8 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) 
             known, answer = unless(self, *arguments, **named)
             if known:
                 return answer
+            if answer is not None:
+                return database.runner.run(lambda unit: answer(kind(unit)))
         return database.runner.run(lambda unit: method(kind(unit), *arguments, **named))
 
     return call

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
+from operator import methodcaller
 from typing import Literal, TypeVar
 
 from homeagent import errors, models
@@ -244,11 +245,15 @@ class DeviceStore(Store):
 
     def _is_seen_recently(
         self, device_id: str, at: datetime | None = None, *, granularity: timedelta = SEEN_GRANULARITY
-    ) -> tuple[bool, bool]:
-        """If `update_last_seen()` has no row to change, return `(True, False)`. Otherwise return `(False, False)`."""
+    ) -> tuple[bool, Callable[[DeviceStore], bool] | Literal[False]]:
+        """If `update_last_seen()` has no row to change, return `(True, False)`. Otherwise return False and a function
+        that stores the time. So one call of `update_last_seen()` reads the clock once.
+        """
         device = self._searched(device_id, "device_id")
-        _, before = self._seen_range(at, granularity)
-        return self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None, False
+        at, before = self._seen_range(at, granularity)
+        if self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None:
+            return True, False
+        return False, methodcaller("_set_last_seen", device, at, before)
 
     @writing(unless=_is_seen_recently)
     def update_last_seen(
@@ -259,9 +264,11 @@ class DeviceStore(Store):
         Without `at=…`, or for a future time, store the current time. If the time would advance by less than
         `granularity=`, keep the row.
         """
-        device = self._searched(device_id, "device_id")
-        at, before = self._seen_range(at, granularity)
-        return self._unit.write(statements.SET_LAST_SEEN, device_id=device, at=at, before=before) > 0
+        return self._set_last_seen(self._searched(device_id, "device_id"), *self._seen_range(at, granularity))
+
+    def _set_last_seen(self, device_id: str | None, at: datetime, before: datetime) -> bool:
+        """Store the time if the stored time is `before` or earlier. Return True if the method changed the row."""
+        return self._unit.write(statements.SET_LAST_SEEN, device_id=device_id, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
         """Return the new time, and the new time minus the granularity."""

@@ -125,12 +125,12 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """Return two values: True if a session holds the route, and the session. If the first value is False,
-        `resolve()` must write.
+        """If a session holds the route, return `(True, session)`. Otherwise `resolve()` must write: return `(False,
+        None)`.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
-        return session is not None and _is_on(session, route), session
+        return (True, session) if session is not None and _is_on(session, route) else (False, None)
 
     @writing(unless=_find_resolved)
     def resolve(self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None) -> AgentSession:

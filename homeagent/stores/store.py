@@ -50,7 +50,8 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
 
     If some calls of the method do not write, pass a function as `unless=`. Outside a unit, homeagent first calls the
     function with the method's arguments. If the function returns `(True, result)`, homeagent returns the result at
-    once.
+    once. If the function returns `(False, write)`, homeagent calls `write(store)` in a unit instead of the method. For
+    `(False, None)`, homeagent calls the method.
     """
 
     def declare(method: Any) -> Any:

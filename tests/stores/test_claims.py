@@ -21,7 +21,7 @@ from homeagent import (
     errors,
 )
 from homeagent.stores import IdempotencyKeyStore
-from tests.conftest import START, FakeClock, add_agent, dump, write_past_checks
+from tests.conftest import START, FakeClock, add_agent, add_device, dump, write_past_checks
 
 SCOPE = IdempotencyScope("lamp", "orders.create", "k-1")
 MINUTE = timedelta(minutes=1)
@@ -210,6 +210,9 @@ def test_a_method_reads_the_clock_once(target: str) -> None:
         agent_id = add_agent(database).id
         for _ in range(2):  # the first session has the route
             read_once(lambda: database.sessions.create(AgentSessionCreate(agent_id=agent_id)))
+        device_id = add_device(database).id
+        assert read_once(lambda: database.devices.update_last_seen(device_id))
+        assert not read_once(lambda: database.devices.update_last_seen(device_id))
 
 
 def test_cleanup_keeps_unknown_outcomes(database: Database, clock: FakeClock) -> None:
