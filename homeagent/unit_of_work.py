@@ -79,7 +79,8 @@ class UnitOfWork(Transaction):
             elif self._session is not None:
                 self._session.flush()
         except BaseException:
-            if self._state is OPEN:
+            # After an error such as a full disk, SQLite can have rolled back the whole transaction.
+            if self._state is OPEN and connection.in_transaction:
                 if nested is not None:
                     nested.rollback()
                 else:

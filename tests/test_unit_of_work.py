@@ -142,6 +142,19 @@ def test_savepoint_survives_a_constraint(database: Database) -> None:
     assert agents_of(database) == ["ada", "bob"]
 
 
+@pytest.mark.parametrize("orm", [False, True])
+def test_savepoint_keeps_the_error_of_a_whole_rollback(sqlite_database: Database, orm: bool) -> None:
+    """If SQLite rolls back the whole unit inside a savepoint, the caller gets the error that caused the rollback."""
+    statement = "CREATE TRIGGER own_refusal BEFORE INSERT ON agents BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
+    with sqlite_database.unit_of_work() as unit:
+        unit.session.connection().execute(text(statement))
+    with pytest.raises(errors.ConflictError), sqlite_database.unit_of_work() as unit:
+        if orm:
+            assert unit.session.exec(select(Agent)).all() == []
+        with unit.savepoint():
+            create(unit, "bob")
+
+
 def test_after_commit_runs_once_in_order(database: Database, caplog: pytest.LogCaptureFixture) -> None:
     """Callbacks run in order after other connections see the commit, and may open units; an error is only logged."""
     seen: list[object] = []
