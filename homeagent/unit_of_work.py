@@ -197,8 +197,11 @@ class UnitOfWork(Transaction):
 
     @clears_locals
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
-        """Run a store's statement for each set of parameters. Return the number of changed rows."""
-        changed: int = self._run_after_flush(statement, parameters, StoreConnection.write_many)
+        """Run a store's statement for each set of parameters. Return the number of changed rows. After an error, no row
+        is changed.
+        """
+        with self.savepoint():
+            changed: int = self._run_after_flush(statement, parameters, StoreConnection.write_many)
         return changed
 
     def _run_after_flush(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from homeagent import Database, UnitOfWork
+from homeagent import AgentSessionCreate, Database, IdempotencyScope, Statement, UnitOfWork
 from homeagent.errors import ConflictError
-from tests.conftest import add_agent
+from tests.conftest import add_agent, add_device, dump
 
 TABLES = (
     "CREATE TABLE own_tags (id INTEGER NOT NULL, name TEXT NOT NULL, size INTEGER, plain TEXT UNIQUE,"
@@ -93,6 +94,52 @@ def test_the_error_names_the_constraint(own: Database, what: str) -> None:
         for value in ("geheim", "77", "-7"):
             assert value not in str(error)
         assert error.__cause__ is None or "geheim" not in str(error.__cause__)
+
+
+_TAGS = Statement[Any](text("SELECT id FROM own_tags"))
+_ADD = Statement[Any](text("INSERT INTO own_tags (id, name) VALUES (:id, :name)"))
+_TRIGGER = "CREATE TRIGGER own_refusal BEFORE {} ON sessions BEGIN SELECT RAISE(ABORT, 'no'); END"
+
+# Methods whose last change is refused, and the statements that make the database refuse the change.
+PARTIAL: dict[str, tuple[tuple[str, ...], Callable[[UnitOfWork], object]]] = {
+    "agents.delete": (
+        ("CREATE TABLE own_notes (agent TEXT REFERENCES agents (id))", "INSERT INTO own_notes VALUES ('ada')"),
+        lambda unit: unit.agents.delete("ada", delete_sessions=True),
+    ),
+    "devices.delete": (
+        (
+            "CREATE TABLE own_orders (device TEXT, method TEXT, key TEXT, FOREIGN KEY (device, method, key)"
+            " REFERENCES idempotency_keys (device_id, method, key))",
+            "INSERT INTO own_orders SELECT device_id, method, key FROM idempotency_keys",
+        ),
+        lambda unit: unit.devices.delete("lamp"),
+    ),
+    "write_many": ((), lambda unit: unit.write_many(_ADD, [{"id": 5, "name": "n"}, {"id": 1, "name": "m"}])),
+    "sessions.start": ((_TRIGGER.format("INSERT"),), lambda unit: unit.sessions.start(agent_id="ada")),
+    "sessions.move": (
+        (_TRIGGER.format("UPDATE").replace("BEGIN", "WHEN new.session_id = 's2' BEGIN"),),
+        lambda unit: unit.sessions.move("s1", sender_id="ann"),
+    ),
+}
+
+
+@pytest.mark.parametrize("method", PARTIAL)
+def test_a_refused_method_changes_no_row(own: Database, engine_name: str, method: str) -> None:
+    """If the database refuses the last change of a method, the method's earlier changes are undone too."""
+    prepare, call = PARTIAL[method]
+    if engine_name == "postgresql" and "TRIGGER" in "".join(prepare):
+        pytest.skip("the trigger is written for SQLite")
+    add_agent(own)
+    add_device(own)
+    own.idempotency_keys.insert(IdempotencyScope("lamp", "m", "k"), 1, ttl=timedelta(days=1))
+    for session_id in ("s1", "s2"):
+        own.sessions.create(AgentSessionCreate(session_id=session_id, agent_id="ada"))
+    for statement in prepare:
+        own.run(execute(statement))
+    before = dump(own), own.run(lambda unit: unit.all(_TAGS))
+    with own.unit_of_work() as unit, pytest.raises(ConflictError):
+        call(unit)
+    assert (dump(own), own.run(lambda unit: unit.all(_TAGS))) == before
 
 
 def test_a_store_s_statement_names_an_own_constraint(own: Database) -> None:

@@ -112,9 +112,11 @@ class AgentStore(Store):
         # Lock the agent first, so that no other unit adds a session.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False
-        if delete_sessions:
-            self._unit.write(_DELETE_SESSIONS, agent_id=agent_id)
-        elif count := self._unit.one(_COUNT_SESSIONS, agent_id=agent_id):
+        if not delete_sessions and (count := self._unit.one(_COUNT_SESSIONS, agent_id=agent_id)):
             raise AgentInUseError(agent_id, count)
-        self._unit.write(_DELETE, id=agent_id)
+        # A foreign key of the application can refuse to delete the agent. Then the sessions must stay too.
+        with self._unit.savepoint():
+            if delete_sessions:
+                self._unit.write(_DELETE_SESSIONS, agent_id=agent_id)
+            self._unit.write(_DELETE, id=agent_id)
         return True

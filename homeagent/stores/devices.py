@@ -286,9 +286,11 @@ class DeviceStore(Store):
         """
         device = self._searched(device_id, "device_id")
         self._require_another_admin(device_id, force=force)
-        if not self._unit.write(statements.DELETE, device_id=device):
-            return False
-        self._unit.write(statements.DELETE_KEYS, device_id=device)
+        # A foreign key of the application can refuse to delete the keys. Then the device must stay too.
+        with self._unit.savepoint():
+            if not self._unit.write(statements.DELETE, device_id=device):
+                return False
+            self._unit.write(statements.DELETE_KEYS, device_id=device)
         return True
 
     @writing()

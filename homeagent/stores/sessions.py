@@ -193,12 +193,14 @@ class SessionStore(Store):
         route = _searched_route(agent_id, sender_id, channel_id)
         self._require_agent(agent_id)
         now = self._unit.now()
-        while True:
-            self._unit.write(statements.RELEASE, route=route["route"])
+        started = None
+        # A trigger of the application can refuse the new session. Then the holder must keep the route.
+        with self._unit.savepoint():
             # Repeat if another caller takes the route before the insert.
-            started = self._insert(route, new_session_id(), now)
-            if started is not None:
-                return started
+            while started is None:
+                self._unit.write(statements.RELEASE, route=route["route"])
+                started = self._insert(route, new_session_id(), now)
+        return started
 
     @writing()
     def move(
@@ -240,15 +242,17 @@ class SessionStore(Store):
             session.channel_id if channel_id is ... else check_optional_label(channel_id, "channel_id"),
         )
         moved = False
-        while not moved:
-            holder = self._unit.one(statements.BY_ROUTE_UNLOCKED, route=route["route"])
-            if holder is not None and holder.session_id != session_id:
-                if _is_on(holder, route):
-                    raise errors.RouteTakenError(holder.session_id)
-                self._unit.write(statements.RELEASE_STALE, **route)
-            moved = self._take(statements.MOVE, {**route, "id": session_id})
-        if session.route_key == old["route"] != route["route"]:
-            self._take(statements.give(_given(old)), old)
+        # A trigger of the application can refuse the last change. Then the session must stay on the old route.
+        with self._unit.savepoint():
+            while not moved:
+                holder = self._unit.one(statements.BY_ROUTE_UNLOCKED, route=route["route"])
+                if holder is not None and holder.session_id != session_id:
+                    if _is_on(holder, route):
+                        raise errors.RouteTakenError(holder.session_id)
+                    self._unit.write(statements.RELEASE_STALE, **route)
+                moved = self._take(statements.MOVE, {**route, "id": session_id})
+            if session.route_key == old["route"] != route["route"]:
+                self._take(statements.give(_given(old)), old)
         return self.get(session_id)
 
     @reading
