@@ -17,6 +17,7 @@ from sqlalchemy import (
     literal_column,
     not_,
     null,
+    or_,
     select,
     tuple_,
     update,
@@ -134,8 +135,21 @@ def give(given: frozenset[str]) -> Statement[AgentSession]:
 def release_earlier(given: frozenset[str]) -> Statement[AgentSession]:
     """Return the statement that frees a route. A holder that is the last active session keeps the route."""
     is_later = tuple_(*_activity(_others.c)) > tuple_(*_activity(_columns))
-    has_rival = exists().where(*_others_on(_columns, given), is_later)
-    return Statement(update(AgentSession).where(_columns.route_key == _route, has_rival).values(route_key=None))
+    has_rival = exists().where(*_others_on(_VALUES, given), is_later)
+    return Statement(
+        update(AgentSession)
+        .where(_columns.route_key == _route, or_(not_(_IS_ON_ROUTE), has_rival))
+        .values(route_key=None)
+    )
+
+
+@cache
+def routes_of(count: int) -> Statement[tuple[Any, ...]]:
+    """Return the statement that reads the ids, route keys and routes of the sessions `:id0`, `:id1` and so on."""
+    ids: list[Any] = [bindparam(f"id{number}") for number in range(count)]
+    return Statement(
+        select(*(_columns[name] for name in ("session_id", "route_key", *ROUTE))).where(_columns.session_id.in_(ids))
+    )
 
 
 @cache

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice
 from operator import itemgetter
 from types import EllipsisType
 
@@ -346,15 +346,27 @@ class SessionStore(Store):
 
     def _index_rows(self, rows: Sequence[Parameters]) -> None:
         """Write rows that are in descending order of `last_active_at`. The first new session of a free route takes the
-        route.
+        route. Then give the route of each written session to the last active session.
         """
-        routes: dict[frozenset[str], dict[str, Parameters]] = {}
-        for row in rows:
-            routes.setdefault(_given(row), {})[row["route"]] = row
         self._unit.write_many(statements.INDEX, rows)
-        for given, rows_of_routes in routes.items():
-            if self._unit.write_many(statements.release_earlier(given), rows_of_routes.values()):
-                self._unit.write_many(statements.give(given), rows_of_routes.values())
+        routes: dict[frozenset[str], dict[str, Parameters]] = {}
+        held: set[str] = set()
+        by_id = {row["session_id"]: row for row in rows}
+        # Use powers of two as counts, because the compilation of each statement is slow.
+        count = 1 << (len(by_id) - 1).bit_length()
+        ids = {f"id{number}": session_id for number, session_id in zip(range(count), cycle(by_id), strict=False)}
+        # Read the stored routes, because a row can name an earlier route of a moved session.
+        for session_id, key, *names in self._unit.all(statements.routes_of(count), **ids):
+            route = by_id[session_id]
+            if names != [route[name] for name in statements.ROUTE]:
+                route = _route_of(*names)
+            routes.setdefault(_given(route), {})[route["route"]] = route
+            if key == route["route"]:
+                held.add(key)
+        for given, by_key in routes.items():
+            released = self._unit.write_many(statements.release_earlier(given), by_key.values())
+            if released or not held.issuperset(by_key):
+                self._unit.write_many(statements.give(given), by_key.values())
 
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         """Check each session of a batch, and yield its parameters. Add ids of existing agents to `known=`."""

@@ -65,11 +65,6 @@ class SessionMachine(Machine):
         """Return the values by which the last active of several sessions is chosen."""
         return self.rows[name]["last_active_at"], self.rows[name]["created_at"], name
 
-    @staticmethod
-    def shape(route: Route) -> tuple[bool, bool]:
-        """Return whether the route has a sender, and whether it has a channel."""
-        return route[1] is not None, route[2] is not None
-
     def last_active(self, route: Route) -> str | None:
         return max((name for name in self.rows if self.route_of(name) == route), key=self.activity, default=None)
 
@@ -220,55 +215,21 @@ class SessionMachine(Machine):
         sessions = []
         for is_known, minutes in given:
             name = self.draw(data) if is_known and self.rows else next(self.names)
-            route = self.route_of(name) if name in self.rows else self.draw_route(data)
+            # The transcript of a known session can name another route.
+            route = self.route_of(name) if name in self.rows and minutes % 2 else self.draw_route(data)
             if route[0] in self.agents:
                 times = {"created_at": now - 4 * MINUTE, "last_active_at": now + minutes * MINUTE}
                 sessions.append(AgentSession(session_id=name, metadata=minutes, **arguments(route), **times))
         assert self.attempt("sessions", "index", sessions) == len(sessions)
-        indexed: list[Route] = []
         for session in sorted(sessions, key=lambda session: min(session.last_active_at, now), reverse=True):
             at, route = min(session.last_active_at, now), (session.agent_id, session.sender_id, session.channel_id)
-            indexed.append(route)
             if session.session_id in self.rows:
                 row = self.rows[session.session_id]
                 row["last_active_at"] = max(row["last_active_at"], at)
             else:
                 self.add(session.session_id, route, session.created_at, at, session.metadata_)
-                self.keys.setdefault(route, session.session_id)
-        self.compete(indexed)
-
-    def is_outrun(self, route: Route) -> bool:
-        """Return whether `index()` takes the key of the route from its session, because another was active later.
-
-        The session with a stale key is on another route. It keeps the key if no session of that route is like `route`
-        in having a sender and a channel.
-        """
-        agent, *others = self.route_of(self.keys[route])
-        wanted: list[str | None] = [
-            None if part is None else other for part, other in zip(route[1:], others, strict=True)
-        ]
-        if any(part is not None and other is None for part, other in zip(route[1:], others, strict=True)):
-            return False
-        rivals = [name for name in self.rows if self.route_of(name) == (agent, *wanted)]
-        return any(self.activity(name) > self.activity(self.keys[route]) for name in rivals)
-
-    def compete(self, indexed: list[Route]) -> None:
-        """Give the routes of indexed sessions to their last active sessions.
-
-        A free route of known sessions can stay free until `resolve()`, which then gives the same answer.
-        """
-        for has_sender in (False, True):
-            for has_channel in (False, True):
-                group = [route for route in indexed if self.shape(route) == (has_sender, has_channel)]
-                outrun = [route for route in set(group) & self.keys.keys() if self.is_outrun(route)]
-                for route in outrun:
-                    del self.keys[route]
-                # `give()` can free the stale key of a session, for a later route of the group.
-                for route in dict.fromkeys(group if outrun else ()):
-                    if route not in self.keys:
-                        self.give(route)
-        for route in indexed:
-            assert self.holder(route) in (None, self.last_active(route))
+        for session in sessions:
+            self.give(self.route_of(session.session_id))
 
     # Changes without the methods of the store
 

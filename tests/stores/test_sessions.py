@@ -274,6 +274,25 @@ def test_the_last_active_session_gets_the_route(database: Database, monkeypatch:
             unit.rollback()
 
 
+def test_index_gives_the_routes_of_existing_sessions(database: Database, clock: FakeClock) -> None:
+    """`index` gives an existing session its stored route, if the route is free or the transcript names another."""
+    add_agent(database)
+    clock.advance(minutes=1)
+
+    def index(name: str, sender: str, active: int) -> None:
+        times = {"created_at": START, "last_active_at": START + active * SECOND}
+        database.sessions.index([AgentSession(session_id=name, agent_id="ada", sender_id=sender, **times)])
+
+    index("a", "s", 1)
+    index("b", "s", 5)
+    index("a", "earlier", 9)
+    assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id == "a"
+    database.sessions.delete("a")
+    index("b", "s", 9)
+    database.sessions.create(AgentSessionCreate(agent_id="ada", sender_id="s"))  # would take a free route
+    assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id == "b"
+
+
 def test_a_route_is_searched_by_its_index(sqlite_database: Database) -> None:
     """The last active session of a route is found by the three columns of the route. SQLite only: it has hints."""
     values = {"agent_id": "a", "sender_id": "s", "channel_id": "c", "route": "r"}
