@@ -86,6 +86,8 @@ class NonceStore(Store):
         """
         types.check_identifier(device_id, "device_id")
         types.check_label(nonce, "nonce")
+        if limit is not None:
+            types.check_limit(limit)
         expires_at, now = types.check_timestamp(expires_at, "expires_at"), self._unit.now()
         if expires_at <= now:
             return False
@@ -96,7 +98,7 @@ class NonceStore(Store):
         """Store a nonce. If an unexpired nonce is already stored, return False. The caller must check the arguments."""
         unit = self._unit
         bound = unit.settings.limits.nonces_per_device
-        bound = bound if limit is None else min(types.check_limit(limit), bound)
+        bound = bound if limit is None else min(limit, bound)
         if not has_room(unit, "nonces", device_id, bound, now, self._count):
             if unit.one(_FIND, device_id=device_id, nonce=nonce, now=now) is not None:
                 return False
@@ -126,6 +128,8 @@ class NonceStore(Store):
         """
         types.check_identifier(device_id, "device_id")
         types.check_label(nonce, "nonce")
+        if limit is not None:
+            types.check_limit(limit)
         signed_at = types.check_timestamp(signed_at, "signed_at")
         self._check_ttl(skew, "skew")
         now = self._unit.now()

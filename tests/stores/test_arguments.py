@@ -86,6 +86,9 @@ CASES: list[tuple[str, Call]] = [
     *each("limit", "devices.list sessions.list", [0, -1, True], by="limit"),
     *each("limit", "nonces.delete_expired idempotency_keys.delete_expired", [0, -1, True], by="limit"),
     *each("limit", "nonces.consume", [0, -1, True], "lamp", "n", by="limit", expires_at=START + MINUTE),
+    # Of an expired or stale message too
+    *each("limit", "nonces.consume", [0, True], "lamp", "n", by="limit", expires_at=START),
+    *each("limit", "nonces.consume_signed", [0], "lamp", "n", by="limit", signed_at=START - 2 * MINUTE, skew=MINUTE),
     *each("", "sessions.list", ["s1"], by="after"),
     # Values of devices
     *each("^role must be one of client, node, admin$", "devices.list", ["root"], by="role"),
