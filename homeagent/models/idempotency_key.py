@@ -226,7 +226,7 @@ class Outcome:
     """The outcome of the effect (the action that `run_once` protects).
 
     Attributes:
-        value: return value of the effect, after it was encoded as JSON and decoded.
+        value: return value of the effect. A replayed value was encoded as JSON and decoded.
         replayed: True if the outcome was read from the store. False if this call ran the effect.
         attempt: number of the attempt that recorded the outcome.
         omitted: True if the return value is not JSON or exceeds 1 MiB. The call that ran the effect returns the value.
