@@ -41,17 +41,33 @@ SESSION_ENDED = frozenset({"FATAL", "PANIC"})
 Translate = Callable[[BaseException], HomeAgentError]
 
 
-# Messages of SQLite and PostgreSQL with schema names, but without stored values.
+# Messages of SQLite and PostgreSQL with schema names, but without stored values. If a message can also contain a value,
+# the capturing group is the part without the value. A double-quoted column name can be a value with wrong quotes.
 _NAMING = re.compile(
-    r"""no\ such\ (table|column|index|view|function|module|savepoint):\ [\w.~]+
-    | table\ \w+\ has\ no\ column\ named\ \w+
-    | foreign\ key\ mismatch\ -\ "\w+"\ referencing\ "\w+"
-    | error\ in\ (table|view|trigger|index)\ \w+(\ after\ [\w ]+)?:\ no\ such\ (table|column):\ [\w.~]+
-    | (relation|table|view|sequence|index)\ "[\w.]+"\ does\ not\ exist
-    | column\ (\w+\.\w+|"\w+"\ of\ relation\ "\w+")\ does\ not\ exist
-    | permission\ denied\ for\ (table|view|sequence|schema|function)\ \w+""",
+    r"""no\ such\ (?:table|index|view|trigger|function|module|savepoint|database|collation\ sequence):\ .+
+    | no\ such\ column:\ (?:[^"]+|"[^"]+")
+    | table\ .+\ has\ no\ column\ named\ .+
+    | (?:table\ .+\ has\ \d+|\d+\ values\ for\ \d+)\ columns(?:\ but\ \d+\ values\ were\ supplied)?
+    | foreign\ key\ mismatch\ -\ ".+"\ referencing\ ".+"
+    | (?:error\ in\ (?:table|view|trigger|index)\ .+:\ )?(?:ambiguous|duplicate)\ column\ name:\ .+
+    | error\ in\ (?:table|view|trigger|index)\ .+:\ no\ such\ (?:table:\ .+|column:\ [^"]+)
+    | (?:table|view|index|trigger)\ .+\ already\ exists
+    | there\ is\ already\ (?:an?\ (?:index|table)\ named|another\ table\ or\ index\ with\ this\ name:)\ .+
+    | use\ DROP\ (?:TABLE|VIEW)\ to\ delete\ (?:table|view)\ .+
+    | object\ name\ reserved\ for\ internal\ use:\ .+
+    | Cannot\ add\ a\ (?:NOT\ NULL|PRIMARY\ KEY|UNIQUE|REFERENCES)?\ ?column(?:\ with\ [\w -]+)?
+    | cannot\ (?:modify\ .+\ because\ it\ is\ a\ view|drop\ (?:PRIMARY\ KEY|UNIQUE)\ column:\ ".+")
+    | (?:near\ ".*":\ )?(syntax\ error)(?:\ at\ or\ near\ .*)?
+    | (invalid\ input\ value\ for\ enum\ [^:]+)(?::\ .*)?
+    | (?:permission\ denied\ for|must\ be\ owner\ of)\ (?:table|view|sequence|schema|function|index|type)\ .+
+    | column\ (?:\w+\.\w+|".+"\ of\ relation\ ".+")\ does\ not\ exist""",
     re.VERBOSE,
 )
+# Error codes of PostgreSQL (SQLSTATE) for definitions. The first line of the message contains only names and types.
+_NAMES_ONLY = (
+    "25001", "2BP01", "3F000", "42701", "42704", "42710", "42723", "42804", "42809", "42830", "42883",
+    "42P01", "42P06", "42P07", "42P16",
+)  # fmt: skip
 _MISSING = re.compile(r"no such (?:table|column): |(?:relation|column) .* does not exist")
 _MISSING_REMEDY = (
     " (if the table is the application's, create the table by a revision, and pass migrations= to Database.open)"
@@ -61,7 +77,11 @@ _MISSING_REMEDY = (
 def message_with_name(error: BaseException) -> str:
     """Return the database's message. If the message can contain a stored value, return an empty text."""
     first, *_ = str(error).splitlines() or [""]
-    return first if _NAMING.fullmatch(first) else ""
+    by_raise = getattr(getattr(error, "diag", None), "source_function", None) == "exec_stmt_raise"
+    if getattr(error, "sqlstate", None) in _NAMES_ONLY and not by_raise:  # RAISE in PL/pgSQL can show a value
+        return first
+    found = _NAMING.fullmatch(first)
+    return str(found[found.lastindex or 0]) if found else ""
 
 
 def named(error: BaseException) -> str:

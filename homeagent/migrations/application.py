@@ -24,6 +24,7 @@ from homeagent.migrations.revisions import (
     SPEAK_FOR_THEMSELVES,
     RevisionFailedError,
     loaded,
+    place_of,
     reason_of,
     run_revisions,
     stored_revisions,
@@ -149,9 +150,9 @@ class Application:
             except SPEAK_FOR_THEMSELVES:
                 raise
             except Exception as error:
-                reason = guard.refused or reason_of(error)
+                place, reason = place_of(error, modules), guard.refused or reason_of(error)
                 raise RevisionFailedError(
-                    f"the revision {guard.revision!r} of {self.name}: {reason}{guard.committed}"
+                    f"the revision {guard.revision!r} of {self.name}{place}: {reason}{guard.committed}"
                 ) from error
 
 

@@ -94,10 +94,11 @@ def open_postgresql(
             except SPEAK_FOR_THEMSELVES:
                 raise
             except Exception as error:  # noqa: BLE001  a revision can raise any error, and was rolled back
-                cause = error.__cause__ if isinstance(error, RevisionFailedError) else error
+                by_application = isinstance(error, RevisionFailedError)
+                cause = error.__cause__ if by_application else error
+                before = "" if by_application else f" from {revision!r}"  # the application's error names its revision
                 raise MigrationError(
-                    f"upgrading the schema from {revision!r} failed and was undone ({reason_of(error)})"
-                    f"{_views(connection)}"
+                    f"upgrading the schema{before} failed and was undone ({reason_of(error)}){_views(connection)}"
                 ) from (None if isinstance(cause, engine.driver_errors) else cause)
             if busy.sqlstate == _STATEMENT_CANCELLED:
                 raise MigrationError(

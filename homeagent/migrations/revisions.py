@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from traceback import walk_tb
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +179,14 @@ def reason_of(error: Exception) -> str:
         return str(error)
     name = type(error).__name__
     return f"{name}: {error}" if isinstance(error, errors.HomeAgentError) else name
+
+
+def place_of(error: Exception, modules: Iterable[ModuleType]) -> str:
+    """Return the failed line of a revision's script, such as `, line 7 of a4.py`, or an empty text."""
+    files = {module.__file__ for module in modules}
+    lines = [(line, Path(frame.f_code.co_filename)) for frame, line in walk_tb(error.__traceback__)]
+    shown = [f", line {line} of {file.name}" for line, file in lines if str(file) in files]
+    return shown[-1] if shown else ""
 
 
 def upgrade(connection: Connection, to: str = "head") -> None:

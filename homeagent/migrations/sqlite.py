@@ -218,6 +218,7 @@ def _upgrade(engine: SQLiteEngine, application: Application, backup_clock: Clock
         if not suitable:
             with kept_objects(connection, revision) if revision is not None else nullcontext():
                 upgrade(connection)
+        attempt.act = f"upgrading {path}"  # the application's error names the failed revision
         application.upgrade(connection)
     logger.info(
         "upgraded the schema of %s to revision %s (from %s)%s",

@@ -42,6 +42,28 @@ def test_application_statement_is_not_shown(database: Database) -> None:
     assert SECRET not in str(caught.value)
 
 
+NAMED = {
+    "CREATE TABLE devices (a TEXT)": 'devices"? already exists',
+    "CREATE INDEX idx_nonces_expires ON devices (role)": 'idx_nonces_expires"? already exists',
+    "ALTER TABLE agents ADD COLUMN name TEXT": r'duplicate column name: name|"name" of relation "agents" already',
+    'SELECT * FROM "my notes-2"': "my notes-2",
+    "SELECT nowhere('{secret}')": "nowhere",
+    "DROP TABLE idx": "idx",
+    "SELEC '{secret}'": "syntax error",
+    "CREATE TYPE color AS ENUM ('red'); SELECT CAST('{secret}' AS color)": "syntax error|value for enum color ",
+    "DO $$ BEGIN RAISE undefined_table USING MESSAGE = '{secret}'; END $$": "syntax error|withheld",
+}
+
+
+@pytest.mark.parametrize("statement", NAMED)
+def test_object_in_an_application_statement_is_named(database: Database, statement: str) -> None:
+    """If the engine refuses an application's statement, the error names the object, and shows no value."""
+    filled = statement.replace("{secret}", SECRET)
+    with pytest.raises(errors.DatabaseError, match=NAMED[statement]) as caught, database.unit_of_work() as unit:
+        unit.session.connection().execute(text(filled))
+    assert SECRET not in str(caught.value)
+
+
 @pytest.mark.parametrize("engine_name", ["postgresql"])
 @pytest.mark.parametrize("value", ["a\0b", "\ud800"])
 def test_value_refused_by_driver_is_argument_error(database: Database, value: str) -> None:
