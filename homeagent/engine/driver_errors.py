@@ -80,6 +80,8 @@ def message_with_name(error: BaseException) -> str:
     by_raise = getattr(getattr(error, "diag", None), "source_function", None) == "exec_stmt_raise"
     if getattr(error, "sqlstate", None) in _NAMES_ONLY and not by_raise:  # RAISE in PL/pgSQL can show a value
         return first
+    if first.startswith("no such column") and getattr(error, "error_offset", 0) < 0:
+        return ""  # FTS5 reports a word of the searched text as a missing column, without a place in the SQL text
     found = _NAMING.fullmatch(first)
     return str(found[found.lastindex or 0]) if found else ""
 

@@ -64,6 +64,16 @@ def test_object_in_an_application_statement_is_named(database: Database, stateme
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
+def test_searched_word_is_not_shown(database: Database) -> None:
+    """If FTS5 takes a word of the searched text for a column, the error does not show the word."""
+    search = text("SELECT words FROM found WHERE found MATCH :words")
+    with pytest.raises(errors.DatabaseError) as caught, database.unit_of_work() as unit:
+        unit.session.connection().execute(text("CREATE VIRTUAL TABLE found USING fts5 (words)"))
+        unit.session.connection().execute(search, {"words": "my-password"})
+    assert "password" not in str(caught.value)
+
+
 @pytest.mark.parametrize("engine_name", ["postgresql"])
 @pytest.mark.parametrize("value", ["a\0b", "\ud800"])
 def test_value_refused_by_driver_is_argument_error(database: Database, value: str) -> None:
