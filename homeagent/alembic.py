@@ -26,7 +26,7 @@ from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.target import ENVIRONMENT_VARIABLE
 from homeagent.environment import BUSY_TIMEOUT
 from homeagent.migrations.application import Application, revision_guard
-from homeagent.migrations.autogenerate import application_tables, options, scratch_database
+from homeagent.migrations.autogenerate import application_tables, options, render_item, scratch_database
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, VERSION_TABLE
 from homeagent.models.types import check_names
 from homeagent.opening import open_engine
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from homeagent.engine.postgresql.engine import PostgreSQLEngine
 
-__all__ = ["TABLES", "include_name", "include_object", "run_environment"]
+__all__ = ["TABLES", "include_name", "include_object", "render_item", "run_environment"]
 
 TABLES: frozenset[str] = frozenset({table.name for table in SCHEMA} | {VERSION_TABLE})
 """Names of homeagent's tables, including the version table."""

@@ -25,24 +25,34 @@ from homeagent.models.base import Table
 from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColumn, TimestampColumn
 
 
-def render_item(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
-    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Otherwise a newer homeagent
-    version could change the revision's effect.
+def render_item(type_: str, object: Any, autogen_context: AutogenContext) -> str | Literal[False]:
+    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Pass `render_item` to Alembic's
+    `context.configure`.
+
+    A revision with homeagent's column types could change with a newer homeagent version.
+
+    Args:
+        type_: kind of the object, such as `type` or `server_default`.
+        object: SQLAlchemy object, such as a column type.
+        autogen_context: Alembic's context with the imports of the new revision.
+
+    Returns:
+        The Python code for the object. False if Alembic must write the code.
     """
-    if kind != "type":
+    if type_ != "type":
         return False
-    if isinstance(item, TimestampColumn):
+    if isinstance(object, TimestampColumn):
         return 'sa.BigInteger().with_variant(sa.Integer(), "sqlite")'
-    if isinstance(item, FlagColumn):
+    if isinstance(object, FlagColumn):
         return "sa.Integer()"
-    if isinstance(item, (JsonColumn, EnumColumn)):
+    if isinstance(object, (JsonColumn, EnumColumn)):
         return "sa.Text()"
-    if isinstance(item, HashColumn):
+    if isinstance(object, HashColumn):
         return 'sa.Text().with_variant(sa.Text(collation="C"), "postgresql")'
-    if isinstance(item, AutoString):
-        return "sa.String()" if item.length is None else f"sa.String(length={item.length})"
-    if isinstance(item, TypeDecorator) and not type(item).__module__.startswith("sqlalchemy."):
-        autogen.imports.add(f"import {type(item).__module__}")
+    if isinstance(object, AutoString):
+        return "sa.String()" if object.length is None else f"sa.String(length={object.length})"
+    if isinstance(object, TypeDecorator) and not type(object).__module__.startswith("sqlalchemy."):
+        autogen_context.imports.add(f"import {type(object).__module__}")
     return False
 
 

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic.autogenerate import compare_metadata
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import create_engine, text
@@ -20,18 +18,22 @@ from sqlalchemy.pool import NullPool
 import homeagent.alembic
 from alembic import command
 from homeagent import Database
-from homeagent.alembic import TABLES, include_name, include_object
+from homeagent.alembic import TABLES
 from homeagent.errors import DatabaseBusyError
 from homeagent.migrations import postgresql
-from homeagent.models import SCHEMA, metadata
+from homeagent.models import SCHEMA
 from tests.conftest import add_agent
 from tests.migrations.old_databases import fetch, is_sound, old_database, server
 from tests.migrations.own_revisions import write_revision
 
 MODELS = """
-from datetime import datetime
+from enum import StrEnum
+from typing import Any
 from homeagent import Table, Timestamp
 from sqlmodel import Field
+
+class Mood(StrEnum):
+    CALM = "calm"
 
 class Message(Table, table=True):
     __tablename__ = "{prefix}_messages"
@@ -39,6 +41,8 @@ class Message(Table, table=True):
     session_id: str = Field(foreign_key="sessions.session_id", ondelete="CASCADE", index=True)
     text: str
     sent_at: Timestamp
+    mood: Mood = Mood.CALM
+    details: dict[str, Any] = Field(default_factory=dict)
 """
 REBUILD = """
 with op.batch_alter_table("{name}_messages", recreate="always") as batch:
@@ -51,6 +55,17 @@ ENVIRONMENT = (
     "from alembic import context\nfrom homeagent.alembic import run_environment\n"
     "run_environment(context, package={!r})\n"
 )
+OWN_ENVIRONMENT = """
+from alembic import context
+from homeagent.alembic import include_name, include_object, render_item
+from homeagent.models import metadata
+
+context.configure(
+    connection=context.config.attributes["connection"], target_metadata=metadata, version_table="own_version",
+    include_name=include_name, include_object=include_object, render_item=render_item,
+)
+context.run_migrations()
+"""
 
 
 class Hub:
@@ -200,16 +215,16 @@ def test_offline(make_hub: Any, capsys: pytest.CaptureFixture[str], target: str)
 
 
 def test_environment_of_the_application(target: str, make_hub: Any) -> None:
-    """With include_name and include_object, an env.py of the application neither compares nor drops other tables."""
+    """An own env.py writes SQLAlchemy's types into a revision, and neither compares nor drops homeagent's tables."""
     hub = make_hub(target)
     importlib.import_module(f"{hub.name}.tables")
+    (hub.package / "migrations" / "env.py").write_text(OWN_ENVIRONMENT)
     engine = server(target) if "://" in target else create_engine(f"sqlite+homeagent:///{target}", poolclass=NullPool)
     assert {table.name for table in SCHEMA} < TABLES
     with engine.connect() as connection:
-        context = MigrationContext.configure(
-            connection, opts={"include_name": include_name, "include_object": include_object}
-        )
-        changes = compare_metadata(context, metadata)
-    touched = {getattr(getattr(item, "table", item), "name", "") for _, item in changes}
-    assert f"{hub.name}_messages" in touched
-    assert not touched & TABLES
+        hub.config.attributes["connection"] = connection
+        script = hub.revise("messages")
+    assert f"create_table('{hub.name}_messages'" in script
+    assert not [table for table in TABLES if f"_table('{table}'" in script or f"table_name='{table}'" in script]
+    for column in ("'sent_at', sa.BigInteger().with_variant", "'mood', sa.Text()", "'details', sa.Text()"):
+        assert column in script
