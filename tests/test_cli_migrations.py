@@ -23,6 +23,7 @@ class Message(Table, table=True):
     session_id: str = Field(foreign_key="sessions.session_id", ondelete="CASCADE", index=True)
     text: str
 """
+PINNED = "    pinned: bool = False\n"
 STARS = '    stars: int = Field(default=0, sa_column_kwargs={"server_default": "0"})\n'
 
 
@@ -56,9 +57,17 @@ def test_application_without_alembic(project: Path) -> None:
     database = ("--database", str(project / "data" / "hub.db"))
     made = run(project, *database, "init", "--migrations", "hub:migrations")
     assert made.returncode == 0, made.stderr
-    with (project / "hub" / "tables.py").open("a") as tables:
-        tables.write(STARS)
+    (project / "hub" / "tables.py").write_text(TABLES + PINNED)
+    refused = run(project, *new, "pinned")
+    assert refused.returncode == 1
+    assert "column 'pinned' of table 'messages' is NOT NULL without a server default" in refused.stderr
+    assert list(script.parent.iterdir()) == [script]
+    pinned = PINNED.replace("False", 'Field(default=False, sa_column_kwargs={"server_default": sa.false()})')
+    (project / "hub" / "tables.py").write_text(f"import sqlalchemy as sa{TABLES}{STARS}{pinned}")
     assert run(project, *new, "stars").returncode == 0
+    (second,) = {*script.parent.iterdir()} - {script}
+    assert "server_default=sa.false()" in second.read_text()  # PostgreSQL refuses the number 0
+    assert "no revision was written" in run(project, *new, "again").stdout
     upgraded = run(project, *database, "migrate", "--migrations", "hub:migrations")
     assert "of the application. A copy from before" in upgraded.stdout, upgraded.stderr
     status = json.loads(run(project, *database, "status", "--json").stdout)

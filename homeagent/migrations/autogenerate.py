@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,10 +14,11 @@ from typing import Any, Literal, cast
 from alembic.autogenerate.api import AutogenContext, produce_migrations, render_python_code
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, TypeDecorator
+from sqlalchemy.sql.elements import False_, True_
 from sqlmodel import AutoString
 
 from homeagent.engine.sqlite.inspection import scratch_sqlite
-from homeagent.errors import MigrationError
+from homeagent.errors import InvalidArgumentError, MigrationError
 from homeagent.migrations.application import Application
 from homeagent.migrations.revisions import RevisionFailedError, upgrade
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, metadata
@@ -39,6 +40,8 @@ def render_item(type_: str, object: Any, autogen_context: AutogenContext) -> str
     Returns:
         The Python code for the object. False if Alembic must write the code.
     """
+    if type_ == "server_default" and isinstance(getattr(object, "arg", None), (False_, True_)):
+        return f"sa.{object.arg}()"  # by default, Alembic writes the number 0 or 1, which PostgreSQL refuses
     if type_ != "type":
         return False
     if isinstance(object, TimestampColumn):
@@ -125,6 +128,7 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
         script = produce_migrations(context, metadata)
         if script.upgrade_ops is None or script.downgrade_ops is None or script.upgrade_ops.is_empty():
             return None
+        _refuse_missing_default(script.upgrade_ops.as_diffs())
         imports: set[str] = set()
 
         def render(kind: str, item: Any, autogen: AutogenContext) -> str | Literal[False]:
@@ -135,3 +139,16 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
         operations: dict[str, Any] = {"upgrade": script.upgrade_ops, "downgrade": script.downgrade_ops}
         texts = {name: "    " + render_python_code(ops, **how).strip() for name, ops in operations.items()}
         return {**texts, "imports": "\n".join(sorted(imports))}
+
+
+def _refuse_missing_default(changes: Iterable[Any]) -> None:
+    """Raise InvalidArgumentError for a new column of an existing table without a value for the rows."""
+    columns = [change[3] for change in changes if change[0] == "add_column"]
+    for column in columns:
+        if not column.nullable and column.server_default is None:
+            raise InvalidArgumentError(
+                f"the new column {column.name!r} of table {column.table.name!r} is NOT NULL without a server default, "
+                "so the revision would fail if the table has rows. Add a server default to the model's field, such as "
+                'Field(default=0, sa_column_kwargs={"server_default": "0"}), or allow None. '
+                "To write the revision by hand, use --empty"
+            )
