@@ -250,8 +250,10 @@ class DatabaseBusyError(DatabaseError):
 
 
 class TransientError(DatabaseBusyError):
-    """The database rolled back the unit after a conflict with another transaction. `Database.run` runs the whole unit
-    again. Remedy: call `run()` instead of `unit_of_work`, or repeat the unit.
+    """Another transaction or process prevented the unit. The database rolled back the unit, and the unit can run again.
+
+    `Database.run` repeats the unit until `busy_timeout` ends, and then raises the last error. Remedy: call `run()`
+    instead of `unit_of_work`. If `run()` raised the error, repeat the unit later, or raise `busy_timeout`.
     """
 
     sqlstate: str | None = None

@@ -181,7 +181,8 @@ def install_error_handlers(app: FastAPI) -> None:
     | `InvalidArgumentError`, `FingerprintMismatchError`, `EffectFailedError`, `RequestValidationError` | 422 |
     | `TooManyAttemptsError` | 429 |
     | other errors of homeagent, which are logged | 500 |
-    | `DatabaseBusyError`, `ConnectionLostError`, `EffectNotStartedError` | 503 |
+    | `DatabaseBusyError` with its subclass `TransientError` | 503 |
+    | `ConnectionLostError`, `EffectNotStartedError` | 503 |
     | `DatabaseClosedError`, `DiskFullError` | 503 |
 
     For a temporary error, the reply has the header Retry-After (RFC 9110, section 10.2.3). The header is the shortest
