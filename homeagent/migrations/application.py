@@ -143,17 +143,18 @@ class Application:
             connection.exec_driver_sql(f"ALTER TABLE {ALEMBIC_TABLE} RENAME TO {APPLICATION_VERSION_TABLE}")
         if not self.is_pending(connection):
             return
-        modules = [loaded(script.file) for script in self.scripts.values()]
         with revision_guard(connection, self.acknowledged, outside) as guard:
             try:
+                modules = [loaded(script.file) for script in self.scripts.values()]
                 run_revisions(connection, modules, APPLICATION_VERSION_TABLE, str(self.head), guard)
             except SPEAK_FOR_THEMSELVES:
                 raise
             except Exception as error:
-                place, reason = place_of(error, modules), guard.refused or reason_of(error)
-                raise RevisionFailedError(
-                    f"the revision {guard.revision!r} of {self.name}{place}: {reason}{guard.committed}"
-                ) from error
+                place = place_of(error, {str(script.file) for script in self.scripts.values()})
+                reason = guard.refused or reason_of(error)
+                # The import of a script can fail, and the stored revisions can be inconsistent.
+                failed = "revisions" if guard.revision is None else f"revision {guard.revision!r}"
+                raise RevisionFailedError(f"the {failed} of {self.name}{place}: {reason}{guard.committed}") from error
 
 
 NO_APPLICATION = Application()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.resources import files
@@ -178,12 +178,13 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, RevisionFailedError):
         return str(error)
     name = type(error).__name__
-    return f"{name}: {error}" if isinstance(error, errors.HomeAgentError) else name
+    # Alembic's errors about the order of the revisions contain only identifiers of revisions.
+    is_shown = isinstance(error, errors.HomeAgentError) or type(error).__module__ == "alembic.script.revision"
+    return f"{name}: {error}" if is_shown else name
 
 
-def place_of(error: Exception, modules: Iterable[ModuleType]) -> str:
+def place_of(error: Exception, files: Collection[str]) -> str:
     """Return the failed line of a revision's script, such as `, line 7 of a4.py`, or an empty text."""
-    files = {module.__file__ for module in modules}
     lines = [(line, Path(frame.f_code.co_filename)) for frame, line in walk_tb(error.__traceback__)]
     shown = [f", line {line} of {file.name}" for line, file in lines if str(file) in files]
     return shown[-1] if shown else ""

@@ -144,6 +144,14 @@ def test_revisions_of_an_adopted_file(file: Path, folder: Path) -> None:
     assert fetch(file, "SELECT version_num FROM application_schema_version") == [("a2",)]
 
 
+def test_overlapping_revisions(file: Path, folder: Path) -> None:
+    """If the version table also has the predecessor of a revision, the error names both revisions."""
+    change(file, "INSERT INTO alembic_version VALUES ('a2')")
+    refused = init(file, "--yes", "--migrations", folder)
+    assert refused.exit_code == 1
+    assert re.search(r"the revisions of \S+: RevisionError: .*a\d overlaps with .*a\d", refused.stderr)
+
+
 REFUSED: dict[str, tuple[str, type[DatabaseError]]] = {
     "table sessions in .* other columns": ("ALTER TABLE sessions ADD COLUMN own TEXT", DatabaseError),
     "trigger audit of devices is not homeagent's": (

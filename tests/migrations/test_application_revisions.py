@@ -166,6 +166,7 @@ FAILING = [
         'op.execute("INSERT INTO nowhere VALUES (1)")',
         r"upgrading \S+( schema)? failed .*the revision 'a4' of .*, line \d of a4\.py: .*nowhere",
     ),
+    ("pass\n\nimport nothing", r"the revisions of .*migrations, line \d+ of a4\.py: ModuleNotFoundError\)"),
     ("op.execute(\"INSERT INTO notes (id, session_id) VALUES (1, 'no')\")", "notes"),
     ('op.create_table("HomeAgent_x", sa.Column("id", sa.Integer))', "'a4' of .*'HomeAgent_x'.*another name"),
     ('op.execute("COMMIT")\nop.execute("SELECT * FROM nowhere")', r"'a4' of .*it sends COMMIT or ROLLBACK"),
@@ -174,7 +175,7 @@ FAILING = [
 
 @pytest.mark.parametrize(
     ("engine_name", "body", "reason"),
-    [*(("sqlite", *each) for each in FAILING), *(("postgresql", *each) for each in FAILING[1::3])],
+    [*(("sqlite", *each) for each in FAILING), *(("postgresql", *each) for each in FAILING[1::4])],
 )
 def test_failed_revision_is_undone(target: str, folder: Path, body: str, reason: str) -> None:
     """If a revision of the application fails, the error names the revision, and the new tables are gone."""
