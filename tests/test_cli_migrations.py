@@ -107,6 +107,10 @@ def test_mistakes(project: Path) -> None:
     broken = run(project, "migrations", "new", "-m", "x", "--migrations", "hub:migrations")
     assert broken.returncode == 1
     assert f"{project / 'hub' / 'broken.py'}, line 1: ModuleNotFoundError: No module named" in broken.stderr
+    (project / "hub" / "broken.py").unlink()
+    (project / "hub" / "tables.py").write_text(TABLES.partition("class")[0])
+    without = run(project, "migrations", "new", "-m", "x", "--migrations", "hub:migrations")
+    assert "no tables that derive from homeagent.Table: derive a class from Table, or write" in without.stderr
     empty = run(project, "migrations", "new", "--empty", "-m", "x", "--migrations", "plain", "--package", "hub")
     assert empty.returncode == 0, empty.stderr
     (script,) = (project / "plain" / "versions").iterdir()

@@ -212,7 +212,10 @@ def _write(application: Application, folder: Path, package: str, message: str, *
     if not empty:
         tables = _application_tables(package, folder)
         if not tables:
-            raise InvalidArgumentError(f"the package {package!r} defines no tables: derive a class from Table")
+            raise InvalidArgumentError(
+                f"the package {package!r} defines no tables that derive from homeagent.Table: derive a class from "
+                "Table, or write the revision by hand with --empty"
+            )
         rendered = render_revision(application, tables)
         if rendered is None:
             return None
