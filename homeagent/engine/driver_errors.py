@@ -190,14 +190,18 @@ _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
 }
 
 
+def _remove_text(error: BaseException) -> None:
+    """Remove the text from a UnicodeError, because a traceback can show the driver's exception."""
+    if isinstance(error, UnicodeError):
+        error.args = ()
+        error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
+
+
 def sqlite_error(error: BaseException) -> HomeAgentError:
     """Return homeagent's error for an exception of apsw."""
     code = getattr(error, "extendedresult", None)
     if code is None:
-        if isinstance(error, UnicodeError):
-            # Remove the stored text, because a traceback can show the driver's exception.
-            error.args = ()
-            error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
+        _remove_text(error)
         for driver_error, (kind, message) in _DRIVER_ERRORS.items():
             if isinstance(error, driver_error):
                 return kind(message)
@@ -275,10 +279,11 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:
     """Return homeagent's error for a driver's exception without a SQLSTATE."""
+    _remove_text(error)
     # Compare class names (PEP 249). A SQLite store must work without psycopg.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     if kinds & {"OverflowError", "UnicodeError", "DataError"}:
-        return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL")
+        return InvalidArgumentError("a value can't be stored by PostgreSQL, such as a text with a NUL or a surrogate")
     if kinds & {"ProgrammingError", "NotSupportedError"}:
         return DatabaseError(f"psycopg refused the statement ({type(error).__name__})")
     return connection_lost()

@@ -86,7 +86,7 @@ class PostgreSQLEngine(Engine):
         event.listen(sa_engine, "do_execute", _run_by("execute"))
         event.listen(sa_engine, "do_executemany", _run_by("executemany"))
         event.listen(sa_engine, "handle_error", _on_error)
-        self.driver_errors: tuple[type[BaseException], ...] = (psycopg.Error, OverflowError)
+        self.driver_errors: tuple[type[BaseException], ...] = (psycopg.Error, OverflowError, UnicodeError)
         super().__init__(sa_engine, writers=pool_size, readers=pool_size)
 
     def translate(self, error: BaseException) -> HomeAgentError:
@@ -132,11 +132,11 @@ class PostgreSQLEngine(Engine):
             return self.sa_engine.connect()
         except HomeAgentError as error:
             failure = error  # the function `_on_error()` has already translated the error
-        except self.driver_errors as error:
-            failure = postgresql_error(error)
-        except ValueError:
+        except ValueError:  # also a UnicodeError
             # `resolve_target()` has already checked the URL. So the ValueError comes from an environment variable.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
+        except self.driver_errors as error:
+            failure = postgresql_error(error)
         # The driver's exception and the frames of SQLAlchemy contain the password.
         failure.__cause__ = failure.__context__ = None
         raise failure.with_traceback(None)
