@@ -21,7 +21,7 @@ def interrupt_at(
 
     CPython checks for signals at the beginning of a function, and right after a call or a backward jump.
     """
-    last: dict[Any, str] = {}
+    last: dict[int, str] = {}  # the keys are ids, because the handler's traceback would keep the frames in memory
     left = turn
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
@@ -30,14 +30,14 @@ def interrupt_at(
             return None
         frame.f_trace_opcodes = True
         here = opname[frame.f_code.co_code[frame.f_lasti]] if event == "opcode" else ""
-        if event == "call" or (event == "opcode" and last.get(frame, "").startswith(("CALL", "JUMP_BACKWARD"))):
+        if event == "call" or (event == "opcode" and last.get(id(frame), "").startswith(("CALL", "JUMP_BACKWARD"))):
             left -= 1
             if left < 0:
                 sys.settrace(None)
                 handler()
                 return None
         if event == "opcode":
-            last[frame] = here
+            last[id(frame)] = here
         return trace
 
     before = sys.gettrace()

@@ -6,11 +6,12 @@ import inspect
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import bindparam, event, select, text
 
-from homeagent import AgentSession, Database, DeviceCreate, Role, errors, stores
+from homeagent import AgentSession, Database, DeviceCreate, IdempotencyKey, Role, Statement, Store, errors, stores
 from homeagent.stores.store import access_of
 from tests.conftest import FakeClock, add_agent, in_threads
 
@@ -40,6 +41,32 @@ def test_a_read_is_one_statement(sqlite_database: Database) -> None:
     assert sqlite_database.counters().reads == 2
     add_agent(sqlite_database, "later")
     assert sqlite_database.agents.get("later").id == "later"
+
+
+KEY: Any = IdempotencyKey
+FIND = Statement[str](select(KEY.device_id).where(KEY.attempt == bindparam("attempt")))
+
+
+class KeyStore(Store):
+    def find(self, attempt: object) -> list[str]:
+        return self.unit.all(FIND, attempt=attempt)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [("\ud800", errors.InvalidArgumentError)],
+    ids=["surrogate"],
+)
+def test_a_refused_value_blocks_no_later_read(
+    database: Database, value: object, kind: type[Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    """If a read raises an error for a value, later reads work while the error is in memory, and nothing is logged."""
+    with pytest.raises(errors.HomeAgentError) as caught:
+        database.store(KeyStore).find(value)
+    assert type(caught.value) is kind
+    assert caught.value.__context__ is None
+    assert database.store(KeyStore).find(1) == []
+    assert caplog.records == []
 
 
 def test_nothing_to_write_takes_no_write_lock(database: Database, clock: FakeClock) -> None:

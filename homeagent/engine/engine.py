@@ -124,14 +124,16 @@ class Engine:
                     check.after_begin()
                 found = connection.read_alone(statement, parameters.copy())
             except BaseException as error:
+                is_lost = isinstance(error, ConnectionLostError)
+                if not (is_lost and again):
+                    parameters.clear()  # a log record about a failed close would contain the values
                 pool.discard(connection)
-                if isinstance(error, ConnectionLostError):
+                if is_lost:
                     self.discard_free()
                     if again:
                         again = False
                         continue
                 self.counters.faulted(error)
-                parameters.clear()
                 raise
             self.counters.reads += 1
             pool.release(connection)

@@ -45,7 +45,7 @@ class SQLiteConnection(StoreConnection):
 
     @staticmethod
     def _open_cursor(raw: Any) -> StatementCursor:
-        return StatementCursor(raw)
+        return raw.statement_cursor()  # type: ignore[no-any-return]
 
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
         # Do not call `after_failed_commit()` twice. SQLAlchemy calls the driver's `commit()`. The driver's `commit()`
@@ -73,7 +73,7 @@ class SQLiteConnection(StoreConnection):
             return compiled.unreadable_at(None, (), parameters, _NOT_UTF8)
         names = [f"c{place}" for place in range(len(compiled.columns))]
         sql = f"WITH found({', '.join(names)}) AS ({compiled.sql}) SELECT {undecoded_columns(names)} FROM found"  # noqa: S608  own SQL
-        # Use the same cursor, to end the failed statement. An open statement would prevent closing the connection.
+        # Use the same cursor, which ends the failed statement.
         for values in self._execute(sql, compiled.bind(parameters)).fetchall():
             row = decoded_row(values)
             found = [place for place, value in enumerate(row) if isinstance(value, Undecodable)]

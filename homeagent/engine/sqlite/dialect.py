@@ -129,12 +129,18 @@ class Connection(_Connection):
     """Function that returns a context manager. The method `close` runs in this context."""
     _savepoint: str | None = None
 
-    def __init__(self, filename: str, flags: int) -> None:
-        super().__init__(filename, flags)
-        self.cursor_factory: Any = Cursor
+    def statement_cursor(self) -> StatementCursor:
+        """Return a cursor for a store's statements."""
+        # Do not call `StatementCursor()`. The method `close()` ends only the statements of cursors from `cursor()`.
+        self.cursor_factory = StatementCursor
+        try:
+            return self.cursor()  # type: ignore[return-value]  # created by `cursor_factory`
+        finally:
+            self.cursor_factory = Cursor
 
-    def close(self, force: bool = False) -> None:
-        """Close the connection. A second call of the method has no effect."""
+    def close(self, force: bool = True) -> None:
+        """Close the connection, and end its unfinished statements. A second call of the method has no effect."""
+        # With `force=False`, apsw does not close a connection with an unfinished statement.
         closing, self.closing = self.closing, nullcontext
         with closing():
             super().close(force)
@@ -205,13 +211,18 @@ def connect(database: str = ":memory:", *, uri: bool = False, timeout: float = 5
     """
     how = apsw.SQLITE_OPEN_URI if uri else apsw.SQLITE_OPEN_CREATE
     connection = Connection(database, apsw.SQLITE_OPEN_READWRITE | how)
-    connection.set_busy_timeout(int(timeout * 1000))
-    # Keep temporary data in memory. A container can lack a directory for temporary files
-    # (https://sqlite.org/tempfiles.html).
-    connection.execute("PRAGMA temp_store=MEMORY")
-    # Make SQLite keep query plans. By default, each execution with a LIMIT parameter makes a new plan
-    # (https://sqlite.org/queryplanner-ng.html#qpstab).
-    connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
+    try:
+        connection.cursor_factory = Cursor
+        connection.set_busy_timeout(int(timeout * 1000))
+        # Keep temporary data in memory. A container can lack a directory for temporary files
+        # (https://sqlite.org/tempfiles.html).
+        connection.execute("PRAGMA temp_store=MEMORY")
+        # Make SQLite keep query plans. By default, each execution with a LIMIT parameter makes a new plan
+        # (https://sqlite.org/queryplanner-ng.html#qpstab).
+        connection.config(apsw.SQLITE_DBCONFIG_ENABLE_QPSG, 1)
+    except BaseException:
+        connection.close()  # a traceback of an interrupt can keep the connection in memory
+        raise
     return connection
 
 

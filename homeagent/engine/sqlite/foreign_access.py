@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import apsw
+
 from homeagent.engine.files.database_file import OPEN_FLAGS, identity_of, look_at, sidecars
 from homeagent.engine.files.file_identity import FileIdentityCheck
 from homeagent.engine.files.system_errors import explained, quoted
@@ -62,12 +64,14 @@ class FileGuard:
         """
         with self._mutex, explained("unlock", self._path):
             self._connections -= 1
-            is_last = self._connections == 0
-            failure = self._release() if is_last else None
+            failure = None if self._connections else self._release()
             try:
                 yield
+            except apsw.BusyError:
+                self._connections += 1  # the file stays open, because another cursor has an unfinished statement
+                raise
             finally:
-                if is_last:
+                if not self._connections:
                     try:
                         self.forget()
                     finally:
@@ -157,12 +161,16 @@ def open_guarded(path: Path, options: str, *, timeout: float, refuse: bool = Fal
         _uncounted += 1
         try:
             connection = open_existing(path, options, timeout=timeout)
-            status = look_at(path)
-            while status is not None:
-                guard = guard_of(path, identity_of(status))
-                if guard.opened():
-                    connection.closing = guard.closing
-                    break
+            try:
+                status = look_at(path)
+                while status is not None:
+                    guard = guard_of(path, identity_of(status))
+                    if guard.opened():
+                        connection.closing = guard.closing
+                        break
+            except BaseException:
+                connection.close()
+                raise
         finally:
             _uncounted -= 1
     return connection

@@ -177,6 +177,18 @@ def test_bad_value(
     assert raw.cursor().execute("SELECT count(*) FROM room").fetchall() == [(2,)]
 
 
+@pytest.mark.parametrize("statement", ["SELECT ?", "SELECT name FROM room", "SELECT 1; SELECT 2"])
+def test_close_ends_unfinished_statements(path: Path, statement: str) -> None:
+    """A close ends the statements of all cursors: statements with a refused value, unread rows or unread statements."""
+    raw = connect(str(path))
+    for cursor in (raw.cursor(), raw.statement_cursor()):
+        with contextlib.suppress(UnicodeEncodeError):
+            cursor.execute(statement, ["\ud800"] if "?" in statement else None)
+    raw.close()
+    with pytest.raises(apsw.CursorClosedError):
+        cursor.fetchall()
+
+
 def test_closed_connection_or_cursor(path: Path) -> None:
     """A closed connection or cursor raises ProgrammingError in SQLAlchemy and DatabaseClosedError in homeagent."""
     raw = connect(str(path))

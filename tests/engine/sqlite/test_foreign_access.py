@@ -6,6 +6,7 @@ Linux only, because open file description locks are needed. All in child process
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -17,6 +18,7 @@ from homeagent.engine.sqlite import foreign_access
 from homeagent.engine.sqlite.foreign_access import FileGuard, guard_of
 from tests.conftest import Children, add_agent
 from tests.fork_server import Process
+from tests.interrupts import interrupt_at
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="F_OFD_SETLK and /proc are Linux's")
 
@@ -94,6 +96,10 @@ def agents(path: Path, host: Process | None = None) -> set[str]:
         host.wait()
     with Database.open(path) as database:
         return {agent.id for agent in database.agents.list()}
+
+
+def raising(error: BaseException) -> None:
+    raise error
 
 
 @pytest.mark.parametrize("act", [READ_THE_FILES, OPEN_THE_INDEX, ATTACH], ids=["files", "index", "attach"])
@@ -195,6 +201,46 @@ def test_a_signal_handler_can_open_the_file(sqlite_path: Path, monkeypatch: pyte
         add_agent(database)
         opened[0].close()
     assert foreign_access._uncounted == 0
+
+
+# An interrupt can come before a `with` statement has taken the iterator of `os.scandir()`.
+@pytest.mark.filterwarnings("ignore:.*ScandirIterator:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("module", ["connection", "sqlite.dialect", "sqlite.foreign_access"])
+def test_an_interrupted_read_blocks_no_later_read(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """If a signal handler raises during a read, later reads work while the exception is in memory."""
+    monkeypatch.setattr(foreign_access, "_guards", {})
+    add_agent(sqlite_database)
+    turn, came = 0, True
+    while came:
+        sqlite_database._engine.discard_free()
+        interrupt = KeyboardInterrupt()
+        came = interrupt_at(
+            turn, [f"homeagent.engine.{module}"], sqlite_database.agents.list, partial(raising, interrupt)
+        )
+        sqlite_database._engine.discard_free()
+        assert len(sqlite_database.agents.list()) == 1
+        turn += 1
+    assert turn > 5
+
+
+def test_a_failed_close_blocks_no_later_read(sqlite_path: Path, children: Children) -> None:
+    """If SQLite can't close a connection, because the application uses its own cursor, later reads work."""
+    printed = children.run(
+        BEGIN
+        + """
+import apsw
+database = Database.open(path)
+with database._engine.connect() as connection:
+    cursor = apsw.Cursor(connection.connection.driver_connection)
+    cursor.execute("SELECT 1 UNION SELECT 2")
+print(len(database.agents.list()))
+print_whether_refused()
+""",
+        sqlite_path,
+    )
+    assert printed.split() == ["0", "refused"]
 
 
 def test_forked_child_may_use_sqlite3(sqlite_path: Path, children: Children) -> None:
