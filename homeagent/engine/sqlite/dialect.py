@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import apsw
@@ -94,10 +94,7 @@ class Cursor(StatementCursor):
     def execute(self, statements: str, bindings: Any = None, **options: Any) -> Cursor:
         """Run a statement."""
         self.description = self._changed = None
-        try:
-            super().execute(statements, bindings, **options)
-        except TypeError as error:  # the type of a binding is not a type of SQLite
-            raise apsw.BindingsError(str(error)) from None
+        super().execute(statements, bindings, **options)
         self.description = self.description or None
         return self
 
@@ -205,6 +202,11 @@ class Connection(_Connection):
         self.set_commit_hook(None if savepoint is None else lambda: True)
 
 
+def _refuse_binding(cursor: _Cursor, number: int, value: object) -> NoReturn:
+    """Raise BindingsError for a type that SQLite can't store. By default, apsw raises TypeError."""
+    raise apsw.BindingsError(f"parameter {number} is of the type {type(value).__name__}")
+
+
 def connect(database: str = ":memory:", *, uri: bool = False, timeout: float = 5.0) -> Connection:
     """Open or create a SQLite file. With `uri=True`, open the existing file of a URI (https://sqlite.org/uri.html). The
     timeout for a lock is in seconds.
@@ -213,6 +215,7 @@ def connect(database: str = ":memory:", *, uri: bool = False, timeout: float = 5
     connection = Connection(database, apsw.SQLITE_OPEN_READWRITE | how)
     try:
         connection.cursor_factory = Cursor
+        connection.convert_binding = _refuse_binding
         connection.set_busy_timeout(int(timeout * 1000))
         # Keep temporary data in memory. A container can lack a directory for temporary files
         # (https://sqlite.org/tempfiles.html).

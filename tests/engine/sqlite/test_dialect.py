@@ -165,10 +165,11 @@ def test_bad_value(
     raw: Connection, sqlite_database: Database, statement: str, values: Any, kind: type[Exception], ours: type
 ) -> None:
     """If SQLite cannot store a value or Python cannot read one, the driver and a unit raise their own errors."""
-    with pytest.raises(dialect.DRIVER_ERRORS) as raised:
-        raw.cursor().execute(statement, values).fetchall()
-    assert type(raised.value) is kind
-    assert type(sqlite_error(raised.value)) is ours
+    for cursor in (raw.cursor(), raw.statement_cursor()):
+        with pytest.raises(dialect.DRIVER_ERRORS) as raised:
+            cursor.execute(statement, values).fetchall()
+        assert type(raised.value) is kind
+        assert type(sqlite_error(raised.value)) is ours
     with sqlite_database.unit_of_work(read_only=True) as unit, pytest.raises(ours) as told:
         unit.session.connection().exec_driver_sql(statement, values).all()
     assert type(told.value) is ours
