@@ -54,8 +54,8 @@ class KeyStore(Store):
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [("\ud800", errors.InvalidArgumentError), (object(), errors.DatabaseError)],
-    ids=["surrogate", "type"],
+    [("\ud800", errors.InvalidArgumentError), (2**70, errors.InvalidArgumentError), (object(), errors.DatabaseError)],
+    ids=["surrogate", "int", "type"],
 )
 def test_a_refused_value_blocks_no_later_read(
     database: Database, value: object, kind: type[Exception], caplog: pytest.LogCaptureFixture

@@ -244,6 +244,7 @@ _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...
     (_READ_ONLY, ReadOnlyError, "the database can't be written: the unit, the server or the role is read-only"),
     (("53100", "53400"), DiskFullError, f"the PostgreSQL server has no room to write: make room, then {_AGAIN}"),
     (("53",), TransientError, "the PostgreSQL server is out of connections or memory: lower pool_size"),
+    (("22003",), InvalidArgumentError, "a number is out of the range of its type: pass a smaller number"),
     (("23",), ConflictError, _REFUSED),
     (_DAMAGED, CorruptDatabaseError, "the PostgreSQL server reports damaged data: restore it from a backup"),
 )
