@@ -123,7 +123,7 @@ def test_only_a_stores_class_is_taken(database: Database) -> None:
 
 
 def test_a_read_connection_has_one_snapshot_and_cannot_write(database: Database) -> None:
-    """`read_connection` runs any SQL that reads, in a single snapshot; a write is refused, also after a rollback."""
+    """`read_connection` reads one snapshot until a commit or rollback, and refuses a write, also after COMMIT."""
     add_agent(database)
     count = text("SELECT count(*) FROM agents")
     with database.read_connection() as connection:
@@ -136,6 +136,9 @@ def test_a_read_connection_has_one_snapshot_and_cannot_write(database: Database)
             connection.rollback()
         assert connection.execute(count).scalar_one() == 2
         add_agent(database, "now")  # a new transaction takes no write lock either
+        connection.execute(text("COMMIT"))
+        with pytest.raises(errors.ReadOnlyError):
+            connection.execute(text("DELETE FROM agents"))
     assert len(database.agents.list()) == 3
 
 

@@ -147,6 +147,10 @@ class PostgreSQLEngine(Engine):
         connection.info[_READ_ONLY] = True
         try:
             with self.translated():
+                if not connection.info[POOLED]:
+                    # An application's COMMIT ends the read-only transaction.
+                    raw: Any = connection.connection.driver_connection
+                    raw.execute("SET default_transaction_read_only = on")
                 connection.exec_driver_sql("SELECT 1")  # PostgreSQL takes the snapshot at the first read, not at BEGIN
         except BaseException:
             connection.close()
