@@ -77,6 +77,7 @@ REFUSED: dict[str, Callable[[Database], Any]] = {
     "result without an owner": settled,
     "row that the ORM inserts": refused_by_orm,
     "scope": lambda database: scope(SECRET + "\0"),
+    "scope of a record": lambda database: IdempotencyScope.of_record("lamp", None, SECRET),  # type: ignore[arg-type]
     "secret that is too long": lambda database: hash_secret(SECRET * 100),
     "key of a human": lambda database: scram.derive_proof_keys(SECRET + "\0", scram.ProofParameters(bytes(16), 4096)),
     "message of a proof": lambda database: scram.proof_message(device_id="lamp", nonce=SECRET, timestamp=MINUTE),

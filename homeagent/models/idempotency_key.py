@@ -172,7 +172,12 @@ class IdempotencyScope:
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
-        return _RecordedScope(device_id, method, key)
+        try:
+            return _RecordedScope(device_id, method, key)
+        except InvalidArgumentError as error:
+            del key
+            clear_locals(error)
+            raise
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
