@@ -32,7 +32,9 @@ def has_room(
     grants = unit.settings.grants
     key = (kind, device_id, limit)
     # Two threads can't get the same number, because `next()` is atomic.
-    if key in grants and next(grants[key], None) is not None:
+    # Another thread can clear the dictionary. So look the key up only once.
+    unused = grants.get(key)
+    if unused is not None and next(unused, None) is not None:
         return True
     granted = _grant(limit, count(device_id, now))
     # On PostgreSQL, a count does not include uncommitted rows of other transactions. Without the lock, simultaneous

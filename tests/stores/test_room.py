@@ -65,6 +65,19 @@ def test_the_limit_is_exact_in_one_process(reopen: MakeDatabase, clock: FakeCloc
     assert [add(database, table, f"m{number}", expires_at) for number in range(limit + 1)] == [True] * limit + [False]
 
 
+def test_another_thread_can_clear_the_grants(sqlite_database: Database) -> None:
+    """If another thread clears the grants between two look-ups, a nonce is accepted."""
+
+    class Cleared(dict[Any, Any]):
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    sqlite_database._settings.grants = Cleared()
+    assert all(add(sqlite_database, "nonces", name) for name in "ab")
+
+
 @TABLES
 def test_unused_grants_of_eight_processes(reopen: MakeDatabase, table: str) -> None:
     """If each of eight processes keeps the grant of an early count, all together store less than twice the limit."""
