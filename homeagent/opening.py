@@ -15,11 +15,10 @@ from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.engine.target import Given, resolve_target
-from homeagent.environment import BUSY_TIMEOUT, Durability, durability_or_default, pool_size_or_default
+from homeagent.environment import BUSY_TIMEOUT, MAX_POOL_SIZE, Durability, durability_or_default, pool_size_or_default
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
-from homeagent.models.types import check_limit
 
 
 def open_engine(
@@ -36,8 +35,8 @@ def open_engine(
 ) -> Engine:
     """Open a SQLite file or a PostgreSQL database (see `Database.open`)."""
     durability, pool_size = durability_or_default(durability), pool_size_or_default(pool_size)
-    if check_limit(pool_size, "pool_size") > 1000:
-        raise InvalidArgumentError("pool_size must be 1 to 1000")
+    if type(pool_size) is not int or not 1 <= pool_size <= MAX_POOL_SIZE:
+        raise InvalidArgumentError(f"pool_size must be a whole number from 1 to {MAX_POOL_SIZE:,}")
     application = Application.of(migrations, acknowledged)
     if not isinstance(metadata, Collection) or not all(isinstance(one, MetaData) for one in metadata):
         raise InvalidArgumentError("metadata must be a list of MetaData objects, such as [SQLModel.metadata]")

@@ -199,7 +199,7 @@ def test_lock_wait_is_bounded_by_busy_timeout(target: str, clock: FakeClock, dat
 @pytest.mark.parametrize("pool_size", [0, 1001, True, "10"])
 def test_pool_size_is_checked(target: str, pool_size: object) -> None:
     """If pool_size is invalid, InvalidArgumentError is raised before a connection is made."""
-    with pytest.raises(errors.InvalidArgumentError, match="pool_size"):
+    with pytest.raises(errors.InvalidArgumentError, match="pool_size must be a whole number from 1 to 1,000"):
         Database.open(target, pool_size=pool_size)
 
 
