@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -119,6 +120,15 @@ def test_overlap_needs_an_approved_device(database: Database, revoked: bool) -> 
             changed = {**new, "expected_secret_hash": unstorable, "previous_until": START + MINUTE}
             assert unit.devices.set_secret("absent", **changed) is False
     assert database.run(lambda unit: unit.devices.set_secret("lamp", **new)) is True
+
+
+def test_the_hash_can_be_an_enum(database: Database) -> None:
+    """For a hash that is a str and an enum, `set_secret` stores the text of the hash."""
+    hashes = Enum("hashes", {"NEW": "sha256$new"}, type=str)
+    stored = add_device(database).shared_secret_hash
+    new: dict[str, Any] = {"expected_secret_hash": stored, "secret_hash": hashes["NEW"], "proof_verifier": None}
+    assert database.devices.set_secret("lamp", **new)
+    assert database.devices.get("lamp").shared_secret_hash == "sha256$new"
 
 
 def test_approval_ends_an_earlier_overlap(database: Database) -> None:

@@ -194,5 +194,6 @@ class HashColumn(StoredColumn[str]):
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = text_column()
     cache_ok: bool | None = True
-    convert_bound: Callable[[Any], Any] = str
+    # For an enum that is a str, `str()` would return the name of the member.
+    convert_bound: Callable[[Any], Any] = staticmethod(str.__str__)
     convert_loaded: Callable[[Any], Any] = staticmethod(_require_text)
