@@ -10,7 +10,7 @@ from sqlmodel import Session
 from homeagent.errors import UnitStateError
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Mapper
+    from sqlalchemy.orm import Mapper, SessionTransaction
 
     from homeagent.engine.connection import StoreConnection
     from homeagent.engine.statements import Statement
@@ -37,6 +37,14 @@ class UnitSession(Session):
         """Return the connection of the unit. If the unit has ended, raise UnitStateError."""
         self._unit._require_connection()
         return super().get_bind(*args, **kwargs)
+
+    def begin(self, nested: bool = False) -> SessionTransaction:
+        """Begin a transaction. For a nested transaction, send SAVEPOINT immediately."""
+        transaction = super().begin(nested)
+        if nested:
+            # Without this call, SQLAlchemy would send SAVEPOINT after the writes of the stores in the block.
+            self.connection()
+        return transaction
 
     def commit(self) -> None:
         """Flush the pending changes. The changes are committed when the unit of work ends."""

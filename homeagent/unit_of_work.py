@@ -67,8 +67,6 @@ class UnitOfWork(Transaction):
         nested = None
         if self._session is not None:
             nested = self._session.begin_nested()
-            # Send SAVEPOINT now, because a store can write before the session's first statement.
-            self._session.connection()
         else:
             connection.execute(f"SAVEPOINT {name}")
         try:
@@ -116,8 +114,9 @@ class UnitOfWork(Transaction):
 
         Before a store's statement, the unit flushes the session. After a store's change, the session reloads affected
         objects at the next access. The session and the stores therefore see the same data. The session's `commit()`
-        only flushes. The session's `rollback()` rolls back the unit. After the unit, the session raises UnitStateError.
-        The session's objects stay usable after the unit.
+        only flushes. The session's `rollback()` rolls back the unit. The session's `begin_nested()` also undoes changes
+        of the stores. After the unit, the session raises UnitStateError. The session's objects stay usable after the
+        unit.
         """
         connection = self._require_connection()
         if self._session is None:

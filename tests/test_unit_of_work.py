@@ -6,7 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,12 @@ def test_rollback_abandons_the_unit(database: Database, by_session: bool) -> Non
 
 @pytest.mark.parametrize("prepare", ["store", "session"])
 @pytest.mark.parametrize("inside", ["store", "session"])
-def test_savepoint_undoes_only_its_block(database: Database, prepare: str, inside: str) -> None:
+@pytest.mark.parametrize("by_session", [False, True], ids=["savepoint", "begin_nested"])
+def test_savepoint_undoes_only_its_block(database: Database, prepare: str, inside: str, by_session: bool) -> None:
     """If a savepoint's block raises, its writes by store and ORM are undone, whenever the session was opened."""
+
+    def savepoint(unit: UnitOfWork) -> AbstractContextManager[Any]:
+        return unit.session.begin_nested() if by_session else unit.savepoint()
 
     def add(unit: UnitOfWork, way: str, agent_id: str) -> None:
         if way == "session":
@@ -99,11 +103,11 @@ def test_savepoint_undoes_only_its_block(database: Database, prepare: str, insid
 
     with database.unit_of_work() as unit:
         add(unit, prepare, "before")
-        with pytest.raises(ValueError, match="inner"), unit.savepoint():
+        with pytest.raises(ValueError, match="inner"), savepoint(unit):
             add(unit, inside, "inner")
             raise ValueError("inner")
         assert unit.agents.find_by_id("inner") is None
-        with unit.savepoint():
+        with savepoint(unit):
             add(unit, inside, "kept")
         create(unit, "after")
     kept = ["after", "before", "kept"]
