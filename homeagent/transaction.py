@@ -27,6 +27,8 @@ from homeagent.models.limits import Limits
 from homeagent.models.types import check_timestamp
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
+
     from homeagent.engine.connection import StoreConnection
     from homeagent.engine.engine import Engine
     from homeagent.engine.statements import Parameters, Statement
@@ -130,7 +132,8 @@ class Transaction:
         self._has_joined = joined is not None
         self._session: UnitSession | None = None
         self._after_commit: list[Callable[[], object]] | None = None
-        self._savepoints = 0
+        # For each open savepoint, the nested transaction of the ORM session, or None (see `_keep_savepoints()`).
+        self._savepoints: tuple[SessionTransaction | None, ...] = ()
         self._owner = 0
         if joined is not None:
             joined.execute(_BEGIN_SAVEPOINT)

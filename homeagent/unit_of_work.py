@@ -61,36 +61,44 @@ class UnitOfWork(Transaction):
         of the block.
         """
         connection = self._require_connection()
-        self._savepoints += 1
-        name = f"homeagent_{self._savepoints}"
+        session = self._session
+        depth = len(self._savepoints)
+        name = f"homeagent_{depth}"
         callbacks = len(self._after_commit or ())
-        nested = None
-        if self._session is not None:
-            nested = self._session.begin_nested()
-        else:
+        if session is None:
             connection.execute(f"SAVEPOINT {name}")
+        self._savepoints += (None if session is None else session.begin_nested(),)
         try:
             yield
             self._require_connection()
-            if nested is not None:
+            if (nested := self._savepoints[depth]) is not None:
                 nested.commit()
-            elif self._session is not None:
-                self._session.flush()
         except BaseException:
             # After an error such as a full disk, SQLite can have rolled back the whole transaction.
             if self._state is OPEN and connection.in_transaction:
-                if nested is not None:
+                if (nested := self._savepoints[depth]) is not None:
                     nested.rollback()
-                else:
+                if session is None:
+                    connection.rollback_to_savepoint(name)
                     if self._session is not None:
                         # The block opened the ORM session. After the rollback, the session's objects can be outdated.
                         self._session.expunge_all()
-                    connection.rollback_to_savepoint(name)
                 if self._after_commit is not None:
                     del self._after_commit[callbacks:]
+                self._keep_savepoints(depth)
             raise
-        if nested is None:
+        if session is None:
             connection.execute(f"RELEASE SAVEPOINT {name}")
+        self._keep_savepoints(depth)
+
+    def _keep_savepoints(self, number: int) -> None:
+        """Forget the inner savepoints. If the innermost remaining savepoint is older than the ORM session, begin a
+        nested transaction. Otherwise a failed flush would undo the whole unit.
+        """
+        kept = self._savepoints[:number]
+        if self._session is not None and kept and kept[-1] is None:
+            kept = (*kept[:-1], self._session.begin_nested())
+        self._savepoints = kept
 
     def after_commit(self, callback: Callable[[], object]) -> None:
         """Register a function that is called once after the commit. Several functions are called in the order of
@@ -127,6 +135,7 @@ class UnitOfWork(Transaction):
                 # The session's rollback must not undo other units of the batch.
                 connection.driver_connection.confine(SAVEPOINT)
             self._session, self._run = UnitSession(self, connection), None
+            self._keep_savepoints(len(self._savepoints))
         return self._session
 
     @clears_locals

@@ -134,16 +134,30 @@ def test_savepoints_nest(database: Database, orm: bool) -> None:
     assert agents_of(database) == ["outer 2"]
 
 
-def test_savepoint_survives_a_constraint(database: Database) -> None:
-    """If a statement in a savepoint is refused, the unit stays usable on both engines."""
+@pytest.mark.parametrize("flushed", [False, True], ids=["statement", "flush"])
+def test_savepoint_survives_a_constraint(database: Database, flushed: bool) -> None:
+    """If a statement or flush in a savepoint is refused, only this savepoint is undone on both engines."""
     add_agent(database)
-    with database.unit_of_work() as unit:
-        with pytest.raises(errors.ConflictError), unit.savepoint():
+
+    def refuse(unit: UnitOfWork) -> None:
+        if flushed:
+            unit.session.add(orm_agent("ada"))
+        else:
             unit.session.connection().execute(
                 text("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('ada', 'x', '/x', 0)")
             )
+
+    with database.unit_of_work() as unit:
+        create(unit, "before")
+        with pytest.raises(errors.ConflictError), unit.savepoint():
+            create(unit, "outer")
+            with pytest.raises(errors.ConflictError), unit.savepoint():
+                create(unit, "inner")
+                refuse(unit)
+            assert [agent.id for agent in unit.agents.list()] == ["ada", "before", "outer"]
+            refuse(unit)
         create(unit, "bob")
-    assert agents_of(database) == ["ada", "bob"]
+    assert agents_of(database) == ["ada", "before", "bob"]
 
 
 @pytest.mark.parametrize("orm", [False, True])
