@@ -23,7 +23,7 @@ from homeagent.stores.idempotency_keys import IdempotencyKeyStore
 from homeagent.stores.nonces import NonceStore
 from homeagent.stores.sessions import SessionStore
 from homeagent.stores.store import Store
-from homeagent.transaction import OPEN, SAVEPOINT, Transaction
+from homeagent.transaction import OPEN, ROLLED_BACK, SAVEPOINT, Transaction
 
 if TYPE_CHECKING:
     from sqlmodel import Session
@@ -70,6 +70,8 @@ class UnitOfWork(Transaction):
         self._savepoints += (None if session is None else session.begin_nested(),)
         try:
             yield
+            if self._state is ROLLED_BACK:
+                return
             self._require_connection()
             if (nested := self._savepoints[depth]) is not None:
                 nested.commit()

@@ -71,11 +71,12 @@ def test_any_exception_rolls_back(database: Database, kind: type[BaseException])
     assert agents_of(database) == ["ada"]
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["block", "savepoint"])
 @pytest.mark.parametrize("by_session", [False, True], ids=["unit", "session"])
-def test_rollback_abandons_the_unit(database: Database, by_session: bool) -> None:
+def test_rollback_abandons_the_unit(database: Database, by_session: bool, nested: bool) -> None:
     """After rollback() the unit refuses all calls but rollback(), commits no row, and frees the write lock."""
     called: list[str] = []
-    with database.unit_of_work() as unit:
+    with database.unit_of_work() as unit, unit.savepoint() if nested else nullcontext():
         create(unit, "ada")
         unit.after_commit(lambda: called.append("never"))
         (unit.session if by_session else unit).rollback()
