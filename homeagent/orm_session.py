@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import event, inspect, select, tuple_
+from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import Session
 
 from homeagent.errors import UnitStateError
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Mapper, SessionTransaction
+    from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction
 
     from homeagent.engine.connection import StoreConnection
     from homeagent.engine.statements import Statement
@@ -32,6 +35,8 @@ class UnitSession(Session):
         )
         self._unit = unit
         self._dialect = connection.dialect
+        self._values: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
+        """The last loaded values of expired objects."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
         """Return the connection of the unit. If the unit has ended, raise UnitStateError."""
@@ -55,6 +60,34 @@ class UnitSession(Session):
         """Roll back the unit of work."""
         self._unit.rollback()
 
+    def expire(self, instance: object, attribute_names: Iterable[str] | None = None) -> None:
+        """Expire an object, and remember the loaded values for `expunge_all()`."""
+        self._remember(inspect(instance))
+        super().expire(instance, attribute_names)
+
+    def expire_all(self) -> None:
+        """Expire all objects, and remember the loaded values for `expunge_all()`."""
+        for state in self.identity_map.all_states():
+            self._remember(state)
+        super().expire_all()
+
+    def _remember(self, state: InstanceState[Any]) -> None:
+        """Keep the loaded values of an object's columns until `expunge_all()`."""
+        loaded = {key: state.dict[key] for key in state.mapper.column_attrs.keys() if key in state.dict}  # noqa: SIM118
+        if loaded:
+            if self._values is None:
+                self._values = WeakKeyDictionary()
+            self._values.setdefault(state, {}).update(loaded)
+
+    def expunge_all(self) -> None:
+        """Detach all objects. An expired object gets the last loaded values back, so the object stays usable."""
+        for state, values in (self._values or {}).items():
+            if (row := state.obj()) is not None:
+                for key in state.expired_attributes.intersection(values):
+                    set_committed_value(row, key, values[key])
+        self._values = None
+        super().expunge_all()
+
     def expire_written(self, statement: Statement[Any]) -> None:
         """After a store's write, expire the affected objects and collections."""
         compiled = statement.compiled(self._dialect)
@@ -67,7 +100,8 @@ class UnitSession(Session):
             state = inspect(row)
             mapper = state.mapper
             if _is_changed(mapper.local_table, compiled.target, compiled.cascade):
-                self.expire(row)
+                if not state.expired:
+                    self.expire(row)
                 continue
             stale = [
                 each.key
@@ -103,8 +137,15 @@ class UnitSession(Session):
 
 @event.listens_for(UnitSession, "after_rollback")
 def _after_rollback(session: UnitSession) -> None:
-    """Roll back the unit after a rollback by the session."""
+    """Roll back the unit if the session has rolled back the whole transaction. If the session has rolled back a
+    savepoint, remember the values of the objects that SQLAlchemy expires next.
+    """
     session._unit._end_after_rollback()
+    nested = session.get_nested_transaction()
+    if nested is not None:
+        # SQLAlchemy has no public names for these objects.
+        for state in {*nested._dirty, *nested._deleted, *session._dirty_states}:
+            session._remember(state)
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -404,7 +405,7 @@ def test_own_rows_stay_usable(hub: Database[HubUnit]) -> None:
     assert all(inspect(row).detached for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["rollback", "session.rollback", "flush", "run", "arun"])
+@pytest.mark.parametrize("kind", ["rollback", "session.rollback", "flush", "exception", "run", "arun"])
 def test_rows_stay_usable_after_a_rollback(hub: Database[HubUnit], kind: str) -> None:
     """If a unit rolls back, the session's objects keep the values that they had before."""
     hub.run(lambda unit: unit.session.add(message("old")))
@@ -414,13 +415,15 @@ def test_rows_stay_usable_after_a_rollback(hub: Database[HubUnit], kind: str) ->
         rows.append(unit.session.get_one(Message, 1))
         rows.append(message("new"))
         unit.session.add(rows[-1])
-        unit.session.flush()
+        unit.write(RENAME, id_=1, new_text="undone")
         if kind == "flush":
             with pytest.raises(ConflictError):
                 unit.session.add(Message(session_id="absent", text="x", sent_at=START))
                 unit.session.flush()
         elif kind == "rollback":
             unit.rollback()
+        elif kind == "exception":
+            raise LookupError
         else:
             unit.session.rollback()
 
@@ -429,10 +432,23 @@ def test_rows_stay_usable_after_a_rollback(hub: Database[HubUnit], kind: str) ->
     elif kind == "run":
         hub.run(work)
     else:
-        with hub.unit_of_work() as unit:
+        with suppress(LookupError), hub.unit_of_work() as unit:
             work(unit)
     assert [(row.id, row.text) for row in rows] == [(1, "old"), (2, "new")]
     assert [each.text for each in hub.store(MessageStore).of_session("s")] == ["old"]
+
+
+def test_rows_stay_usable_after_an_undone_savepoint(hub: Database[HubUnit]) -> None:
+    """If a savepoint and then the unit are undone, the changed objects keep values."""
+    hub.run(lambda unit: unit.session.add_all([message("old"), message("old")]))
+    with suppress(LookupError), hub.unit_of_work() as unit:
+        rows = [unit.session.get_one(Message, key) for key in (1, 2)]
+        with unit.savepoint():
+            rows[0].text = "flushed"
+            unit.session.flush()
+            rows[1].text = "not flushed"
+            raise LookupError
+    assert [row.text for row in rows] == ["flushed", "not flushed"]
 
 
 def test_own_rows_follow_the_writes_of_stores(hub: Database[HubUnit]) -> None:
@@ -445,7 +461,8 @@ def test_own_rows_follow_the_writes_of_stores(hub: Database[HubUnit]) -> None:
         unit.write(RENAME, id_=changed.id, new_text="new")
     assert (kept.text, changed.text) == ("kept", "new")
     with hub.unit_of_work() as unit:
-        assert unit.session.get(Message, 1) is not None
+        rows = unit.session.exec(select(Message)).all()
         unit.sessions.delete("s")
         assert unit.session.get(Message, 1) is None
         assert unit.session.exec(select(Message)).all() == []
+    assert [row.text for row in rows] == ["kept", "new"]
