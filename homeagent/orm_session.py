@@ -37,6 +37,8 @@ class UnitSession(Session):
         self._dialect = connection.dialect
         self._values: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
         """The last loaded values of expired objects."""
+        self._is_outdated = False
+        """True if an object's row can have disappeared since the last `reload()`."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
         """Return the connection of the unit. If the unit has ended, raise UnitStateError."""
@@ -70,6 +72,7 @@ class UnitSession(Session):
         for state in self.identity_map.all_states():
             self._remember(state)
         super().expire_all()
+        self._is_outdated = True
 
     def _remember(self, state: InstanceState[Any]) -> None:
         """Keep the loaded values of an object's columns until `expunge_all()`."""
@@ -93,6 +96,7 @@ class UnitSession(Session):
         compiled = statement.compiled(self._dialect)
         if not compiled.writes:
             return
+        self._is_outdated |= compiled.cascade == "ondelete"
         if compiled.target is None:
             self.expire_all()
             return
@@ -123,16 +127,24 @@ class UnitSession(Session):
                 "rollback() or savepoint() of the unit instead"
             )
         self.flush()
-        expired: dict[Mapper[Any], list[Any]] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Reload expired objects. Detach objects whose rows no longer exist."""
+        self._is_outdated = False
+        expired: dict[Mapper[Any], dict[Any, Any]] = {}
         for row in self.identity_map.values():
             state = inspect(row)
             if state.expired_attributes.intersection(state.mapper.column_attrs.keys()):
-                expired.setdefault(state.mapper, []).append(state.identity)
-        for mapper, keys in expired.items():
-            key = tuple_(*mapper.primary_key)
+                expired.setdefault(state.mapper, {})[state.identity] = row
+        for mapper, rows in expired.items():
+            key, keys = tuple_(*mapper.primary_key), list(rows)
             for start in range(0, len(keys), _ROWS_AT_ONCE):
-                rows = select(mapper).where(key.in_(keys[start : start + _ROWS_AT_ONCE]))
-                self.scalars(rows.execution_options(populate_existing=True)).unique().all()
+                found = self.scalars(select(mapper).where(key.in_(keys[start : start + _ROWS_AT_ONCE])))
+                for row in found.unique():
+                    rows.pop(inspect(row).identity, None)
+            for row in rows.values():
+                self.expunge(row)
 
 
 @event.listens_for(UnitSession, "after_rollback")
@@ -146,6 +158,13 @@ def _after_rollback(session: UnitSession) -> None:
         # SQLAlchemy has no public names for these objects.
         for state in {*nested._dirty, *nested._deleted, *session._dirty_states}:
             session._remember(state)
+
+
+@event.listens_for(UnitSession, "before_attach")
+def _before_attach(session: UnitSession, instance: object) -> None:
+    """Detach objects without a row, because the attached object can have the key of such an object."""
+    if session._is_outdated:
+        session.reload()
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:

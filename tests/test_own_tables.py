@@ -20,6 +20,7 @@ from sqlalchemy import (
     Numeric,
     bindparam,
     cast,
+    delete,
     func,
     insert,
     inspect,
@@ -84,6 +85,8 @@ _message = Message.__table__.c
 
 ADD = Statement(insert(Message), returning=Message)
 RENAME = Statement[None](update(Message).where(_message.id == bindparam("id_")).values(text=bindparam("new_text")))
+REMOVE = Statement[None](delete(Message).where(_message.id == bindparam("id_")))
+REMOVE_BY_TEXT = Statement[None](text("DELETE FROM own_messages WHERE id = :id_"))
 OF_SESSION = Statement(select(Message).where(_message.session_id == bindparam("session_id")).order_by(_message.id))
 COUNT = Statement(select(func.count()).select_from(Message))
 SET = Statement[None](lambda insert: insert(Preference).values(name=bindparam("name")).on_conflict_do_nothing())
@@ -466,3 +469,25 @@ def test_own_rows_follow_the_writes_of_stores(hub: Database[HubUnit]) -> None:
         assert unit.session.get(Message, 1) is None
         assert unit.session.exec(select(Message)).all() == []
     assert [row.text for row in rows] == ["kept", "new"]
+
+
+@pytest.mark.parametrize("key", [2, None], ids=["same key", "next key"])
+@pytest.mark.parametrize("statement", [REMOVE, REMOVE_BY_TEXT], ids=["delete", "text"])
+def test_a_new_object_replaces_a_deleted_row(
+    hub: Database[HubUnit], statement: Statement[None], key: int | None
+) -> None:
+    """If a new object gets the key of a row that a store deleted, the session returns the new object."""
+    hub.run(lambda unit: unit.session.add_all([message("kept"), message("old")]))
+    with hub.unit_of_work() as unit:
+        kept, old = unit.session.exec(select(Message).order_by(_message.id)).all()
+        unit.write(statement, id_=2)
+        kept.text = "changed"
+        new = Message(id=key, session_id="s", text="new", sent_at=START)
+        unit.session.add(new)
+        if key is None:
+            unit.session.flush()
+        assert unit.session.get(Message, new.id) is new
+        assert inspect(old).detached
+        new.text = "stored"
+    assert [each.text for each in hub.store(MessageStore).of_session("s")] == ["changed", "stored"]
+    assert (kept.text, old.text, new.text) == ("changed", "old", "stored")
