@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction
 
     from homeagent.engine.connection import StoreConnection
-    from homeagent.engine.statements import Statement
     from homeagent.transaction import Transaction
 
 _ROWS_AT_ONCE = 500
@@ -34,9 +33,10 @@ class UnitSession(Session):
             info={"now": unit.now},
         )
         self._unit = unit
-        self._dialect = connection.dialect
         self._values: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
         """The last loaded values of expired objects."""
+        self._written: set[tuple[str | None, str | None]] = set()
+        """For each write of a store since the outermost savepoint: the arguments of `expire_written()`."""
         self._is_outdated = False
         """True if an object's row can have disappeared since the last `reload()`."""
 
@@ -47,6 +47,8 @@ class UnitSession(Session):
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction. For a nested transaction, send SAVEPOINT immediately."""
+        if nested and not self.in_nested_transaction():
+            self._written.clear()
         transaction = super().begin(nested)
         if nested:
             # Without this call, SQLAlchemy would send SAVEPOINT after the writes of the stores in the block.
@@ -91,19 +93,19 @@ class UnitSession(Session):
         self._values = None
         super().expunge_all()
 
-    def expire_written(self, statement: Statement[Any]) -> None:
-        """After a store's write, expire the affected objects and collections."""
-        compiled = statement.compiled(self._dialect)
-        if not compiled.writes:
-            return
-        self._is_outdated |= compiled.cascade == "ondelete"
-        if compiled.target is None:
+    def expire_written(self, target: str | None, cascade: str | None) -> None:
+        """After a store's write, expire the affected objects and collections. The class `Compiled` describes the
+        arguments.
+        """
+        self._written.add((target, cascade))
+        self._is_outdated |= cascade == "ondelete"
+        if target is None:
             self.expire_all()
             return
         for row in self.identity_map.values():
             state = inspect(row)
             mapper = state.mapper
-            if _is_changed(mapper.local_table, compiled.target, compiled.cascade):
+            if _is_changed(mapper.local_table, target, cascade):
                 if not state.expired:
                     self.expire(row)
                 continue
@@ -112,7 +114,7 @@ class UnitSession(Session):
                 for each in mapper.relationships
                 if each.key in state.dict
                 and any(
-                    table is not None and _is_changed(table, compiled.target, compiled.cascade)
+                    table is not None and _is_changed(table, target, cascade)
                     for table in (each.mapper.local_table, each.secondary)
                 )
             ]
@@ -158,6 +160,14 @@ def _after_rollback(session: UnitSession) -> None:
         # SQLAlchemy has no public names for these objects.
         for state in {*nested._dirty, *nested._deleted, *session._dirty_states}:
             session._remember(state)
+
+
+@event.listens_for(UnitSession, "after_soft_rollback")
+def _after_soft_rollback(session: UnitSession, ended: SessionTransaction) -> None:
+    """After the rollback of a savepoint, expire also the objects that a store has changed."""
+    for written in tuple(session._written):
+        session.expire_written(*written)
+        session._is_outdated = True
 
 
 @event.listens_for(UnitSession, "before_attach")

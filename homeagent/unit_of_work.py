@@ -83,8 +83,8 @@ class UnitOfWork(Transaction):
                 if session is None:
                     connection.rollback_to_savepoint(name)
                     if self._session is not None:
-                        # The block opened the ORM session. After the rollback, the session's objects can be outdated.
-                        self._session.expunge_all()
+                        # The block opened the ORM session, perhaps after a store's write.
+                        self._session.expire_all()
                 if self._after_commit is not None:
                     del self._after_commit[callbacks:]
                 self._keep_savepoints(depth)
@@ -122,11 +122,11 @@ class UnitOfWork(Transaction):
     def session(self) -> Session:
         """The ORM session of this unit, in the unit's transaction.
 
-        Before a store's statement, the unit flushes the session. After a store's change, the session reloads affected
-        objects at the next access. The session and the stores therefore see the same data. The session's `commit()`
-        only flushes. The session's `rollback()` rolls back the unit. The session's `begin_nested()` also undoes changes
-        of the stores. After the unit, the session raises UnitStateError. The session's objects stay usable after the
-        unit.
+        Before a store's statement, the unit flushes the session. After a store's change or an undone savepoint, the
+        session reloads affected objects at the next access. The session and the stores therefore see the same data. The
+        session's `commit()` only flushes. The session's `rollback()` rolls back the unit. The session's
+        `begin_nested()` also undoes changes of the stores. After the unit, the session raises UnitStateError. The
+        session's objects stay usable after the unit.
         """
         connection = self._require_connection()
         if self._session is None:
@@ -228,8 +228,8 @@ class UnitOfWork(Transaction):
         try:
             return run(connection, statement, parameters)
         finally:
-            if session is not None:
-                session.expire_written(statement)
+            if session is not None and (compiled := statement.compiled(connection.dialect)).writes:
+                session.expire_written(compiled.target, compiled.cascade)
 
     def insert_rows(self, table: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
         """Insert rows of stored values (see `StoreConnection.insert_rows`)."""
@@ -237,6 +237,8 @@ class UnitOfWork(Transaction):
         if self._session is not None:
             self._session.flush()
         connection.insert_rows(table, columns, rows)
+        if self._session is not None:
+            self._session.expire_written(table, None)
 
     @property
     def connection_memory(self) -> dict[str, Any]:

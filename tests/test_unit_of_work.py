@@ -15,7 +15,18 @@ import pytest
 from sqlalchemy import event, text
 from sqlmodel import select
 
-from homeagent import Agent, AgentSession, AgentUpdate, Database, Device, Store, Table, UnitOfWork, errors
+from homeagent import (
+    Agent,
+    AgentSession,
+    AgentUpdate,
+    Database,
+    Device,
+    IdempotencyScope,
+    Store,
+    Table,
+    UnitOfWork,
+    errors,
+)
 from tests.batches import Odd, agents_of, create
 from tests.conftest import START, MakeDatabase, add_agent, add_device, dump
 from tests.interrupts import interrupt_at
@@ -288,6 +299,39 @@ def test_stores_and_session_see_the_same_rows(database: Database) -> None:
         assert unit.agents.get("ada").name == "By the session"
         unit.agents.delete("ada")
         assert unit.session.get(Agent, "ada") is None
+
+
+@pytest.mark.parametrize("is_known", [False, True], ids=["opened inside", "opened before"])
+@pytest.mark.parametrize("kind", ["savepoint", "begin_nested", "refused flush", "run_once"])
+def test_an_undone_block_leaves_no_values(database: Database, kind: str, is_known: bool) -> None:
+    """After an undone block, the session's objects have the values from before the block."""
+    add_agent(database)
+    rows: list[Agent] = []
+
+    def change(unit: UnitOfWork) -> None:
+        create(unit, "new")
+        unit.agents.update("ada", AgentUpdate(name="Undone"))
+        rows[:] = [unit.session.get_one(Agent, agent_id) for agent_id in ("ada", "new")]
+        assert rows[0].name == "Undone"
+        if kind == "refused flush":
+            unit.session.add(orm_agent("bob"))
+            unit.session.flush()
+        raise LookupError
+
+    with database.unit_of_work() as unit:
+        create(unit, "bob")
+        if is_known:
+            unit.session.get_one(Agent, "ada")
+        with suppress(LookupError, errors.ConflictError):
+            if kind == "run_once":
+                unit.run_once(IdempotencyScope("d", "m", "k"), lambda attempt: change(unit))
+            with unit.savepoint() if kind == "savepoint" else unit.session.begin_nested():
+                change(unit)
+        assert unit.session.get_one(Agent, "ada").name == rows[0].name == "Ada"
+        unit.session.add(orm_agent("new"))
+        rows[0].name = "Changed"
+    assert (rows[0].name, database.agents.get("ada").name) == ("Changed", "Changed")
+    assert agents_of(database) == ["ada", "bob", "new"]
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
