@@ -133,10 +133,10 @@ class UnitOfWork(Transaction):
             # Import the session's class lazily, because most units use no session.
             from homeagent.orm_session import UnitSession
 
+            self._session, self._run = UnitSession(self, connection), None
             if self._has_joined:
                 # The session's rollback must not undo other units of the batch.
                 connection.driver_connection.confine(SAVEPOINT)
-            self._session, self._run = UnitSession(self, connection), None
             self._keep_savepoints(len(self._savepoints))
         return self._session
 

@@ -27,7 +27,7 @@ from homeagent import (
     UnitOfWork,
     errors,
 )
-from tests.batches import Odd, agents_of, create
+from tests.batches import Odd, agents_of, create, creating, run_together
 from tests.conftest import START, MakeDatabase, add_agent, add_device, dump
 from tests.interrupts import interrupt_at
 
@@ -172,13 +172,50 @@ def test_savepoint_survives_a_constraint(database: Database, flushed: bool) -> N
     assert agents_of(database) == ["ada", "before", "bob"]
 
 
-@pytest.mark.parametrize("orm", [False, True])
-def test_savepoint_keeps_the_error_of_a_whole_rollback(sqlite_database: Database, orm: bool) -> None:
-    """If SQLite rolls back the whole unit inside a savepoint, the caller gets the error that caused the rollback."""
-    statement = "CREATE TRIGGER own_refusal BEFORE INSERT ON agents BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
+@pytest.fixture
+def refusing(sqlite_database: Database) -> Database:
+    """A database in which SQLite rolls back the whole transaction of the agent "bob"."""
+    statement = (
+        "CREATE TRIGGER own_refusal BEFORE INSERT ON agents WHEN NEW.id = 'bob' BEGIN SELECT RAISE(ROLLBACK, 'no'); END"
+    )
     with sqlite_database.unit_of_work() as unit:
         unit.session.connection().execute(text(statement))
-    with pytest.raises(errors.ConflictError), sqlite_database.unit_of_work() as unit:
+    return sqlite_database
+
+
+@pytest.mark.parametrize("orm", [False, True])
+@pytest.mark.parametrize("catches", ["at the end", "before a statement", "before a flush"])
+def test_a_unit_that_sqlite_has_rolled_back(refusing: Database, orm: bool, catches: str) -> None:
+    """If a caller catches the error of a whole rollback, the unit stores no later change and does not commit."""
+
+    def work(unit: UnitOfWork) -> None:
+        if orm:
+            unit.session.exec(select(Agent)).all()
+        create(unit, "before")
+        with pytest.raises(errors.ConflictError):
+            create(unit, "bob")
+        if catches == "before a statement":
+            create(unit, "after")
+        elif catches == "before a flush":
+            unit.session.add(Agent(id="after", name="A", workspace_path="/", created_at=START))
+
+    def block() -> None:
+        with refusing.unit_of_work() as unit:
+            work(unit)
+
+    for run in (block, lambda: refusing.run(work)):
+        with pytest.raises(errors.UnitStateError, match="SQLite has rolled back this unit of work"):
+            run()
+        assert agents_of(refusing) == []
+    outcomes = run_together(refusing, [creating("one"), work, creating("two")])
+    assert list(map(type, outcomes)) == [str, errors.UnitStateError, str]
+    assert agents_of(refusing) == ["one", "two"]
+
+
+@pytest.mark.parametrize("orm", [False, True])
+def test_savepoint_keeps_the_error_of_a_whole_rollback(refusing: Database, orm: bool) -> None:
+    """If SQLite rolls back the whole unit inside a savepoint, the caller gets the error that caused the rollback."""
+    with pytest.raises(errors.ConflictError), refusing.unit_of_work() as unit:
         if orm:
             assert unit.session.exec(select(Agent)).all() == []
         with unit.savepoint():

@@ -350,7 +350,7 @@ BAD_ROWS = {
     "a number over 32 bits": (ATTEMPT, "."),
 }
 # The other errors are CorruptDatabaseError.
-ERRORS = {"no agent": errors.ConflictError, "a number over 32 bits": errors.DatabaseError}
+ERRORS = {"no agent": errors.ConflictError, "a number over 32 bits": errors.InvalidArgumentError}
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,23 @@ class SQLiteConnection(StoreConnection):
     def _open_cursor(raw: Any) -> StatementCursor:
         return raw.statement_cursor()  # type: ignore[no-any-return]
 
+    def orm_connection(self) -> Connection:
+        """Return SQLAlchemy's connection (see `StoreConnection.orm_connection()`)."""
+        if not self.read_only:
+            self._raw.require_transaction()
+        return super().orm_connection()
+
+    def commit(self) -> None:
+        """Commit the transaction (see `StoreConnection.commit()`)."""
+        if self._root is not None and not self.read_only:
+            self._raw.require_transaction()
+        super().commit()
+
+    def rollback(self) -> None:
+        """Roll back the transaction (see `StoreConnection.rollback()`)."""
+        super().rollback()
+        self._execute = self._cursor.execute
+
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
         # Do not call `after_failed_commit()` twice. SQLAlchemy calls the driver's `commit()`. The driver's `commit()`
         # already calls `after_failed_commit()`.
@@ -55,6 +72,8 @@ class SQLiteConnection(StoreConnection):
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
         """If a constraint refused the statement, return ConflictError."""
+        if not (self.read_only or self._raw.in_transaction):
+            self._execute = self._raw.require_transaction
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
 
     def look_for_commits(self) -> bool:
@@ -118,6 +137,8 @@ def end_with_transactions(connection: Connection) -> None:
     def note(connection: Connection, cursor: Any, statement: str, parameters: Any, context: Any, many: bool) -> None:
         # Do not close a store's cursor. The store uses the cursor again for later statements.
         if isinstance(context, DefaultExecutionContext):
+            raw: Any = connection.connection.driver_connection
+            raw.require_transaction()
             cursors.add(cursor)
 
     def end(connection: Connection) -> None:

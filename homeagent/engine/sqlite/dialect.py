@@ -21,7 +21,7 @@ from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.pool import SingletonThreadPool
 
 from homeagent.engine.driver_errors import commit_unknown
-from homeagent.errors import HomeAgentError
+from homeagent.errors import HomeAgentError, UnitStateError
 
 DRIVER_NAME = "sqlite+homeagent"
 
@@ -141,6 +141,13 @@ class Connection(_Connection):
         closing, self.closing = self.closing, nullcontext
         with closing():
             super().close(force)
+
+    def require_transaction(self, *_statement: object) -> None:
+        """Raise UnitStateError if SQLite has rolled back the whole transaction, for example on a full disk
+        (https://sqlite.org/lang_transaction.html, section 3). SQLite would commit a further write at once.
+        """
+        if not self.in_transaction:
+            raise UnitStateError("SQLite has rolled back this unit of work after an error: begin another unit")
 
     def commit(self) -> None:
         """Commit an open transaction."""
