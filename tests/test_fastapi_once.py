@@ -13,11 +13,11 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Body, Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
-from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
-from pydantic import BaseModel, SecretStr
+from fastapi import APIRouter, Body, Depends, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, computed_field
 
-from homeagent import Attempt, Database, DevicePair, Limits, Role, errors
+from homeagent import Attempt, Database, DevicePair, DevicePublic, Limits, Role, errors
 from homeagent.fastapi import (
     CurrentDevice,
     Once,
@@ -154,6 +154,59 @@ def test_a_retry_gets_the_first_answer(client: Client, house: House) -> None:
             assert first.headers.get(name) == retry.headers.get(name)
         assert "set-cookie" not in retry.headers
         assert (first.status_code, retry.headers["idempotency-replayed"]) == (status, "true")
+
+
+class Lock(BaseModel):
+    """A model whose output is not a valid input."""
+
+    model_config = ConfigDict(extra="forbid")
+    is_open: bool = Field(serialization_alias="isOpen")
+    pin: str = Field(exclude=True)
+
+    @computed_field
+    def closed(self) -> bool:
+        return not self.is_open
+
+
+def test_the_model_of_a_reply(client: Client, house: House) -> None:
+    """An effect can return each value that the route can return. A retry gets the body that the model gave."""
+
+    @client.app.post("/me", status_code=201)
+    async def me(device: CurrentDevice, once: Key) -> DevicePublic:
+        answer: DevicePublic = await once(lambda attempt: house.close(attempt) and device)
+        return answer
+
+    @client.app.post("/locks", response_model_exclude={"__all__": {"closed"}})
+    async def locks(once: Key, response: Response) -> list[Lock]:
+        response.headers["X-Locks"] = "1"
+        answer: list[Lock] = await once(lambda attempt: iter([Lock(is_open=bool(house.close(attempt)), pin="1")]))
+        return answer
+
+    @client.app.post("/page", response_class=HTMLResponse)
+    async def page(once: Key) -> str:
+        answer: str = await once(lambda attempt: f"<p>{house.close(attempt)['count']}</p>")
+        return answer
+
+    @client.app.post("/empty")
+    async def empty(once: Key, response: Response) -> Lock | None:
+        response.status_code = 204
+        answer: Lock | None = await once(lambda attempt: house.close(attempt) and None)
+        return answer
+
+    @client.app.post("/wrong")
+    async def wrong(once: Key) -> Lock:
+        answer: Lock = await once(house.close)
+        return answer
+
+    for path, status in {"/me": 201, "/locks": 200, "/page": 200, "/empty": 204}.items():
+        first, retry = post(client, path), post(client, path)
+        assert (first.status_code, first.content) == (status, retry.content) == (retry.status_code, first.content)
+        assert retry.headers.pop("idempotency-replayed") == "true"
+        assert first.headers == retry.headers
+    assert "shared_secret_hash" not in post(client, "/me").json()
+    assert post(client, "/locks").json() == [{"isOpen": True}]
+    assert [post(client, "/wrong").status_code for _ in range(2)] == [500, 409]
+    assert house.count == 5
 
 
 def test_keys_belong_to_a_device_and_a_route(client: Client, house: House) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, suppress
 from datetime import timedelta
 from inspect import isawaitable, iscoroutinefunction
@@ -13,7 +13,9 @@ from typing import Any
 
 from anyio.to_thread import run_sync
 from fastapi import Depends, Header, HTTPException, Request, Response
-from fastapi.encoders import jsonable_encoder
+from fastapi.datastructures import DefaultPlaceholder
+from fastapi.routing import serialize_response
+from fastapi.utils import is_body_allowed_for_status_code
 from pydantic import JsonValue
 from starlette.datastructures import UploadFile
 
@@ -46,6 +48,9 @@ _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError
 # Do not store headers such as Set-Cookie, which can hold a secret.
 _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 
+# Options of a route's response model
+_MODEL_OPTIONS = ("include", "exclude", "by_alias", "exclude_unset", "exclude_defaults", "exclude_none")
+
 Effect = Callable[[Attempt], Any]
 
 
@@ -60,6 +65,7 @@ class Once:
         response: Response,
         scope: IdempotencyScope,
         *,
+        route: Any,
         stored: bool,
         params: JsonValue,
         lease: timedelta,
@@ -69,6 +75,7 @@ class Once:
         self._database = database
         self._response = response
         self._scope = scope
+        self._route = route
         self._stored = stored
         self._params = params
         self._lease = lease
@@ -78,7 +85,8 @@ class Once:
         self._is_called = False
 
     async def __call__(self, effect: Effect) -> Any:
-        """Run the effect, or return the first answer for the key. The HTTP endpoint must return the answer.
+        """Run the effect, or return the first answer for the key. The HTTP endpoint must return the answer unchanged,
+        because the answer of a retry can be a `Response`.
 
         Args:
             effect: function that gets the attempt, and returns JSON, a model, or a Response. A coroutine function runs
@@ -118,6 +126,9 @@ class Once:
             else:
                 value = await run_sync(effect, attempt)
                 value = await value if isawaitable(value) else value
+            if isinstance(value, Iterator):
+                # Both the store and FastAPI read the value.
+                value = list(value)
         except (HTTPException, *_KNOWN) as error:
             if isinstance(error, HTTPException) and error.status_code >= 500:
                 raise
@@ -126,13 +137,21 @@ class Once:
         if not isinstance(value, Response):
             # If FastAPI can't encode the value, `arun_once()` records no value. FastAPI raises the encoding error for
             # the reply.
+            encoded: Any = object()
             with suppress(Exception):
-                self._first = jsonable_encoder(value)
-            return {"status": self._response.status_code, "value": self._first}
+                encoded = await self._encode(value)
+                if self._route.response_field is None:
+                    self._first = encoded
+            return {"status": self._response.status_code, "value": encoded}
         # A streamed body can't be stored, so `arun_once()` records no value.
         body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
         kept = {name: value.headers[name] for name in _KEPT_HEADERS if name in value.headers}
         return {"status": value.status_code, "body": body, "headers": kept}
+
+    async def _encode(self, value: Any) -> Any:
+        """Return the JSON value that FastAPI sends for the value."""
+        options: Any = {name: getattr(self._route, "response_model_" + name) for name in _MODEL_OPTIONS}
+        return await serialize_response(field=self._route.response_field, response_content=value, **options)
 
     def _answer(self, outcome: Outcome) -> Any:
         """Return the answer for the HTTP endpoint. Raise HTTPProblem if the first request's answer is not stored."""
@@ -153,7 +172,22 @@ class Once:
         if stored["status"] is not None:
             self._response.status_code = stored["status"]
         self._response.headers["Idempotency-Replayed"] = "true"
-        return stored["value"]
+        return self._replayed(stored["value"])
+
+    def _replayed(self, value: JsonValue) -> Any:
+        """Return the answer with a stored JSON value as its body."""
+        route = self._route
+        if route.response_field is None:
+            return value
+        # FastAPI would validate the value as an input of the response model. Avoid the validation by a Response.
+        kind: Any = route.response_class
+        kind = kind.value if isinstance(kind, DefaultPlaceholder) else kind
+        status = self._response.status_code or route.status_code
+        response: Response = kind(value) if status is None else kind(value, status_code=status)
+        response.raw_headers.extend(self._response.raw_headers)
+        if not is_body_allowed_for_status_code(response.status_code):
+            response.body = b""
+        return response
 
     def _unstored_attempt(self) -> Attempt:
         """Return an attempt for a request without a key. The database has no record of the attempt."""
@@ -209,6 +243,7 @@ def idempotent(
             database,
             response,
             scope,
+            route=matched_route(request),
             stored=bool(keys),
             params=await params_of(request, max_body),
             lease=lease,
@@ -234,13 +269,17 @@ def route_of(request: Request) -> str:
     """Return the method and the path of the route, such as `POST /doors/{door}/open`."""
     # Begin the result with the application's mount path. Leave out a prefix that a proxy removed.
     prefix = request.scope.get("root_path", "").removeprefix(_outer_root(request))
-    # Since FastAPI 0.137, a route's path lacks the prefixes of `include_router`. Read the path with all prefixes from
-    # FastAPI's private route context. Without a route context, two routes can give the same text. So a retry must also
-    # repeat the request's path (see `params_of()`).
+    return f"{request.method} {prefix}{matched_route(request).path}"
+
+
+def matched_route(request: Request) -> Any:
+    """Return the route with its full path and the options of its response."""
+    # Since FastAPI 0.137, a route lacks the prefixes and options of `include_router`. Read both from FastAPI's private
+    # route context. Without a route context, two routes can have the same path. So a retry must also repeat the
+    # request's path (see `params_of()`).
     route = request.scope["route"]
     context = request.scope.get("fastapi", {}).get("effective_route_context")
-    whole = context if getattr(context, "original_route", None) is route else route
-    return f"{request.method} {prefix}{whole.path}"
+    return context if getattr(context, "original_route", None) is route else route
 
 
 def _outer_root(request: Request) -> str:

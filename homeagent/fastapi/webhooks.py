@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from fastapi import Request, Response
@@ -15,7 +16,7 @@ from pydantic import SecretBytes, SecretStr
 
 from homeagent.errors import AuthenticationError, CorruptDatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.fastapi.lifespan import DatabaseDep
-from homeagent.fastapi.once import MAX_BODY, Once, params_of, read_body, route_of
+from homeagent.fastapi.once import MAX_BODY, Once, matched_route, params_of, read_body, route_of
 from homeagent.fastapi.problems import HTTPProblem, as_http
 from homeagent.idempotency import OnAbandoned
 from homeagent.models.idempotency_key import OWNER_CHARACTERS, IdempotencyScope, webhook_owner
@@ -87,6 +88,8 @@ def signed_webhook(
             "ttl must be more than twice the tolerance: otherwise an old message is accepted again"
         )
 
+    create = partial(Webhook, stored=True, lease=lease, ttl=ttl, on_abandoned=on_abandoned)
+
     async def webhook(request: Request, response: Response, database: DatabaseDep) -> Webhook:
         message_id, sent_at, body = await _read(request, keys, max_body)
         try:
@@ -101,9 +104,7 @@ def signed_webhook(
         if not fresh:
             raise _refused()
         params = await params_of(request, max_body)
-        found = Webhook(
-            database, response, scope, stored=True, params=params, lease=lease, ttl=ttl, on_abandoned=on_abandoned
-        )
+        found = create(database, response, scope, route=matched_route(request), params=params)
         found.id, found.sent_at, found.body = message_id, sent_at, body
         return found
 
