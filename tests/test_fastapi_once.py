@@ -15,9 +15,9 @@ import httpx
 import pytest
 from fastapi import APIRouter, Body, Depends, FastAPI, File, Form, HTTPException, Request, Response, UploadFile
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, computed_field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr, computed_field
 
-from homeagent import Attempt, Database, DevicePair, DevicePublic, Limits, Role, errors
+from homeagent import Attempt, Database, DevicePair, DevicePublic, IdempotencyScope, Limits, Role, errors
 from homeagent.fastapi import (
     CurrentDevice,
     Once,
@@ -327,6 +327,31 @@ def test_an_unknown_outcome(client: Client, house: House, homeagent_clock: FakeC
     unknown = post(client, "/fail/crash")
     assert (unknown.status_code, unknown.json()["error"]) == (409, "OutcomeUnknownError")
     assert house.count == 1
+
+
+@pytest.mark.parametrize("result", [{"order": 7}, 7, "text", None, {"status": 201, "value": 1}, {"body": "x"}])
+def test_a_resolved_key(
+    client: Client, hooks: Client, homeagent_database: Database, homeagent_clock: FakeClock, result: JsonValue
+) -> None:
+    """After an administrator recorded a result, a retry gets the result with the status of the route."""
+
+    @client.app.post("/model", status_code=201)
+    async def model(once: Key) -> Door:
+        answer: Door = await once(lambda attempt: House().fail(RuntimeError()))
+        return answer
+
+    headers = sign(SECRET, "k-1", int(homeagent_clock().timestamp()), b"{}")
+    with pytest.raises(KeyError):  # the message has no field that the effect needs
+        hooks.post("/hook", content=b"{}", headers=headers)
+    for path in ("/fail/crash", "/model"):
+        assert post(client, path).status_code == 500
+    homeagent_clock.advance(timedelta(minutes=2))
+    for record in homeagent_database.idempotency_keys.list_abandoned():
+        scope = IdempotencyScope(record.device_id, record.method, record.key)
+        assert homeagent_database.idempotency_keys.resolve(scope, result)
+    retries = [post(client, "/fail/crash"), post(client, "/model"), hooks.post("/hook", content=b"{}", headers=headers)]
+    assert [(retry.status_code, retry.json()) for retry in retries] == [(200, result), (201, result), (200, result)]
+    assert {retry.headers["idempotency-replayed"] for retry in retries} == {"true"}
 
 
 def test_a_device_at_its_limit_of_keys(

@@ -48,6 +48,9 @@ _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError
 # Do not store headers such as Set-Cookie, which can hold a secret.
 _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 
+# Key of each stored reply. A result without the key comes from `IdempotencyKeyStore.resolve()` or `insert()`.
+_REPLY = "homeagent.fastapi"
+
 # Options of a route's response model
 _MODEL_OPTIONS = ("include", "exclude", "by_alias", "exclude_unset", "exclude_defaults", "exclude_none")
 
@@ -142,11 +145,11 @@ class Once:
                 encoded = await self._encode(value)
                 if self._route.response_field is None:
                     self._first = encoded
-            return {"status": self._response.status_code, "value": encoded}
+            return {_REPLY: {"status": self._response.status_code, "value": encoded}}
         # A streamed body can't be stored, so `arun_once()` records no value.
         body: Any = bytes(value.body).decode("latin-1") if isinstance(getattr(value, "body", None), bytes) else value
-        kept = {name: value.headers[name] for name in _KEPT_HEADERS if name in value.headers}
-        return {"status": value.status_code, "body": body, "headers": kept}
+        kept: Any = {name: value.headers[name] for name in _KEPT_HEADERS if name in value.headers}
+        return {_REPLY: {"status": value.status_code, "body": body, "headers": kept}}
 
     async def _encode(self, value: Any) -> Any:
         """Return the JSON value that FastAPI sends for the value."""
@@ -157,14 +160,16 @@ class Once:
         """Return the answer for the HTTP endpoint. Raise HTTPProblem if the first request's answer is not stored."""
         if not outcome.replayed:
             return self._first
-        if outcome.omitted or not isinstance(outcome.value, dict):
+        if outcome.omitted:
             raise HTTPProblem(
                 IdempotencyError(
                     "the answer is not stored", device_id=self._scope.device_id, method=self._scope.method
                 ),
                 detail="The request took effect. Its answer was too large to be stored.",
             )
-        stored: dict[str, Any] = outcome.value
+        value: Any = outcome.value
+        is_reply = isinstance(value, dict) and _REPLY in value
+        stored: dict[str, Any] = value[_REPLY] if is_reply else {"status": None, "value": value}
         if "body" in stored:
             response = Response(stored["body"].encode("latin-1"), stored["status"], stored["headers"])
             response.headers["Idempotency-Replayed"] = "true"
