@@ -109,6 +109,7 @@ def make_app(house: House) -> FastAPI:
     async def fail(kind: str, once: Key) -> Any:
         failures: dict[str, Exception] = {
             "http": HTTPException(404, "no such door"),
+            **{str(status): HTTPException(status, headers={"Location": "/"}) for status in (204, 205, 304)},
             "absent": errors.AgentNotFoundError("private"),
             "full": errors.PendingLimitError(10),
             "failed": errors.EffectFailedError({"jammed": True}),
@@ -313,9 +314,12 @@ def test_failures(client: Client, house: House) -> None:
         assert "again later" not in first.json()["detail"]
         assert house.count == number
     assert first.json()["data"] == {"jammed": True}
+    for status in (204, 205, 304):
+        for reply in (post(client, f"/fail/{status}", f"{status}") for _ in range(2)):
+            assert (reply.status_code, reply.headers["location"], reply.content) == (status, "/", b"")
     later = [post(client, "/fail/later", "later") for _ in range(2)]
     assert [(each.status_code, each.headers["retry-after"]) for each in later] == [(503, "1")] * 2
-    assert house.count == 6
+    assert house.count == 9
 
 
 def test_an_unknown_outcome(client: Client, house: House, homeagent_clock: FakeClock) -> None:

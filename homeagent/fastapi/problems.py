@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, HTTPException, Request, Response, WebSocket, WebSocketDisconnect
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.utils import is_body_allowed_for_status_code
 from pydantic import BaseModel, Field, JsonValue
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.websockets import WebSocketState
@@ -111,12 +112,16 @@ def as_http(error: HomeAgentError) -> Exception:
     return error if _answer_for(error)[0] == 500 else HTTPProblem(error)
 
 
-def problem_response(error: Exception) -> JSONResponse:
-    """Return the reply for a HomeAgentError, an HTTPException or a RequestValidationError."""
+def problem_response(error: Exception) -> Response:
+    """Return the reply for a HomeAgentError, an HTTPException or a RequestValidationError. If HTTP does not allow a
+    body for the status, the reply has no body.
+    """
     if isinstance(error, HTTPProblem):
         reply, headers = error.reply, dict(error.headers or {})
     else:
         reply, headers = _problem_of(error)
+    if not is_body_allowed_for_status_code(reply.status):
+        return Response(status_code=reply.status, headers=headers)
     content = reply.model_dump(mode="json", exclude_none=True)
     return JSONResponse(content, reply.status, headers, media_type=PROBLEM)
 
@@ -201,7 +206,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
 # Do not remove the keyword `async`. Otherwise Starlette would use the thread pool, which can be full.
 async def _answer(connection: Request | WebSocket, error: Exception) -> Response | None:
-    response: Response = problem_response(error)
+    response = problem_response(error)
     if response.status_code == 500 and isinstance(error, HomeAgentError):
         logger.error(
             "a request failed: %s",
@@ -213,8 +218,6 @@ async def _answer(connection: Request | WebSocket, error: Exception) -> Response
         if connection.application_state is WebSocketState.CONNECTED:
             await connection.close(1011)
         return None
-    if response.status_code < 200 or response.status_code in {204, 205, 304}:
-        return Response(status_code=response.status_code, headers=getattr(error, "headers", None))
     return response
 
 
