@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import httpx
 import pytest
@@ -89,9 +89,11 @@ def test_a_server_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_http_exceptions_have_the_same_form() -> None:
     """FastAPI's own errors have the same form and their headers; JSON in `detail` moves to `data`."""
-    response = answer_to(HTTPException(418, {"pot": 1}, {"X-Pot": "1"}))
-    assert (response.status_code, response.headers["x-pot"]) == (418, "1")
-    assert (response.json()["data"], response.json()["error"]) == ({"pot": 1}, "HTTPException")
+    details: list[tuple[Any, Any]] = [({"pot": 1}, {"pot": 1}), ((1, "é"), [1, "é"]), ({1: "x"}, {"1": "x"})]
+    for detail, data in [*details, (float("nan"), None), (object(), None), (["\ud800"], None)]:
+        response = answer_to(HTTPException(418, detail, {"X-Pot": "1"}))
+        assert (response.status_code, response.headers["x-pot"]) == (418, "1")
+        assert (response.json().get("data"), response.json()["error"]) == (data, "HTTPException")
     app = FastAPI()
     install_error_handlers(app)
     assert Client(app).get("/").json()["detail"] == "Not Found"

@@ -107,12 +107,15 @@ def make_app(house: House) -> FastAPI:
 
     @app.post("/fail/{kind}")
     async def fail(kind: str, once: Key) -> Any:
+        details: dict[str, Any] = {"number": {1: object()}, "numbers": {1: (2,)}}
         failures: dict[str, Exception] = {
             "http": HTTPException(404, "no such door"),
             **{str(status): HTTPException(status, headers={"Location": "/"}) for status in (204, 205, 304)},
             "absent": errors.AgentNotFoundError("private"),
             "full": errors.PendingLimitError(10),
             "failed": errors.EffectFailedError({"jammed": True}),
+            "pair": HTTPException(400, (1, 2)),
+            **{name: errors.EffectFailedError(detail) for name, detail in details.items()},
             "later": errors.EffectNotStartedError("private"),
             "crash": RuntimeError("private"),
         }
@@ -305,7 +308,8 @@ def test_forms(client: Client, house: House) -> None:
 
 def test_failures(client: Client, house: House) -> None:
     """A known failure is an answer that retries get again. `EffectNotStartedError` frees the key."""
-    for number, (kind, status) in enumerate({"http": 404, "absent": 404, "full": 409, "failed": 422}.items(), 1):
+    kinds = {"http": 404, "absent": 404, "full": 409, "pair": 400, "number": 422, "numbers": 422, "failed": 422}
+    for number, (kind, status) in enumerate(kinds.items(), 1):
         first, retry = (post(client, f"/fail/{kind}", kind) for _ in range(2))
         assert (first.status_code, first.content) == (status, retry.content) == (retry.status_code, first.content)
         assert first.headers["content-type"] == retry.headers["content-type"] == "application/problem+json"
@@ -319,7 +323,7 @@ def test_failures(client: Client, house: House) -> None:
             assert (reply.status_code, reply.headers["location"], reply.content) == (status, "/", b"")
     later = [post(client, "/fail/later", "later") for _ in range(2)]
     assert [(each.status_code, each.headers["retry-after"]) for each in later] == [(503, "1")] * 2
-    assert house.count == 9
+    assert house.count == 12
 
 
 def test_an_unknown_outcome(client: Client, house: House, homeagent_clock: FakeClock) -> None:

@@ -24,6 +24,7 @@ from homeagent.database import Database
 from homeagent.errors import (
     AlreadyExistsError,
     ConflictError,
+    EffectFailedError,
     HomeAgentError,
     IdempotencyError,
     InvalidArgumentError,
@@ -32,7 +33,7 @@ from homeagent.errors import (
 )
 from homeagent.fastapi.authentication import current_device
 from homeagent.fastapi.lifespan import DatabaseDep
-from homeagent.fastapi.problems import HTTPProblem, as_http, problem_response
+from homeagent.fastapi.problems import HTTPProblem, as_http, json_of, problem_response
 from homeagent.idempotency import OnAbandoned
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
@@ -136,6 +137,9 @@ class Once:
             if isinstance(error, HTTPException) and error.status_code >= 500:
                 raise
             value = problem_response(error)
+        except EffectFailedError as error:
+            error.detail = json_of(error.detail)
+            raise
         self._first = value
         if not isinstance(value, Response):
             # If FastAPI can't encode the value, `arun_once()` records no value. FastAPI raises the encoding error for

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.utils import is_body_allowed_for_status_code
 from pydantic import BaseModel, Field, JsonValue
+from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.websockets import WebSocketState
 
@@ -149,9 +150,9 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
         invalid = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
     elif isinstance(error, StarletteHTTPException):
         headers.update(error.headers or {})
-        given: Any = error.detail  # in FastAPI's HTTPException, the detail can be any JSON value
+        given: Any = error.detail  # in FastAPI's HTTPException, the detail can be any value that has JSON
         status, detail = error.status_code, given if isinstance(given, str) else _title(error.status_code)
-        data = None if isinstance(given, str) else given
+        data = None if isinstance(given, str) else json_of(given)
     else:
         status, detail = _answer_for(error)
     if isinstance(error, (errors.IdempotencyInProgressError, errors.TooManyAttemptsError)):
@@ -162,12 +163,21 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
     elif isinstance(error, errors.AuthenticationError):
         headers["WWW-Authenticate"] = CHALLENGE
     elif isinstance(error, errors.EffectFailedError):
-        data = error.detail
+        data = json_of(error.detail)
         if error.replayed:
             headers["Idempotency-Replayed"] = "true"
     name = type(error).__name__
     reply = ErrorReply(title=_title(status), status=status, detail=detail, error=name, errors=invalid, data=data)
     return reply, headers
+
+
+def json_of(detail: Any) -> Any:
+    """Return the detail as a client decodes the detail's JSON. If the detail has no JSON, return None."""
+    # Do not raise an error. Otherwise a refusal would have status 500, and the key of an effect would stay in progress.
+    try:
+        return from_json(to_json(detail, inf_nan_mode="null"))
+    except ValueError:
+        return None
 
 
 def _reason(line: Mapping[str, Any]) -> str:
