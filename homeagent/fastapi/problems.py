@@ -250,6 +250,8 @@ def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
                 del content["application/json"]
                 content[PROBLEM] = {"schema": reference}
         responses.setdefault("default", {"description": "Error", "content": {PROBLEM: {"schema": reference}}})
-    if schemas.pop("HTTPValidationError", None) is not None:
-        schemas.pop("ValidationError", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        # Other servers answer the document's callbacks and webhooks. Their replies still refer to FastAPI's schemas.
+        if name in schemas and f"'#/components/schemas/{name}'" not in str(document):
+            del schemas[name]
     return document
