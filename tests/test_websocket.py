@@ -49,10 +49,14 @@ class Gateway:
                         message = await websocket.receive_text()
                         if message == "crash":
                             raise RuntimeError("private")
+                        if message == "close":
+                            await websocket.close(4000)
+                            await asyncio.Event().wait()
                         await websocket.send_text(f"{device.id}: {message}")
                 except BaseException as error:
                     self.ended.append(type(error).__name__)
                     raise
+            self.ended.append("after the block")
 
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
@@ -215,6 +219,19 @@ def test_how_a_block_ends_otherwise(gateway: Gateway, database: Database) -> Non
     gateway.enter("phone", secret, leave)
     gateway.close()
     assert sorted(gateway.ended) == ["RuntimeError", "WebSocketDisconnect"]
+
+
+def test_a_loss_of_access_after_the_close(gateway: Gateway, database: Database) -> None:
+    """If the application has closed the WebSocket, a revocation cancels the block without a second close."""
+
+    async def close(connection: Any) -> int:
+        await connection.send("close")
+        return await code_of(connection)
+
+    assert gateway.enter("phone", pair(database), close) == 4000
+    database.devices.revoke("phone")
+    gateway.close()
+    assert gateway.ended == ["CancelledError", "after the block"]
 
 
 def test_the_page(gateway: Gateway, database: Database) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 from anyio.to_thread import run_sync
 from fastapi import WebSocket, WebSocketDisconnect, WebSocketException
+from starlette.websockets import WebSocketState
 
 from homeagent.database import Database
 from homeagent.errors import (
@@ -53,7 +54,7 @@ async def accept_device(
 
     Raises:
         WebSocketException: if the handshake fails, or if the device lacks or loses access. Starlette then closes the
-            WebSocket.
+            WebSocket. If the application has already closed the WebSocket, a loss of access only cancels the block.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
     """
     # Subscribe before the handshake, because a later subscription could miss a revocation.
@@ -86,7 +87,8 @@ async def accept_device(
         except Exception as error:  # noqa: BLE001  raised again below, because the task group would wrap the error
             failure = error
         group.cancel_scope.cancel()
-    if ended:
+    # A WebSocket that the application has closed can't be closed again.
+    if ended and websocket.application_state is not WebSocketState.DISCONNECTED:
         raise _closing(ended[0]) from ended[0]
     if failure is not None:
         raise failure
