@@ -128,6 +128,12 @@ def test_invalid_request_and_document() -> None:
     assert response.json()["error"] == "RequestValidationError"
     assert "private" not in response.text
 
+    @app.post("/counts")
+    def count(counts: dict[str, int]) -> None: ...
+
+    counts = Client(app).post("/counts", json={"chosen": "private"})
+    assert (counts.json()["errors"][0]["loc"], "private" in counts.text) == (["body", "chosen"], False)
+
     for _ in range(2):
         document = Client(app).get("/openapi.json").json()
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}

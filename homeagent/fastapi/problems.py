@@ -73,7 +73,9 @@ class InvalidValue(BaseModel):
     """Description of an invalid value in a request. The reply does not show the value itself."""
 
     type: str = Field(description="Pydantic's name of the kind of error.")
-    loc: list[str | int] = Field(description="Place of the value in the request.")
+    loc: list[str | int] = Field(
+        description="Place of the value in the request. The place can contain keys that the client chose."
+    )
     msg: str = Field(description="Reason of the refusal.")
 
 
