@@ -305,6 +305,26 @@ def test_forms(client: Client, house: House) -> None:
     assert [answer.status_code for answer in answers] == [200, 200, 422]
     assert answers[1].json() == {"size": 3, "count": 1}
 
+    @client.app.post("/small")
+    async def small(
+        name: Annotated[str, Form()], photo: UploadFile, once: Annotated[Once, Depends(idempotent(max_body=300))]
+    ) -> Any:
+        return await once(house.close)
+
+    async def chunked(body: bytes) -> AsyncIterator[bytes]:
+        yield body
+
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    statuses = []
+    for size in (50, 290, 301):
+        file = {"photo": ("p.png", b"x" * size)}
+        request = httpx.Request("POST", "http://gateway", headers=headers, data={"name": "n"}, files=file)
+        for content in (request.read(), chunked(request.read())):
+            reply = post(client, "/small", f"{size}", content=content, headers=headers)
+            statuses.append(reply.status_code)
+    # The body of the second form is larger than the sum of its fields.
+    assert statuses == [200, 200, 413, 200, 413, 413]
+
 
 def test_failures(client: Client, house: House) -> None:
     """A known failure is an answer that retries get again. `EffectNotStartedError` frees the key."""

@@ -297,6 +297,12 @@ def _outer_root(request: Request) -> str:
     return root
 
 
+def _too_large(max_body: int) -> HTTPProblem:
+    """Return the reply with status 413. The caller must raise the reply."""
+    detail = f"The body has more than {max_body:,} bytes."
+    return HTTPProblem(InvalidArgumentError(detail), 413, detail)
+
+
 async def read_body(request: Request, max_body: int) -> bytes:
     """Return the body of a request. If the body exceeds `max_body` bytes, raise HTTPProblem with status 413."""
     chunks, size = [], 0
@@ -304,8 +310,7 @@ async def read_body(request: Request, max_body: int) -> bytes:
         async for chunk in stream:
             size += len(chunk)
             if size > max_body:
-                detail = f"The body has more than {max_body:,} bytes."
-                raise HTTPProblem(InvalidArgumentError(detail), 413, detail)
+                raise _too_large(max_body)
             chunks.append(chunk)
     # Let the HTTP endpoint read the body again. Starlette has no public way to keep a streamed body.
     request._body = b"".join(chunks)
@@ -316,7 +321,12 @@ async def params_of(request: Request, max_body: int) -> JsonValue:
     """Return the values that a retry must repeat: path, query and body."""
     if getattr(request, "_form", None) is not None:
         # FastAPI has parsed the form, so the body's bytes are gone.
-        body: JsonValue = [[name, await _text_of(value)] for name, value in (await request.form()).multi_items()]
+        items = (await request.form()).multi_items()
+        # A chunked body has no header Content-Length. The sum is smaller than the body.
+        sizes = [value.size or 0 if isinstance(value, UploadFile) else len(value.encode()) for _, value in items]
+        if max(int(request.headers.get("content-length", 0)), sum(sizes)) > max_body:
+            raise _too_large(max_body)
+        body: JsonValue = [[name, await _text_of(value)] for name, value in items]
     else:
         body = hashlib.sha256(await read_body(request, max_body)).hexdigest()
     return {
