@@ -105,6 +105,10 @@ def make_app(house: House) -> FastAPI:
     async def not_json(once: Key) -> Any:
         return await once(lambda attempt: house.close(attempt) and b"\xff")
 
+    @app.post("/large")
+    async def large(once: Key) -> Any:
+        return await once(lambda attempt: {"text": "x" * 1024 * 1024, **house.close(attempt)})
+
     @app.post("/fail/{kind}")
     async def fail(kind: str, once: Key) -> Any:
         details: dict[str, Any] = {"number": {1: object()}, "numbers": {1: (2,)}}
@@ -402,13 +406,15 @@ def test_two_effects_of_a_request(client: Client, house: House) -> None:
 
 
 def test_an_answer_that_cannot_be_stored(client: Client, house: House) -> None:
-    """After a streamed answer, or an answer that has no JSON, a retry learns that the effect took place."""
+    """After a streamed or large answer, or an answer that has no JSON, a retry learns that the effect took place."""
     assert post(client, "/stream").text == "{'count': 1}"
     assert post(client, "/bytes").status_code == 500
-    for path in ("/stream", "/bytes"):
+    assert len(post(client, "/large").content) > 1024 * 1024
+    for path in ("/stream", "/bytes", "/large"):
         retry = post(client, path)
         assert (retry.status_code, retry.json()["error"]) == (409, "IdempotencyError")
-    assert house.count == 2
+        assert retry.json()["detail"] == "The request took effect. Its answer could not be stored."
+    assert house.count == 3
 
 
 # Webhooks

@@ -169,7 +169,7 @@ class Once:
                 IdempotencyError(
                     "the answer is not stored", device_id=self._scope.device_id, method=self._scope.method
                 ),
-                detail="The request took effect. Its answer was too large to be stored.",
+                detail="The request took effect. Its answer could not be stored.",
             )
         value: Any = outcome.value
         is_reply = isinstance(value, dict) and _REPLY in value
