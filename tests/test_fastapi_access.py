@@ -212,6 +212,18 @@ def test_a_missing_lifespan_is_named() -> None:
         assert Client(app).get("/health").json() == {"status": "ok"}
 
 
+def test_a_mounted_application(database: Database) -> None:
+    """The error of a mounted application names the attribute that helps. A lifespan of its own does not run."""
+    outer, mounted = FastAPI(lifespan=lifespan(database)), FastAPI(lifespan=lifespan(database))
+    mounted.include_router(health_router)
+    outer.mount("/inner", mounted)
+    client = Client(outer, database)
+    with pytest.raises(errors.UnitStateError, match=r"set state\.homeagent_database of the mounted application"):
+        client.get("/inner/health")
+    mounted.state.homeagent_database = database
+    assert client.get("/inner/health").json() == {"status": "ok"}
+
+
 def test_health(client: Client, database: Database) -> None:
     """The health route is open to all, and has the status 503 if the database does not answer."""
     assert client.get("/health").status_code == 200

@@ -73,7 +73,8 @@ async def get_database(connection: HTTPConnection) -> Database:
     if database is None:
         raise UnitStateError(
             "the application has no open database: pass FastAPI(lifespan=homeagent.fastapi.lifespan(…)), and run a "
-            "TestClient in a with block"
+            "TestClient in a with block. Starlette does not run the lifespan of a mounted application: set "
+            "state.homeagent_database of the mounted application to the open database"
         )
     return database
 
