@@ -26,6 +26,7 @@ from homeagent.fastapi import (
     lifespan,
     require_role,
 )
+from homeagent.maintenance import BackupSchedule
 from homeagent.testing import DatabaseFactory
 from tests.asgi import Client
 from tests.conftest import pair
@@ -171,7 +172,7 @@ def test_the_check_does_not_block_the_event_loop(
 
 
 def test_lifespan_opens_sweeps_and_closes(tmp_path: Path) -> None:
-    """The lifespan opens the database, runs the application's own lifespan inside, and closes the database."""
+    """The lifespan opens, sweeps, backs up and closes the database, and runs the application's own lifespan inside."""
     events: list[str] = []
 
     @asynccontextmanager
@@ -182,7 +183,8 @@ def test_lifespan_opens_sweeps_and_closes(tmp_path: Path) -> None:
         app.state.homeagent_database.ping()
         events.append("end")
 
-    app = FastAPI(lifespan=lifespan(tmp_path / "hub.db", then=own, pool_size=3))
+    backups = BackupSchedule(tmp_path / "backups")
+    app = FastAPI(lifespan=lifespan(tmp_path / "hub.db", then=own, backups=backups, pool_size=3))
 
     @app.get("/")
     def status(database: DatabaseDep) -> bool:
@@ -190,6 +192,9 @@ def test_lifespan_opens_sweeps_and_closes(tmp_path: Path) -> None:
 
     async def serve() -> Database:
         async with app.router.lifespan_context(app):
+            pause = threading.Event()
+            while not list((tmp_path / "backups").glob("*.json")):
+                await asyncio.to_thread(pause.wait, 0.01)
             running = await asyncio.to_thread(lambda: Client(app).get("/").json())
             assert running is True
             database: Database = app.state.homeagent_database
@@ -199,6 +204,8 @@ def test_lifespan_opens_sweeps_and_closes(tmp_path: Path) -> None:
     assert events == ["begin", "end"]
     with pytest.raises(errors.DatabaseClosedError):
         database.ping()
+    with pytest.raises(errors.InvalidArgumentError, match="backups= needs sweep_every="):
+        lifespan(tmp_path / "hub.db", sweep_every=None, backups=backups)
 
 
 def test_a_missing_lifespan_is_named() -> None:

@@ -14,9 +14,10 @@ from sqlalchemy import URL
 from starlette.applications import Starlette
 from starlette.requests import HTTPConnection
 
+from homeagent import maintenance
 from homeagent.database import Database
 from homeagent.engine.target import conceal
-from homeagent.errors import DatabaseError, UnitStateError
+from homeagent.errors import DatabaseError, InvalidArgumentError, UnitStateError
 from homeagent.fastapi.problems import HTTPProblem
 
 App = TypeVar("App", bound=Starlette)
@@ -27,6 +28,7 @@ def lifespan(
     *,
     then: Callable[[App], AbstractAsyncContextManager[Any]] | None = None,
     sweep_every: timedelta | None = timedelta(minutes=5),
+    backups: maintenance.BackupSchedule | None = None,
     **options: Any,
 ) -> Callable[[App], AbstractAsyncContextManager[Any]]:
     """Return a lifespan for the argument `lifespan=` of FastAPI. Each worker process opens the database at its start.
@@ -37,12 +39,18 @@ def lifespan(
         then: lifespan of the application, which runs while the database is open. In the application's lifespan,
             `app.state.homeagent_database` is the database.
         sweep_every: time between two sweeps in the background. With `sweep_every=None`, the lifespan does not sweep.
+        backups: schedule of the backups, which the lifespan makes after a sweep. See `Database.sweeper()`.
         options: arguments of `Database.open`, such as `unit=`. If the target is an open database, the options have no
             effect.
+
+    Raises:
+        InvalidArgumentError: if a schedule of backups is given with `sweep_every=None`.
 
     Raises (when the server starts):
         DatabaseClosedError: if the target was opened before the server forked the worker process.
     """
+    if backups is not None and sweep_every is None:
+        raise InvalidArgumentError("backups= needs sweep_every=: the lifespan makes a backup after a sweep")
     given: Any = target if isinstance(target, Database) else conceal(target)
     del target
 
@@ -54,7 +62,7 @@ def lifespan(
         await run_sync(database.ping)
         try:
             app.state.homeagent_database = database
-            with nullcontext() if sweep_every is None else database.sweeper(sweep_every):
+            with nullcontext() if sweep_every is None else database.sweeper(sweep_every, backups=backups):
                 async with nullcontext() if then is None else then(app) as state:
                     yield state
         finally:
