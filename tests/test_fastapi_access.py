@@ -208,6 +208,26 @@ def test_lifespan_opens_sweeps_and_closes(tmp_path: Path) -> None:
         lifespan(tmp_path / "hub.db", sweep_every=None, backups=backups)
 
 
+def test_a_failed_start_closes_the_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the opened database does not answer, the lifespan closes the database."""
+    opened: list[Database] = []
+
+    def fail(database: Database) -> None:
+        opened.append(database)
+        raise errors.DatabaseBusyError("the database is busy")
+
+    monkeypatch.setattr(Database, "ping", fail)
+    app = FastAPI(lifespan=lifespan(":memory:"))
+
+    async def serve() -> None:
+        async with app.router.lifespan_context(app):
+            pass
+
+    with pytest.raises(errors.DatabaseBusyError):
+        asyncio.run(serve())
+    assert opened[0]._closed
+
+
 def test_a_missing_lifespan_is_named() -> None:
     """If the application runs without the lifespan, the error says so; a test can replace the dependency."""
     app = FastAPI()

@@ -57,10 +57,10 @@ def lifespan(
     @asynccontextmanager
     async def run(app: App) -> AsyncIterator[Any]:
         database = given if isinstance(given, Database) else await run_sync(lambda: Database.open(given, **options))
-        # If the database was opened before a fork, `ping()` raises an error. Without `ping()`, the server would start,
-        # and each request would fail.
-        await run_sync(database.ping)
         try:
+            # If the database was opened before a fork, `ping()` raises an error. Without `ping()`, the server would
+            # start, and each request would fail.
+            await run_sync(database.ping)
             app.state.homeagent_database = database
             with nullcontext() if sweep_every is None else database.sweeper(sweep_every, backups=backups):
                 async with nullcontext() if then is None else then(app) as state:
