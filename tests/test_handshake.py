@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from homeagent import Database, Device, Role
-from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError
+from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError, InvalidArgumentError
 from homeagent.handshake import MAX_MESSAGE, Admission, authenticate_device, gateway, recheck
 from homeagent.handshake.client import authenticate
 from homeagent.testing import FakeClock
@@ -132,6 +132,17 @@ def test_the_time_is_checked(handshake: Any, homeagent_database: Database, homea
         (device, gateway), sent = handshake("phone", secret, clock=clock, skew=timedelta(hours=1))
         assert type(device) is type(gateway) is AuthenticationError
         assert len(sent[0]) == 2
+
+
+def test_an_endless_skew(homeagent_database: Database, homeagent_clock: FakeClock) -> None:
+    """A skew that ends after the year 9999 is named in the error."""
+    secret = pair(homeagent_database)
+
+    async def device(send: Any, receive: Any) -> None:
+        await authenticate("phone", secret, send=send, receive=receive, clock=homeagent_clock)
+
+    (_, error), _ = connect(device, partial(serve, homeagent_database, skew=timedelta.max))
+    assert (type(error), str(error)) == (InvalidArgumentError, "skew reaches past the year 9999")
 
 
 def test_a_replayed_proof(homeagent_database: Database, handshake: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from homeagent.frame_locals import clears_locals
 from homeagent.handshake import messages
 from homeagent.handshake.messages import Receive, Send
 from homeagent.models.device import Device, DeviceStatus
+from homeagent.models.types import later
 from homeagent.scram import proof_message, server_signature
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ async def authenticate_device(
         AuthenticationError: if the proof or the time is wrong, or the device is absent.
         AccessDeniedError: if the proof is right, but the device is pending or revoked.
         HandshakeError: if a message is invalid, or if the handshake takes too long.
+        InvalidArgumentError: if the skew reaches past the year 9999.
         HomeAgentError: if the function can't read the database.
     """
     try:
@@ -96,7 +98,9 @@ async def _authenticate(database: Database, send: Send, receive: Receive, skew: 
         raise AuthenticationError(_DENIED)
 
     def admit(unit: UnitOfWork) -> Device | None:
-        fresh = signed_at - unit.now() <= skew and unit.nonces.consume(device_id, nonce, expires_at=signed_at + skew)
+        if signed_at - unit.now() > skew:
+            return None
+        fresh = unit.nonces.consume(device_id, nonce, expires_at=later(signed_at, skew, "skew"))
         return unit.devices.find_by_id(device_id) if fresh else None
 
     device, verifier = await database.arun(admit), checked.device.proof_verifier
