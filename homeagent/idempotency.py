@@ -49,6 +49,14 @@ logger: logging.Logger = logging.getLogger("homeagent")
 _SHORTEST_PERIOD = 0.05
 
 
+def check_on_abandoned(value: OnAbandoned, instead: str | None = None) -> None:
+    """Raise InvalidArgumentError for an invalid value. With `instead=None`, allow coroutine functions."""
+    if callable(value):
+        check_function(value, "on_abandoned", coroutine=instead)
+    elif value not in ("refuse", "rerun"):
+        raise InvalidArgumentError("on_abandoned must be 'refuse', 'rerun' or a function that returns the outcome")
+
+
 @dataclass(frozen=True, slots=True)
 class OnceCall:
     """Arguments of `run_once()`. The effect can change the parameters, so the object keeps a fingerprint."""
@@ -63,10 +71,7 @@ class OnceCall:
     def check(self, effect: Callable[[Attempt], Any], instead: str | None = None) -> None:
         """Check the effect and the value of `on_abandoned`. With `instead=None`, allow coroutine functions."""
         check_function(effect, "effect", coroutine=instead)
-        if callable(self.on_abandoned):
-            check_function(self.on_abandoned, "on_abandoned", coroutine=instead)
-        elif self.on_abandoned not in ("refuse", "rerun"):
-            raise InvalidArgumentError("on_abandoned must be 'refuse', 'rerun' or a function that returns the outcome")
+        check_on_abandoned(self.on_abandoned, instead)
 
     @property
     def period(self) -> float:

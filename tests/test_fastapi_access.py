@@ -131,6 +131,14 @@ def test_a_role_is_required(client: Client, database: Database) -> None:
     assert client.get("/admin", headers={"Authorization": admin}).json() == "boss"
 
 
+def test_invalid_arguments() -> None:
+    """A value with a wrong type, and an unknown role, are refused at once."""
+    wrong: Any = 5
+    for call in (lambda: bearer_token(wrong, "x"), lambda: bearer_token("x", wrong), lambda: require_role(wrong)):
+        with pytest.raises(errors.InvalidArgumentError):
+            call()
+
+
 def test_too_many_attempts(client: Client) -> None:
     """After too many failed checks the reply has the status 429 and the time to wait."""
     headers = {"Authorization": basic("klaus:é", "a wrong secret")}

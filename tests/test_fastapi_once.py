@@ -534,9 +534,18 @@ def test_many_signatures_of_a_webhook(hooks: Client, monkeypatch: pytest.MonkeyP
     assert len(computed) == 2
 
 
+@pytest.mark.parametrize("option", [{"ttl": timedelta(0)}, {"ttl": 5}, {"lease": None}, {"on_abandoned": "x"}])
+def test_invalid_options(option: dict[str, Any]) -> None:
+    """An invalid option is refused when the route is defined, and not in each request."""
+    with pytest.raises(errors.InvalidArgumentError, match=next(iter(option))):
+        idempotent(**option)
+    with pytest.raises(errors.InvalidArgumentError, match=next(iter(option))):
+        signed_webhook(SECRET, sender="bell", **option)
+
+
 def test_invalid_webhook_settings() -> None:
     """A secret that is short or malformed, no secret, no sender, and a short `ttl` are refused at once."""
-    secrets: list[Any] = ["whsec_", "whsec_%%%", "whsec_" + base64.b64encode(bytes(23)).decode(), []]
+    secrets: list[Any] = ["whsec_", "whsec_%%%", "whsec_" + base64.b64encode(bytes(23)).decode(), [], b"x", [5]]
     for secret in secrets:
         with pytest.raises(errors.InvalidArgumentError):
             signed_webhook(secret, sender="bell")

@@ -20,6 +20,7 @@ from homeagent.fastapi.problems import HTTPProblem, as_http
 from homeagent.frame_locals import clears_locals
 from homeagent.handshake import REFUSALS
 from homeagent.models.device import Device, Role
+from homeagent.models.types import check_searched
 
 _LONGEST_HEADER = 8_192
 
@@ -41,9 +42,12 @@ _BASIC = _BasicScheme()
 
 
 def bearer_token(device_id: str, secret: SecretStr | str) -> str:
-    """Return the text that a device sends in the header `Authorization: Bearer …`."""
+    """Return the text that a device sends in the header `Authorization: Bearer …`. If an argument is not a text, raise
+    InvalidArgumentError.
+    """
     plain = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
-    id_part, secret_part = (base64.urlsafe_b64encode(part.encode()).decode() for part in (device_id, plain))
+    texts = check_searched(device_id, "device_id"), check_searched(plain, "secret")
+    id_part, secret_part = (base64.urlsafe_b64encode(text.encode()).decode() for text in texts)
     return f"{id_part.rstrip('=')}.{secret_part.rstrip('=')}"
 
 
@@ -87,9 +91,13 @@ CurrentDevice = Annotated[Device, Security(current_device)]
 
 def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
     """Return a dependency that returns the device of the request. Use the dependency as `Annotated[Device,
-    Depends(require_role(Role.ADMIN))]`. A device with another role gets a reply with status 403.
+    Depends(require_role(Role.ADMIN))]`. A device with another role gets a reply with status 403. A value that is not a
+    role raises InvalidArgumentError.
     """
-    allowed = frozenset(map(Role, roles))
+    try:
+        allowed = frozenset(map(Role, roles))
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from None
 
     async def check(device: CurrentDevice) -> Device:
         if device.role not in allowed:

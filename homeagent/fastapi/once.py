@@ -34,9 +34,10 @@ from homeagent.errors import (
 from homeagent.fastapi.authentication import current_device
 from homeagent.fastapi.lifespan import DatabaseDep
 from homeagent.fastapi.problems import HTTPProblem, as_http, json_of, problem_response
-from homeagent.idempotency import OnAbandoned
+from homeagent.idempotency import OnAbandoned, check_on_abandoned
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
+from homeagent.models.types import check_duration
 
 MAX_BODY = 1024 * 1024
 """Largest body in bytes by default, as in nginx."""
@@ -228,7 +229,11 @@ def idempotent(
         device: dependency that returns the device of the request.
         max_body: largest body in bytes, 1 MiB by default. A larger body gets a reply with status 413. For a form or a
             model, also set FastAPI's argument `max_body_size=`.
+
+    Raises:
+        InvalidArgumentError: if `lease`, `ttl` or `on_abandoned` is invalid.
     """
+    check_options(lease, ttl, on_abandoned)
 
     async def once(
         request: Request,
@@ -261,6 +266,13 @@ def idempotent(
         )
 
     return once
+
+
+def check_options(lease: timedelta, ttl: timedelta, on_abandoned: OnAbandoned) -> None:
+    """Raise InvalidArgumentError for an invalid option of a dependency. Otherwise each request would be refused."""
+    check_duration(lease, "lease", zero=True)
+    check_duration(ttl, "ttl")
+    check_on_abandoned(on_abandoned)
 
 
 def _refused(detail: str) -> HTTPProblem:

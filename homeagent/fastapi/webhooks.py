@@ -16,7 +16,7 @@ from pydantic import SecretBytes, SecretStr
 
 from homeagent.errors import AuthenticationError, CorruptDatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.fastapi.lifespan import DatabaseDep
-from homeagent.fastapi.once import MAX_BODY, Once, matched_route, params_of, read_body, route_of
+from homeagent.fastapi.once import MAX_BODY, Once, check_options, matched_route, params_of, read_body, route_of
 from homeagent.fastapi.problems import HTTPProblem, as_http
 from homeagent.idempotency import OnAbandoned
 from homeagent.models.idempotency_key import OWNER_CHARACTERS, IdempotencyScope, webhook_owner
@@ -76,14 +76,15 @@ def signed_webhook(
         max_body: largest message in bytes, 1 MiB by default. A larger message gets a reply with status 413.
 
     Raises:
-        InvalidArgumentError: if a secret, the `sender`, the `tolerance` or the `ttl` is invalid.
+        InvalidArgumentError: if an argument is invalid.
     """
-    secrets = [secret] if isinstance(secret, (SecretStr, str)) else list(secret)
+    secrets = [secret] if isinstance(secret, (SecretStr, str, bytes)) else list(secret)
     keys = [_key_of(each) for each in secrets]
     check_identifier(sender and f"{sender}/{'x' * OWNER_CHARACTERS}", "sender")
     if not keys:
         raise InvalidArgumentError("signed_webhook needs a secret")
-    if ttl <= 2 * check_duration(tolerance, "tolerance"):
+    check_options(lease, ttl, on_abandoned)
+    if ttl / 2 <= check_duration(tolerance, "tolerance"):
         raise InvalidArgumentError(
             "ttl must be more than twice the tolerance: otherwise an old message is accepted again"
         )
@@ -140,7 +141,7 @@ def _key_of(secret: SecretStr | str) -> SecretBytes:
     text = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
     try:
         key = base64.b64decode(text.removeprefix(_PREFIX), validate=True)
-    except ValueError:
+    except (AttributeError, TypeError, ValueError):
         key = b""
     del text
     if len(key) < _MIN_KEY_BYTES:
