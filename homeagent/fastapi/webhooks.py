@@ -163,4 +163,4 @@ def _is_fresh(unit: UnitOfWork, sent_at: datetime, tolerance: timedelta) -> bool
     restored_at = record[1]
     if restored_at is not None and sent_at - restored_at <= tolerance:
         return False
-    return abs(unit.now() - sent_at) < tolerance
+    return abs(unit.now() - sent_at) <= tolerance
