@@ -254,6 +254,9 @@ def test_an_absent_or_invalid_key(client: Client, house: House, key: str | None)
     assert client.post("/created", headers=twice).status_code == 400
     if key is None:
         assert [post(client, "/doors/front/close", key).json()["count"] for _ in range(2)] == [1, 2]
+        paths = client.get("/openapi.json").json()["paths"]
+        described = {path: str(paths[path]["post"]["parameters"]) for path in ("/created", "/doors/{door}/close")}
+        assert ["Required key" in each for each in described.values()] == [True, False]
 
 
 def test_another_request_under_the_same_key(client: Client, house: House) -> None:

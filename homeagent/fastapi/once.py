@@ -53,6 +53,12 @@ _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 # Key of each stored reply. A result without the key comes from `IdempotencyKeyStore.resolve()` or `insert()`.
 _REPLY = "homeagent.fastapi"
 
+# If OpenAPI's field `required` were true, FastAPI would answer a missing header with status 422.
+_KEY_DESCRIPTIONS = {
+    True: "Required key of the call, the same in each retry.",
+    False: "Key of the call, the same in each retry.",
+}
+
 # Options of a route's response model
 _MODEL_OPTIONS = ("include", "exclude", "by_alias", "exclude_unset", "exclude_defaults", "exclude_none")
 
@@ -240,7 +246,7 @@ def idempotent(
         response: Response,
         database: DatabaseDep,
         # Do not write `str | None`. FastAPI handles a union more slowly.
-        idempotency_key: str = Header(None, description="Key of the call, the same in each retry."),
+        idempotency_key: str = Header(None, description=_KEY_DESCRIPTIONS[bool(required)]),
         caller: Device = Depends(device),  # an annotation can't refer to an argument of the enclosing function
     ) -> Once:
         keys = request.headers.getlist("idempotency-key")
