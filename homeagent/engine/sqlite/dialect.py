@@ -129,7 +129,7 @@ class Connection(_Connection):
     def statement_cursor(self) -> StatementCursor:
         """Return a cursor for a store's statements."""
         # Do not call `StatementCursor()`. The method `close()` ends only the statements of cursors from `cursor()`.
-        self.cursor_factory = StatementCursor
+        self.cursor_factory: Any = StatementCursor
         try:
             return self.cursor()  # type: ignore[return-value]  # created by `cursor_factory`
         finally:
