@@ -15,8 +15,9 @@ _DEFERRED = CO_GENERATOR | CO_COROUTINE
 
 
 def check_function(function: T, what: str, *, coroutine: str | None = None) -> T:
-    """Return the function. Raise InvalidArgumentError for a generator function or a non-callable object. With a text in
-    `coroutine=`, also refuse a coroutine function. The error's message then ends with the text of `coroutine=`.
+    """Return the function. Raise InvalidArgumentError for a generator function or a non-callable object. If
+    `coroutine=` is not None, also refuse a coroutine function. The error's message then ends with the text of
+    `coroutine=`.
     """
     plain: object = function
     deferred = CO_GENERATOR if coroutine is None else _DEFERRED

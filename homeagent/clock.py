@@ -30,7 +30,7 @@ def system_clock() -> datetime:
     milliseconds = time_ns() // _MILLION
     latest, timestamp = _latest
     if milliseconds > latest:
-        # Two threads can run this block at the same time. Each thread returns the time that the same thread read.
+        # Two threads can run this block at the same time. Each thread returns the time of its own reading.
         timestamp = _EPOCH + milliseconds * _MILLISECOND
         reading = (milliseconds, timestamp)
         # Do not add a call between the comparison and the assignment. After a call, CPython can switch threads. The

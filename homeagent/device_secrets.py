@@ -197,8 +197,8 @@ class DeviceSecrets:
     async def acheck_secret(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         """Run `check_secret()` under asyncio or trio, without blocking the event loop.
 
-        Slow hashes have separate worker threads. So slow hashes do not delay `arun()`. Slow hashes also do not delay a
-        check of a generated secret.
+        Slow hashes have separate worker threads. Therefore `arun()` does not wait for slow hashes. A check of a
+        generated secret also does not wait for slow hashes.
         """
         check = partial(self.check_secret, device_id, shared_secret)
         return await self._runner.in_thread(check, slow=needs_slow_hash(shared_secret))

@@ -141,8 +141,8 @@ class AgentInUseError(ConflictError):
 
 
 class RouteTakenError(ConflictError):
-    """The new route of a moved session belongs to another session. The other session's id is `error.session_id`.
-    Remedy: move or delete the other session, and then try again.
+    """A session can't move, because another session holds the new route. The other session's id is
+    `error.session_id`. Remedy: move or delete the other session, and then try again.
     """
 
     def __init__(self, session_id: str) -> None:
@@ -322,7 +322,7 @@ class SchemaOutdatedError(DatabaseError):
 
 class SchemaChangedError(DatabaseError):
     """Statements outside of revisions changed the schema. Stored rows can violate the rules of homeagent's schema.
-    Remedy: undo the changes, or pass the application's triggers in `acknowledged`.
+    Remedy: undo the changes, or pass the application's triggers in `acknowledged=`.
 
     The failed restore, copy, upgrade or adoption does not change the database. The list `error.changes` names each
     changed object in a sentence.

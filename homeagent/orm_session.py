@@ -172,7 +172,7 @@ def _after_soft_rollback(session: UnitSession, ended: SessionTransaction) -> Non
 
 @event.listens_for(UnitSession, "before_attach")
 def _before_attach(session: UnitSession, instance: object) -> None:
-    """Detach objects without a row, because the attached object can have the key of such an object."""
+    """Detach objects whose rows no longer exist. The new object can have the same key as a detached object."""
     if session._is_outdated:
         session.reload()
 

@@ -218,8 +218,8 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
         key: at least 16 random bytes, by default a random key of the process. Keep the key private, and do not change
             the key. A new key changes only the answers for absent devices. By comparing answers, an attacker could find
             the existing devices.
-        human_share: share of absent devices for which the function returns 600,000 iterations, from 0 to 1. If all
-            devices have generated secrets, keep the default 0.
+        human_share: number from 0 to 1. The function returns 600,000 iterations for this share of the absent devices.
+            If all devices have generated secrets, keep the default 0.
 
     Raises:
         InvalidArgumentError: if the key is too short, or `human_share` is out of range. Another cause is a lone

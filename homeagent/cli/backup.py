@@ -78,8 +78,9 @@ def restore(
         seen, state = _state(context, database)
         facts = {"Database": identity(str(database)), **state, "Backup": identity(str(source)), **_described(manifest)}
         confirm(context, "Replace this database by this backup?", partial(print_facts, facts.items(), error=True))
-        # The operator gives the epoch 0 for a database that can't be opened. `Database.restore()` can sometimes read
-        # another epoch, and would then refuse the epoch 0. Pass None to accept any epoch.
+        # The operator gives the epoch 0 for a database that can't be opened. `Database.restore()` can read the
+        # epoch of some damaged databases. A restore with `expected_epoch=0` would then fail. Pass None to accept any
+        # epoch.
         epoch = seen if epoch is None or (epoch == 0 and seen is None) else epoch
     with shown_progress(context, "verifying and restoring"):
         report = Database.restore(

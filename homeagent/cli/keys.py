@@ -131,10 +131,10 @@ nonces: typer.Typer = group("nonces", help="Release the nonces of a device that 
 
 @nonces.command("forget")
 def forget_nonces(context: typer.Context, device_id: arguments.DeviceArgument) -> None:
-    """Stop counting the stored nonces of a device towards the device's limit of nonces.
+    """Make room for new nonces of a device.
 
-    First configure the gateway to keep nonces for a shorter time. The gateway still refuses a replayed message until
-    its nonce expires.
+    The limit of nonces then ignores the stored nonces of the device. First configure the gateway to keep nonces for a
+    shorter time. The gateway still refuses a replayed message until its nonce expires.
     """
     with open_named(context) as opened:
         released = opened.nonces.forget(device_id)

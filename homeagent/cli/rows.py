@@ -53,7 +53,7 @@ def show_row(row: Device | Agent | AgentSession, *, error: bool = False) -> None
 
 
 def request(model: type[M], **values: Any) -> M:
-    """Return an instance of `model` with the values. If a value is invalid, raise `typer.BadParameter`."""
+    """Return an instance of `model=` with the values. If a value is invalid, raise `typer.BadParameter`."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -75,7 +75,7 @@ def json_argument(text: str | None, name: str) -> Any:
 def require_expected(
     context: typer.Context, name: str, source: str = "as the list of the rows prints it with --json"
 ) -> None:
-    """Raise `typer.BadParameter` if --yes was passed without the option `name`."""
+    """Raise `typer.BadParameter` if the operator passed --yes without the required option."""
     if context.params["yes"] and context.params[name] is None:
         raise typer.BadParameter(f"--yes needs --{name.replace('_', '-')}, {source}.")
 
@@ -117,7 +117,7 @@ def change_shown(
     return opened.run(work)
 
 
-# Select each foreign key with ON DELETE CASCADE: the referring and the referenced table.
+# Select two tables for each foreign key with ON DELETE CASCADE. The first table refers to the second table.
 _CASCADES = {
     "sqlite": 'SELECT name, k."table" FROM sqlite_master, pragma_foreign_key_list(name) k'
     " WHERE type = 'table' AND on_delete = 'CASCADE'",

@@ -47,7 +47,7 @@ class FailedChecks:
     id.
 
     The argument `most_ids=` limits the number of counted ids. At the limit, a new id replaces the id with the fewest
-    failures. Do not replace the oldest id. Otherwise an attacker could remove any count by checks of 10,000 new ids.
+    failures. Do not replace the oldest id. Otherwise an attacker could erase an id's count by sending 10,000 new ids.
 
     A check expires after 60 seconds. The database's clock and the monotonic clock both measure the 60 seconds. So a
     check expires even if one clock stands still.

@@ -233,8 +233,8 @@ def hash_secret(secret: SecretStr | str, *, beside: str | None = None, waiting: 
         secret: text of 1 to 512 characters, at most 1,024 bytes of UTF-8. Control characters and lone surrogates are
             not allowed. The text is not normalised.
         beside: stored hash of an old secret that stays valid during an overlap. If both hashes have the current costs,
-            both get the same salt. With the same salt, a check needs only one Argon2 run. The longer duration of two
-            runs would reveal a rotation. RFC 9106 section 3.1 asks for a different salt for each password. For two
+            both get the same salt. With the same salt, a check needs only one Argon2 run. A slower check with
+            two runs would reveal a rotation. RFC 9106 section 3.1 asks for a different salt for each password. For two
             secrets of one device, an equal salt is harmless. Pass None if the old secret becomes invalid at once.
         waiting: maximum number of waiting callers in the process, including this caller.
 

@@ -41,8 +41,9 @@ SESSION_ENDED = frozenset({"FATAL", "PANIC"})
 Translate = Callable[[BaseException], HomeAgentError]
 
 
-# Messages of SQLite and PostgreSQL with schema names, but without stored values. If a message can also contain a value,
-# the capturing group is the part without the value. A double-quoted column name can be a value with wrong quotes.
+# Match messages of SQLite and PostgreSQL that contain names from the schema. In a message with a value, the group
+# captures only the other text. By mistake, a programmer can write a value in double quotes. The database then reports
+# the value as a missing column. No pattern may match such a message.
 _NAMING = re.compile(
     r"""no\ such\ (?:table|index|view|trigger|function|module|savepoint|database|collation\ sequence):\ .+
     | no\ such\ column:\ (?:[^"]+|"[^"]+")

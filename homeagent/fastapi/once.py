@@ -50,10 +50,10 @@ _KNOWN = (AlreadyExistsError, ConflictError, InvalidArgumentError, NotFoundError
 # Do not store headers such as Set-Cookie, which can hold a secret.
 _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 
-# Key of each stored reply. A result without the key comes from `IdempotencyKeyStore.resolve()` or `insert()`.
+# Key in each stored reply. A result of `IdempotencyKeyStore.resolve()` or `insert()` lacks the key.
 _REPLY = "homeagent.fastapi"
 
-# If OpenAPI's field `required` were true, FastAPI would answer a missing header with status 422.
+# Do not declare the header as required. FastAPI would answer a request without the header with status 422.
 _KEY_DESCRIPTIONS = {
     True: "Required key of the call, the same in each retry.",
     False: "Key of the call, the same in each retry.",
@@ -195,7 +195,7 @@ class Once:
         route = self._route
         if route.response_field is None:
             return value
-        # FastAPI would validate the value as an input of the response model. Avoid the validation by a Response.
+        # FastAPI would validate the value as an input of the response model. FastAPI does not validate a Response.
         kind: Any = route.response_class
         kind = kind.value if isinstance(kind, DefaultPlaceholder) else kind
         status = self._response.status_code or route.status_code

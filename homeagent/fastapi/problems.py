@@ -152,7 +152,7 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
         invalid = [InvalidValue(type=each["type"], loc=list(each["loc"]), msg=_reason(each)) for each in error.errors()]
     elif isinstance(error, StarletteHTTPException):
         headers.update(error.headers or {})
-        given: Any = error.detail  # in FastAPI's HTTPException, the detail can be any value that has JSON
+        given: Any = error.detail  # FastAPI's HTTPException accepts any JSON value as the detail
         status, detail = error.status_code, given if isinstance(given, str) else _title(error.status_code)
         data = None if isinstance(given, str) else json_of(given)
     else:
@@ -174,7 +174,7 @@ def _problem_of(error: Exception) -> tuple[ErrorReply, dict[str, str]]:
 
 
 def json_of(detail: Any) -> Any:
-    """Return the detail as a client decodes the detail's JSON. If the detail has no JSON, return None."""
+    """Convert the detail to JSON, and return the decoded JSON. If the conversion fails, return None."""
     # Do not raise an error. Otherwise a refusal would have status 500, and the key of an effect would stay in progress.
     try:
         return from_json(to_json(detail, inf_nan_mode="null"))

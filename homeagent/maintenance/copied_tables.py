@@ -343,7 +343,7 @@ def suspended_triggers(connection: Connection, tables: Sequence[CopiedTable]) ->
         connection.execute(text(f"ALTER TABLE {table} DISABLE TRIGGER {name}"))
     yield
     if found:
-        # ALTER TABLE fails before a deferred trigger has run. The trigger of the feed is deferred.
+        # Run the feed's deferred trigger now. ALTER TABLE fails if a deferred trigger has not run yet.
         connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
     for table, name, enable in found:
         connection.execute(text(f"ALTER TABLE {table} {enable} TRIGGER {name}"))

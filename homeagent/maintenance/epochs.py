@@ -98,7 +98,7 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
     with closing(PostgreSQLEngine(url, busy_timeout=timeout)) as engine:
         open_postgresql(engine, timeout=timeout, migrate=False)
         with engine.translated(), engine.connect() as connection, connection.begin():
-            # Wait before the lock of the table, because the lock stops a running gateway.
+            # Let other connections end before LOCK TABLE. The lock would stop a running gateway.
             end = monotonic() + min(timeout.total_seconds(), _ENDING)
             while _count_others(connection) and monotonic() < end:
                 sleep(0.02)

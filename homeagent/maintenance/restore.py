@@ -73,9 +73,9 @@ class RestoreReport(BaseModel, frozen=True):
         upgraded_from: schema revision of the backup, or None if no upgrade was necessary.
         schema_revision: schema revision after the restore.
         rows: number of rows of each table, including the application's tables.
-        readmitted_devices: ids of devices that the restore approved again. Also ids of devices whose role the restore
-            changed. After the backup, the devices were revoked, deleted or paired again. None if homeagent could not
-            read the old database.
+        readmitted_devices: ids of devices that the restore approved again. The list also contains devices to which the
+            restore gave another role. After the backup, the devices were revoked, deleted or paired again. None if
+            homeagent could not read the old database.
         old_secret_devices: ids of approved devices whose secret changed after the backup. The restore brought back the
             older secret of each device. None if homeagent could not read the old database.
     """

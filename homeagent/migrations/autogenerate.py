@@ -27,8 +27,8 @@ from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColum
 
 
 def render_item(type_: str, object: Any, autogen_context: AutogenContext) -> str | Literal[False]:
-    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Pass `render_item` to Alembic's
-    `context.configure`.
+    """Write SQLAlchemy's types into a new revision instead of homeagent's column types. Pass the function
+    `render_item()` to Alembic's `context.configure()`.
 
     A revision with homeagent's column types could change with a newer homeagent version.
 
@@ -142,7 +142,7 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
 
 
 def _refuse_missing_default(changes: Iterable[Any]) -> None:
-    """Raise InvalidArgumentError for a new column of an existing table without a value for the rows."""
+    """Raise InvalidArgumentError for an added NOT NULL column without a server default."""
     columns = [change[3] for change in changes if change[0] == "add_column"]
     for column in columns:
         if not column.nullable and column.server_default is None:

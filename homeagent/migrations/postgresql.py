@@ -229,7 +229,8 @@ def _outside_transaction(engine: PostgreSQLEngine, connection: Connection, left:
     finally:
         raw.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
         _set_for_upgrade(engine, connection)
-        # Take `_OUTSIDE_LOCK` for the transaction before the session gives the lock back.
+        # Keep the session's `_OUTSIDE_LOCK` until the transaction also holds `_OUTSIDE_LOCK`. Otherwise another host
+        # could take the lock.
         raw.execute(f"SELECT pg_advisory_xact_lock({_ADVISORY_LOCK}), pg_advisory_xact_lock({_OUTSIDE_LOCK})")
         raw.execute(f"SELECT pg_advisory_unlock({_OUTSIDE_LOCK})")
         _set_for_revisions(connection, left)

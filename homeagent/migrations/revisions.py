@@ -1,7 +1,7 @@
 """Read the revision of a schema, and run the missing revisions.
 
-Import Alembic only for an upgrade, because the import takes 80 ms. Do not run `env.py` or change Alembic's objects
-`context` and `op`. An Alembic command in another thread could use the same objects.
+Import Alembic only for an upgrade, because the import takes 80 ms. Do not run `env.py` or change the
+objects `alembic.context` and `alembic.op`. An Alembic command in another thread could use the same objects.
 """
 
 from __future__ import annotations
@@ -184,7 +184,9 @@ def reason_of(error: Exception) -> str:
 
 
 def place_of(error: Exception, files: Collection[str]) -> str:
-    """Return the failed line of a revision's script, such as `, line 7 of a4.py`, or an empty text."""
+    """Return the line and file of the error in a revision's script. The text begins with a comma. If no line of a
+    script failed, return an empty text.
+    """
     lines = [(line, Path(frame.f_code.co_filename)) for frame, line in walk_tb(error.__traceback__)]
     shown = [f", line {line} of {file.name}" for line, file in lines if str(file) in files]
     return shown[-1] if shown else ""

@@ -36,7 +36,7 @@ store_table: Table = Table(
     _column(
         "proof_key",
         HashColumn(),
-        "Random key. `Database.proof_parameters` derives the answers for absent devices from the key.",
+        "Random key. For an absent device, `Database.proof_parameters` computes the answer from the key.",
     ),
     CheckConstraint("id = 1", name="single"),
     CheckConstraint("epoch >= 1", name="epoch"),

@@ -201,7 +201,7 @@ class DeviceStore(Store):
         approved, _, was_decided, *equal = self._lock_state(device_id, role, secret_hash, paired_at)
         expected = {"role": expected_role, "secret": expected_secret_hash, "time of pairing": expected_paired_at}
         for (changed, value), is_equal in zip(expected.items(), equal, strict=True):
-            # If the database can't store the expected text, the variable `is_equal` is None.
+            # If the database can't store the expected text, the comparison gives None.
             if value is not None and not is_equal:
                 raise errors.ApprovalChangedError(device_id, changed)
         if approved:
@@ -267,7 +267,7 @@ class DeviceStore(Store):
         return self._set_last_seen(self._searched(device_id, "device_id"), *self._seen_range(at, granularity))
 
     def _set_last_seen(self, device_id: str | None, at: datetime, before: datetime) -> bool:
-        """Store the time if the stored time is `before` or earlier. Return True if the method changed the row."""
+        """Store the time, unless the stored time is later than `before=`. Return True if the method changed the row."""
         return self._unit.write(statements.SET_LAST_SEEN, device_id=device_id, at=at, before=before) > 0
 
     def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:

@@ -1,7 +1,7 @@
 """Limit for the rows of one device. Counting is slow, so a process does not count before each insert. A grant is the
-number of rows that a process can add after one count. A grant is at most 2 % of the limit, but at least one row.
-Several processes together can exceed the limit. If the limit is 50 or more, the grants of 49 processes are at most 98 %
-of the limit. So the rows of up to 49 processes stay below twice the limit.
+number of inserts between two counts of a process. A grant is at most 2 % of the limit, but at least 1. Several
+processes together can exceed the limit. If the limit is 50 or more, the grants of 49 processes are at most 98 % of the
+limit. So the rows of up to 49 processes stay below twice the limit.
 """
 
 from __future__ import annotations

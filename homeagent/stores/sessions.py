@@ -125,8 +125,8 @@ class SessionStore(Store):
     def _find_resolved(
         self, *, agent_id: str, sender_id: str | None = None, channel_id: str | None = None
     ) -> tuple[bool, AgentSession | None]:
-        """If a session holds the route, return `(True, session)`. Otherwise `resolve()` must write: return `(False,
-        None)`.
+        """If a session holds the route, return `(True, session)`. Otherwise return `(False, None)`, so that `resolve()`
+        begins a write.
         """
         route = _searched_route(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
@@ -213,8 +213,8 @@ class SessionStore(Store):
     ) -> AgentSession:
         """Change the agent, sender or channel of a session. Return the session, which holds the new route.
 
-        If the old route loses its holder, the last active session on the old route becomes the holder. Without a new
-        agent, sender or channel, the session becomes the holder of its present route.
+        If the old route loses its holder, the last active session on the old route becomes the holder. With only
+        `session_id=`, the session keeps its route, and becomes the route's holder.
 
         Args:
             session_id: id of the session.
@@ -352,7 +352,7 @@ class SessionStore(Store):
         routes: dict[frozenset[str], dict[str, Parameters]] = {}
         held: set[str] = set()
         by_id = {row["session_id"]: row for row in rows}
-        # Use powers of two as counts, because the compilation of each statement is slow.
+        # Each count of ids needs its own statement, and the compilation is slow. Use only powers of two as counts.
         count = 1 << (len(by_id) - 1).bit_length()
         ids = {f"id{number}": session_id for number, session_id in zip(range(count), cycle(by_id), strict=False)}
         # Read the stored routes, because a row can name an earlier route of a moved session.

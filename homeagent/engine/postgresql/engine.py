@@ -131,9 +131,11 @@ class PostgreSQLEngine(Engine):
         try:
             return self.sa_engine.connect()
         except HomeAgentError as error:
-            failure = error  # the function `_on_error()` has already translated the error
-        except ValueError:  # also a UnicodeError
-            # `resolve_target()` has already checked the URL. So the ValueError comes from an environment variable.
+            # The function `_on_error()` has already translated the error.
+            failure = error
+        except ValueError:
+            # A UnicodeError is also a ValueError. The function `resolve_target()` has already checked the URL. So the
+            # ValueError comes from an environment variable.
             failure = InvalidArgumentError("PGHOST or PGPORT has a value that psycopg can't read: correct the variable")
         except self.driver_errors as error:
             failure = postgresql_error(error)

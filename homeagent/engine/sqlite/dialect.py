@@ -123,7 +123,7 @@ class Connection(_Connection):
 
     autocommit = False
     closing: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
-    """Function that returns a context manager. The method `close` runs in this context."""
+    """Function that returns a context manager. The method `close()` runs in this context."""
     _savepoint: str | None = None
 
     def statement_cursor(self) -> StatementCursor:
@@ -278,8 +278,8 @@ def _regexp(pattern: Any, value: Any) -> bool | None:
         raise apsw.SQLError(f"regexp: {error}") from None
 
 
-# For each error class of SQLAlchemy, the apsw exceptions without the suffix "Error". For other exceptions of apsw,
-# SQLAlchemy raises its own DatabaseError.
+# Map apsw's exceptions to SQLAlchemy's error classes. Omit the suffix "Error" in the names of apsw's exceptions. For
+# other exceptions of apsw, SQLAlchemy raises its own DatabaseError.
 _SQLALCHEMY_ERRORS = {
     "IntegrityError": "Constraint Mismatch",
     "DataError": "TooBig",

@@ -116,7 +116,7 @@ class SQLiteEngine(Engine):
         return translation
 
     def _create_engine(self, open_file: Callable[[], DriverConnection]) -> sqlalchemy.Engine:
-        """Return a new SQLAlchemy engine with homeagent's listeners. The function `open_file` opens each connection."""
+        """Return a new SQLAlchemy engine with homeagent's listeners. `open_file()` opens each connection."""
         url = URL.create(DRIVER_NAME, database=str(self.path))
         sa_engine = sqlalchemy.create_engine(url, poolclass=NullPool, hide_parameters=True, creator=open_file)
         event.listen(sa_engine, "connect", self._on_connect)
@@ -165,7 +165,7 @@ class SQLiteEngine(Engine):
                 yield
                 is_closed = True
         finally:
-            # The connection can be closed although the unlock after the close failed.
+            # If the unlock after the close fails, the connection is closed nevertheless.
             if is_closed:
                 self._closing.discard(connection)
             self._release_in_use_lock()

@@ -148,7 +148,7 @@ def _diagnose(
 
 
 def _database_option(target: Target) -> str:
-    """Return the option of homeagent's commands that names the checked database, without a password."""
+    """Return the option --database for the checked database. Leave out the password."""
     shown = target.location
     if target.url is not None and shown != target.url.render_as_string(hide_password=False):
         # A URL without its hidden part can name another database. A connection to the host `…` always fails.
