@@ -34,10 +34,10 @@ class UnitStateError(HomeAgentError):
 
 
 class TooManyAttemptsError(HomeAgentError):
-    """Too many checks of a secret failed, or too many slow hashes wait. The refused call computes no slow hash (HTTP
-    status 429). Remedy: wait for `error.retry_after`, or give the device a generated secret.
+    """Too many checks of a secret failed, or too many callers wait for a slow hash. The refused call computes no slow
+    hash (HTTP status 429). Remedy: wait for `error.retry_after`, or give the device a generated secret.
 
-    The time to wait is `error.retry_after`. If too many slow hashes wait, `error.device_id` is None.
+    The time to wait is `error.retry_after`. If too many callers wait, `error.device_id` is None.
     """
 
     def __init__(self, reason: str, *, retry_after: timedelta, device_id: str | None = None) -> None:
@@ -147,8 +147,8 @@ class LeaseLostError(IdempotencyError):
 
 
 class EffectFailedError(HomeAgentError):
-    """The application raises EffectFailedError in its effect, to record a permanent failure. Later calls with the same
-    key raise the stored error again. Remedy: read `error.detail`, and make a new call with a new key.
+    """An effect raises EffectFailedError to record a permanent failure. Later calls with the same key raise the stored
+    error again. Remedy: read `error.detail`, and make a new call with a new key.
 
     Args:
         detail: JSON value that homeagent stores.

@@ -121,7 +121,7 @@ def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
     try:
         return asyncio.get_running_loop().call_soon_threadsafe
     except RuntimeError:
-        import trio  # lazy import: an application can lack the package trio
+        import trio  # Import Trio lazily, because an application can lack Trio.
 
         return trio.lowlevel.current_trio_token().run_sync_soon
 

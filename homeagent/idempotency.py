@@ -93,7 +93,7 @@ class OnceCall:
 def _once(
     attempt: Attempt, write: Callable[[IdempotencyKeyStore], Any], *, leaves_record: bool = True
 ) -> Callable[[UnitOfWork], Any]:
-    """Return a function that ends an attempt. A second run is safe, for example after an unknown commit. If the given
+    """Return a function that ends an attempt. After a CommitUnknownError, the function can run again. If the given
     function releases the key, pass `leaves_record=False`.
     """
     begun = False

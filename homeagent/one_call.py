@@ -130,7 +130,7 @@ class _Reads:
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
-        # Assume that the store's method writes through the attribute.
+        # The store's method can write by means of the attribute, so require a write unit.
         raise self._need(writes=True)
 
 

@@ -195,7 +195,7 @@ class Once:
         route = self._route
         if route.response_field is None:
             return value
-        # FastAPI would validate the value as an input of the response model. FastAPI does not validate a Response.
+        # If the handler returned the value, FastAPI would validate the value. FastAPI does not validate a Response.
         kind: Any = route.response_class
         kind = kind.value if isinstance(kind, DefaultPlaceholder) else kind
         status = self._response.status_code or route.status_code

@@ -69,8 +69,8 @@ class AgentSession(Table, table=True):
         repr=False,
         exclude=True,
         description=(
-            "Key of the session's route. `resolve` returns the session with the key. Null if the session does not hold"
-            " its route."
+            "Key of the session's route. For a route, `sessions.resolve()` returns the session with the key. Null if"
+            " the session does not hold its route."
         ),
     )
     metadata_: Json = Field(

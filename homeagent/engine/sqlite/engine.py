@@ -329,8 +329,8 @@ class SQLiteEngine(Engine):
 
     def _application_id_while_locked(self) -> int:
         if database_file.look_at(database_file.sidecars(self.path)[1]) is not None and has_frames(self.path):
-            # With `readonly_shm=1`, SQLite takes locks, but does not change the files. Require a WAL with frames,
-            # because SQLite would create a missing WAL.
+            # With `readonly_shm=1`, SQLite takes locks, but does not change existing files. If the WAL were missing,
+            # SQLite would create a WAL.
             return self._application_id("readonly_shm=1")
         lock = FileLock(lock_path(self.path), timeout=timedelta(seconds=self.busy_seconds), writable=False)
         if database_file.look_at(lock.path) is None:

@@ -38,7 +38,7 @@ _HAS_OFD_LOCKS = sys.platform == "linux" and hasattr(fcntl, "F_OFD_SETLK")
 
 class FileGuard:
     """Holds locks on one database file while this process has a connection. On Linux, closing another descriptor does
-    not release the guard's locks. Another SQLite library finds the locks, and treats the database as open.
+    not release the guard's locks. The locks show another SQLite library that the database is open.
     """
 
     def __init__(self, path: Path, identity: Identity) -> None:

@@ -139,8 +139,9 @@ class Collector:
         warning: object = False,
         **facts: Fact,
     ) -> None:
-        """Add a finding. A true value of `critical=` or `warning=` sets the severity. Without a true value, the
-        severity is OK. For the severity OK, ignore the arguments `meaning=`, `remedy=` and `command=`.
+        """Add a finding. If `critical=` is true, the severity is CRITICAL. If only `warning=` is true, the
+        severity is WARNING. Otherwise the severity is OK. For the severity OK, ignore the arguments `meaning=`,
+        `remedy=` and `command=`.
         """
         severity, advice = Severity.OK, {}
         if critical or warning:
