@@ -318,8 +318,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
         """Run a unit like `Database.run()`, without blocking the event loop. The function runs in another thread, under
         asyncio or trio.
 
-        Under asyncio, a cancellation prevents a unit that has not begun. A cancelled caller waits for the end of a
-        begun unit.
+        Under asyncio, a unit that has not begun does not run after a cancellation. If the unit has begun, the cancelled
+        caller waits for its end.
 
         Args:
             work: ordinary function, which runs with the caller's context variables.

@@ -401,7 +401,8 @@ def _checked(device: Device | None) -> models.SecretCheck:
 
 def _make_verifier(secret: SecretStr) -> str | None:
     """Return a new proof verifier of a generated secret, otherwise None."""
-    # Do not make a verifier for a human's secret. A verifier (PBKDF2) allows faster guesses than the hash (Argon2id).
+    # Do not store a verifier of a secret that a person chose. An attacker could guess the secret faster by the verifier
+    # (PBKDF2) than by the hash (Argon2id).
     return make_verifier(secret) if is_generated(secret) else None
 
 

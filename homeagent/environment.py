@@ -33,7 +33,7 @@ POOL_SIZE: int = _Number(10)
 
 
 def busy_timeout_or_default(given: timedelta) -> timedelta:
-    """Return the argument. The variable `HOMEAGENT_BUSY_TIMEOUT`, if set, replaces an omitted argument."""
+    """Return the argument. Without an argument, return the value of the variable HOMEAGENT_BUSY_TIMEOUT."""
     text = os.environ.get("HOMEAGENT_BUSY_TIMEOUT") if given is BUSY_TIMEOUT else None
     if not text:
         return given
@@ -43,7 +43,7 @@ def busy_timeout_or_default(given: timedelta) -> timedelta:
 
 
 def durability_or_default(given: Durability) -> Durability:
-    """Return the argument. The variable `HOMEAGENT_DURABILITY`, if set, replaces an omitted argument."""
+    """Return the argument. Without an argument, return the value of the variable HOMEAGENT_DURABILITY."""
     text = (os.environ.get("HOMEAGENT_DURABILITY") if given is DURABILITY else None) or given
     if text not in ("full", "normal"):
         name = "durability" if text is given else "HOMEAGENT_DURABILITY"
@@ -52,7 +52,7 @@ def durability_or_default(given: Durability) -> Durability:
 
 
 def pool_size_or_default(given: int) -> int:
-    """Return the argument. The variable `HOMEAGENT_POOL_SIZE`, if set, replaces an omitted argument."""
+    """Return the argument. Without an argument, return the value of the variable HOMEAGENT_POOL_SIZE."""
     if given is not POOL_SIZE:
         return given
     text = os.environ.get("HOMEAGENT_POOL_SIZE") or str(int(given))

@@ -15,8 +15,8 @@ R = TypeVar("R")
 
 
 def clear_locals(error: BaseException) -> None:
-    """Clear local variables of homeagent's frames in an error's tracebacks, causes and contexts. The caller must delete
-    its own local variables.
+    """Clear the local variables of homeagent's functions in the traceback of an error. Also clear the tracebacks of the
+    error's causes. The caller must delete its own local variables.
     """
     waiting: list[BaseException | None] = [error]
     seen: set[int] = set()

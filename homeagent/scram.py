@@ -208,7 +208,7 @@ _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
 def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
-    """Make up parameters for an absent device. The result looks like the answer for an existing device.
+    """Return invented parameters for an absent device. The result looks like the answer for an existing device.
 
     The same arguments always give the same result. The answer for an existing device changes with each rotation of its
     secret. Different answers before and after a rotation show that the device exists.

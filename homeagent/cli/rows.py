@@ -94,7 +94,7 @@ def change_shown(
     """Show a row, ask a question, and change the row. If the row does not exist, do not ask.
 
     Raise ConflictError if a given column changed after the row was shown. Also raise ConflictError if the first column
-    differs from the operator's option. With --dry-run undo the change.
+    differs from the operator's option. If `--dry-run` is set, undo the change.
     """
     expected = context.params[columns[0]]
     seen = opened.run(read, read_only=True)

@@ -253,7 +253,7 @@ class IdempotencyKeyStore(Store):
             json, omitted = types.encode_json(result, limit=types.MAX_RESULT_BYTES), False
         except errors.InvalidArgumentError:
             json, omitted = types.encode_json(None), True
-        # If the time `expires_at` has passed, count the ttl from now.
+        # If the ttl of the attempt has ended, begin a new ttl.
         expires_at = attempt.expires_at if attempt.expires_at > now else types.later(now, attempt.ttl, "ttl")
         self._write_fenced(
             statements.RECORD,

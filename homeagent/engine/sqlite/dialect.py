@@ -144,7 +144,8 @@ class Connection(_Connection):
 
     def require_transaction(self, *_statement: object) -> None:
         """Raise UnitStateError if SQLite has rolled back the whole transaction, for example on a full disk
-        (https://sqlite.org/lang_transaction.html, section 3). SQLite would commit a further write at once.
+        (https://sqlite.org/lang_transaction.html, section 3). After such a rollback, SQLite commits each further
+        statement immediately.
         """
         if not self.in_transaction:
             raise UnitStateError("SQLite has rolled back this unit of work after an error: begin another unit")
