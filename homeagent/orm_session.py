@@ -37,6 +37,8 @@ class UnitSession(Session):
         """The last loaded values of expired objects."""
         self._written: set[tuple[str | None, str | None]] = set()
         """For each write of a store since the outermost savepoint: the arguments of `expire_written()`."""
+        self._detached: list[object] = []
+        """Objects that `reload()` has detached since the outermost savepoint."""
         self._is_outdated = False
         """True if an object's row can have disappeared since the last `reload()`."""
 
@@ -49,6 +51,7 @@ class UnitSession(Session):
         """Begin a transaction. For a nested transaction, send SAVEPOINT immediately."""
         if nested and not self.in_nested_transaction():
             self._written.clear()
+            self._detached.clear()
         transaction = super().begin(nested)
         if nested:
             # Without this call, SQLAlchemy would send SAVEPOINT after the writes of the stores in the block.
@@ -147,6 +150,8 @@ class UnitSession(Session):
                     rows.pop(inspect(row).identity, None)
             for row in rows.values():
                 self.expunge(row)
+                if self.in_nested_transaction():
+                    self._detached.append(row)
 
 
 @event.listens_for(UnitSession, "after_rollback")
@@ -165,6 +170,11 @@ def _after_rollback(session: UnitSession) -> None:
 @event.listens_for(UnitSession, "after_soft_rollback")
 def _after_soft_rollback(session: UnitSession, ended: SessionTransaction) -> None:
     """After the rollback of a savepoint, expire also the objects that a store has changed."""
+    session._is_outdated = False
+    for row in session._detached:
+        state = inspect(row)
+        if state.detached and state.key not in session.identity_map:
+            session.add(row)
     for written in tuple(session._written):
         session.expire_written(*written)
         session._is_outdated = True

@@ -282,7 +282,7 @@ class Transaction:
         connection = self._connection
         if self._state is not OPEN or connection is None:
             return
-        if not connection.has_orm_transaction or not connection.in_transaction:
+        if not connection.has_orm_transaction:
             if self._session is not None:
                 # Detach the objects, so that SQLAlchemy does not expire the objects.
                 self._session.expunge_all()

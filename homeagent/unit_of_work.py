@@ -224,6 +224,7 @@ class UnitOfWork(Transaction):
         connection = self._require_connection()
         session = self._session
         if session is not None:
+            connection.orm_connection()  # SQLite can have rolled back the unit in a statement of the session
             session.flush()
         try:
             return run(connection, statement, parameters)

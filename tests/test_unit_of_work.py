@@ -184,7 +184,7 @@ def refusing(sqlite_database: Database) -> Database:
 
 
 @pytest.mark.parametrize("orm", [False, True])
-@pytest.mark.parametrize("catches", ["at the end", "before a statement", "before a flush"])
+@pytest.mark.parametrize("catches", ["at the end", "before a statement", "before a flush", "a flush in a savepoint"])
 def test_a_unit_that_sqlite_has_rolled_back(refusing: Database, orm: bool, catches: str) -> None:
     """If a caller catches the error of a whole rollback, the unit stores no later change and does not commit."""
 
@@ -193,7 +193,11 @@ def test_a_unit_that_sqlite_has_rolled_back(refusing: Database, orm: bool, catch
             unit.session.exec(select(Agent)).all()
         create(unit, "before")
         with pytest.raises(errors.ConflictError):
-            create(unit, "bob")
+            if catches == "a flush in a savepoint":
+                with unit.savepoint():
+                    unit.session.add(Agent(id="bob", name="B", workspace_path="/", created_at=START))
+            else:
+                create(unit, "bob")
         if catches == "before a statement":
             create(unit, "after")
         elif catches == "before a flush":
@@ -204,7 +208,7 @@ def test_a_unit_that_sqlite_has_rolled_back(refusing: Database, orm: bool, catch
             work(unit)
 
     for run in (block, lambda: refusing.run(work)):
-        with pytest.raises(errors.UnitStateError, match="SQLite has rolled back this unit of work"):
+        with pytest.raises(errors.UnitStateError, match="transaction of this unit of work has ended early"):
             run()
         assert agents_of(refusing) == []
     outcomes = run_together(refusing, [creating("one"), work, creating("two")])
@@ -369,6 +373,20 @@ def test_an_undone_block_leaves_no_values(database: Database, kind: str, is_know
         rows[0].name = "Changed"
     assert (rows[0].name, database.agents.get("ada").name) == ("Changed", "Changed")
     assert agents_of(database) == ["ada", "bob", "new"]
+
+
+@pytest.mark.parametrize("kind", ["savepoint", "begin_nested"])
+def test_an_object_whose_deletion_was_undone(database: Database, kind: str) -> None:
+    """If an undone block deleted an object's row, the session still stores later changes of the object."""
+    add_agent(database)
+    with database.unit_of_work() as unit:
+        row = unit.session.get_one(Agent, "ada")
+        with suppress(LookupError), unit.savepoint() if kind == "savepoint" else unit.session.begin_nested():
+            unit.agents.delete("ada")
+            unit.session.add(orm_agent("new"))
+            raise LookupError
+        row.name = "Changed"
+    assert database.agents.get("ada").name == "Changed"
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])

@@ -61,14 +61,14 @@ _NAMING = re.compile(
     | (?:near\ ".*":\ )?(syntax\ error)(?:\ at\ or\ near\ .*)?
     | (invalid\ input\ value\ for\ enum\ [^:]+)(?::\ .*)?
     | (?:permission\ denied\ for|must\ be\ owner\ of)\ (?:table|view|sequence|schema|function|index|type)\ .+
+    | (?:table|view|sequence|index)\ "[\w.]+"\ does\ not\ exist
     | column\ (?:\w+\.\w+|".+"\ of\ relation\ ".+")\ does\ not\ exist""",
     re.VERBOSE,
 )
 # Error codes of PostgreSQL (SQLSTATE) for definitions. The first line of the message contains only names and types.
-_NAMES_ONLY = (
-    "25001", "2BP01", "3F000", "42701", "42704", "42710", "42723", "42804", "42809", "42830", "42883",
-    "42P01", "42P06", "42P07", "42P16",
-)  # fmt: skip
+_DEFINITIONS = ("25001", "2BP01", "42701", "42710", "42723", "42830", "42P01", "42P06", "42P07", "42P16")
+# For these codes, a name is in the SQL text only if the message has a position. A cast of a value has no position.
+_NAMES = ("3F000", "42704", "42804", "42809", "42883")
 _MISSING = re.compile(r"no such (?:table|column): |(?:relation|column) .* does not exist")
 _MISSING_REMEDY = (
     " (if the table is the application's, create the table by a revision, and pass migrations= to Database.open)"
@@ -77,10 +77,14 @@ _MISSING_REMEDY = (
 
 def message_with_name(error: BaseException) -> str:
     """Return the database's message. If the message can contain a stored value, return an empty text."""
+    shown: str | None = getattr(error, "shown", None)
+    if shown is not None:
+        return shown
     first, *_ = str(error).splitlines() or [""]
-    by_raise = getattr(getattr(error, "diag", None), "source_function", None) == "exec_stmt_raise"
-    if getattr(error, "sqlstate", None) in _NAMES_ONLY and not by_raise:  # RAISE in PL/pgSQL can show a value
-        return first
+    sqlstate, place = getattr(error, "sqlstate", None), getattr(error, "diag", None)
+    if place is not None and (sqlstate in _DEFINITIONS or (sqlstate in _NAMES and place.statement_position)):
+        # A function of PL/pgSQL can use a stored value as a name.
+        return "" if place.context or place.internal_query else first
     if first.startswith("no such column") and getattr(error, "error_offset", 0) < 0:
         return ""  # FTS5 reports a word of the searched text as a missing column, without a place in the SQL text
     found = _NAMING.fullmatch(first)

@@ -342,7 +342,8 @@ async def params_of(request: Request, max_body: int) -> JsonValue:
         items = (await request.form()).multi_items()
         # A chunked body has no header Content-Length. The sum is smaller than the body.
         sizes = [value.size or 0 if isinstance(value, UploadFile) else len(value.encode()) for _, value in items]
-        if max(int(request.headers.get("content-length", 0)), sum(sizes)) > max_body:
+        length = request.headers.get("content-length", "")
+        if max(int(length) if length.isdecimal() else 0, sum(sizes)) > max_body:
             raise _too_large(max_body)
         body: JsonValue = [[name, await _text_of(value)] for name, value in items]
     else:

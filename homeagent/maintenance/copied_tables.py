@@ -321,6 +321,7 @@ _TRIGGERS = text(
     "SELECT c.relname, t.tgname, CASE t.tgenabled WHEN 'A' THEN 'ENABLE ALWAYS' ELSE 'ENABLE' END"
     " FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
     " WHERE NOT t.tgisinternal AND t.tgenabled IN ('O', 'A') AND t.tgname <> ALL (CAST(:homeagents AS text[]))"
+    " AND pg_has_role(c.relowner, 'USAGE')"
     " AND c.relname = ANY (CAST(:tables AS text[]))"
     " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
 )
@@ -332,8 +333,13 @@ def suspended_triggers(connection: Connection, tables: Sequence[CopiedTable]) ->
     quote = connection.dialect.identifier_preparer.quote
     if connection.dialect.name == "sqlite":
         with kept_objects(connection, REVISION):
-            triggers = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").scalars()
-            for name in set(triggers) - homeagents_objects(REVISION):
+            # A trigger that fills a virtual table must run, because a copy contains no virtual tables.
+            dropped = connection.exec_driver_sql(
+                "SELECT name FROM sqlite_master AS dropped WHERE type = 'trigger' AND NOT EXISTS (SELECT 1 FROM"
+                " sqlite_master AS filled WHERE filled.sql LIKE 'CREATE VIRTUAL TABLE%'"
+                " AND instr(lower(dropped.sql), lower(filled.name)))"
+            ).scalars()
+            for name in set(dropped) - homeagents_objects(REVISION):
                 connection.exec_driver_sql(f"DROP TRIGGER {quote(name)}")
             yield
         return

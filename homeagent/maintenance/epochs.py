@@ -102,19 +102,26 @@ def _on_server(url: URL, now: datetime, timeout: timedelta, expected: int | None
             end = monotonic() + min(timeout.total_seconds(), _ENDING)
             while _count_others(connection) and monotonic() < end:
                 sleep(0.02)
+            _refuse_others(connection)
             # A later process waits for the lock, and reads the new epoch.
             connection.execute(text(f"LOCK TABLE {store_table.name} IN ACCESS EXCLUSIVE MODE"))
-            if others := _count_others(connection):
-                raise DatabaseBusyError(
-                    f"{others} session(s) of homeagent have the database open and would continue in the old epoch: "
-                    "stop the gateways first"
-                )
+            _refuse_others(connection)
             return _advance(connection, now, at_least=0, expected=expected)
 
 
 def _count_others(connection: Connection) -> int:
+    """Return the present number of homeagent's other sessions on the server."""
     connection.execute(text("SELECT pg_stat_clear_snapshot()"))
     return int(connection.execute(text(_OTHERS)).scalar_one())
+
+
+def _refuse_others(connection: Connection) -> None:
+    """Raise DatabaseBusyError if another session of homeagent is open."""
+    if others := _count_others(connection):
+        raise DatabaseBusyError(
+            f"{others} session(s) of homeagent have the database open and would continue in the old epoch: "
+            "stop the gateways first"
+        )
 
 
 def _advance(connection: Connection, now: datetime, *, at_least: int, expected: int | None) -> int:

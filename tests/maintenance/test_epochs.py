@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from homeagent import Database, Freshness, ReplayGuard, errors
 from homeagent.maintenance import epochs
@@ -72,8 +73,11 @@ def test_a_refused_epoch_does_not_stop_the_gateway(
     with Database.open(empty_postgres_url, clock=clock, busy_timeout=timedelta(milliseconds=50)) as gateway:
         judge(gateway, "one")
         monkeypatch.setattr(epochs, "sleep", lambda seconds: gateway.ping())
-        with pytest.raises(errors.DatabaseBusyError, match="stop the gateways first"):
-            Database.begin_epoch(empty_postgres_url, clock=clock)
+        # The call does not wait for the locks of an open unit, because other units would wait too.
+        with gateway.unit_of_work(read_only=True) as unit:
+            assert unit.session.connection().execute(text("SELECT epoch FROM store")).scalar_one() == 1
+            with pytest.raises(errors.DatabaseBusyError, match="stop the gateways first"):
+                Database.begin_epoch(empty_postgres_url, clock=clock)
 
 
 def test_status_shows_the_epoch(sqlite_path: Path, clock: FakeClock) -> None:

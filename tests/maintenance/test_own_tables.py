@@ -253,6 +253,28 @@ def test_triggers_do_not_run_during_a_copy(open_three: OpenThree, tmp_path: Path
         assert run(database, "SELECT device_id FROM device_changes ORDER BY number DESC LIMIT 1") == "two"
 
 
+def test_triggers_fill_a_search_index_during_a_copy(tmp_path: Path) -> None:
+    """A copy leaves out virtual tables, so the triggers that fill a search index run during the copy."""
+    with ExitStack() as stack:
+        source, target = (stack.enter_context(Database.open(tmp_path / name / "h.db")) for name in ("one", "two"))
+        for database in (source, target):
+            with database.unit_of_work() as unit:
+                for statement in (
+                    "CREATE TABLE notes (id INTEGER PRIMARY KEY, body TEXT)",
+                    "CREATE VIRTUAL TABLE words USING fts5 (body, content='notes', content_rowid='id')",
+                    "CREATE TRIGGER notes_in AFTER INSERT ON notes BEGIN"
+                    " INSERT INTO words (rowid, body) VALUES (NEW.id, NEW.body); END",
+                ):
+                    unit.session.execute(text(statement))
+        with source.unit_of_work() as unit:
+            unit.session.execute(text("INSERT INTO notes VALUES (1, 'a door')"))
+        with target.read_connection() as connection:
+            left = connection.execute(text("SELECT name FROM sqlite_master WHERE name LIKE 'words%'")).scalars().all()
+        source.copy_to(target, leave=left)
+        with target.read_connection() as connection:
+            assert connection.execute(text("SELECT rowid FROM words WHERE words MATCH 'door'")).scalars().all() == [1]
+
+
 @pytest.mark.parametrize(("key", "other"), [("a", "a, b"), ("a, b", "a"), ("a", "b")])
 def test_a_target_with_another_primary_key(tmp_path: Path, key: str, other: str) -> None:
     """A table is copied and compared by the key of the source, also if the target's table has another primary key."""

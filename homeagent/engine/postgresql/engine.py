@@ -211,7 +211,8 @@ def _remove_private(error: BaseException) -> None:
     """
     if hasattr(error, "sqlstate"):
         error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
-        error.args = (message_with_name(error) or "the server's message is withheld",)
+        error.shown = message_with_name(error)  # type: ignore[attr-defined]  # set here, read by message_with_name
+        error.args = (error.shown or "the server's message is withheld",)  # type: ignore[attr-defined]
         error._info = error._pgconn = None  # type: ignore[attr-defined]
 
 

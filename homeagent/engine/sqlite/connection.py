@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from random import uniform
 from time import sleep
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from homeagent.engine.engine import Engine
-    from homeagent.engine.statements import Compiled, Parameters
+    from homeagent.engine.statements import Compiled, Parameters, Row
     from homeagent.errors import HomeAgentError
 
 _PAUSE = (0.002, 0.010)
@@ -75,6 +75,10 @@ class SQLiteConnection(StoreConnection):
         if not (self.read_only or self._raw.in_transaction):
             self._execute = self._raw.require_transaction
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
+
+    def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
+        self._raw.require_transaction()
+        super()._insert(into, width, rows)
 
     def look_for_commits(self) -> bool:
         """Return True if another connection has committed since the last call."""

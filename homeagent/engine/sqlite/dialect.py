@@ -148,7 +148,10 @@ class Connection(_Connection):
         statement immediately.
         """
         if not self.in_transaction:
-            raise UnitStateError("SQLite has rolled back this unit of work after an error: begin another unit")
+            raise UnitStateError(
+                "the transaction of this unit of work has ended early, by an error of SQLite or by SQL such as COMMIT: "
+                "begin another unit"
+            )
 
     def commit(self) -> None:
         """Commit an open transaction."""
@@ -320,6 +323,11 @@ class Dialect(SQLiteDialect):
         """Send BEGIN, unless a listener has already begun the transaction."""
         if not dbapi_connection.autocommit and not dbapi_connection.in_transaction:
             dbapi_connection.execute("BEGIN")
+
+    def do_rollback_to_savepoint(self, connection: Any, name: str) -> None:
+        """Roll back to a savepoint. If SQLite has already rolled back the whole transaction, do nothing."""
+        if connection.connection.driver_connection.in_transaction:
+            super().do_rollback_to_savepoint(connection, name)  # type: ignore[no-untyped-call]
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
         """Set an isolation level of SQLAlchemy, such as `AUTOCOMMIT`."""

@@ -19,6 +19,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
 from homeagent.clock import monotonic
+from homeagent.engine.driver_errors import message_with_name
 from homeagent.engine.engine import Engine
 from homeagent.engine.files import database_file
 from homeagent.engine.files.directories import make_temporary_directory
@@ -362,7 +363,10 @@ class SQLiteEngine(Engine):
             return None
         raw = None if context.connection is None else context.connection.connection.driver_connection
         conflict = None if raw is None else named_conflict(raw, original, context.statement)
-        return conflict or self.translate(original)
+        failure = conflict or self.translate(original)
+        if isinstance(original, apsw.Error):
+            original.args = (message_with_name(original) or "SQLite's message is withheld",)
+        return failure
 
     def before_fork(self) -> None:
         """Close the connections that no unit uses."""
