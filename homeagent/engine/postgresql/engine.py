@@ -205,15 +205,15 @@ def _run_by(method: str) -> Callable[..., bool]:
     return run
 
 
-def _remove_private(error: BaseException) -> None:
+def _remove_private(error: Any) -> None:
     """Remove the password and the server's message from psycopg's exception. The message can show a row. The attributes
     `_info` and `_pgconn` contain private data too.
     """
     if hasattr(error, "sqlstate"):
-        error.constraint = refused_by(error)  # type: ignore[attr-defined]  # set here, read by refused_by
-        error.shown = message_with_name(error)  # type: ignore[attr-defined]  # set here, read by message_with_name
-        error.args = (error.shown or "the server's message is withheld",)  # type: ignore[attr-defined]
-        error._info = error._pgconn = None  # type: ignore[attr-defined]
+        error.constraint = refused_by(error)  # read by `refused_by()`
+        error.shown = message_with_name(error)  # read by `message_with_name()`
+        error.args = (error.shown or "the server's message is withheld",)
+        error._info = error._pgconn = None
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:
