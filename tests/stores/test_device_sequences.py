@@ -403,6 +403,7 @@ class DeviceMachine(Machine):
         report = self.database.sweep()
         assert (report.pending_devices, report.device_changes, report.more) == (0, gone, False)
         del self.feed[:gone]
+        self.keys = {device: until for device, until in self.keys.items() if until > self.clock.now}
 
     @action(data=st.data(), limit=st.integers(1, 3), by_iterator=st.booleans())
     def read_from_a_number(self, data: st.DataObject, limit: int, by_iterator: bool) -> None:
