@@ -29,7 +29,7 @@ class InvalidArgumentError(HomeAgentError, ValueError):
 
 class UnitStateError(HomeAgentError):
     """A caller used an ended unit of work, or nested write units. Remedy: open another unit after the end of the first
-    unit.
+    unit. SQLite can end a unit early, for example on a full disk.
     """
 
 

@@ -199,7 +199,10 @@ def _remove_text(error: BaseException) -> None:
     """Remove the text from a UnicodeError, because a traceback can show the driver's exception."""
     if isinstance(error, UnicodeError):
         error.args = ()
-        error.object = "" if isinstance(error, UnicodeEncodeError) else b""  # type: ignore[attr-defined]
+    if isinstance(error, UnicodeEncodeError):
+        error.object = ""
+    elif isinstance(error, UnicodeDecodeError):
+        error.object = b""
 
 
 def sqlite_error(error: BaseException) -> HomeAgentError:

@@ -45,7 +45,7 @@ class SQLiteConnection(StoreConnection):
 
     @staticmethod
     def _open_cursor(raw: Any) -> StatementCursor:
-        return raw.statement_cursor()  # type: ignore[no-any-return]  # untyped
+        return raw.statement_cursor()  # type: ignore[no-any-return]  # `raw` is Any
 
     def orm_connection(self) -> Connection:
         """Return SQLAlchemy's connection (see `StoreConnection.orm_connection()`)."""

@@ -327,7 +327,8 @@ class Dialect(SQLiteDialect):
     def do_rollback_to_savepoint(self, connection: Any, name: str) -> None:
         """Roll back to a savepoint. If SQLite has already rolled back the whole transaction, do nothing."""
         if connection.connection.driver_connection.in_transaction:
-            super().do_rollback_to_savepoint(connection, name)  # type: ignore[no-untyped-call]  # SQLAlchemy
+            # SQLAlchemy's method has no annotations.
+            super().do_rollback_to_savepoint(connection, name)  # type: ignore[no-untyped-call]
 
     def set_isolation_level(self, dbapi_connection: Any, level: Any) -> None:
         """Set an isolation level of SQLAlchemy, such as `AUTOCOMMIT`."""
