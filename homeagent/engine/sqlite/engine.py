@@ -238,7 +238,7 @@ class SQLiteEngine(Engine):
         with self.translated():
             raw.execute(_FIRST_READ)  # SQLite opens the WAL index at the first read.
         if self.identity_check.identity is not None:
-            guard_of(self.path, self.identity_check.identity).hold()
+            guard_of(self.identity_check.identity).hold()
         if read_only:
             raw.execute("PRAGMA query_only=ON")
         else:

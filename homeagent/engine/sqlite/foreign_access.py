@@ -41,20 +41,39 @@ class FileGuard:
     not release the guard's locks. The locks show another SQLite library that the database is open.
     """
 
-    def __init__(self, path: Path, identity: Identity) -> None:
-        self._path = path
+    def __init__(self, identity: Identity) -> None:
         self._identity = identity
+        self._path = Path()
         self._mutex = threading.RLock()
-        self._connections = 0
         self._descriptors: list[int] = []
         self._holds = False
-        self.is_closed: bool = False
+        self.connections: int = 0
+        """Number of homeagent's connections to the file."""
 
-    def opened(self) -> bool:
-        """Count a new connection, and return True. If the guard is already closed, only return False."""
+    def opening(self, path: Path, *, refuse: bool) -> None:
+        """Count a connection before it is opened. With `refuse=True`, raise ForeignAccessError if other code of this
+        process has the file open.
+        """
         with self._mutex:
-            self._connections += not self.is_closed
-            return not self.is_closed
+            if not self.connections:
+                if refuse:
+                    self._refuse_foreign_descriptors(path)
+                self._path = path  # a new file can have the inode of a deleted file
+            self.connections += 1
+
+    def _refuse_foreign_descriptors(self, path: Path) -> None:
+        if not _DESCRIPTORS.is_dir():
+            return
+        with explained("look into", _DESCRIPTORS), os.scandir(_DESCRIPTORS) as links:
+            for link in links:
+                with suppress(OSError):  # The descriptor was closed after the listing.
+                    # Read the number again. A signal handler can have opened the file.
+                    if identity_of(link.stat()) == self._identity and not self.connections:
+                        raise ForeignAccessError(
+                            f"this process has {quoted(path)} open already, as descriptor {link.name}, but not through "
+                            "homeagent: close the descriptor before Database.open, since a later close would drop "
+                            "SQLite's locks"
+                        )
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -63,25 +82,16 @@ class FileGuard:
         connection. Otherwise the connection would lose SQLite's locks.
         """
         with self._mutex, explained("unlock", self._path):
-            self._connections -= 1
-            failure = None if self._connections else self._release()
+            self.connections -= 1
+            failure = None if self.connections else self._release()
             try:
                 yield
             except apsw.BusyError:
-                self._connections += 1  # the file stays open, because another cursor has an unfinished statement
+                self.connections += 1  # the file stays open, because another cursor has an unfinished statement
                 raise
             finally:
-                if not self._connections:
-                    try:
-                        self.forget()
-                    finally:
-                        # Do not replace a guard with open descriptors (`test_a_closing_guard_stays_registered`).
-                        # Closing the descriptors would release the locks of all connections.
-                        with _registry:
-                            # A signal handler can have opened a connection.
-                            self.is_closed = self._connections == 0
-                            if self.is_closed and _guards.get(self._identity) is self:
-                                del _guards[self._identity]
+                if not self.connections:
+                    self.forget()
             if failure is not None:
                 raise failure
 
@@ -90,7 +100,7 @@ class FileGuard:
         the first read.
         """
         with self._mutex:
-            if self._holds or not self._connections:
+            if self._holds or not self.connections:
                 return
             if _HAS_OFD_LOCKS:
                 spans = ((self._path, _SHARED_RANGE), (sidecars(self._path)[1], _WAL_INDEX_BYTE))
@@ -127,76 +137,45 @@ def _lock(descriptor: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", kind, os.SEEK_SET, start, length, 0))
 
 
-# Hold the lock `_opening` while a connection is opened and counted. Without the lock `_opening`, another thread could
-# wrongly raise ForeignAccessError.
-_opening = threading.RLock()
 _is_hook_installed = False
-_uncounted = 0
-"""Number of connections in `open_guarded()` that are not counted yet."""
-_registry = threading.RLock()
+_mutex = threading.RLock()
 _guards: dict[Identity, FileGuard] = {}
+"""Guards of all files that this process has opened. A guard stays after the last connection."""
 _protected: weakref.WeakSet[FileIdentityCheck] = weakref.WeakSet()
-"""Open databases. Before the first unit, a database can have no guard."""
+"""Open databases. Before the first unit, a database can have no connection."""
 
 
-def guard_of(path: Path, identity: Identity) -> FileGuard:
+def guard_of(identity: Identity) -> FileGuard:
     """Return the guard of a file. All `Database` objects of the file in this process share the guard."""
-    with _registry:
-        guard = _guards.get(identity)
-        if guard is None:
-            guard = _guards[identity] = FileGuard(path, identity)
-        return guard
+    with _mutex:
+        guard = _guards.setdefault(identity, FileGuard(identity))
+    return guard
 
 
 def open_guarded(path: Path, options: str, *, timeout: float, refuse: bool = False) -> Connection:
     """Open an existing database (see `open_existing`), and count the connection as open. With `refuse=True`, raise
     ForeignAccessError if other code has the file open.
     """
-    global _uncounted
-    with _opening:
-        # A signal handler can call this function during another call. Then do not search, because the search would find
-        # homeagent's own descriptor.
-        if refuse and not _uncounted:
-            _refuse_foreign_descriptors(path)
-        _uncounted += 1
-        try:
-            connection = open_existing(path, options, timeout=timeout)
-            try:
-                status = look_at(path)
-                while status is not None:
-                    guard = guard_of(path, identity_of(status))
-                    if guard.opened():
-                        connection.closing = guard.closing
-                        break
-            except BaseException:
-                connection.close()
-                raise
-        finally:
-            _uncounted -= 1
-    return connection
-
-
-def _refuse_foreign_descriptors(path: Path) -> None:
-    """Raise ForeignAccessError if other code of this process has the file open."""
     status = look_at(path)
-    if status is None or (identity := identity_of(status)) in _guards or not _DESCRIPTORS.is_dir():
-        return
-    with explained("look into", _DESCRIPTORS), os.scandir(_DESCRIPTORS) as links:
-        for link in links:
-            with suppress(OSError):  # The descriptor was closed after the listing.
-                # Read the guards again. A signal handler can have opened the file.
-                if identity_of(link.stat()) == identity and identity not in _guards:
-                    raise ForeignAccessError(
-                        f"this process has {quoted(path)} open already, as descriptor {link.name}, but not through "
-                        "homeagent: close the descriptor before Database.open, since a later close would drop "
-                        "SQLite's locks"
-                    )
+    if status is None:
+        return open_existing(path, options, timeout=timeout)  # SQLite raises the error for a missing file
+    guard = guard_of(identity_of(status))
+    # Count the connection before SQLite opens the file. Otherwise another thread would refuse the new descriptor.
+    guard.opening(path, refuse=refuse)
+    try:
+        connection = open_existing(path, options, timeout=timeout)
+    except BaseException:
+        with guard.closing():
+            pass
+        raise
+    connection.closing = guard.closing
+    return connection
 
 
 def protect(database: FileIdentityCheck) -> None:
     """Make `sqlite3.connect` raise an error for the file. The hook does not detect ATTACH or calls from C code."""
     global _is_hook_installed
-    with _registry:
+    with _mutex:
         _protected.add(database)
         # Do not install the hook at import, because the hook slows audited calls.
         if not _is_hook_installed:
@@ -206,15 +185,16 @@ def protect(database: FileIdentityCheck) -> None:
 
 def unprotect(database: FileIdentityCheck) -> None:
     """Stop protecting the file for a closed `Database` object."""
-    with _registry:
+    with _mutex:
         _protected.discard(database)
 
 
 def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
     if event != "sqlite3.connect":
         return
-    with _registry:
-        refused = {*_guards, *(database.identity for database in _protected)}
+    with _mutex:
+        refused = {identity for identity, guard in _guards.items() if guard.connections}
+        refused |= {database.identity for database in _protected if database.identity is not None}
     if not refused:
         return
     target = arguments[0]
@@ -232,9 +212,9 @@ def _refuse_connect(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _after_fork_in_child() -> None:
-    # Replace the locks. In the child, the thread that holds a lock can be missing.
-    global _opening, _registry, _uncounted
-    _opening, _registry, _uncounted = threading.RLock(), threading.RLock(), 0
+    # Replace the mutex. In the child, the thread that holds the mutex can be missing.
+    global _mutex
+    _mutex = threading.RLock()
     for guard in _guards.values():
         guard.forget()
     _guards.clear()
