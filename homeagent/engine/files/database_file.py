@@ -37,8 +37,6 @@ _SIDECAR_SUFFIXES = ("-wal", "-shm", "-journal")
 
 OPEN_FLAGS = os.O_NOFOLLOW | os.O_CLOEXEC
 
-_ATTEMPTS = 10  # a correct program does not replace a file so often
-
 
 def locate_file(path: str | os.PathLike[str]) -> Path:
     """Return the absolute path of a file, which can be missing. Resolve only links to directories. The function
@@ -155,46 +153,43 @@ def inspect_file(
     `complete_empty=True`, set an empty file's mode to 0600. With `repair=False`, do not change the mode. Return the
     result of `lstat`, or None for a missing file.
     """
-    for _ in range(_ATTEMPTS):
-        status = look_at(path)
-        if status is None:
-            return None
-        refuse_replaceable(path.parent)
-        refuse_insecure(path, status, trusted_owners(path.parent))
-        # As root, do not change the mode of another user's file. The user could make root change the mode of a
-        # different file.
-        if status.st_uid != os.geteuid() and status.st_mode & 0o077:
-            raise _not_the_callers(path, status)
-        if is_database and 0 < status.st_size < SMALLEST_DATABASE:
-            raise CorruptDatabaseError(
-                f"{quoted(path)} has {status.st_size} bytes, too few for a database: restore a backup, or move it away"
-            )
-        mode = stat.S_IMODE(status.st_mode)
-        wanted = mode & FILE_MODE
-        if (is_database or complete_empty) and status.st_size == 0:
-            wanted = FILE_MODE
-        if mode == wanted or not repair:
-            return status
-        with explained("make private", path):
-            try:
-                change_mode(path, wanted)
-                changed = os.lstat(path)
-            except FileNotFoundError:
-                continue  # another process has removed the file, so inspect the path once more
-        if identity_of(changed) != identity_of(status):
-            continue  # another process has replaced the file, so inspect the new file
-        if stat.S_IMODE(changed.st_mode) != wanted:
-            raise modes_not_kept(path)
-        logger.warning(
-            "%s had mode %04o: changed to %04o, because only the owner may use the file",
-            path,
-            mode,
-            wanted,
-            extra={"event": "file_mode_repaired", "path": str(path), "mode_before": mode, "mode": wanted},
+    status = look_at(path)
+    if status is None:
+        return None
+    refuse_replaceable(path.parent)
+    refuse_insecure(path, status, trusted_owners(path.parent))
+    # As root, do not change the mode of another user's file. The user could make root change the mode of a different
+    # file.
+    if status.st_uid != os.geteuid() and status.st_mode & 0o077:
+        raise _not_the_callers(path, status)
+    if is_database and 0 < status.st_size < SMALLEST_DATABASE:
+        raise CorruptDatabaseError(
+            f"{quoted(path)} has {status.st_size} bytes, too few for a database: restore a backup, or move it away"
         )
-    raise DatabaseError(
-        f"another program replaced {quoted(path)} {_ATTEMPTS} times during one inspection: stop that program"
+    mode = stat.S_IMODE(status.st_mode)
+    wanted = mode & FILE_MODE
+    if (is_database or complete_empty) and status.st_size == 0:
+        wanted = FILE_MODE
+    if mode == wanted or not repair:
+        return status
+    with explained("make private", path):
+        try:
+            change_mode(path, wanted)
+            changed = os.lstat(path)
+        except FileNotFoundError:
+            return None  # another process has removed the file
+    if identity_of(changed) != identity_of(status):
+        raise DatabaseError(f"another program replaced {quoted(path)} during the inspection: stop that program")
+    if stat.S_IMODE(changed.st_mode) != wanted:
+        raise modes_not_kept(path)
+    logger.warning(
+        "%s had mode %04o: changed to %04o, because only the owner may use the file",
+        path,
+        mode,
+        wanted,
+        extra={"event": "file_mode_repaired", "path": str(path), "mode_before": mode, "mode": wanted},
     )
+    return changed
 
 
 def refuse_insecure(path: Path, status: os.stat_result, owners: frozenset[int]) -> None:
