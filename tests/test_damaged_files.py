@@ -267,19 +267,10 @@ def attempts(numbers: range, tmp_path: Path, samples: dict[str, Sample]) -> Coun
     return Counter(attempt(number, tmp_path, samples) for number in numbers)
 
 
-def test_damaged_files(tmp_path: Path, samples: dict[str, Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of thirty damaged files, opening reads no wrong row beyond a flipped value and changes no refused file.
-
-    The outcomes do not depend on whether the WAL can be written.
-    """
+def test_damaged_files(tmp_path: Path, samples: dict[str, Sample]) -> None:
+    """Of thirty damaged files, opening reads no wrong row beyond a flipped value and changes no refused file."""
     found = attempts(range(30), tmp_path, samples)
     assert {end.partition(": ")[2].partition(" ")[0] for end in found} >= {"right", "refused:"}, found
-
-    def refuse(*_: object, **__: object) -> None:
-        raise apsw.ReadOnlyError
-
-    monkeypatch.setattr(Connection, "wal_checkpoint", refuse)
-    assert attempts(range(30), tmp_path, samples) == found
 
 
 @pytest.mark.slow

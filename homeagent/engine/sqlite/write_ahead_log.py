@@ -123,10 +123,7 @@ def _read_log(file: BinaryIO, raw: Connection) -> _Log:
     if length < _SMALLEST_LOG:
         return _Log(salt)
     raw.execute("PRAGMA schema_version")  # SQLite recovers the frames of the WAL at the first read
-    try:
-        committed = raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
-    except apsw.ReadOnlyError:
-        committed = _count_frames(file, header, size)
+    committed = raw.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)[0]
     frame = _FRAME_HEADER + size
     later = 0
     for place in range(_HEADER + committed * frame, length - frame + 1, frame):
@@ -134,20 +131,6 @@ def _read_log(file: BinaryIO, raw: Connection) -> _Log:
         _, size_after, its_salt = struct.unpack(">II8s", file.read(16))
         later += its_salt == salt and size_after > 0
     return _Log(salt, committed, later)
-
-
-def _count_frames(file: BinaryIO, header: bytes, size: int) -> int:
-    """Return the number of frames up to the last intact commit. SQLite counts faster, but needs write access."""
-    order = _MAGIC[int.from_bytes(header[:4], "big")]
-    sums: tuple[int, ...] = struct.unpack(">2I", header[24:])
-    committed = number = 0
-    while len(frame := file.read(_FRAME_HEADER + size)) == _FRAME_HEADER + size:
-        sums = _checksum(frame[:8] + frame[_FRAME_HEADER:], order, *sums)
-        if frame[8:16] != header[16:24] or frame[16:_FRAME_HEADER] != struct.pack(">2I", *sums):
-            break
-        number += 1
-        committed = number if frame[4:8] != bytes(4) else committed
-    return committed
 
 
 def _page_size(header: bytes) -> int | None:
