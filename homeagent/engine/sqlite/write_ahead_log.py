@@ -41,12 +41,9 @@ _MOST_RESTARTS = 2**16
 
 
 class LostCommits(NamedTuple):
-    """Lost commits in a WAL. The attribute `frames` is the number of readable frames. If `by_power_cut` is True, a
-    power cut can be the cause.
-    """
+    """Lost commits in a WAL. If `by_power_cut` is True, a power cut can be the cause."""
 
     problem: str
-    frames: int
     by_power_cut: bool
 
 
@@ -149,27 +146,21 @@ def _judged(index: _Index | None, log: _Log, state: str) -> LostCommits | None:
     if index is not None and index.committed > index.moved:
         # The committed frames after the last checkpoint exist only in the WAL.
         if log.salt is None:
-            return LostCommits(f"the log of {index.committed} frames {state}", 0, by_power_cut=log.is_blank)
+            return LostCommits(f"the log of {index.committed} frames {state}", by_power_cut=log.is_blank)
         if log.salt != index.salt and not _is_later(log.salt, than=index.salt):
-            return LostCommits("the log and its index are not of one database and time", log.committed, False)
+            return LostCommits("the log and its index are not of one database and time", by_power_cut=False)
         if log.salt == index.salt and log.committed < index.committed:
-            return LostCommits(
-                f"the log is sound for {log.committed} frames only, and {index.committed} were committed",
-                log.committed,
-                by_power_cut=True,
-            )
+            problem = f"the log is sound for {log.committed} frames only, and {index.committed} were committed"
+            return LostCommits(problem, by_power_cut=True)
     if log.salt is None:
         # SQLite writes the WAL's header before the frames. A power cut can't split the header, which fits in one
         # sector.
-        return None if log.is_blank else LostCommits("the log has no sound header", 0, False)
+        return None if log.is_blank else LostCommits("the log has no sound header", by_power_cut=False)
     # If only one commit follows the damage, report no loss. After a power cut, an unfinished commit can lack its first
     # frame.
     if log.later_commits > 1:
-        return LostCommits(
-            f"the log is damaged after {log.committed} frames, and {log.later_commits} commits follow",
-            log.committed,
-            by_power_cut=True,
-        )
+        problem = f"the log is damaged after {log.committed} frames, and {log.later_commits} commits follow"
+        return LostCommits(problem, by_power_cut=True)
     return None
 
 

@@ -78,7 +78,7 @@ def _check_wal(collector: Collector, path: Path) -> bool:
     remedy = RESTORE
     if lost.by_power_cut:
         remedy += "; after a power cut, durability='normal' opens it without the lost commits"
-    facts = {"wal_bytes": size, "frames": lost.frames, "by_power_cut": lost.by_power_cut}
+    facts = {"wal_bytes": size, "by_power_cut": lost.by_power_cut}
     collector.critical("wal", "The WAL lost commits.", meaning, remedy, collector.restore_command, **facts)
     return True
 
