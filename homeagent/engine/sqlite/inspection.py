@@ -51,18 +51,16 @@ class Stopwatch:
 
 
 @contextmanager
-def inspect_sqlite(
-    path: Path, *, watch: Stopwatch | None = None, assume_closed: bool = True, is_closed: bool = False
-) -> Iterator[Connection]:
+def inspect_sqlite(path: Path, *, watch: Stopwatch | None = None, is_closed: bool = False) -> Iterator[Connection]:
     """Open an existing file for reading. All statements see one snapshot. SQLite creates no file except a WAL index.
 
-    If `assume_closed` and `is_closed` are False, take SQLite's locks. Another process can then use the file at the same
-    time. Pass `is_closed=True` only if no homeagent process has the file open. A homeagent process could add frames to
-    the WAL at any time.
+    If the WAL and its index exist, take SQLite's locks. Another process can then use the file at the same time. Pass
+    `is_closed=True` only if no homeagent process has the file open. A homeagent process could add frames to the WAL at
+    any time.
     """
     log, index, _ = sidecars(path)
     has_both = look_at(log) is not None and look_at(index) is not None
-    if (is_closed or (assume_closed and not has_both)) and not has_frames(path):
+    if (is_closed or not has_both) and not has_frames(path):
         options = ["immutable=1"]
     elif has_both:
         options = ["readonly_shm=1", ""]

@@ -39,12 +39,12 @@ def check_sqlite(collector: Collector, path: Path) -> None:
         with collector.attempt("wal"):
             is_closed = _check_wal(collector, path)
         before, skipped = dict(collector.findings), dict(collector.not_checked)
-        _check_inside(collector, path, assume_closed=True, is_closed=is_closed)
+        _check_inside(collector, path, is_closed=is_closed)
         inside = [finding.severity for check, finding in collector.findings.items() if finding != before.get(check)]
         if Severity.CRITICAL in inside and look_at(sidecars(path)[0]) is not None:
             # Another process has opened the database. Without locks, a concurrent write looks like damage.
             collector.findings, collector.not_checked = before, skipped
-            _check_inside(collector, path, assume_closed=False, is_closed=is_closed)
+            _check_inside(collector, path, is_closed=is_closed)
     collector.skip("the database can't be opened", "wal", *STORE_CHECKS, "integrity")
 
 
@@ -117,12 +117,10 @@ def _may_hold_database(collector: Collector, path: Path) -> bool:
     return False
 
 
-def _check_inside(collector: Collector, path: Path, *, assume_closed: bool, is_closed: bool) -> None:
+def _check_inside(collector: Collector, path: Path, *, is_closed: bool) -> None:
     collector.watch.start()
     try:
-        with inspect_sqlite(
-            path, watch=collector.watch, assume_closed=assume_closed, is_closed=is_closed
-        ) as connection:
+        with inspect_sqlite(path, watch=collector.watch, is_closed=is_closed) as connection:
             found = connection.exec_driver_sql("PRAGMA application_id").scalar_one()
             if found == APPLICATION_ID:
                 _check_open(collector, connection)
