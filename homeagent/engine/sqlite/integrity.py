@@ -57,7 +57,6 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
             "never writes together: move the journal to another directory, then open the database again; if homeagent "
             f"then reports damage, restore a backup; {newest_backup_hint(path)}"
         )
-    began = monotonic()
     damage: CorruptDatabaseError | None = None
     with open_without_locks(path) as raw:
         lost = find_lost_commits(path, raw)
@@ -84,13 +83,6 @@ def refuse_unclean_damage(engine: SQLiteEngine) -> bool:
     # If the WAL index exists, another program can have the file open. Check the file again with locks.
     if damage is not None and (look_at(index) is None or not _is_sound(engine)):
         raise damage
-    seconds = monotonic() - began
-    logger.info(
-        "%s was not closed cleanly: its check took %.3f s and found no damage",
-        path,
-        seconds,
-        extra={"event": "unclean_end_checked", "path": str(path), "seconds": seconds},
-    )
     return True
 
 
