@@ -390,24 +390,25 @@ except errors.HomeAgentError as error:
 """
 
 
-@needs_root
 @pytest.mark.parametrize(
-    ("mode", "error"),
+    ("mode", "name", "error"),
     [
-        (0o700, "DatabaseError no permission to"),  # the user can't enter the directory
-        (0o755, r"InsecureFileError .*belongs to user 0"),  # another user owns the file
-        (None, "DatabaseError no permission to"),  # the user can't create a file
+        (0o000, "homeagent.db", "DatabaseError no permission to inspect .*homeagent.db.*run as the owner"),
+        (0o000, "sub/homeagent.db", "DatabaseError no permission to make the directory .*sub.*run as the owner"),
+        (0o500, "new.db", "DatabaseError no permission to .*new.db.*run as the owner"),
+        (0o500, "sub/homeagent.db", "DatabaseError no permission to make the directory .*sub.*run as the owner"),
+        pytest.param(0o755, "homeagent.db", "InsecureFileError .*belongs to user 0", marks=needs_root),
     ],
 )
-def test_missing_permission(children: Children, public_directory: Path, mode: int | None, error: str) -> None:
+def test_missing_permission(children: Children, public_directory: Path, mode: int, name: str, error: str) -> None:
     """If the user lacks permission for the directory or the file, the error names the reason, and no file changes."""
     inner = public_directory / "data"
     inner.mkdir()
-    if mode is not None:
-        ours(inner / "homeagent.db")
-    inner.chmod(mode or 0o755)
+    ours(inner / "homeagent.db")
     before = snapshot(inner)
-    assert re.match(error, children.run(DENIED, inner / "homeagent.db"))
+    inner.chmod(mode)
+    assert re.match(error, children.run(DENIED, inner / name))
+    inner.chmod(0o700)
     assert snapshot(inner) == before
 
 

@@ -20,14 +20,12 @@ from tests.engine.files.conftest import (
     DATABASE,
     NOBODY,
     NOT_A_FILE_OF_OURS,
-    UNPRIVILEGED,
     dangling_symlink,
     directory,
     fifo,
     make,
     mode_of,
     needs_root,
-    run,
     snapshot,
     symlink,
 )
@@ -236,45 +234,3 @@ def test_system_errors_become_homeagent_errors(
         create_file(database_file)
     assert type(refusal.value) is kind
     assert str(database_file) in str(refusal.value)
-
-
-def test_missing_permission_names_the_path(open_directory: Path) -> None:
-    """If this user may not write or read, every function names the path and the remedy."""
-    output = run(
-        """
-        import sys
-        from datetime import timedelta
-        from pathlib import Path
-        from homeagent.engine.files.directories import prepare_directory
-        from homeagent.engine.files.database_file import create_file, inspect_file
-        from homeagent.engine.files.locks import FileLock
-        from homeagent.errors import DatabaseError
-        """,
-        UNPRIVILEGED,
-        """
-        closed, hidden, unreadable = (Path(sys.argv[1]) / name for name in ("closed", "hidden", "unreadable.lock"))
-        closed.mkdir(0o500)
-        hidden.mkdir(0o000)
-        unreadable.write_text("initialised")
-        unreadable.chmod(0o000)
-        for act in (
-            lambda: create_file(closed / "a.db"),
-            lambda: prepare_directory(closed / "sub"),
-            lambda: FileLock(closed / "a.lock", timeout=timedelta(0)).acquire(),
-            lambda: inspect_file(hidden / "a.db"),
-            lambda: prepare_directory(hidden / "sub"),
-            lambda: FileLock(unreadable, timeout=timedelta(0)).acquire(),
-        ):
-            try:
-                act()
-            except DatabaseError as error:
-                print(type(error).__name__, error)
-        """,
-        arguments=[str(open_directory)],
-    )
-    for line, name in zip(
-        output.splitlines(), ["a.db", "sub", "a.lock", "a.db", "sub", "unreadable.lock"], strict=True
-    ):
-        assert line.startswith("DatabaseError no permission to ")
-        assert name in line
-        assert "run as the owner" in line

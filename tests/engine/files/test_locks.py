@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -149,42 +149,25 @@ def test_waiter_locks_the_replacement_file(lock_file: Path, waiting: Waiting) ->
         assert is_held(lock_file)
 
 
-def test_removed_file_is_not_locked(lock_file: Path, waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the lock file is removed between open and lock, the lock is taken on a new file."""
-    locked: list[int] = []
-    take = fcntl.flock
-
-    def take_and_remove(descriptor: int, operation: int) -> None:
-        take(descriptor, operation)
-        if not locked:
-            lock_file.unlink()
-        locked.append(descriptor)
-
-    monkeypatch.setattr(fcntl, "flock", take_and_remove)
-    with FileLock(lock_file):
-        assert len(locked) == 2
-        assert os.fstat(locked[1]).st_ino == lock_file.stat().st_ino
-
-
-@pytest.mark.parametrize("moment", ["before it is inspected", "before it is opened"])
-def test_file_removed_while_it_is_opened_is_created_again(
-    lock_file: Path, waiting: Waiting, monkeypatch: pytest.MonkeyPatch, moment: str
+@pytest.mark.parametrize(
+    "step", [f"{locks.__name__}.create_descriptor", f"{locks.__name__}.inspect_file", "fcntl.flock"]
+)
+def test_file_removed_during_acquire_is_created_again(
+    lock_file: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """If another program removes the lock file during the open, the next attempt creates the file again."""
+    """If another program removes the lock file after any step of an attempt, the lock is taken on a new file."""
     make(lock_file, b"")
-    inspect = locks.inspect_file
+    real = resolve_name(step)
 
-    def inspect_and_remove(path: Path, **options: Any) -> os.stat_result | None:
-        if moment == "before it is inspected":
-            path.unlink()
-        state = inspect(path, **options)
-        path.unlink(missing_ok=True)
-        return state
+    def remove(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(step, real)
+        result = real(*arguments, **options)
+        lock_file.unlink()
+        return result
 
-    monkeypatch.setattr(locks, "inspect_file", inspect_and_remove)
+    monkeypatch.setattr(step, remove)
     with FileLock(lock_file):
-        assert lock_file.exists()
-    assert len(waiting.pauses) == 1
+        assert is_held(lock_file)
 
 
 def test_file_system_without_locks_is_refused(lock_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

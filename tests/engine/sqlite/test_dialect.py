@@ -102,25 +102,6 @@ def test_result_code_decides_both_errors(
         assert "the-bound-parameter" not in repr(sqlite_error(error))
 
 
-@pytest.mark.parametrize(
-    ("statement", "theirs", "ours"),
-    [
-        ("SELEC 1", exc.OperationalError, errors.DatabaseError),
-        ("UPDATE room SET name = 'hall'", exc.IntegrityError, errors.ConflictError),
-        ("SELECT zeroblob(2147483647)", exc.DataError, errors.InvalidArgumentError),
-    ],
-)
-def test_refused_statement(
-    engine: sa.Engine, statement: str, theirs: type[exc.DBAPIError], ours: type[errors.HomeAgentError]
-) -> None:
-    """SQLAlchemy's error for a statement that SQLite refuses has the driver's exception with SQLite's result code."""
-    with engine.connect() as connection, pytest.raises(exc.DBAPIError) as raised:
-        connection.exec_driver_sql(statement).all()
-    assert type(raised.value) is theirs
-    assert raised.value.orig is not None
-    assert type(sqlite_error(raised.value.orig)) is ours
-
-
 def codes() -> list[int]:
     """Return all result codes that are errors, extended codes included."""
     found = {**apsw.mapping_result_codes, **apsw.mapping_extended_result_codes}
