@@ -26,15 +26,13 @@ from homeagent.maintenance import BackupSchedule
 from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests.conftest import add_agent
-from tests.engine.files.conftest import snapshot
+from tests.engine.files.conftest import needs_root, snapshot
 from tests.migrations.old_databases import sqlite
 
 if TYPE_CHECKING:
     from tests.conftest import Children
 
 FIXTURES = Path(__file__).parent / "fixtures" / "revisions"
-
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can drop to another user")
 
 
 @pytest.fixture

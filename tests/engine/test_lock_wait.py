@@ -19,6 +19,7 @@ from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import DatabaseBusyError
 from tests import fork_server
 from tests.conftest import FakeClock, add_agent
+from tests.engine.files.conftest import Waiting
 from tests.fork_server import Child
 
 HOG = """
@@ -72,20 +73,6 @@ database.close()
 """
 
 
-class Time:
-    """A monotonic clock that advances only during a sleep."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        self.slept: list[float] = []
-        monkeypatch.setattr(lock_wait, "monotonic", lambda: self.now)
-        monkeypatch.setattr(lock_wait, "sleep", self.sleep)
-
-    def sleep(self, seconds: float) -> None:
-        self.slept.append(seconds)
-        self.now += seconds
-
-
 @contextmanager
 def locked(database: Database) -> Iterator[Any]:
     """Hold the write lock on a separate connection, as another process would."""
@@ -101,12 +88,12 @@ def test_wait_is_bounded_by_busy_timeout(
     """If the lock stays taken for `busy_timeout`, the unit raises DatabaseBusyError, and the next unit works."""
     with Database.open(sqlite_path, clock=clock, busy_timeout=timedelta(seconds=seconds)) as database:
         with locked(database):
-            time = Time(monkeypatch)
+            waiting = Waiting(monkeypatch, lock_wait)
             with pytest.raises(DatabaseBusyError, match="locked by another process"):
                 add_agent(database)
-            assert time.now == pytest.approx(seconds)
-            assert max(time.slept, default=0) <= 0.010
-            assert least <= len(time.slept) <= most
+            assert waiting.now == pytest.approx(seconds)
+            assert max(waiting.pauses, default=0) <= 0.010
+            assert least <= len(waiting.pauses) <= most
         add_agent(database)
 
 
@@ -119,17 +106,10 @@ def test_wait_ends_under_a_frozen_clock(sqlite_path: Path) -> None:
 def test_waiter_begins_when_the_lock_is_free(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A waiting unit begins at the first attempt after the other process commits, and works like any other unit."""
     with locked(sqlite_database) as other:
-        time = Time(monkeypatch)
-        sleep = time.sleep
-
-        def end_other(seconds: float) -> None:
-            sleep(seconds)
-            if len(time.slept) == 5:
-                other.execute("COMMIT")
-
-        monkeypatch.setattr(lock_wait, "sleep", end_other)
+        waiting = Waiting(monkeypatch, lock_wait)
+        waiting.on_pause = lambda: len(waiting.pauses) == 5 and other.execute("COMMIT")
         add_agent(sqlite_database)
-    assert len(time.slept) == 5
+    assert len(waiting.pauses) == 5
     assert sqlite_database.counters().commits == 1
 
 

@@ -1,22 +1,19 @@
-"""Fixtures of the file tests: obstacles in a file's place, snapshots of a directory, and other users."""
+"""Fixtures of the file tests: obstacles in a file's place, snapshots of a directory, and a clock for waits."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import stat
-import tempfile
-import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import chdir, closing
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from homeagent.errors import ForeignDatabaseError, InsecureFileError
-from tests import fork_server
 
 AT_ONCE = timedelta(0)
 NOBODY = 65534
@@ -24,29 +21,7 @@ DATABASE = b"\0" * 512  # a check from outside takes this file for a database
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a file away")
 
-# Start of a child program. Import everything before the privileges are dropped, because the checkout may be closed to
-# other users.
-UNPRIVILEGED = f"""
-    import os
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid({NOBODY})
-        os.setuid({NOBODY})
-"""
-
 Snapshot = dict[str, tuple[int, int, int, int, int, bytes | str | None]]
-
-
-def program(*parts: str) -> str:
-    """Return one Python program of these parts, each with any indentation."""
-    return "".join(textwrap.dedent(part) for part in parts)
-
-
-def run(*parts: str, arguments: list[str] | None = None) -> str:
-    """Run a program to its end and return its output; if the program fails, the test fails."""
-    done = fork_server.run(program(*parts), *(arguments or []))
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def snapshot(root: Path) -> Snapshot:
@@ -87,17 +62,20 @@ def database_file(tmp_path: Path) -> Path:
     return directory / "homeagent.db"
 
 
-@pytest.fixture
-def open_directory() -> Iterator[Path]:
-    """Return a directory that an unprivileged child owns and can reach; pytest's own directories are private."""
-    directory = Path(tempfile.mkdtemp(prefix="homeagent-test-"))
-    if os.geteuid() == 0:
-        os.chown(directory, NOBODY, NOBODY)
-    yield directory
-    for path in (directory, *directory.rglob("*")):
-        if path.is_dir() and not path.is_symlink():
-            path.chmod(0o700)
-    shutil.rmtree(directory)
+class Waiting:
+    """A monotonic clock for a module. The clock advances only while a caller of the module sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+        self.now = 0.0
+        self.pauses: list[float] = []
+        self.on_pause: Callable[[], object] = lambda: None
+        monkeypatch.setattr(module, "monotonic", lambda: self.now)
+        monkeypatch.setattr(module, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        self.now += seconds
+        self.on_pause()
 
 
 def symlink(path: Path) -> None:

@@ -13,33 +13,35 @@ from homeagent.engine.files import sync
 from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.sync import fsync_directory
 from homeagent.errors import DatabaseError, InsecureFileError, InvalidArgumentError
-from tests.conftest import in_threads
-from tests.engine.files.conftest import NOBODY, UNPRIVILEGED, make, mode_of, needs_root, run, snapshot
+from tests.conftest import Children, in_threads
+from tests.engine.files.conftest import NOBODY, make, mode_of, needs_root, snapshot
+
+PREPARE = """
+import logging, os, sys
+from pathlib import Path
+from homeagent.engine.files.directories import prepare_directory
+logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
+directory = Path(sys.argv[1])
+os.setuid(directory.stat().st_uid)
+for _ in range(2):
+    prepare_directory(directory)
+"""
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o777, 0o702, 0o1777])
-def test_directory_that_others_can_write_is_reported_once(open_directory: Path, mode: int) -> None:
+def test_directory_that_others_can_write_is_reported_once(
+    public_directory: Path, children: Children, mode: int
+) -> None:
     """An ordinary user gets one warning if other users can replace the database or can add files (sticky bit)."""
-    open_directory.chmod(mode)
-    output = run(
-        """
-        import logging, sys
-        from pathlib import Path
-        from homeagent.engine.files.directories import prepare_directory
-        logging.basicConfig(stream=sys.stdout, format="%(name)s %(levelname)s %(message)s")
-        """,
-        UNPRIVILEGED,
-        """
-        for _ in range(2):
-            prepare_directory(Path(sys.argv[1]))
-        """,
-        arguments=[str(open_directory)],
-    )
+    public_directory.chmod(mode)
+    if os.geteuid() == 0:
+        os.chown(public_directory, NOBODY, NOBODY)
+    output = children.run(PREPARE, public_directory)
     [problem] = output.splitlines()
     assert problem.startswith("homeagent WARNING ")
     assert f"{mode:04o}" in problem
     assert ("directory of your own" if mode & 0o1000 else "chmod go-w") in problem
-    assert mode_of(open_directory) == mode
+    assert mode_of(public_directory) == mode
 
 
 @needs_root

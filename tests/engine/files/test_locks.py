@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,30 +15,13 @@ import pytest
 from homeagent.engine.files import locks
 from homeagent.engine.files.locks import FileLock
 from homeagent.errors import DatabaseBusyError, DatabaseError, DiskFullError
-from tests.engine.files.conftest import AT_ONCE, make, mode_of, program
+from tests.engine.files.conftest import AT_ONCE, Waiting, make, mode_of
 from tests.fork_server import Child
-
-
-class Waiting:
-    """A clock that advances only while a caller waits, and a record of the pauses."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.pauses: list[float] = []
-        self.on_pause: Callable[[], None] = lambda: None
-
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-        self.now += seconds
-        self.on_pause()
 
 
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> Waiting:
-    waiting = Waiting()
-    monkeypatch.setattr(locks, "sleep", waiting.sleep)
-    monkeypatch.setattr(locks, "monotonic", lambda: waiting.now)
-    return waiting
+    return Waiting(monkeypatch, locks)
 
 
 @pytest.fixture
@@ -74,24 +56,24 @@ def test_shared_holders_exclude_only_exclusive_holders(lock_file: Path) -> None:
 
 
 FORKING_HOLDER = """
-    import os, sys
-    from pathlib import Path
-    from homeagent.engine.files.locks import FileLock
-    lock = FileLock(Path(sys.argv[1]))
-    lock.acquire()
-    if os.fork() == 0:
-        held = lock.held
-        lock.release()
-        print(held, os.getpid(), flush=True)
-        sys.stdin.read()
-        os._exit(0)
+import os, sys
+from pathlib import Path
+from homeagent.engine.files.locks import FileLock
+lock = FileLock(Path(sys.argv[1]))
+lock.acquire()
+if os.fork() == 0:
+    held = lock.held
+    lock.release()
+    print(held, os.getpid(), flush=True)
     sys.stdin.read()
+    os._exit(0)
+sys.stdin.read()
 """
 
 
 def test_forked_child_does_not_inherit_the_lock(lock_file: Path) -> None:
     """If a holder is killed while its forked child runs, the lock is released."""
-    with Child(program(FORKING_HOLDER), lock_file) as holder:
+    with Child(FORKING_HOLDER, lock_file) as holder:
         held, child = holder.stdout.readline().split()
         assert held == "False"
         assert is_held(lock_file)  # the child did not release it either
