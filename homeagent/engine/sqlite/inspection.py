@@ -4,6 +4,7 @@ its close. A damaged database could then lose data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator
 from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
@@ -35,19 +36,16 @@ class Stopwatch:
     """Progress handler that ends a SQLite statement after a time limit. A limit of None means no timeout."""
 
     def __init__(self, limit: timedelta | None) -> None:
-        self._limit = None if limit is None else limit.total_seconds()
+        self._seconds = math.inf if limit is None else limit.total_seconds()
         self.start()
 
     def start(self) -> None:
         """Restart the clock."""
-        self._began = monotonic()
-        self.ran_out: bool = False
+        self._end = monotonic() + self._seconds
 
     def __call__(self) -> bool:
         """Return True if the statement has reached the limit. SQLite then ends the statement."""
-        if self._limit is not None and monotonic() - self._began > self._limit:
-            self.ran_out = True
-        return self.ran_out
+        return monotonic() > self._end
 
 
 @contextmanager
