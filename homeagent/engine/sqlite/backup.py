@@ -5,7 +5,6 @@ the transaction, another connection's write would restart SQLite's backup (https
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,8 +35,6 @@ from homeagent.models import APPLICATION_VERSION_TABLE, TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from homeagent.engine.sqlite.engine import SQLiteEngine
-
-logger: logging.Logger = logging.getLogger("homeagent")
 
 # Number of pages between two calls of the function `stop()`. Copying 2,000 pages takes some milliseconds.
 _STEP = 2000
@@ -158,20 +155,13 @@ def read_contents(raw: Any) -> Contents:
 
 
 def find_damage(raw: Any) -> str | None:
-    """Return the first problem that SQLite finds in the database, or None. For broken references of the application's
-    tables, only log a warning.
+    """Return the first problem that SQLite finds in the database, or None. Ignore broken references of the
+    application's tables, which the doctor reports.
     """
     verdict = str(raw.execute("PRAGMA integrity_check(1)").get)
     if verdict != "ok":
         return verdict.splitlines()[0]
     children = {str(row[0]) for row in raw.execute("PRAGMA foreign_key_check").fetchall()}
-    own = sorted(children.difference(TABLES))
-    if own:
-        logger.warning(
-            "rows of the application's tables refer to rows that do not exist: %s. 'homeagent doctor' counts the rows",
-            ", ".join(own),
-            extra={"event": "application_orphans", "tables": own},
-        )
     return None if children.isdisjoint(TABLES) else "a row refers to a row that does not exist"
 
 
