@@ -40,12 +40,7 @@ def prepare_directory(directory: Path) -> None:
             _give_to_parents_owner(step)
         fsync_directory(step.parent)
     with explained("look into the directory", directory):
-        try:
-            status = directory.stat()
-        except FileNotFoundError:
-            raise InvalidArgumentError(
-                f"{quoted(directory)} is a link that leads nowhere: remove it, or name another directory"
-            ) from None
+        status = directory.stat()
     if not stat.S_ISDIR(status.st_mode):
         raise InvalidArgumentError(f"{quoted(directory)} is a file: name a directory")
     if (problem := _directory_problem(directory, status)) is not None:
