@@ -160,15 +160,11 @@ class SQLiteEngine(Engine):
 
     @contextmanager
     def _closing_connection(self, connection: DriverConnection, guarded: Any) -> Iterator[None]:
-        is_closed = False
         try:
             with guarded():
                 yield
-                is_closed = True
+                self._closing.discard(connection)  # the connection is closed, even if the unlock fails
         finally:
-            # If the unlock after the close fails, the connection is closed nevertheless.
-            if is_closed:
-                self._closing.discard(connection)
             self._release_in_use_lock()
 
     def _on_connect(self, connection: Any, record: ConnectionPoolEntry | None) -> None:
