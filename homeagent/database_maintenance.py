@@ -48,8 +48,8 @@ class DatabaseMaintenance:
         """Delete expired nonces, expired idempotency keys and other old rows.
 
         A sweep deletes a pending device after `Limits.pending_ttl`. A sweep deletes a device change after
-        `Limits.changes_kept`. Other writers wait only briefly, because the batches are small. While other writers wait,
-        the batches are smaller and the pauses longer.
+        `Limits.changes_kept`. Other writers wait only briefly, because the batches are small, and the sweep pauses
+        after each batch.
 
         Args:
             batch_size: maximum number of rows that one unit deletes.

@@ -90,17 +90,16 @@ class ExpiredRows:
             statement = COUNT_OLD if self._statements is None else self._statements.count
             return unit.one(statement, **self._times()) or 0
 
-    def _delete(self, limit: int) -> tuple[int, int, float, float]:
-        """Delete a batch of at most `limit` rows. Return two numbers of rows (deleted, found) and two durations in
-        seconds. The found rows include the skipped rows. The second duration includes the commit.
+    def _delete(self, limit: int) -> tuple[int, int, float]:
+        """Delete a batch of at most `limit` rows. Return the number of deleted rows, the number of found rows, and the
+        batch's duration in seconds. The found rows include the skipped rows. The duration includes the commit.
         """
         if self._after is None:
             try:
                 with UnitOfWork(self._settings, read_only=False) as unit:
                     begun = self._monotonic()
                     count = _DELETE_BATCH[self._kind](unit, self._times()["before"], limit)
-                    worked = self._monotonic() - begun
-                return count, count, worked, self._monotonic() - begun
+                return count, count, self._monotonic() - begun
             except ConflictError:
                 if self._statements is None:
                     # Do not delete a change while an older change stays. A reader of the feed could not detect the
@@ -113,8 +112,7 @@ class ExpiredRows:
         begun = self._monotonic()
         deleted = self._delete_each(page)
         self._after = page[-1] if page else self._after
-        held = self._monotonic() - begun
-        return deleted, len(page), held, held
+        return deleted, len(page), self._monotonic() - begun
 
     def _delete_each(self, page: Sequence[dict[str, Any]]) -> int:
         if not page:
@@ -129,28 +127,18 @@ class ExpiredRows:
         half = len(page) // 2
         return self._delete_each(page[:half]) + self._delete_each(page[half:])
 
-    def delete_all(self, pace: Pace, paused: Callable[[float], bool]) -> tuple[int, bool]:
+    def delete_all(self, batch_size: int, paused: Callable[[float], bool]) -> tuple[int, bool]:
         """Delete all rows in batches. Stop if `paused()` returns False. Return the number of deleted rows, and whether
         no row is left.
         """
-        engine = self._settings.engine
-        deleted = in_log = 0
+        deleted = 0
         while True:
-            contention, asked = engine.contention, pace.rows
-            count, found, worked, held = self._delete(asked)
+            count, found, held = self._delete(batch_size)
             deleted += count
-            if found < asked:
+            if found < batch_size:
                 return deleted, True
-            contended = engine.contention != contention
-            if not paused(pace.after_batch(worked=worked, held=held, contended=contended)):
+            if not paused(min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)):
                 return deleted, False
-            in_log = in_log + count if contended else 0
-            if in_log >= _ROWS_IN_LOG:
-                in_log = 0
-                begun = self._monotonic()
-                engine.empty_log(self._settings.timeout)
-                if not paused(pace.rest_after(self._monotonic() - begun)):
-                    return deleted, False
 
     def _times(self) -> dict[str, datetime]:
         """Return the SQL parameters `:now` and `:before`. The parameter `:before` is `:now` minus the grace period."""
@@ -164,19 +152,9 @@ def _name(error: ConflictError) -> str:
     return f"table {error.table}" if error.constraint is None else f"{error.constraint} of table {error.table}"
 
 
-# Number of deleted rows between two WAL checkpoints of a sweep. A sweep runs a checkpoint only if other writers wait.
-# Most deleted rows are in separate database pages. At a thousand WAL pages, a commit would also run a checkpoint.
-_ROWS_IN_LOG = 250
-
-# Longest time in seconds for a batch, if other writers wait. The limit excludes the commit, whose duration hardly
-# depends on the rows.
-_LONGEST_WORK = 0.004
-_FEWEST_ROWS = 10
-
-# Pauses after a batch, in seconds. Do not use a pause of zero. A sweep does not notice other processes' waiting
-# writers.
-_SHORTEST_PAUSE = 0.001
+# Pauses after a batch, in seconds. The longer a batch held the write lock, the longer other writers get the lock.
 _PAUSE_FACTOR = 4
+_SHORTEST_PAUSE = 0.001
 _LONGEST_PAUSE = 0.25
 
 
@@ -250,7 +228,6 @@ def sweep(
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
     stopped = stop or threading.Event()
-    pace = Pace(batch_size)
     limits = settings.limits
     graces = dict(zip(KINDS, (NONCE_GRACE, timedelta(0), limits.pending_ttl, limits.changes_kept), strict=True))
     removed = dict.fromkeys(KINDS, 0)
@@ -266,7 +243,7 @@ def sweep(
             if dry_run:
                 removed[kind] = rows.count()
                 continue
-            removed[kind], done = rows.delete_all(pace, paused)
+            removed[kind], done = rows.delete_all(batch_size, paused)
             skipped.update(rows.skipped)
     report = SweepReport.model_validate(
         {**removed, "more": not done, "skipped": skipped.total(), "constraints": tuple(sorted(skipped))}
@@ -281,28 +258,6 @@ def sweep(
             extra={"event": "sweep_skipped", "skipped": report.skipped, "constraints": list(report.constraints)},
         )
     return report
-
-
-class Pace:
-    """Sizes of a sweep's batches, and pauses between the batches."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._fewest = min(_FEWEST_ROWS, most)
-        self.rows: int = most
-        """Number of rows of the next batch."""
-
-    def after_batch(self, *, worked: float, held: float, contended: bool) -> float:
-        """Choose the size of the next batch, and return the pause in seconds."""
-        rows = self.rows * 2
-        if contended and worked > 0:
-            rows = min(rows, int(self.rows * _LONGEST_WORK / worked))
-        self.rows = max(self._fewest, self.rows // 2, min(rows, self._most))
-        return self.rest_after(held) if contended else _SHORTEST_PAUSE
-
-    def rest_after(self, held: float) -> float:
-        """Return the pause after a batch, in seconds. If the batch held the write lock longer, the pause is longer."""
-        return min(max(held * _PAUSE_FACTOR, _SHORTEST_PAUSE), _LONGEST_PAUSE)
 
 
 class Sweeper:

@@ -1,14 +1,10 @@
-"""A sweep at the same time as other units: it notices waiting units and rests for them.
-
-Some tests are for SQLite only: on PostgreSQL no unit waits for a sweep's rows.
-"""
+"""The pauses of a sweep, the rows that a sweep skips, and the thread that sweeps."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,10 @@ import pytest
 from sqlalchemy import text
 
 from homeagent import Database, IdempotencyScope
-from homeagent.engine.sqlite.dialect import connect
 from homeagent.errors import DatabaseClosedError
-from homeagent.maintenance.sweep import Pace, Sweeper, sweep
+from homeagent.maintenance.sweep import Sweeper, SweepReport, sweep
 from homeagent.stores import NonceStore
-from tests import fork_server
-from tests.conftest import START, FakeClock, add_agent, copy_template, dump
+from tests.conftest import START, FakeClock, copy_template, dump
 from tests.interrupts import interrupt_at
 
 MINUTE = timedelta(minutes=1)
@@ -35,18 +29,15 @@ class Rests(threading.Event):
         super().__init__()
         self.now = 0.0
         self.noted: list[float] = []
-        self.writers: list[threading.Thread] = []
 
     def monotonic(self) -> float:
         """Return the time that passed."""
         return self.now
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Rest until the waiting units are done."""
+        """Advance the clock."""
         assert timeout is not None
-        while self.writers:
-            self.writers.pop().join(30)
-        self.noted.append(round(timeout, 6))
+        self.noted.append(timeout)
         self.now += timeout
         return super().is_set()
 
@@ -59,151 +50,48 @@ def fill(database: Database, clock: FakeClock, count: int) -> None:
     clock.advance(hours=2)
 
 
-class Batches:
-    """Makes every batch take three milliseconds, and lets another unit wait for some batches."""
-
-    def __init__(self, database: Database, rests: Rests, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.database = database
-        self.rests = rests
-        self.awaited: set[int] = set()
-        self.counts: list[int] = []
-        self._delete = NonceStore.delete_expired
-        monkeypatch.setattr(NonceStore, "delete_expired", lambda store, *, limit: self.delete(store, limit))
-
-    def delete(self, store: NonceStore, limit: int) -> int:
-        """Delete a batch."""
-        if len(self.counts) in self.awaited:
-            writer = threading.Thread(target=add_agent, args=(self.database, f"a{len(self.counts)}"))
-            writer.start()
-            self.rests.writers.append(writer)
-            while not self.database._engine.writers._waiters:
-                time.sleep(0.001)
-        self.rests.now += 0.003
-        self.counts.append(self._delete(store, limit=limit))
-        return self.counts[-1]
-
-    def sweep(self, **options: Any) -> Any:
-        """Sweep with these options."""
-        given = {"time_budget": None, "stop": self.rests, "monotonic": self.rests.monotonic, **options}
-        try:
-            return sweep(self.database._settings, **given)
-        finally:
-            self.rests.wait(0)
-            self.rests.noted.pop()
+@pytest.fixture
+def rests() -> Rests:
+    """The rests of a sweep."""
+    return Rests()
 
 
 @pytest.fixture
-def batches(sqlite_database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> Batches:
-    """Batches of 50 expired nonces."""
-    fill(sqlite_database, clock, 50)
-    return Batches(sqlite_database, Rests(), monkeypatch)
+def sweep_slowly(
+    database: Database, clock: FakeClock, rests: Rests, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., SweepReport]:
+    """Sweeps 50 expired nonces in batches of 10. Each batch takes `seconds=`."""
+    fill(database, clock, 50)
+    delete = NonceStore.delete_expired
+
+    def sweep_slowly(*, seconds: float, **options: Any) -> SweepReport:
+        def delete_slowly(store: NonceStore, *, limit: int) -> int:
+            rests.now += seconds
+            return delete(store, limit=limit)
+
+        monkeypatch.setattr(NonceStore, "delete_expired", delete_slowly)
+        return sweep(database._settings, batch_size=10, stop=rests, monotonic=rests.monotonic, **options)
+
+    return sweep_slowly
 
 
-def test_sweep_rests_longer_after_a_wait(batches: Batches) -> None:
-    """If a writer waited for a batch, the sweep rests four times as long as the batch; otherwise one millisecond."""
-    batches.awaited = {1, 3}
-    assert batches.sweep(batch_size=10).nonces == 50
-    assert batches.counts == [10, 10, 10, 10, 10, 0]
-    assert batches.rests.noted == [0.001, 0.012, 0.001, 0.012, 0.001]
+@pytest.mark.parametrize(("seconds", "rest"), [(0.0, 0.001), (0.003, 0.012), (60.0, 0.25)])
+def test_sweep_rests_after_each_batch(
+    sweep_slowly: Callable[..., SweepReport], rests: Rests, seconds: float, rest: float
+) -> None:
+    """A rest takes four times as long as the batch before, at least a millisecond and at most a quarter second."""
+    assert sweep_slowly(seconds=seconds).nonces == 50
+    assert rests.noted == pytest.approx([rest] * 5)
 
 
-def test_sweep_ends_early(batches: Batches) -> None:
+def test_sweep_ends_early(sweep_slowly: Callable[..., SweepReport], rests: Rests) -> None:
     """A sweep ends before a rest that would exceed the time budget, and in its first rest after a stop."""
-    batches.awaited = {1}
-    report = batches.sweep(batch_size=10, time_budget=timedelta(milliseconds=19))
+    report = sweep_slowly(seconds=0.003, time_budget=timedelta(milliseconds=19))
     assert (report.nonces, report.more) == (20, True)
-    assert batches.rests.noted == [0.001]
-    batches.rests.set()
-    report = batches.sweep(batch_size=10)
+    assert rests.noted == pytest.approx([0.012])
+    rests.set()
+    report = sweep_slowly(seconds=0.003)
     assert (report.nonces, report.more) == (10, True)
-
-
-@pytest.mark.parametrize("most", [1, 3, 9, 10, 100])
-def test_pace_if_others_wait(most: int) -> None:
-    """If other units wait, a batch shrinks to at least 10 rows; the rest is 4 times as long, at most 0.25 s."""
-    pace = Pace(most)
-    rows = []
-    for worked_per_row in [0.001] * 5 + [0.00002] * 5:
-        assert pace.after_batch(worked=pace.rows * worked_per_row, held=0.003, contended=True) == pytest.approx(0.012)
-        rows.append(pace.rows)
-    assert rows == [min(number, most) for number in (50, 25, 12, 10, 10, 20, 40, 80, 100, 100)]
-    assert pace.after_batch(worked=0.0, held=0.0001, contended=True) == pytest.approx(0.001)
-    assert pace.after_batch(worked=3, held=60, contended=True) == pytest.approx(0.25)
-    # When no other unit waits any more, however slow the disk is, rests are short and batches are full again.
-    for _ in range(5):
-        pace.after_batch(worked=3, held=3, contended=True)
-    for number in (20, 40, 80, 100):
-        assert pace.after_batch(worked=3, held=4, contended=False) == pytest.approx(0.001)
-        assert pace.rows == min(number, most)
-
-
-def test_wal_is_emptied_in_separate_turns_if_others_wait(
-    sqlite_database: Database, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """If units wait, the WAL is emptied every few hundred rows with a rest after it; otherwise commits empty it."""
-    fill(sqlite_database, clock, 900)
-    rests = Rests()
-    batches = Batches(sqlite_database, rests, monkeypatch)
-    engine = sqlite_database._engine
-    emptied: list[int] = []
-    empty = engine.empty_log
-
-    def slowly(timeout: float) -> None:
-        emptied.append(len(batches.counts))
-        empty(timeout)
-        rests.now += 0.005
-
-    monkeypatch.setattr(engine, "empty_log", slowly)
-    batches.awaited = {0, 1, 2, 3, 5}
-    assert batches.sweep(batch_size=100).nonces == 900
-    assert emptied == [3]
-    assert rests.noted == [0.012] * 3 + [0.02] + [0.012, 0.001, 0.012] + [0.001] * 3
-
-
-def test_emptying_the_wal_moves_its_content_into_the_file(sqlite_database: Database) -> None:
-    """After the WAL is emptied, the commits are in the file; a closed database raises an error."""
-    look = "import sys; print(open(sys.argv[1], 'rb').read().count(b'/srv/in-the-log'))"
-
-    def found() -> int:
-        # In a separate process: closing the file here would drop SQLite's locks on it.
-        return int(fork_server.run(look, sqlite_database.status().location).stdout)
-
-    add_agent(sqlite_database, "in-the-log")
-    assert found() == 0
-    sqlite_database._engine.empty_log(1)
-    assert found() > 0
-    assert add_agent(sqlite_database, "later").id == "later"
-    sqlite_database.close()
-    with pytest.raises(DatabaseClosedError):
-        sqlite_database._engine.empty_log(1)
-
-
-def test_wait_for_another_process_counts_as_contention(sqlite_database: Database) -> None:
-    """A wait for the lock of another process counts as contention, and a unit without a wait does not."""
-    engine = sqlite_database._engine
-    add_agent(sqlite_database, "ada")
-    assert engine.contention == 0
-    with closing(connect(sqlite_database.status().location)) as other:
-        other.execute("BEGIN IMMEDIATE")
-        writer = threading.Thread(target=add_agent, args=(sqlite_database, "eve"))
-        writer.start()
-        while engine.contention == 0:
-            time.sleep(0.001)
-        other.execute("COMMIT")
-    writer.join(30)
-    assert engine.contention == 1
-
-
-def test_sweep_on_postgresql_delays_no_unit(
-    empty_postgres_url: str, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On PostgreSQL a batch locks only its own rows, and emptying the WAL has no effect."""
-    with Database.open(empty_postgres_url, clock=clock) as database:
-        fill(database, clock, 30)
-        rests = Rests()
-        assert Batches(database, rests, monkeypatch).sweep(batch_size=10).nonces == 30
-        assert rests.noted == [0.001] * 3
-        database._engine.empty_log(1)
 
 
 @pytest.mark.parametrize("deferrable", ["", "DEFERRABLE INITIALLY DEFERRED"])
