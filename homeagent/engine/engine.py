@@ -139,14 +139,9 @@ class Engine:
             pool.release(connection)
             return found
 
-    @property
-    def contention(self) -> int:
-        """Number of times that a write unit has waited for another unit."""
-        return self.writers.waits
-
-    def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
-        """Copy the WAL into the database file. Return False if the WAL is still in use after `timeout=` seconds. With
-        `truncate=True`, also wait for readers, and truncate the WAL. On PostgreSQL, do nothing.
+    def empty_log(self, timeout: float) -> bool:
+        """Copy the WAL into the database file, wait for readers, and truncate the WAL. Return False if the WAL is still
+        in use after `timeout=` seconds. On PostgreSQL, do nothing.
         """
         return True
 

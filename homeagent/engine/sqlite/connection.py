@@ -105,7 +105,7 @@ class SQLiteConnection(StoreConnection):
         return None
 
 
-def busy_handler(timeout: float, began: Callable[[], object]) -> Callable[[int], bool]:
+def busy_handler(timeout: float) -> Callable[[int], bool]:
     """Return a busy handler for SQLite (https://sqlite.org/c3ref/busy_handler.html). The handler pauses before the next
     try, and returns False after the timeout.
 
@@ -119,7 +119,6 @@ def busy_handler(timeout: float, began: Callable[[], object]) -> Callable[[int],
         now = monotonic()
         if attempts == 0:
             since = now
-            began()
         left = timeout - (now - since)
         if left <= 0:
             return False

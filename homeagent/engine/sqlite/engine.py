@@ -100,7 +100,6 @@ class SQLiteEngine(Engine):
         self.durability = durability
         self._open: weakref.WeakSet[DriverConnection] = weakref.WeakSet()
         self._closing: weakref.WeakSet[DriverConnection] = weakref.WeakSet()
-        self._lock_waits = 0
         self.busy_seconds: float = min(busy_timeout.total_seconds(), (2**31 - 1) / 1000)
         """Longest wait of a statement for a lock of another process, in seconds."""
         self.is_temporary = temporary
@@ -238,37 +237,23 @@ class SQLiteEngine(Engine):
         if read_only:
             raw.execute("PRAGMA query_only=ON")
         else:
-            self._wait_for_locks(raw, self.busy_seconds)
+            raw.set_busy_handler(busy_handler(self.busy_seconds))
 
-    def _wait_for_locks(self, raw: DriverConnection, timeout: float) -> None:
-        """Install a busy handler that counts the waits. The timeout is in seconds."""
-
-        def count() -> None:
-            self._lock_waits += 1
-
-        raw.set_busy_handler(busy_handler(timeout, count))
-
-    @property
-    def contention(self) -> int:
-        """Number of times that a write unit has waited for another writer."""
-        return self.writers.waits + self._lock_waits
-
-    def empty_log(self, timeout: float, *, truncate: bool = False) -> bool:
+    def empty_log(self, timeout: float) -> bool:
         """Copy the WAL into the file (see `Engine.empty_log`)."""
         pool = self.pool(read_only=False)
         # Occupy the process's only write connection. Units of this process can't write until the checkpoint ends.
         connection = pool.acquire(timeout)
         try:
             connection.check_file()
-            if truncate:
-                self._wait_for_locks(connection.driver_connection, timeout)
-            mode = "TRUNCATE" if truncate else "PASSIVE"  # https://sqlite.org/pragma.html#pragma_wal_checkpoint
-            ((blocked, _, _),) = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
-            if truncate:
-                # Make an empty commit, which writes a header to the truncated WAL. After a power cut, an empty WAL
-                # could look like lost commits.
-                connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-                self._wait_for_locks(connection.driver_connection, self.busy_seconds)
+            raw = connection.driver_connection
+            raw.set_busy_handler(busy_handler(timeout))
+            # https://sqlite.org/pragma.html#pragma_wal_checkpoint
+            ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            # Make an empty commit, which writes a header to the truncated WAL. After a power cut, an empty WAL could
+            # look like lost commits.
+            connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+            raw.set_busy_handler(busy_handler(self.busy_seconds))
         except BaseException:
             pool.discard(connection)
             raise

@@ -271,7 +271,7 @@ def _correct_routes(settings: UnitSettings) -> Iterator[str]:
 
 
 def _truncate_log(settings: UnitSettings) -> Iterator[str]:
-    if settings.engine.empty_log(settings.timeout, truncate=True):
+    if settings.engine.empty_log(settings.timeout):
         yield "moved the write-ahead log into the file and gave its room back"
 
 
