@@ -302,35 +302,34 @@ def applications_tables(
     if target.dialect.name == "sqlite":
         # Let COMMIT check the foreign keys. A row can refer to a later row.
         target.exec_driver_sql("PRAGMA defer_foreign_keys=ON")
-    # SQLAlchemy's order ignores circular foreign keys, which `late_references()` defers.
+    # SQLAlchemy's order ignores circular foreign keys, which `suspended_rules()` defers.
     order = [str(name) for name, _ in inspect(target).get_sorted_table_and_fkc_names() if name in names]
     return [_own_table(name, source, target, declared.get(name)) for name in order]
 
 
-# Only the owner of a table can defer its foreign keys.
-_REFERENCES = text(
-    "SELECT c.relname, k.conname, p.relname FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid"
-    " JOIN pg_class p ON p.oid = k.confrelid WHERE k.contype = 'f' AND NOT k.condeferrable AND k.conparentid = 0"
-    " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
-    " AND pg_has_role(c.relowner, 'USAGE')"
-)
-
-
-# Select the application's triggers that run in an ordinary session.
-_TRIGGERS = text(
-    "SELECT c.relname, t.tgname, CASE t.tgenabled WHEN 'A' THEN 'ENABLE ALWAYS' ELSE 'ENABLE' END"
-    " FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid"
+# Statements for the application's triggers that run in an ordinary session, and for its foreign keys that can't be
+# deferred. Only the owner of a table can run the statements. The second column restores the first column's change.
+_SUSPENDED = text(
+    "WITH copied AS (SELECT * FROM pg_class WHERE pg_has_role(relowner, 'USAGE')"
+    " AND relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema()))"
+    " SELECT format('ALTER TABLE %I DISABLE TRIGGER %I', c.relname, t.tgname), format('ALTER TABLE %I %s TRIGGER %I',"
+    " c.relname, CASE t.tgenabled WHEN 'A' THEN 'ENABLE ALWAYS' ELSE 'ENABLE' END, t.tgname)"
+    " FROM pg_trigger t JOIN copied c ON c.oid = t.tgrelid"
     " WHERE NOT t.tgisinternal AND t.tgenabled IN ('O', 'A') AND t.tgname <> ALL (CAST(:homeagents AS text[]))"
-    " AND pg_has_role(c.relowner, 'USAGE')"
     " AND c.relname = ANY (CAST(:tables AS text[]))"
-    " AND c.relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = current_schema())"
+    " UNION ALL SELECT format('ALTER TABLE %I ALTER CONSTRAINT %I DEFERRABLE', c.relname, k.conname),"
+    " format('ALTER TABLE %I ALTER CONSTRAINT %I NOT DEFERRABLE', c.relname, k.conname)"
+    " FROM pg_constraint k JOIN copied c ON c.oid = k.conrelid"
+    " WHERE k.contype = 'f' AND NOT k.condeferrable AND k.conparentid = 0"
+    " AND c.relname = ANY (CAST(:own AS text[]))"
 )
 
 
 @contextmanager
-def suspended_triggers(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
-    """In the block, do not run the application's triggers. The source has the rows that the triggers wrote."""
-    quote = connection.dialect.identifier_preparer.quote
+def suspended_rules(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
+    """In the block, do not run the application's triggers. The source has the rows that the triggers wrote. On
+    PostgreSQL, check the foreign keys of the application's tables at the end of the block.
+    """
     if connection.dialect.name == "sqlite":
         with kept_objects(connection, REVISION):
             # A trigger that fills a virtual table must run, because a copy contains no virtual tables.
@@ -339,42 +338,25 @@ def suspended_triggers(connection: Connection, tables: Sequence[CopiedTable]) ->
                 " sqlite_master AS filled WHERE filled.sql LIKE 'CREATE VIRTUAL TABLE%'"
                 " AND instr(lower(dropped.sql), lower(filled.name)))"
             ).scalars()
+            quote = connection.dialect.identifier_preparer.quote
             for name in set(dropped) - homeagents_objects(REVISION):
                 connection.exec_driver_sql(f"DROP TRIGGER {quote(name)}")
             yield
         return
-    names = {"tables": [table.name for table in tables], "homeagents": list(server_triggers(REVISION))}
-    found = [(quote(table), quote(name), enable) for table, name, enable in connection.execute(_TRIGGERS, names)]
-    for table, name, _ in found:
-        connection.execute(text(f"ALTER TABLE {table} DISABLE TRIGGER {name}"))
-    yield
-    if found:
-        # Run the feed's deferred trigger now. ALTER TABLE fails if a deferred trigger has not run yet.
-        connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
-    for table, name, enable in found:
-        connection.execute(text(f"ALTER TABLE {table} {enable} TRIGGER {name}"))
-
-
-@contextmanager
-def late_references(connection: Connection, tables: Sequence[CopiedTable]) -> Iterator[None]:
-    """On PostgreSQL, let the block copy child rows before their parent rows."""
-    if not tables or connection.dialect.name == "sqlite":
-        yield
-        return
-    place = {table.name: at for at, table in enumerate(tables)}
-    quote = connection.dialect.identifier_preparer.quote
-    late = [
-        f"ALTER TABLE {quote(child)} ALTER CONSTRAINT {quote(name)}"
-        for child, name, parent in connection.execute(_REFERENCES)
-        if child in place and place.get(parent, -1) >= place[child]
-    ]
-    for alter in late:
-        connection.execute(text(f"{alter} DEFERRABLE"))
+    names = {
+        "tables": [table.name for table in tables],
+        "own": [table.name for table in tables if table.model is None],
+        "homeagents": list(server_triggers(REVISION)),
+    }
+    changes = connection.execute(_SUSPENDED, names).all()
+    for suspend, _ in changes:
+        connection.execute(text(suspend))
     connection.execute(text("SET CONSTRAINTS ALL DEFERRED"))
     yield
+    # Also run the feed's deferred trigger now. ALTER TABLE fails if a deferred trigger has not run yet.
     connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
-    for alter in late:
-        connection.execute(text(f"{alter} NOT DEFERRABLE"))
+    for _, restore in changes:
+        connection.execute(text(restore))
 
 
 def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> CopiedTable:

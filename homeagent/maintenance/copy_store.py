@@ -28,8 +28,7 @@ from homeagent.maintenance.copied_tables import (
     Progress,
     applications_tables,
     homeagents_tables,
-    late_references,
-    suspended_triggers,
+    suspended_rules,
 )
 from homeagent.migrations import REVISION, revision_of
 from homeagent.migrations.schema_drift import refuse_changed_schema
@@ -84,8 +83,10 @@ def copy_store(
             _require_present_schema(connection)
             refuse_changed_schema(connection, REVISION, location, acknowledged)
         _refuse_same_database(engines, origin, destination)
-        own = applications_tables(engines, origin, destination, leave)
-        tables = [*homeagents_tables(origin, destination), *own]
+        tables = [
+            *homeagents_tables(origin, destination),
+            *applications_tables(engines, origin, destination, leave),
+        ]
         quote = destination.dialect.identifier_preparer.quote
         names = [] if destination.dialect.name == "sqlite" else [quote(table.name) for table in tables]
         if names:
@@ -104,7 +105,7 @@ def copy_store(
                 raise TargetNotEmptyError(table.name)
         rows = {table.name: table.count(origin) for table in tables}
         step = partial(_reporter, sum(rows.values()), progress)
-        _copy(origin, target, tables, own, step("copying"))
+        _copy(origin, target, tables, step("copying"))
         for name in names:
             # Without statistics the server's planner would assume empty tables until autovacuum runs.
             destination.execute(text(f"ANALYZE {name}"))
@@ -135,21 +136,15 @@ def _reporter(
     return add
 
 
-def _copy(
-    source: Connection,
-    target: UnitOfWork,
-    tables: Sequence[CopiedTable],
-    own: Sequence[CopiedTable],
-    progress: Progress,
-) -> None:
+def _copy(source: Connection, target: UnitOfWork, tables: Sequence[CopiedTable], progress: Progress) -> None:
     connection = target.session.connection()
-    with suspended_triggers(connection, tables), late_references(connection, own):
+    with suspended_rules(connection, tables):
         for table in tables:
             for page in table.pages(source):
                 table.insert(target, page)
                 progress(table.name, len(page))
-    for table in own:
-        table.continue_numbers(source, connection)
+            if table.model is None:
+                table.continue_numbers(source, connection)
 
 
 def _first_difference(
