@@ -213,21 +213,18 @@ class CopiedTable:
         """Set the target's next automatic key above all keys of the source. Include the keys of deleted rows."""
         last = self._last_number(source)
         if target.dialect.name == "sqlite":
-            # SQLite reuses the keys of deleted rows, except with AUTOINCREMENT.
-            if last and target.execute(_AUTOINCREMENT, {"table": self.name}).first():
+            # SQLite ignores the number of a table without AUTOINCREMENT.
+            if last:
                 target.execute(_FORGET, {"table": self.name})
                 target.execute(_REMEMBER, {"table": self.name, "last": last})
             return
         for names in self._numbered(target):
-            column = self.target.c[names["name"]]
-            highest = max(last, target.execute(select(func.max(column))).scalar() or 0)
+            highest = max(last, target.execute(select(func.max(self.target.c[names["name"]]))).scalar() or 0)
             if highest > 0:
                 target.execute(_SET_VALUE, {**names, "last": highest})
 
     def _last_number(self, source: Connection) -> int:
         if source.dialect.name == "sqlite":
-            if not source.execute(_HAS_SEQUENCES).first():
-                return 0
             return int(source.execute(_SEQUENCE, {"table": self.name}).scalar() or 0)
         return max(
             (int(source.execute(_LAST_VALUE, names).scalar() or 0) for names in self._numbered(source)), default=0
@@ -241,10 +238,8 @@ class CopiedTable:
                 yield {"table": table, "name": column.name}
 
 
-# SQLite creates `sqlite_sequence` together with the first AUTOINCREMENT table.
-_HAS_SEQUENCES = text("SELECT 1 FROM sqlite_master WHERE name = 'sqlite_sequence'")
+# The table `sqlite_sequence` exists, because homeagent's table `device_changes` has AUTOINCREMENT.
 _SEQUENCE = text("SELECT seq FROM sqlite_sequence WHERE name = :table")
-_AUTOINCREMENT = text("SELECT 1 FROM sqlite_master WHERE name = :table AND upper(sql) LIKE '%AUTOINCREMENT%'")
 _FORGET = text("DELETE FROM sqlite_sequence WHERE name = :table")
 _REMEMBER = text("INSERT INTO sqlite_sequence (name, seq) VALUES (:table, :last)")
 _LAST_VALUE = text("SELECT pg_sequence_last_value(CAST(pg_get_serial_sequence(:table, :name) AS regclass))")
