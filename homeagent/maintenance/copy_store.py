@@ -42,11 +42,9 @@ class CopyReport(BaseModel, frozen=True):
 
     Attributes:
         rows: number of copied rows by table name, including the application's tables.
-        left: names of the application's tables that were not copied.
     """
 
     rows: dict[str, int]
-    left: list[str] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +117,7 @@ def copy_store(
                 f"{differing} is not the same on both sides, so the copy was undone: check the target's server or disk"
             )
     del rows[store_table.name]
-    return CopyReport(rows=rows, left=sorted(leave))
+    return CopyReport(rows=rows)
 
 
 def _reporter(
