@@ -77,7 +77,7 @@ class DatabaseStatus(BaseModel, frozen=True):
     rows: dict[str, int]
     expired: dict[str, int]
     wal_bytes: int | None = None
-    counters: DatabaseCounters = DatabaseCounters()
+    counters: DatabaseCounters
 
 
 def report_status(engine: Engine, unit: UnitOfWork) -> DatabaseStatus:
