@@ -68,15 +68,12 @@ def back_up_if_due(settings: UnitSettings, schedule: BackupSchedule, stop: Stop 
     """Make a backup if the schedule requires a backup. Return None if this process makes no backup."""
     engine, clock = require_file(settings.engine), settings.now
     directory = locate_file(schedule.directory)
-    if not _is_due(engine.path, directory, schedule, clock()):
-        return None
     prepare_directory(directory)
     with ExitStack() as lock:
         try:
             lock.enter_context(FileLock(directory / _LOCK, timeout=timedelta(0)))
         except DatabaseBusyError:
-            return None
-        # Check again: another process can have made the backup.
+            return None  # another process makes a backup
         due = _is_due(engine.path, directory, schedule, clock())
         return _make_in(directory, engine, clock, schedule.keep, stop) if due else None
 
