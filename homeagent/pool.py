@@ -59,8 +59,6 @@ class ConnectionPool(Generic[T]):
         self._held: dict[T, tuple[int, float]] = {}
         self.occupation: Callable[[int], str | None] | None = None
         """Function that names the work of a thread for other threads."""
-        self.waits: int = 0
-        """Number of callers that had to wait."""
 
     @property
     def waiting(self) -> int:
@@ -118,7 +116,6 @@ class ConnectionPool(Generic[T]):
 
     def _wait(self, waiter: _Waiter[T], timeout: float) -> bool:
         """Wait for a resource. Return True if the caller must create the resource."""
-        self.waits += 1
         since = monotonic()
         try:
             given = waiter.notified.acquire(timeout=max(timeout, 0))

@@ -604,7 +604,7 @@ def test_cancelled_claim(database: Database, canceller: Native | Scoped) -> None
     async def main() -> None:
         held = hold(database)
         call = functools.partial(database.arun_once, SCOPE, anever)
-        waits = functools.partial(until, lambda: database._engine.writers.waits)
+        waits = functools.partial(until, lambda: database._engine.writers.waiting)
         assert await canceller.cancel(call, waits, lambda: give_back(database, held))
 
     anyio.run(main, backend=canceller.backend)
@@ -632,10 +632,10 @@ def test_cancelled_unit(database: Database, canceller: Native | Scoped) -> None:
         assert ended == [True]
 
     anyio.run(main, backend=canceller.backend)
-    waits = database._engine.writers.waits
+    waits = database.counters().pool_waits
     with database.unit_of_work() as unit:
         assert unit.agents.get("ada").name == "Ada"
-    assert database._engine.writers.waits == waits
+    assert database.counters().pool_waits == waits
 
 
 @pytest.mark.parametrize("read_only", [False, True])
