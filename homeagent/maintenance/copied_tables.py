@@ -57,6 +57,7 @@ from homeagent.models.types import (
     TimestampColumn,
     naming_column,
     problem_of_stored,
+    unreadable,
 )
 from homeagent.unit_of_work import UnitOfWork
 
@@ -157,12 +158,7 @@ class CopiedTable:
             for name, problem, value in zip(names, problems, row, strict=True):
                 what = problem(value)
                 if what is not None:
-                    key = naming_column(model)
-                    raise CorruptDatabaseError(
-                        f"{self.name}.{name} of the source {what}, which homeagent never stores, in the row with {key} "
-                        f"{row[names.index(key)]!r}: correct or delete the row, then copy again. The target is "
-                        "unchanged"
-                    )
+                    raise unreadable(model, name, row[names.index(naming_column(model))], what)
 
     def differs(self, source: Connection, target: Connection, progress: Progress) -> bool:
         """Return True if the two databases have different rows. Report the progress after each page without a

@@ -337,7 +337,7 @@ ATTEMPT = (
     " VALUES ('d', 'm', 's3cret', '1', 0, 0, 1 << 40)"
 )
 NO_AGENT = "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s3cret', 'nobody', 0, 0)"
-FLAG = " .* neither 0 nor 1.*is unchanged"
+FLAG = " holds a value that is neither 0 nor 1, in the row with "
 # The statement that makes the row, and the text of the error
 BAD_ROWS = {
     "a number with a fraction": (NONCE.format("'s3cret'", 1.5), "nonces.created_at"),
