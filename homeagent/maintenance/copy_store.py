@@ -19,7 +19,6 @@ from homeagent.errors import (
     DatabaseError,
     InvalidArgumentError,
     SchemaOutdatedError,
-    SchemaTooNewError,
     SourceChangedError,
     TargetNotEmptyError,
 )
@@ -78,8 +77,11 @@ def copy_store(
         origin, destination = source.session.connection(), target.session.connection()
         acknowledged = engines[0].acknowledged | engines[1].acknowledged
         for connection, location in ((origin, "the source"), (destination, "the target")):
-            _require_present_schema(connection)
-            refuse_changed_schema(connection, REVISION, location, acknowledged)
+            revision = revision_of(connection)
+            if revision is None or revision < REVISION:
+                raise SchemaOutdatedError(revision, needed=REVISION)
+            # Also refuse a newer schema: this version would not copy its new columns.
+            refuse_changed_schema(connection, revision, location, acknowledged)
         _refuse_same_database(engines, origin, destination)
         tables = [
             *homeagents_tables(origin, destination),
@@ -149,18 +151,6 @@ def _first_difference(
     source: Connection, target: Connection, tables: Sequence[CopiedTable], progress: Progress
 ) -> str | None:
     return next((table.name for table in tables if table.differs(source, target, progress)), None)
-
-
-# Checks before the copy
-
-
-def _require_present_schema(connection: Connection) -> None:
-    revision = revision_of(connection)
-    # This version would not copy the new columns of a newer schema.
-    if revision is not None and revision > REVISION:
-        raise SchemaTooNewError(revision, known=REVISION)
-    if revision != REVISION:
-        raise SchemaOutdatedError(revision, needed=REVISION)
 
 
 def _refuse_same_database(engines: tuple[Engine, Engine], source: Connection, target: Connection) -> None:
