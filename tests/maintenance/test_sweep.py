@@ -16,7 +16,7 @@ from homeagent import Database, IdempotencyScope
 from homeagent.errors import DatabaseClosedError
 from homeagent.maintenance.sweep import Sweeper, SweepReport, sweep
 from homeagent.stores import NonceStore
-from tests.conftest import START, FakeClock, copy_template, dump
+from tests.conftest import START, FakeClock, add_device, copy_template, dump
 from tests.interrupts import interrupt_at
 
 MINUTE = timedelta(minutes=1)
@@ -124,6 +124,21 @@ def test_sweep_skips_rows_with_references(
     left = dump(database)
     assert {row[0] for row in left["nonces"]} == {"n0", "n3"}
     assert {row[0] for row in left["idempotency_keys"]} == {"k2"}
+
+
+def test_sweep_skips_devices_with_references(database: Database, clock: FakeClock) -> None:
+    """If an application's table refers to a pending device, the sweep keeps the device, and deletes the others."""
+    for number in range(5):
+        add_device(database, f"d{number}")
+    with database.unit_of_work() as unit:
+        for statement in (
+            "CREATE TABLE own (id TEXT REFERENCES devices (id))",
+            "INSERT INTO own VALUES ('d1')",
+        ):
+            unit.session.execute(text(statement))
+    clock.advance(days=40)
+    report = database.sweep(batch_size=2)
+    assert (report.pending_devices, report.skipped, report.more) == (4, 1, False)
 
 
 def test_sweeper_without_a_thread(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
