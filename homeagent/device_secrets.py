@@ -246,7 +246,7 @@ class DeviceSecrets:
         check_timestamp(timestamp, "timestamp")
         if not isinstance(proof, (bytes, bytearray)):
             raise InvalidArgumentError(f"proof must be bytes, not {type(proof).__name__}")
-        verifier = self._runner.run(lambda unit: unit.devices.find_proof_verifier(device_id), read_only=True)
+        _, verifier = self._runner.run(lambda unit: unit.devices.find_proof_secrets(device_id), read_only=True)
         message = proof_message(device_id=_encodable(device_id), nonce=nonce, timestamp=timestamp)
         if not check_proof(verifier, message, proof):
             return _checked(None)

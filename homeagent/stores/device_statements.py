@@ -37,18 +37,13 @@ _UNAPPROVED = _columns.approved.is_distinct_from(True)
 FIND = Statement[Device](select(Device).where(equal(_table, "id")), lock=True)
 PAIRED_AT = Statement[datetime](select(_columns.paired_at).where(equal(_table, "id")))
 
-
-def _for_every_id(*columns: Any) -> Any:
-    """Select one row even if the device is absent. The duration must not show whether a device exists."""
-    one_row = select(literal_column("1").label("one")).subquery("requested")
-    return select(*columns).select_from(one_row.outerjoin(_table, equal(_table, "id")))
-
-
-# Do not select `proof_verifier`. SQLite would first read the column `devices.metadata`, which can be long.
+# Select one row even if the device is absent. The duration must not show whether a device exists. Do not select
+# `proof_verifier`. SQLite would first read the column `devices.metadata`, which can be long.
 SECRET_HASHES = Statement[tuple[str | None, str | None, datetime | None]](
-    _for_every_id(_columns.shared_secret_hash, _columns.previous_secret_hash, _columns.previous_secret_expires_at)
+    select(_columns.shared_secret_hash, _columns.previous_secret_hash, _columns.previous_secret_expires_at).select_from(
+        select(literal_column("1").label("one")).subquery("requested").outerjoin(_table, equal(_table, "id"))
+    )
 )
-VERIFIER = Statement[str | None](_for_every_id(_columns.proof_verifier))
 PROOF_SECRETS = Statement[tuple[str | None, str | None]](
     select(store_table.c.proof_key, _columns.proof_verifier).select_from(
         store_table.outerjoin(_table, equal(_table, "id"))

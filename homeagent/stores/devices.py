@@ -63,11 +63,6 @@ class DeviceStore(Store):
         return SecretHashes(present or "", *previous)
 
     @reading
-    def find_proof_verifier(self, device_id: str) -> str | None:
-        """Return the verifier of the device's proofs. Return None if the device or the verifier is absent."""
-        return self._unit.one(statements.VERIFIER, id=self._searched(device_id, "device_id"))
-
-    @reading
     def find_proof_secrets(self, device_id: str) -> tuple[str, str | None]:
         """Return the store's proof key, and the device's verifier or None. The method takes the same time for present
         and absent devices.
