@@ -145,64 +145,52 @@ class IdempotencyKeyStore(Store):
         if fingerprint != "":
             types.check_name(fingerprint, "fingerprint")
         now = self._unit.now()
-        lease_expires_at = types.later(now, types.check_duration(lease, "lease", zero=True), "lease")
-        expires_at = types.later(now, self._check_ttl(ttl, "ttl"), "ttl")
-        owner = urandom(16).hex() if owner is None else types.check_name(owner, "owner")
-        downstream_key = urandom(16).hex()
+        attempt = Attempt(
+            number=1,
+            downstream_key=urandom(16).hex(),
+            scope=scope,
+            lease_expires_at=types.later(now, types.check_duration(lease, "lease", zero=True), "lease"),
+            expires_at=types.later(now, self._check_ttl(ttl, "ttl"), "ttl"),
+            ttl=ttl,
+            owner=urandom(16).hex() if owner is None else types.check_name(owner, "owner"),
+        )
         self._require_room(scope, now)
         while not self._unit.write(
             statements.CLAIM,
             **_parameters(scope),
             now=now,
-            expires_at=expires_at,
+            expires_at=attempt.expires_at,
             fingerprint=fingerprint,
-            new_owner=owner,
-            lease_expires_at=lease_expires_at,
-            downstream_key=downstream_key,
+            new_owner=attempt.owner,
+            lease_expires_at=attempt.lease_expires_at,
+            downstream_key=attempt.downstream_key,
         ):
             row = self._unit.one(statements.ANY, **_parameters(scope))
             if row is not None:  # if `row` is None, another caller has deleted the record: claim again
-                outcome = _outcome(row, fingerprint)
-                return outcome or self._take_over(row, now, lease_expires_at, expires_at, owner=owner, rerun=rerun)
-        return Attempt(1, downstream_key, scope, lease_expires_at, expires_at, ttl, owner)
+                return _outcome(row, fingerprint) or self._take_over(row, attempt, now, rerun=rerun)
+        return attempt
 
-    def _take_over(
-        self,
-        row: IdempotencyKey,
-        now: datetime,
-        lease_expires_at: datetime,
-        expires_at: datetime,
-        *,
-        owner: str,
-        rerun: bool,
-    ) -> Attempt:
-        """If `rerun=True`, replace an abandoned attempt and return the next attempt."""
-        if row.owner == owner:
+    def _take_over(self, row: IdempotencyKey, attempt: Attempt, now: datetime, *, rerun: bool) -> Attempt:
+        """If `rerun=True`, replace an abandoned attempt by the given attempt, and return the next attempt."""
+        if row.owner == attempt.owner:
             # The caller repeats the same claim, for example after CommitUnknownError.
             return _attempt_of(row)
         if row.lease_expires_at is not None and row.lease_expires_at > now:
             raise errors.IdempotencyInProgressError(**_refusal(row), retry_after=row.lease_expires_at - now)
         if not rerun:
             raise errors.OutcomeUnknownError(**_refusal(row), attempt=row.attempt)
-        number = row.attempt + 1
+        attempt = replace(attempt, number=row.attempt + 1, downstream_key=row.downstream_key or "")
         self._unit.write(
             statements.TAKE_OVER,
             **_parameters(row),
             old_owner=row.owner,
-            new_owner=owner,
-            number=number,
+            new_owner=attempt.owner,
+            number=attempt.number,
             now=now,
-            lease_expires_at=lease_expires_at,
-            expires_at=expires_at,
+            lease_expires_at=attempt.lease_expires_at,
+            expires_at=attempt.expires_at,
         )
-        return replace(
-            _attempt_of(row),
-            number=number,
-            lease_expires_at=lease_expires_at,
-            expires_at=expires_at,
-            ttl=expires_at - now,
-            owner=owner,
-        )
+        return attempt
 
     @writing()
     @clears_locals
