@@ -5,11 +5,10 @@ down the import.
 import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
-from pydantic_core.core_schema import ErrorType
 from sqlalchemy import Index, MetaData, TextClause, inspect
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import set_attribute
@@ -41,27 +40,19 @@ metadata: MetaData = MetaData(
 _registry = registry(metadata=metadata)
 
 
-# `ValidationError.from_exception_data` accepts only the error types of Pydantic itself.
-_KNOWN_ERRORS = frozenset(get_args(ErrorType))
-
-
 def _without_input(error: ValidationError) -> ValidationError:
     """Return a copy of the error without the input. The input can be a secret. Pydantic's setting
     `hide_input_in_errors` does not remove the input from `error.errors()`. FastAPI sends the result of `error.errors()`
     with status 422.
     """
-    lines: list[InitErrorDetails] = []
-    for line in error.errors(include_url=False, include_input=False):
-        known = line["type"] in _KNOWN_ERRORS
-        detail = InitErrorDetails(
-            type=line["type"] if known else PydanticCustomError("invalid_value", "{reason}", {"reason": line["msg"]}),
-            loc=line["loc"],
-            input=None,
+    lines: list[Any] = error.errors(include_url=False, include_input=False)
+    details = [
+        InitErrorDetails(
+            type=PydanticCustomError(line["type"], line["msg"], line.get("ctx")), loc=line["loc"], input=None
         )
-        if known and "ctx" in line:
-            detail["ctx"] = line["ctx"]
-        lines.append(detail)
-    return ValidationError.from_exception_data(error.title, lines, hide_input=True)
+        for line in lines
+    ]
+    return ValidationError.from_exception_data(error.title, details, hide_input=True)
 
 
 def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
