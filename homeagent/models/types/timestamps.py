@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
@@ -22,7 +23,6 @@ LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 """Maximum wait of nearly 25 days. Both engines store the milliseconds in 32 bits."""
 
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
-_CACHED_TIMESTAMPS = 8192
 # Create the durations once, because each unit of work calls `check_timestamp()`.
 _MICROSECONDS = tuple(timedelta(microseconds=excess) for excess in range(1000))
 
@@ -116,23 +116,13 @@ def from_milliseconds(milliseconds: float) -> datetime:
     return EPOCH + milliseconds * MILLISECOND
 
 
-class _TimestampCache(dict[int, datetime]):
-    """Cache of loaded timestamps. A look-up is faster than creating a timestamp."""
-
-    def __missing__(self, milliseconds: int) -> datetime:
-        if len(self) >= _CACHED_TIMESTAMPS:
-            self.clear()
-        timestamp = self[milliseconds] = from_milliseconds(milliseconds)
-        return timestamp
-
-
 class TimestampColumn(StoredColumn[datetime]):
     """Column type for a timestamp in milliseconds since 1970."""
 
     impl: TypeEngine[Any] | type[TypeEngine[Any]] = BigInteger
     cache_ok: bool | None = True
-    loaded_values: dict[int, datetime] = _TimestampCache()
-    convert_loaded: Callable[[Any], Any] = staticmethod(from_milliseconds)
+    # A look-up in the cache is faster than creating a timestamp.
+    convert_loaded: Callable[[Any], Any] = staticmethod(lru_cache(8192)(from_milliseconds))
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         """Return the engine's type for 64-bit integers."""
