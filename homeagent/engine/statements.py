@@ -342,14 +342,9 @@ def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
     items = []
     for index, column in enumerate(model.__table__.columns):
         name = mapper.get_property_by_column(column).key
-        known = getattr(column.type, "loaded_values", None)
         convert = getattr(column.type, "convert_loaded", None) or _processor(column, dialect)
-        namespace[f"known{index}"], namespace[f"convert{index}"] = known, convert
-        value = f"c{index}"
-        if known is not None:
-            value = f"known{index}[{value}]"
-        elif convert is not None:
-            value = f"convert{index}({value})"
+        namespace[f"convert{index}"] = convert
+        value = f"c{index}" if convert is None else f"convert{index}(c{index})"
         items.append(f"{name!r}: None if c{index} is None else {value}" if column.nullable else f"{name!r}: {value}")
     row = "".join(f"c{index}, " for index in range(len(items)))
     source = f"""

@@ -24,9 +24,8 @@ class EnumColumn(StoredColumn[StrEnum]):
     def __init__(self, kind: type[StrEnum]) -> None:
         super().__init__()
         self.kind = kind
-        self.loaded_values: dict[str, StrEnum] = {member.value: member for member in kind}
         self._stored: dict[Any, str] = {member.value: member.value for member in kind}
-        self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
+        self.convert_loaded: Callable[[Any], Any] = {member.value: member for member in kind}.__getitem__
 
     def convert_bound(self, value: StrEnum | str) -> str:
         """Return the stored text of an enum member. The argument can also be the text of a member."""
@@ -58,5 +57,4 @@ class FlagColumn(StoredColumn[bool]):
     def __init__(self, *, otherwise: bool = False) -> None:
         super().__init__()
         self.otherwise = otherwise
-        self.loaded_values: dict[Any, bool] = _Flags(otherwise=otherwise)
-        self.convert_loaded: Callable[[Any], Any] = self.loaded_values.__getitem__
+        self.convert_loaded: Callable[[Any], Any] = _Flags(otherwise=otherwise).__getitem__

@@ -65,9 +65,8 @@ def unreadable(
 class StoredColumn(TypeDecorator[T]):
     """Base class of homeagent's column types, which convert values. NULL and None need no conversion.
 
-    Generated code for a statement calls `convert_bound()` and `convert_loaded()`. In generated code, a dictionary named
-    `loaded_values` replaces `convert_loaded()`. Each column type sets `cache_ok`, because SQLAlchemy does not inherit
-    the setting.
+    Generated code for a statement calls `convert_bound()` and `convert_loaded()`. Each column type sets `cache_ok`,
+    because SQLAlchemy does not inherit the setting.
     """
 
     convert_bound: Callable[[Any], Any]
