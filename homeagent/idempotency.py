@@ -135,23 +135,18 @@ class LeaseTimer:
         # The lock must be reentrant, because a signal handler can run an effect.
         self._changed = threading.Condition()
         self._leases: set[_Lease] = set()
-        self._thread: threading.Thread | None = None
+        self._has_thread = False
         self._wakes = math.inf
 
     def renew(self, call: OnceCall, attempt: Attempt) -> Callable[[], None]:
         """Renew a lease until the caller calls the returned function. If no thread can start, raise RuntimeError."""
         lease = _Lease(call, attempt, monotonic() + call.period)
         with self._changed:
-            if self._thread is None:
+            if not self._has_thread:
                 # A new thread without a lease waits until `lease.due`, and then ends.
                 self._wakes = lease.due
-                self._thread = threading.Thread(target=self._keep, name="homeagent-lease", daemon=True)
-                try:
-                    self._thread.start()
-                except BaseException:
-                    # If the thread has started despite the error, the thread ends at once.
-                    self._thread = None
-                    raise
+                threading.Thread(target=self._keep, name="homeagent-lease", daemon=True).start()
+                self._has_thread = True
             self._leases.add(lease)
             if lease.due < self._wakes:
                 self._changed.notify()
@@ -163,7 +158,7 @@ class LeaseTimer:
         with self._changed:
             self._leases.clear()
             self._wakes = -math.inf
-            self._changed.notify()
+            self._changed.notify_all()
 
     def _keep(self) -> None:
         while (lease := self._next()) is not None:
@@ -183,7 +178,7 @@ class LeaseTimer:
     def _next(self) -> _Lease | None:
         """Wait until a renewal is due, and return the lease. If the thread must end, return None."""
         with self._changed:
-            while self._thread is threading.current_thread():
+            while True:
                 lease = min([*self._leases], key=lambda lease: lease.due, default=None)
                 if lease is not None:
                     self._wakes = lease.due
@@ -191,10 +186,8 @@ class LeaseTimer:
                 if wait > 0:
                     self._changed.wait(wait)
                     continue
-                if lease is None:
-                    self._thread = None
+                self._has_thread = lease is not None
                 return lease
-            return None
 
     def _renew(self, lease: _Lease, unit: UnitOfWork) -> None:
         if lease in self._leases:  # the effect can end while this unit waits for the write lock
