@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -40,30 +41,53 @@ _INTERVAL = 0.2  # Seconds between two reads of the change feed.
 _CLOSED = "the database was closed, or was opened before the process was forked: open it again"
 
 
-class _Subscription:
-    """Queue of device changes for one iterator. The thread of a `DeviceWatcher` fills the queue.
-    `subscription.position` is the number of the last change that was read.
+class DeviceChanges(AsyncIterator["DeviceChange"]):
+    """Asynchronous iterator of device changes, for one task at a time. A cancelled wait loses no change.
+
+    The thread of the `DeviceWatcher` fills a queue of each iterator.
     """
 
-    def __init__(self, after: int) -> None:
+    def __init__(self, watcher: DeviceWatcher, after: int) -> None:
+        self._watcher = watcher
         self._changes: deque[DeviceChange] = deque()
         self._wake: Callable[[], object] | None = None
         self.position: int = after
+        """Number of the last change in the queue."""
         self.is_behind: bool = True
         """True if the feed can have further changes for this iterator."""
         self.is_closed: bool = False
 
     @property
     def has_room(self) -> bool:
+        """True if the queue is not full."""
         return len(self._changes) < _WAITING
 
-    def take(self, wake: Callable[[], object]) -> DeviceChange | None:
-        """Return the next change, or None if the queue is empty. After the next change, the thread calls `wake()`."""
-        # Set `_wake` before reading the queue. Otherwise the iterator could miss a change.
-        self._wake = wake
-        return self._changes.popleft() if self._changes else None
+    def __aiter__(self) -> DeviceChanges:
+        return self
+
+    async def __anext__(self) -> DeviceChange:
+        if not self.is_closed:
+            self._watcher.serve(self)
+            await checkpoint()
+        while not self.is_closed:
+            self._watcher.serve(self)
+            event = anyio.Event()
+            # Set `_wake` before reading the queue. Otherwise the iterator could miss a change.
+            self._wake = partial(_caller_in_loop(), event.set)
+            if self._changes:
+                return self._changes.popleft()
+            with anyio.move_on_after(self._watcher.seconds_left(self)):
+                await event.wait()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """End the iteration. A waiting task gets StopAsyncIteration."""
+        self.is_closed = True
+        self.wake()
+        self._watcher.wake()
 
     def put(self, changes: list[DeviceChange]) -> None:
+        """Add changes to the queue, and wake the waiting task."""
         self._changes.extend(changes)
         self.is_behind = len(changes) == _PAGE
         if changes:
@@ -71,49 +95,13 @@ class _Subscription:
             self.wake()
 
     def wake(self) -> None:
-        """Wake the iterator. If the event loop of the iterator has ended, close the subscription."""
+        """Wake the waiting task. If the event loop of the task has ended, close the iterator."""
         wake, self._wake = self._wake, None
         if wake is not None:
             try:
                 wake()
             except RuntimeError:  # asyncio and trio raise RuntimeError after the end of the event loop
                 self.is_closed = True
-
-
-class DeviceChanges(AsyncIterator["DeviceChange"]):
-    """Asynchronous iterator of device changes, for one task at a time. A cancelled wait loses no change."""
-
-    def __init__(self, watcher: DeviceWatcher, after: int) -> None:
-        self._watcher = watcher
-        self._subscription = _Subscription(after)
-
-    def __aiter__(self) -> DeviceChanges:
-        return self
-
-    async def __anext__(self) -> DeviceChange:
-        subscription = self._subscription
-        if not subscription.is_closed:
-            self._watcher.serve(subscription)
-            await checkpoint()
-        while not subscription.is_closed:
-            self._watcher.serve(subscription)
-            event = anyio.Event()
-            change = subscription.take(partial(_caller_in_loop(), event.set))
-            if change is not None:
-                return change
-            with anyio.move_on_after(self._watcher.seconds_left(subscription)):
-                await event.wait()
-        raise StopAsyncIteration
-
-    async def aclose(self) -> None:
-        """End the iteration. A waiting task gets StopAsyncIteration."""
-        self._subscription.is_closed = True
-        self._subscription.wake()
-        self._watcher.wake()
-
-    def __del__(self) -> None:
-        # Do not take a mutex, because the garbage collector can interrupt the holder.
-        self._subscription.is_closed = True
 
 
 def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
@@ -134,7 +122,7 @@ class DeviceWatcher:
         self._timeout = timeout
         self._monotonic = monotonic
         self._mutex = threading.RLock()
-        self._subscriptions: set[_Subscription] = set()
+        self._iterators: WeakSet[DeviceChanges] = WeakSet()
         self._thread: threading.Thread | None = None
         self._is_closed = False
         self._read_at = 0.0
@@ -144,18 +132,18 @@ class DeviceWatcher:
 
     # The iterators
 
-    def serve(self, subscription: _Subscription) -> None:
-        """Add a subscription, and start the thread. If the database is closed, raise DatabaseClosedError."""
+    def serve(self, iterator: DeviceChanges) -> None:
+        """Add an iterator, and start the thread. If the database is closed, raise DatabaseClosedError."""
         # Check for a fork before taking the mutex. A forked child's mutex can stay locked.
         if self._engine.is_forked_copy or self._is_closed:
             raise DatabaseClosedError(_CLOSED)
-        if subscription not in self._subscriptions:
+        if iterator not in self._iterators:
             with self._mutex:
-                self._subscriptions.add(subscription)
+                self._iterators.add(iterator)
                 if self._thread is None:
                     self._start()
             self.wake()
-        elif subscription.is_behind and subscription.has_room and self._error is None:
+        elif iterator.is_behind and iterator.has_room and self._error is None:
             self.wake()
 
     def _start(self) -> None:
@@ -167,12 +155,12 @@ class DeviceWatcher:
             self._thread = None
             raise DatabaseError(f"could not start the thread that reads device changes: {error}") from None
 
-    def seconds_left(self, subscription: _Subscription) -> float:
+    def seconds_left(self, iterator: DeviceChanges) -> float:
         """Return an iterator's remaining wait in seconds. After `PATIENCE` seconds without a read, raise an error."""
         waited = self._monotonic() - self._read_at
         if waited < PATIENCE:
             return PATIENCE - waited
-        subscription.is_closed = True
+        iterator.is_closed = True
         raise DatabaseError(
             f"the changes of devices could not be read for {waited:.1f} s: "
             f"{self._error or 'the database does not answer'}. Check the rights of each connected device again"
@@ -186,9 +174,9 @@ class DeviceWatcher:
         """End the thread. Every iterator then raises DatabaseClosedError."""
         with self._mutex:
             self._is_closed = True
-            thread, subscriptions = self._thread, list(self._subscriptions)
-        for subscription in subscriptions:
-            subscription.wake()
+            thread, iterators = self._thread, list(self._iterators)
+        for iterator in iterators:
+            iterator.wake()
         if thread is not None and thread is not threading.current_thread():
             self.wake()
             thread.join(self._timeout)
@@ -196,31 +184,33 @@ class DeviceWatcher:
     # The thread
 
     def _run(self) -> None:
-        """Read the change feed until `close()`, or until no subscription is open."""
+        """Read the change feed until `close()`, or until no iterator is open."""
         while True:
             with self._mutex:
-                self._subscriptions = {each for each in self._subscriptions if not each.is_closed}
-                if self._is_closed or not self._subscriptions:
+                iterators = [each for each in self._iterators if not each.is_closed]
+                self._iterators = WeakSet(iterators)
+                if self._is_closed or not iterators:
                     self._thread = None
                     self._engine.feed_connections.discard_free()
                     return
-                subscriptions = list(self._subscriptions)
-            self._read(subscriptions)
+            self._read(iterators)
+            # Do not keep an iterator alive during the wait. The thread ends after the loss of the last reference.
+            del iterators
             with suppress(Empty):
                 # After a failed read, use a shorter interval, because changes already wait.
                 self._wakes.get(timeout=_INTERVAL if self._error is None else _INTERVAL / 4)
                 while True:
                     self._wakes.get_nowait()
 
-    def _read(self, subscriptions: Iterable[_Subscription]) -> None:
-        """Deliver new changes to the subscriptions. If the read fails, store the error."""
+    def _read(self, iterators: Iterable[DeviceChanges]) -> None:
+        """Deliver new changes to the iterators. If the read fails, store the error."""
         engine = self._engine
         try:
             with engine.feed_mutex:
                 connection = engine.feed_connections.acquire(0)
                 try:
                     is_changed = connection.look_for_commits()
-                    self._deliver(connection, [each for each in subscriptions if is_changed or each.is_behind])
+                    self._deliver(connection, [each for each in iterators if is_changed or each.is_behind])
                 except BaseException:
                     engine.feed_connections.discard(connection)
                     raise
@@ -237,26 +227,27 @@ class DeviceWatcher:
                     exc_info=None if isinstance(error, HomeAgentError) else error,
                     extra={"event": "device_changes_unreadable", "error": type(error).__name__},
                 )
-            self._error = error
-            for subscription in subscriptions:
-                subscription.wake()
+            # Without the traceback, because its frames would keep the iterators alive.
+            self._error = error.with_traceback(None)
+            for iterator in iterators:
+                iterator.wake()
             return
         self._read_at, self._error = self._monotonic(), None
 
     @staticmethod
-    def _deliver(connection: StoreConnection, subscriptions: list[_Subscription]) -> None:
+    def _deliver(connection: StoreConnection, iterators: list[DeviceChanges]) -> None:
         """Fill the queue of each iterator up to the newest change. Stop at a full queue."""
-        for subscription in subscriptions:
-            subscription.is_behind = True
+        for iterator in iterators:
+            iterator.is_behind = True
         while True:
-            readers: dict[int, list[_Subscription]] = {}
-            for subscription in subscriptions:
-                if subscription.is_behind and subscription.has_room and not subscription.is_closed:
-                    readers.setdefault(subscription.position, []).append(subscription)
+            readers: dict[int, list[DeviceChanges]] = {}
+            for iterator in iterators:
+                if iterator.is_behind and iterator.has_room and not iterator.is_closed:
+                    readers.setdefault(iterator.position, []).append(iterator)
             if not readers:
                 return
             for position, group in readers.items():
                 rows = connection.read_alone(CHANGES, {"after": position, "limit": _PAGE + 1})
                 changes = changes_of(rows, position)
-                for subscription in group:
-                    subscription.put(changes)
+                for iterator in group:
+                    iterator.put(changes)

@@ -6,9 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import anyio
@@ -17,11 +15,10 @@ import pytest
 from sqlalchemy import make_url
 
 from homeagent import Database, DeviceChange, device_changes
-from homeagent.device_changes import PATIENCE, DeviceWatcher, _Subscription
+from homeagent.device_changes import PATIENCE, DeviceWatcher
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from tests.conftest import Children, MakeDatabase, RecordProperty, add_device, postgres_execute
 from tests.feed_load import FeedLoad
-from tests.interrupts import interrupt_at
 
 pytestmark = pytest.mark.anyio
 
@@ -112,7 +109,7 @@ def test_a_long_backlog_arrives_complete(database: Database, monkeypatch: pytest
     async def watch() -> list[tuple[str | None, str]]:
         changes: Any = database.watch_devices(after=0)
         first = await following(changes)
-        await until(lambda: not changes._subscription.has_room)
+        await until(lambda: not changes.has_room)
         return first + await following(changes, 499)
 
     assert asyncio.run(watch()) == [(f"{number:04}", "paired") for number in range(500)]
@@ -283,28 +280,6 @@ def test_killed_writers_and_watchers(
         assert p99 < 0.3
     record_property("processes killed while they write or watch device changes", sum(load.counts.values()))
     record_property("99th percentile of the delay of a device change", p99)
-
-
-def test_a_handler_that_wakes_an_iterator() -> None:
-    """If a signal handler closes the database at any point while an iterator takes a change, both calls return."""
-    turns = 0
-    change: Any = SimpleNamespace(number=1)
-
-    def take() -> None:
-        nonlocal turns
-        while True:
-            subscription = _Subscription(0)
-            subscription.put([change])
-            act = partial(subscription.take, int)
-            if not interrupt_at(turns, {"homeagent.device_changes"}, act, subscription.wake):
-                return
-            turns += 1
-
-    thread = threading.Thread(target=take, daemon=True)
-    thread.start()
-    thread.join(30)
-    assert not thread.is_alive()
-    assert turns > 0
 
 
 IDLE = """
