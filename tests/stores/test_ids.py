@@ -135,24 +135,6 @@ def test_a_search_takes_every_text(database: Database) -> None:
             database.rotate_secret(absent)
 
 
-def test_a_text_subclass_that_equals_an_id_is_checked(database: Database) -> None:
-    """If an object of a text class equals every id, the store checks the object instead of a cached id."""
-
-    class Alike(str):
-        __slots__ = ()
-
-        def __eq__(self, other: object) -> bool:
-            return True
-
-        def __hash__(self) -> int:
-            return hash("lamp")
-
-    with database.unit_of_work() as unit:
-        assert unit.nonces.consume("lamp", "n-1", expires_at=START + MINUTE)
-        with pytest.raises(InvalidArgumentError, match="backslash"):
-            unit.nonces.consume(Alike("../lamp"), "n-2", expires_at=START + MINUTE)
-
-
 @pytest.mark.parametrize("odd", ["tab\there", "a/../b", "pho\u202ene", "x" * 600, "nul\0"], ids=ascii)
 def test_rows_that_break_the_rules(database: Database, target: str, odd: str) -> None:
     """If another version stored an id that no new row can have, each method reads, changes and deletes the row."""
