@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy import inspect
 from sqlmodel import SQLModel
 
-import homeagent
 from homeagent import (
     Agent,
     AgentPublic,
@@ -33,7 +32,6 @@ from homeagent import (
 )
 from homeagent.errors import InvalidArgumentError
 from homeagent.models import SCHEMA, TABLES, metadata
-from homeagent.models.base import Model
 from homeagent.models.session import new_session_id, route_key
 
 NOW = datetime(2026, 3, 1, 12, 30, 15, 123456, tzinfo=UTC)
@@ -310,11 +308,3 @@ def test_tables_have_no_subclasses(table: Any, options: dict[str, bool]) -> None
     with pytest.raises(TypeError, match=rf"^{table.__name__} is a table .*derive View from .* such as DevicePublic"):
         type(table)("View", (table,), namespace, **options)
     assert list(table.__table__.columns) == columns
-
-
-def test_import_builds_every_model() -> None:
-    """After the import, Pydantic has built each public model, so that no thread or forked child builds one."""
-    public = [getattr(homeagent, name) for name in homeagent.__all__]
-    models = [each for each in public if isinstance(each, type) and issubclass(each, Model)]
-    assert len(models) > 10
-    assert all(model.__pydantic_complete__ for model in models)
