@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from functools import partial
 from itertools import cycle, islice
 from operator import itemgetter
 from types import EllipsisType
+from typing import Any
 
 from pydantic import JsonValue
 
 from homeagent import errors, models
-from homeagent.engine.statements import Parameters, Statement
+from homeagent.engine.statements import Parameters
 from homeagent.models.session import ROUTE_INDEX, AgentSession, new_session_id, route_key
 from homeagent.models.types import check_limit, check_optional_label, check_searched, not_after
 from homeagent.stores import session_statements as statements
@@ -35,22 +35,12 @@ _INDEX_BATCH = 1000
 
 
 def _route_of(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return a route as parameters for the statements."""
-    return {
-        "agent_id": agent_id,
-        "sender_id": sender_id,
-        "channel_id": channel_id,
-        "route": route_key(agent_id, sender_id, channel_id),
-    }
-
-
-def _searched_route(agent_id: str, sender_id: str | None, channel_id: str | None) -> Parameters:
-    """Return a route for a search. An old session can contain texts that are no longer valid."""
-    check_searched(agent_id, "agent_id")
-    for value, what in ((sender_id, "sender_id"), (channel_id, "channel_id")):
-        if value is not None:
-            check_searched(value, what)
-    return _route_of(agent_id, sender_id, channel_id)
+    """Return a route as parameters for the statements. An old session can contain texts that are no longer valid."""
+    route: Parameters = {"agent_id": agent_id, "sender_id": sender_id, "channel_id": channel_id}
+    for name, value in route.items():
+        if value is not None or name == "agent_id":
+            check_searched(value, name)
+    return {**route, "route": route_key(agent_id, sender_id, channel_id)}
 
 
 def _is_on(session: AgentSession, route: Parameters) -> bool:
@@ -128,7 +118,7 @@ class SessionStore(Store):
         """If a session holds the route, return `(True, session)`. Otherwise return `(False, None)`, so that `resolve()`
         begins a write.
         """
-        route = _searched_route(agent_id, sender_id, channel_id)
+        route = _route_of(agent_id, sender_id, channel_id)
         session = self._unit.one(statements.BY_ROUTE, route=route["route"])
         return (True, session) if session is not None and _is_on(session, route) else (False, None)
 
@@ -142,7 +132,7 @@ class SessionStore(Store):
         Raises:
             AgentNotFoundError: if the agent does not exist.
         """
-        route = _searched_route(agent_id, sender_id, channel_id)
+        route = _route_of(agent_id, sender_id, channel_id)
         # Repeat, because another caller can change the sessions between two statements.
         while True:
             session = self._unit.one(statements.BY_ROUTE, route=route["route"])
@@ -157,7 +147,7 @@ class SessionStore(Store):
                 self._searched(channel_id or "", "channel_id"),
             )
             if is_text and self._unit.one(statements.last_active(_given(route)), **route) is not None:
-                self._take(statements.give(_given(route)), route)
+                self._unless_taken(self._unit.write, statements.give(_given(route)), **route)
                 continue
             # Only a new session needs valid texts, so check the texts after the search.
             check_optional_label(sender_id, "sender_id")
@@ -166,17 +156,13 @@ class SessionStore(Store):
             if created is not None:
                 return created
 
-    def _take(self, statement: Statement[AgentSession], route: Parameters) -> bool:
-        """Run a statement that sets a route key. If another transaction has just taken the route, return False."""
-        return self._unless_taken(lambda: self._unit.write(statement, **route))
-
-    def _unless_taken(self, write: Callable[[], object]) -> bool:
+    def _unless_taken(self, write: Callable[..., object], *arguments: Any, **parameters: Any) -> bool:
         """Call a function that sets route keys. If another transaction has taken a route, undo the changes and return
         False.
         """
         try:
             with self._unit.savepoint():
-                write()
+                write(*arguments, **parameters)
         except errors.ConflictError as error:
             if error.constraint != ROUTE_INDEX:
                 raise
@@ -190,7 +176,7 @@ class SessionStore(Store):
         """
         check_optional_label(sender_id, "sender_id")
         check_optional_label(channel_id, "channel_id")
-        route = _searched_route(agent_id, sender_id, channel_id)
+        route = _route_of(agent_id, sender_id, channel_id)
         self._require_agent(agent_id)
         now = self._unit.now()
         started = None
@@ -250,9 +236,9 @@ class SessionStore(Store):
                     if _is_on(holder, route):
                         raise errors.RouteTakenError(holder.session_id)
                     self._unit.write(statements.RELEASE_STALE, **route)
-                moved = self._take(statements.MOVE, {**route, "id": session_id})
+                moved = self._unless_taken(self._unit.write, statements.MOVE, id=session_id, **route)
             if session.route_key == old["route"] != route["route"]:
-                self._take(statements.give(_given(old)), old)
+                self._unless_taken(self._unit.write, statements.give(_given(old)), **old)
         return self.get(session_id)
 
     @reading
@@ -337,7 +323,7 @@ class SessionStore(Store):
         while batch := list(islice(iterator, _INDEX_BATCH)):
             # Finish the generator before the write, because the generator reads the database.
             rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
-            while not self._unless_taken(partial(self._index_rows, rows)):
+            while not self._unless_taken(self._index_rows, rows):
                 pass  # try again, because another transaction has taken a route (only on PostgreSQL)
             total += len(batch)
             if progress is not None:
