@@ -139,21 +139,15 @@ class DeviceWatcher:
             raise DatabaseClosedError(_CLOSED)
         if iterator not in self._iterators:
             with self._mutex:
-                self._iterators.add(iterator)
                 if self._thread is None:
-                    self._start()
+                    self._read_at, self._error = self._monotonic(), None
+                    thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
+                    thread.start()
+                    self._thread = thread
+                self._iterators.add(iterator)
             self.wake()
         elif iterator.is_behind and iterator.has_room and self._error is None:
             self.wake()
-
-    def _start(self) -> None:
-        self._read_at, self._error = self._monotonic(), None
-        self._thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError as error:
-            self._thread = None
-            raise DatabaseError(f"could not start the thread that reads device changes: {error}") from None
 
     def seconds_left(self, iterator: DeviceChanges) -> float:
         """Return an iterator's remaining wait in seconds. After `PATIENCE` seconds without a read, raise an error."""
