@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator
-from sqlalchemy import BigInteger, Dialect, Integer
+from sqlalchemy import BigInteger, Integer
 from sqlalchemy.types import TypeEngine
 
 from homeagent.errors import InvalidArgumentError
@@ -119,14 +119,10 @@ def from_milliseconds(milliseconds: float) -> datetime:
 class TimestampColumn(StoredColumn[datetime]):
     """Column type for a timestamp in milliseconds since 1970."""
 
-    impl: TypeEngine[Any] | type[TypeEngine[Any]] = BigInteger
+    impl: TypeEngine[Any] | type[TypeEngine[Any]] = BigInteger().with_variant(Integer(), "sqlite")
     cache_ok: bool | None = True
     # A look-up in the cache is faster than creating a timestamp.
     convert_loaded: Callable[[Any], Any] = staticmethod(lru_cache(8192)(from_milliseconds))
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Return the engine's type for 64-bit integers."""
-        return dialect.type_descriptor(Integer() if dialect.name == "sqlite" else BigInteger())
 
     @staticmethod
     def convert_bound(value: datetime) -> int:
