@@ -17,6 +17,8 @@ from homeagent.stores import idempotency_key_statements as statements
 from homeagent.stores.room import has_room
 from homeagent.stores.store import Store, check_kind, reading, writing
 
+_DEFAULTS = {name: field.default for name, field in IdempotencyKey.model_fields.items()}
+
 
 class IdempotencyKeyStore(Store):
     """Store of idempotency keys. An idempotency key is a record that makes a retried call safe."""
@@ -53,25 +55,9 @@ class IdempotencyKeyStore(Store):
             expires_at=expires_at,
         ):
             raise errors.IdempotencyKeyExistsError(scope.device_id, scope.method)
+        given = {"key": scope.key, "method": scope.method, "device_id": scope.device_id, "result": result}
         # Do not validate the instance: validation would take longer than the insert.
-        return as_loaded(
-            IdempotencyKey,
-            {
-                "key": scope.key,
-                "method": scope.method,
-                "device_id": scope.device_id,
-                "result": result,
-                "created_at": now,
-                "expires_at": expires_at,
-                "state": IdempotencyState.COMPLETED,
-                "fingerprint": None,
-                "owner": None,
-                "attempt": 1,
-                "lease_expires_at": None,
-                "downstream_key": None,
-                "omitted": False,
-            },
-        )
+        return as_loaded(IdempotencyKey, {**_DEFAULTS, **given, "created_at": now, "expires_at": expires_at})
 
     @reading
     @clears_locals
