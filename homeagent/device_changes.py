@@ -117,10 +117,9 @@ def _caller_in_loop() -> Callable[[Callable[[], object]], object]:
 class DeviceWatcher:
     """Thread that reads the change feed of a `Database`. The method `close()` waits at most `timeout=` seconds."""
 
-    def __init__(self, engine: Engine, *, timeout: float, monotonic: Callable[[], float] = monotonic) -> None:
+    def __init__(self, engine: Engine, *, timeout: float) -> None:
         self._engine = engine
         self._timeout = timeout
-        self._monotonic = monotonic
         self._mutex = threading.RLock()
         self._iterators: WeakSet[DeviceChanges] = WeakSet()
         self._thread: threading.Thread | None = None
@@ -140,7 +139,7 @@ class DeviceWatcher:
         if iterator not in self._iterators:
             with self._mutex:
                 if self._thread is None:
-                    self._read_at, self._error = self._monotonic(), None
+                    self._read_at, self._error = monotonic(), None
                     thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
                     thread.start()
                     self._thread = thread
@@ -151,7 +150,7 @@ class DeviceWatcher:
 
     def seconds_left(self, iterator: DeviceChanges) -> float:
         """Return an iterator's remaining wait in seconds. After `PATIENCE` seconds without a read, raise an error."""
-        waited = self._monotonic() - self._read_at
+        waited = monotonic() - self._read_at
         if waited < PATIENCE:
             return PATIENCE - waited
         iterator.is_closed = True
@@ -226,7 +225,7 @@ class DeviceWatcher:
             for iterator in iterators:
                 iterator.wake()
             return
-        self._read_at, self._error = self._monotonic(), None
+        self._read_at, self._error = monotonic(), None
 
     @staticmethod
     def _deliver(connection: StoreConnection, iterators: list[DeviceChanges]) -> None:

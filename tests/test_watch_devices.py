@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy import make_url
 
 from homeagent import Database, DeviceChange, device_changes
-from homeagent.device_changes import PATIENCE, DeviceWatcher
+from homeagent.device_changes import PATIENCE
 from homeagent.errors import DatabaseClosedError, DatabaseError
 from tests.conftest import Children, MakeDatabase, RecordProperty, add_device, postgres_execute
 from tests.feed_load import FeedLoad
@@ -168,12 +168,12 @@ def make_unreadable(target: str, url: str | None) -> Callable[[], None]:
 
 
 async def test_an_unreadable_feed_raises_an_error(
-    database: Database, target: str, engine_name: str, request: pytest.FixtureRequest
+    database: Database, target: str, engine_name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An iterator waits for the end of a short interruption, and raises an error after `PATIENCE` seconds."""
     url = request.getfixturevalue("postgres_url") if engine_name == "postgresql" else None
     now = [0.0]
-    database._device_watcher = DeviceWatcher(database._engine, timeout=1, monotonic=lambda: now[0])
+    monkeypatch.setattr(device_changes, "monotonic", lambda: now[0])
     changes = database.watch_devices()
     waiting = asyncio.create_task(following(changes))
     await asyncio.sleep(0)
