@@ -128,19 +128,24 @@ def test_the_hash_can_be_an_enum(database: Database) -> None:
     assert database.devices.get("lamp").shared_secret_hash == "sha256$new"
 
 
-def test_approval_ends_an_earlier_overlap(database: Database) -> None:
-    """An approval clears the revocation, and the previous secret that an earlier version stored for the device."""
+def test_approve_and_revoke(database: Database, clock: FakeClock) -> None:
+    """An approval and a revocation record the time and the reason. An approval also clears the revocation, and the
+    previous secret that an earlier version stored for the device.
+    """
     add_device(database)
     for status in (DeviceStatus.PENDING, DeviceStatus.REVOKED):
         with database.unit_of_work() as unit:
             device = unit.session.get_one(Device, "lamp")
             device.previous_secret_hash, device.previous_secret_expires_at = "stolen", START + MINUTE
+        clock.advance(SECOND)
         assert database.devices.approve("lamp", expected_status=status) is True
         device = database.devices.get("lamp")
         assert (device.previous_secret_hash, device.previous_secret_expires_at) == (None, None)
-        assert (device.approved_at, device.revoked_at, device.revoked_reason) == (START, None, None)
-        database.devices.revoke("lamp", reason="lost")
-        assert database.devices.get("lamp").revoked_reason == "lost"
+        assert (device.approved_at, device.revoked_at, device.revoked_reason) == (clock.now, None, None)
+        assert database.devices.revoke("lamp", reason="lost") is True
+        assert database.devices.revoke("lamp", reason="again") is False
+        device = database.devices.get("lamp")
+        assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.REVOKED, clock.now, "lost")
 
 
 def test_last_seen_once_a_minute(database: Database, clock: FakeClock) -> None:
@@ -371,25 +376,6 @@ def test_limits_by_default() -> None:
     assert (limits.pending_devices, limits.nonces_per_device, limits.keys_per_device) == (1_000, 10_000, 10_000)
     assert (limits.waiting_hashes, limits.failed_checks_per_minute) == (16, 30)
     assert [limits.pending_ttl, limits.longest_ttl, limits.changes_kept] == days
-
-
-def test_approve_and_revoke(database: Database, clock: FakeClock) -> None:
-    """`approve` and `revoke` return whether the device changed, and record the time and the reason."""
-    add_device(database)
-    with database.unit_of_work() as unit:
-        approved_at = clock.advance(SECOND)
-        assert unit.devices.approve("lamp") is True
-        assert unit.devices.approve("lamp") is False
-        device = unit.devices.get("lamp")
-        assert (device.status, device.approved_at, device.revoked_at) == (DeviceStatus.APPROVED, approved_at, None)
-        revoked_at = clock.advance(SECOND)
-        assert unit.devices.revoke("lamp", reason="lost") is True
-        assert unit.devices.revoke("lamp", reason="again") is False
-        device = unit.devices.get("lamp")
-        assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.REVOKED, revoked_at, "lost")
-        assert unit.devices.approve("lamp", expected_status=DeviceStatus.REVOKED) is True
-        device = unit.devices.get("lamp")
-        assert (device.status, device.revoked_at, device.revoked_reason) == (DeviceStatus.APPROVED, None, None)
 
 
 @pytest.mark.parametrize("revoked", [False, True], ids=["pending", "revoked"])
