@@ -32,7 +32,7 @@ from sqlalchemy import CheckConstraint, Column, Index, Integer, PrimaryKeyConstr
 from sqlmodel import Field
 
 from homeagent.errors import InvalidArgumentError
-from homeagent.frame_locals import clear_locals
+from homeagent.frame_locals import clear_locals, clears_locals
 from homeagent.models.base import PartialIndex, Table, hide_input
 from homeagent.models.types import (
     MAX_RESULT_BYTES,
@@ -166,18 +166,14 @@ class IdempotencyScope:
             raise
 
     @classmethod
+    @clears_locals
     def of_record(cls, device_id: str, method: str, key: str) -> "IdempotencyScope":
         """Return the scope of a stored record. An old record can contain texts that are no longer valid. The methods
         `insert()` and `claim()` raise an error for an invalid text.
         """
         with suppress(InvalidArgumentError):
             return cls(device_id, method, key)
-        try:
-            return _RecordedScope(device_id, method, key)
-        except InvalidArgumentError as error:
-            del key
-            clear_locals(error)
-            raise
+        return _RecordedScope(device_id, method, key)
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
