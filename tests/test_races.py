@@ -41,23 +41,11 @@ database.close()
 ONE_WINNER = (
     READY
     + """
-import time
-from homeagent import IdempotencyScope, errors
+from homeagent import errors
 until = datetime.now(UTC) + timedelta(hours=1)
 me = sys.argv[2]
 print(database.run(lambda unit: unit.nonces.consume("lamp", "n", expires_at=until)))
 print(database.run(lambda unit: unit.sessions.resolve(agent_id="ada", sender_id="s").session_id))
-def effect(attempt):
-    time.sleep(0.05)
-    return me
-while True:
-    try:
-        outcome = database.run_once(IdempotencyScope("lamp", "open", "k"), effect)
-    except errors.IdempotencyInProgressError:
-        time.sleep(0.01)
-    else:
-        break
-print("replayed" if outcome.replayed else "ran", outcome.value)
 try:
     database.run(lambda unit: unit.devices.revoke(f"admin{me}"))
     print("revoked")
@@ -83,17 +71,15 @@ def test_read_then_write_from_processes_loses_nothing(target: str, children: Chi
 
 @PROCESSES
 def test_processes_have_one_winner(target: str, children: Children, processes: int) -> None:
-    """If several processes race, each nonce, session and effect has a single winner, and an admin stays."""
+    """If several processes race, each nonce and session has a single winner, and an admin stays."""
     with Database.open(target) as database:
         add_agent(database)
         for number in range(processes):
             add_device(database, f"admin{number}", role=Role.ADMIN, approved=True)
     answers = [answer.splitlines() for answer in children.together(ONE_WINNER, [(target, n) for n in range(processes)])]
-    consumed, sessions, effects, admins = zip(*answers, strict=True)
+    consumed, sessions, admins = zip(*answers, strict=True)
     assert sorted(consumed) == ["False"] * (processes - 1) + ["True"]
     assert len(set(sessions)) == 1
-    assert sorted(effect.split()[0] for effect in effects) == ["ran"] + ["replayed"] * (processes - 1)
-    assert len({effect.split()[1] for effect in effects}) == 1
     assert sorted(admins) == ["last"] + ["revoked"] * (processes - 1)
     with Database.open(target) as database:
         assert len(dump(database)["sessions"]) == 1
