@@ -261,11 +261,10 @@ class SessionStore(Store):
             after: last session of the previous page. Default: the first page. Each unchanged session appears on exactly
                 one page.
         """
-        if after is not None and not isinstance(after, AgentSession):
-            raise errors.InvalidArgumentError("after must be the last session of the page before")
         given = {"agent_id": agent_id, "sender_id": sender_id, "channel_id": channel_id}
         filters: Parameters = {name: self._searched(each, name) for name, each in given.items() if each is not None}
         if after is not None:
+            check_kind(after, AgentSession, "after")
             filters |= {"after_active": after.last_active_at, "after_id": after.session_id}
         return self._unit.all(statements.page_of(frozenset(filters)), limit=check_limit(limit), **filters)
 
@@ -357,10 +356,7 @@ class SessionStore(Store):
     def _rows(self, batch: Sequence[AgentSession], before: int, known: set[str], now: datetime) -> Iterator[Parameters]:
         """Check each session of a batch, and yield its parameters. Add ids of existing agents to `known=`."""
         for number, session in enumerate(batch, before + 1):
-            if not isinstance(session, AgentSession):
-                raise errors.InvalidArgumentError(
-                    f"number {number} is not an AgentSession but {type(session).__name__}"
-                )
+            check_kind(session, AgentSession, f"number {number}")
             if session.agent_id not in known:
                 self._require_agent(session.agent_id)
                 known.add(session.agent_id)
