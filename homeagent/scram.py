@@ -11,7 +11,7 @@ messages:
 3. The device makes a proof by `proof_message()` and `make_proof()`. The device sends its id, a new nonce, the time and
    the proof.
 4. The gateway calls `check_proof()`, consumes the nonce, and sends the result of `server_signature()`. The device
-   checks the signature by `check_server_signature()`. A right signature proves that the gateway has the verifier.
+   checks the signature by `ProofKeys.recognises()`. A right signature proves that the gateway has the verifier.
 
 | attacker has | attacker can |
 |---|---|
@@ -46,7 +46,6 @@ __all__ = [
     "ProofKeys",
     "ProofParameters",
     "check_proof",
-    "check_server_signature",
     "derive_proof_keys",
     "fake_parameters",
     "make_proof",
@@ -95,31 +94,22 @@ class ProofKeys:
         return _xor(self.client_key, _hmac_sha256(self.stored_key, message))
 
     def recognises(self, message: bytes, signature: bytes) -> bool:
-        """Return True if the gateway's signature of the message is right."""
+        """Return True if the gateway's signature is right for the message of the device's proof."""
         return hmac.compare_digest(_hmac_sha256(self.server_key, message), signature)
 
 
 @clears_locals
-def derive_proof_keys(
-    secret: SecretStr | str, parameters: ProofParameters, *, minimum_iterations: int = MIN_ITERATIONS
-) -> ProofKeys:
+def derive_proof_keys(secret: SecretStr | str, parameters: ProofParameters) -> ProofKeys:
     """Derive the keys of a secret. The derivation takes about 2 ms for 4,096 iterations, and 0.2 s for 600,000.
 
     Args:
-        secret: the secret. The function does not apply SASLprep (RFC 5802) to non-ASCII characters.
+        secret: generated secret. A false gateway could ask for few iterations, and guess a human's secret. The function
+            does not apply SASLprep (RFC 5802) to non-ASCII characters.
         parameters: parameters of the verifier, which the device gets from the gateway.
-        minimum_iterations: minimum number of iterations that the device accepts. With very few iterations, a false
-            gateway could guess a human's secret.
 
     Raises:
-        InvalidArgumentError: if the secret is invalid, or the iterations are below `minimum_iterations`. The error
-            message does not show the secret.
+        InvalidArgumentError: if the secret is invalid. The error message does not show the secret.
     """
-    if parameters.iterations < minimum_iterations:
-        raise InvalidArgumentError(
-            f"the gateway asks for {parameters.iterations:,} iterations, fewer than {minimum_iterations:,}: check that "
-            "the gateway is the right gateway, and pair the device again if the verifier was made with fewer"
-        )
     salted = hashlib.pbkdf2_hmac("sha256", secret_text(secret).encode(), parameters.salt, parameters.iterations)
     return ProofKeys(client_key=_hmac_sha256(salted, b"Client Key"), server_key=_hmac_sha256(salted, b"Server Key"))
 
@@ -176,8 +166,8 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
     Args:
         secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, without control characters.
         iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default for a generated secret is 4,096, and
-            otherwise 600,000. For absent devices, `fake_parameters()` returns only 4,096 or 600,000 iterations. Another
-            number shows an attacker that the device exists.
+            otherwise 600,000. For absent devices, `fake_parameters()` returns 4,096 iterations. Another number shows an
+            attacker that the device exists.
         salt: salt of 8 to 64 bytes, by default 16 random bytes.
 
     Returns:
@@ -207,7 +197,7 @@ def verifier_parameters(verifier: str) -> ProofParameters:
 _PROCESS_KEY = secrets.token_bytes(_KEY_BYTES)
 
 
-def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: float = 0.0) -> ProofParameters:
+def fake_parameters(device_id: str, key: bytes | None = None) -> ProofParameters:
     """Return invented parameters for an absent device. The result looks like the answer for an existing device.
 
     The same arguments always give the same result. The answer for an existing device changes with each rotation of its
@@ -218,23 +208,16 @@ def fake_parameters(device_id: str, key: bytes | None = None, *, human_share: fl
         key: at least 16 random bytes, by default a random key of the process. Keep the key private, and do not change
             the key. A new key changes only the answers for absent devices. By comparing answers, an attacker could find
             the existing devices.
-        human_share: number from 0 to 1. The function returns 600,000 iterations for this share of the absent devices.
-            If all devices have generated secrets, keep the default 0.
 
     Raises:
-        InvalidArgumentError: if the key is too short, or `human_share` is out of range. Another cause is a lone
-            surrogate in the id.
+        InvalidArgumentError: if the key is too short, or the id has a lone surrogate.
     """
     if key is None:
         key = _PROCESS_KEY
     elif len(key) < _MIN_FAKE_KEY_BYTES:
         raise InvalidArgumentError(f"key must be at least {_MIN_FAKE_KEY_BYTES} random bytes")
-    if not 0 <= human_share <= 1:
-        raise InvalidArgumentError("human_share must be 0 to 1")
     derived = _hmac_sha256(key, b"homeagent-fake-parameters-1" + canonical_json([device_id], "device ids"))
-    salt, rest = derived[:_SALT_BYTES], derived[_SALT_BYTES:]
-    as_human = int.from_bytes(rest, "big") < human_share * 256 ** len(rest)
-    return ProofParameters(salt, _HUMAN_ITERATIONS if as_human else _GENERATED_ITERATIONS)
+    return ProofParameters(derived[:_SALT_BYTES], _GENERATED_ITERATIONS)
 
 
 @clears_locals
@@ -259,15 +242,13 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
 
 
 @clears_locals
-def make_proof(
-    secret: SecretStr | str, parameters: ProofParameters, message: bytes, *, minimum_iterations: int = MIN_ITERATIONS
-) -> bytes:
+def make_proof(secret: SecretStr | str, parameters: ProofParameters, message: bytes) -> bytes:
     """Return the 32-byte proof of a secret. Use this function in a device.
 
     The message is the result of `proof_message()`. For the other arguments and for the errors, see
     `derive_proof_keys()`. For several proofs, derive the keys once, and call `ProofKeys.prove()`.
     """
-    return derive_proof_keys(secret, parameters, minimum_iterations=minimum_iterations).prove(message)
+    return derive_proof_keys(secret, parameters).prove(message)
 
 
 # A stand-in for an absent or damaged verifier. All checks must take the same time.
@@ -320,18 +301,3 @@ def server_signature(verifier: str, message: bytes) -> bytes:
         InvalidArgumentError: if the verifier is damaged. The error message does not show the verifier.
     """
     return _hmac_sha256(_require_verifier(verifier).server_key, message)
-
-
-@clears_locals
-def check_server_signature(
-    secret: SecretStr | str, parameters: ProofParameters, message: bytes, signature: bytes
-) -> bool:
-    """Return True if the gateway's signature of the message is right. Use this function in a device.
-
-    Pass the parameters and the message that the device used for the proof. A signature that does not have 32 bytes is
-    wrong.
-
-    Raises:
-        InvalidArgumentError: if the secret is invalid. The error message does not show the secret.
-    """
-    return derive_proof_keys(secret, parameters).recognises(message, signature)
