@@ -252,8 +252,5 @@ def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
                 del content["application/json"]
                 content[PROBLEM] = {"schema": reference}
         responses.setdefault("default", {"description": "Error", "content": {PROBLEM: {"schema": reference}}})
-    for name in ("HTTPValidationError", "ValidationError"):
-        # Other servers answer the document's callbacks and webhooks. Their replies still refer to FastAPI's schemas.
-        if name in schemas and f"'#/components/schemas/{name}'" not in str(document):
-            del schemas[name]
+    # Keep FastAPI's schemas: the replies to callbacks and webhooks refer to the schemas.
     return document
