@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -493,6 +494,21 @@ def test_a_stranger_cannot_erase_a_webhook(
     pair(homeagent_database, "bell")
     homeagent_database.devices.delete("bell")
     assert hooks.post("/hook", content=body, headers=headers).content == first.content
+    assert house.count == 1
+
+
+def test_a_webhook_from_before_a_restore(
+    hooks: Client, house: House, homeagent_clock: FakeClock, sqlite_path: Path
+) -> None:
+    """A message that was signed at most the tolerance after a restore is refused: its key can be lost."""
+    Database.open(sqlite_path, clock=homeagent_clock).close()
+    Database.begin_epoch(sqlite_path, clock=homeagent_clock)
+    with Database.open(sqlite_path, clock=homeagent_clock) as database:
+        hooks.app.state.homeagent_database = database
+        for seconds, status in ((0, 401), (300, 401), (1, 200)):
+            now = homeagent_clock.advance(seconds=seconds)
+            headers = sign(SECRET, "m-1", int(now.timestamp()), b'{"rung": 1}')
+            assert hooks.post("/hook", content=b'{"rung": 1}', headers=headers).status_code == status
     assert house.count == 1
 
 
