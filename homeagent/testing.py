@@ -105,11 +105,10 @@ class DatabaseFactory:
         self._server = server
         self._closing = ExitStack()
 
-    def __call__(self, *, server: str | None = None, **options: Any) -> Database:
+    def __call__(self, **options: Any) -> Database:
         """Return a new, empty database.
 
         Args:
-            server: URL of a PostgreSQL server. The default is the value of the fixture `homeagent_server`.
             options: arguments of `Database.open()`, such as `unit=` and `migrations=`. Each argument overrides the same
                 argument in `homeagent_options`. The default clock is the fixture `homeagent_clock`. The default
                 durability is `"normal"`.
@@ -117,8 +116,7 @@ class DatabaseFactory:
         from homeagent.database import Database
 
         options = {**self._options, **options}
-        server = self._server if server is None else server
-        target = self._templates.copy(server, options, self._closing)
+        target = self._templates.copy(self._server, options, self._closing)
         return self._closing.enter_context(Database.open(target, **options))
 
     def close(self) -> None:
@@ -231,7 +229,7 @@ def homeagent_factory(
     homeagent_options: dict[str, Any],
     homeagent_server: str | None,
 ) -> Iterator[DatabaseFactory]:
-    """Factory that opens further databases. A test can pass arguments of `Database.open` and a different server."""
+    """Factory that opens further databases. A test can pass arguments of `Database.open`."""
     options = {"clock": homeagent_clock, "durability": "normal", **homeagent_options}
     factory = DatabaseFactory(_homeagent_templates, options, homeagent_server)
     yield factory
