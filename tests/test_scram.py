@@ -88,16 +88,6 @@ def test_verifiers_of_generated_and_human_secrets() -> None:
     assert base64.b64encode(KEYS.client_key).decode() not in VERIFIER
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"iterations": 4095}, {"iterations": 10_000_001}, {"salt": bytes(7)}, {"salt": bytes(65)}], ids=str
-)
-def test_verifier_out_of_bounds_is_refused(wrong: dict[str, Any]) -> None:
-    """If the iterations or the length of the salt are out of bounds, making the verifier raises."""
-    with pytest.raises(InvalidArgumentError, match=next(iter(wrong))) as refused:
-        make_verifier("swordfish", **wrong)
-    assert "swordfish" not in str(refused.value)
-
-
 @pytest.mark.parametrize("secret", ["", "swordfish\0", "swordfish\ud800", "swordfish" * 100, b"swordfish"], ids=repr)
 def test_unusable_secret_makes_neither_verifier_nor_proof(secret: Any) -> None:
     """If a text can't be hashed as a secret, verifier and proof refuse the text without showing it."""
@@ -259,8 +249,9 @@ def test_naive_timestamp_is_refused(timestamp: Any) -> None:
     ("name", "value", "words"),
     [
         ("salt", bytes(7), "salt"),
-        ("iterations", 1, "iterations"),
-        ("iterations", 10**9, "iterations"),
+        ("salt", bytes(65), "salt"),
+        ("iterations", 4095, "iterations"),
+        ("iterations", 10_000_001, "iterations"),
         ("salt", "x" * 16, "decode"),
         ("iterations", 4.5, "decode"),
         ("iterations", "4096", "decode"),

@@ -14,10 +14,9 @@ import argon2
 import pytest
 
 from homeagent.credentials import SecretHasher, SecretMatch, generate_secret
-from homeagent.errors import DatabaseBusyError, TooManyAttemptsError
+from homeagent.errors import DatabaseBusyError
 from tests import fork_server
 from tests.credentials.conftest import HUMAN, OTHER, Runs, dearer
-from tests.postgresql.load import wait_for
 
 
 @contextmanager
@@ -53,23 +52,6 @@ def test_no_more_than_concurrency_run_at_once(runs: Runs) -> None:
         secret = generate_secret()
         assert hasher.check(secret, [hasher.hash(secret)])
     assert hasher.hash(OTHER)
-
-
-def test_queue_length_is_bounded(runs: Runs) -> None:
-    """If the queue is full, a caller raises an error at once; a caller that leaves the queue makes room."""
-    hasher = hasher_of(timeout=timedelta(minutes=1))
-    with _held(runs, lambda: hasher.hash(HUMAN)) as pool:
-        waiting = [pool.submit(hasher.check, HUMAN, [], waiting=2) for _ in range(2)]
-        wait_for("two callers in the queue", lambda: hasher._runs.waiting == 2)
-        for refused in (lambda: hasher.hash(OTHER, waiting=2), lambda: hasher.check(OTHER, [], waiting=2)):
-            with pytest.raises(TooManyAttemptsError, match=r"2 slow hashes of secrets wait .* try again in 1\.000 s"):
-                refused()
-        assert hasher._runs.waiting == 2
-        secret = generate_secret()
-        assert hasher.check(secret, [hasher.hash(secret, waiting=0)], waiting=0)
-    for future in waiting:
-        assert not future.result(60)
-    assert hasher.hash(OTHER, waiting=0)
 
 
 def test_failing_run_releases_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
