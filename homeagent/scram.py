@@ -160,15 +160,13 @@ def _require_verifier(verifier: str) -> _Verifier:
 
 
 @clears_locals
-def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, salt: bytes | None = None) -> str:
+def make_verifier(secret: SecretStr | str) -> str:
     """Make a verifier, by which a gateway checks proofs. A verifier does not contain the secret.
 
     Args:
-        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, without control characters.
-        iterations: iterations of PBKDF2, 4,096 to 10,000,000. The default for a generated secret is 4,096, and
-            otherwise 600,000. For absent devices, `fake_parameters()` returns 4,096 iterations. Another number shows an
-            attacker that the device exists.
-        salt: salt of 8 to 64 bytes, by default 16 random bytes.
+        secret: 1 to 512 characters, at most 1,024 bytes of UTF-8, without control characters. For a generated secret,
+            the verifier has 4,096 iterations of PBKDF2, as for absent devices (see `fake_parameters()`). For any other
+            secret, the verifier has 600,000 iterations. This number shows an attacker that the device exists.
 
     Returns:
         Text of the form `SCRAM-SHA-256$<iterations>:<salt>$<StoredKey>:<ServerKey>`, at most 256 characters. The salt
@@ -176,11 +174,10 @@ def make_verifier(secret: SecretStr | str, *, iterations: int | None = None, sal
         manual).
 
     Raises:
-        InvalidArgumentError: if an argument is out of range. The error message does not show the secret.
+        InvalidArgumentError: if the secret is invalid. The error message does not show the secret.
     """
-    if iterations is None:
-        iterations = _GENERATED_ITERATIONS if is_generated(secret) else _HUMAN_ITERATIONS
-    parameters = ProofParameters(secrets.token_bytes(_SALT_BYTES) if salt is None else salt, iterations)
+    iterations = _GENERATED_ITERATIONS if is_generated(secret) else _HUMAN_ITERATIONS
+    parameters = ProofParameters(secrets.token_bytes(_SALT_BYTES), iterations)
     keys = derive_proof_keys(secret, parameters)
     return _Verifier(parameters, keys.stored_key, keys.server_key).text
 

@@ -55,9 +55,18 @@ RFC_PROOF = base64.b64decode("dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=")
 RFC_SIGNATURE = base64.b64decode("6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=")
 
 
+def verifier_of(secret: str, salt: bytes, iterations: int) -> str:
+    """Return a verifier in PostgreSQL's form, as RFC 5802 section 3 computes the StoredKey and the ServerKey."""
+    salted = hashlib.pbkdf2_hmac("sha256", secret.encode(), salt, iterations)
+    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
+    server = hmac.digest(salted, b"Server Key", "sha256")
+    texts = [base64.b64encode(part).decode() for part in (salt, stored, server)]
+    return "SCRAM-SHA-256${}:{}${}:{}".format(iterations, *texts)
+
+
 def test_proof_and_signature_of_the_rfc() -> None:
     """The device computes the RFC's proof; the gateway, which holds only the verifier, accepts the proof and signs."""
-    verifier = make_verifier("pencil", iterations=4096, salt=RFC_SALT)
+    verifier = verifier_of("pencil", RFC_SALT, 4096)
     assert check_proof(verifier, RFC_MESSAGE, RFC_PROOF)
     assert server_signature(verifier, RFC_MESSAGE) == RFC_SIGNATURE
     assert derive_proof_keys("pencil", ProofParameters(RFC_SALT, 4096)).recognises(RFC_MESSAGE, RFC_SIGNATURE)
@@ -65,15 +74,8 @@ def test_proof_and_signature_of_the_rfc() -> None:
 
 
 def test_verifier_has_the_form_that_postgresql_documents() -> None:
-    """A verifier holds iterations, salt, StoredKey and ServerKey, as computed here from RFC 5802 section 3."""
-    verifier = make_verifier("pencil", iterations=5000, salt=b"sixteen bytes ok")
-    salted = hashlib.pbkdf2_hmac("sha256", b"pencil", b"sixteen bytes ok", 5000)
-    stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
-    server = hmac.digest(salted, b"Server Key", "sha256")
-    assert verifier == (
-        f"SCRAM-SHA-256$5000:{base64.b64encode(b'sixteen bytes ok').decode()}"
-        f"${base64.b64encode(stored).decode()}:{base64.b64encode(server).decode()}"
-    )
+    """A verifier holds iterations, salt, StoredKey and ServerKey."""
+    assert verifier_of(SECRET.get_secret_value(), PARAMETERS.salt, 4096) == VERIFIER
 
 
 def test_verifiers_of_generated_and_human_secrets() -> None:
@@ -81,7 +83,7 @@ def test_verifiers_of_generated_and_human_secrets() -> None:
     assert (PARAMETERS.iterations, len(PARAMETERS.salt)) == (4096, 16)
     assert verifier_parameters(make_verifier(SecretStr("swordfish"))).iterations == 600_000
     assert make_verifier(SECRET) != VERIFIER
-    longest = make_verifier(SECRET, salt=bytes(64))
+    longest = verifier_of(SECRET.get_secret_value(), bytes(64), 10_000)
     assert len(longest) <= 256
     assert check_proof(longest, MESSAGE, make_proof(SECRET, verifier_parameters(longest), MESSAGE))
     assert SECRET.get_secret_value() not in VERIFIER
@@ -205,7 +207,7 @@ def test_a_check_computes_the_same_for_every_verifier(proof: bytes, monkeypatch:
     count(hmac, "digest")
     count(hashlib, "sha256")
     count(hmac, "compare_digest")
-    for verifier in (VERIFIER, None, "damaged", make_verifier(SECRET, iterations=20_000)):
+    for verifier in (VERIFIER, None, "damaged", verifier_of(SECRET.get_secret_value(), bytes(16), 20_000)):
         seen.clear()
         check_proof(verifier, MESSAGE, proof)
         read = [] if verifier == "damaged" else [("b64decode", 24), ("b64decode", 44), ("b64decode", 44)]
