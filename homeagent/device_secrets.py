@@ -30,6 +30,7 @@ from homeagent.errors import (
     DeviceNotFoundError,
     InvalidArgumentError,
     PendingLimitError,
+    TooManyAttemptsError,
     UnitStateError,
 )
 from homeagent.frame_locals import clears_locals
@@ -167,8 +168,8 @@ class DeviceSecrets:
                 return _checked(None)
             if stored[match.matched] in _valid_hashes(device, self._clock()):
                 # Do not replace the hash of a pending device. An approval with the old hash could fail.
-                if device.approved and match.matched == 0 and match.replacement is not None:
-                    self._rehash(device_id, stored[0], match.replacement)
+                if device.approved and match.matched == 0 and match.is_outdated:
+                    self._rehash(device_id, shared_secret, *stored)
                 return _checked(device)
             if device.shared_secret_hash == stored[0]:
                 return _checked(None)  # The old secret expired during the check.
@@ -178,15 +179,16 @@ class DeviceSecrets:
         """Read a device in a separate read-only unit. Return None if the device does not exist."""
         return self._runner.run(lambda unit: unit.devices.find_by_id(device_id), read_only=True)
 
-    def _rehash(self, device_id: str, old: str, new: str) -> None:
+    def _rehash(self, device_id: str, secret: SecretStr | str, old: str, beside: str | None = None) -> None:
         """Replace a stored hash by a hash with the current costs. Only log an error, because the secret is right."""
         try:
+            new = hash_secret(secret, beside=beside, waiting=self._limits.waiting_hashes)
             self._runner.run(
                 lambda unit: unit.devices.rehash_secret(device_id, expected_secret_hash=old, secret_hash=new),
                 idempotent=True,
             )
         # UnitStateError means that this thread already has an open write unit.
-        except (DatabaseError, UnitStateError) as error:
+        except (DatabaseError, TooManyAttemptsError, UnitStateError) as error:
             logger.warning(
                 "a hash could not be replaced by a hash with newer parameters; the next check tries again: %s",
                 error,

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 from typing import Any
+from unittest.mock import Mock
 
 import anyio
 import pytest
@@ -19,7 +20,7 @@ from homeagent.credentials import FAILED_CHECKS_PER_MINUTE, WAITING_HASHES, gene
 from homeagent.errors import InvalidArgumentError, TooManyAttemptsError
 from homeagent.scram import make_proof, proof_message
 from tests.conftest import START, FakeClock, MakeDatabase, dump, pair
-from tests.credentials.conftest import Runs
+from tests.credentials.conftest import Runs, cheap, dearer
 from tests.credentials.conftest import runs as runs
 
 HUMAN = SecretStr("correct horse battery staple")
@@ -321,3 +322,31 @@ def test_a_shorter_secret_that_is_stored_already_serves(database: Database) -> N
     database.run(lambda unit: unit.devices.create(device) and unit.devices.approve("lamp"))
     assert database.verify_secret("lamp", "abc") is not None
     assert not database.check_secret("lamp", "abd")
+
+
+def test_a_full_queue_keeps_an_outdated_hash(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no place is free to hash a right secret again, the check accepts the secret, and the next check replaces."""
+    pair(database, "lamp", HUMAN)
+    monkeypatch.setattr(hashing, "_default", dearer)
+    with monkeypatch.context() as patch:
+        full = Mock(side_effect=TooManyAttemptsError("16 hashes wait", retry_after=MINUTE))
+        patch.setattr("homeagent.device_secrets.hash_secret", full)
+        assert database.check_secret("lamp", HUMAN)
+    for expected in (False, True):
+        assert ("m=16,t=2" in database.devices.get("lamp").shared_secret_hash) == expected
+        assert database.check_secret("lamp", HUMAN)
+
+
+def test_a_replaced_hash_shares_the_salt_of_an_overlap(
+    database: Database, runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During an overlap, the new hash has the salt of the previous secret's hash, so that one run checks both."""
+    monkeypatch.setattr(hashing, "_default", dearer)
+    pair(database, "lamp", HUMAN)
+    monkeypatch.setattr(hashing, "_default", cheap)
+    new = database.rotate_secret("lamp", SecretStr("another secret"), overlap=MINUTE)
+    monkeypatch.setattr(hashing, "_default", dearer)
+    assert runs.of(lambda: database.check_secret("lamp", "a guess")) == 2
+    assert database.check_secret("lamp", new)
+    assert runs.of(lambda: database.check_secret("lamp", "a guess")) == 1
+    assert all(database.verify_secret("lamp", secret) for secret in (HUMAN, new))

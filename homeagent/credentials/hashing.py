@@ -9,8 +9,7 @@ import os
 import re
 import secrets
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 from pydantic import SecretStr
@@ -87,8 +86,8 @@ class SecretMatch:
 
     matched: int | None = None
     """Index of the matching stored hash, or None if no hash matched."""
-    replacement: str | None = field(default=None, repr=False)
-    """New hash of the secret, to store in place of the matching hash. None if no new hash is needed or possible."""
+    is_outdated: bool = False
+    """True if a new hash of the secret would have other costs or lengths than the matching hash."""
 
     def __bool__(self) -> bool:
         # Compare the index with None, because the index 0 counts as false.
@@ -170,15 +169,7 @@ class SecretHasher:
         same = [one for one, recipe in recipes.items() if hmac.compare_digest(hashes[recipe], one)]
         if not same:
             return SecretMatch()
-        matched = list(stored).index(same[0])
-        if self._is_current(recipes[same[0]]):
-            return SecretMatch(matched)
-        others = [one for index, one in enumerate(stored) if index != matched]
-        replacement = None
-        # If no Argon2 run is free, accept the secret, and keep the stored hash.
-        with suppress(DatabaseBusyError, TooManyAttemptsError):
-            replacement = self.hash(text, beside=others[0] if others else None, waiting=waiting)
-        return SecretMatch(matched, replacement)
+        return SecretMatch(stored.index(same[0]), is_outdated=not self._is_current(recipes[same[0]]))
 
     def _fresh_recipe(self) -> _Recipe:
         """Return a recipe with a new random salt and the hasher's costs."""

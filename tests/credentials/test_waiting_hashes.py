@@ -7,16 +7,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 from unittest.mock import Mock
 
 import argon2
 import pytest
 
-from homeagent.credentials import SecretHasher, SecretMatch, generate_secret
+from homeagent.credentials import SecretHasher, generate_secret
 from homeagent.errors import DatabaseBusyError
 from tests import fork_server
-from tests.credentials.conftest import HUMAN, OTHER, Runs, dearer
+from tests.credentials.conftest import HUMAN, OTHER, Runs
 
 
 @contextmanager
@@ -63,34 +62,6 @@ def test_failing_run_releases_its_place(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(MemoryError, match=r"Threading failure.*give the process more memory"):
             hasher.hash(HUMAN)
     assert hasher.hash(HUMAN)
-
-
-@pytest.mark.parametrize("waiting", [0, 1], ids=["queue full", "timed out"])
-def test_check_succeeds_without_a_place_for_the_replacement(
-    monkeypatch: pytest.MonkeyPatch, runs: Runs, waiting: int
-) -> None:
-    """If no place is free to hash a right secret again, the check succeeds, and the next one offers the new hash."""
-    hasher = hasher_of()
-    old = dearer.hash(HUMAN)
-    intruding: list[Any] = []
-    with ThreadPoolExecutor(max_workers=1) as pool:
-
-        def steal_the_place(left: bytes, right: bytes) -> bool:
-            # Between the run of the check and the run of the replacement, another caller takes the only place.
-            runs.go_on.clear()
-            while runs.inside.acquire(blocking=False):
-                pass
-            intruding.append(pool.submit(hasher.hash, OTHER))
-            assert runs.inside.acquire(timeout=60)
-            return left == right
-
-        with monkeypatch.context() as patch:
-            patch.setattr("hmac.compare_digest", steal_the_place)
-            check = hasher.check(HUMAN, [old], waiting=waiting)
-        runs.go_on.set()
-        assert intruding.pop().result(60)
-    assert check == SecretMatch(0, None)
-    assert hasher.check(HUMAN, [old]).replacement is not None
 
 
 def test_forked_child_has_all_places() -> None:
