@@ -142,17 +142,15 @@ class DeviceSecrets:
         check_searched(device_id, "device_id")
         if not needs_slow_hash(shared_secret):
             return self._runner.run(lambda unit: self._check_fast(unit, device_id, shared_secret), read_only=True)
-        with self._failed_checks.attempt(device_id) as attempt:
-            checked = self._check_slowly(device_id, shared_secret)
-            attempt.failed = checked.device is None
-        return checked
+        check = partial(self._check_slowly, device_id, shared_secret)
+        return _checked(self._failed_checks.run(device_id, check))
 
     def _check_fast(self, unit: UnitOfWork, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
         # A wrong secret costs one statement, even if the device is absent.
         stored = _valid_hashes(unit.devices.find_secret_hashes(device_id), self._clock())
         return _checked(unit.devices.find_by_id(device_id) if check_secret(shared_secret, stored) else None)
 
-    def _check_slowly(self, device_id: str, shared_secret: SecretStr | str) -> models.SecretCheck:
+    def _check_slowly(self, device_id: str, shared_secret: SecretStr | str) -> Device | None:
         # A wrong secret costs one statement and a hash, even without a device.
         while True:
             now = self._clock()
@@ -161,18 +159,18 @@ class DeviceSecrets:
             )
             match = check_secret(shared_secret, stored, waiting=self._limits.waiting_hashes)
             if match.matched is None:
-                return _checked(None)
+                return None
             # Another caller can change or delete the device during the slow hash.
             device = self._find_device(device_id)
             if device is None:
-                return _checked(None)
+                return None
             if stored[match.matched] in _valid_hashes(device, self._clock()):
                 # Do not replace the hash of a pending device. An approval with the old hash could fail.
                 if device.approved and match.matched == 0 and match.is_outdated:
                     self._rehash(device_id, shared_secret, *stored)
-                return _checked(device)
+                return device
             if device.shared_secret_hash == stored[0]:
-                return _checked(None)  # The old secret expired during the check.
+                return None  # The old secret expired during the check.
             # Another caller has replaced the hash. The new hash can belong to the same secret, so check again.
 
     def _find_device(self, device_id: str) -> Device | None:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from hashlib import sha256
+from typing import TypeVar
 
 from homeagent.clock import Clock, monotonic
 from homeagent.errors import TooManyAttemptsError
@@ -21,6 +20,8 @@ _MINUTE = timedelta(minutes=1)
 _MOST_IDS = 10_000
 # A caller can present an id of any length. For an id over `_LONGEST_ID` characters, the counter keeps only a hash.
 _LONGEST_ID = 512
+
+T = TypeVar("T")
 
 # All instances share one lock, which `_renew_lock()` replaces after a fork. The lock is reentrant, because a signal
 # handler can check a secret.
@@ -33,13 +34,6 @@ _Moment = tuple[datetime, float]
 def _age(begun: _Moment, now: _Moment) -> timedelta:
     """Return the age of a check. If the database's clock and monotonic clock disagree, return the larger age."""
     return max(now[0] - begun[0], timedelta(seconds=now[1] - begun[1]))
-
-
-@dataclass(slots=True)
-class CheckAttempt:
-    """One check of a secret. For a wrong secret, the caller must set `attempt.failed = True`."""
-
-    failed: bool = False
 
 
 class FailedChecks:
@@ -67,20 +61,21 @@ class FailedChecks:
         self._monotonic = monotonic
         self._failed: dict[str, list[_Moment]] = {}
 
-    @contextmanager
-    def attempt(self, device_id: str) -> Iterator[CheckAttempt]:
-        """Count a check of the id, and run the block. After the block, subtract the check from the count, unless
-        `attempt.failed` is True. If the id has reached the limit, raise TooManyAttemptsError.
+    def run(self, device_id: str, check: Callable[[], T | None]) -> T | None:
+        """Run a check of the id, which returns None for a wrong secret. Count the check while it runs, and afterwards
+        if the secret was wrong. If the id has reached the limit, raise TooManyAttemptsError.
         """
         if len(device_id) > _LONGEST_ID:
             device_id = f"sha256:{sha256(device_id.encode(errors='surrogatepass')).hexdigest()}"
         begun = self._begin(device_id)
-        attempt = CheckAttempt()
+        is_wrong = False
         try:
-            yield attempt
+            found = check()
+            is_wrong = found is None
         finally:
-            if not attempt.failed:
+            if not is_wrong:
                 self._take_back(device_id, begun)
+        return found
 
     def _begin(self, device_id: str) -> _Moment:
         """Start to count a check, and return the start time. At the limit of the id, raise TooManyAttemptsError."""

@@ -16,15 +16,13 @@ MINUTE = timedelta(minutes=1)
 
 def fail(checks: FailedChecks, device_id: str, times: int = 1) -> None:
     for _ in range(times):
-        with checks.attempt(device_id) as attempt:
-            attempt.failed = True
+        checks.run(device_id, lambda: None)
 
 
 def is_refused(checks: FailedChecks, device_id: str) -> bool:
     """Return whether a check of this id is refused; an accepted check leaves no count."""
     try:
-        with checks.attempt(device_id):
-            return False
+        return not checks.run(device_id, lambda: True)
     except TooManyAttemptsError:
         return True
 
@@ -60,8 +58,8 @@ def test_check_with_an_error_is_not_counted(clock: FakeClock) -> None:
     """If a check raises an error before the hash was computed, no guess was tried, and the check is not counted."""
     checks = FailedChecks(clock, per_minute=1, monotonic=lambda: 0.0)
     for _ in range(3):
-        with pytest.raises(MemoryError), checks.attempt("lamp"):
-            raise MemoryError
+        with pytest.raises(MemoryError):
+            checks.run("lamp", Mock(side_effect=MemoryError))
     assert not is_refused(checks, "lamp")
 
 
