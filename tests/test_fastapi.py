@@ -12,7 +12,7 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
 
 from homeagent import errors
-from homeagent.fastapi import error_replies, install_error_handlers
+from homeagent.fastapi import ErrorReply, install_error_handlers
 from tests.asgi import Client
 
 CALL = {"device_id": "d-private", "method": "door.open"}
@@ -117,7 +117,7 @@ def test_invalid_request_and_document() -> None:
     """A refused request is described without its values, and the OpenAPI document describes all replies."""
     app = FastAPI()
 
-    @app.post("/", responses=error_replies(404))
+    @app.post("/", responses={404: {"model": ErrorReply}})
     def order(order: Order) -> None: ...
 
     install_error_handlers(app)

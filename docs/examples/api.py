@@ -35,7 +35,6 @@ from homeagent.fastapi import (
     DatabaseDep,
     accept_device,
     current_device,
-    error_replies,
     health_router,
     install_error_handlers,
     lifespan,
@@ -43,10 +42,8 @@ from homeagent.fastapi import (
 )
 
 for_all = APIRouter()
-for_devices = APIRouter(dependencies=[Depends(current_device)], responses=error_replies(401, 403, 404, 409, 429, 503))
-for_admins = APIRouter(
-    dependencies=[Depends(require_role(Role.ADMIN))], responses=error_replies(401, 403, 404, 409, 429, 503)
-)
+for_devices = APIRouter(dependencies=[Depends(current_device)])
+for_admins = APIRouter(dependencies=[Depends(require_role(Role.ADMIN))])
 
 # Starlette decodes `%2F` before it searches the route, so each route ends with the id as a `:path` parameter.
 
@@ -67,7 +64,7 @@ class Changed(BaseModel):
     changed: bool
 
 
-@for_all.post("/devices", status_code=201, responses=error_replies(409, 429, 503))
+@for_all.post("/devices", status_code=201)
 def pair(request: DevicePair, response: Response, database: DatabaseDep) -> PairReply:
     paired = database.pair(request)
     made = paired.shared_secret.get_secret_value() if request.shared_secret is None else None

@@ -3,7 +3,7 @@
 from homeagent.fastapi.authentication import CurrentDevice, bearer_token, current_device, require_role
 from homeagent.fastapi.lifespan import DatabaseDep, get_database, health_router, lifespan
 from homeagent.fastapi.once import Once, idempotent
-from homeagent.fastapi.problems import ErrorReply, error_replies, install_error_handlers
+from homeagent.fastapi.problems import ErrorReply, install_error_handlers
 from homeagent.fastapi.webhooks import Webhook, signed_webhook
 from homeagent.fastapi.websocket import accept_device
 
@@ -16,7 +16,6 @@ __all__ = [
     "accept_device",
     "bearer_token",
     "current_device",
-    "error_replies",
     "get_database",
     "health_router",
     "idempotent",

@@ -80,7 +80,9 @@ class InvalidValue(BaseModel):
 
 
 class ErrorReply(BaseModel):
-    """Body of each error reply (problem details, RFC 9457)."""
+    """Body of each error reply (problem details, RFC 9457). The OpenAPI document describes the body as the default
+    reply of each route. To list a status, pass `responses={404: {"model": ErrorReply}}` to FastAPI's route.
+    """
 
     type: str = Field(default="about:blank", description="Always `about:blank`: `error` names the kind of error.")
     title: str = Field(description="Name of the status.")
@@ -89,11 +91,6 @@ class ErrorReply(BaseModel):
     error: str = Field(description="Name of the error's class, for homeagent's errors that of homeagent.errors.")
     errors: list[InvalidValue] | None = Field(default=None, description="Values of the request that were refused.")
     data: JsonValue = Field(default=None, description="The application's own description of the failure.")
-
-
-def error_replies(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the value for the argument `responses=` of a FastAPI route. OpenAPI then lists the statuses."""
-    return {status: {"model": ErrorReply} for status in statuses}
 
 
 class HTTPProblem(HTTPException):

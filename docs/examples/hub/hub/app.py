@@ -17,7 +17,6 @@ from homeagent.errors import HomeAgentError
 from homeagent.fastapi import (
     CurrentDevice,
     accept_device,
-    error_replies,
     get_database,
     health_router,
     install_error_handlers,
@@ -30,7 +29,7 @@ METHOD = "message.send"
 
 HubDatabase = Annotated[Database[HubUnit], Depends(get_database)]
 
-router = APIRouter(responses=error_replies(401, 403, 429, 503))
+router = APIRouter()
 
 
 class SentMessage(BaseModel):
