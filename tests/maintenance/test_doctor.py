@@ -58,15 +58,11 @@ def at(diagnosis: Diagnosis, check: str) -> Any:
 
 
 def bad(diagnosis: Diagnosis) -> dict[str, Severity]:
-    """Return the findings that are not ok, except that the test server has fsync off."""
+    """Return the findings that are not ok."""
     assert Diagnosis.model_validate_json(diagnosis.model_dump_json()) == diagnosis
     assert set(diagnosis.not_checked) | {finding.check for finding in diagnosis.findings} <= set(CHECKS)
     assert diagnosis.exit_status == max(finding.severity.exit_status for finding in diagnosis.findings)
-    return {
-        finding.check: finding.severity
-        for finding in diagnosis.findings
-        if finding.severity is not Severity.OK and (finding.check, finding.facts.get("fsync")) != ("durability", "off")
-    }
+    return {finding.check: finding.severity for finding in diagnosis.findings if finding.severity is not Severity.OK}
 
 
 def only(diagnosis: Diagnosis, check: str, severity: Severity) -> Any:
@@ -117,7 +113,7 @@ def test_valid_file_has_no_problem(path: Path, clock: FakeClock) -> None:
     found = look(path, clock)
     assert [finding.check for finding in found.findings if finding.severity is not Severity.OK] == []
     assert (found.exit_status, found.severity, found.not_checked) == (0, Severity.OK, {})
-    assert [finding.check for finding in found.findings] == list(CHECKS[: CHECKS.index("durability")])
+    assert [finding.check for finding in found.findings] == list(CHECKS[: CHECKS.index("write_access")])
     assert (found.location, found.engine, found.checked_at) == (str(path), "sqlite", clock.now)
     assert at(look(path, clock, thorough=True), "integrity").facts["pragma"] == "integrity_check"
     facts = at(found, "database").facts

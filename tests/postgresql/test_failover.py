@@ -109,10 +109,6 @@ def test_a_standby_and_its_primary(pair: Pair) -> None:
     Database.open(pair.url).close()
     found = diagnose(pair.url)
     assert bad(found) == {}
-    durability = found.finding("durability")
-    assert durability is not None
-    assert durability.facts == {"fsync": "on", "full_page_writes": "on", "synchronous_commit": "on"}
-
     standby = diagnose(pair.standby.url("homeagent"))
     assert bad(standby) == {"write_access": Severity.CRITICAL}
     assert standby.not_checked == {}

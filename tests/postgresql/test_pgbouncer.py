@@ -141,7 +141,7 @@ def test_statements_are_prepared_only_without_a_pooler(pooled_url: str, empty_po
 def test_doctor_leaves_no_setting(pooled_url: str) -> None:
     """If the doctor used a session, the session's statement limit does not apply to later clients."""
     Database.open(pooled_url).close()
-    assert diagnose(pooled_url).finding("durability") is not None
+    assert diagnose(pooled_url).finding("clock") is not None
     assert in_sessions(pooled_url, "SELECT current_setting('statement_timeout')") == {("0",)}
 
 

@@ -40,8 +40,8 @@ from homeagent.unit_of_work import UnitOfWork
 logger: logging.Logger = logging.getLogger("homeagent")
 
 _FILE_CHECKS = ("directory", "files", "leftovers", "backup", "filesystem", "disk_space", "wal", "integrity")
-CHECKS: tuple[str, ...] = ("database", *STORE_CHECKS, *_FILE_CHECKS, "durability", "write_access")
-"""The names of all checks, in the order of the report. The last two checks are for PostgreSQL."""
+CHECKS: tuple[str, ...] = ("database", *STORE_CHECKS, *_FILE_CHECKS, "write_access")
+"""The names of all checks, in the order of the report. The last check is for PostgreSQL."""
 
 QUICK = timedelta(seconds=10)
 """Longest time for one check, unless the diagnosis is thorough."""

@@ -1,4 +1,4 @@
-"""Diagnose a PostgreSQL database: check the server settings and the store."""
+"""Diagnose a PostgreSQL database: check the rights of the role and the store."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
             _check_path(collector, connection, name)
             if engine.search_schema is not None:
                 connection.execute(text(f"SET LOCAL {engine.search_schema}"))
-            with collector.attempt("durability", on=connection):
-                _check_durability(collector, connection)
             with collector.attempt("write_access", on=connection):
                 _check_write_access(collector, connection)
             check_store(collector, connection)
@@ -46,7 +44,7 @@ def check_postgresql(collector: Collector, url: URL, *, limit: timedelta | None)
     except HomeAgentError as error:
         remedy = "start the server, or correct the URL, the password or pg_hba.conf; read the server's log"
         collector.critical("database", f"{presentable_url(url)} can't be reached.", str(error), remedy, "pg_isready")
-    collector.skip("the database can't be reached", "durability", "write_access", *STORE_CHECKS)
+    collector.skip("the database can't be reached", "write_access", *STORE_CHECKS)
 
 
 def _check_path(collector: Collector, connection: Connection, name: str) -> None:
@@ -57,22 +55,6 @@ def _check_path(collector: Collector, connection: Connection, name: str) -> None
         collector.critical("database", "The search_path leads to two stores.", str(error), remedy)
     else:
         collector.add("database", f"The server answers, database {name!r}.")
-
-
-def _check_durability(collector: Collector, connection: Connection) -> None:
-    names = ("fsync", "full_page_writes", "synchronous_commit")
-    query = text(f"SELECT {', '.join(f'current_setting({name!r})' for name in names)}")
-    settings: dict[str, Any] = dict(zip(names, connection.execute(query).one(), strict=True))
-    shown = ", ".join(f"{name} is {value}" for name, value in settings.items())
-    unsafe = "off" in (settings["fsync"], settings["full_page_writes"])
-    summary = f"The server's settings: {shown}."
-    meaning = "a crash may lose the last commits; a lost nonce may be used again"
-    if unsafe:
-        meaning = "a power cut may lose all data, or leave a database that can't be started"
-    remedy = "switch on all three settings, and reload the server's configuration"
-    command = f"ALTER SYSTEM SET {'fsync' if unsafe else 'synchronous_commit'} = on"
-    early = settings["synchronous_commit"] == "off"
-    collector.add("durability", summary, meaning, remedy, command, critical=unsafe, warning=early, **settings)
 
 
 def _check_write_access(collector: Collector, connection: Connection) -> None:
