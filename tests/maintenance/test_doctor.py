@@ -18,7 +18,6 @@ from sqlalchemy import Engine, event, text
 from homeagent import AgentSessionCreate, Database, IdempotencyScope, Role, diagnose, errors
 from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.in_use import in_use_path
-from homeagent.engine.sqlite.manifests import read_manifest, write_manifest
 from homeagent.maintenance import Diagnosis
 from homeagent.maintenance.doctor import CHECKS, Finding, Severity
 from homeagent.migrations import REVISION
@@ -333,39 +332,6 @@ def test_old_backup(path: Path, clock: FakeClock) -> None:
     only(look(path, clock), "backup", Severity.WARNING)
 
 
-def test_leftovers(path: Path, clock: FakeClock) -> None:
-    """A quarantined database is reported after a month, a partial copy after a day, an unfinished restore at once."""
-    backup = _backup(path, clock)
-    report = Database.restore(backup, path, clock=clock)
-    assert report.kept_aside is not None
-    half = path.with_name(f"homeagent.db.{START:%Y%m%dT%H%M%S%f}Z_2.restoring")
-    half.touch(mode=0o600)
-    manifest = read_manifest(backup)
-    assert manifest is not None
-    # A recent time, so that the age of the backup is not a finding
-    write_manifest(backup, manifest.model_copy(update={"taken_at": clock.now + timedelta(days=40)}))
-    assert at(look(path, clock), "leftovers").facts == {"partial": 0, "bytes": 0, "kept": 1, "old": 0, "halves": 0}
-    clock.advance(days=2)
-    old, new = (path.with_name(f"homeagent.db.0004-{age}.backup.partial") for age in ("old", "new"))
-    for partial, age in ((old, timedelta(days=2)), (new, timedelta(minutes=5))):
-        partial.write_bytes(b"half")
-        partial.chmod(0o600)
-        os.utime(partial, ((clock.now - age).timestamp(),) * 2)
-    found = only(look(path, clock), "leftovers", Severity.WARNING).facts
-    assert found == {"partial": 1, "bytes": 4, "kept": 1, "old": 0, "halves": 1}
-    fixed = diagnose(path, clock=clock, fix=True)
-    assert [repair.check for repair in fixed.repairs] == ["leftovers"]
-    assert (old.exists(), new.exists()) == (False, True)
-    new.unlink()
-    clock.advance(days=30)
-    finding = only(look(path, clock), "leftovers", Severity.WARNING)
-    assert (finding.facts["kept"], finding.facts["old"]) == (1, 1)
-    run(finding)
-    assert (report.kept_aside.exists(), half.exists()) == (False, False)
-    in_use_path(path).write_text("swap 1 2 end\n")
-    assert "interrupted" in only(look(path, clock), "leftovers", Severity.WARNING).summary
-
-
 MIB = 1024 * 1024
 
 
@@ -398,6 +364,16 @@ def test_rollback_mode(path: Path, clock: FakeClock) -> None:
     journal.chmod(0o600)
     run(only(look(path, clock), "database", Severity.WARNING))
     journal.unlink(missing_ok=True)
+    assert look(path, clock).severity is Severity.OK
+
+
+def test_interrupted_restore(path: Path, clock: FakeClock) -> None:
+    """If the lock file describes an unfinished restore, the finding's command finishes the restore."""
+    in_use_path(path).touch(mode=0o600)
+    in_use_path(path).write_text("swap 1 2 end\n")
+    finding = only(look(path, clock), "database", Severity.WARNING)
+    assert "interrupted" in finding.summary
+    run(finding)
     assert look(path, clock).severity is Severity.OK
 
 

@@ -8,7 +8,7 @@ import shlex
 import stat
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.engine.target import Target, conceal, resolve_target
 from homeagent.environment import BUSY_TIMEOUT
 from homeagent.errors import DatabaseClosedError, DatabaseError, HomeAgentError, InvalidArgumentError
-from homeagent.maintenance.doctor.files import database_files, is_public, megabytes, stale_partials
+from homeagent.maintenance.doctor.files import database_files, is_public
 from homeagent.maintenance.doctor.postgresql import check_postgresql
 from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.sqlite import check_sqlite
@@ -39,7 +39,7 @@ from homeagent.unit_of_work import UnitOfWork
 
 logger: logging.Logger = logging.getLogger("homeagent")
 
-_FILE_CHECKS = ("directory", "files", "leftovers", "backup", "filesystem", "disk_space", "wal", "integrity")
+_FILE_CHECKS = ("directory", "files", "backup", "filesystem", "disk_space", "wal", "integrity")
 CHECKS: tuple[str, ...] = ("database", *STORE_CHECKS, *_FILE_CHECKS, "write_access")
 """The names of all checks, in the order of the report. The last check is for PostgreSQL."""
 
@@ -68,9 +68,8 @@ def diagnose(
             indexes with their tables. With `thorough=False`, the doctor stops a check after 10 seconds. The attribute
             `Diagnosis.not_checked` lists the stopped checks.
         fix: True to repair problems that can be repaired without loss. The doctor corrects file modes, route keys and
-            the journal mode. The doctor deletes expired rows and hashes of expired secrets. The doctor also deletes
-            partial copies older than a day. At the end, the doctor empties the WAL. The returned findings describe the
-            database after the repair.
+            the journal mode. The doctor deletes expired rows and hashes of expired secrets. At the end, the doctor
+            empties the WAL. The returned findings describe the database after the repair.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:
@@ -178,7 +177,6 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
     # If the database can belong to another application, change no files.
     if target.path is not None and bad.get("database") is not Severity.CRITICAL:
         _record(done, "files", _make_private(target.path))
-        _record(done, "leftovers", _remove_partials(target.path, diagnosis.checked_at))
     present = "schema_revision" in found and "schema_revision" not in bad
     if not present or any(bad.get(check) is Severity.CRITICAL for check in _HANDS_OFF):
         return done
@@ -215,13 +213,6 @@ def _make_private(path: Path) -> Iterator[str]:
             with explained("make private", file):
                 change_mode(file, mode & FILE_MODE)
             yield f"gave {file.name!r} mode {mode & FILE_MODE:04o}; it had {mode:04o}"
-
-
-def _remove_partials(path: Path, now: datetime) -> Iterator[str]:
-    for file, status in stale_partials(path, now).items():
-        with explained("remove", file):
-            file.unlink()
-        yield f"removed {file.name!r}, {megabytes(status.st_size)} of half a copy"
 
 
 def _switch_to_wal(path: Path) -> Iterator[str]:

@@ -7,27 +7,22 @@ Do not open the database file here: use `lstat`. Closing the file would release 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import shutil
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from homeagent.engine.files.database_file import refuse_insecure, sidecars
 from homeagent.engine.files.filesystems import filesystem_kind, is_network_filesystem
 from homeagent.engine.files.owners import backup_owners, is_replaceable, trusted_owners
-from homeagent.engine.sqlite.in_use import in_use_path, new_path, quarantine_path
 from homeagent.engine.sqlite.manifests import newest_backup, read_manifest, remembered_backup
 from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.report import Collector
 
 OLD_BACKUP = timedelta(days=7)
-STALE = timedelta(days=1)  # After this time, the doctor treats a partial copy as abandoned.
-KEPT = timedelta(days=30)  # After this time, the doctor reports a file in quarantine.
 WAL_RESERVE = 64 * 1024 * 1024  # The required free space is the database's size plus this reserve for the WAL.
 SCARCE = 16 * 1024 * 1024  # With less free space, the next writes can fail.
 
@@ -51,16 +46,6 @@ def is_public(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) and status.st_mode & 0o177 != 0
 
 
-def stale_partials(path: Path, now: datetime) -> Files:
-    """Return the partial copies that have not changed for over a day."""
-    oldest = (now - STALE).timestamp()
-    return {
-        file: status
-        for file, status in database_files(path).items()
-        if file.suffix == ".partial" and stat.S_ISREG(status.st_mode) and status.st_mtime < oldest
-    }
-
-
 def check_files(collector: Collector, path: Path) -> bool:
     """Run all checks that do not open the database. Return True if the doctor is allowed to open the database."""
     with collector.attempt("backup"):
@@ -71,8 +56,6 @@ def check_files(collector: Collector, path: Path) -> bool:
     with collector.attempt("files"):
         _check_owners(collector, path, files)
     _check_modes(collector, files)
-    with collector.attempt("leftovers"):
-        _check_leftovers(collector, path, files)
     with collector.attempt("filesystem"):
         _check_filesystem(collector, path)
     _check_space(collector, path, files)
@@ -172,42 +155,6 @@ def _check_modes(collector: Collector, files: Files) -> None:
     remedy = "remove these rights (or run 'homeagent doctor --fix'), then check which devices are approved"
     severity = {"critical": mode & 0o022, "warning": True}
     collector.add("files", summary, meaning, remedy, f"chmod 600 {_words(public)}", **severity, public=len(public))
-
-
-def _check_leftovers(collector: Collector, path: Path, files: Files) -> None:
-    partial = stale_partials(path, collector.now)
-    in_use_lock = files.get(in_use_path(path))
-    kept = _stamps(files, quarantine_path(path, "*"))
-    old = [file for file, made in kept.items() if made < collector.now - KEPT]
-    halves = [file for file, made in _stamps(files, new_path(path, "*")).items() if made < collector.now - STALE]
-    facts: dict[str, Any] = {"partial": len(partial), "bytes": sum(status.st_size for status in partial.values())}
-    facts |= {"kept": len(kept), "old": len(old), "halves": len(halves)}
-    collector.add("leftovers", "No leftover file needs to be removed.", **facts)
-    if in_use_lock is not None and in_use_lock.st_size:  # the content of the lock file describes an unfinished restore
-        summary = "A restore was interrupted and is not finished."
-        meaning = "the next program that opens the database finishes the restore first"
-        collector.warn("leftovers", summary, meaning, "open the database once", "homeagent status")
-    if partial:
-        summary = f"Partial copies whose writer has ended: {len(partial)}, such as {next(iter(partial)).name!r}."
-        meaning = "a partial copy is useless and takes up space"
-        collector.warn("leftovers", summary, meaning, "remove the partial copies", "homeagent doctor --fix")
-    if old or halves:
-        summary = (
-            f"{len(old)} files that restores moved to quarantine over {KEPT.days} days ago, and {len(halves)} partial "
-            "copies of interrupted restores."
-        )
-        meaning = "these files hold devices and hashes like the database, and take up space"
-        remedy = "check whether you still need these files, then remove them"
-        collector.warn("leftovers", summary, meaning, remedy, f"rm {_words(sorted([*old, *halves]))}")
-
-
-def _stamps(files: Iterable[Path], pattern: Path) -> dict[Path, datetime]:
-    """Return the files of earlier restores, with the time in each name."""
-    before, _, after = pattern.name.partition("*")
-    # A quarantined WAL has the quarantined database's name and a suffix.
-    name = re.compile(rf"{re.escape(before)}(\d{{8}}T\d{{12}}Z)(_\d+)?{re.escape(after)}(-\w+)?")
-    found = {file: match[1] for file in files if (match := name.fullmatch(file.name))}
-    return {file: datetime.strptime(f"{time}+0000", "%Y%m%dT%H%M%S%fZ%z") for file, time in found.items()}
 
 
 def _check_backup(collector: Collector, path: Path) -> None:

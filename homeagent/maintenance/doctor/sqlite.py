@@ -86,18 +86,22 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 def _may_hold_database(collector: Collector, path: Path) -> bool:
     """Check the owners and sizes of the files. If a check fails, add a finding, and return False."""
     log, _, journal = sidecars(path)
-    lock = lock_path(path)
+    lock, in_use = lock_path(path), in_use_path(path)
     try:
-        states = {file: look_at(file) for file in (path, log, journal, lock)}
+        states = {file: look_at(file) for file in (path, log, journal, lock, in_use)}
         owners = backup_owners(path)
     except HomeAgentError as error:
         remedy = "run as the owner of the database"
         collector.critical("database", f"The files of {str(path)!r} can't be read.", str(error), remedy)
         return False
     sizes = {file: 0 if status is None else status.st_size for file, status in states.items()}
-    if any(status is not None and status.st_uid not in owners for file, status in states.items() if file != lock):
+    if any(status is not None and status.st_uid not in owners for status in map(states.get, (path, log, journal))):
         summary = f"homeagent does not open {str(path)!r}: the file, its WAL or its journal belongs to another user."
         collector.critical("database", summary, "the gateway can't start", "see the check 'files'")
+    elif sizes[in_use]:  # the content of the lock file describes the restore
+        summary = "A restore was interrupted and is not finished."
+        meaning = "the next program that opens the database finishes the restore; until then the checks can't read it"
+        collector.warn("database", summary, meaning, "open the database once, then check again", "homeagent status")
     elif sizes[path] == 0 and (sizes[log] or sizes[lock]):
         meaning = "a new database would have no devices, revocations and nonces; homeagent does not create it"
         collector.critical("database", f"{str(path)!r} held a database, and is missing or empty now.", meaning, RESTORE)
