@@ -23,7 +23,6 @@ from homeagent.stores.nonces import NONCE_GRACE
 
 BACKLOG = 10_000  # If more expired rows exist, the doctor assumes that no process sweeps.
 AHEAD = timedelta(minutes=1)  # The clocks of two hosts can differ by this time.
-PENDING = timedelta(days=7)  # If a device waits longer for approval, the doctor reports a warning.
 SECRETS_GRACE = timedelta(days=1)  # Expired hashes may stay for this time, because clocks can be wrong.
 _PAGE = 1000
 _PAGE_WITH_JSON = 25  # the JSON of one row has up to 1 MiB
@@ -348,18 +347,6 @@ def _check_backlog(collector: Collector, connection: Connection) -> None:
     collector.add("expired_backlog", summary, meaning, remedy, "homeagent sweep", warning=warning, **facts)
 
 
-def _check_pending(collector: Collector, connection: Connection) -> None:
-    pending = and_(_device.approved.is_distinct_from(True), _device.approved_at.is_(None), _device.revoked_at.is_(None))
-    waiting = _count(connection, Device, pending)
-    overdue = _count(connection, Device, pending, _device.paired_at <= collector.now - PENDING)
-    summary = f"Devices that wait for approval: {waiting:,}, for over {PENDING.days} days: {overdue:,}."
-    meaning = "a user waits to be let in, or a stranger tries to get in"
-    remedy = "approve or revoke each device that you know, then run 'homeagent devices delete --pending --before TIME'"
-    command = "homeagent devices list --status pending"
-    facts = {"pending": waiting, "overdue": overdue}
-    collector.add("pending_devices", summary, meaning, remedy, command, warning=overdue, **facts)
-
-
 def _check_admins(collector: Collector, connection: Connection) -> None:
     admins = _count(connection, Device, _device.role == Role.ADMIN, _device.approved == True)  # noqa: E712  an expression
     devices = _count(connection, Device)
@@ -384,7 +371,6 @@ _CHECKS: dict[str, Callable[[Collector, Connection], None]] = {
     "expired_backlog": _check_backlog,
     "abandoned_effects": _check_abandoned,
     "previous_secrets": _check_previous_secrets,
-    "pending_devices": _check_pending,
     "admins": _check_admins,
 }
 
