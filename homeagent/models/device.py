@@ -104,7 +104,7 @@ class Device(Table, table=True):
         exclude=True,
         description=(
             "Hash of the secret before the last rotation. Null if the rotation had no overlap. After the overlap, the"
-            " secret no longer works, but the hash stays until the next rotation, a revocation or a repair."
+            " secret no longer works, but the hash stays until the next rotation or a revocation."
         ),
     )
     previous_secret_expires_at: Timestamp | None = Field(

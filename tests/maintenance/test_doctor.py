@@ -553,19 +553,6 @@ def test_effects_without_an_outcome(database: Database, clock: FakeClock) -> Non
     assert healthy(database.doctor())
 
 
-def test_expired_previous_secret(database: Database, clock: FakeClock) -> None:
-    """A day after its overlap a previous hash is a finding; --fix removes it and keeps the present hash."""
-    add_device(database, "desk", role=Role.ADMIN, approved=True)
-    secret = database.rotate_secret("desk", overlap=timedelta(hours=1))
-    clock.advance(hours=20)
-    assert healthy(database.doctor())
-    clock.advance(hours=6)
-    only(database.doctor(), "previous_secrets", Severity.WARNING)
-    assert healthy(database.doctor(fix=True), "previous_secrets")
-    assert database.verify_secret("desk", secret) is not None
-    assert database.devices.get("desk").previous_secret_hash is None
-
-
 def test_sessions_with_the_key_of_another_route(database: Database) -> None:
     """Sessions that an UPDATE moved are counted; --fix gives the last active session its route and the others none."""
     add_agent(database)

@@ -11,7 +11,6 @@ import pytest
 from sqlalchemy import make_url
 
 from homeagent import AgentSessionCreate, Database, Role, diagnose
-from homeagent.clock import system_clock
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.inspection import Stopwatch
 from homeagent.maintenance.doctor import CHECKS, Severity
@@ -168,12 +167,13 @@ def test_display_settings_of_a_role_are_ignored(target: str, setting: str) -> No
 
 def test_rows_are_checked_and_repaired(target: str) -> None:
     """If no process has the database open, --fix repairs its rows, and unreadable rows are a finding."""
-    past = system_clock() - timedelta(days=3)
-    with Database.open(target, clock=lambda: past) as database:
+    with Database.open(target) as database:
         add_device(database, "desk", role=Role.ADMIN, approved=True)
-        database.rotate_secret("desk", overlap=timedelta(hours=1))
-    assert bad(diagnose(target)) == {"previous_secrets": Severity.WARNING}
-    assert healthy(diagnose(target, fix=True), "previous_secrets")
+        add_agent(database)
+        database.sessions.resolve(agent_id="ada", sender_id="anna")
+    execute(target, "UPDATE sessions SET sender_id = 'bert'")
+    assert bad(diagnose(target)) == {"routes": Severity.WARNING}
+    assert healthy(diagnose(target, fix=True), "routes")
     execute(target, "UPDATE devices SET metadata = 'hello' WHERE id = 'desk'")
     finding = only(diagnose(target), "rows", Severity.CRITICAL)
     assert "devices.metadata holds a value that can't be read, in the row with id 'desk'" in finding.summary

@@ -28,9 +28,9 @@ from homeagent.maintenance.doctor.files import database_files, is_public
 from homeagent.maintenance.doctor.postgresql import check_postgresql
 from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.sqlite import check_sqlite
-from homeagent.maintenance.doctor.store import STORE_CHECKS, expired_secrets, stale_routes
+from homeagent.maintenance.doctor.store import STORE_CHECKS, stale_routes
 from homeagent.maintenance.sweep import sweep
-from homeagent.models import AgentSession, Device
+from homeagent.models import AgentSession
 from homeagent.models.limits import Limits
 from homeagent.models.types import check_timestamp
 from homeagent.opening import open_engine
@@ -68,8 +68,8 @@ def diagnose(
             indexes with their tables. With `thorough=False`, the doctor stops a check after 10 seconds. The attribute
             `Diagnosis.not_checked` lists the stopped checks.
         fix: True to repair problems that can be repaired without loss. The doctor corrects file modes, route keys and
-            the journal mode. The doctor deletes expired rows and hashes of expired secrets. At the end, the doctor
-            empties the WAL. The returned findings describe the database after the repair.
+            the journal mode. The doctor deletes expired rows. At the end, the doctor empties the WAL. The returned
+            findings describe the database after the repair.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:
@@ -237,14 +237,6 @@ def _sweep(settings: UnitSettings) -> Iterator[str]:
     yield f"swept {report.nonces:,} nonces and {report.idempotency_keys:,} idempotency keys that had expired"
 
 
-def _forget_previous_secrets(settings: UnitSettings) -> Iterator[str]:
-    with UnitOfWork(settings, read_only=False) as unit:
-        forget = update(Device).where(expired_secrets(unit.now()))
-        forget = forget.values(previous_secret_hash=None, previous_secret_expires_at=None)
-        count = unit.session.connection().execute(forget).rowcount
-    yield f"removed the hash of a previous secret from {count:,} devices"
-
-
 def _correct_routes(settings: UnitSettings) -> Iterator[str]:
     routes: Any = AgentSession.__table__
     taken = 0
@@ -268,7 +260,6 @@ def _truncate_log(settings: UnitSettings) -> Iterator[str]:
 
 _REPAIRS: dict[str, Callable[[UnitSettings], Iterator[str]]] = {
     "expired_backlog": _sweep,
-    "previous_secrets": _forget_previous_secrets,
     "routes": _correct_routes,
     "wal": _truncate_log,
 }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Dialect, Table, and_, exists, func, not_, or_, select, text
+from sqlalchemy import ColumnElement, Connection, Dialect, Table, exists, func, not_, or_, select, text
 
 from homeagent.engine.sqlite.dialect import Undecodable, decoded_row, undecoded_columns
 from homeagent.errors import CorruptDatabaseError
@@ -23,7 +23,6 @@ from homeagent.stores.nonces import NONCE_GRACE
 
 BACKLOG = 10_000  # If more expired rows exist, the doctor assumes that no process sweeps.
 AHEAD = timedelta(minutes=1)  # The clocks of two hosts can differ by this time.
-SECRETS_GRACE = timedelta(days=1)  # Expired hashes may stay for this time, because clocks can be wrong.
 _PAGE = 1000
 _PAGE_WITH_JSON = 25  # the JSON of one row has up to 1 MiB
 
@@ -251,21 +250,6 @@ def _check_abandoned(collector: Collector, connection: Connection) -> None:
     collector.add("abandoned_effects", summary, meaning, remedy, command, warning=keys, keys=keys)
 
 
-def expired_secrets(now: datetime) -> ColumnElement[bool]:
-    """Return the SQL condition for devices with an expired previous secret."""
-    until = _device.previous_secret_expires_at
-    return and_(_device.previous_secret_hash.is_not(None), or_(until.is_(None), until <= now - SECRETS_GRACE))
-
-
-def _check_previous_secrets(collector: Collector, connection: Connection) -> None:
-    devices = _count(connection, Device, expired_secrets(collector.now))
-    summary = f"Devices that still hold the hash of an expired secret: {devices:,}."
-    meaning = "the secret is refused and the hash is not needed: a thief of the file has one more hash to guess at"
-    command = "homeagent doctor --fix"
-    remedy = "remove these hashes"
-    collector.add("previous_secrets", summary, meaning, remedy, command, warning=devices, devices=devices)
-
-
 def _check_references(collector: Collector, connection: Connection) -> None:
     sessions = _count(connection, AgentSession, not_(exists().where(_agent.id == _session.agent_id)))
     summary = f"Sessions whose agent does not exist: {sessions:,}."
@@ -370,7 +354,6 @@ _CHECKS: dict[str, Callable[[Collector, Connection], None]] = {
     "clock": _check_clock,
     "expired_backlog": _check_backlog,
     "abandoned_effects": _check_abandoned,
-    "previous_secrets": _check_previous_secrets,
     "admins": _check_admins,
 }
 
