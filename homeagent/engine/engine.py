@@ -139,12 +139,6 @@ class Engine:
             pool.release(connection)
             return found
 
-    def empty_log(self, timeout: float) -> bool:
-        """Copy the WAL into the database file, wait for readers, and truncate the WAL. Return False if the WAL is still
-        in use after `timeout=` seconds. On PostgreSQL, do nothing.
-        """
-        return True
-
     def translate(self, error: BaseException) -> HomeAgentError:
         """Return homeagent's error for an exception of the driver."""
         raise NotImplementedError  # Each engine overrides the method.

@@ -378,22 +378,12 @@ def test_interrupted_restore(path: Path, clock: FakeClock) -> None:
 
 
 def test_large_wal(path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a WAL is large, a finding reports it, and --fix copies it into the file and truncates it."""
+    """If a WAL is large, a finding reports it."""
     monkeypatch.setattr("homeagent.maintenance.doctor.sqlite.WAL_LIMIT", 5000)
-    log, index = (path.with_name(f"homeagent.db{suffix}") for suffix in ("-wal", "-shm"))
     with Database.open(path, clock=clock) as database:
         add_agent(database)
         only(database.doctor(), "wal", Severity.WARNING)
-        older_index = index.read_bytes()
-        assert healthy(database.doctor(fix=True), "wal")
-        assert log.stat().st_size < 5000
-        files = {path: path.read_bytes(), log: log.read_bytes(), index: older_index}
-    # A power cut may leave the index as the kernel wrote it last, and the WAL as it was synced.
-    for file, content in files.items():
-        file.write_bytes(content)
-        file.chmod(0o600)
-    with Database.open(path, clock=clock) as database, database.unit_of_work(read_only=True) as unit:
-        assert unit.agents.get("ada").name == "Ada"
+    assert look(path, clock).severity is Severity.OK
 
 
 # The schema

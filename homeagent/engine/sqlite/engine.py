@@ -239,27 +239,6 @@ class SQLiteEngine(Engine):
         else:
             raw.set_busy_handler(busy_handler(self.busy_seconds))
 
-    def empty_log(self, timeout: float) -> bool:
-        """Copy the WAL into the file (see `Engine.empty_log`)."""
-        pool = self.pool(read_only=False)
-        # Occupy the process's only write connection. Units of this process can't write until the checkpoint ends.
-        connection = pool.acquire(timeout)
-        try:
-            connection.check_file()
-            raw = connection.driver_connection
-            raw.set_busy_handler(busy_handler(timeout))
-            # https://sqlite.org/pragma.html#pragma_wal_checkpoint
-            ((blocked, _, _),) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            # Make an empty commit, which writes a header to the truncated WAL. After a power cut, an empty WAL could
-            # look like lost commits.
-            connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
-            raw.set_busy_handler(busy_handler(self.busy_seconds))
-        except BaseException:
-            pool.discard(connection)
-            raise
-        pool.release(connection)
-        return not blocked
-
     def prepare_header(self) -> None:
         """Write the application id into an empty file. Switch to WAL mode. The caller must hold `sidecar_lock`."""
         deadline = monotonic() + self.busy_seconds

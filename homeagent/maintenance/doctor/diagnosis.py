@@ -68,8 +68,7 @@ def diagnose(
             indexes with their tables. With `thorough=False`, the doctor stops a check after 10 seconds. The attribute
             `Diagnosis.not_checked` lists the stopped checks.
         fix: True to repair problems that can be repaired without loss. The doctor corrects file modes, route keys and
-            the journal mode. The doctor deletes expired rows. At the end, the doctor empties the WAL. The returned
-            findings describe the database after the repair.
+            the journal mode, and deletes expired rows. The returned findings describe the database after the repair.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:
@@ -182,7 +181,7 @@ def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSe
         return done
     if target.path is not None and settings is None and "wal" in bad and "mode" in found["wal"].facts:
         _record(done, "wal", _switch_to_wal(target.path))
-    needed = [check for check in _REPAIRS if check in bad and "mode" not in found[check].facts]
+    needed = [check for check in _REPAIRS if check in bad]
     if needed:
         with _noted(done, needed[0]), _opened(target, clock, settings) as used:
             for check in needed:
@@ -253,13 +252,7 @@ def _correct_routes(settings: UnitSettings) -> Iterator[str]:
     yield f"gave {taken:,} sessions the key of their route, and left {len(stale) - taken:,} without a route"
 
 
-def _truncate_log(settings: UnitSettings) -> Iterator[str]:
-    if settings.engine.empty_log(settings.timeout):
-        yield "moved the write-ahead log into the file and gave its room back"
-
-
 _REPAIRS: dict[str, Callable[[UnitSettings], Iterator[str]]] = {
     "expired_backlog": _sweep,
     "routes": _correct_routes,
-    "wal": _truncate_log,
 }

@@ -55,8 +55,8 @@ def _check_wal(collector: Collector, path: Path) -> bool:
     if size > WAL_LIMIT:
         summary = f"The write-ahead log (WAL) has {megabytes(size)}."
         meaning = "a reader holds its snapshot open, or no checkpoint moved the WAL into the file: reads get slow"
-        remedy = "end long read-only units; then move the WAL into the file"
-        collector.warn("wal", summary, meaning, remedy, "homeagent doctor --fix", wal_bytes=size)
+        remedy = "end long read-only units; a checkpoint and the next write then shorten the WAL"
+        collector.warn("wal", summary, meaning, remedy, wal_bytes=size)
     if look_at(log) is None and look_at(index) is None:
         collector.add("wal", "The database was closed cleanly: its WAL is empty.", wal_bytes=0)
         return False
