@@ -52,9 +52,9 @@ def check_files(collector: Collector, path: Path) -> bool:
         _check_backup(collector, path)
     _check_directory(collector, path.parent)
     files = database_files(path)
-    may_open = _check_names(collector, files)
+    may_open = False
     with collector.attempt("files"):
-        _check_owners(collector, path, files)
+        may_open = _check_owners(collector, path, files)
     _check_modes(collector, files)
     with collector.attempt("filesystem"):
         _check_filesystem(collector, path)
@@ -88,58 +88,35 @@ def _check_directory(collector: Collector, directory: Path) -> None:
     collector.add("directory", summary, meaning, remedy, command, **severity, mode=mode, uid=status.st_uid)
 
 
-def _check_names(collector: Collector, files: Files) -> bool:
-    for file, status in files.items():
+def _check_owners(collector: Collector, path: Path, files: Files) -> bool:
+    """Report files that homeagent refuses. Return True if the doctor is allowed to open the database."""
+    own = {path, *sidecars(path)}
+    last = remembered_backup(path)
+    backups = {} if last is None else database_files(last.parent / path.name)
+    refused: dict[Path, str] = {}
+    for file, status in (backups | files).items():
         try:
-            refuse_insecure(file, status, frozenset({status.st_uid}))  # `_check_owners()` checks the owner
+            refuse_insecure(file, status, trusted_owners(path.parent) if file in own else backup_owners(path))
         except HomeAgentError as error:
-            summary, _, remedy = str(error).rpartition(": ")
-            meaning = (
-                "homeagent refuses it: under another name the file has another WAL, or another user may replace it"
-            )
-            command = f"ls -ld {shlex.quote(str(file))}"
-            collector.critical("files", f"{summary}.", meaning, remedy, command, names=status.st_nlink)
-            return False
-    return True
-
-
-def _check_owners(collector: Collector, path: Path, files: Files) -> None:
-    if path not in files:
-        return
-    owner, group = files[path].st_uid, files[path].st_gid
-    if owner not in trusted_owners(path.parent):
-        summary = f"The database belongs to user {owner}, and the caller is user {os.geteuid()}."
-        meaning = "homeagent refuses a file of another user"
-        collector.critical("files", summary, meaning, "run as the owner of the database", uid=owner)
-    elif planted := _planted(path, files):
-        summary = (
-            f"Files of another user next to the database or its backups: {len(planted)}, such as {str(planted[0])!r}."
-        )
-        meaning = "another user chose the content; homeagent refuses these files, and does not count them as backups"
-        remedy = "find out which program created them; chown the files that you know to be sound, and remove the others"
-        command = f"ls -l {_words(planted)}"
-        collector.critical("files", summary, meaning, remedy, command, foreign=len(planted), uid=owner)
-    else:
-        others = [file for file, status in files.items() if status.st_uid != owner]
+            refused[file] = str(error)
+    others = [file for file, status in files.items() if path in files and status.st_uid != files[path].st_uid]
+    if refused:
+        problem, _, remedy = next(iter(refused.values())).rpartition(": ")
+        summary = f"Files that homeagent refuses: {len(refused)}. {problem}."
+        meaning = "another user, or a program that uses another name of the file, can change the content"
+        collector.critical("files", summary, meaning, remedy, f"ls -ld {_words(refused)}", refused=len(refused))
+    elif others:
+        owner, group = files[path].st_uid, files[path].st_gid
         summary = f"The database belongs to user {owner}, and {len(others)} of its {len(files)} files to another user."
         meaning = "the gateway can't open these files: a command was probably run as another user, such as root"
         remedy = "change the owner of these files to the owner of the database"
-        command = f"chown {owner}:{group} {_words(others)}"
-        facts = {"foreign": len(others), "uid": owner}
-        collector.add("files", summary, meaning, remedy, command, critical=others, **facts)
+        collector.critical("files", summary, meaning, remedy, f"chown {owner}:{group} {_words(others)}", uid=owner)
+    return own.isdisjoint(refused)
 
 
 def _words(files: Iterable[Path]) -> str:
     """Quote each path for the shell, and join the paths with spaces."""
     return shlex.join(map(str, files))
-
-
-def _planted(path: Path, files: Files) -> list[Path]:
-    owners = backup_owners(path)
-    last = remembered_backup(path)
-    if last is not None and last.parent != path.parent:
-        files = files | database_files(last.parent / path.name)
-    return [file for file, status in files.items() if status.st_uid not in owners]
 
 
 def _check_modes(collector: Collector, files: Files) -> None:

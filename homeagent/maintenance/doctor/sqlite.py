@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from homeagent.engine.files.database_file import FILE_MODE, SMALLEST_DATABASE, look_at, sidecars, size_of
 from homeagent.engine.files.locks import FileLock
-from homeagent.engine.files.owners import backup_owners
 from homeagent.engine.sqlite.dialect import APSW_VERSION, SQLITE_VERSION
 from homeagent.engine.sqlite.engine import APPLICATION_ID, lock_path
 from homeagent.engine.sqlite.in_use import in_use_path
@@ -32,7 +31,7 @@ def check_sqlite(collector: Collector, path: Path) -> None:
     """Run all checks on a database file in any state."""
     may_open = check_files(collector, path)
     if not may_open:
-        summary = f"homeagent does not open {str(path)!r}: one of its files is a link or not a regular file."
+        summary = f"homeagent does not open {str(path)!r}, because it refuses one of the files."
         collector.critical("database", summary, "the gateway can't start", "see the check 'files'")
     elif _may_hold_database(collector, path):
         is_closed = False
@@ -84,21 +83,16 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 
 
 def _may_hold_database(collector: Collector, path: Path) -> bool:
-    """Check the owners and sizes of the files. If a check fails, add a finding, and return False."""
+    """Check the sizes of the files. If a check fails, add a finding, and return False."""
     log, _, journal = sidecars(path)
     lock, in_use = lock_path(path), in_use_path(path)
     try:
-        states = {file: look_at(file) for file in (path, log, journal, lock, in_use)}
-        owners = backup_owners(path)
+        sizes = {file: size_of(file) for file in (path, log, journal, lock, in_use)}
     except HomeAgentError as error:
         remedy = "run as the owner of the database"
         collector.critical("database", f"The files of {str(path)!r} can't be read.", str(error), remedy)
         return False
-    sizes = {file: 0 if status is None else status.st_size for file, status in states.items()}
-    if any(status is not None and status.st_uid not in owners for status in map(states.get, (path, log, journal))):
-        summary = f"homeagent does not open {str(path)!r}: the file, its WAL or its journal belongs to another user."
-        collector.critical("database", summary, "the gateway can't start", "see the check 'files'")
-    elif sizes[in_use]:  # the content of the lock file describes the restore
+    if sizes[in_use]:  # the content of the lock file describes the restore
         summary = "A restore was interrupted and is not finished."
         meaning = "the next program that opens the database finishes the restore; until then the checks can't read it"
         collector.warn("database", summary, meaning, "open the database once, then check again", "homeagent status")
