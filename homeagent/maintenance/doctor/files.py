@@ -15,9 +15,10 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
-from homeagent.engine.files.database_file import refuse_insecure, sidecars
+from homeagent.engine.files.database_file import look_at, refuse_insecure, sidecars
 from homeagent.engine.files.filesystems import filesystem_kind, is_network_filesystem
 from homeagent.engine.files.owners import backup_owners, is_replaceable, trusted_owners
+from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.manifests import newest_backup, read_manifest, remembered_backup
 from homeagent.errors import HomeAgentError
 from homeagent.maintenance.doctor.report import Collector
@@ -48,32 +49,28 @@ def is_public(status: os.stat_result) -> bool:
 
 def check_files(collector: Collector, path: Path) -> bool:
     """Run all checks that do not open the database. Return True if the doctor is allowed to open the database."""
-    with collector.attempt("backup"):
-        _check_backup(collector, path)
-    _check_directory(collector, path.parent)
     files = database_files(path)
     may_open = False
+    with collector.attempt("backup"):
+        _check_backup(collector, path)
     with collector.attempt("files"):
         may_open = _check_owners(collector, path, files)
-    _check_modes(collector, files)
+        _check_modes(collector, files)
     with collector.attempt("filesystem"):
         _check_filesystem(collector, path)
-    _check_space(collector, path, files)
+    with collector.attempt("directory"), explained("inspect", path.parent):
+        if look_at(path.parent) is None:
+            collector.skip("the directory does not exist", "directory", "disk_space")
+            return may_open
+        _check_directory(collector, path.parent)
+    with collector.attempt("disk_space"), explained("measure the free space of", path.parent):
+        _check_space(collector, path, files)
     return may_open
 
 
 def _check_directory(collector: Collector, directory: Path) -> None:
     named = shlex.quote(str(directory))
-    try:
-        status = directory.stat()
-    except FileNotFoundError:
-        collector.skip("the directory does not exist", "directory")
-        return
-    except OSError as error:
-        summary = f"The directory {str(directory)!r} can't be read."
-        meaning = os.strerror(error.errno or 0)
-        collector.critical("directory", summary, meaning, "create it, or correct its owner and mode", f"ls -ld {named}")
-        return
+    status = directory.stat()
     mode = f"{stat.S_IMODE(status.st_mode):04o}"
     summary = f"The directory {str(directory)!r} belongs to user {status.st_uid} and has mode {mode}."
     foreign = os.geteuid() != 0 and status.st_uid not in (0, os.geteuid())
@@ -163,11 +160,7 @@ def _check_filesystem(collector: Collector, path: Path) -> None:
 
 
 def _check_space(collector: Collector, path: Path, files: Files) -> None:
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except OSError as error:
-        collector.skip(os.strerror(error.errno or 0), "disk_space")
-        return
+    free = shutil.disk_usage(path.parent).free
     size = sum(files[file].st_size for file in (path, *sidecars(path)) if file in files)
     lacking = max(0, size + WAL_RESERVE - free)
     summary = f"{megabytes(free)} are free, and the database has {megabytes(size)}."
