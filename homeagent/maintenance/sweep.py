@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, Self, get_args
@@ -221,10 +221,9 @@ def sweep(
     time_budget: timedelta | None = None,
     dry_run: bool = False,
     stop: threading.Event | None = None,
-    kinds: Collection[Kind] = KINDS,
     monotonic: Callable[[], float] = monotonic,
 ) -> SweepReport:
-    """Delete expired rows of the given kinds in batches (see `Database.sweep`)."""
+    """Delete expired rows in batches (see `Database.sweep`)."""
     check_limit(batch_size, "batch_size")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
     stopped = stop or threading.Event()
@@ -237,7 +236,7 @@ def sweep(
         return (deadline is None or monotonic() + seconds < deadline) and not stopped.wait(seconds)
 
     done = True
-    for kind in kinds:
+    for kind in KINDS:
         if done:
             rows = ExpiredRows(settings, kind, graces[kind], monotonic)
             if dry_run:

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from os import PathLike
@@ -29,7 +29,6 @@ from homeagent.maintenance.doctor.postgresql import check_postgresql
 from homeagent.maintenance.doctor.report import Collector, Diagnosis, Repair, Severity
 from homeagent.maintenance.doctor.sqlite import check_sqlite
 from homeagent.maintenance.doctor.store import STORE_CHECKS, stale_routes
-from homeagent.maintenance.sweep import sweep
 from homeagent.models import AgentSession
 from homeagent.models.limits import Limits
 from homeagent.models.types import check_timestamp
@@ -68,7 +67,7 @@ def diagnose(
             indexes with their tables. With `thorough=False`, the doctor stops a check after 10 seconds. The attribute
             `Diagnosis.not_checked` lists the stopped checks.
         fix: True to repair problems that can be repaired without loss. The doctor corrects file modes, route keys and
-            the journal mode, and deletes expired rows. The returned findings describe the database after the repair.
+            the journal mode. The returned findings describe the database after the repair.
         acknowledged: names of the application's triggers on homeagent's tables (see `Database.open()`).
 
     Raises:
@@ -155,7 +154,7 @@ def _database_option(target: Target) -> str:
 
 
 # After a critical finding of these checks, the doctor changes no rows.
-_HANDS_OFF = (
+_HANDS_OFF = {
     "database",
     "integrity",
     "references",
@@ -165,44 +164,33 @@ _HANDS_OFF = (
     "store_record",
     "clock",
     "wal",
-)
+}
 
 
 def _repair(diagnosis: Diagnosis, target: Target, clock: Clock, settings: UnitSettings | None) -> list[Repair]:
     """Repair the problems in the diagnosis if a repair is safe. Return all repairs, including failed repairs."""
     done: list[Repair] = []
-    found = {finding.check: finding for finding in diagnosis.findings}
-    bad = {check: finding.severity for check, finding in found.items() if finding.severity is not Severity.OK}
+    bad = {finding.check: finding for finding in diagnosis.findings if finding.severity is not Severity.OK}
+    critical = {check for check, finding in bad.items() if finding.severity is Severity.CRITICAL}
     # If the database can belong to another application, change no files.
-    if target.path is not None and bad.get("database") is not Severity.CRITICAL:
+    if target.path is not None and "database" not in critical:
         _record(done, "files", _make_private(target.path))
-    present = "schema_revision" in found and "schema_revision" not in bad
-    if not present or any(bad.get(check) is Severity.CRITICAL for check in _HANDS_OFF):
+    if diagnosis.finding("schema_revision") is None or "schema_revision" in bad or critical & _HANDS_OFF:
         return done
-    if target.path is not None and settings is None and "wal" in bad and "mode" in found["wal"].facts:
+    if target.path is not None and settings is None and "wal" in bad and "mode" in bad["wal"].facts:
         _record(done, "wal", _switch_to_wal(target.path))
-    needed = [check for check in _REPAIRS if check in bad]
-    if needed:
-        with _noted(done, needed[0]), _opened(target, clock, settings) as used:
-            for check in needed:
-                _record(done, check, _REPAIRS[check](used))
+    if "routes" in bad:
+        _record(done, "routes", _correct_routes(target, clock, settings))
     return done
 
 
-@contextmanager
-def _noted(done: list[Repair], check: str) -> Iterator[None]:
-    """If the block raises a HomeAgentError, record a failed repair."""
-    try:
-        yield
-    except HomeAgentError as error:
-        done.append(Repair(check=check, action=f"gave up: {error}"))
-
-
 def _record(done: list[Repair], check: str, actions: Iterator[str]) -> None:
-    """Make a repair, and record each of its actions."""
-    with _noted(done, check):
+    """Make a repair, and record each of its actions. Also record the error of a repair that failed."""
+    try:
         for action in actions:
             done.append(Repair(check=check, action=action))
+    except HomeAgentError as error:
+        done.append(Repair(check=check, action=f"gave up: {error}"))
 
 
 def _make_private(path: Path) -> Iterator[str]:
@@ -231,15 +219,10 @@ def _opened(target: Target, clock: Clock, settings: UnitSettings | None) -> Iter
         yield UnitSettings(engine, clock, BUSY_TIMEOUT.total_seconds(), UnitOfWork, Limits())
 
 
-def _sweep(settings: UnitSettings) -> Iterator[str]:
-    report = sweep(settings, kinds=("nonces", "idempotency_keys"))
-    yield f"swept {report.nonces:,} nonces and {report.idempotency_keys:,} idempotency keys that had expired"
-
-
-def _correct_routes(settings: UnitSettings) -> Iterator[str]:
+def _correct_routes(target: Target, clock: Clock, settings: UnitSettings | None) -> Iterator[str]:
     routes: Any = AgentSession.__table__
     taken = 0
-    with UnitOfWork(settings, read_only=False) as unit:
+    with _opened(target, clock, settings) as used, UnitOfWork(used, read_only=False) as unit:
         connection = unit.session.connection()
         stale = list(stale_routes(connection))
         # First release all stale keys: another session can need the key.
@@ -250,9 +233,3 @@ def _correct_routes(settings: UnitSettings) -> Iterator[str]:
             take = update(routes).where(routes.c.session_id == session_id, is_free).values(route_key=route)
             taken += connection.execute(take).rowcount
     yield f"gave {taken:,} sessions the key of their route, and left {len(stale) - taken:,} without a route"
-
-
-_REPAIRS: dict[str, Callable[[UnitSettings], Iterator[str]]] = {
-    "expired_backlog": _sweep,
-    "routes": _correct_routes,
-}
