@@ -46,7 +46,10 @@ def add_device(path: Path) -> None:
 
 
 def test_init_and_status_as_processes(path: Path) -> None:
-    """Processes find a new file by the option and the variable. A second `init` keeps rows; `:memory:` is refused."""
+    """Processes find a new file by the option and the variable. A second `init` keeps rows; `:memory:` is refused.
+
+    The text of `status` has the file, the engine, the schema, each table, the settings and the file modes.
+    """
     made = _run("--database", str(path), "init", "--json")
     assert (made.returncode, made.stderr) == (0, "")
     expected = {"location": str(path), "action": "made", "from_revision": None, "schema_revision": REVISION}
@@ -61,6 +64,9 @@ def test_init_and_status_as_processes(path: Path) -> None:
     again = invoke("init", "--database", path)
     assert (again.exit_code, again.stdout) == (0, f"{path} is at schema revision {REVISION} already: nothing to do.\n")
     assert json.loads(invoke("status", "--json", "--database", path).stdout)["rows"]["devices"] == 1
+    shown = invoke("status", "--database", path).stdout
+    for words in (str(path), "SQLite 3.", REVISION, "devices", "idempotency_keys", "journal_mode", "0600", "0700"):
+        assert words in shown
     assert "name a file" in invoke("--database", ":memory:", "init").stderr
 
 
@@ -137,6 +143,7 @@ def test_a_refusal_after_a_warning_is_one_line(ready: Path) -> None:
         "sessions move talk",
         "sessions move talk --sender anna --no-sender",
         "agents update maid",
+        "keys resolve lamp play k1 {order --yes --attempt 1",
     ],
 )
 def test_wrong_usage_ends_with_2(arguments: str, path: Path) -> None:
@@ -162,13 +169,6 @@ def test_no_message_shows_a_password(arguments: list[str]) -> None:
     assert done.exit_code in (1, 2)
     assert done.stderr
     assert "heim" not in done.output
-
-
-def test_status_reads_well(ready: Path) -> None:
-    """`status` prints the file, the engine, the schema, each table, the settings and the file modes."""
-    shown = invoke("status", "--database", ready, env={"COLUMNS": "200"}).stdout
-    for words in (str(ready), "SQLite 3.", REVISION, "devices", "idempotency_keys", "journal_mode", "0600", "0700"):
-        assert words in shown
 
 
 def test_sweep_removes_expired_rows(ready: Path) -> None:

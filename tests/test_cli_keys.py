@@ -122,11 +122,3 @@ def test_a_later_attempt_with_the_same_number(path: Path, monkeypatch: pytest.Mo
     assert refused.exit_code == 1
     assert "changed after it was shown" in refused.stderr
     assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
-
-
-def test_wrong_usage(path: Path) -> None:
-    """If a result is not JSON, the status is 2 and no row changes."""
-    wrong = invoke(path, "resolve", *parts(SCOPES[0]), "{order")
-    assert wrong.exit_code == 2
-    assert "must be JSON" in wrong.stderr
-    assert len(json.loads(invoke(path, "abandoned", "--json").stdout)) == 2
