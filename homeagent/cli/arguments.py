@@ -34,6 +34,11 @@ def choice(values: type[StrEnum], help: str, *names: str, **settings: Any) -> An
     return option("|".join(values), help, *names, **settings)
 
 
+def seconds(help: str, *, min: int, show_default: bool | str = True) -> Any:
+    """Declare an option whose value is a duration in seconds, of at most 366 days."""
+    return option("SECONDS", help, min=min, max=366 * 24 * 3600, show_default=show_default)
+
+
 def timestamp(help: str) -> Any:
     """Declare an option whose value is a timestamp with an offset."""
     return option("TIMESTAMP", help, parser=_read_timestamp)

@@ -46,7 +46,6 @@ _STATUS_HELP = (
     "--status revoked."
 )
 _OVERLAP_HELP = "Time for which the old secret also works. The device must be approved."
-_LONGEST_OVERLAP = 366 * 24 * 3600  # in seconds
 
 
 class _Order(StrEnum):
@@ -256,9 +255,7 @@ def pair(
 def rotate(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
-    overlap: Annotated[
-        int, arguments.option("SECONDS", _OVERLAP_HELP, min=0, max=_LONGEST_OVERLAP, show_default=True)
-    ] = 0,
+    overlap: Annotated[int, arguments.seconds(_OVERLAP_HELP, min=0)] = 0,
     paired_at: arguments.PairedAtOption = None,
     yes: arguments.YesOption = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from homeagent.cli.application import app, open_named
-from homeagent.cli.arguments import AcknowledgeOption, DryRunOption, flag, option
+from homeagent.cli.arguments import AcknowledgeOption, DryRunOption, flag, option, seconds
 from homeagent.cli.output import count, print_facts, print_result, shown_progress
 from homeagent.cli.visible_text import escape_words
 from homeagent.errors import InvalidArgumentError
@@ -68,14 +68,6 @@ def _finding_text(finding: Finding) -> str:
     return "\n".join(lines)
 
 
-def _budget(seconds: float | None) -> float | None:
-    longest = 366 * 24 * 3600
-    # Do not split the chained comparison, which also refuses the value NaN.
-    if seconds is not None and not 0.001 <= seconds <= longest:
-        raise typer.BadParameter("it must be from 0.001 seconds to 366 days.")
-    return seconds
-
-
 def _days(help: str) -> Any:
     return option("DAYS", help, min=1, max=36_500, show_default=True)
 
@@ -86,9 +78,7 @@ def sweep(
     batch_size: Annotated[
         int, option("ROWS", "Maximum number of rows per transaction.", min=1, max=MAX_LIMIT, show_default=True)
     ] = 100,
-    time_budget: Annotated[
-        float | None, option("SECONDS", "Longest time for the command.", callback=_budget, show_default="no limit")
-    ] = None,
+    time_budget: Annotated[int | None, seconds("Longest time for the command.", min=1, show_default="no limit")] = None,
     pending_ttl: Annotated[int, _days("Delete devices that have been pending for more than DAYS.")] = 30,
     changes_kept: Annotated[int, _days("Delete device changes that are older than DAYS.")] = 7,
     dry_run: DryRunOption = False,
