@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
@@ -28,7 +27,7 @@ from homeagent.cli.visible_text import quoted
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.schemas import DevicePair
-from homeagent.models.types import MILLISECOND, earlier
+from homeagent.models.types import MAX_LIMIT, MILLISECOND, earlier
 
 devices: typer.Typer = group("devices", help="Pair, list, approve, revoke and delete devices.")
 
@@ -199,12 +198,8 @@ def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, 
     with open_named(context) as opened:
         cascades = cascading_tables(opened, "devices")
         if dry_run or not yes:
-            found: list[Device] = []
-            page: Sequence[Device] = ()
-            while page := opened.devices.list(
-                status=DeviceStatus.PENDING, order="paired_at", limit=1000, after=page[-1] if page else None
-            ):
-                found += [device for device in page if device.paired_at < before]
+            pending = opened.devices.list(status=DeviceStatus.PENDING, order="paired_at", limit=MAX_LIMIT)
+            found = [device for device in pending if device.paired_at < before]
             confirm(
                 context,
                 f"Delete {count(len(found), 'pending device')}{rows_in(cascades)}?",
