@@ -134,11 +134,8 @@ def _check_inside(collector: Collector, path: Path, *, is_closed: bool) -> None:
 
 
 def _check_open(collector: Collector, connection: Connection) -> None:
-    facts: dict[str, Any] = {"sqlite_version": SQLITE_VERSION, "apsw_version": APSW_VERSION}
-    for fact, pragma in (("pages", "page_count"), ("free_pages", "freelist_count"), ("page_size", "page_size")):
-        facts[fact] = connection.exec_driver_sql(f"PRAGMA {pragma}").scalar_one()
     summary = f"SQLite {SQLITE_VERSION} (apsw {APSW_VERSION}) can open the file, and it is a homeagent database."
-    collector.add("database", summary, **facts)
+    collector.add("database", summary, sqlite_version=SQLITE_VERSION, apsw_version=APSW_VERSION)
     with collector.attempt("wal"):
         _check_journal_mode(collector, connection)
     with collector.attempt("integrity"):
