@@ -48,28 +48,6 @@ def _name_database(context: typer.Context, database: str | None) -> None:
         context.obj.database = database
 
 
-_declaring = typer.Typer(add_completion=False)
-
-
-@_declaring.command()
-def _declare(
-    database: Annotated[
-        str | None,
-        option(
-            "TARGET",
-            "SQLite file or PostgreSQL URL. Default: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
-            expose_value=False,
-            callback=_name_database,
-        ),
-    ] = None,
-    as_json: Annotated[bool, flag("--json", "Print JSON, also for an error.", expose_value=False)] = False,
-) -> None:
-    """Declare the common options."""
-
-
-_DATABASE, _JSON = typer.main.get_command(_declaring).params
-
-
 class WithoutDatabase(TyperCommand):
     """A command without the option --database."""
 
@@ -86,13 +64,19 @@ class _Commands(TyperGroup):
     context_class = _Context
 
     def __init__(self, *, commands: dict[str, Any], params: list[Any], **settings: Any) -> None:
-        super().__init__(commands=commands, params=[*params, _DATABASE, _JSON], **settings)
+        super().__init__(commands=commands, params=params, **settings)
         for command in commands.values():
             command.context_class = _Context
             # Set the short help, because Click would otherwise shorten the text.
             command.short_help = " ".join(command.help.partition("\n\n")[0].split())
-            if not isinstance(command, TyperGroup):
-                command.params += [_JSON] if isinstance(command, WithoutDatabase) else [_DATABASE, _JSON]
+        # Only the group of all commands declares these options.
+        self._add_options([parameter for parameter in params if parameter.name in ("database", "as_json")])
+
+    def _add_options(self, common: list[Any]) -> None:
+        for command in self.commands.values():
+            command.params += common[1:] if isinstance(command, WithoutDatabase) else common
+            if isinstance(command, _Commands):
+                command._add_options(common)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if ctx.parent is None:
@@ -225,6 +209,16 @@ def _before_command(
     version: Annotated[
         bool, flag("--version", "Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
+    database: Annotated[
+        str | None,
+        option(
+            "TARGET",
+            "SQLite file or PostgreSQL URL. Default: $HOMEAGENT_DATABASE, else ~/.homeagent/homeagent.db.",
+            expose_value=False,
+            callback=_name_database,
+        ),
+    ] = None,
+    as_json: Annotated[bool, flag("--json", "Print JSON, also for an error.", expose_value=False)] = False,
 ) -> None:
     """Operate the database of a home agent gateway.
 
