@@ -368,11 +368,17 @@ def test_rollback_mode(path: Path, clock: FakeClock) -> None:
 
 
 def test_interrupted_restore(path: Path, clock: FakeClock) -> None:
-    """If the lock file describes an unfinished restore, the finding's command finishes the restore."""
+    """If the lock file describes an unfinished restore, the finding's command finishes the restore.
+
+    A restore that was interrupted between two renames leaves two names of a file.
+    """
     in_use_path(path).touch(mode=0o600)
     in_use_path(path).write_text("swap 1 2 end\n")
     finding = only(look(path, clock), "database", Severity.WARNING)
     assert "interrupted" in finding.summary
+    path.with_name("second").hardlink_to(path)
+    assert at(look(path, clock), "database") == finding
+    path.with_name("second").unlink()
     run(finding)
     assert look(path, clock).severity is Severity.OK
 

@@ -30,7 +30,14 @@ WAL_LIMIT = 64 * 1024 * 1024  # SQLite truncates the WAL to this size after a ch
 def check_sqlite(collector: Collector, path: Path) -> None:
     """Run all checks on a database file in any state."""
     may_open = check_files(collector, path)
-    if not may_open:
+    is_interrupted = False
+    with collector.attempt("database"):
+        is_interrupted = size_of(in_use_path(path)) > 0  # the content of the lock file describes an unfinished restore
+    if is_interrupted:
+        summary = "A restore was interrupted and is not finished."
+        meaning = "the next program that opens the database finishes the restore; until then the checks can't read it"
+        collector.warn("database", summary, meaning, "open the database once, then check again", "homeagent status")
+    elif not may_open:
         summary = f"homeagent does not open {str(path)!r}, because it refuses one of the files."
         collector.critical("database", summary, "the gateway can't start", "see the check 'files'")
     elif _may_hold_database(collector, path):
@@ -85,18 +92,14 @@ def _check_wal(collector: Collector, path: Path) -> bool:
 def _may_hold_database(collector: Collector, path: Path) -> bool:
     """Check the sizes of the files. If a check fails, add a finding, and return False."""
     log, _, journal = sidecars(path)
-    lock, in_use = lock_path(path), in_use_path(path)
+    lock = lock_path(path)
     try:
-        sizes = {file: size_of(file) for file in (path, log, journal, lock, in_use)}
+        sizes = {file: size_of(file) for file in (path, log, journal, lock)}
     except HomeAgentError as error:
         remedy = "run as the owner of the database"
         collector.critical("database", f"The files of {str(path)!r} can't be read.", str(error), remedy)
         return False
-    if sizes[in_use]:  # the content of the lock file describes the restore
-        summary = "A restore was interrupted and is not finished."
-        meaning = "the next program that opens the database finishes the restore; until then the checks can't read it"
-        collector.warn("database", summary, meaning, "open the database once, then check again", "homeagent status")
-    elif sizes[path] == 0 and (sizes[log] or sizes[lock]):
+    if sizes[path] == 0 and (sizes[log] or sizes[lock]):
         meaning = "a new database would have no devices, revocations and nonces; homeagent does not create it"
         collector.critical("database", f"{str(path)!r} held a database, and is missing or empty now.", meaning, RESTORE)
     elif sizes[path] == 0:
