@@ -1,92 +1,41 @@
-"""Run the revisions on the connection that homeagent passes, or on a developer's database at the command line.
+"""Compare the models with the revisions, for the commands `alembic check` and `alembic revision --autogenerate`.
 
-At the command line, `-x database=TARGET` names the database. Without this option, the variable `$HOMEAGENT_DATABASE`
-names the database. If neither is given, the commands `revision` and `check` compare the models with an upgraded scratch
-database. Do not configure logging here, because the host application configures it.
+The revisions run in a scratch database of SQLite. If `$HOMEAGENT_DATABASE` is the URL of a PostgreSQL database, the
+commands compare the models with this database. The command `homeagent migrate` upgrades a database.
 """
 
-import tempfile
-from pathlib import Path
-from typing import Any
+from contextlib import closing
 
-from alembic.operations import Operations
-from alembic.runtime.migration import MigrationContext
 from alembic.util import CommandError
 from sqlalchemy import Connection
 
 from alembic import context
-from homeagent.engine.files.database_file import create_file
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
-from homeagent.engine.sqlite.engine import SQLiteEngine
-from homeagent.engine.target import ENVIRONMENT_VARIABLE, resolve_target
+from homeagent.engine.sqlite.inspection import scratch_sqlite
+from homeagent.engine.target import resolve_target
+from homeagent.environment import BUSY_TIMEOUT
 from homeagent.migrations import VERSION_TABLE
-from homeagent.migrations.autogenerate import options as table_options
+from homeagent.migrations.autogenerate import options
+from homeagent.migrations.revisions import run_revisions
 from homeagent.models import TABLES
 
 
-def options(connection: Connection) -> dict[str, Any]:
-    """Return Alembic's options for this connection. They ignore the tables of an application in the same schema."""
-    return table_options(connection.dialect.name, TABLES, version_table=VERSION_TABLE)
-
-
-def upgrade_scratch(connection: Connection) -> None:
-    """Bring a scratch database to the newest revision, in a separate migration context.
-
-    The migration context of the running command stays unchanged.
-    """
-    script = context.script
-    scratch = MigrationContext.configure(
-        connection, opts={**options(connection), "fn": lambda revision, _: script._upgrade_revs("head", revision)}
-    )
-    with connection.begin(), Operations.context(scratch):
-        scratch.run_migrations()
-
-
 def run(connection: Connection) -> None:
-    """Run the command's migrations on this connection."""
-    context.configure(connection=connection, **options(connection))
+    """Run the command on a database with all revisions. Ignore the tables of an application."""
+    context.configure(connection, **options(connection.dialect.name, TABLES, version_table=VERSION_TABLE))
+    if context.get_context().opts["fn"].__name__ != "retrieve_migrations":
+        raise CommandError("the environment serves the commands 'check' and 'revision': use 'homeagent migrate'")
     with context.begin_transaction():
         context.run_migrations()
 
 
-def run_at_command_line() -> None:
-    """Run a developer's Alembic command."""
-    given = context.get_x_argument(as_dictionary=True).get("database")
-    command = getattr(context.config.cmd_opts, "cmd", [None])[0]
-    import os
-    from datetime import timedelta
-
-    given = given or os.environ.get(ENVIRONMENT_VARIABLE)
-    wait = timedelta(seconds=30)
-    if given:
-        target = resolve_target(given)
-        if target.url is not None:
-            server = PostgreSQLEngine(target.url, busy_timeout=wait)
-            with server.connect() as connection:
-                run(connection)
-            return
-        if target.path is not None:
-            with SQLiteEngine(target.path, busy_timeout=wait, durability="full").connect() as connection:
-                # While foreign keys are on, rebuilding a table fails, or deletes the rows that refer to the table.
-                connection.connection.driver_connection.execute("PRAGMA foreign_keys=OFF")
-                run(connection)
-            return
-    if getattr(command, "__name__", "") not in {"revision", "check"}:
-        raise CommandError(
-            f"name the database: -x database=TARGET or ${ENVIRONMENT_VARIABLE}; or use 'homeagent migrate'"
-        )
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "scratch.db"
-        create_file(path)
-        engine = SQLiteEngine(path, busy_timeout=wait, durability="normal")
-        with engine.connect() as connection:
-            upgrade_scratch(connection)
-            run(connection)
-        engine.close()
-
-
-handed_over = context.config.attributes.get("connection")
-if handed_over is None:
-    run_at_command_line()
+url = resolve_target(None).url
+if url is not None:
+    with closing(PostgreSQLEngine(url, busy_timeout=BUSY_TIMEOUT)) as engine, engine.connect() as server:
+        run(server)
 else:
-    run(handed_over)
+    with scratch_sqlite() as scratch:
+        with scratch.begin():
+            scripts = [script.module for script in context.script.walk_revisions()]
+            run_revisions(scratch, scripts, VERSION_TABLE, "head")
+        run(scratch)

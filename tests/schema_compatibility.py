@@ -19,12 +19,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
-from alembic import command
+from homeagent.migrations import VERSION_TABLE
 from homeagent.migrations.expansion import breaks, structure
-from tests.migrations.alembic_commands import alembic_config
+from homeagent.migrations.revisions import loaded, run_revisions
 
 __all__ = ["BASELINE", "problems_of"]
 
@@ -64,19 +63,18 @@ def problems_of(revision: str, connection: Connection, *, scripts: Path) -> list
         connection: to an empty database of either engine.
         scripts: the directory of `env.py` and the revisions.
     """
-    config = alembic_config(connection)
-    config.set_main_option("script_location", str(scripts).replace("%", "%%"))
-    script = ScriptDirectory.from_config(config).get_revision(revision)
+    modules = {str(module.revision): module for module in map(loaded, sorted((scripts / "versions").glob("*.py")))}
+    script = modules[revision]
     before = str(script.down_revision)
     with connection.begin():
-        command.upgrade(config, before)
+        run_revisions(connection, list(modules.values()), VERSION_TABLE, before)
     old, old_oldest = structure(connection), _oldest(connection)
     with connection.begin():
-        command.upgrade(config, revision)
+        run_revisions(connection, list(modules.values()), VERSION_TABLE, revision)
     new, new_oldest = structure(connection), _oldest(connection)
-    declared: str | None = getattr(script.module, "oldest_revision", None)
+    declared: str | None = getattr(script, "oldest_revision", None)
     if declared is None:
-        triggers = {*getattr(script.module, "SQLITE_TRIGGERS", ()), *getattr(script.module, "POSTGRESQL_TRIGGERS", ())}
+        triggers = {*getattr(script, "SQLITE_TRIGGERS", ()), *getattr(script, "POSTGRESQL_TRIGGERS", ())}
         accepted = {name for name in SHOWN if _is_shown(name) and (name in triggers or name.startswith("ck_"))}
         problems = list(breaks(old, new, accepted))
         if old_oldest is not None and new_oldest != old_oldest:

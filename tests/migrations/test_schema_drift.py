@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from alembic import command
 from homeagent import Database, DevicePair, Role, diagnose
 from homeagent.errors import SchemaChangedError
 from homeagent.maintenance import Finding
-from homeagent.migrations import REVISION, VERSION_TABLE
+from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from tests.conftest import FakeClock, add_device
 from tests.engine.files.conftest import snapshot
-from tests.migrations.alembic_commands import alembic_config
 from tests.migrations.old_databases import REVISIONS, change, fetch, old_database, server
 from tests.migrations.old_databases import clock as then
 
@@ -163,7 +161,7 @@ def test_changed_schema_on_postgresql(empty_postgres_url: str, clock: FakeClock,
     """On PostgreSQL a trigger or rule on homeagent's tables prevents an upgrade until it is dropped."""
     engine = server(empty_postgres_url)
     with engine.begin() as connection:
-        command.upgrade(alembic_config(connection), "0004")
+        revisions.upgrade(connection, "0004")
         for statement in SERVER_CHANGES[kind]:
             connection.execute(text(statement))
     with pytest.raises(SchemaChangedError, match=f"{kind} z of devices") as caught:

@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection, make_url, text
 
-from alembic import command
 from homeagent import Database
 from homeagent.errors import DatabaseBusyError, DatabaseError, InvalidArgumentError, MigrationError
-from homeagent.migrations import REVISION, VERSION_TABLE, postgresql
+from homeagent.migrations import REVISION, VERSION_TABLE, postgresql, revisions
 from tests.conftest import add_agent, postgres_execute
-from tests.migrations.alembic_commands import alembic_config
 from tests.migrations.old_databases import server
 from tests.postgresql.load import wait_for
 
@@ -36,7 +34,7 @@ def other(url: str) -> Iterator[Connection]:
 def old_url(empty_postgres_url: str) -> str:
     """The URL of a database at the previous revision."""
     with other(empty_postgres_url) as connection, connection.begin():
-        command.upgrade(alembic_config(connection), f"{int(REVISION) - 1:04}")
+        revisions.upgrade(connection, f"{int(REVISION) - 1:04}")
     return empty_postgres_url
 
 
@@ -80,7 +78,7 @@ def test_upgrade_by_another_host_is_seen(empty_postgres_url: str, setting: str) 
         waiting = text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
         wait_for("another host", lambda: opened or connection.execute(waiting).scalar_one())
         connection.execute(text("SELECT pg_sleep(0.3)"))  # longer than statement_timeout
-        command.upgrade(alembic_config(connection), "head")
+        revisions.upgrade(connection)
         connection.commit()
         thread.join(30)
     assert opened == ["opened"]
