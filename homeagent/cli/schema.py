@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from traceback import extract_tb
 from typing import Annotated
@@ -19,7 +20,6 @@ from homeagent.database import Database
 from homeagent.engine.files.system_errors import explained
 from homeagent.engine.sqlite.engine import APPLICATION_ID
 from homeagent.engine.sqlite.manifests import newest_backup
-from homeagent.engine.target import resolve_target
 from homeagent.errors import InvalidArgumentError, SchemaOutdatedError
 from homeagent.maintenance.adoption import AdoptionReport, preview_adoption
 from homeagent.maintenance.adoption import adopt as take_over
@@ -47,15 +47,15 @@ def init(
 
 
 def _adopt(context: typer.Context, migrations: str | None, acknowledged: Collection[str], *, yes: bool) -> bool:
-    target = context.obj.database
-    found = preview_adoption(target, migrations=migrations, acknowledged=acknowledged)
+    where = lasting_target(context.obj.database)
+    application = replace(Application.of(migrations, acknowledged), adopts=True)
+    found = preview_adoption(where, application)
     if found is None:
         return False
     confirm(context, f"Adopt {found.location}?", lambda: typer.echo("\n".join(_changes(found)), err=True))
-    path = resolve_target(target).path
-    before = path and newest_backup(path)
-    done = take_over(target, found, migrations=migrations, acknowledged=acknowledged)
-    if done.backup is None and path is not None and (newest := newest_backup(path)) != before:
+    before = where.path and newest_backup(where.path)
+    done = take_over(where, found, application)
+    if done.backup is None and where.path is not None and (newest := newest_backup(where.path)) != before:
         # The file had homeagent's tables already, so the upgrade made the backup.
         done = done.model_copy(update={"backup": newest})
     kept = f" A copy from before is in {done.backup}." if done.backup else ""

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from homeagent.engine.counters import DatabaseCounters
-    from homeagent.maintenance.adoption import AdoptionReport, adopt, preview_adoption
     from homeagent.maintenance.copy_store import CopyProgress, CopyReport
     from homeagent.maintenance.doctor import Diagnosis, Finding
     from homeagent.maintenance.epochs import EpochReport
@@ -15,14 +14,13 @@ if TYPE_CHECKING:
 
 # fmt: off
 __all__ = [
-    "AdoptionReport", "BackupSchedule", "CopyProgress", "CopyReport", "DatabaseCounters", "DatabaseStatus", "Diagnosis",
-    "EpochReport", "Finding", "RestoreReport", "SweepReport", "Sweeper", "adopt", "preview_adoption",
+    "BackupSchedule", "CopyProgress", "CopyReport", "DatabaseCounters", "DatabaseStatus", "Diagnosis", "EpochReport",
+    "Finding", "RestoreReport", "SweepReport", "Sweeper",
 ]
 # fmt: on
 
 # Import each name at its first use, so that programs start faster.
 _MODULES = {
-    "adoption": ("AdoptionReport", "adopt", "preview_adoption"),
     "copy_store": ("CopyProgress", "CopyReport"),
     "doctor": ("Diagnosis", "Finding"),
     "epochs": ("EpochReport",),

@@ -6,18 +6,13 @@ writes the application id. A crash can't leave a partly adopted file.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection
 from contextlib import closing
-from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 from sqlalchemy import text
 
-from homeagent.callables import check_function
 from homeagent.clock import system_clock
 from homeagent.engine.files.database_file import inspect_file, look_at, sidecars
 from homeagent.engine.files.directories import prepare_directory
@@ -27,9 +22,9 @@ from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import APPLICATION_ID, SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.in_use import kept_from_sqlite
 from homeagent.engine.sqlite.inspection import inspect_sqlite
-from homeagent.engine.target import Target, conceal, resolve_target
+from homeagent.engine.target import Target
 from homeagent.environment import BUSY_TIMEOUT
-from homeagent.errors import DatabaseBusyError, ForeignDatabaseError, InvalidArgumentError
+from homeagent.errors import DatabaseBusyError, ForeignDatabaseError
 from homeagent.migrations.application import ALEMBIC_TABLE, Application
 from homeagent.migrations.rehearsal import kept_objects, refuse_broken_objects, refuse_unconvertible_rows
 from homeagent.migrations.revisions import (
@@ -46,9 +41,7 @@ from homeagent.migrations.sqlite import back_up, upgrade_transaction
 from homeagent.opening import open_engine
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL, Connection
-
-    from homeagent.clock import Clock
+    from sqlalchemy import Connection
 
 _FIRST = "0001"
 _FIRST_TABLES = {
@@ -87,47 +80,24 @@ class AdoptionReport(BaseModel, frozen=True):
     backup: Path | None = None
 
 
-def preview_adoption(
-    target: str | os.PathLike[str] | URL | None,
-    *,
-    migrations: str | os.PathLike[str] | None = None,
-    acknowledged: Collection[str] = (),
-    busy_timeout: timedelta = BUSY_TIMEOUT,
-) -> AdoptionReport | None:
+def preview_adoption(where: Target, application: Application) -> AdoptionReport | None:
     """Report the changes that an adoption would make, without making the changes.
 
-    If a program was killed during a transaction, SQLite first undoes the transaction.
-
-    Args:
-        target: path of a SQLite file, or URL of a PostgreSQL database.
-        migrations: the application's revisions (see `Database.open`).
-        acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
-        busy_timeout: longest wait for a lock of PostgreSQL.
-
-    Returns:
-        The report. None if the database does not exist or needs no adoption.
-
-    Raises:
-        ForeignDatabaseError: if a table has the name of a homeagent table, but different columns.
-        MigrationError, SchemaChangedError: if an object of the application prevents the adoption.
-        DatabaseError: if the database can't be read.
+    If the database does not exist or needs no adoption, return None. If a program was killed during a transaction,
+    SQLite first undoes the transaction.
     """
-    given = conceal(target)
-    del target
-    application, where = _application(migrations, acknowledged), resolve_target(given)
     if where.url is not None:
-        server = PostgreSQLEngine(where.url, busy_timeout=busy_timeout)
+        server = PostgreSQLEngine(where.url, busy_timeout=BUSY_TIMEOUT)
         with closing(server), server.translated(), server.connect() as connection, connection.begin():
             return _examine(connection, application, where.location)
-    path = _path_of(where)
-    state = inspect_file(path, is_database=False, repair=False)
-    if state is None or state.st_size == 0:
+    path = where.path
+    if path is None or (state := inspect_file(path, is_database=False, repair=False)) is None or not state.st_size:
         return None
     for sidecar in sidecars(path):
         inspect_file(sidecar, is_database=False, repair=False)
     if look_at(sidecars(path)[2]) is not None:
         # Let SQLite undo a transaction that a killed program left unfinished.
-        file = SQLiteEngine(path, busy_timeout=busy_timeout, durability="full")
+        file = SQLiteEngine(path, busy_timeout=BUSY_TIMEOUT, durability="full")
         with closing(file), file.translated(), file.driver_connection() as raw:
             raw.execute("SELECT count(*) FROM sqlite_master").fetchall()
     with inspect_sqlite(path) as connection:
@@ -136,65 +106,26 @@ def preview_adoption(
 
             def rehearse(scratch: Connection) -> None:
                 _add_tables(scratch, report)
-                refuse_changed_schema(scratch, REVISION, quoted(path), acknowledged)
+                refuse_changed_schema(scratch, REVISION, quoted(path), application.acknowledged)
 
             refuse_broken_objects(connection, f"adopting {quoted(path)}", rehearse)
         return report
 
 
-def adopt(
-    target: str | os.PathLike[str] | URL | None,
-    report: AdoptionReport,
-    *,
-    migrations: str | os.PathLike[str] | None = None,
-    acknowledged: Collection[str] = (),
-    clock: Clock = system_clock,
-    busy_timeout: timedelta = BUSY_TIMEOUT,
-) -> AdoptionReport:
-    """Create or upgrade homeagent's tables in the database. If the database is a SQLite file, first make a backup.
+def adopt(where: Target, report: AdoptionReport, application: Application) -> AdoptionReport:
+    """Create or upgrade homeagent's tables in the database, and run the application's missing revisions. If the
+    database is a SQLite file, first make a backup.
 
-    Stop the application first. The function also raises the errors of `preview_adoption`.
-
-    Args:
-        target: path of a SQLite file, or URL of a PostgreSQL database.
-        report: return value of `preview_adoption`. The administrator must confirm the report before the call.
-        migrations: the application's revisions (see `Database.open`). The missing revisions run at the end.
-        acknowledged: names of the application's triggers on homeagent's tables (see `Database.open`).
-        clock: function that returns the time of the backup.
-        busy_timeout: longest wait for another process or for a lock.
-
-    Returns:
-        The report with the path of the backup.
-
-    Raises:
-        DatabaseBusyError: if the database has changed since the report. Also raised if another program has the database
-            open. Nothing was changed.
-        MigrationError: if the adoption failed. The adoption was undone.
+    Return the report with the path of the backup. If the database has changed since the report, or if another program
+    has the database open, raise DatabaseBusyError. A failed adoption changes nothing.
     """
-    given = conceal(target)
-    del target
-    check_function(clock, "clock")
-    application, where = _application(migrations, acknowledged), resolve_target(given)
-    if where.url is None:
-        path = _path_of(where)
-        prepare_directory(path.parent)
-        refuse_network_filesystem(path)
+    if where.path is not None:
+        prepare_directory(where.path.parent)
+        refuse_network_filesystem(where.path)
         if report.application_id != APPLICATION_ID:
-            report = _adopt_file(path, report, application, clock, busy_timeout)
-    open_engine(given, clock=clock, busy_timeout=busy_timeout, migrations=application).close()
+            report = _adopt_file(where.path, report, application)
+    open_engine(where.url or where.path, migrations=application).close()
     return report
-
-
-def _application(migrations: str | os.PathLike[str] | None, acknowledged: Collection[str]) -> Application:
-    """Return the Application object for an adoption (`adopts=True`)."""
-    return replace(Application.of(migrations, acknowledged), adopts=True)
-
-
-def _path_of(where: Target) -> Path:
-    """Return the path of a target without a URL. Raise InvalidArgumentError if the target is `:memory:`."""
-    if where.path is None:
-        raise InvalidArgumentError("a temporary database needs no adoption: name a file or a server's URL")
-    return where.path
 
 
 def _examine(connection: Connection, application: Application, location: str) -> AdoptionReport | None:
@@ -250,14 +181,12 @@ def _examine(connection: Connection, application: Application, location: str) ->
     )
 
 
-def _adopt_file(
-    path: Path, report: AdoptionReport, application: Application, clock: Clock, timeout: timedelta
-) -> AdoptionReport:
+def _adopt_file(path: Path, report: AdoptionReport, application: Application) -> AdoptionReport:
     inspect_file(path, repair=False)
-    with sidecar_lock(path, timeout=timeout):
+    with sidecar_lock(path, timeout=BUSY_TIMEOUT):
         with kept_from_sqlite(path):
             pass  # `kept_from_sqlite()` raises an error if another program has the file open
-        with closing(SQLiteEngine(path, busy_timeout=timeout, durability="full")) as engine:
+        with closing(SQLiteEngine(path, busy_timeout=BUSY_TIMEOUT, durability="full")) as engine:
             with engine.translated(), engine.driver_connection() as raw:
                 # Without the WAL, the commit writes the application id into the file.
                 raw.execute("PRAGMA journal_mode=DELETE")
@@ -268,7 +197,7 @@ def _adopt_file(
                         f"{quoted(path)} has changed since the report: stop the application that uses the file, and "
                         "begin again. Nothing was changed"
                     )
-                attempt.backup = back_up(engine, "adoption", clock, kind="adoption")
+                attempt.backup = back_up(engine, "adoption", system_clock, kind="adoption")
                 _add_tables(connection, report)
                 application.upgrade(connection)
                 refuse_changed_schema(connection, REVISION, quoted(path), application.acknowledged)

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from homeagent import Database
+from homeagent.engine.target import Target
 from homeagent.errors import DatabaseBusyError, DatabaseError, ForeignDatabaseError
-from homeagent.maintenance import adopt, preview_adoption
+from homeagent.maintenance.adoption import adopt, preview_adoption
 from homeagent.migrations import REVISION
+from homeagent.migrations.application import Application
 from tests import fork_server
 from tests.command_line import Result, invoke
 from tests.conftest import postgres_execute
@@ -38,6 +40,7 @@ CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY);
 INSERT INTO alembic_version VALUES ('a1');
 """
 MOVED = {"devices_without_key": 2, "nonces_without_key": 1}
+NO_REVISIONS = Application(adopts=True)
 
 
 @pytest.fixture
@@ -99,7 +102,6 @@ def test_a_file_of_the_first_version(file: Path, folder: Path) -> None:
     assert fetch(file, "SELECT count(*) FROM devices_without_key") == [(2,)]
     with pytest.raises(ForeignDatabaseError):
         Database.restore(report["backup"], file)
-    assert preview_adoption(file, migrations=folder) is None
     assert "nothing to do" in init(file, "--migrations", folder).stdout
 
 
@@ -171,7 +173,7 @@ def test_what_prevents_an_adoption_is_named(file: Path, problem: str) -> None:
     change(file, f"PRAGMA foreign_keys=OFF; {statement}")
     before = snapshot(file.parent)
     with pytest.raises(kind, match=problem):
-        preview_adoption(file)
+        preview_adoption(Target(file), NO_REVISIONS)
     assert init(file, "--yes").exit_code == 1
     assert snapshot(file.parent) == before
 
@@ -182,7 +184,7 @@ def test_utf_16(tmp_path: Path) -> None:
     change(path, "PRAGMA encoding = 'UTF-16'; CREATE TABLE own (name TEXT)")
     before = snapshot(tmp_path)
     with pytest.raises(ForeignDatabaseError, match=r"are in UTF-16.*\.dump"):
-        preview_adoption(path)
+        preview_adoption(Target(path), NO_REVISIONS)
     assert init(path, "--yes").exit_code == 1
     assert snapshot(tmp_path) == before
 
@@ -196,14 +198,14 @@ CHANGES = {
 @pytest.mark.parametrize("problem", CHANGES)
 def test_a_file_in_use(file: Path, problem: str) -> None:
     """If another program changes or locks the file after the report, nothing is adopted."""
-    report = preview_adoption(file)
+    report = preview_adoption(Target(file), NO_REVISIONS)
     assert report is not None
     program = "import sqlite3, sys; raw = sqlite3.connect(sys.argv[1], isolation_level=None); raw.execute(sys.argv[2])"
     hold = "; print('ready', flush=True); sys.stdin.read()"
     with fork_server.Child(program + hold, file, CHANGES[problem]) as other:
         assert other.stdout.readline() == "ready\n"
         with pytest.raises(DatabaseBusyError, match=problem):
-            adopt(file, report)
+            adopt(Target(file), report, NO_REVISIONS)
         other.communicate("")
     assert fetch(file, "PRAGMA application_id") == [(0,)]
     assert fetch(file, "SELECT count(*) FROM devices") == [(3,)]
@@ -217,18 +219,18 @@ def test_postgresql(empty_postgres_url: str, folder: Path) -> None:
     refused = init(empty_postgres_url, "--migrations", folder, answer="n\n")
     assert "notes (0 rows)" in refused.stderr
     assert "from alembic_version: a1" in refused.stderr
-    report = preview_adoption(empty_postgres_url, migrations=folder)
-    assert report is not None
-    adopt(empty_postgres_url, report, migrations=folder)
+    assert init(empty_postgres_url, "--migrations", folder, "--yes").exit_code == 0
     Database.open(empty_postgres_url, migrations=folder, migrate=False).close()
     postgres_execute(empty_postgres_url, "SELECT stars FROM notes")
-    assert preview_adoption(empty_postgres_url, migrations=folder) is None
+    assert "nothing to do" in init(empty_postgres_url, "--migrations", folder).stdout
 
 
 @pytest.mark.parametrize("step", [120, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_at_any_statement(file: Path, tmp_path: Path, step: int) -> None:
     """If the adoption is killed at any statement, the old or the new file is there, and the next one succeeds."""
-    paths = killed_at_statements(file, tmp_path, step, "adopt(path, report)", before="report = preview_adoption(path)")
+    before = "report = preview_adoption(Target(path), Application(adopts=True))"
+    action = "adopt(Target(path), report, Application(adopts=True))"
+    paths = killed_at_statements(file, tmp_path, step, action, before=before)
     assert len(paths) * step > 60
     found, content = [], rows_of(file)
     for path in paths:

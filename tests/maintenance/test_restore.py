@@ -25,7 +25,7 @@ import pytest
 from homeagent import Database, Role, diagnose, errors
 from homeagent.engine.sqlite.in_use import hold_in_use_lock
 from homeagent.engine.sqlite.manifests import manifest_path
-from homeagent.maintenance import AdoptionReport, adopt, restore
+from homeagent.maintenance import restore
 from homeagent.migrations import REVISION, VERSION_TABLE
 from tests import fork_server
 from tests.conftest import (
@@ -302,9 +302,8 @@ def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: s
 def test_refused_clock(sqlite_path: Path, backup: Path) -> None:
     """If the clock can't be called, the database stays as it is."""
     before = listing(sqlite_path.parent)
-    report = AdoptionReport(location="", tables={})
     clock: Any = 5
-    for begin in (partial(Database.restore, backup), Database.begin_epoch, partial(adopt, report=report), diagnose):
+    for begin in (partial(Database.restore, backup), Database.begin_epoch, diagnose):
         with pytest.raises(errors.InvalidArgumentError, match="clock must be a function, not int"):
             begin(sqlite_path, clock=clock)
     assert listing(sqlite_path.parent) == before

@@ -138,7 +138,9 @@ from sqlalchemy import Engine, event
 
 import alembic.command, alembic.autogenerate
 from homeagent import Database
-from homeagent.maintenance import adopt, preview_adoption
+from homeagent.engine.target import Target
+from homeagent.maintenance.adoption import adopt, preview_adoption
+from homeagent.migrations.application import Application
 
 source, directory, step, before, action, *arguments = sys.argv[1:]
 left = 10_000
