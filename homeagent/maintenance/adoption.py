@@ -158,11 +158,8 @@ def _examine(connection: Connection, application: Application, location: str) ->
         key = _FIRST_TABLES[table][0]
         query = f"SELECT count(*), count({key}) FROM {table}"  # noqa: S608  constants
         rows, converted[table] = connection.execute(text(query)).one()
-        name = f"{table}_without_key"
-        while name in found:
-            name += "_"
         if rows > converted[table]:
-            moved[name] = rows - converted[table]
+            moved[f"{table}_without_key"] = rows - converted[table]
     for (child, parent), orphans in broken_references(connection).items() if old else ():
         if child in _FIRST_TABLES:
             raise ForeignDatabaseError(
@@ -228,8 +225,7 @@ def _convert(connection: Connection, report: AdoptionReport) -> None:
         execute(
             f"INSERT INTO {table} ({columns}) SELECT {columns} FROM _adopted_{table} WHERE {key} IS NOT NULL"  # noqa: S608
         )
-        name = next((name for name in report.moved if name.startswith(f"{table}_without_key")), None)
-        if name is not None:
-            execute(f"CREATE TABLE {name} AS SELECT * FROM _adopted_{table} WHERE {key} IS NULL")  # noqa: S608
+        if f"{table}_without_key" in report.moved:
+            execute(f"CREATE TABLE {table}_without_key AS SELECT * FROM _adopted_{table} WHERE {key} IS NULL")  # noqa: S608
         execute(f"DROP TABLE _adopted_{table}")
     refuse_unconvertible_rows(connection, _FIRST)

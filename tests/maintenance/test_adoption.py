@@ -162,6 +162,10 @@ REFUSED: dict[str, tuple[str, type[DatabaseError]]] = {
     ),
     "application's view counts, which": ("CREATE VIEW counts AS SELECT count(*) FROM nonces", DatabaseError),
     "needs the name of the application's table store": ("CREATE TABLE store (id)", DatabaseError),
+    "application's table nonces_without_key: give .* another name": (
+        "CREATE TABLE nonces_without_key (id)",
+        DatabaseError,
+    ),
     "1 rows of sessions in .* refer to rows of agents": ("DELETE FROM agents", ForeignDatabaseError),
 }
 
