@@ -19,7 +19,7 @@ from sqlalchemy.types import NullType
 
 from homeagent.engine.sqlite.inspection import reaches, scratch_sqlite
 from homeagent.errors import SchemaChangedError, SchemaTooNewError
-from homeagent.migrations.revisions import REVISION, known_revisions, server_triggers, tables, upgrade
+from homeagent.migrations.revisions import REVISION, known_revisions, server_triggers, upgrade
 from homeagent.models import SCHEMA, TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def refuse_changed_schema(
 def schema_differences(connection: Connection) -> list[Difference]:
     """Return the differences between the database's schema and homeagent's newest schema."""
     if connection.dialect.name == "sqlite":
-        return [*_sqlite_differences(connection, REVISION), *_sqlite_leftovers(connection)]
+        return list(_sqlite_differences(connection, REVISION))
     wanted = {table.name: dict(_parts(table, connection.dialect)) for table in SCHEMA}
     return [
         *_compare(wanted, _postgresql_tables(connection)),
@@ -201,15 +201,6 @@ def _sqlite_parts(table: str, sql: str) -> Iterator[tuple[str, _Part]]:
             yield f"constraint {clause} of {table}", _Part(clause)
         else:
             yield f"column {table}.{first}", _Part(rest, "NOT NULL" in rest and "DEFAULT" not in rest)
-
-
-def _sqlite_leftovers(connection: Connection) -> Iterator[Difference]:
-    # Alembic's batch mode first builds a table under a temporary name.
-    for name in tables(connection):
-        if name.startswith("_alembic_tmp_"):
-            yield Difference(
-                f"table {name} was left behind by an upgrade that another tool ran", False, f"DROP TABLE {name}"
-            )
 
 
 _QUOTED_OR_BLANK = re.compile(

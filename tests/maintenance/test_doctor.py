@@ -467,7 +467,6 @@ DRIFTS: list[tuple[str, Severity, str]] = [
     ("DROP INDEX idx_sessions_route; ALTER TABLE sessions DROP COLUMN route_key", CRITICAL, "sessions.route_key"),
     ("ALTER TABLE agents RENAME COLUMN name TO title", CRITICAL, "agents.name"),
     ("DROP TABLE sessions", CRITICAL, "table sessions"),
-    ("CREATE TABLE _alembic_tmp_devices (id TEXT)", WARNING, "_alembic_tmp_devices"),
     ("CREATE TRIGGER t AFTER INSERT ON devices BEGIN UPDATE devices SET approved = 1; END", CRITICAL, "trigger t"),
     (rewritten("'node', 'admin')", "'node', 'admin', 'king')"), CRITICAL, "ck_devices_role"),
     (rewritten("shared_secret_hash TEXT NOT NULL", "shared_secret_hash TEXT"), CRITICAL, "devices.shared_secret_hash"),
