@@ -14,6 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from sqlalchemy import CheckConstraint, ForeignKeyConstraint, MetaData, text
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.schema import CreateIndex
 from sqlalchemy.types import NullType
 
@@ -52,6 +53,8 @@ class _Part(NamedTuple):
     index_name: str | None = None
     sql: str | None = None
 
+
+_quoted = DefaultDialect().identifier_preparer.quote
 
 # For each table name, a dict from part name to part. The parts are columns, constraints, indexes and options.
 _Tables = dict[str, dict[str, _Part]]
@@ -117,15 +120,10 @@ def _compare(wanted: _Tables, found: _Tables) -> Iterator[Difference]:
             yield Difference(f"{name} {what}", grave, command)
         for name in sorted(there.keys() - parts.keys()):
             index = there[name].index_name
-            command = None if index is None else f"DROP INDEX {_name(index)}"
+            command = None if index is None else f"DROP INDEX {_quoted(index)}"
             strict = there[name].strict
             kind: Literal["index"] | None = None if index is None or strict else "index"
             yield Difference(f"{name} is not homeagent's", strict, command, kind)
-
-
-def _name(name: str) -> str:
-    """Return a name for an SQL command. Add double quotes if necessary."""
-    return name if re.fullmatch(r"[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
 
 
 # SQLite
@@ -152,7 +150,7 @@ def _sqlite_differences(connection: Connection, revision: str) -> Iterator[Diffe
     for kind, name, on, sql in others:
         if triggers.get(name) == _plain(sql):
             continue
-        command = f"DROP {kind.upper()} {_name(name)}"
+        command = f"DROP {kind.upper()} {_quoted(name)}"
         uses = mention.search(sql) is not None and reaches(raw, wanted, kind=kind, name=name, on=on)
         # A trigger can name the table in upper case.
         if kind == "trigger" and on.lower() in wanted:
@@ -250,7 +248,7 @@ def views_of_tables(connection: Connection) -> Iterator[Difference]:
     """Yield the views on PostgreSQL that read homeagent's tables."""
     for table in TABLES:
         for name, is_stored in connection.execute(_VIEWS, {"name": table}):
-            command = f"DROP {'MATERIALIZED ' if is_stored else ''}VIEW {_name(name)}"
+            command = f"DROP {'MATERIALIZED ' if is_stored else ''}VIEW {_quoted(name)}"
             yield Difference(f"view {name} reads homeagent's table {table}", False, command, "view")
 
 
@@ -262,7 +260,7 @@ def _postgresql_triggers(connection: Connection, revision: str) -> Iterator[Diff
             if kind == "trigger" and definition is not None and expected.get(name) == definition:
                 del expected[name]
                 continue
-            command = f"DROP {kind.upper()} {_name(name)} ON {table}"
+            command = f"DROP {kind.upper()} {_quoted(name)} ON {table}"
             # Do not accept a BEFORE trigger or a rule. A BEFORE trigger or a rule can replace homeagent's writes.
             harmless: Literal["trigger"] | None = "trigger" if kind == "trigger" and not is_before else None
             trigger = name if kind == "trigger" else None
