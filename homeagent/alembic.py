@@ -27,6 +27,7 @@ from homeagent.engine.target import ENVIRONMENT_VARIABLE
 from homeagent.environment import BUSY_TIMEOUT
 from homeagent.migrations.application import Application, revision_guard
 from homeagent.migrations.autogenerate import application_tables, options, render_item, scratch_database
+from homeagent.migrations.revisions import broken_references
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, VERSION_TABLE
 from homeagent.models.types import check_names
 from homeagent.opening import open_engine
@@ -180,6 +181,7 @@ def _without_foreign_keys(connection: Connection) -> Iterator[None]:
 
 def _run(context: Any, connection: Connection, acknowledged: frozenset[str]) -> None:
     with context.begin_transaction():
+        before = broken_references(connection)
         with revision_guard(connection, acknowledged) as guard:
             guard.begin("")
             try:
@@ -189,7 +191,7 @@ def _run(context: Any, connection: Connection, acknowledged: frozenset[str]) -> 
                 if guard.refused is None:
                     raise
                 raise CommandError(f"the revision was undone: {guard.refused}") from error
-        if connection.dialect.name == "sqlite":
-            broken = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
-            if broken:
-                raise CommandError(f"the revision left {len(broken)} broken references from {broken[0][0]}")
+        # The application's tables may have as many broken references as before.
+        worse = broken_references(connection) - before
+        if worse:
+            raise CommandError(f"the revision left {worse.total()} broken references from {min(worse)[0]}")

@@ -23,7 +23,7 @@ from homeagent.errors import DatabaseBusyError
 from homeagent.migrations import postgresql
 from homeagent.models import SCHEMA
 from tests.conftest import add_agent
-from tests.migrations.old_databases import fetch, is_sound, old_database, server
+from tests.migrations.old_databases import change, fetch, is_sound, old_database, server
 from tests.migrations.own_revisions import write_revision
 
 MODELS = """
@@ -156,6 +156,20 @@ def test_refused_commands(sqlite_path: Path, make_hub: Any) -> None:
         # A rebuilt table would lose the rows that refer to it.
         with pytest.raises(CommandError, match="is in a transaction with foreign keys"):
             command.upgrade(hub.config, "head")
+
+
+def test_broken_references(sqlite_path: Path, make_hub: Any) -> None:
+    """A command accepts the broken references of earlier rows, but undoes a revision that adds a broken reference."""
+    hub = make_hub(str(sqlite_path))
+    hub.revise("messages")
+    command.upgrade(hub.config, "head")
+    orphan = f"INSERT INTO {hub.name}_messages VALUES (NULL, 'nobody', '', 1, 'calm', '{{}}')"
+    change(sqlite_path, orphan)
+    command.stamp(hub.config, "head")
+    write_revision(hub.package / "migrations", "b2", hub.head(), f'op.execute("{orphan}")')
+    with pytest.raises(CommandError, match=f"the revision left 1 broken references from {hub.name}_messages"):
+        command.upgrade(hub.config, "head")
+    assert fetch(sqlite_path, f"SELECT count(*) FROM {hub.name}_messages") == [(1,)]
 
 
 AUDIT = """
