@@ -9,24 +9,21 @@ from __future__ import annotations
 import io
 import shutil
 import subprocess
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
 import pytest
-from sqlalchemy import Connection, create_engine, inspect, make_url, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import Connection, inspect, text
 
 from homeagent import Database, DeviceStatus
-from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.errors import SchemaTooNewError
 from homeagent.migrations import REVISION, VERSION_TABLE
 from homeagent.migrations.expansion import breaks, structure
 from homeagent.migrations.revisions import loaded, run_revisions
 from tests.conftest import ROOT, Children, add_device
+from tests.migrations.old_databases import plain_engine
 
 SCRIPTS = ROOT / "alembic"
 # Up to this revision, no released version worked at the same time as another version.
@@ -72,34 +69,12 @@ def oldest_revision(connection: Connection) -> str | None:
         return str(connection.execute(text("SELECT oldest_revision FROM store")).scalar_one())
 
 
-@contextmanager
-def connected(target: str) -> Iterator[Connection]:
-    """Connect to a database of either engine as a developer would."""
-    if "://" in target:
-        url = make_url(target).set(drivername="postgresql+psycopg")
-        with create_engine(url, poolclass=NullPool).connect() as connection:
-            yield connection
-        return
-    engine = SQLiteEngine(Path(target), busy_timeout=timedelta(seconds=1), durability="normal")
-    with engine.connect() as connection:
-        # With foreign keys on, rebuilding a referenced table fails or deletes the rows that refer to it.
-        raw: Any = connection.connection.driver_connection
-        raw.execute("PRAGMA foreign_keys=OFF")
-        yield connection
-    engine.close()
-
-
 def test_no_revision_breaks_the_previous_version(
     engine_name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Every revision since the first release only expands, or declares a contraction."""
-    if engine_name == "postgresql":
-        empty = str(request.getfixturevalue("empty_postgres_url"))
-    else:
-        path = tmp_path / "scratch.db"
-        path.touch(0o600)
-        empty = str(path)
-    with connected(empty) as connection:
+    empty = request.getfixturevalue("empty_postgres_url") if engine_name == "postgresql" else tmp_path / "scratch.db"
+    with plain_engine(empty).connect() as connection:
         assert CHECKED
         assert [(revision, problems_of(revision, connection, SHOWN)) for revision in CHECKED] == [
             (revision, []) for revision in CHECKED
@@ -162,7 +137,7 @@ JUDGED: dict[str, tuple[str, str, str, str | None]] = {
 def test_each_revision_is_judged(target: str, tmp_path: Path, kind: str) -> None:
     """A CHECK or trigger passes only if a test shows it, and a dropped column only if the revision declares it."""
     body, line, shown, problem = JUDGED[kind]
-    with connected(target) as connection:
+    with plain_engine(target).connect() as connection:
         problems = problems_of(NEXT, connection, [shown], sample(tmp_path, body, line))
     if problem is None:
         assert problems == []
@@ -173,7 +148,7 @@ def test_each_revision_is_judged(target: str, tmp_path: Path, kind: str) -> None
 
 def make_newer(target: str, *, oldest: str) -> None:
     """Give a database the state after a future version: another revision, and a further column."""
-    with connected(target) as connection, connection.begin():
+    with plain_engine(target).connect() as connection, connection.begin():
         connection.execute(text("ALTER TABLE devices ADD COLUMN later_room TEXT DEFAULT 'hall'"))
         connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = '9999'"))
         connection.execute(text("UPDATE store SET oldest_revision = :oldest"), {"oldest": oldest})
@@ -181,7 +156,7 @@ def make_newer(target: str, *, oldest: str) -> None:
 
 def schema_of(target: str) -> list[Any]:
     """Return the schema's revision and the definition of the further column."""
-    with connected(target) as connection, connection.begin():
+    with plain_engine(target).connect() as connection, connection.begin():
         return [
             connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar_one(),
             connection.execute(text("SELECT epoch, oldest_revision FROM store")).one(),

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import NullPool
 
 import homeagent
 from homeagent.engine.files.database_file import create_file
-from homeagent.engine.sqlite.dialect import connect
+from homeagent.engine.sqlite.dialect import DRIVER_NAME, connect
 from homeagent.engine.sqlite.engine import SQLiteEngine
 from homeagent.migrations import revisions
 from tests import fork_server
@@ -124,9 +124,10 @@ def is_sound(path: Path) -> bool:
         return damage == [("ok",)] and not raw.execute("PRAGMA foreign_key_check").fetchall()
 
 
-def server(url: str) -> Engine:
-    """Return a plain SQLAlchemy engine for a PostgreSQL database."""
-    return create_engine(make_url(url).set(drivername="postgresql+psycopg"), poolclass=NullPool)
+def plain_engine(target: str | Path) -> Engine:
+    """Return a plain SQLAlchemy engine for a PostgreSQL database or a SQLite file. On SQLite, foreign keys are off."""
+    url = str(target) if "://" in str(target) else f"{DRIVER_NAME}:///{target}"
+    return create_engine(url.replace("postgresql:", "postgresql+psycopg:"), poolclass=NullPool)
 
 
 _KILLED = """

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
-from sqlalchemy.pool import NullPool
 
 from homeagent.errors import IncompatibleRevisionError, MigrationError
 from homeagent.migrations.expansion import breaks, structure
 from homeagent.testing import check_revisions
+from tests.migrations.old_databases import plain_engine
 from tests.migrations.own_revisions import CREATE, write_revision, write_revisions
 
 
@@ -89,10 +88,8 @@ CHANGES: list[tuple[str, str, str | None]] = [
 
 def test_each_change_is_judged(engine_name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """A change that old code can notice is named, on either engine, and a change that only adds is not."""
-    url = f"sqlite:///{tmp_path / 'empty.db'}"
-    if engine_name == "postgresql":
-        url = request.getfixturevalue("empty_postgres_url").replace("postgresql:", "postgresql+psycopg:")
-    with create_engine(url, poolclass=NullPool).connect() as connection:
+    url = request.getfixturevalue("empty_postgres_url") if engine_name == "postgresql" else tmp_path / "empty.db"
+    with plain_engine(url).connect() as connection:
 
         def made(statements: str) -> Any:
             for statement in ("CREATE TABLE w (id TEXT PRIMARY KEY)", *statements.split(";")):

@@ -12,8 +12,7 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import create_engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import text
 
 import homeagent.alembic
 from alembic import command
@@ -23,7 +22,7 @@ from homeagent.errors import DatabaseBusyError
 from homeagent.migrations import postgresql
 from homeagent.models import SCHEMA
 from tests.conftest import add_agent
-from tests.migrations.old_databases import change, fetch, is_sound, old_database, server
+from tests.migrations.old_databases import change, fetch, is_sound, old_database, plain_engine
 from tests.migrations.own_revisions import write_revision
 
 MODELS = """
@@ -207,7 +206,7 @@ def test_lock_of_postgresql(empty_postgres_url: str, make_hub: Any, monkeypatch:
     write_revision(
         hub.package / "migrations", "b1", None, f'assert not op.get_bind().exec_driver_sql("{take}").scalar()'
     )
-    with server(empty_postgres_url).connect() as other:
+    with plain_engine(empty_postgres_url).connect() as other:
         assert other.exec_driver_sql(take).scalar_one()
         with pytest.raises(DatabaseBusyError, match="another host or command upgrades it"):
             command.upgrade(hub.config, "head")
@@ -233,9 +232,8 @@ def test_environment_of_the_application(target: str, make_hub: Any) -> None:
     hub = make_hub(target)
     importlib.import_module(f"{hub.name}.tables")
     (hub.package / "migrations" / "env.py").write_text(OWN_ENVIRONMENT)
-    engine = server(target) if "://" in target else create_engine(f"sqlite+homeagent:///{target}", poolclass=NullPool)
     assert {table.name for table in SCHEMA} < TABLES
-    with engine.connect() as connection:
+    with plain_engine(target).connect() as connection:
         hub.config.attributes["connection"] = connection
         script = hub.revise("messages")
     assert f"create_table('{hub.name}_messages'" in script

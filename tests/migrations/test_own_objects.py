@@ -20,8 +20,8 @@ from tests.migrations.old_databases import (
     few,
     is_sound,
     old_database,
+    plain_engine,
     rows_of,
-    server,
     sqlite,
 )
 
@@ -126,7 +126,7 @@ def test_own_objects_are_kept_on_postgresql(empty_postgres_url: str, revision: s
         "SELECT tgname FROM pg_trigger WHERE tgname LIKE 'own%' ORDER BY 1",
         "SELECT conname, pg_get_constraintdef(oid) FROM pg_constraint WHERE conname LIKE 'own%fk%' ORDER BY 1",
     )
-    engine = server(empty_postgres_url)
+    engine = plain_engine(empty_postgres_url)
     with engine.begin() as connection:
         revisions.upgrade(connection, revision)
         for statement in (

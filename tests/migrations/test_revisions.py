@@ -41,8 +41,8 @@ from tests.migrations.old_databases import (
     few,
     is_sound,
     old_database,
+    plain_engine,
     rows_of,
-    server,
     sqlite,
     upgrade,
 )
@@ -62,7 +62,7 @@ def alembic_cli(*arguments: str, **environment: str) -> tuple[int, str]:
 def test_alembic_check(empty_postgres_url: str) -> None:
     """`alembic check` compares the models with a scratch database or a server. The command `upgrade` is refused."""
     Database.open(empty_postgres_url).close()
-    with server(empty_postgres_url).begin() as connection:
+    with plain_engine(empty_postgres_url).begin() as connection:
         connection.execute(text("CREATE TABLE a_host_application (id integer PRIMARY KEY)"))
         connection.execute(text("CREATE TABLE alembic_version (version_num varchar(32) NOT NULL)"))
     for environment in ({}, {"HOMEAGENT_DATABASE": empty_postgres_url}):
@@ -113,7 +113,7 @@ def test_sqlite_schema_equals_the_models(tmp_path: Path) -> None:
 def test_postgresql_schema_equals_the_models(empty_postgres_url: str) -> None:
     """On PostgreSQL the upgraded schema is also the one that the models create, collations included."""
     Database.open(empty_postgres_url).close()
-    with server(empty_postgres_url).begin() as connection:
+    with plain_engine(empty_postgres_url).begin() as connection:
         migrated = postgresql_structure(connection)
         connection.execute(text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
         metadata.create_all(connection, tables=SCHEMA)
@@ -255,7 +255,7 @@ def old_target(engine_name: str, tmp_path: Path, request: pytest.FixtureRequest)
             upgrade(tmp_path / "homeagent.db", revision)
             return tmp_path / "homeagent.db"
         url = request.getfixturevalue("empty_postgres_url")
-        with server(url).begin() as connection:
+        with plain_engine(url).begin() as connection:
             revisions.upgrade(connection, revision)
         return url
 
@@ -264,18 +264,10 @@ def old_target(engine_name: str, tmp_path: Path, request: pytest.FixtureRequest)
 
 def insert(target: Any, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
     """Insert rows into their tables, as another program would."""
-    statements = [
-        (f"INSERT INTO {table} ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})", tuple(row.values()))
-        for table, row in rows
-    ]
-    if isinstance(target, Path):
-        with closing(sqlite(target)) as raw:
-            for statement, values in statements:
-                raw.execute(statement, values)
-        return
-    with server(target).begin() as connection:
-        for statement, values in statements:
-            connection.exec_driver_sql(statement.replace("?", "%s"), values)
+    with plain_engine(target).begin() as connection:
+        for table, row in rows:
+            values = ", ".join(f":{name}" for name in row)
+            connection.execute(text(f"INSERT INTO {table} ({', '.join(row)}) VALUES ({values})"), row)
 
 
 @pytest.mark.parametrize("engine_name", ["postgresql"])

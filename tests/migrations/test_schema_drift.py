@@ -14,7 +14,7 @@ from homeagent.maintenance import Finding
 from homeagent.migrations import REVISION, VERSION_TABLE, revisions
 from tests.conftest import FakeClock, add_device
 from tests.engine.files.conftest import snapshot
-from tests.migrations.old_databases import REVISIONS, change, fetch, old_database, server
+from tests.migrations.old_databases import REVISIONS, change, fetch, old_database, plain_engine
 from tests.migrations.old_databases import clock as then
 
 APPROVES = "BEGIN UPDATE devices SET approved = 1, role = 'admin'; END"
@@ -159,7 +159,7 @@ SERVER_CHANGES = {
 @pytest.mark.parametrize("kind", SERVER_CHANGES)
 def test_changed_schema_on_postgresql(empty_postgres_url: str, clock: FakeClock, kind: str) -> None:
     """On PostgreSQL a trigger or rule on homeagent's tables prevents an upgrade until it is dropped."""
-    engine = server(empty_postgres_url)
+    engine = plain_engine(empty_postgres_url)
     with engine.begin() as connection:
         revisions.upgrade(connection, "0004")
         for statement in SERVER_CHANGES[kind]:

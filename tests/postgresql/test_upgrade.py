@@ -15,7 +15,7 @@ from homeagent import Database
 from homeagent.errors import DatabaseBusyError, DatabaseError, InvalidArgumentError, MigrationError
 from homeagent.migrations import REVISION, VERSION_TABLE, postgresql, revisions
 from tests.conftest import add_agent, postgres_execute
-from tests.migrations.old_databases import server
+from tests.migrations.old_databases import plain_engine
 from tests.postgresql.load import wait_for
 
 pytestmark = pytest.mark.usefixtures("postgres_url")
@@ -26,7 +26,7 @@ SHORT = timedelta(milliseconds=300)
 @contextmanager
 def other(url: str) -> Iterator[Connection]:
     """Connect as another application would."""
-    with server(url).connect() as connection:
+    with plain_engine(url).connect() as connection:
         yield connection
 
 
