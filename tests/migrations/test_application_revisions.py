@@ -248,13 +248,3 @@ def test_unusable_revisions(tmp_path: Path, folder: Path, problem: str) -> None:
     with pytest.raises(InvalidArgumentError, match=problem):
         Database.open(tmp_path / "new" / "homeagent.db", migrations=folder if callable(make) else make)
     assert not (tmp_path / "new").exists()
-
-
-def test_package(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The revisions can be in a folder of a package, and errors name the package."""
-    (folder.parent / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    Database.open(tmp_path / "new" / "homeagent.db", migrations="hub:migrations").close()
-    write_revision(folder, "a4", "a3", "pass")
-    with pytest.raises(SchemaOutdatedError, match="of the application hub, needed"):
-        Database.open(tmp_path / "new" / "homeagent.db", migrations="hub:migrations", migrate=False)

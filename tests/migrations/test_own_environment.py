@@ -18,7 +18,7 @@ import homeagent.alembic
 from alembic import command
 from homeagent import Database
 from homeagent.alembic import TABLES
-from homeagent.errors import DatabaseBusyError
+from homeagent.errors import DatabaseBusyError, SchemaOutdatedError
 from homeagent.migrations import postgresql
 from homeagent.models import SCHEMA
 from tests.conftest import add_agent
@@ -121,6 +121,8 @@ def test_life_of_an_application(target: str, make_hub: Any) -> None:
     write_revision(hub.package / "migrations", "b2", hub.head(), REBUILD.format(name=hub.name))
     with pytest.raises(CommandError, match="not up to date"):
         command.check(hub.config)
+    with pytest.raises(SchemaOutdatedError, match=f"of the application {hub.name}, needed"):
+        Database.open(target, migrations=f"{hub.name}:migrations", migrate=False)
     command.upgrade(hub.config, "head")
     with Database.open(target, migrations=f"{hub.name}:migrations", migrate=False) as database:
         with database.read_connection() as connection:
