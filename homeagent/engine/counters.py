@@ -67,21 +67,6 @@ class DatabaseCounters(BaseModel, frozen=True):
     swept: int = 0
     last_error: LastFault | None = None
 
-    @property
-    def lane_waits(self) -> int:
-        """Return the field `pool_waits`. The earlier name was `lane_waits`."""
-        return self.pool_waits
-
-    @property
-    def lane_wait_p50(self) -> float | None:
-        """Return the field `pool_wait_p50`. The earlier name was `lane_wait_p50`."""
-        return self.pool_wait_p50
-
-    @property
-    def lane_wait_p99(self) -> float | None:
-        """Return the field `pool_wait_p99`. The earlier name was `lane_wait_p99`."""
-        return self.pool_wait_p99
-
 
 class Counters:
     """Counts events of one open database. Each public attribute is a field of `DatabaseCounters`."""
