@@ -375,12 +375,11 @@ def test_a_wrong_unit_is_refused(sqlite_path: Path) -> None:
             Database.open(sqlite_path, unit=unit)
 
 
-@pytest.mark.parametrize("length", [3000, 20_000])
 @pytest.mark.parametrize("by", ["statement", "session"])
 @pytest.mark.parametrize("engine_name", ["postgresql"])
-def test_a_value_too_long_for_an_index_names_the_index(hub: Database[HubUnit], by: str, length: int) -> None:
-    """PostgreSQL refuses a long value in an index. The error names the table and the index."""
-    note = "".join(map(chr, random.Random(1).choices(range(33, 127), k=length)))  # does not compress
+def test_a_value_too_long_for_an_index_names_the_index(hub: Database[HubUnit], by: str) -> None:
+    """PostgreSQL refuses a long value in an index. The error names the index, and does not show the value."""
+    note = "".join(map(chr, random.Random(1).choices(range(33, 127), k=3000)))  # does not compress
 
     def work(unit: HubUnit) -> None:
         if by == "statement":
@@ -388,7 +387,7 @@ def test_a_value_too_long_for_an_index_names_the_index(hub: Database[HubUnit], b
         else:
             unit.session.add(Tag(session_id="s", name="n", note=note))
 
-    with pytest.raises(InvalidArgumentError, match=r"'idx_own_tags_note'.* of table 'own_tags'") as caught:
+    with pytest.raises(InvalidArgumentError, match=r"at most 2,704 bytes.*idx_own_tags_note") as caught:
         hub.run(work)
     assert note not in str(caught.value)
 

@@ -65,8 +65,8 @@ _NAMING = re.compile(
     | column\ (?:\w+\.\w+|".+"\ of\ relation\ ".+")\ does\ not\ exist""",
     re.VERBOSE,
 )
-# Error codes of PostgreSQL (SQLSTATE) for definitions. The first line of the message contains only names and types.
-_DEFINITIONS = ("25001", "2BP01", "42701", "42710", "42723", "42830", "42P01", "42P06", "42P07", "42P16")
+# Error codes of PostgreSQL (SQLSTATE) whose first line of the message contains only names, types and sizes.
+_DEFINITIONS = ("25001", "2BP01", "42701", "42710", "42723", "42830", "42P01", "42P06", "42P07", "42P16", "54000")
 # For these codes, a name is in the SQL text only if the message has a position. A cast of a value has no position.
 _NAMES = ("3F000", "42704", "42804", "42809", "42883")
 _MISSING = re.compile(r"no such (?:table|column): |(?:relation|column) .* does not exist")
@@ -254,6 +254,11 @@ _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...
     (("53",), TransientError, "the PostgreSQL server is out of connections or memory: lower pool_size"),
     (("22003",), InvalidArgumentError, "a number is out of the range of its type: pass a smaller number"),
     (("23",), ConflictError, _REFUSED),
+    (
+        ("54000",),
+        InvalidArgumentError,
+        "a value is too long for an index (at most 2,704 bytes): shorten the value, or index a hash of the value",
+    ),
     (_DAMAGED, CorruptDatabaseError, "the PostgreSQL server reports damaged data: restore it from a backup"),
 )
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import Index, LargeBinary, PrimaryKeyConstraint, String, UniqueConstraint
-
 from homeagent.engine.connection import StoreConnection
-from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost, refused_by
+from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost
 from homeagent.engine.instrumented_cursor import InstrumentedCursor
-from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError, StandbyError
-from homeagent.models.base import metadata
+from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, StandbyError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -32,9 +28,6 @@ _FATAL_ERROR = 7  # libpq's ExecStatusType for an error
 
 # Error codes (SQLSTATE) with which a standby refuses BEGIN … READ WRITE.
 _STANDBY = frozenset({"0A000", "25006"})
-
-_TOO_LONG = "54000"
-_WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE|COPY)\s+(?:ONLY\s+)?("[^"]+"|\w+)', re.IGNORECASE)
 
 
 class PostgreSQLConnection(StoreConnection):
@@ -149,10 +142,6 @@ class PostgreSQLConnection(StoreConnection):
             for row in rows:
                 copy.write_row(row)
 
-    def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
-        """Return homeagent's error. If an index can't hold a value, return InvalidArgumentError."""
-        return index_error(error, sql) or super()._refused(error, sql)
-
     @property
     def in_transaction(self) -> bool:
         """True if the session is in a transaction or an unknown state."""
@@ -166,34 +155,3 @@ class PostgreSQLConnection(StoreConnection):
     def is_stale(self, failure: BaseException) -> bool:
         """Return True if BEGIN failed on a used connection. The server ended the session or became a standby."""
         return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))
-
-
-def index_error(error: BaseException, sql: str | None) -> InvalidArgumentError | None:
-    """Return the error for a value that is too long for an index. For another error, return None. For a value over
-    8,191 bytes, PostgreSQL does not name the index. homeagent's error then names all indexes on text columns and bytes
-    columns.
-    """
-    if getattr(error, "sqlstate", None) != _TOO_LONG:
-        return None
-    table, index = refused_by(error)
-    if table is None and (found := _WRITTEN.match(sql or "")) is not None:
-        table = found[1].strip('"')
-    if table is None:
-        return None
-    names = sorted(_long_indexes(table)) if index is None else [index]
-    shown = " or ".join(map(repr, names)) or "an index"
-    return InvalidArgumentError(
-        f"a value is too long for {shown} of table {table!r}, because PostgreSQL indexes at most 2,704 bytes: shorten "
-        f"the value, or index a hash of the value [SQLSTATE {_TOO_LONG}]"
-    )
-
-
-def _long_indexes(table: str) -> Iterator[str]:
-    described = metadata.tables.get(table)
-    if described is None:
-        return
-    for each in (*described.indexes, *described.constraints):
-        if isinstance(each, (Index, PrimaryKeyConstraint, UniqueConstraint)):
-            types = [getattr(column.type, "impl_instance", column.type) for column in each.columns]
-            if any(isinstance(kind, (String, LargeBinary)) for kind in types):
-                yield str(each.name)

@@ -17,7 +17,7 @@ from sqlalchemy.pool import NullPool
 from homeagent.engine.driver_errors import message_with_name, postgresql_error, refused_by
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
-from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection, index_error
+from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clear_locals
 
@@ -226,7 +226,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     by_driver = isinstance(context.sqlalchemy_exception, DBAPIError)
     if not by_driver and not isinstance(original, (OverflowError, UnicodeError)):
         return None
-    failure = index_error(original, context.statement) or postgresql_error(original)
+    failure = postgresql_error(original)
     if context.connection is None:
         if isinstance(failure, ConnectionLostError):
             failure = _connect_error(original)
