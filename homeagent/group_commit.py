@@ -17,7 +17,6 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from homeagent.clock import monotonic
-from homeagent.errors import DatabaseError
 from homeagent.pool import closed_error
 from homeagent.queued_call import ALONE, COMMITTING, DONE, ENDED, LEFT, QUEUED, RUNNING, STARTING, CallState, QueuedCall
 from homeagent.transaction import NEW, OPEN, UnitSettings, call_back, refuse_nesting
@@ -162,7 +161,7 @@ class GroupCommit:
             return call.state is LEFT
 
     def _submit(self, calls: list[QueuedCall]) -> None:
-        """Queue calls for the writer thread, and start the thread if necessary."""
+        """Queue calls for the writer thread. If the thread can't be started, each caller must run its unit itself."""
         if self._is_closed:
             self._refuse(calls)
             return
@@ -177,21 +176,8 @@ class GroupCommit:
             return
         try:
             threading.Thread(target=self._write, name="homeagent-writer", daemon=True).start()
-        except Exception as error:  # noqa: BLE001  the caller gets the error, or runs the unit
-            failure = DatabaseError(
-                f"could not start the writer thread: {error!r}. End other threads, or raise the system's limit."
-            )
-            with self._mutex:
-                # If another caller has started a writer thread, the thread runs all queued calls.
-                ended = [call for call in calls if call.state is QUEUED and self._thread is None]
-                for call in ended:
-                    call.error = failure
-                    call.state = ALONE if call.future is None else DONE
-            # Remove the ended calls from the queue, because no writer thread runs.
-            for queued in [self._next() for _ in range(self._queue.qsize())]:
-                if queued is not None and not queued.state.is_over:
-                    self._queue.put(queued)
-            self._deliver(ended)
+        except (RuntimeError, MemoryError):  # the system has no thread left
+            self._deliver(self._move(list(iter(self._next, None)), ALONE))
 
     def _refuse(self, calls: list[QueuedCall]) -> None:
         """End the calls with DatabaseClosedError, and wake the callers. Skip calls that are over."""
@@ -204,8 +190,7 @@ class GroupCommit:
         with self._mutex:
             self._is_closed = True
             thread, timeout = self._thread, self._settings.timeout
-        while (call := self._next()) is not None:
-            self._refuse([call])
+        self._refuse(list(iter(self._next, None)))
         self._queue.put(QueuedCall(lambda unit: None, state=LEFT))  # the empty call only wakes the writer thread
         if thread is None or thread is threading.current_thread():
             return
@@ -346,8 +331,6 @@ class GroupCommit:
             except RuntimeError:
                 # A closed event loop runs no coroutines.
                 self._loops.pop(loop, None)
-            except Exception as error:  # noqa: BLE001  If the wake-up fails, `_check_loop()` wakes the callers later.
-                _log(error)
 
     def _occupation(self, holder: int) -> str | None:
         """Return a description of the running function, or None."""

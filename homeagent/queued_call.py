@@ -8,8 +8,7 @@
 | ENDED | COMMITTING | the writer thread begins the commit, and the caller can no longer leave |
 | COMMITTING | DONE | the batch is committed, and the call has the outcome |
 | RUNNING, ENDED, COMMITTING | ALONE | the batch was rolled back, so the caller must run the unit itself |
-| QUEUED | ALONE | the writer thread cannot be started, so the waiting thread must run the unit itself |
-| QUEUED | DONE | the writer thread cannot be started, so the waiting coroutine gets the error |
+| QUEUED | ALONE | the writer thread cannot be started, so the caller must run the unit itself |
 | QUEUED, STARTING | DONE | `busy_timeout` is over or the database was closed, so the caller gets the error |
 | QUEUED, STARTING | LEFT | the caller was cancelled or interrupted |
 | QUEUED | LEFT | `busy_timeout` is over before the function was called |

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import anyio
 
 from homeagent.clock import monotonic
+from homeagent.errors import DatabaseError
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -126,10 +127,13 @@ def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
     try:
         executor.submit(_run, executor, asyncio.get_running_loop(), calls)
     # The method `submit()` can queue the calls and then raise an error. Another thread can still run the queued calls.
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        failure = DatabaseError(
+            f"could not start a worker thread: {error!r}. End other threads, or raise the system's limit"
+        )
         ended = [call for call in calls if call.decision.acquire(blocking=False)]
         for call in ended:
-            call.error, call.is_over = error, True
+            call.error, call.is_over = failure, True
         wake(ended)
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from homeagent import Database, worker_threads
+from homeagent.errors import DatabaseError
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.worker_threads import CollectedCalls, ThreadCall, call_in_thread, run_in_thread
 
@@ -54,7 +55,7 @@ def test_a_call_without_a_thread_does_not_run_later(monkeypatch: pytest.MonkeyPa
         with ThreadPoolExecutor(1) as executor:
             with monkeypatch.context() as patched:
                 patched.setattr(threading.Thread, "start", start)
-                with pytest.raises(RuntimeError, match="can't start new thread"):
+                with pytest.raises(DatabaseError, match="can't start new thread"):
                     await call_in_thread(lambda: ran.append(True), executor)
             assert await call_in_thread(lambda: "next", executor) == "next"
 
