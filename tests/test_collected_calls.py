@@ -13,7 +13,7 @@ import pytest
 
 from homeagent import Database, DevicePair, Role, UnitOfWork, worker_threads
 from homeagent.errors import DatabaseClosedError
-from homeagent.queued_call import QueuedCall
+from homeagent.group_commit import QueuedCall
 from homeagent.worker_threads import CollectedCalls
 from tests.batches import group_commit_of
 
