@@ -33,10 +33,8 @@ class UnitSession(Session):
             info={"now": unit.now},
         )
         self._unit = unit
-        self._values: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] | None = None
+        self._values: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] = WeakKeyDictionary()
         """The last loaded values of expired objects."""
-        self._written: set[tuple[str | None, str | None]] = set()
-        """For each write of a store since the outermost savepoint: the arguments of `expire_written()`."""
         self._detached: list[object] = []
         """Objects that `reload()` has detached since the outermost savepoint."""
         self._is_outdated = False
@@ -50,7 +48,6 @@ class UnitSession(Session):
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction. For a nested transaction, send SAVEPOINT immediately."""
         if nested and not self.in_nested_transaction():
-            self._written.clear()
             self._detached.clear()
         transaction = super().begin(nested)
         if nested:
@@ -74,55 +71,44 @@ class UnitSession(Session):
 
     def expire_all(self) -> None:
         """Expire all objects, and remember the loaded values for `expunge_all()`."""
-        for state in self.identity_map.all_states():
-            self._remember(state)
+        self._remember_all()
         super().expire_all()
         self._is_outdated = True
+
+    def _remember_all(self) -> None:
+        """Call `_remember()` for all objects of the session."""
+        for state in self.identity_map.all_states():
+            self._remember(state)
 
     def _remember(self, state: InstanceState[Any]) -> None:
         """Keep the loaded values of an object's columns until `expunge_all()`."""
         loaded = {key: state.dict[key] for key in state.mapper.column_attrs.keys() if key in state.dict}  # noqa: SIM118
-        if loaded:
-            if self._values is None:
-                self._values = WeakKeyDictionary()
-            self._values.setdefault(state, {}).update(loaded)
+        self._values.setdefault(state, {}).update(loaded)
 
     def expunge_all(self) -> None:
         """Detach all objects. An expired object gets the last loaded values back, so the object stays usable."""
-        for state, values in (self._values or {}).items():
+        for state, values in self._values.items():
             if (row := state.obj()) is not None:
                 for key in state.expired_attributes.intersection(values):
                     set_committed_value(row, key, values[key])
-        self._values = None
+        self._values.clear()
         super().expunge_all()
 
     def expire_written(self, target: str | None, cascade: str | None) -> None:
-        """After a store's write, expire the affected objects and collections. The class `Compiled` describes the
-        arguments.
+        """After a store's write, expire the affected objects, and the objects with a loaded relationship to an affected
+        table. The class `Compiled` describes the arguments.
         """
-        self._written.add((target, cascade))
         self._is_outdated |= cascade == "ondelete"
         if target is None:
             self.expire_all()
             return
         for row in self.identity_map.values():
             state = inspect(row)
-            mapper = state.mapper
-            if _is_changed(mapper.local_table, target, cascade):
-                if not state.expired:
-                    self.expire(row)
-                continue
-            stale = [
-                each.key
-                for each in mapper.relationships
-                if each.key in state.dict
-                and any(
-                    table is not None and _is_changed(table, target, cascade)
-                    for table in (each.mapper.local_table, each.secondary)
-                )
-            ]
-            if stale:
-                self.expire(row, stale)
+            loaded = [each for each in state.mapper.relationships if each.key in state.dict]
+            tables = [state.mapper.local_table, *(each.mapper.local_table for each in loaded)]
+            tables += [each.secondary for each in loaded if each.secondary is not None]
+            if not state.expired and any(_is_changed(table, target, cascade) for table in tables):
+                self.expire(row)
 
     def complete(self) -> None:
         """Flush the pending changes. Reload expired objects for use after the unit."""
@@ -160,24 +146,24 @@ def _after_rollback(session: UnitSession) -> None:
     savepoint, remember the values of the objects that SQLAlchemy expires next.
     """
     session._unit._end_after_rollback()
-    nested = session.get_nested_transaction()
-    if nested is not None:
-        # SQLAlchemy has no public names for these objects.
-        for state in {*nested._dirty, *nested._deleted, *session._dirty_states}:
-            session._remember(state)
+    session._remember_all()
+
+
+@event.listens_for(UnitSession, "persistent_to_deleted")
+def _persistent_to_deleted(session: UnitSession, instance: object) -> None:
+    """Remember the values of a deleted object, which SQLAlchemy can restore and expire after a rollback."""
+    session._remember(inspect(instance))
 
 
 @event.listens_for(UnitSession, "after_soft_rollback")
 def _after_soft_rollback(session: UnitSession, ended: SessionTransaction) -> None:
-    """After the rollback of a savepoint, expire also the objects that a store has changed."""
+    """After the rollback of a savepoint, expire all objects, because a store can have changed their rows."""
     session._is_outdated = False
     for row in session._detached:
         state = inspect(row)
         if state.detached and state.key not in session.identity_map:
             session.add(row)
-    for written in tuple(session._written):
-        session.expire_written(*written)
-        session._is_outdated = True
+    session.expire_all()
 
 
 @event.listens_for(UnitSession, "before_attach")
