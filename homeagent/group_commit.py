@@ -309,15 +309,13 @@ class GroupCommit:
                 first.error, shared = error, [first]
             else:
                 shared, alone = [], shared
-        try:
-            # UnitOfWork has already counted one commit or rollback for the batch.
-            counters, kept = self._settings.engine.counters, sum(call.error is None for call in shared)
-            counters.commits += max(kept - 1, 0)
-            counters.rollbacks += len(shared) - max(kept, 1)
-            if kept > 1:
-                counters.grouped(kept)
-        finally:
-            self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
+        # UnitOfWork has already counted one commit or rollback for the batch.
+        counters, kept = self._settings.engine.counters, sum(call.error is None for call in shared)
+        counters.commits += max(kept - 1, 0)
+        counters.rollbacks += len(shared) - max(kept, 1)
+        if kept > 1:
+            counters.grouped(kept)
+        self._deliver(self._move(shared, DONE) + self._move(alone, ALONE))
 
     def _run_units(self, first: QueuedCall, transaction: UnitOfWork, shared: list[QueuedCall]) -> None:
         """Run queued units in savepoints, up to the limits of a batch. Append each call to the list named `shared`."""
