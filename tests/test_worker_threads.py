@@ -78,21 +78,6 @@ def test_a_slow_call_does_not_delay_the_calls_that_were_collected_with_it(monkey
     asyncio.run(work())
 
 
-def test_many_fast_calls_stay_in_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If only the sum of the collected calls reaches the limit, all calls run in the thread of the first call."""
-    ticks = iter(range(1000))
-    monkeypatch.setattr(worker_threads, "monotonic", lambda: next(ticks) * 0.06)
-
-    async def work() -> set[int]:
-        with ThreadPoolExecutor(4) as executor:
-            calls = [ThreadCall(threading.get_ident, asyncio.get_running_loop().create_future()) for _ in range(20)]
-            run_in_thread(executor, calls)
-            await asyncio.gather(*(call.future for call in calls if call.future is not None))
-            return {call.outcome() for call in calls}
-
-    assert len(asyncio.run(work())) == 1
-
-
 def test_a_reading_unit_can_raise_stop_iteration(database: Database) -> None:
     """A StopIteration, which no future can hold, reaches the coroutine as a RuntimeError, as in any coroutine."""
 

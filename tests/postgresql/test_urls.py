@@ -83,7 +83,7 @@ def test_command_refuses_an_unreadable_url_in_one_line(command: tuple[str, ...])
 )
 def test_refused_connection_shows_no_password(url: str) -> None:
     """If a connection is refused, neither the error nor any frame in its traceback has the password."""
-    with pytest.raises(ConnectionLostError) as caught:
+    with pytest.raises(ConnectionLostError, match="Connection refused") as caught:
         Database.open(url.format(secret=SECRET, port=free_port()))
     error = caught.value
     assert (error.__cause__, error.__context__) == (None, None)
