@@ -167,11 +167,11 @@ class StoreConnection:
         self.execute(f"ROLLBACK TO SAVEPOINT {name}")
         self.execute(f"RELEASE SAVEPOINT {name}")
 
-    def execute(self, sql: str, parameters: Sequence[Any] = ()) -> Any:
+    def execute(self, sql: str) -> Any:
         """Run SQL text, such as a pragma, and return the driver's cursor."""
         failure: BaseException
         try:
-            return self._execute(sql, parameters) if parameters else self._execute(sql)
+            return self._execute(sql)
         except self._driver_errors as error:
             failure = self._refused(error, sql)
         raise failure
