@@ -87,11 +87,11 @@ class UnitSession(Session):
 
     def expunge_all(self) -> None:
         """Detach all objects. An expired object gets the last loaded values back, so the object stays usable."""
+        # Keep the values: after a rollback, SQLAlchemy restores and expires deleted objects only after this method.
         for state, values in self._values.items():
-            if (row := state.obj()) is not None:
+            if state.session in (self, None) and (row := state.obj()) is not None:
                 for key in state.expired_attributes.intersection(values):
                     set_committed_value(row, key, values[key])
-        self._values.clear()
         super().expunge_all()
 
     def expire_written(self, target: str | None, cascade: str | None) -> None:

@@ -440,6 +440,19 @@ def test_rows_stay_usable_after_a_rollback(hub: Database[HubUnit], kind: str) ->
     assert [each.text for each in hub.store(MessageStore).of_session("s")] == ["old"]
 
 
+def test_a_deleted_object_stays_usable_after_a_refused_flush(hub: Database[HubUnit]) -> None:
+    """If a refused flush rolls back the unit, an object that an earlier flush deleted keeps its values."""
+    hub.run(lambda unit: unit.session.add(message("old")))
+    with hub.unit_of_work() as unit:
+        row = unit.session.get_one(Message, 1)
+        unit.session.delete(row)
+        unit.session.flush()
+        unit.session.add(Message(session_id="absent", text="x", sent_at=START))
+        with pytest.raises(ConflictError):
+            unit.session.flush()
+    assert row.text == "old"
+
+
 def test_rows_stay_usable_after_an_undone_savepoint(hub: Database[HubUnit]) -> None:
     """If a savepoint and then the unit are undone, the changed objects keep values."""
     hub.run(lambda unit: unit.session.add_all([message("old"), message("old")]))
