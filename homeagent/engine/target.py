@@ -54,6 +54,13 @@ class Target(NamedTuple):
         return ":memory:" if self.path is None else str(self.path)
 
 
+class ServerURL(URL):
+    """URL of a server. A traceback that shows variables must not show a secret option, such as `sslpassword`."""
+
+    def __repr__(self) -> str:
+        return presentable_url(self)
+
+
 def presentable_url(url: URL) -> str:
     """Remove the password and all options except `_SHOWN_OPTIONS`. An option of libpq can be a password too."""
     kept = {name: value for name, value in url.query.items() if name in _SHOWN_OPTIONS}
@@ -168,7 +175,4 @@ def _read_server_url(url: URL) -> Target:
             "the database URL has a host name that can't exist, a port that is not a number, or not as many ports as "
             "hosts: write ?host=a.example:5432&host=b.example:5432, see docs/postgresql.md"
         ) from None
-    if isinstance(password := url.query.get("password"), str):
-        # SQLAlchemy hides the attribute `URL.password`, but not a password in the query.
-        url = url.difference_update_query(["password"]).set(password=password)
-    return Target(url=url)
+    return Target(url=ServerURL(*url))

@@ -76,7 +76,7 @@ def test_command_refuses_an_unreadable_url_in_one_line(command: tuple[str, ...])
 @pytest.mark.parametrize(
     "url",
     [
-        "postgresql://gateway:{secret}@127.0.0.1:{port}/home",
+        "postgresql://gateway:{secret}@127.0.0.1:{port}/home?sslpassword={secret}",
         "postgresql://gateway@127.0.0.1:{port}/home?password={secret}",
         "postgresql://gateway:{secret}@/home?host=127.0.0.1:{port}&host=localhost:{port}",
     ],
