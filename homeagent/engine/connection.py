@@ -32,7 +32,7 @@ class StoreConnection:
         self._engine = engine
         self._begin = "; ".join(engine.begin_of(connection, read_only=read_only))
         self.read_only: bool = read_only
-        self._compiled = engine.compiled[read_only]
+        self._compile_key = (self.dialect.name, read_only)
         self._driver_errors = engine.driver_errors
         self._identity_check = engine.identity_check
         self.needs_reconnect: bool = False
@@ -180,20 +180,16 @@ class StoreConnection:
         """Return homeagent's error for a failed statement. Add the SQL text to a plain DatabaseError."""
         return naming_statement(self._translate(error), sql)
 
-    def _compile(self, statement: Statement[R]) -> Compiled[R]:
-        """Compile and cache a statement. If the statement writes on a read-only connection, raise ReadOnlyError."""
-        compiled = statement.compiled(self.dialect, read_only=self.read_only)
-        if compiled.writes and self.read_only:
-            raise _read_only()
-        self._compiled[statement] = compiled
-        return compiled
-
     def rows(self, statement: Statement[R], parameters: Parameters) -> list[R]:
         """Run a statement, and return its rows. After an error, clear the parameters, which a traceback could show."""
         stored: Sequence[Row] = ()
         failure: HomeAgentError
         try:
-            compiled = self._compiled.get(statement) or self._compile(statement)
+            compiled = statement._cache.get(self._compile_key) or statement.compiled(
+                self.dialect, read_only=self.read_only
+            )
+            if compiled.writes and self.read_only:
+                raise _read_only()
             cursor = self._execute(compiled.sql, compiled.bind(parameters))
             # Do not use fetchone: an unread row keeps SQLite's locks and snapshot. With RETURNING, SQLite counts the
             # changed rows after the last fetch.
@@ -235,7 +231,9 @@ class StoreConnection:
 
     def write_many(self, statement: Statement[Any], parameters: Iterable[Parameters]) -> int:
         """Run a statement for each set of parameters. Return the total number of changed rows."""
-        compiled = self._compiled.get(statement) or self._compile(statement)
+        if self.read_only:
+            raise _read_only()
+        compiled = statement.compiled(self.dialect)
         with self._naming(compiled.sql):
             self._cursor.executemany(compiled.sql, map(compiled.bind, parameters))
         return int(self._cursor.rowcount)

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.counters import Counters
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import sqlalchemy
 
     from homeagent.engine.files.file_identity import FileIdentityCheck
-    from homeagent.engine.statements import Compiled, Parameters, Statement
+    from homeagent.engine.statements import Parameters, Statement
     from homeagent.errors import HomeAgentError
 
 R = TypeVar("R")
@@ -50,7 +50,6 @@ class Engine:
         self.acknowledged: frozenset[str] = frozenset()
         """Names of the application's triggers on homeagent's tables."""
         self._connections: weakref.WeakSet[StoreConnection] = weakref.WeakSet()
-        self.compiled: dict[bool, dict[Statement[Any], Compiled[Any]]] = {False: {}, True: {}}
         self.counters: Counters = Counters()
         waited = self.counters.waited
         self.writers: ConnectionPool[StoreConnection] = ConnectionPool(
