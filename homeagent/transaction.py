@@ -208,39 +208,37 @@ class Transaction:
             if not committed:
                 # After an earlier call of `rollback()`, a second ROLLBACK has no effect.
                 sound = self._undo(connection)
+            if self._session is not None:
+                # The unit and the session form a reference cycle.
+                session, self._session = self._session, None
+                session.close()
         finally:
             self._state = FINISHED
             self._connection = self._run = None
             try:
-                if self._session is not None:
-                    # The unit and the session form a reference cycle.
-                    session, self._session = self._session, None
-                    session.close()
+                if engine.is_forked_copy:
+                    pass  # during the fork, another thread can hold the pool's mutex
+                elif sound and not connection.needs_reconnect:
+                    try:
+                        pool.release(connection)
+                    except BaseException:
+                        pool.release_own(connection)
+                        raise
+                else:
+                    pool.discard(connection)
+                    if connection.needs_reconnect:
+                        engine.discard_free()
             finally:
-                try:
-                    if engine.is_forked_copy:
-                        pass  # during the fork, another thread can hold the pool's mutex
-                    elif sound and not connection.needs_reconnect:
-                        try:
-                            pool.release(connection)
-                        except BaseException:
-                            pool.release_own(connection)
-                            raise
+                if self.read_only:
+                    engine.counters.reads += 1
+                else:
+                    # Do not discard the id before the release of the write lock. Without the id, a signal handler would
+                    # wait for the write lock of its own thread.
+                    settings.writing.discard(self._owner)
+                    if committed:
+                        engine.counters.commits += 1
                     else:
-                        pool.discard(connection)
-                        if connection.needs_reconnect:
-                            engine.discard_free()
-                finally:
-                    if self.read_only:
-                        engine.counters.reads += 1
-                    else:
-                        # Do not discard the id before the release of the write lock. Without the id, a signal handler
-                        # would wait for the write lock of its own thread.
-                        settings.writing.discard(self._owner)
-                        if committed:
-                            engine.counters.commits += 1
-                        else:
-                            engine.counters.rollbacks += 1
+                        engine.counters.rollbacks += 1
 
     def _require_connection(self) -> StoreConnection:
         """Return the connection of the unit. If the unit is not open, raise UnitStateError."""
