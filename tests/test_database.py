@@ -86,24 +86,6 @@ def test_pair_gives_the_secret_back_once(
         assert device.shared_secret_hash not in shown
 
 
-def test_results_of_a_deleted_device_are_not_replayed_to_its_successor(database: Database) -> None:
-    """If a device is deleted, its recorded results are not replayed to a new device of the same id; others stay."""
-    old, other, pairing = (
-        IdempotencyScope(name, "on", key) for name, key in (("lamp", "k"), ("desk", "k"), ("lamp", "p"))
-    )
-    for scope in (old, other):
-        assert database.run_once(scope, lambda attempt: "old").replayed is False
-
-    def begin(attempt: Attempt) -> str:
-        return database.pair(DevicePair(id="lamp", role=Role.NODE)).device.id
-
-    # The call that pairs has a key under the same id, and is recorded like any other call.
-    assert database.run_once(pairing, begin).value == "lamp"
-    assert database.run_once(old, lambda attempt: "new").value == "new"
-    assert database.run_once(other, lambda attempt: "new").value == "old"
-    assert database.run_once(pairing, begin).replayed is True
-
-
 def test_rotated_secret_and_its_overlap(database: Database, secret: SecretStr | None, clock: FakeClock) -> None:
     """The old secret is valid until the last millisecond of the overlap, or until a revocation ends the overlap."""
     first = pair(database, "lamp", secret)

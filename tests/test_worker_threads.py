@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from homeagent import Database, worker_threads
+from homeagent import worker_threads
 from homeagent.errors import DatabaseError
-from homeagent.unit_of_work import UnitOfWork
 from homeagent.worker_threads import CollectedCalls, ThreadCall, call_in_thread, run_in_thread
 
 
@@ -74,18 +73,5 @@ def test_a_slow_call_does_not_delay_the_calls_that_were_collected_with_it(monkey
             acts = (lambda: 7, meeting.wait, meeting.wait)
             first, *others = await asyncio.gather(*(call_in_thread(act, calls) for act in acts))
             assert (first, sorted(others)) == (7, [0, 1])
-
-    asyncio.run(work())
-
-
-def test_a_reading_unit_can_raise_stop_iteration(database: Database) -> None:
-    """A StopIteration, which no future can hold, reaches the coroutine as a RuntimeError, as in any coroutine."""
-
-    def first(unit: UnitOfWork) -> str:
-        return next(iter(unit.devices.list())).id
-
-    async def work() -> None:
-        with pytest.raises(RuntimeError, match="StopIteration"):
-            await database.arun(first, read_only=True)
 
     asyncio.run(work())
