@@ -34,9 +34,7 @@ def own_server(installation: Installation, public_directory: Path) -> Iterator[S
 
 
 @pytest.fixture
-def campaign(
-    children: Children, tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: RecordProperty
-) -> Campaign:
+def campaign(children: Children, tmp_path: Path, record_property: RecordProperty) -> Campaign:
     """Return a context manager that loads a store during its block, and then checks the store and the outages."""
 
     @contextmanager
@@ -47,10 +45,8 @@ def campaign(
             yield load
             load.stop()
             load.check(database)
-        with capsys.disabled():
-            print(f"\n{load.report}")  # noqa: T201  the figures are the purpose of a manual run
         if lost:
-            load.report.record(record_property, lost)
-        assert len(load.report.outages) == outages
+            load.record(record_property, lost)
+        assert len(load.outages) == outages
 
     return run

@@ -6,7 +6,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,35 +28,6 @@ def wait_for(what: str, condition: Callable[[], object], *, seconds: float = 60)
         time.sleep(0.02)
 
 
-@dataclass
-class Report:
-    acknowledged: Counter[str] = field(default_factory=Counter)
-    """Number of units of each kind."""
-    outages: list[tuple[float, float]] = field(default_factory=list)
-    """Seconds without an acknowledgement at each failover, of the first and the last writer to continue."""
-    unknown: Counter[str] = field(default_factory=Counter)
-    """Number of commits with an unknown outcome, by the outcome that was found later."""
-
-    def __str__(self) -> str:
-        lines = [f"{sum(self.acknowledged.values())} units acknowledged: {dict(self.acknowledged)}"]
-        for number, (first, last) in enumerate(self.outages, 1):
-            lines.append(
-                f"failover {number}: the first of {WRITERS} writers carried on after {first:.2f} s, "
-                f"the last after {last:.2f} s"
-            )
-        lines.append(f"{sum(self.unknown.values())} commits of unknown outcome: {dict(self.unknown)}")
-        return "\n".join(lines)
-
-    def record(self, record_property: RecordProperty, lost: Sequence[str]) -> None:
-        """Report the figures. The lost parts take turns."""
-        for number, outage in enumerate(self.outages):
-            for seconds in outage:
-                record_property(f"{lost[number % len(lost)]}: time until a writer continues", seconds)
-        record_property(
-            "units acknowledged during failovers, each stored exactly once", sum(self.acknowledged.values())
-        )
-
-
 class Load:
     """Writers in separate processes on a store that exists, with their ledgers in an empty directory."""
 
@@ -69,7 +39,10 @@ class Load:
         self._kills: list[float] = []
         self._lines: list[list[dict[str, Any]]] = [[] for _ in range(WRITERS)]
         self._read = [0] * WRITERS
-        self.report = Report()
+        self.acknowledged = 0
+        """Number of units that returned."""
+        self.outages: list[tuple[float, float]] = []
+        """Seconds without an acknowledgement at each failover, of the first and the last writer to continue."""
 
     def start(self) -> None:
         """Start the writers, and return when each writer has written."""
@@ -109,25 +82,26 @@ class Load:
         self._kills.append(time.monotonic())
 
     def stop(self) -> None:
-        """Let the writers end normally, and report their results."""
+        """Let the writers end normally, and measure their outages."""
         (self._directory / "stop").touch()
         for process in self._processes:
             self._children.finish(process)
-        report = self.report
         ledgers = [self.lines(writer) for writer in range(WRITERS)]
-        for ledger in ledgers:
-            report.acknowledged.update(line["kind"] for line in ledger)
-            report.unknown.update(
-                line["value"] for line in ledger if line["kind"] == "count" and line["value"] != "committed"
-            )
-            report.unknown.update("a nonce" for line in ledger if line["value"] is None)
+        self.acknowledged = sum(map(len, ledgers))
         for kill, until in zip(self._kills, [*self._kills[1:], time.monotonic()], strict=True):
             # The longest time between two acknowledgements of a writer, with the later acknowledgement after the kill.
             gaps = sorted(
                 max(later["at"] - line["at"] for line, later in pairwise(ledger) if kill < later["at"] <= until)
                 for ledger in ledgers
             )
-            report.outages.append((gaps[0], gaps[-1]))
+            self.outages.append((gaps[0], gaps[-1]))
+
+    def record(self, record_property: RecordProperty, lost: Sequence[str]) -> None:
+        """Report the figures. The lost parts take turns."""
+        for number, outage in enumerate(self.outages):
+            for seconds in outage:
+                record_property(f"{lost[number % len(lost)]}: time until a writer continues", seconds)
+        record_property("units acknowledged during failovers, each stored exactly once", self.acknowledged)
 
     def check(self, database: Database) -> None:
         """Check that every acknowledged unit is stored, and is stored once."""

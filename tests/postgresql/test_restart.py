@@ -18,4 +18,4 @@ def test_server_restarts_under_load(own_server: Server, campaign: Campaign) -> N
             load.killing()
             own_server.restart("fast" if number % 2 else "immediate")
             load.wait_for_turns(2)
-    assert max(last for _, last in load.report.outages) < 20
+    assert max(last for _, last in load.outages) < 20
