@@ -82,9 +82,6 @@ class UnitOfWork(Transaction):
                     nested.rollback()
                 if session is None:
                     connection.rollback_to_savepoint(name)
-                    if self._session is not None:
-                        # The block opened the ORM session, perhaps after a store's write.
-                        self._session.expire_all()
                 if self._after_commit is not None:
                     del self._after_commit[callbacks:]
                 self._keep_savepoints(depth)
