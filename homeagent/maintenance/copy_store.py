@@ -118,6 +118,9 @@ def copy_store(
             raise DatabaseError(
                 f"{differing} is not the same on both sides, so the copy was undone: check the target's server or disk"
             )
+    # Connections cache the time of the last restore (`precedes_restore()`), which the copy has replaced.
+    written.engine.require_reconnect()
+    written.engine.discard_free()
     del rows[store_table.name]
     return CopyReport(rows=rows)
 

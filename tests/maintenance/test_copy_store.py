@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import make_url, text
 
-from homeagent import Database, DeviceChange, IdempotencyScope, UnitOfWork, errors
+from homeagent import Database, DeviceChange, Freshness, IdempotencyScope, UnitOfWork, errors
 from homeagent.maintenance import CopyProgress, copied_tables
 from homeagent.maintenance.copied_tables import CopiedTable
 from homeagent.migrations import REVISION
@@ -191,6 +191,20 @@ def test_rows_are_copied_unchanged(
     # Both are open, valid and idle.
     add_agent(ours, "after")
     add_agent(theirs, "after")
+
+
+@pytest.mark.parametrize("target", BOTH)
+def test_target_checks_timestamps_like_its_source(target: str, open_pair: OpenPair, clock: FakeClock) -> None:
+    """The target checks signed timestamps with the source's time of restore, also if it has checked some before."""
+    ours, theirs = open_pair("sqlite", target)
+    execute(ours, f"UPDATE store SET restored_at = {clock().timestamp() * 1000:.0f}")
+    signed: Any = {"signed_at": clock(), "skew": timedelta(minutes=1)}
+    with theirs.unit_of_work() as unit:
+        assert unit.nonces.consume_signed("lamp", "early", **signed) is Freshness.FRESH
+        unit.rollback()
+    ours.copy_to(theirs)
+    for database in (ours, theirs):
+        assert database.nonces.consume_signed("lamp", "late", **signed) is Freshness.STALE
 
 
 printable = st.text(
