@@ -123,7 +123,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 these revisions after homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
             acknowledged: names of the application's triggers on homeagent's tables. If a trigger's name is missing,
-                upgrades, copies and restores fail.
+                upgrades, copies and restores fail. A trigger must not suppress homeagent's writes.
             limits: limits on rows that devices create, and on work that callers cause.
 
         Raises:
