@@ -91,6 +91,15 @@ class Model(SQLModel, registry=_registry):
         # Pydantic's parser runs before `_hide_input()`, so handle the parser's errors here.
         return hide_input(None, lambda _: super(Model, cls).model_validate_json(*args, **kwargs))
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """Return a copy. Unlike Pydantic's method, validate the values in `update={…}`, which replace the copied
+        values.
+        """
+        copied = super().model_copy(deep=deep)
+        for name, value in (update or {}).items():
+            setattr(copied, name, value)
+        return copied
+
 
 class PartialIndex(Index):
     """An index of the rows that match a condition, on both engines. Do not use `Index(…, postgresql_where=…)`. With

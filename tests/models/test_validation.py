@@ -219,6 +219,21 @@ def test_a_copy_is_an_instance_of_its_own() -> None:
     assert pickle.loads(pickle.dumps(device)) == device  # noqa: S301  bytes from this test
 
 
+def test_a_copy_of_a_request_is_validated() -> None:
+    """If `update={…}` has an invalid or unknown value, a copy of a request raises an error that shows no secret."""
+    request = DevicePair(id="d", role=Role.NODE, shared_secret="right-" + SECRET, metadata={"a": [1]})
+    for update in ({"id": "../d"}, {"role": "owner"}, {"shared_secret": SECRET[:7]}, {"aproved": SECRET}):
+        with pytest.raises(ValidationError) as refused:
+            request.model_copy(update=update)
+        assert SECRET[:7] not in shown(refused.value)
+    renamed = request.model_copy(update={"id": "e"}, deep=True)
+    assert (renamed.id, request.id) == ("e", "d")
+    assert renamed.metadata_ == request.metadata_
+    assert renamed.metadata_ is not request.metadata_
+    # An omitted field stays unset.
+    assert AgentUpdate().model_copy(update={"name": "A"}).model_fields_set == {"name"}
+
+
 def test_a_session_id_is_a_uuid_of_version_7() -> None:
     """A generated session id is a UUID of version 7 (RFC 9562), so that ids sort by creation time."""
     made = [AgentSessionCreate(agent_id="a").session_id for _ in range(100)] + [new_session_id()]
