@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import inspect
+from sqlalchemy.engine.default import DefaultDialect
 from sqlmodel import SQLModel
 
 from homeagent import (
@@ -30,9 +31,10 @@ from homeagent import (
     Nonce,
     Role,
 )
-from homeagent.errors import InvalidArgumentError
+from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
 from homeagent.models import SCHEMA, TABLES, metadata
 from homeagent.models.session import new_session_id, route_key
+from homeagent.models.types import EnumColumn, JsonColumn
 
 NOW = datetime(2026, 3, 1, 12, 30, 15, 123456, tzinfo=UTC)
 SECRET = "no-error-may-show-this"
@@ -302,6 +304,18 @@ def test_a_refused_body_shows_no_secret(secret: object) -> None:
         with pytest.raises(ValidationError, match="JSON") as refused:
             model.model_validate_json(json.dumps(body)[:-1])
         assert SECRET not in shown(refused.value)
+
+
+def test_error_of_a_column_type_has_no_context() -> None:
+    """If a column type can't convert a value, the error has no context, which would show the value."""
+    dialect = DefaultDialect()
+    with pytest.raises(InvalidArgumentError, match="not a member of Role") as refused:
+        EnumColumn(Role).process_bind_param(SECRET, dialect)
+    assert refused.value.__context__ is None
+    for column in (JsonColumn(), EnumColumn(Role)):
+        with pytest.raises(CorruptDatabaseError) as unreadable:
+            column.process_result_value(SECRET, dialect)
+        assert unreadable.value.__context__ is None
 
 
 def test_tables_have_separate_metadata() -> None:

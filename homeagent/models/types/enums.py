@@ -32,7 +32,9 @@ class EnumColumn(StoredColumn[StrEnum]):
         try:
             return self._stored[value]
         except (KeyError, TypeError):
-            raise InvalidArgumentError(f"a value is not a member of {self.kind.__name__}") from None
+            refusal = InvalidArgumentError(f"a value is not a member of {self.kind.__name__}")
+        # Do not raise inside the `except` block. The error's `__context__` would show the value.
+        raise refusal
 
 
 class _Flags(dict[Any, bool]):

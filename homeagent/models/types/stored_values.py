@@ -83,5 +83,6 @@ class StoredColumn(TypeDecorator[T]):
         try:
             return None if value is None else self.convert_loaded(value)
         except UNREADABLE:
-            # Do not chain the original error, which can show the stored text.
-            raise unreadable() from None
+            failure = unreadable()
+        # Do not raise inside the `except` block. The error's `__context__` can show the stored text.
+        raise failure
