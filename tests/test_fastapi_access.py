@@ -132,11 +132,15 @@ def test_a_role_is_required(client: Client, database: Database) -> None:
 
 
 def test_invalid_arguments() -> None:
-    """A value with a wrong type, and an unknown role, are refused at once."""
+    """A value with a wrong type, a lone surrogate and an unknown role are refused at once."""
     wrong: Any = 5
-    for call in (lambda: bearer_token(wrong, "x"), lambda: bearer_token("x", wrong), lambda: require_role(wrong)):
-        with pytest.raises(errors.InvalidArgumentError):
+    for call in (
+        lambda: bearer_token(wrong, "x"), lambda: bearer_token("x", wrong), lambda: require_role(wrong),
+        lambda: bearer_token("\ud800", "x"), lambda: bearer_token("x", "\ud800"),
+    ):  # fmt: skip
+        with pytest.raises(errors.InvalidArgumentError) as refused:
             call()
+        assert not isinstance(refused.value.__context__, UnicodeError)  # its attribute `object` is the text
 
 
 def test_too_many_attempts(client: Client) -> None:

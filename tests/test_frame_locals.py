@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 import homeagent
 from homeagent import Agent, Database, DevicePair, IdempotencyScope, ReplayGuard, Role, errors, hash_secret, scram
+from homeagent.fastapi import bearer_token
 from tests.conftest import START, add_device
 from tests.credentials.conftest import cheap_hashes as cheap_hashes
 
@@ -80,6 +81,8 @@ REFUSED: dict[str, Callable[[Database], Any]] = {
     "scope of a record": lambda database: IdempotencyScope.of_record("lamp", None, SECRET),  # type: ignore[arg-type]
     "secret that is too long": lambda database: hash_secret(SECRET * 100),
     "key of a human": lambda database: scram.derive_proof_keys(SECRET + "\0", scram.ProofParameters(bytes(16), 4096)),
+    "token with a lone surrogate": lambda database: bearer_token("lamp", SECRET + "\ud800"),
+    "token of bytes": lambda database: bearer_token("lamp", SECRET.encode()),  # type: ignore[arg-type]
     "message of a proof": lambda database: scram.proof_message(device_id="lamp", nonce=SECRET, timestamp=MINUTE),
 }
 

@@ -41,14 +41,21 @@ class _BasicScheme(SecurityBase):
 _BASIC = _BasicScheme()
 
 
+@clears_locals
 def bearer_token(device_id: str, secret: SecretStr | str) -> str:
-    """Return the text that a device sends in the header `Authorization: Bearer …`. If an argument is not a text, raise
-    InvalidArgumentError.
+    """Return the text that a device sends in the header `Authorization: Bearer …`. If an argument is not a text, or has
+    a lone surrogate, raise InvalidArgumentError.
     """
     plain = secret.get_secret_value() if isinstance(secret, SecretStr) else secret
     texts = check_searched(device_id, "device_id"), check_searched(plain, "secret")
-    id_part, secret_part = (base64.urlsafe_b64encode(text.encode()).decode() for text in texts)
-    return f"{id_part.rstrip('=')}.{secret_part.rstrip('=')}"
+    try:
+        id_part, secret_part = (base64.urlsafe_b64encode(text.encode()).decode() for text in texts)
+    except UnicodeEncodeError:
+        refusal = InvalidArgumentError("device_id or secret has a lone surrogate: remove it")
+    else:
+        return f"{id_part.rstrip('=')}.{secret_part.rstrip('=')}"
+    # Do not raise inside the `except` block. The error's `__context__` would show the secret.
+    raise refusal
 
 
 class _CurrentDevice(SecurityBase):
