@@ -2,6 +2,9 @@
 number of inserts between two counts of a process. A grant is at most 2 % of the limit, but at least 1. Several
 processes together can exceed the limit. If the limit is 50 or more, the grants of 49 processes are at most 98 % of the
 limit. So the rows of up to 49 processes stay below twice the limit.
+
+On PostgreSQL, a transaction does not count rows that simultaneous transactions add. So each simultaneous transaction
+counts as a process. The rows stay below twice the limit for up to 49 simultaneous transactions that add one row each.
 """
 
 from __future__ import annotations
