@@ -312,5 +312,15 @@ class _StateOnDemand:
         return stored
 
 
+class _Metadata:
+    """The attribute `metadata`. Of a class, the attribute is SQLAlchemy's MetaData. Of an instance with the field
+    `metadata_`, the attribute is the value of the field: Pydantic reads the attribute by the alias of the field.
+    """
+
+    def __get__(self, instance: Table | None, owner: type[Table]) -> Any:
+        return metadata if instance is None else getattr(instance, "metadata_", metadata)
+
+
 # In the class body, Pydantic would make `_sa_instance_state` a private attribute.
 Table._sa_instance_state = _StateOnDemand()
+Table.metadata = _Metadata()  # type: ignore[assignment]  # the type of the class's attribute stays

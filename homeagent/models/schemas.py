@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, SecretStr, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, SecretStr, WithJsonSchema
 from pydantic import Field as PlainField
 from sqlmodel import Field
 
@@ -23,10 +23,7 @@ from homeagent.models.types import (
     check_new_secret,
 )
 
-# Keep the alias `metadata_` first. The attribute `metadata` of a row belongs to SQLAlchemy.
-PublicMetadata = Annotated[
-    Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
-]
+PublicMetadata = Annotated[Json, PlainField(alias="metadata")]
 
 
 ChosenSecret = Annotated[

@@ -31,6 +31,7 @@ from homeagent import (
     Nonce,
     Role,
 )
+from homeagent.engine.statements import as_loaded
 from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
 from homeagent.models import SCHEMA, TABLES, metadata
 from homeagent.models.session import new_session_id, route_key
@@ -203,6 +204,24 @@ def test_metadata_is_a_field_a_column_and_an_alias() -> None:
     assert "route_key" not in AgentSessionPublic.model_json_schema()["properties"]
     assert DeviceUpdate(metadata=None).model_fields_set == {"metadata_"}
     assert DeviceUpdate().model_fields_set == set()
+
+
+class RoomOfDevice(BaseModel, from_attributes=True):
+    """A reply of an application that does not use homeagent's schemas."""
+
+    metadata: dict[str, str]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_metadata_of_a_row_is_read(loaded: bool) -> None:
+    """A table, a request, a reply and a model of the application read the metadata of a row."""
+    rows: list[Any] = [Device(**ROWS[Device], metadata={"room": "k"}), AgentSession(**ROWS[AgentSession])]
+    device, session = (as_loaded(type(row), dict(row)) if loaded else row for row in rows)
+    models: list[Any] = [Device, DeviceCreate, DevicePublic]
+    assert [model.model_validate(device).metadata_ for model in models] == [{"room": "k"}] * 3
+    models = [AgentSession, AgentSessionCreate, AgentSessionPublic]
+    assert [model.model_validate(session).metadata_ for model in models] == [None] * 3
+    assert RoomOfDevice.model_validate(device).metadata == {"room": "k"}
 
 
 def test_a_copy_is_an_instance_of_its_own() -> None:
