@@ -300,9 +300,11 @@ def _consume(number: int) -> Callable[[UnitOfWork], bool]:
 
 
 def test_clock_at_the_beginning_of_time(target: str) -> None:
-    """If the clock stands in the year 1, a sweep finds no expired row and does not fail."""
+    """If the clock stands in the year 1, a sweep and the doctor find no expired row and do not fail."""
     with Database.open(target, clock=lambda: datetime.min.replace(tzinfo=UTC)) as database:
         assert database.sweep().nonces == 0
+        (backlog,) = (found for found in database.doctor().findings if found.check == "expired_backlog")
+        assert backlog.facts == {"nonces": 0, "keys": 0}
 
 
 def test_a_naive_clock_is_refused(sqlite_path: Path, tmp_path: Path) -> None:

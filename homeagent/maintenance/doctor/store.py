@@ -18,7 +18,7 @@ from homeagent.migrations.schema_drift import Difference, schema_differences
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, Agent, AgentSession, Device, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyState, webhook_owner
 from homeagent.models.session import route_key
-from homeagent.models.types import JsonColumn, TimestampColumn, naming_column, problem_of_stored
+from homeagent.models.types import JsonColumn, TimestampColumn, earlier, naming_column, problem_of_stored
 from homeagent.stores.nonces import NONCE_GRACE
 
 BACKLOG = 10_000  # If more expired rows exist, the doctor assumes that no process sweeps.
@@ -320,7 +320,7 @@ def _check_clock(collector: Collector, connection: Connection) -> None:
 
 
 def _check_backlog(collector: Collector, connection: Connection) -> None:
-    nonces = _count(connection, Nonce, _nonce.expires_at <= collector.now - NONCE_GRACE)
+    nonces = _count(connection, Nonce, _nonce.expires_at <= earlier(collector.now, NONCE_GRACE))
     ended = _key.state.in_([IdempotencyState.COMPLETED, IdempotencyState.FAILED])
     keys = _count(connection, IdempotencyKey, _key.expires_at <= collector.now, ended)
     summary = f"Expired rows that wait to be swept: {nonces + keys:,}."
