@@ -40,7 +40,7 @@ from homeagent.credentials import is_generated, secret_text
 from homeagent.errors import InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.proof_parameters import MIN_ITERATIONS, ProofParameters
-from homeagent.models.types import check_timestamp, to_milliseconds
+from homeagent.models.types import check_searched, check_timestamp, to_milliseconds
 
 __all__ = [
     "ProofKeys",
@@ -231,11 +231,12 @@ def proof_message(*, device_id: str, nonce: str, timestamp: datetime) -> bytes:
         timestamp: aware datetime. The function floors the timestamp to milliseconds.
 
     Raises:
-        InvalidArgumentError: if the timestamp is not an aware datetime. Another cause is a lone surrogate in the id or
-            the nonce.
+        InvalidArgumentError: if the timestamp is not an aware datetime, or if the id or the nonce is not text. Another
+            cause is a lone surrogate in the id or the nonce.
     """
     milliseconds = to_milliseconds(check_timestamp(timestamp, "timestamp"))
-    return canonical_json(["homeagent-proof-1", device_id, nonce, milliseconds], "the id and the nonce")
+    texts = check_searched(device_id, "device_id"), check_searched(nonce, "nonce")
+    return canonical_json(["homeagent-proof-1", *texts, milliseconds], "the id and the nonce")
 
 
 @clears_locals

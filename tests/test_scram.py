@@ -274,6 +274,14 @@ def test_lone_surrogate_is_refused_without_showing_the_nonce(device_id: str, non
     assert refused.value.__context__ is None
 
 
+@pytest.mark.parametrize("name", ["device_id", "nonce"])
+def test_id_and_nonce_are_text(name: str) -> None:
+    """If the id or the nonce is not text, the message is refused, and the error names the argument."""
+    values: dict[str, Any] = {"device_id": "d", "nonce": "n", name: 5}
+    with pytest.raises(InvalidArgumentError, match=f"{name} must be text, not int"):
+        proof_message(**values, timestamp=NOON)
+
+
 # Absent devices
 
 KEY = bytes(range(32))
