@@ -166,7 +166,8 @@ class UnitOfWork(Transaction):
         fingerprint = fingerprint_of(params)
         failure: EffectFailedError | None = None
         with self.savepoint():
-            claimed = self.idempotency_keys.claim(scope, fingerprint=fingerprint, lease=timedelta(0), ttl=ttl)
+            # Only the effect itself can find the claim before the outcome: other units wait for this unit.
+            claimed = self.idempotency_keys.claim(scope, fingerprint=fingerprint, lease=timedelta(hours=1), ttl=ttl)
             if isinstance(claimed, Outcome):
                 return claimed
             try:

@@ -759,3 +759,11 @@ def test_unknown_outcome_in_a_unit(database: Database, clock: FakeClock) -> None
         clock.advance(MINUTE)
         with pytest.raises(errors.OutcomeUnknownError):
             unit.run_once(SCOPE, never)
+
+
+def test_nested_call_with_the_same_key(database: Database) -> None:
+    """If an effect calls `run_once` of its unit with the effect's own key, the call is in progress."""
+    with database.unit_of_work() as unit:
+        with pytest.raises(errors.IdempotencyInProgressError):
+            unit.run_once(SCOPE, lambda attempt: unit.run_once(SCOPE, never).value)
+        assert unit.run_once(SCOPE, lambda attempt: 1).attempt == 1
