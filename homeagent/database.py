@@ -122,8 +122,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             migrations: folder of the application's Alembic revisions, as "package:folder" or a path. An upgrade runs
                 these revisions after homeagent's revisions.
             metadata: metadata of the application's tables that do not derive from `homeagent.Table`.
-            acknowledged: names of the application's triggers on homeagent's tables. If a trigger's name is missing,
-                upgrades, copies and restores fail. A trigger must not suppress homeagent's writes.
+            acknowledged: names of the application's triggers on homeagent's tables, in the exact case. If a trigger's
+                name is missing, upgrades, copies and restores fail. A trigger must not suppress homeagent's writes.
             limits: limits on rows that devices create, and on work that callers cause.
 
         Raises:
