@@ -375,11 +375,16 @@ def test_a_wrong_unit_is_refused(sqlite_path: Path) -> None:
             Database.open(sqlite_path, unit=unit)
 
 
+@pytest.mark.parametrize(("length", "shown"), [(3000, "idx_own_tags_note"), (20_000, "index row requires 20")])
 @pytest.mark.parametrize("by", ["statement", "session"])
 @pytest.mark.parametrize("engine_name", ["postgresql"])
-def test_a_value_too_long_for_an_index_names_the_index(hub: Database[HubUnit], by: str) -> None:
-    """PostgreSQL refuses a long value in an index. The error names the index, and does not show the value."""
-    note = "".join(map(chr, random.Random(1).choices(range(33, 127), k=3000)))  # does not compress
+def test_a_value_too_long_for_an_index_names_the_index(
+    hub: Database[HubUnit], by: str, length: int, shown: str
+) -> None:
+    """PostgreSQL refuses a long value in an index. The error shows the server's message, but not the value. Above 8,191
+    bytes, the server's message does not name the index.
+    """
+    note = "".join(map(chr, random.Random(1).choices(range(33, 127), k=length)))  # does not compress
 
     def work(unit: HubUnit) -> None:
         if by == "statement":
@@ -387,9 +392,27 @@ def test_a_value_too_long_for_an_index_names_the_index(hub: Database[HubUnit], b
         else:
             unit.session.add(Tag(session_id="s", name="n", note=note))
 
-    with pytest.raises(InvalidArgumentError, match=r"at most 2,704 bytes.*idx_own_tags_note") as caught:
+    with pytest.raises(InvalidArgumentError, match=rf"at most 2,704 bytes.*{shown}") as caught:
         hub.run(work)
     assert note not in str(caught.value)
+
+
+@pytest.mark.parametrize("by", ["statement", "session", "read_connection"])
+@pytest.mark.parametrize("engine_name", ["postgresql"])
+def test_a_word_too_long_for_a_search_is_not_shown(hub: Database[HubUnit], by: str) -> None:
+    """PostgreSQL's message shows the word of a tsquery that is too long. The error does not show the word."""
+    search, word = text("SELECT CAST(CAST(:word AS text) AS tsquery)"), "hidden" + "x" * 2100
+
+    with pytest.raises(DatabaseError) as caught, hub.read_connection() as connection, hub.unit_of_work() as unit:
+        if by == "statement":
+            unit.all(Statement(search.bindparams(bindparam("word"))), word=word)
+        elif by == "session":
+            unit.session.execute(search, {"word": word})
+        else:
+            connection.execute(search, {"word": word})
+    assert type(caught.value) is DatabaseError
+    assert "hidden" not in f"{caught.value} {caught.value.__cause__} {caught.value.__context__}"
+    assert "index" not in str(caught.value)
 
 
 def test_own_rows_stay_usable(hub: Database[HubUnit]) -> None:

@@ -62,13 +62,16 @@ _NAMING = re.compile(
     | (invalid\ input\ value\ for\ enum\ [^:]+)(?::\ .*)?
     | (?:permission\ denied\ for|must\ be\ owner\ of)\ (?:table|view|sequence|schema|function|index|type)\ .+
     | (?:table|view|sequence|index)\ "[\w.]+"\ does\ not\ exist
-    | column\ (?:\w+\.\w+|".+"\ of\ relation\ ".+")\ does\ not\ exist""",
+    | column\ (?:\w+\.\w+|".+"\ of\ relation\ ".+")\ does\ not\ exist
+    | index\ row\ (?:size\ \d+\ exceeds\ .+\ for\ index\ ".+"|requires\ \d+\ bytes,\ maximum\ size\ is\ \d+)""",
     re.VERBOSE,
 )
-# Error codes of PostgreSQL (SQLSTATE) whose first line of the message contains only names, types and sizes.
-_DEFINITIONS = ("25001", "2BP01", "42701", "42710", "42723", "42830", "42P01", "42P06", "42P07", "42P16", "54000")
+# Error codes of PostgreSQL (SQLSTATE) for definitions. The first line of the message contains only names and types.
+_DEFINITIONS = ("25001", "2BP01", "42701", "42710", "42723", "42830", "42P01", "42P06", "42P07", "42P16")
 # For these codes, a name is in the SQL text only if the message has a position. A cast of a value has no position.
 _NAMES = ("3F000", "42704", "42804", "42809", "42883")
+# PostgreSQL has one code for all values that are too long. Only an error of an index names an index.
+_TOO_LONG = "54000"
 _MISSING = re.compile(r"no such (?:table|column): |(?:relation|column) .* does not exist")
 _MISSING_REMEDY = (
     " (if the table is the application's, create the table by a revision, and pass migrations= to Database.open)"
@@ -82,7 +85,10 @@ def message_with_name(error: BaseException) -> str:
         return shown
     first, *_ = str(error).splitlines() or [""]
     sqlstate, place = getattr(error, "sqlstate", None), getattr(error, "diag", None)
-    if place is not None and (sqlstate in _DEFINITIONS or (sqlstate in _NAMES and place.statement_position)):
+    names_index = sqlstate == _TOO_LONG and refused_by(error)[1] is not None
+    if place is not None and (
+        sqlstate in _DEFINITIONS or names_index or (sqlstate in _NAMES and place.statement_position)
+    ):
         # A function of PL/pgSQL can use a stored value as a name.
         return "" if place.context or place.internal_query else first
     if first.startswith("no such column") and getattr(error, "error_offset", 0) < 0:
@@ -255,7 +261,7 @@ _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...
     (("22003",), InvalidArgumentError, "a number is out of the range of its type: pass a smaller number"),
     (("23",), ConflictError, _REFUSED),
     (
-        ("54000",),
+        (_TOO_LONG,),
         InvalidArgumentError,
         "a value is too long for an index (at most 2,704 bytes): shorten the value, or index a hash of the value",
     ),
@@ -282,6 +288,8 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
     if state in _POSTGRESQL_CONSTRAINTS:
         return constraint_conflict(_POSTGRESQL_CONSTRAINTS[state], *refused_by(error), label)
     found = next((entry[1:] for entry in _POSTGRESQL_ERRORS if state.startswith(entry[0])), None)
+    if state == _TOO_LONG and refused_by(error)[1] is None and not message_with_name(error):
+        found = None  # another limit, such as the length of a word in a tsquery
     if found is None and getattr(getattr(error, "diag", None), "severity_nonlocalized", None) in SESSION_ENDED:
         found = ConnectionLostError, f"the PostgreSQL server ended the session: {_AGAIN}"
     kind, message = found or (DatabaseError, "PostgreSQL refused the statement")
