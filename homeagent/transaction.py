@@ -204,17 +204,20 @@ class Transaction:
         engine = settings.engine
         pool = engine.readers if self.read_only else engine.writers
         sound = committed
+        # End the unit before closing the session. A listener of the session could otherwise write in autocommit.
+        self._state = FINISHED
+        self._connection = self._run = None
+        # The unit and the session form a reference cycle.
+        session, self._session = self._session, None
         try:
-            if not committed:
-                # After an earlier call of `rollback()`, a second ROLLBACK has no effect.
-                sound = self._undo(connection)
-            if self._session is not None:
-                # The unit and the session form a reference cycle.
-                session, self._session = self._session, None
-                session.close()
+            try:
+                if not committed:
+                    # After an earlier call of `rollback()`, a second ROLLBACK has no effect.
+                    sound = self._undo(connection)
+            finally:
+                if session is not None:
+                    session.close()
         finally:
-            self._state = FINISHED
-            self._connection = self._run = None
             try:
                 if engine.is_forked_copy:
                     pass  # during the fork, another thread can hold the pool's mutex

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import event, text
@@ -479,6 +480,39 @@ def test_session_is_unusable_after_the_end(database: Database, read_only: bool, 
         session.commit()
     add_agent(database, "bea")
     assert agents_of(database) == ["ada", "bea"]
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["committed", "rolled back"])
+def test_a_listener_of_the_end_writes_nothing(database: Database, fails: bool) -> None:
+    """A listener of the session runs after the transaction, so a write in the listener raises UnitStateError."""
+    add_agent(database)
+    refused: list[object] = []
+    with suppress(LookupError), database.unit_of_work() as unit:
+        row = unit.session.get(Agent, "ada")  # the session would forget a row without a reference
+
+        @event.listens_for(unit.session, "persistent_to_detached")
+        def write(session: object, instance: object) -> None:
+            with pytest.raises(errors.UnitStateError):
+                create(unit, "bob")
+            refused.append(instance)
+
+        if fails:
+            raise LookupError
+    assert refused == [row]
+    assert agents_of(database) == ["ada"]
+
+
+def test_an_interrupted_rollback_detaches_the_rows(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If Ctrl-C interrupts the rollback, the session is closed, so that another unit can take the session's rows."""
+    add_agent(database)
+    rows = []
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch, database.unit_of_work() as unit:
+        rows.append(unit.session.get(Agent, "ada"))
+        patch.setattr(type(unit._connection), "rollback", Mock(side_effect=KeyboardInterrupt))
+        raise LookupError
+    with database.unit_of_work() as unit:
+        unit.session.add_all(rows)
+    assert agents_of(database) == ["ada"]
 
 
 def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:
