@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import text
 
 from homeagent import Agent, Database, UnitOfWork
+from homeagent.engine.connection import StoreConnection
 from homeagent.errors import AgentExistsError, ConflictError, DiskFullError, UnitStateError
 from tests.batches import Odd, Work, agents_of, counted_commits, create, creating, group_commit_of, run_together
 from tests.conftest import START, Children
@@ -287,6 +288,22 @@ def test_a_full_disk_at_the_common_commit_loses_no_unit(sqlite_path: Path, child
     """If SQLite fails to write the WAL of a batch, each unit runs again alone and is stored once."""
     output = children.run(FULL_DISK, sqlite_path)
     assert output.splitlines() == ["a b c", "a b c 6", "a b before c"]
+
+
+def test_a_savepoint_that_cannot_be_undone_undoes_no_other_unit(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If a savepoint can't be rolled back, the batch is rolled back and each unit runs alone."""
+
+    def failing(link: StoreConnection, name: str) -> None:
+        raise DiskFullError("no room")
+
+    monkeypatch.setattr(StoreConnection, "rollback_to_savepoint", failing)
+    works = [creating("a"), functools.partial(raising, error=LookupError("mine")), creating("b")]
+    results = run_together(sqlite_database, works)
+    assert results[::2] == ["a", "b"]
+    assert isinstance(results[1], LookupError)
+    assert agents_of(sqlite_database) == ["a", "b"]
 
 
 @BOTH
