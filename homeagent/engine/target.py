@@ -69,6 +69,8 @@ def presentable_url(url: URL) -> str:
 
 def conceal(target: str | os.PathLike[str] | URL | None) -> Given:
     """Wrap the target, so that a traceback shows no password. The caller must delete the unwrapped target."""
+    if isinstance(target, URL):
+        return ServerURL(*target)
     return SecretStr(target) if isinstance(target, str) else target
 
 

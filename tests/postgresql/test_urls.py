@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import URL
+from sqlalchemy import URL, make_url
 
 from homeagent import Database, diagnose
 from homeagent.errors import ConnectionLostError, HomeAgentError, InvalidArgumentError
@@ -81,10 +81,11 @@ def test_command_refuses_an_unreadable_url_in_one_line(command: tuple[str, ...])
         "postgresql://gateway:{secret}@/home?host=127.0.0.1:{port}&host=localhost:{port}",
     ],
 )
-def test_refused_connection_shows_no_password(url: str) -> None:
+@pytest.mark.parametrize("make", [str, make_url], ids=["text", "URL"])
+def test_refused_connection_shows_no_password(url: str, make: Callable[[str], str | URL]) -> None:
     """If a connection is refused, neither the error nor any frame in its traceback has the password."""
     with pytest.raises(ConnectionLostError, match="Connection refused") as caught:
-        Database.open(url.format(secret=SECRET, port=free_port()))
+        Database.open(make(url.format(secret=SECRET, port=free_port())))
     error = caught.value
     assert (error.__cause__, error.__context__) == (None, None)
     assert not [text for text in shown(error) if SECRET in text]
