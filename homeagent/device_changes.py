@@ -132,7 +132,9 @@ class DeviceWatcher:
     # The iterators
 
     def serve(self, iterator: DeviceChanges) -> None:
-        """Add an iterator, and start the thread. If the database is closed, raise DatabaseClosedError."""
+        """Add an iterator, and start the thread. If the thread can't start, raise DatabaseError. If the database is
+        closed, raise DatabaseClosedError.
+        """
         # Check for a fork before taking the mutex. A forked child's mutex can stay locked.
         if self._engine.is_forked_copy or self._is_closed:
             raise DatabaseClosedError(_CLOSED)
@@ -141,7 +143,13 @@ class DeviceWatcher:
                 if self._thread is None:
                     self._read_at, self._error = monotonic(), None
                     thread = threading.Thread(target=self._run, name="homeagent-device-changes", daemon=True)
-                    thread.start()
+                    try:
+                        thread.start()
+                    except RuntimeError as error:
+                        raise DatabaseError(
+                            f"could not start the thread that reads device changes: {error}. If the system has no "
+                            "thread left, end other threads or raise the system's limit"
+                        ) from None
                     self._thread = thread
                 self._iterators.add(iterator)
             self.wake()

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import anyio
 import anyio.to_thread
@@ -96,6 +97,18 @@ async def test_a_cancelled_wait_loses_no_change(database: Database) -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(anyio.to_thread.run_sync, add_device, database, "phone")
         assert await following(changes) == [("phone", "paired")]
+
+
+@pytest.mark.parametrize("engine_name", ["sqlite"])
+async def test_no_thread_to_read_with(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the system can't start the thread, the iterator raises DatabaseError, and the next call tries again."""
+    changes = database.watch_devices(after=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(DatabaseError, match=r"can't start new thread.*raise the system's limit"):
+            await anext(changes)
+    add_device(database, "lamp")
+    assert await following(changes) == [("lamp", "paired")]
 
 
 def test_a_long_backlog_arrives_complete(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
