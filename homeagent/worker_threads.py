@@ -129,7 +129,8 @@ def run_in_thread(executor: Executor, calls: list[ThreadCall]) -> None:
     # The method `submit()` can queue the calls and then raise an error. Another thread can still run the queued calls.
     except (RuntimeError, MemoryError) as error:
         failure = DatabaseError(
-            f"could not start a worker thread: {error!r}. End other threads, or raise the system's limit"
+            f"could not pass the call to a worker thread: {error!r}. If the system has no thread left, end other "
+            "threads or raise the system's limit"
         )
         ended = [call for call in calls if call.decision.acquire(blocking=False)]
         for call in ended:

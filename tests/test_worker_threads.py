@@ -62,6 +62,18 @@ def test_a_call_without_a_thread_does_not_run_later(monkeypatch: pytest.MonkeyPa
     assert ran == []
 
 
+def test_a_call_after_a_shutdown_names_the_shutdown() -> None:
+    """If the executor was shut down, the error names the reason, and does not say that the system lacks threads."""
+
+    async def work() -> None:
+        executor = ThreadPoolExecutor(1)
+        executor.shutdown()
+        with pytest.raises(DatabaseError, match=r"after shutdown.*\. If the system has no thread left, end other"):
+            await call_in_thread(lambda: None, executor)
+
+    asyncio.run(work())
+
+
 def test_a_slow_call_does_not_delay_the_calls_that_were_collected_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a slow call, the remaining calls run at the same time: each of two calls waits for the other call."""
     monkeypatch.setattr(worker_threads, "_MAX_SHARED_SECONDS", 0)
