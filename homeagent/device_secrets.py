@@ -189,7 +189,7 @@ class DeviceSecrets:
         except (DatabaseError, TooManyAttemptsError, UnitStateError) as error:
             logger.warning(
                 "a hash could not be replaced by a hash with newer parameters; the next check tries again: %s",
-                error,
+                str(error),  # the traceback of the error can show the secret
                 extra={"event": "rehash_failed", "error": type(error).__name__},
             )
 

@@ -14,9 +14,11 @@ from pydantic import SecretStr
 
 import homeagent
 from homeagent import Agent, Database, DevicePair, IdempotencyScope, ReplayGuard, Role, errors, hash_secret, scram
+from homeagent.credentials import hashing
 from homeagent.fastapi import bearer_token
 from tests.conftest import START, add_device
 from tests.credentials.conftest import cheap_hashes as cheap_hashes
+from tests.credentials.conftest import dearer
 
 pytestmark = pytest.mark.usefixtures("cheap_hashes")
 
@@ -132,6 +134,21 @@ def test_a_result_that_can_not_be_recorded_is_not_shown(sqlite_database: Databas
     with pytest.raises(errors.DatabaseClosedError) as caught:
         sqlite_database.run_once(scope("k"), effect)
     assert shown(caught.value) == []
+
+
+def test_the_record_of_a_hash_that_is_not_replaced_shows_no_secret(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If an outdated hash can't be replaced inside a unit, no error in the log record leads to the secret."""
+    sqlite_database.pair(DevicePair(id="lamp", role=Role.NODE, shared_secret=SecretStr(SECRET)))
+    sqlite_database.devices.approve("lamp")
+    monkeypatch.setattr(hashing, "_default", dearer)
+    with sqlite_database.unit_of_work():
+        assert sqlite_database.check_secret("lamp", SECRET)
+    (record,) = caplog.records
+    assert vars(record)["event"] == "rehash_failed"
+    assert not [each for each in record.args or () if isinstance(each, BaseException) and shown(each)]
+    assert "open write unit" in record.getMessage()
 
 
 def test_a_programming_error_keeps_its_variables(sqlite_database: Database) -> None:

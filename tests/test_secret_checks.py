@@ -337,6 +337,22 @@ def test_a_full_queue_keeps_an_outdated_hash(database: Database, monkeypatch: py
         assert database.check_secret("lamp", HUMAN)
 
 
+def test_only_the_present_secret_of_an_approved_device_gets_a_new_hash(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A check of an older secret, or of a pending or revoked device, does not replace an outdated hash."""
+    database.pair(DevicePair(id="phone", role=Role.NODE, shared_secret=HUMAN))
+    for device_id in ("lamp", "lock"):
+        pair(database, device_id, HUMAN)
+    database.rotate_secret("lamp", SecretStr("another secret"), overlap=MINUTE)
+    database.devices.revoke("lock")
+    monkeypatch.setattr(hashing, "_default", dearer)
+    before = dump(database)
+    statuses = [database.check_secret(device_id, HUMAN).status for device_id in ("phone", "lamp", "lock")]
+    assert statuses == ["pending", "approved", "revoked"]
+    assert dump(database) == before
+
+
 def test_a_replaced_hash_shares_the_salt_of_an_overlap(
     database: Database, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
