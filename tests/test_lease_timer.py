@@ -149,6 +149,24 @@ def test_no_thread_to_renew_with(database: Database, monkeypatch: pytest.MonkeyP
     assert database.idempotency_keys.find(scope_of("k")) is None
 
 
+@pytest.mark.parametrize("engine_name", ["sqlite"])
+def test_another_thread_is_started(
+    database: Database, monkeypatch: pytest.MonkeyPatch, renewals: Callable[[str], threading.Semaphore]
+) -> None:
+    """After a failed start of the thread, and after the end of the thread, another thread renews the next lease."""
+    monkeypatch.setattr(OnceCall, "period", 0.002)
+    before = set(lease_threads())  # threads of other tests can still wait
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", Mock(side_effect=RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError, match="new thread"):
+            database.run_once(scope_of("k-0"), Mock())
+    for key in ("k-1", "k-2"):
+        outcome = database.run_once(scope_of(key), lambda attempt: renewals(attempt.scope.key).acquire(timeout=10))
+        assert outcome.value is True
+        for thread in set(lease_threads()) - before:
+            thread.join(10)
+
+
 def test_close_ends_the_thread(target: str, clock: FakeClock) -> None:
     """If the database closes while an effect runs, the sleeping thread ends."""
     database = Database.open(target, clock=clock)
