@@ -5,10 +5,11 @@ down the import.
 import copy
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform, get_args
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core.core_schema import ErrorType
 from sqlalchemy import Index, MetaData, TextClause, inspect
 from sqlalchemy.orm import registry
 from sqlalchemy.orm.attributes import set_attribute
@@ -40,18 +41,23 @@ metadata: MetaData = MetaData(
 _registry = registry(metadata=metadata)
 
 
+# The context of another error type belongs to the application, and can contain the input.
+_KNOWN_TYPES = frozenset(get_args(ErrorType))
+
+
+def _line_without_input(line: Any) -> PydanticCustomError:
+    copied = PydanticCustomError(line["type"], line["msg"], line.get("ctx") if line["type"] in _KNOWN_TYPES else None)
+    # With a context, Pydantic replaces names in braces, such as {error}. A finished text must stay as it is.
+    return copied if copied.message() == line["msg"] else PydanticCustomError(line["type"], line["msg"])
+
+
 def _without_input(error: ValidationError) -> ValidationError:
     """Return a copy of the error without the input. The input can be a secret. Pydantic's setting
     `hide_input_in_errors` does not remove the input from `error.errors()`. FastAPI sends the result of `error.errors()`
     with status 422.
     """
     lines: list[Any] = error.errors(include_url=False, include_input=False)
-    details = [
-        InitErrorDetails(
-            type=PydanticCustomError(line["type"], line["msg"], line.get("ctx")), loc=line["loc"], input=None
-        )
-        for line in lines
-    ]
+    details = [InitErrorDetails(type=_line_without_input(line), loc=line["loc"], input=None) for line in lines]
     return ValidationError.from_exception_data(error.title, details, hide_input=True)
 
 

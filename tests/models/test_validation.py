@@ -9,10 +9,11 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 from sqlalchemy.engine.default import DefaultDialect
-from sqlmodel import SQLModel
+from sqlmodel import Field, SQLModel
 
 from homeagent import (
     Agent,
@@ -34,6 +35,7 @@ from homeagent import (
 from homeagent.engine.statements import as_loaded
 from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
 from homeagent.models import SCHEMA, TABLES, metadata
+from homeagent.models.base import Model
 from homeagent.models.session import new_session_id, route_key
 from homeagent.models.types import EnumColumn, JsonColumn
 
@@ -335,6 +337,45 @@ def test_error_of_a_column_type_has_no_context() -> None:
         with pytest.raises(CorruptDatabaseError) as unreadable:
             column.process_result_value(SECRET, dialect)
         assert unreadable.value.__context__ is None
+
+
+class Guarded(Model):
+    """A model whose validator raises the error that is the value of a field."""
+
+    raised: Any = None
+    size: int = Field(default=3, ge=3)
+
+    @field_validator("raised")
+    @classmethod
+    def _raise(cls, value: Any) -> Any:
+        raise value
+
+
+class Parent(Model):
+    child: Guarded
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"size": 1}, {"type": "greater_than_equal", "ctx": {"ge": 3}}),
+        ({"raised": ValueError("no {error}")}, {"type": "value_error", "msg": "Value error, no {error}"}),
+        ({"raised": AssertionError("no {error}")}, {"type": "assertion_error", "msg": "Assertion failed, no {error}"}),
+        ({"raised": PydanticCustomError("own", "no {x}", {"x": 1, "y": SECRET})}, {"type": "own", "msg": "no 1"}),
+        ({"raised": PydanticCustomError("value_error", "no {x}", {"x": 1})}, {"msg": "no 1", "ctx": {"x": 1}}),
+    ],
+    ids=["constraint", "value error", "assertion", "own type", "own text"],
+)
+def test_a_copied_error_keeps_its_text(values: dict[str, Any], line: dict[str, Any]) -> None:
+    """An error without its input has the text of Pydantic's error, and no context of an application's own type."""
+    for model, given in ((Guarded, values), (Parent, {"child": values})):
+        with pytest.raises(ValidationError) as refused:
+            model.model_validate(given)
+        (found,) = refused.value.errors()
+        assert line.items() <= found.items()
+        assert "ctx" in line or "ctx" not in found
+        assert SECRET not in shown(refused.value)
+        assert found["msg"] in f"{refused.value} {pickle.loads(pickle.dumps(refused.value))}"  # noqa: S301
 
 
 def test_tables_have_separate_metadata() -> None:
