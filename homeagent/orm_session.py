@@ -41,8 +41,8 @@ class UnitSession(Session):
         """True if an object's row can have disappeared since the last `reload()`."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the connection of the unit. If the unit has ended, raise UnitStateError."""
-        self._unit._require_connection()
+        """Return the connection of the unit. If the unit or its transaction has ended, raise UnitStateError."""
+        self._unit._require_connection().require_transaction()
         return super().get_bind(*args, **kwargs)
 
     def begin(self, nested: bool = False) -> SessionTransaction:

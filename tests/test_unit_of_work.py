@@ -23,6 +23,7 @@ from homeagent import (
     Database,
     Device,
     IdempotencyScope,
+    Statement,
     Store,
     Table,
     UnitOfWork,
@@ -215,6 +216,38 @@ def test_a_unit_that_sqlite_has_rolled_back(refusing: Database, orm: bool, catch
     outcomes = run_together(refusing, [creating("one"), work, creating("two")])
     assert list(map(type, outcomes)) == [str, errors.UnitStateError, str]
     assert agents_of(refusing) == ["one", "two"]
+
+
+ENDS: dict[str, Callable[[UnitOfWork], object]] = {
+    "rollback of the connection": lambda unit: unit.session.connection().rollback(),
+    "commit of the connection": lambda unit: unit.session.connection().commit(),
+} | {
+    f"{sql} {way}": lambda unit, run=run, sql=sql: run(unit, sql)
+    for sql in ("ROLLBACK", "COMMIT")
+    for way, run in {
+        "by the session": lambda unit, sql: unit.session.execute(text(sql)),
+        "by a store": lambda unit, sql: unit.write(Statement[None](text(sql))),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("later", ["nothing", "store", "session"])
+@pytest.mark.parametrize("end", ENDS)
+def test_a_unit_whose_transaction_was_ended_by_sql(database: Database, end: str, later: str) -> None:
+    """If SQL or SQLAlchemy's connection ends the transaction, the unit raises an error and stores no later change."""
+
+    def work(unit: UnitOfWork) -> None:
+        create(unit, "before")
+        with suppress(errors.UnitStateError):
+            ENDS[end](unit)
+        if later == "store":
+            create(unit, "after")
+        elif later == "session":
+            unit.session.add(orm_agent("after"))
+
+    with pytest.raises(errors.UnitStateError, match="transaction"):
+        database.run(work)
+    assert agents_of(database) == (["before"] if "commit" in end.lower() else [])
 
 
 @pytest.mark.parametrize("orm", [False, True])

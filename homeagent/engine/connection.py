@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from homeagent.engine.driver_errors import commit_unknown, naming_statement, translated
+from homeagent.engine.driver_errors import commit_unknown, naming_statement, transaction_ended, translated
 from homeagent.engine.instrumented_cursor import InstrumentedCursor, has_listeners
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
 from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError
@@ -90,6 +90,7 @@ class StoreConnection:
         """Commit the transaction. If a failed COMMIT can still take effect, raise CommitUnknownError."""
         if self._identity_check is not None and not self.read_only:
             self._identity_check.before_commit()
+        self.require_transaction()
         failure: BaseException
         try:
             if self._root is not None:
@@ -115,6 +116,7 @@ class StoreConnection:
         """Roll back the transaction. In a forked child, or without a transaction, do nothing."""
         if isinstance(self._raw, _ClosedAfterFork):
             return  # the transaction belongs to the parent process
+        self._execute = self._cursor.execute
         if self._root is not None:
             root, self._root = self._root, None
             # After a failed flush, SQLAlchemy has already rolled back the root transaction.
@@ -128,6 +130,14 @@ class StoreConnection:
         """True if the driver's connection is inside a transaction."""
         return bool(self._raw.in_transaction)
 
+    def require_transaction(self) -> None:
+        """Raise UnitStateError if the transaction has ended, for example by SQL such as COMMIT. Then also refuse later
+        statements, which the database would commit immediately.
+        """
+        if not (self.in_transaction or isinstance(self._raw, _ClosedAfterFork)):
+            self._execute = refuse_statement
+            raise transaction_ended()
+
     @property
     def is_lost(self) -> bool:
         """True if the connection has ended, for example by Ctrl-C."""
@@ -139,6 +149,7 @@ class StoreConnection:
 
     def orm_connection(self) -> Connection:
         """Return SQLAlchemy's connection for an ORM session in the open transaction."""
+        self.require_transaction()
         if self._root is None:
             self._root = self._connection.begin()
         return self._connection
@@ -197,6 +208,7 @@ class StoreConnection:
                 stored = cursor.fetchall()
             elif compiled.is_text:
                 stored = self._rows_of_text(cursor)
+                self.require_transaction()
         except HomeAgentError as error:
             failure = error
         except self._driver_errors as error:
@@ -301,6 +313,11 @@ def _keep_forever(connection: object) -> None:
     except ImportError:
         return  # without ctypes, the interpreter deletes the object at shutdown
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+
+
+def refuse_statement(*_statement: object) -> NoReturn:
+    """Raise UnitStateError. After the end of a transaction, this function replaces the cursor's method `execute()`."""
+    raise transaction_ended()
 
 
 def _read_only() -> ReadOnlyError:

@@ -24,6 +24,7 @@ from homeagent.errors import (
     InvalidArgumentError,
     ReadOnlyError,
     TransientError,
+    UnitStateError,
 )
 
 RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest good backup"
@@ -122,6 +123,14 @@ def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT
     return CommitUnknownError(
         f"{cause}, so it is unknown whether the unit was committed: check whether its rows exist before you repeat it, "
         "or use run(…, idempotent=True) for a unit that may be committed twice"
+    )
+
+
+def transaction_ended() -> UnitStateError:
+    """Return the error for a unit whose transaction has ended before the end of the unit."""
+    return UnitStateError(
+        "the transaction of this unit of work has ended early, by an error of the database or by SQL such as COMMIT: "
+        "begin another unit"
     )
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import event
 from sqlalchemy.engine.default import DefaultExecutionContext
 
 from homeagent.clock import monotonic
-from homeagent.engine.connection import StoreConnection
+from homeagent.engine.connection import StoreConnection, refuse_statement
 from homeagent.engine.sqlite.constraints import named_conflict
 from homeagent.engine.sqlite.dialect import StatementCursor, Undecodable, decoded_row, undecoded_columns
 
@@ -47,23 +47,6 @@ class SQLiteConnection(StoreConnection):
     def _open_cursor(raw: Any) -> StatementCursor:
         return raw.statement_cursor()  # type: ignore[no-any-return]  # `raw` is Any
 
-    def orm_connection(self) -> Connection:
-        """Return SQLAlchemy's connection (see `StoreConnection.orm_connection()`)."""
-        if not self.read_only:
-            self._raw.require_transaction()
-        return super().orm_connection()
-
-    def commit(self) -> None:
-        """Commit the transaction (see `StoreConnection.commit()`)."""
-        if self._root is not None and not self.read_only:
-            self._raw.require_transaction()
-        super().commit()
-
-    def rollback(self) -> None:
-        """Roll back the transaction (see `StoreConnection.rollback()`)."""
-        super().rollback()
-        self._execute = self._cursor.execute
-
     def _commit_failure(self, error: BaseException) -> HomeAgentError:
         # Do not call `after_failed_commit()` twice. SQLAlchemy calls the driver's `commit()`. The driver's `commit()`
         # already calls `after_failed_commit()`.
@@ -73,11 +56,11 @@ class SQLiteConnection(StoreConnection):
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
         """If a constraint refused the statement, return ConflictError."""
         if not (self.read_only or self._raw.in_transaction):
-            self._execute = self._raw.require_transaction
+            self._execute = refuse_statement
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
 
     def _insert(self, into: str, width: int, rows: Iterable[Row]) -> None:
-        self._raw.require_transaction()
+        self.require_transaction()
         super()._insert(into, width, rows)
 
     def look_for_commits(self) -> bool:

@@ -20,8 +20,8 @@ from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from sqlalchemy.pool import SingletonThreadPool
 
-from homeagent.engine.driver_errors import commit_unknown
-from homeagent.errors import HomeAgentError, UnitStateError
+from homeagent.engine.driver_errors import commit_unknown, transaction_ended
+from homeagent.errors import HomeAgentError
 
 DRIVER_NAME = "sqlite+homeagent"
 
@@ -148,10 +148,7 @@ class Connection(_Connection):
         statement immediately.
         """
         if not self.in_transaction:
-            raise UnitStateError(
-                "the transaction of this unit of work has ended early, by an error of SQLite or by SQL such as COMMIT: "
-                "begin another unit"
-            )
+            raise transaction_ended()
 
     def commit(self) -> None:
         """Commit an open transaction."""
