@@ -39,6 +39,8 @@ class UnitSession(Session):
         """Objects that `reload()` has detached since the outermost savepoint."""
         self._is_outdated = False
         """True if an object's row can have disappeared since the last `reload()`."""
+        self._callbacks: WeakKeyDictionary[SessionTransaction, int] = WeakKeyDictionary()
+        """For each nested transaction, the number of the unit's callbacks at the begin."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
         """Return the connection of the unit. If the unit or its transaction has ended, raise UnitStateError."""
@@ -51,6 +53,7 @@ class UnitSession(Session):
             self._detached.clear()
         transaction = super().begin(nested)
         if nested:
+            self._callbacks[transaction] = len(self._unit._after_commit or ())
             # Without this call, SQLAlchemy would send SAVEPOINT after the writes of the stores in the block.
             self.connection()
         return transaction
@@ -143,9 +146,13 @@ class UnitSession(Session):
 @event.listens_for(UnitSession, "after_rollback")
 def _after_rollback(session: UnitSession) -> None:
     """Roll back the unit if the session has rolled back the whole transaction. If the session has rolled back a
-    savepoint, remember the values of the objects that SQLAlchemy expires next.
+    savepoint, drop the callbacks of the savepoint's block. Remember the values of the objects that SQLAlchemy expires
+    next.
     """
     session._unit._end_after_rollback()
+    nested, callbacks = session.get_nested_transaction(), session._unit._after_commit
+    if nested is not None and callbacks is not None:
+        del callbacks[session._callbacks[nested] :]
     session._remember_all()
 
 

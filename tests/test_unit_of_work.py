@@ -284,18 +284,33 @@ def test_after_commit_runs_once_in_order(database: Database, caplog: pytest.LogC
     assert "callback broke" in caplog.text
 
 
-def test_after_commit_never_runs_after_a_rollback(database: Database) -> None:
-    """If a unit or a savepoint is undone, its callbacks never run."""
+@pytest.mark.parametrize("kind", ["savepoint", "begin_nested", "rollback of begin_nested", "refused flush"])
+def test_after_commit_never_runs_after_a_rollback(database: Database, kind: str) -> None:
+    """If a unit or a savepoint is undone, its callbacks never run. Callbacks from before the savepoint run."""
+    add_agent(database)
     seen: list[str] = []
     with suppress(ValueError), database.unit_of_work() as unit:
         unit.after_commit(lambda: seen.append("unit"))
         raise ValueError
     with database.unit_of_work() as unit:
         unit.after_commit(lambda: seen.append("kept"))
-        with suppress(ValueError), unit.savepoint():
+        if kind == "rollback of begin_nested":
+            nested = unit.session.begin_nested()
             unit.after_commit(lambda: seen.append("savepoint"))
-            raise ValueError
-    assert seen == ["kept"]
+            nested.rollback()
+        else:
+            block = unit.savepoint() if kind == "savepoint" else unit.session.begin_nested()
+            with suppress(ValueError, errors.ConflictError), block:
+                with unit.session.begin_nested():
+                    unit.after_commit(lambda: seen.append("inner savepoint"))
+                unit.after_commit(lambda: seen.append("savepoint"))
+                if kind == "refused flush":
+                    unit.session.add(orm_agent("ada"))
+                    unit.session.flush()
+                raise ValueError
+        with unit.session.begin_nested():
+            unit.after_commit(lambda: seen.append("kept too"))
+    assert seen == ["kept", "kept too"]
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
