@@ -114,14 +114,18 @@ class _Reads:
 
     def _check(self, statement: Statement[Any]) -> None:
         """Count the statement. Raise an error if the call has ended or needs a unit."""
-        if self.is_over:
-            raise UnitStateError("the call of the store's method has ended: return the rows, not a generator")
+        self._refuse_ended()
         if not statement.only_reads:
             raise self._need(writes=True)
         if self._allowed == 0:
             raise self._need(writes=False)
         if self._allowed is not None:
             self._allowed -= 1
+
+    def _refuse_ended(self) -> None:
+        """Raise UnitStateError if the call has ended."""
+        if self.is_over:
+            raise UnitStateError("the call of the store's method has ended: return the rows, not a generator")
 
     def _need(self, *, writes: bool) -> _NeedsUnitError:
         """Return the error that asks for a unit of work. The caller must raise the error."""
@@ -130,6 +134,7 @@ class _Reads:
         return self.needed
 
     def __getattr__(self, name: str) -> Any:
+        self._refuse_ended()
         # The store's method can write by means of the attribute, so require a write unit.
         raise self._need(writes=True)
 

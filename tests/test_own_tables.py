@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -118,6 +118,20 @@ class MessageStore(Store):
 
     def lazily(self) -> Iterator[Message]:
         yield from self.unit.all(OF_SESSION, session_id="s")
+
+    def add_lazily(self) -> Iterator[Message]:
+        yield self.add("s", "refused")
+
+    def add_later(self) -> Callable[[], Message]:
+        return lambda: self.add("s", "refused")
+
+    async def add_async(self) -> Message:
+        return self.add("s", "refused")
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        with self.unit.savepoint():
+            yield
 
     def add_and_suppress(self) -> None:
         """Write a row, and suppress any exception."""
@@ -304,8 +318,23 @@ def test_each_call_of_an_own_store_is_a_unit(hub: Database[HubUnit]) -> None:
     assert store.add_all(text for text in ["second", "third"]) == 2
     store.add_and_suppress()
     assert [each.text for each in store.of_session("s")] == ["first", "second", "third", "kept"]
+
+
+LATE: dict[str, Callable[[MessageStore], object]] = {
+    "generator that reads": lambda store: list(store.lazily()),
+    "generator that writes": lambda store: list(store.add_lazily()),
+    "function": lambda store: store.add_later()(),
+    "coroutine": lambda store: asyncio.run(store.add_async()),
+    "context manager": lambda store: store.savepoint().__enter__(),
+}
+
+
+@pytest.mark.parametrize("kind", LATE)
+def test_a_statement_after_the_end_of_a_call_is_refused(hub: Database[HubUnit], kind: str) -> None:
+    """If a method returns a generator, function, coroutine or context manager, its later statement is refused."""
     with pytest.raises(UnitStateError, match="return the rows, not a generator"):
-        list(store.lazily())
+        LATE[kind](hub.store(MessageStore))
+    assert hub.store(MessageStore).of_session("s") == []
 
 
 def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
