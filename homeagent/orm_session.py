@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import event, inspect, select, tuple_
+from sqlalchemy.orm import selectinload
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlmodel import Session
 
@@ -84,17 +85,18 @@ class UnitSession(Session):
             self._remember(state)
 
     def _remember(self, state: InstanceState[Any]) -> None:
-        """Keep the loaded values of an object's columns until `expunge_all()`."""
-        loaded = {key: state.dict[key] for key in state.mapper.column_attrs.keys() if key in state.dict}  # noqa: SIM118
-        self._values.setdefault(state, {}).update(loaded)
+        """Keep the loaded values of an object's columns and relationships until `expunge_all()`."""
+        keys = {*state.mapper.column_attrs.keys(), *state.mapper.relationships.keys()}
+        self._values.setdefault(state, {}).update({key: state.dict[key] for key in keys & state.dict.keys()})
 
     def expunge_all(self) -> None:
         """Detach all objects. An expired object gets the last loaded values back, so the object stays usable."""
         # Keep the values: after a rollback, SQLAlchemy restores and expires deleted objects only after this method.
         for state, values in self._values.items():
             if state.session in (self, None) and (row := state.obj()) is not None:
-                for key in state.expired_attributes.intersection(values):
-                    set_committed_value(row, key, values[key])
+                for key in values.keys() - state.dict.keys():
+                    adapter = getattr(values[key], "_sa_adapter", None)  # the value is a collection of objects
+                    set_committed_value(row, key, values[key] if adapter is None else list(adapter))
         super().expunge_all()
 
     def expire_written(self, target: str | None, cascade: str | None) -> None:
@@ -124,17 +126,20 @@ class UnitSession(Session):
         self.reload()
 
     def reload(self) -> None:
-        """Reload expired objects. Detach objects whose rows no longer exist."""
+        """Reload expired objects and their relationships. Detach objects whose rows no longer exist."""
         self._is_outdated = False
-        expired: dict[Mapper[Any], dict[Any, Any]] = {}
+        expired: dict[tuple[Mapper[Any], frozenset[str]], dict[Any, Any]] = {}
         for row in self.identity_map.values():
             state = inspect(row)
-            if state.expired_attributes.intersection(state.mapper.column_attrs.keys()):
-                expired.setdefault(state.mapper, {})[state.identity] = row
-        for mapper, rows in expired.items():
+            lost = self._values.get(state, {}).keys() - state.dict.keys()
+            related = lost.intersection(state.mapper.relationships.keys())
+            if related or state.expired_attributes.intersection(state.mapper.column_attrs.keys()):
+                expired.setdefault((state.mapper, frozenset(related)), {})[state.identity] = row
+        for (mapper, related), rows in expired.items():
+            query = select(mapper).options(*(selectinload(mapper.attrs[each].class_attribute) for each in related))
             key, keys = tuple_(*mapper.primary_key), list(rows)
             for start in range(0, len(keys), _ROWS_AT_ONCE):
-                found = self.scalars(select(mapper).where(key.in_(keys[start : start + _ROWS_AT_ONCE])))
+                found = self.scalars(query.where(key.in_(keys[start : start + _ROWS_AT_ONCE])))
                 for row in found.unique():
                     rows.pop(inspect(row).identity, None)
             for row in rows.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta
 from decimal import Decimal
 from enum import StrEnum
@@ -28,6 +28,7 @@ from sqlalchemy import (
     type_coerce,
     update,
 )
+from sqlalchemy.orm import Mapped, relationship
 from sqlmodel import Field, Relationship, SQLModel, select
 
 from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
@@ -73,6 +74,20 @@ class Tag(Table, table=True):
     name: str = Field(unique=True)
     note: str = Field(default="", index=True)
     size: int = 1
+
+
+class Room(Table, table=True):
+    __tablename__ = "own_rooms"
+    name: str = Field(primary_key=True)
+    lamps: Mapped[list[Lamp]] = Relationship(sa_relationship=relationship(back_populates="room", order_by="Lamp.name"))
+
+
+class Lamp(Table, table=True):
+    __tablename__ = "own_lamps"
+    name: str = Field(primary_key=True)
+    room_name: str = Field(foreign_key="own_rooms.name")
+    watts: int = 5
+    room: Room = Relationship(back_populates="lamps")
 
 
 class PlainNote(SQLModel, table=True):
@@ -157,7 +172,8 @@ def hub(target: str, clock: FakeClock) -> Iterator[Database[HubUnit]]:
 def prepare(database: Database) -> None:
     """Create the own tables, an agent and the session `s`."""
     with database.unit_of_work() as unit:
-        tables: list[Any] = [Message.__table__, Preference.__table__, Tag.__table__, vars(PlainNote)["__table__"]]
+        tables: list[Any] = [Message.__table__, Preference.__table__, Tag.__table__, Room.__table__, Lamp.__table__]
+        tables.append(vars(PlainNote)["__table__"])
         for table in tables:
             table.create(unit.session.connection())
     add_agent(database)
@@ -516,6 +532,38 @@ def test_rows_stay_usable_after_an_undone_savepoint(hub: Database[HubUnit]) -> N
             rows[1].text = "not flushed"
             raise LookupError
     assert [row.text for row in rows] == ["flushed", "not flushed"]
+
+
+LAMPS: dict[str, Statement[None]] = {
+    "insert": Statement(insert(Lamp).values(name="new", room_name="hall", watts=5)),
+    "update of lamps": Statement(update(Lamp).values(watts=9)),
+    "update of rooms": Statement(update(Room).values(name="hall")),
+}
+
+
+@pytest.mark.parametrize("end", ["commit", "savepoint", "exception", "rollback", "rollback of the session"])
+@pytest.mark.parametrize("kind", LAMPS)
+def test_relationships_stay_usable(hub: Database[HubUnit], kind: str, end: str) -> None:
+    """A relationship that was loaded before a store's write stays usable after the unit, and follows the write."""
+    hub.run(lambda unit: unit.session.add_all([Room(name="hall"), Lamp(name="old", room_name="hall")]))
+    with suppress(LookupError), hub.unit_of_work() as unit:
+        room = unit.session.get_one(Room, "hall")
+        lamp = unit.session.get_one(Lamp, "old")
+        assert room.lamps == [lamp]
+        assert lamp.room is room
+        with suppress(LookupError) if end == "savepoint" else nullcontext(), unit.savepoint():
+            unit.write(LAMPS[kind])
+            if end in ("savepoint", "exception"):
+                raise LookupError
+        if end == "rollback":
+            unit.rollback()
+        elif end == "rollback of the session":
+            unit.session.rollback()
+    is_kept = end == "commit"
+    assert [each.name for each in room.lamps] == (["new", "old"] if is_kept and kind == "insert" else ["old"])
+    assert lamp.room is room
+    assert lamp.watts == (9 if is_kept and kind == "update of lamps" else 5)
+    room.lamps.clear()  # without a warning of SQLAlchemy
 
 
 def test_own_rows_follow_the_writes_of_stores(hub: Database[HubUnit]) -> None:
