@@ -92,12 +92,17 @@ class UnitSession(Session):
     def expunge_all(self) -> None:
         """Detach all objects. An expired object gets the last loaded values back, so the object stays usable."""
         # Keep the values: after a rollback, SQLAlchemy restores and expires deleted objects only after this method.
-        for state, values in self._values.items():
+        for state in self._values:
             if state.session in (self, None) and (row := state.obj()) is not None:
-                for key in values.keys() - state.dict.keys():
-                    adapter = getattr(values[key], "_sa_adapter", None)  # the value is a collection of objects
-                    set_committed_value(row, key, values[key] if adapter is None else list(adapter))
+                self._restore(row)
         super().expunge_all()
+
+    def _restore(self, row: object) -> None:
+        """Give an expired object the last loaded values back."""
+        values = self._values.get(inspect(row), {})
+        for key in values.keys() - row.__dict__.keys():
+            adapter = getattr(values[key], "_sa_adapter", None)  # the value is a collection of objects
+            set_committed_value(row, key, values[key] if adapter is None else list(adapter))
 
     def expire_written(self, target: str | None, cascade: str | None) -> None:
         """After a store's write, expire the affected objects, and the objects with a loaded relationship to an affected
@@ -165,6 +170,12 @@ def _after_rollback(session: UnitSession) -> None:
 def _persistent_to_deleted(session: UnitSession, instance: object) -> None:
     """Remember the values of a deleted object, which SQLAlchemy can restore and expire after a rollback."""
     session._remember(inspect(instance))
+
+
+@event.listens_for(UnitSession, "persistent_to_transient")
+def _persistent_to_transient(session: UnitSession, instance: object) -> None:
+    """After the rollback of a new object, restore the object's values. The session can then add the object again."""
+    session._restore(instance)
 
 
 @event.listens_for(UnitSession, "after_soft_rollback")

@@ -534,6 +534,23 @@ def test_rows_stay_usable_after_an_undone_savepoint(hub: Database[HubUnit]) -> N
     assert [row.text for row in rows] == ["flushed", "not flushed"]
 
 
+@pytest.mark.parametrize("kind", ["savepoint", "begin_nested"])
+def test_a_new_object_of_an_undone_block_can_be_added_again(hub: Database[HubUnit], kind: str) -> None:
+    """If a store changed the row of a new object in an undone block, the unit can add the object again."""
+    new = message("new")
+    with hub.unit_of_work() as unit:
+        with suppress(LookupError), unit.savepoint() if kind == "savepoint" else unit.session.begin_nested():
+            unit.session.add(new)
+            unit.session.flush()
+            unit.write(RENAME, id_=new.id, new_text="undone")
+            raise LookupError
+        unit.session.add(new)
+        unit.session.flush()
+        assert unit.session.get(Message, new.id) is new
+    assert new.text == "new"
+    assert [each.text for each in hub.store(MessageStore).of_session("s")] == ["new"]
+
+
 LAMPS: dict[str, Statement[None]] = {
     "insert": Statement(insert(Lamp).values(name="new", room_name="hall", watts=5)),
     "update of lamps": Statement(update(Lamp).values(watts=9)),
