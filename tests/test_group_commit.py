@@ -197,11 +197,15 @@ def test_units_with_an_orm_session_share_the_commit(
 
 @pytest.mark.parametrize(
     "end",
-    [lambda unit: unit.session.execute(text("COMMIT")), lambda unit: unit._connection.execute("ROLLBACK")],
-    ids=["COMMIT", "ROLLBACK"],
+    [
+        lambda unit: unit.session.execute(text("COMMIT")),
+        lambda unit: unit._connection.execute("ROLLBACK"),
+        lambda unit: unit.session.connection().close(),
+    ],
+    ids=["COMMIT", "ROLLBACK", "close"],
 )
 def test_a_batch_whose_transaction_has_ended_runs_its_units_alone(sqlite_database: Database, end: Work) -> None:
-    """If a unit sends COMMIT, or SQLite rolls back on a full disk, each unit runs again alone and is stored once."""
+    """If a unit sends COMMIT or closes the connection, or SQLite rolls back, each unit is stored once."""
     broken: list[int] = []
 
     def breaking(unit: UnitOfWork) -> str:

@@ -250,6 +250,36 @@ def test_a_unit_whose_transaction_was_ended_by_sql(database: Database, end: str,
     assert agents_of(database) == (["before"] if "commit" in end.lower() else [])
 
 
+def test_a_unit_whose_connection_was_closed(database: Database, caplog: pytest.LogCaptureFixture) -> None:
+    """If the connection of `uow.session` is closed, the unit raises UnitStateError and stores nothing."""
+
+    def close(unit: UnitOfWork) -> None:
+        create(unit, "closed")
+        with unit.session.connection() as connection:
+            connection.execute(text("SELECT 1"))
+
+    def write(unit: UnitOfWork) -> None:
+        close(unit)
+        create(unit, "after")
+
+    def write_in_a_savepoint(unit: UnitOfWork) -> None:
+        with unit.savepoint():
+            write(unit)
+
+    def roll_back(unit: UnitOfWork) -> None:
+        close(unit)
+        unit.rollback()
+
+    for work in (close, write, write_in_a_savepoint):
+        with pytest.raises(errors.UnitStateError, match="transaction"):
+            database.run(work)
+    with pytest.raises(errors.UnitStateError, match="transaction"):
+        database.run(lambda unit: unit.session.connection().close(), read_only=True)
+    database.run(roll_back)
+    assert agents_of(database) == []
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize("orm", [False, True])
 def test_savepoint_keeps_the_error_of_a_whole_rollback(refusing: Database, orm: bool) -> None:
     """If SQLite rolls back the whole unit inside a savepoint, the caller gets the error that caused the rollback."""

@@ -128,7 +128,7 @@ class StoreConnection:
     @property
     def in_transaction(self) -> bool:
         """True if the driver's connection is inside a transaction."""
-        return bool(self._raw.in_transaction)
+        return not self._connection.closed and bool(self._raw.in_transaction)
 
     def require_transaction(self) -> None:
         """Raise UnitStateError if the transaction has ended, for example by SQL such as COMMIT. Then also refuse later
@@ -140,8 +140,8 @@ class StoreConnection:
 
     @property
     def is_lost(self) -> bool:
-        """True if the connection has ended, for example by Ctrl-C."""
-        return self._connection.invalidated
+        """True if the connection has ended, for example by Ctrl-C, or if the application has closed it."""
+        return self._connection.invalidated or self._connection.closed
 
     def is_stale(self, failure: BaseException) -> bool:
         """Return whether BEGIN failed because the server ended the idle connection. On SQLite, return False."""
@@ -169,7 +169,8 @@ class StoreConnection:
             while (nested := self._connection.get_nested_transaction()) is not None:
                 (nested.commit if keep else nested.rollback)()
         finally:
-            self._raw.confine(None)
+            if not self._connection.closed:
+                self._raw.confine(None)
         if not self.has_orm_transaction:
             self._root = None
 
@@ -282,7 +283,7 @@ class StoreConnection:
 
     def close(self) -> None:
         """Close the connection. The database rolls back a transaction that is still open."""
-        if self.is_lost:
+        if self.is_lost and not self._connection.closed:
             self._connection.invalidate()  # otherwise SQLAlchemy would try to roll back, and would log an error
         self._connection.close()
 

@@ -129,8 +129,8 @@ def commit_unknown(cause: str = "the connection was lost in the middle of COMMIT
 def transaction_ended() -> UnitStateError:
     """Return the error for a unit whose transaction has ended before the end of the unit."""
     return UnitStateError(
-        "the transaction of this unit of work has ended early, by an error of the database or by SQL such as COMMIT: "
-        "begin another unit"
+        "the transaction of this unit of work has ended early, by an error of the database, by SQL such as COMMIT or "
+        "because the connection was closed: begin another unit"
     )
 
 

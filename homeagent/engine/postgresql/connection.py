@@ -145,7 +145,7 @@ class PostgreSQLConnection(StoreConnection):
     @property
     def in_transaction(self) -> bool:
         """True if the session is in a transaction or an unknown state."""
-        return bool(self._raw.pgconn.transaction_status != _IDLE)
+        return not self._connection.closed and bool(self._raw.pgconn.transaction_status != _IDLE)
 
     @property
     def is_lost(self) -> bool:
