@@ -28,8 +28,9 @@ class InvalidArgumentError(HomeAgentError, ValueError):
 
 
 class UnitStateError(HomeAgentError):
-    """A caller used an ended unit of work, or nested write units. Remedy: open another unit after the end of the first
-    unit. SQLite can end a unit early, for example on a full disk. SQL such as COMMIT also ends a unit early.
+    """A caller used an ended unit of work, nested write units, or a unit in two threads. Remedy: open another unit
+    after the end of the first unit. SQLite can end a unit early, for example on a full disk. SQL such as COMMIT also
+    ends a unit early.
     """
 
 

@@ -38,7 +38,7 @@ class UnitOfWork(Transaction):
     """One transaction, as a context manager. The unit commits at the end of the block. If an exception leaves the
     block, the unit rolls back.
 
-    Get a unit from `Database.unit_of_work()`, and use the unit only inside its block.
+    Get a unit from `Database.unit_of_work()`. Use the unit only inside its block, and in one thread at a time.
 
     An application can pass a subclass with more stores to `Database.open`. The subclass annotates each store, for
     example `messages: MessageStore`. Each access to such an attribute creates a store.

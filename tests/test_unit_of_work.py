@@ -30,7 +30,7 @@ from homeagent import (
     errors,
 )
 from tests.batches import Odd, agents_of, create, creating, run_together
-from tests.conftest import START, MakeDatabase, add_agent, add_device, dump
+from tests.conftest import START, MakeDatabase, add_agent, add_device, dump, in_threads
 from tests.interrupts import interrupt_at
 
 
@@ -591,6 +591,39 @@ def test_an_interrupted_rollback_detaches_the_rows(database: Database, monkeypat
     with database.unit_of_work() as unit:
         unit.session.add_all(rows)
     assert agents_of(database) == ["ada"]
+
+
+@pytest.mark.parametrize("orm", [False, True])
+@pytest.mark.parametrize("read_only", [False, True], ids=["write", "read only"])
+def test_two_threads_in_a_unit_at_a_time(sqlite_database: Database, read_only: bool, orm: bool) -> None:
+    """If another thread uses a unit during a statement, the other thread gets UnitStateError, and the unit continues.
+
+    SQLite only: on PostgreSQL, the second statement waits for the first.
+    """
+    caught: list[BaseException] = []
+
+    def use(unit: UnitOfWork) -> None:
+        for by_session in (False, orm):
+            try:
+                if by_session:
+                    unit.session.exec(select(Agent)).all()
+                else:
+                    unit.agents.list()
+            except Exception as error:  # noqa: BLE001  the test checks the class
+                caught.append(error)
+
+    def work(unit: UnitOfWork) -> None:
+        if orm:
+            unit.session.exec(select(Agent)).all()
+        connection = unit._require_connection()
+        connection.driver_connection.create_scalar_function("meanwhile", lambda: in_threads(lambda: use(unit)))
+        connection.execute("SELECT meanwhile()").fetchall()
+        if not read_only:
+            create(unit, "ada")
+
+    sqlite_database.run(work, read_only=read_only)
+    assert [type(error) for error in caught] == [errors.UnitStateError] * 2
+    assert agents_of(sqlite_database) == ([] if read_only else ["ada"])
 
 
 def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:

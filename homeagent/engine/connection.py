@@ -128,7 +128,10 @@ class StoreConnection:
     @property
     def in_transaction(self) -> bool:
         """True if the driver's connection is inside a transaction."""
-        return not self._connection.closed and bool(self._raw.in_transaction)
+        try:
+            return not self._connection.closed and bool(self._raw.in_transaction)
+        except self._driver_errors:  # another thread runs a statement on the connection
+            return not self.is_lost
 
     def require_transaction(self) -> None:
         """Raise UnitStateError if the transaction has ended, for example by SQL such as COMMIT. Then also refuse later

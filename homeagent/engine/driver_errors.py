@@ -204,6 +204,10 @@ _SQLITE_ERRORS: dict[int, tuple[type[HomeAgentError], str]] = {
 _DRIVER_ERRORS: dict[type[BaseException], tuple[type[HomeAgentError], str]] = {
     apsw.ConnectionClosedError: (DatabaseClosedError, _CLOSED),
     apsw.CursorClosedError: (DatabaseClosedError, _CLOSED),
+    apsw.ThreadingViolationError: (
+        UnitStateError,
+        "two threads used this unit of work at the same time: use a unit in one thread at a time",
+    ),
     UnicodeDecodeError: (CorruptDatabaseError, f"a stored text is not UTF-8: the database is damaged, {RESTORE}"),
     UnicodeEncodeError: (InvalidArgumentError, "a text holds half of a surrogate pair, which UTF-8 can't encode"),
     OverflowError: (InvalidArgumentError, "an integer does not fit into 64 bits"),

@@ -55,7 +55,7 @@ class SQLiteConnection(StoreConnection):
 
     def _refused(self, error: BaseException, sql: str) -> HomeAgentError:
         """If a constraint refused the statement, return ConflictError."""
-        if not (self.read_only or self._raw.in_transaction):
+        if not (self.read_only or self.in_transaction):
             self._execute = refuse_statement
         return named_conflict(self._raw, error, sql) or super()._refused(error, sql)
 
