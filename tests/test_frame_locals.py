@@ -11,9 +11,21 @@ from typing import Any
 import anyio
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import insert
 
 import homeagent
-from homeagent import Agent, Database, DevicePair, IdempotencyScope, ReplayGuard, Role, errors, hash_secret, scram
+from homeagent import (
+    Agent,
+    Database,
+    DevicePair,
+    IdempotencyScope,
+    ReplayGuard,
+    Role,
+    Statement,
+    errors,
+    hash_secret,
+    scram,
+)
 from homeagent.credentials import hashing
 from homeagent.fastapi import bearer_token
 from tests.conftest import START, add_device
@@ -33,13 +45,17 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
+GENERATED = "<string>"
+"""File name of the functions that the package generates."""
+
+
 def shown(error: BaseException) -> list[str]:
     """Return the local variables in frames of the package that show `SECRET`."""
     return [
         f"{frame.name}:{name}"
         for one in chain(error)
         for frame in traceback.TracebackException.from_exception(one, capture_locals=True).stack
-        if frame.filename.startswith(PACKAGE)
+        if frame.filename.startswith(PACKAGE) or frame.filename == GENERATED
         for name, value in (frame.locals or {}).items()
         if SECRET in value
     ]
@@ -73,7 +89,15 @@ def settled(database: Database) -> None:
         unit.idempotency_keys.complete(attempt, {"result": SECRET})
 
 
+ADD: Statement[None] = Statement(insert(Agent))
+VALUES = {"id": SECRET, "name": SECRET, "workspace_path": "/srv", "created_at": START, "config": {}}
+
+
 REFUSED: dict[str, Callable[[Database], Any]] = {
+    "bad value of a statement": lambda database: database.run(
+        lambda unit: unit.write(ADD, **{**VALUES, "created_at": START.replace(tzinfo=None)})
+    ),
+    "statement without a value": lambda database: database.run(lambda unit: unit.write(ADD, id=SECRET)),
     "nonce at the limit": at_the_limit,
     "nonce twice in a unit": lambda database: database.nonces.consume("", SECRET, expires_at=START + MINUTE),
     "guard": lambda database: ReplayGuard().check(database.nonces, "", SECRET, signed_at=START),
@@ -96,9 +120,8 @@ def test_no_frame_shows_a_refused_value(database: Database, kind: str) -> None:
     with pytest.raises(errors.HomeAgentError) as caught:
         REFUSED[kind](database)
     assert shown(caught.value) == []
-    assert [frame.filename for frame in traceback.extract_tb(caught.value.__traceback__)].pop().startswith(PACKAGE) or (
-        kind == "row that the ORM inserts"
-    )
+    *_, last = traceback.extract_tb(caught.value.__traceback__)
+    assert last.filename.startswith((PACKAGE, GENERATED)) or kind == "row that the ORM inserts"
 
 
 CLOSED: dict[str, Callable[[Database], Any]] = {

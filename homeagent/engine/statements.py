@@ -231,7 +231,8 @@ def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
 def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
     """Generate a function that converts parameters to placeholder values. A loop would take three times as long."""
     defaults = _defaults(compiled)
-    namespace: dict[str, Any] = {"_missing": _missing}
+    # With the name of this module, `clear_locals()` clears the values in a traceback.
+    namespace: dict[str, Any] = {"__name__": __name__, "_missing": _missing}
     given: dict[str, str] = {}
     converted: dict[tuple[str, Any], str] = {}
     values = []
