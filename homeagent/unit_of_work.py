@@ -14,7 +14,7 @@ from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.statements import Parameters, Row, Statement
-from homeagent.errors import EffectFailedError, InvalidArgumentError
+from homeagent.errors import EffectFailedError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.stores.agents import AgentStore
@@ -219,11 +219,16 @@ class UnitOfWork(Transaction):
         run: Callable[[StoreConnection, Statement[Any], Any], Any] = StoreConnection.rows,
     ) -> Any:
         """Run a statement in a unit that can have an ORM session. If the unit is not open, raise UnitStateError."""
-        connection = self._require_connection()
-        session = self._session
-        if session is not None:
-            connection.orm_connection()  # SQLite can have rolled back the unit in a statement of the session
-            session.flush()
+        try:
+            connection = self._require_connection()
+            session = self._session
+            if session is not None:
+                connection.orm_connection()  # SQLite can have rolled back the unit in a statement of the session
+                session.flush()
+        except HomeAgentError:
+            if isinstance(parameters, dict):
+                parameters.clear()  # a traceback could show the values
+            raise
         try:
             return run(connection, statement, parameters)
         finally:

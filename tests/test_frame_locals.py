@@ -19,6 +19,7 @@ from homeagent import (
     Database,
     DevicePair,
     IdempotencyScope,
+    Nonce,
     ReplayGuard,
     Role,
     Statement,
@@ -93,11 +94,36 @@ ADD: Statement[None] = Statement(insert(Agent))
 VALUES = {"id": SECRET, "name": SECRET, "workspace_path": "/srv", "created_at": START, "config": {}}
 
 
+def after_a_flush(database: Database) -> None:
+    """Run a store's statement after the refused flush of another row."""
+    with database.unit_of_work() as unit:
+        unit.session.add(Nonce(device_id="lamp", nonce="n", expires_at=START, created_at=START))
+        unit.session.flush()
+        unit.session.expunge_all()
+        unit.session.add(Nonce(device_id="lamp", nonce="n", expires_at=START, created_at=START))
+        unit.write(ADD, **VALUES)
+
+
+def after_the_end(database: Database) -> None:
+    with database.unit_of_work() as unit:
+        pass
+    unit.write(ADD, **VALUES)
+
+
+def after_a_rollback(database: Database) -> None:
+    with database.unit_of_work() as unit:
+        unit.rollback()
+        unit.one(ADD, **VALUES)
+
+
 REFUSED: dict[str, Callable[[Database], Any]] = {
     "bad value of a statement": lambda database: database.run(
         lambda unit: unit.write(ADD, **{**VALUES, "created_at": START.replace(tzinfo=None)})
     ),
     "statement without a value": lambda database: database.run(lambda unit: unit.write(ADD, id=SECRET)),
+    "statement after a refused flush": after_a_flush,
+    "statement after the end": after_the_end,
+    "statement after a rollback": after_a_rollback,
     "nonce at the limit": at_the_limit,
     "nonce twice in a unit": lambda database: database.nonces.consume("", SECRET, expires_at=START + MINUTE),
     "guard": lambda database: ReplayGuard().check(database.nonces, "", SECRET, signed_at=START),
@@ -121,7 +147,7 @@ def test_no_frame_shows_a_refused_value(database: Database, kind: str) -> None:
         REFUSED[kind](database)
     assert shown(caught.value) == []
     *_, last = traceback.extract_tb(caught.value.__traceback__)
-    assert last.filename.startswith((PACKAGE, GENERATED)) or kind == "row that the ORM inserts"
+    assert last.filename.startswith((PACKAGE, GENERATED)) or REFUSED[kind] in (refused_by_orm, after_a_flush)
 
 
 CLOSED: dict[str, Callable[[Database], Any]] = {
