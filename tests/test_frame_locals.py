@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -11,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import insert
+from sqlalchemy import insert, text
 
 import homeagent
 from homeagent import (
@@ -51,12 +52,12 @@ GENERATED = "<string>"
 
 
 def shown(error: BaseException) -> list[str]:
-    """Return the local variables in frames of the package that show `SECRET`."""
+    """Return the local variables in frames of the package, and of context managers, that show `SECRET`."""
     return [
         f"{frame.name}:{name}"
         for one in chain(error)
         for frame in traceback.TracebackException.from_exception(one, capture_locals=True).stack
-        if frame.filename.startswith(PACKAGE) or frame.filename == GENERATED
+        if frame.filename.startswith(PACKAGE) or frame.filename in (GENERATED, contextlib.__file__)
         for name, value in (frame.locals or {}).items()
         if SECRET in value
     ]
@@ -121,6 +122,7 @@ REFUSED: dict[str, Callable[[Database], Any]] = {
         lambda unit: unit.write(ADD, **{**VALUES, "created_at": START.replace(tzinfo=None)})
     ),
     "statement without a value": lambda database: database.run(lambda unit: unit.write(ADD, id=SECRET)),
+    "duplicate in write_many": lambda database: database.run(lambda unit: unit.write_many(ADD, [VALUES] * 2)),
     "statement after a refused flush": after_a_flush,
     "statement after the end": after_the_end,
     "statement after a rollback": after_a_rollback,
@@ -137,6 +139,16 @@ REFUSED: dict[str, Callable[[Database], Any]] = {
     "token of bytes": lambda database: bearer_token("lamp", SECRET.encode()),  # type: ignore[arg-type]
     "message of a proof": lambda database: scram.proof_message(device_id="lamp", nonce=SECRET, timestamp=MINUTE),
 }
+
+
+def test_no_context_manager_shows_a_message_of_sqlite(sqlite_database: Database) -> None:
+    """If a trigger refuses a row by a message with a value of the row, no frame holds the message."""
+    trigger = "CREATE TRIGGER own BEFORE INSERT ON agents BEGIN SELECT RAISE(ABORT, NEW.name); END"
+    with sqlite_database.unit_of_work() as unit:
+        unit.session.execute(text(trigger))
+    with pytest.raises(errors.ConflictError) as caught:
+        sqlite_database.run(lambda unit: unit.write_many(ADD, [VALUES]))
+    assert shown(caught.value) == []
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -312,6 +312,19 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
     return failure
 
 
+def remove_private(error: Any) -> None:
+    """Remove the database's message from the driver's exception. The message can show a row. The attributes `_info` and
+    `_pgconn` of psycopg's exception contain private data too, such as the password.
+    """
+    if hasattr(error, "sqlstate"):
+        error.constraint = refused_by(error)  # read by `refused_by()`
+        error.shown = message_with_name(error)  # read by `message_with_name()`
+        error.args = (error.shown or "the server's message is withheld",)
+        error._info = error._pgconn = None
+    elif isinstance(error, apsw.Error):
+        error.args = (message_with_name(error) or "SQLite's message is withheld",)
+
+
 def _psycopg_error(error: BaseException) -> HomeAgentError:
     """Return homeagent's error for a driver's exception without a SQLSTATE."""
     _remove_text(error)
@@ -332,6 +345,7 @@ def translated(driver_errors: tuple[type[BaseException], ...], translate: Transl
         yield
     except driver_errors as error:
         translation = translate(error)
+        remove_private(error)  # a frame of contextlib keeps the exception
     except HomeAgentError as error:
         if not isinstance(error.__context__, driver_errors):
             raise

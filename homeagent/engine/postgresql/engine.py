@@ -14,7 +14,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.driver_errors import message_with_name, postgresql_error, refused_by
+from homeagent.engine.driver_errors import postgresql_error, remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
@@ -198,22 +198,11 @@ def _run_by(method: str) -> Callable[..., bool]:
         try:
             getattr(cursor, method)(statement, parameters)
         except Exception as error:
-            _remove_private(error)
+            remove_private(error)
             raise
         return True
 
     return run
-
-
-def _remove_private(error: Any) -> None:
-    """Remove the password and the server's message from psycopg's exception. The message can show a row. The attributes
-    `_info` and `_pgconn` contain private data too.
-    """
-    if hasattr(error, "sqlstate"):
-        error.constraint = refused_by(error)  # read by `refused_by()`
-        error.shown = message_with_name(error)  # read by `message_with_name()`
-        error.args = (error.shown or "the server's message is withheld",)
-        error._info = error._pgconn = None
 
 
 def _on_error(context: ExceptionContext) -> BaseException | None:
@@ -234,7 +223,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
             failure = InvalidArgumentError("the database URL has an option that libpq does not know: correct the query")
     # Remove private data from the driver's exception. A traceback of the returned error also shows the driver's
     # exception.
-    _remove_private(original)
+    remove_private(original)
     return failure
 
 

@@ -19,7 +19,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.pool import NullPool
 
 from homeagent.clock import monotonic
-from homeagent.engine.driver_errors import message_with_name
+from homeagent.engine.driver_errors import remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.files import database_file
 from homeagent.engine.files.directories import make_temporary_directory
@@ -324,8 +324,7 @@ class SQLiteEngine(Engine):
         raw = None if context.connection is None else context.connection.connection.driver_connection
         conflict = None if raw is None else named_conflict(raw, original, context.statement)
         failure = conflict or self.translate(original)
-        if isinstance(original, apsw.Error):
-            original.args = (message_with_name(original) or "SQLite's message is withheld",)
+        remove_private(original)
         return failure
 
     def before_fork(self) -> None:
