@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import insert, text
+from sqlalchemy import insert, select, text
 
 import homeagent
 from homeagent import (
@@ -95,6 +95,13 @@ ADD: Statement[None] = Statement(insert(Agent))
 VALUES = {"id": SECRET, "name": SECRET, "workspace_path": "/srv", "created_at": START, "config": {}}
 
 
+def filtering(database: Database) -> None:
+    """Search by the session for a value that the column's type refuses."""
+    column: Any = Agent.config
+    with database.unit_of_work() as unit:
+        unit.session.execute(select(Agent).where(column == {SECRET: object()}))
+
+
 def after_a_flush(database: Database) -> None:
     """Run a store's statement after the refused flush of another row."""
     with database.unit_of_work() as unit:
@@ -121,6 +128,7 @@ REFUSED: dict[str, Callable[[Database], Any]] = {
     "bad value of a statement": lambda database: database.run(
         lambda unit: unit.write(ADD, **{**VALUES, "created_at": START.replace(tzinfo=None)})
     ),
+    "filter of the session": filtering,
     "statement without a value": lambda database: database.run(lambda unit: unit.write(ADD, id=SECRET)),
     "duplicate in write_many": lambda database: database.run(lambda unit: unit.write_many(ADD, [VALUES] * 2)),
     "statement after a refused flush": after_a_flush,
@@ -159,7 +167,7 @@ def test_no_frame_shows_a_refused_value(database: Database, kind: str) -> None:
         REFUSED[kind](database)
     assert shown(caught.value) == []
     *_, last = traceback.extract_tb(caught.value.__traceback__)
-    assert last.filename.startswith((PACKAGE, GENERATED)) or REFUSED[kind] in (refused_by_orm, after_a_flush)
+    assert last.filename.startswith((PACKAGE, GENERATED)) or REFUSED[kind] in (refused_by_orm, filtering, after_a_flush)
 
 
 CLOSED: dict[str, Callable[[Database], Any]] = {

@@ -6,12 +6,13 @@ import pkgutil
 import traceback
 from collections.abc import Iterator
 from importlib import import_module
+from typing import Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, select, text
 
 import homeagent
-from homeagent import AgentCreate, Database, DevicePair, Role, UnitOfWork, errors
+from homeagent import Agent, AgentCreate, Database, DevicePair, Role, UnitOfWork, errors
 from tests.conftest import write_past_checks
 
 SECRET = "a-value-that-must-not-be-shown"
@@ -114,6 +115,23 @@ def test_value_refused_by_driver_is_argument_error(database: Database, value: st
     assert cause is not None
     assert value not in (*cause.args, getattr(cause, "object", None))
     assert tries == [1]
+
+
+@pytest.mark.parametrize("by", ["session", "read connection"])
+def test_a_refused_value_is_not_its_own_cause(database: Database, by: str) -> None:
+    """If a column type refuses a value, the chain of causes ends."""
+    column: Any = Agent.config
+    search = select(Agent).where(column == {"key": object()})
+    with pytest.raises(errors.InvalidArgumentError, match="plain JSON") as caught:
+        if by == "session":
+            database.run(lambda unit: unit.session.execute(search))
+        else:
+            with database.read_connection() as connection:
+                connection.execute(search)
+    causes: list[BaseException] = [caught.value]
+    while (cause := causes[-1].__cause__) is not None:
+        assert cause not in causes
+        causes.append(cause)
 
 
 @pytest.mark.parametrize("raised", [KeyError, KeyboardInterrupt])

@@ -6,6 +6,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Sequence
+from copy import copy
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -209,9 +210,9 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     if isinstance(context, FailureContext):
         return None  # `StoreConnection` translates the exception of the instrumented cursor
     original: Any = context.original_exception
-    if isinstance(original, HomeAgentError):
-        raise original  # The exception is already an error of homeagent.
     clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
+    if isinstance(original, HomeAgentError):
+        raise copy(original)  # SQLAlchemy makes `original` the cause, and no error may be its own cause.
     by_driver = isinstance(context.sqlalchemy_exception, DBAPIError)
     if not by_driver and not isinstance(original, (OverflowError, UnicodeError)):
         return None

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from copy import copy
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -313,9 +314,9 @@ class SQLiteEngine(Engine):
         if isinstance(context, FailureContext):
             return None  # `StoreConnection` translates the exception of the instrumented cursor
         original = context.original_exception
-        if isinstance(context.original_exception, HomeAgentError):
-            raise context.original_exception  # The exception is already an error of homeagent.
         clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
+        if isinstance(original, HomeAgentError):
+            raise copy(original)  # SQLAlchemy makes `original` the cause, and no error may be its own cause.
         # Before a statement runs, translate only apsw's errors. A column type of the application can raise other
         # errors.
         kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
