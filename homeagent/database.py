@@ -213,8 +213,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def store(self, kind: type[S]) -> S:
         """Return a store whose calls are separate units of work.
 
-        A read is one statement in autocommit mode, without a lock. A write runs in `Database.run()`. The method
-        `sessions.index()` runs in a unit without retries. In a thread with an open write unit, a write raises
+        A read is one statement in autocommit mode, without a lock. A write runs in `Database.run()`. With an iterator
+        as an argument, a write runs in a unit without retries. In a thread with an open write unit, a write raises
         `UnitStateError`. If a write depends on a read, use one unit of work for both.
 
         A write or a second statement can stop a method of the application's store. Then homeagent calls the method

@@ -45,6 +45,11 @@ class AutocommitReads:
         """Run a statement, and return the objects of all rows."""
         return self.settings.engine.read_alone(statement, parameters, self.settings.timeout)
 
+    def run_once(self, work: Callable[[UnitOfWork], R]) -> R:
+        """Run a write in a new unit, without retries. An iterator can be read only once."""
+        with self.settings.unit(self.settings, read_only=False) as unit:
+            return work(unit)
+
 
 @cache
 def _one_call_type(kind: type[Store]) -> Any:
@@ -55,30 +60,32 @@ def _one_call_type(kind: type[Store]) -> Any:
         access = access_of(method)
         if access is not None:
             if access is not Access.READ:
-                methods[name] = _in_own_unit(kind, method, access)
+                methods[name] = _in_own_unit(kind, method)
         elif not name.startswith("_") and isinstance(getattr_static(kind, name), FunctionType):
             methods[name] = _in_unit_if_necessary(kind, method)
     return type(kind.__name__, (kind,), methods)
 
 
-def _in_own_unit(kind: type[Store], method: Callable[..., Any], access: Access) -> Callable[..., Any]:
+def _have_iterator(*arguments: object) -> bool:
+    """Return True if one of a method's arguments is an iterator."""
+    return any(hasattr(each, "__next__") for each in arguments)
+
+
+def _in_own_unit(kind: type[Store], method: Callable[..., Any]) -> Callable[..., Any]:
     unless: Callable[..., tuple[bool, Any]] | None = method.homeagent_unless  # type: ignore[attr-defined]  # see `writing()`
 
     @clears_locals
     @wraps(method)
     def call(self: Any, *arguments: Any, **named: Any) -> Any:
         database: AutocommitReads = self._unit
-        if access is Access.STREAM:
-            # Do not retry, because an iterator can be read only once.
-            with database.settings.unit(database.settings, read_only=False) as unit:
-                return method(kind(unit), *arguments, **named)
         if unless is not None:
             known, answer = unless(self, *arguments, **named)
             if known:
                 return answer
             if answer is not None:
                 return database.runner.run(lambda unit: answer(kind(unit)))
-        return database.runner.run(lambda unit: method(kind(unit), *arguments, **named))
+        run = database.run_once if _have_iterator(*arguments, *named.values()) else database.runner.run
+        return run(lambda unit: method(kind(unit), *arguments, **named))
 
     return call
 
@@ -161,10 +168,8 @@ def _in_unit_if_necessary(kind: type[Store], method: Callable[..., Any]) -> Call
                 raise reads.needed
             return value
 
-        if any(hasattr(each, "__next__") for each in (*arguments, *named.values())):
-            # Call the method only once, because an iterator can be read only once.
-            with database.settings.unit(database.settings, read_only=False) as unit:
-                return write(unit)
+        if _have_iterator(*arguments, *named.values()):
+            return database.run_once(write)
         try:
             return read(database, 1)
         except _NeedsUnitError as needed:

@@ -113,6 +113,27 @@ def test_an_iterable_is_read_once(database: Database, clock: FakeClock) -> None:
     assert len(database.sessions.list(limit=1000)) == 300
 
 
+@pytest.mark.parametrize("is_iterator", [False, True], ids=["list", "iterator"])
+def test_an_index_is_repeated_after_a_conflict(database: Database, clock: FakeClock, is_iterator: bool) -> None:
+    """After a conflict with another unit, `sessions.index` of a list runs again. An iterator can't be read again."""
+    add_agent(database)
+    sessions = [AgentSession(session_id="s", agent_id="ada", created_at=clock(), last_active_at=clock())]
+    done: list[int] = []
+
+    def fail_once(number: int) -> None:
+        done.append(number)
+        if done == [1]:
+            raise errors.TransientError("a conflict")
+
+    if is_iterator:
+        with pytest.raises(errors.TransientError):
+            database.sessions.index(iter(sessions), progress=fail_once)
+    else:
+        assert database.sessions.index(sessions, progress=fail_once) == 1
+        assert done == [1, 1]
+    assert len(database.sessions.list()) == (0 if is_iterator else 1)
+
+
 @pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_only_a_stores_class_is_taken(database: Database) -> None:
     """`store` accepts only the class of a store."""

@@ -294,7 +294,7 @@ class SessionStore(Store):
         """Delete a session, and free its route. The transcript stays. If the session is absent, return False."""
         return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
-    @writing(stream=True)
+    @writing()
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
         """Rebuild the index of transcripts. Return the number of sessions that the method has read.
 
@@ -304,7 +304,8 @@ class SessionStore(Store):
         Args:
             sessions: transient `AgentSession` objects, which the method reads in batches. Times in the future count as
                 the current time.
-            progress: function that gets the number of written sessions after each batch.
+            progress: function that gets the number of written sessions after each batch. If a call of
+                `database.sessions.index` is repeated after a conflict, the number begins again.
 
         Raises:
             InvalidArgumentError: if the argument `sessions=` is not an iterable, or an item is not a session. After the

@@ -29,9 +29,7 @@ class Access(Enum):
 
     READ = auto()
     WRITE = auto()
-    """If the database is busy, homeagent repeats the unit of the method."""
-    STREAM = auto()
-    """homeagent does not repeat the unit: an iterable can be read only once."""
+    """If the database is busy, homeagent repeats the unit of the method, unless an argument is an iterator."""
 
 
 def access_of(method: object) -> Access | None:
@@ -45,8 +43,8 @@ def reading(method: F) -> F:
     return method
 
 
-def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bool = False) -> Callable[[F], F]:
-    """Declare that a store's method writes. With `stream=True`, the method consumes an iterable.
+def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None) -> Callable[[F], F]:
+    """Declare that a store's method writes.
 
     If some calls of the method do not write, pass a function as `unless=`. Outside a unit, homeagent first calls the
     function with the method's arguments. If the function returns `(True, result)`, homeagent returns the result at
@@ -55,7 +53,7 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None, stream: bo
     """
 
     def declare(method: Any) -> Any:
-        method.homeagent_access, method.homeagent_unless = Access.STREAM if stream else Access.WRITE, unless
+        method.homeagent_access, method.homeagent_unless = Access.WRITE, unless
         return method
 
     return declare
