@@ -155,7 +155,9 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
     def close(self) -> None:
         """Stop sweepers and iterators of device changes, and close every connection.
 
-        After a call of `close()`, all other methods except `counters()` raise DatabaseClosedError.
+        After a call of `close()`, each use of the database except `counters()` raises DatabaseClosedError. The methods
+        `unit_of_work()`, `store()`, `read_connection()` and `watch_devices(after=n)` still return an object. The use of
+        the object raises DatabaseClosedError.
         """
         if self._engine.is_forked_copy:
             # A forked child must not take the mutex, which can stay locked.
