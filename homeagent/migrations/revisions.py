@@ -81,7 +81,7 @@ def loaded(file: Traversable) -> ModuleType:
 
 @cache
 def _compiled(source: str, name: str) -> CodeType:
-    return compile(source, name, "exec")
+    return compile(source, name, "exec", dont_inherit=True)
 
 
 def tables(connection: Connection) -> set[str]:

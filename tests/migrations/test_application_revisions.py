@@ -191,6 +191,12 @@ def test_failed_revision_is_undone(target: str, folder: Path, body: str, reason:
         rows(database, "SELECT * FROM notes")
 
 
+def test_annotations_of_a_revision(sqlite_path: Path, tmp_path: Path) -> None:
+    """The annotations in a revision are objects, not texts."""
+    write_revision(tmp_path, "a1", None, "def of(row: int): pass\nassert of.__annotations__ == {'row': int}")
+    Database.open(sqlite_path, migrations=tmp_path).close()
+
+
 def test_statement_outside_a_transaction(empty_postgres_url: str, folder: Path) -> None:
     """On PostgreSQL a revision can leave the transaction only before its first statement, and what is done stays."""
     # After the block of a3, the upgrade still holds both locks that keep out other hosts and Alembic's commands.
