@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from importlib.resources import files
+from inspect import iscoroutinefunction
 from pathlib import Path
 from traceback import walk_tb
 from types import CodeType, ModuleType
@@ -221,6 +222,8 @@ def run_revisions(
             vars(script.module)["op"] = Operations(context)
             if guard is not None:
                 guard.begin(revision.revision)
+                if iscoroutinefunction(getattr(script.module, "upgrade", None)):
+                    guard.fail("its function upgrade() is a coroutine, which Alembic never runs. Write 'def upgrade()'")
             yield MigrationStep.upgrade_from_script(known, script)
             if guard is not None:
                 guard.check()

@@ -197,6 +197,14 @@ def test_annotations_of_a_revision(sqlite_path: Path, tmp_path: Path) -> None:
     Database.open(sqlite_path, migrations=tmp_path).close()
 
 
+def test_coroutine(target: str, tmp_path: Path) -> None:
+    """A revision whose upgrade() is a coroutine function is refused, because Alembic would not run the coroutine."""
+    script = write_revision(tmp_path, "a1", None, "pass")
+    script.write_text(script.read_text().replace("def upgrade", "async def upgrade"))
+    with pytest.raises(MigrationError, match=r"revision 'a1' of .*upgrade\(\) is a coroutine.*Write 'def upgrade\(\)'"):
+        Database.open(target, migrations=tmp_path)
+
+
 def test_statement_outside_a_transaction(empty_postgres_url: str, folder: Path) -> None:
     """On PostgreSQL a revision can leave the transaction only before its first statement, and what is done stays."""
     # After the block of a3, the upgrade still holds both locks that keep out other hosts and Alembic's commands.
