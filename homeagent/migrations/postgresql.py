@@ -130,6 +130,8 @@ def refuse_second_store(connection: Connection) -> None:
 
 def _views(connection: Connection) -> str:
     """Return a hint about views, which can prevent changes of homeagent's tables."""
+    if connection.closed:
+        return ""  # a revision can close the connection
     with connection.begin():
         names = sorted({difference.text for difference in views_of_tables(connection)})
     hint = ": PostgreSQL can refuse to change such a table. Drop the view, upgrade, and create the view again"

@@ -205,6 +205,15 @@ def test_coroutine(target: str, tmp_path: Path) -> None:
         Database.open(target, migrations=tmp_path)
 
 
+def test_closed_connection(target: str, tmp_path: Path) -> None:
+    """If a revision closes the connection, the error is a MigrationError, and the new table is gone."""
+    write_revision(tmp_path, "a1", None, f"{CREATE}\nop.get_bind().close()")
+    with pytest.raises(MigrationError, match=r"failed and was undone .*ClosedError"):
+        Database.open(target, migrations=tmp_path)
+    with Database.open(target) as database:
+        assert "notes" not in database.status().rows
+
+
 def test_statement_outside_a_transaction(empty_postgres_url: str, folder: Path) -> None:
     """On PostgreSQL a revision can leave the transaction only before its first statement, and what is done stays."""
     # After the block of a3, the upgrade still holds both locks that keep out other hosts and Alembic's commands.
