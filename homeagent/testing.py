@@ -57,7 +57,12 @@ class FakeClock:
         Args:
             duration: time to add.
             units: time to add, as arguments of `timedelta()`, such as `minutes=5`. Do not pass a duration too.
+
+        Raises:
+            TypeError: if the call has both a duration and units, or none of them.
         """
+        if (duration is None) == (not units):
+            raise TypeError("advance() needs a duration, or units such as minutes=5, but not both")
         self.now += timedelta(**units) if duration is None else duration
         return self.now
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from homeagent import AgentCreate
-from homeagent.testing import DatabaseFactory, FakeClock
+from homeagent.testing import START, DatabaseFactory, FakeClock
 from tests.conftest import ROOT
 
 
@@ -30,6 +30,14 @@ def test_each_database_is_fresh(homeagent_factory: DatabaseFactory, homeagent_cl
     homeagent_clock.advance(timedelta(days=1))
     assert first.nonces.consume("lamp", "n", expires_at=homeagent_clock() + timedelta(minutes=1))
     assert not first.nonces.consume("lamp", "m", expires_at=homeagent_clock())
+
+
+def test_advance_takes_one_kind_of_time(homeagent_clock: FakeClock) -> None:
+    """A call with a duration and units, or with neither, raises and leaves the clock alone."""
+    for duration, units in ((timedelta(days=1), {"minutes": 3}), (None, {})):
+        with pytest.raises(TypeError, match="needs a duration, or units"):
+            homeagent_clock.advance(duration, **units)
+    assert homeagent_clock() == START
 
 
 PAGE = (ROOT / "docs" / "how-to" / "test.md").read_text(encoding="utf-8")
