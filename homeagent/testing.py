@@ -73,13 +73,16 @@ class _Templates:
     def __init__(self, directory: Path, closing: ExitStack) -> None:
         self._directory = directory
         self._closing = closing
-        self._made: dict[tuple[str | None, str], Any] = {}
+        self._made: dict[tuple[str | None, Path | None], Any] = {}
 
     def copy(self, server: str | None, options: dict[str, Any], closing: ExitStack) -> Path | URL:
         from homeagent.database import Database
+        from homeagent.migrations.application import named_folder
 
         schema = {name: options[name] for name in ("migrations", "metadata", "acknowledged") if name in options}
-        key = (server, str(schema.get("migrations")))
+        given = schema.get("migrations")
+        # A test can change the working directory, so do not use a relative path as the key.
+        key = (server, given and Path(str(named_folder(given)[1])).resolve())
         made: Any = self._made.get(key)
         if made is None:
             if server is None:

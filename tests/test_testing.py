@@ -14,6 +14,7 @@ import pytest
 from homeagent import AgentCreate
 from homeagent.testing import START, DatabaseFactory, FakeClock
 from tests.conftest import ROOT
+from tests.migrations.own_revisions import write_revision
 
 
 @pytest.fixture(params=[None, "postgresql"])
@@ -38,6 +39,16 @@ def test_advance_takes_one_kind_of_time(homeagent_clock: FakeClock) -> None:
         with pytest.raises(TypeError, match="needs a duration, or units"):
             homeagent_clock.advance(duration, **units)
     assert homeagent_clock() == START
+
+
+@pytest.mark.parametrize("revision", ["a1", "b1"])
+def test_relative_path(
+    homeagent_factory: DatabaseFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str
+) -> None:
+    """The same relative path in another working directory names other migrations."""
+    write_revision(tmp_path / "migrations", revision, None, "pass")
+    monkeypatch.chdir(tmp_path)
+    assert homeagent_factory(migrations="migrations").status().application_revision == revision
 
 
 PAGE = (ROOT / "docs" / "how-to" / "test.md").read_text(encoding="utf-8")
