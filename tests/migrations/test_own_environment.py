@@ -23,7 +23,7 @@ from homeagent.migrations import postgresql
 from homeagent.models import SCHEMA
 from tests.conftest import add_agent
 from tests.migrations.old_databases import change, fetch, is_sound, old_database, plain_engine
-from tests.migrations.own_revisions import write_revision
+from tests.migrations.own_revisions import write_revision, write_revisions
 
 MODELS = """
 from enum import StrEnum
@@ -197,6 +197,18 @@ def test_acknowledged_trigger(target: str, make_hub: Any) -> None:
     command.downgrade(hub.config, "-1")
     hub.config.set_main_option("database", "")
     command.check(hub.config)
+
+
+def test_autocommit_block(target: str, make_hub: Any) -> None:
+    """A command of Alembic runs a revision that leaves its transaction, and undoes a later revision that fails."""
+    hub = make_hub(target)
+    write_revisions(hub.package / "migrations")
+    command.upgrade(hub.config, "head")
+    write_revision(hub.package / "migrations", "a4", "a3", 'op.drop_table("notes")\nraise KeyError')
+    with pytest.raises(KeyError):
+        command.upgrade(hub.config, "head")
+    with Database.open(target) as database:
+        assert (database.status().application_revision, database.status().rows["notes"]) == ("a3", 0)
 
 
 def test_lock_of_postgresql(empty_postgres_url: str, make_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,8 @@ class PostgreSQLEngine(Engine):
 
     def _on_begin(self, connection: Connection) -> None:
         """Outside a transaction, send BEGIN and the engine's settings."""
+        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+            return  # the caller wants no transaction, such as Alembic in an autocommit_block
         raw: Any = connection.connection.driver_connection
         # The class `StoreConnection` can have sent BEGIN already.
         if raw.info.transaction_status == 0:
