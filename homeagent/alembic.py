@@ -184,13 +184,17 @@ def _run(context: Any, connection: Connection, acknowledged: frozenset[str]) -> 
         before = broken_references(connection)
         with revision_guard(connection, acknowledged) as guard:
             guard.begin("")
+            migration = context.get_context()
+            block = migration.autocommit_block
+            migration.autocommit_block = lambda: guard.may_end(block())
             try:
                 context.run_migrations()
                 guard.check()
             except Exception as error:
                 if guard.refused is None:
                     raise
-                raise CommandError(f"the revision was undone: {guard.refused}") from error
+                outcome = "failed" if guard.has_ended else "was undone"
+                raise CommandError(f"the revision {outcome}: {guard.refused}") from error
         # The application's tables may have as many broken references as before.
         worse = broken_references(connection) - before
         if worse:

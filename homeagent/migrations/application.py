@@ -49,7 +49,13 @@ _LONGEST_REVISION = 32
 
 _PROTECTED = (*TABLES, VERSION_TABLE)
 
-_ENDS_TRANSACTION = re.compile(r"\s*(COMMIT|END|ABORT|ROLLBACK(?!.*\bTO\b))\b", re.IGNORECASE | re.DOTALL)
+_ENDS_TRANSACTION = re.compile(
+    r"(?>[\s;]|--[^\n]*|/\*.*?\*/)*+(COMMIT|END|ABORT|ROLLBACK(?!.*\bTO\b))\b", re.IGNORECASE | re.DOTALL
+)
+
+_REMEDY = (
+    "Delete the statement; for a statement that can't run in a transaction, use op.get_context().autocommit_block()"
+)
 
 Outside = Callable[[], AbstractContextManager[None]]
 """Function that returns a context manager: commit, run the block, and begin a new transaction."""
@@ -154,7 +160,8 @@ class Application:
                 reason = guard.refused or reason_of(error)
                 # The import of a script can fail, and the stored revisions can be inconsistent.
                 failed = "revisions" if guard.revision is None else f"revision {guard.revision!r}"
-                raise RevisionFailedError(f"the {failed} of {self.name}{place}: {reason}{guard.committed}") from error
+                shown = f"the {failed} of {self.name}{place}: {reason}{guard.committed}"
+                raise RevisionFailedError(shown, is_undone=not guard.has_ended) from error
 
 
 NO_APPLICATION = Application()
@@ -228,8 +235,10 @@ class RevisionGuard:
 
     def __init__(self, connection: Connection, acknowledged: frozenset[str], outside: Outside | None) -> None:
         self._connection = connection
+        self.raw: Any = connection.connection.driver_connection
         self._outside = outside
         self._left_transaction = False
+        self._may_end = False
         self._acknowledged = acknowledged
         self._before: dict[str, tuple[str, int]] = {}
         self._statements = 0
@@ -241,11 +250,38 @@ class RevisionGuard:
     def count(self, _connection: object, _cursor: object, statement: str, *_: object) -> None:
         """Count a statement that the current revision runs. Refuse a statement that would end the transaction."""
         self._statements += 1
+        self.require_transaction()
         if _ENDS_TRANSACTION.match(statement):
+            self.refuse_end(None)
+
+    @property
+    def has_ended(self) -> bool:
+        """True if the revision has ended its transaction on PostgreSQL. On SQLite, the authorizer prevents the end."""
+        is_checked = not self._may_end and self._connection.dialect.driver == "psycopg"
+        return is_checked and self.raw.info.transaction_status == 0
+
+    def require_transaction(self, *_: object) -> None:
+        """Raise an error if the revision has ended its transaction."""
+        if self.has_ended:
+            self.fail(f"it has ended its transaction, so its statements can stay. {_REMEDY}")
+
+    def refuse_end(self, action: object) -> None:
+        """Raise an error before the revision ends its transaction, except for an `autocommit_block()` of Alembic."""
+        # After a refused end, SQLAlchemy sends ROLLBACK to a connection that the revision closes.
+        if not self._may_end and (action != "ROLLBACK" or self.refused is None):
             self.fail(
-                "it sends COMMIT or ROLLBACK, so a later failure could not be undone. Delete the statement; for a "
-                "statement that can't run in a transaction, use op.get_context().autocommit_block()"
+                f"it sends COMMIT or ROLLBACK, or closes the connection, which would end its transaction. {_REMEDY}"
             )
+
+    @contextmanager
+    def may_end(self, block: AbstractContextManager[None]) -> Iterator[None]:
+        """Run the caller's block in a context manager that commits and begins another transaction."""
+        self._may_end = True
+        try:
+            with block:
+                yield
+        finally:
+            self._may_end = False
 
     def fail(self, reason: str) -> NoReturn:
         """Raise an error with the reason. Also store the reason, because SQLAlchemy can replace the raised error."""
@@ -301,7 +337,7 @@ class RevisionGuard:
             )
         self.committed = " (the earlier revisions, and statements outside a transaction, stay)"
         self._left_transaction = True
-        with self._outside():
+        with self.may_end(self._outside()):
             yield
         # After COMMIT, compare only the structure of the tables. PostgreSQL resets the counts of written rows at
         # COMMIT. Compare now, because the revision can undo its change later.
@@ -318,14 +354,28 @@ def revision_guard(
 ) -> Iterator[RevisionGuard]:
     """During the block, prevent the application's revisions from changing homeagent's tables."""
     guard = RevisionGuard(connection, acknowledged, outside)
-    raw: Any = connection.connection.driver_connection
-    event.listen(connection, "before_cursor_execute", guard.count)
+    listeners: dict[str, Any] = {
+        "before_cursor_execute": guard.count,
+        "after_cursor_execute": guard.require_transaction,
+        "commit": guard.refuse_end,
+        "rollback": guard.refuse_end,
+    }
+    for name, listener in listeners.items():
+        event.listen(connection, name, listener)
     try:
         is_sqlite = connection.dialect.name == "sqlite"
-        with refuse_changes(raw, _PROTECTED, acknowledged, guard.refuse) if is_sqlite else nullcontext():
+        with (
+            refuse_changes(guard.raw, _PROTECTED, acknowledged, guard.refuse, guard.refuse_end)
+            if is_sqlite
+            else nullcontext()
+        ):
             yield guard
     finally:
-        event.remove(connection, "before_cursor_execute", guard.count)
+        for name, listener in listeners.items():
+            event.remove(connection, name, listener)
+        if guard.refused is not None and not connection.closed:
+            connection.connection.rollback()  # SQLAlchemy sends no ROLLBACK after `refuse_end()`
+            connection.rollback()
 
 
 # Select each table's structure as text, and the number of written rows. TRUNCATE changes relfilenode.

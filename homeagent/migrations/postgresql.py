@@ -97,8 +97,9 @@ def open_postgresql(
                 by_application = isinstance(error, RevisionFailedError)
                 cause = error.__cause__ if by_application else error
                 before = "" if by_application else f" from {revision!r}"  # the application's error names its revision
+                outcome = error.outcome if isinstance(error, RevisionFailedError) else "failed and was undone"
                 raise MigrationError(
-                    f"upgrading the schema{before} failed and was undone ({reason_of(error)}){_views(connection)}"
+                    f"upgrading the schema{before} {outcome} ({reason_of(error)}){_views(connection)}"
                 ) from (None if isinstance(cause, engine.driver_errors) else cause)
             if busy.sqlstate == _STATEMENT_CANCELLED:
                 raise MigrationError(

@@ -55,6 +55,10 @@ SPEAK_FOR_THEMSELVES = (
 class RevisionFailedError(Exception):
     """A revision of the application failed. Callers of `Application.upgrade()` convert the error to MigrationError."""
 
+    def __init__(self, reason: str, *, is_undone: bool = True) -> None:
+        super().__init__(reason)
+        self.outcome = "failed and was undone" if is_undone else "failed"
+
 
 def script_directory() -> Traversable:
     """Return the directory of `env.py` and the revisions. In a checkout the directory is `alembic/`."""

@@ -197,6 +197,40 @@ def test_annotations_of_a_revision(sqlite_path: Path, tmp_path: Path) -> None:
     Database.open(sqlite_path, migrations=tmp_path).close()
 
 
+END_OF_TRANSACTION = {
+    'op.execute("COMMIT")': "it sends COMMIT or ROLLBACK",
+    'op.execute("/* x */ COMMIT")': "it sends COMMIT or ROLLBACK",
+    'op.execute("; -- x\\nROLLBACK")': "it sends COMMIT or ROLLBACK",
+    "op.get_bind().commit()": "it sends COMMIT or ROLLBACK",
+    "op.get_bind().rollback()": "it sends COMMIT or ROLLBACK",
+    'op.execute("INSERT INTO extra VALUES (1); COMMIT")': "it has ended its transaction",
+    'op.execute("INSERT INTO extra VALUES (1); ROLLBACK")': "it has ended its transaction",
+    'op.get_bind().connection.driver_connection.execute("COMMIT")': "it has ended its transaction",
+    'op.get_bind().connection.driver_connection.execute("ROLLBACK")': "it has ended its transaction",
+}
+
+
+@pytest.mark.parametrize("later", ["pass", "raise KeyError"])
+def test_end_of_the_transaction(target: str, tmp_path: Path, later: str) -> None:
+    """A revision that ends its transaction fails, and the error says that it was undone only if that is true."""
+    extra = 'op.create_table("extra", sa.Column("id", sa.Integer, primary_key=True))'
+    for body, reason in END_OF_TRANSACTION.items():
+        is_prevented = not target.startswith("postgresql") or "sends" in reason
+        outcome = r"failed and was undone \(" if is_prevented else r"failed \("
+        expected = "it sends COMMIT or ROLLBACK" if is_prevented else reason
+        if later != "pass" and "driver_connection" in body and not is_prevented:
+            expected = "KeyError"  # homeagent checks the transaction at the next statement
+        write_revision(tmp_path, "a1", None, f"{extra}\n{body}\n{later}")
+        with pytest.raises(MigrationError, match=rf"{outcome}.*{expected}"):
+            Database.open(target, migrations=tmp_path)
+        with Database.open(target) as database:
+            status = database.status()
+            assert status.application_revision is None
+            assert ("extra" in status.rows) == (not is_prevented and "ROLLBACK" not in body), body
+            if "extra" in status.rows:
+                database.run(lambda unit: unit.session.connection().execute(text("DROP TABLE extra")))
+
+
 def test_coroutine(target: str, tmp_path: Path) -> None:
     """A revision whose upgrade() is a coroutine function is refused, because Alembic would not run the coroutine."""
     script = write_revision(tmp_path, "a1", None, "pass")
@@ -208,7 +242,7 @@ def test_coroutine(target: str, tmp_path: Path) -> None:
 def test_closed_connection(target: str, tmp_path: Path) -> None:
     """If a revision closes the connection, the error is a MigrationError, and the new table is gone."""
     write_revision(tmp_path, "a1", None, f"{CREATE}\nop.get_bind().close()")
-    with pytest.raises(MigrationError, match=r"failed and was undone .*ClosedError"):
+    with pytest.raises(MigrationError, match=r"failed and was undone .*(ClosedError|closes the connection)"):
         Database.open(target, migrations=tmp_path)
     with Database.open(target) as database:
         assert "notes" not in database.status().rows

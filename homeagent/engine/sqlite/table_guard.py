@@ -23,12 +23,16 @@ _OF_TABLE = {
 
 @contextmanager
 def refuse_changes(
-    raw: Any, tables: Collection[str], triggers: Collection[str], refused: Callable[[str], None]
+    raw: Any,
+    tables: Collection[str],
+    triggers: Collection[str],
+    refused: Callable[[str], None],
+    refuse_end: Callable[[str | None], None],
 ) -> Iterator[None]:
-    """During the block, refuse changes of the tables' rows, columns, indexes and triggers. Also refuse statements that
-    set `PRAGMA writable_schema`. Pass the names of the tables in lower case. The argument `triggers=` names triggers
-    that may change the tables. SQLite refuses a statement before the execution
-    (https://sqlite.org/c3ref/set_authorizer.html).
+    """During the block, refuse changes of the tables' rows, columns, indexes and triggers. Also refuse statements
+    that set `PRAGMA writable_schema`. Pass the names of the tables in lower case. The argument `triggers=` names
+    triggers that may change the tables. Before COMMIT and ROLLBACK, call `refuse_end`, which can raise an error.
+    SQLite refuses a statement before the execution (https://sqlite.org/c3ref/set_authorizer.html).
     """
 
     def judge(action: int, first: str | None, second: str | None, _schema: object, by: str | None) -> int:
@@ -42,6 +46,8 @@ def refuse_changes(
             refused("sqlite_master")
             return apsw.SQLITE_DENY
         else:
+            if action == apsw.SQLITE_TRANSACTION and first != "BEGIN":
+                refuse_end(first)
             table = None
         if table is None or table.lower() not in tables:
             return apsw.SQLITE_OK
