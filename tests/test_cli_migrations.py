@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from homeagent import Database
 from tests import fork_server
 from tests.migrations.own_revisions import write_revision
 
@@ -78,6 +79,32 @@ def test_application_without_alembic(project: Path) -> None:
     assert "the target does not have: messages" in refused.stderr
     copied = run(project, "copy", database[1], str(project / "two" / "copy.db"), "--migrations", "hub:migrations")
     assert copied.returncode == 0, copied.stderr
+
+
+SERVER_TYPES = """
+import sqlalchemy as sa
+from homeagent import Table
+from sqlalchemy.dialects import postgresql as pg
+from sqlmodel import Field
+
+class Message(Table, table=True):
+    __tablename__ = "messages"
+    id: int | None = Field(default=None, primary_key=True)
+    one: dict = Field(sa_type=sa.JSON().with_variant(pg.JSONB(), "postgresql"))
+    two: dict = Field(sa_type=pg.JSONB().with_variant(sa.Text(), "sqlite"))
+    three: list = Field(sa_type=sa.Text().with_variant(pg.ARRAY(sa.Text()), "postgresql"))
+"""
+
+
+def test_types_of_postgresql(project: Path, empty_postgres_url: str) -> None:
+    """A new revision with types of PostgreSQL names each type by its module, and runs on both engines."""
+    (project / "hub" / "tables.py").write_text(SERVER_TYPES)
+    new = ("migrations", "new", "--migrations", "hub:migrations", "-m", "x")
+    assert run(project, *new).returncode == 0
+    assert "no revision was written" in run(project, *new).stdout
+    for target in (str(project / "data" / "hub.db"), empty_postgres_url):
+        with Database.open(target, migrations=project / "hub" / "migrations") as database:
+            assert database.status().rows["messages"] == 0
 
 
 TRIGGER = 'op.execute("CREATE TRIGGER audit AFTER INSERT ON devices BEGIN SELECT 1; END")'

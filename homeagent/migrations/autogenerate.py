@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from alembic.autogenerate.api import AutogenContext, produce_migrations, render_python_code
+from alembic.ddl.postgresql import PostgresqlImpl
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, MetaData, TypeDecorator
 from sqlalchemy.sql.elements import False_, True_
@@ -125,6 +126,9 @@ def render_revision(application: Application, tables: Collection[str]) -> dict[s
     with scratch_database(application) as connection:
         chosen = options("sqlite", tables, version_table=APPLICATION_VERSION_TABLE)
         context = MigrationContext.configure(connection, opts=chosen)
+        # Alembic's code for SQLite writes nested types without a prefix, such as JSONB(astext_type=Text()).
+        impl: Any = context.impl
+        impl.render_type = PostgresqlImpl(context.dialect, None, True, None, None, {}).render_type
         script = produce_migrations(context, metadata)
         if script.upgrade_ops is None or script.downgrade_ops is None or script.upgrade_ops.is_empty():
             return None
