@@ -139,12 +139,12 @@ def check_revisions(
     acknowledged: Collection[str] = (),
     accepted: Collection[str] = (),
 ) -> None:
-    """Raise an error if a revision breaks code of the application's previous version.
+    """Raise an error if a revision makes a change that breaks code of the application's previous version.
 
     During an upgrade of several hosts, old code uses the new schema. Therefore a revision must only expand the schema.
-    The function compares the schemas before and after each revision in an empty database. A revision can declare the
-    oldest revision whose code still runs: `oldest_revision = "…"`. Such a revision can make any change, for example
-    drop a column.
+    The function compares the tables, columns and constraints before and after each revision in an empty database. A
+    revision can declare the oldest revision whose code still runs: `oldest_revision = "…"`. Such a revision can make
+    any change, for example drop a column.
 
     Args:
         migrations: revisions of the application (see `Database.open`).

@@ -102,7 +102,7 @@ def structure(connection: Connection) -> Structure:
                 parts["unique", table, tuple(map(str, unique["column_names"]))] = None
             for key in inspector.get_foreign_keys(table):
                 reference = (tuple(key["constrained_columns"]), key["referred_table"], tuple(key["referred_columns"]))
-                parts["reference", table, reference] = None
+                parts["reference", table, reference] = key["options"].get("ondelete")
         return parts
 
 
@@ -119,6 +119,8 @@ def breaks(old: Structure, new: Structure, accepted: Container[str] = ()) -> Ite
             yield from _breaks_of_column(f"{table}.{name}", old[part], new[part])
         elif kind == "table" and old[part] != new[part]:
             yield f"the primary key of {table} changes, which old code's upserts name: create another table instead"
+        elif kind == "reference" and old[part] is not None and old[part] != new[part]:
+            yield f"the foreign key on {name[0]} of {table} loses ON DELETE {old[part]}, which old code needs: {_LATER}"
     for part in sorted(new):
         kind, table, name = part
         is_added = part not in old and not (kind in ("check", "trigger") and name in accepted)
@@ -160,6 +162,8 @@ def _breaks_of_column(name: str, old: Mapping[str, Any], new: Mapping[str, Any])
         yield f"{name} becomes nullable, and old code expects no NULL: {_NEW_COLUMN}"
     if old["default"] is not None and new["default"] is None:
         yield f"{name} loses its server default, and old code inserts no value: {_LATER}"
+    if new.get("computed") and not old.get("computed"):
+        yield f"{name} becomes a generated column, and old code writes a value: {_NEW_COLUMN}"
     before, after = old["type"], new["type"]
     if str(before) == str(after):
         return

@@ -56,6 +56,7 @@ def test_breaking_revision_is_named(first: Path, engine_name: str, server: str |
 
 BEFORE = (
     "CREATE TABLE t (id TEXT, other TEXT NOT NULL, kind TEXT NOT NULL, name TEXT, size INTEGER DEFAULT 0 NOT NULL,"
+    " ref TEXT, label TEXT, CONSTRAINT fk_t FOREIGN KEY (ref) REFERENCES w (id) ON DELETE CASCADE,"
     " CONSTRAINT pk_t PRIMARY KEY (id, other), CONSTRAINT ck_t CHECK (kind <> 'x'));"
     " CREATE UNIQUE INDEX uq_t ON t (kind); CREATE INDEX idx_t ON t (name); CREATE TABLE u (id TEXT PRIMARY KEY)"
 )
@@ -83,6 +84,8 @@ CHANGES: list[tuple[str, str, str | None]] = [
     ("UNIQUE INDEX", "INDEX", "t loses unique ('kind',)"),
     ("(id, other)", "(other, id)", "the primary key of t"),
     ("name TEXT,", "name TEXT REFERENCES w (id),", "t gets a foreign key on ('name',)"),
+    ("ON DELETE CASCADE", "", "the foreign key on ('ref',) of t loses ON DELETE CASCADE"),
+    ("label TEXT", "label TEXT GENERATED ALWAYS AS ('x') STORED", "t.label becomes a generated column"),
 ]
 
 
