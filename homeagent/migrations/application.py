@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -179,10 +180,13 @@ def named_folder(given: str | os.PathLike[str]) -> tuple[str, Traversable]:
     try:
         return named[1], files(named[1]).joinpath(*named[2].split("/"))
     except Exception as error:
-        raise InvalidArgumentError(
-            f"migrations={given!r}: the package {named[1]!r} can't be imported ({type(error).__name__}). Install the "
-            "package, correct its name, or pass the path of the folder"
-        ) from error
+        name = named[1]
+        problem = (
+            f"the package {name!r} can't be imported ({type(error).__name__}). Install the package, correct its name"
+        )
+        if name in sys.modules and not hasattr(sys.modules[name], "__path__"):
+            problem = f"{name!r} is a module and not a package. Make the module a package"
+        raise InvalidArgumentError(f"migrations={given!r}: {problem}, or pass the path of the folder") from error
 
 
 def _read_scripts(name: str, versions: Traversable) -> dict[str, _Script]:

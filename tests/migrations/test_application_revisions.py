@@ -284,6 +284,7 @@ BROKEN: dict[str, Any] = {
     "there is no folder 'nowhere/versions'.*homeagent migrations new": "nowhere",
     "'no_package' can't be imported": "no_package:migrations",
     "there is no folder": "json:migrations",
+    "'ast' is a module and not a package.*pass the path": "ast:migrations",
     "must be 'package:folder' or a path": 3,
     "must have one head and have 2": lambda folder: write_revision(folder, "b3", "a2", "pass"),
     "have one head": lambda folder: write_revision(folder, "a1", "a3", "pass"),
