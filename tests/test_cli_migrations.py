@@ -82,6 +82,7 @@ def test_application_without_alembic(project: Path) -> None:
 
 
 SERVER_TYPES = """
+from uuid import UUID
 import sqlalchemy as sa
 from homeagent import Table
 from sqlalchemy.dialects import postgresql as pg
@@ -93,6 +94,7 @@ class Message(Table, table=True):
     one: dict = Field(sa_type=sa.JSON().with_variant(pg.JSONB(), "postgresql"))
     two: dict = Field(sa_type=pg.JSONB().with_variant(sa.Text(), "sqlite"))
     three: list = Field(sa_type=sa.Text().with_variant(pg.ARRAY(sa.Text()), "postgresql"))
+    four: UUID = Field(sa_type=sa.UUID)
 """
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 from alembic.autogenerate.api import AutogenContext, produce_migrations, render_python_code
 from alembic.ddl.postgresql import PostgresqlImpl
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, MetaData, String, TypeDecorator
+from sqlalchemy import NUMERIC, UUID, Connection, MetaData, String, TypeDecorator
 from sqlalchemy.sql.elements import False_, True_
 from sqlmodel import AutoString
 
@@ -83,12 +83,20 @@ def options(
         "transaction_per_migration": False,
         "render_as_batch": dialect_name == "sqlite",
         "render_item": render_item,
-        "compare_type": True,
+        "compare_type": _compare_type,
         "compare_server_default": _compare_server_default,
         "include_name": include_name,
         "include_object": include_object,
         "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
     }
+
+
+def _compare_type(
+    context: MigrationContext, _stored: object, _own: object, stored_type: Any, own_type: Any
+) -> bool | None:
+    """Return False for a UUID column on SQLite, whose dialect reads NUMERIC. For another column, return None."""
+    is_uuid = isinstance(own_type, UUID) and isinstance(stored_type, NUMERIC)
+    return False if is_uuid and context.dialect.name == "sqlite" else None
 
 
 def _compare_server_default(
