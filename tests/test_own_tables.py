@@ -369,6 +369,15 @@ def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
             assert "geheim" not in str(caught.value)
 
 
+def test_a_statement_inserts_the_rows_of_a_select(hub: Database[HubUnit]) -> None:
+    """An INSERT with a SELECT copies the selected rows."""
+    copy = Statement[None](insert(Lamp).from_select(["name", "room_name", "watts"], select(Room.name, Room.name, 7)))
+    with hub.unit_of_work() as unit:
+        unit.write(Statement[None](insert(Room)), name="hall")
+        assert unit.write(copy) == 1
+        assert [each.watts for each in unit.all(Statement(select(Lamp)))] == [7]
+
+
 def test_a_statement_of_text_returns_its_rows(hub: Database[HubUnit]) -> None:
     """The rows of a text, whose columns only the database knows, are tuples. A text without rows returns none."""
     change = "UPDATE own_messages SET text = :text WHERE session_id = 's'"

@@ -211,7 +211,9 @@ def _column_keys(expression: Any) -> list[str] | None:
     a key that the database assigns.
     """
     # SQLAlchemy has no public attributes for the values of an INSERT.
-    if not isinstance(expression, Insert) or expression._values or expression._multi_values or expression.select:
+    if not isinstance(expression, Insert) or expression._values or expression._multi_values:
+        return None
+    if expression.select is not None:
         return None
     table: Any = expression.table
     assigned = getattr(table, "autoincrement_column", None)
