@@ -36,12 +36,12 @@ class AutocommitReads:
         self.runner: Runner = runner
         self.now: Callable[[], datetime] = settings.now
 
-    def one(self, statement: Statement[R], **parameters: Any) -> R | None:
+    def one(self, statement: Statement[R], /, **parameters: Any) -> R | None:
         """Run a statement. Return the first row's object, or None without rows."""
         rows = self.settings.engine.read_alone(statement, parameters, self.settings.timeout)
         return rows[0] if rows else None
 
-    def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
+    def all(self, statement: Statement[R], /, **parameters: Any) -> list[R]:
         """Run a statement, and return the objects of all rows."""
         return self.settings.engine.read_alone(statement, parameters, self.settings.timeout)
 
@@ -111,11 +111,11 @@ class _Reads:
         self.needed: _NeedsUnitError | None = None
         self.now = unit.now
 
-    def one(self, statement: Statement[R], **parameters: Any) -> R | None:
+    def one(self, statement: Statement[R], /, **parameters: Any) -> R | None:
         self._check(statement)
         return self._unit.one(statement, **parameters)
 
-    def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
+    def all(self, statement: Statement[R], /, **parameters: Any) -> list[R]:
         self._check(statement)
         return self._unit.all(statement, **parameters)
 

@@ -184,21 +184,21 @@ class UnitOfWork(Transaction):
 
     # Methods that the stores call
 
-    def one(self, statement: Statement[R], **parameters: Any) -> R | None:
+    def one(self, statement: Statement[R], /, **parameters: Any) -> R | None:
         """Run a store's statement. Return the first row's object, or None without rows."""
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None
 
-    def all(self, statement: Statement[R], **parameters: Any) -> list[R]:
+    def all(self, statement: Statement[R], /, **parameters: Any) -> list[R]:
         """Run a store's statement, and return the objects of all rows."""
         return (self._run or self._run_after_flush)(statement, parameters)
 
-    def write(self, statement: Statement[Any], **parameters: Any) -> int:
+    def write(self, statement: Statement[Any], /, **parameters: Any) -> int:
         """Run a store's statement that writes, and return the number of changed rows."""
         (self._run or self._run_after_flush)(statement, parameters)
         return self._connection.changes()  # type: ignore[union-attr]  # the statement has required the connection
 
-    def write_one(self, statement: Statement[R], **parameters: Any) -> R | None:
+    def write_one(self, statement: Statement[R], /, **parameters: Any) -> R | None:
         """Run a store's statement, and return the first returned row's object. Without `returning=`, return None."""
         rows = (self._run or self._run_after_flush)(statement, parameters)
         return rows[0] if rows else None

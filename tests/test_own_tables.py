@@ -18,6 +18,7 @@ from sqlalchemy import (
     CheckConstraint,
     Float,
     Numeric,
+    String,
     bindparam,
     cast,
     delete,
@@ -376,6 +377,29 @@ def test_a_statement_inserts_the_rows_of_a_select(hub: Database[HubUnit]) -> Non
         unit.write(Statement[None](insert(Room)), name="hall")
         assert unit.write(copy) == 1
         assert [each.watts for each in unit.all(Statement(select(Lamp)))] == [7]
+
+
+@pytest.mark.parametrize("name", ["self", "statement"])
+def test_a_parameter_has_any_name(hub: Database[HubUnit], name: str) -> None:
+    """A parameter can have the name of an argument of the methods that run statements, in a unit and outside."""
+    search: Statement[Any] = Statement(select(func.length(bindparam(name, type_=String))))
+
+    class Searches(Store):
+        def one(self) -> Any:
+            return self.unit.one(search, **{name: "abc"})
+
+        def all(self) -> Any:
+            return self.unit.all(search, **{name: "abc"})
+
+        def twice(self) -> Any:
+            return self.one(), self.all()
+
+    searches = hub.store(Searches)
+    assert (searches.one(), searches.all(), searches.twice()) == (3, [3], (3, [3]))
+    add = Statement[Any](text(f"INSERT INTO own_rooms VALUES (:{name}) RETURNING name"))
+    with hub.unit_of_work() as unit:
+        assert unit.write(add, **{name: "hall"}) == 1
+        assert unit.write_one(add, **{name: "attic"}) == ("attic",)
 
 
 def test_a_statement_of_text_returns_its_rows(hub: Database[HubUnit]) -> None:
