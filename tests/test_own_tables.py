@@ -364,6 +364,7 @@ def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
             (lambda: unit.write(set_mood, mood="geheim"), "not a member of Mood"),
             (lambda: unit.all(Statement(select(PlainNote))), "does not derive from homeagent.Table"),
             (lambda: unit.all(Statement[Any](select(Message, Preference))), "select the columns"),
+            (lambda: unit.all(Statement(select(Message).where(_message.id.in_([1])))), r"in_\(.*unit\.session"),
         ):
             with pytest.raises(InvalidArgumentError, match=words) as caught:
                 act()

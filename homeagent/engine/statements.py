@@ -47,7 +47,10 @@ class Compiled(Generic[R]):
     def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
         compiled: Any = expression.compile(dialect=dialect, column_keys=_column_keys(expression))  # type: ignore[attr-defined]
         if compiled.post_compile_params or compiled.literal_execute_params:
-            raise TypeError(f"this statement needs its parameters to be compiled: {expression}")
+            raise InvalidArgumentError(
+                "the SQL of a Statement can't depend on the values, as with in_([…]): compare by or_() or a subquery, "
+                f"or use unit.session.exec(): {' '.join(compiled.string.split())}"
+            )
         self.sql: str = compiled.string
         self.writes: bool = not isinstance(expression, _READING)
         self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect)
@@ -121,7 +124,7 @@ class Statement(Generic[R]):
         returning: model class of the rows from an INSERT, UPDATE or DELETE. With None, the statement returns no rows.
 
     Raises (at the first use): InvalidArgumentError: if the results mix a model and columns, or the model does not
-        derive from `homeagent.Table`.
+        derive from `homeagent.Table`. Also if the SQL depends on the values, as with `in_([…])`.
     """
 
     __slots__ = ("_cache", "_make", "_returning", "lock")
