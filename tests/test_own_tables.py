@@ -16,7 +16,10 @@ import pytest
 from pydantic import JsonValue, ValidationError
 from sqlalchemy import (
     CheckConstraint,
+    Column,
+    Computed,
     Float,
+    Integer,
     Numeric,
     String,
     bindparam,
@@ -89,6 +92,14 @@ class Lamp(Table, table=True):
     room_name: str = Field(foreign_key="own_rooms.name")
     watts: int = 5
     room: Room = Relationship(back_populates="lamps")
+
+
+class Measure(Table, table=True):
+    __tablename__ = "own_measures"
+    id: int | None = Field(default=None, primary_key=True)
+    width: int = Field(sa_column=Column("height", Integer, nullable=False))
+    height: int = Field(sa_column=Column("width", Integer, nullable=False))
+    area: int | None = Field(default=None, sa_column=Column(Integer, Computed("width * height", persisted=True)))
 
 
 class PlainNote(SQLModel, table=True):
@@ -174,7 +185,7 @@ def prepare(database: Database) -> None:
     """Create the own tables, an agent and the session `s`."""
     with database.unit_of_work() as unit:
         tables: list[Any] = [Message.__table__, Preference.__table__, Tag.__table__, Room.__table__, Lamp.__table__]
-        tables.append(vars(PlainNote)["__table__"])
+        tables += [vars(PlainNote)["__table__"], Measure.__table__]
         for table in tables:
             table.create(unit.session.connection())
     add_agent(database)
@@ -401,6 +412,15 @@ def test_a_parameter_has_any_name(hub: Database[HubUnit], name: str) -> None:
     with hub.unit_of_work() as unit:
         assert unit.write(add, **{name: "hall"}) == 1
         assert unit.write_one(add, **{name: "attic"}) == ("attic",)
+
+
+def test_a_column_with_another_name_and_a_computed_column(hub: Database[HubUnit]) -> None:
+    """`model_values` gives the parameters of an INSERT, also if a column is not named as its attribute or computed."""
+    add = Statement(insert(Measure), returning=Measure)
+    with hub.unit_of_work() as unit:
+        added = unit.write_one(add, **Measure.model_values(width=2, height=5))
+    assert added is not None
+    assert (added.width, added.height, added.area) == (2, 5, 10)
 
 
 def test_a_statement_of_text_returns_its_rows(hub: Database[HubUnit]) -> None:

@@ -115,7 +115,8 @@ class Statement(Generic[R]):
     Create a `Statement` once, for example as a constant of a module. Each engine compiles the statement at its first
     use. A SELECT of one model gives instances of the model. The model must derive from `homeagent.Table`. A SELECT of
     one column gives values. A SELECT of several columns gives tuples. A statement of SQLAlchemy's text() gives tuples.
-    An INSERT without `values()` has a parameter for each column. A key that the database assigns has no parameter.
+    An INSERT without `values()` has a parameter for each column. A computed column, and a key that the database
+    assigns, have no parameter.
 
     Args:
         make: expression of the statement. For an upsert, pass a function. The function takes the dialect's `insert()`,
@@ -211,7 +212,7 @@ def delete_first(table: Any, order: ColumnElement[Any], *conditions: Any) -> sql
 
 def _column_keys(expression: Any) -> list[str] | None:
     """Return the table's column names for an INSERT that lists no values. For other statements, return None. Leave out
-    a key that the database assigns.
+    computed columns, and a key that the database assigns.
     """
     # SQLAlchemy has no public attributes for the values of an INSERT.
     if not isinstance(expression, Insert) or expression._values or expression._multi_values:
@@ -220,7 +221,7 @@ def _column_keys(expression: Any) -> list[str] | None:
         return None
     table: Any = expression.table
     assigned = getattr(table, "autoincrement_column", None)
-    return [column.key for column in table.columns if assigned is None or column.key != assigned.key]
+    return [each.key for each in table.columns if each.computed is None and (assigned is None or each is not assigned)]
 
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
