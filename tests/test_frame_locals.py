@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import pytest
 from pydantic import SecretStr
-from sqlalchemy import insert, select, text
+from sqlalchemy import Float, bindparam, insert, select, text
 
 import homeagent
 from homeagent import (
@@ -127,6 +127,9 @@ def after_a_rollback(database: Database) -> None:
 REFUSED: dict[str, Callable[[Database], Any]] = {
     "bad value of a statement": lambda database: database.run(
         lambda unit: unit.write(ADD, **{**VALUES, "created_at": START.replace(tzinfo=None)})
+    ),
+    "value of a wrong type": lambda database: database.run(
+        lambda unit: unit.one(Statement(select(bindparam("value", type_=Float()))), value=SECRET)
     ),
     "filter of the session": filtering,
     "statement without a value": lambda database: database.run(lambda unit: unit.write(ADD, id=SECRET)),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import apsw
+from sqlalchemy.exc import InvalidRequestError
 
 from homeagent.errors import (
     CommitUnknownError,
@@ -323,6 +324,25 @@ def remove_private(error: Any) -> None:
         error._info = error._pgconn = None
     elif isinstance(error, apsw.Error):
         error.args = (message_with_name(error) or "SQLite's message is withheld",)
+
+
+def unconvertible(kind: type[BaseException], what: str = "a value of the statement") -> InvalidArgumentError:
+    """Return the error for a value that a column type refused by an exception of the given class."""
+    return InvalidArgumentError(f"{what} can't be converted ({kind.__name__}): pass a value of the column's type")
+
+
+def conversion_error(original: Any) -> InvalidArgumentError:
+    """Return homeagent's error for an exception before a statement of SQLAlchemy runs. Remove the value from the
+    exception, which becomes the cause of the error.
+    """
+    if type(original) is InvalidRequestError:
+        return InvalidArgumentError(original.args[0])  # names a parameter without a value
+    _remove_text(original)
+    original.args = ("the message is withheld",)
+    if isinstance(original, AttributeError):
+        original.obj = None
+    original.__cause__ = original.__context__ = None
+    return unconvertible(type(original))
 
 
 def _psycopg_error(error: BaseException) -> HomeAgentError:

@@ -9,10 +9,11 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from sqlalchemy import event, select, text
+from sqlalchemy import Boolean, Date, Enum, Float, Numeric, Uuid, bindparam, cast, event, select, text
+from sqlalchemy.types import TypeEngine
 
 import homeagent
-from homeagent import Agent, AgentCreate, Database, DevicePair, Role, UnitOfWork, errors
+from homeagent import Agent, AgentCreate, Database, DevicePair, Role, Statement, UnitOfWork, errors
 from tests.conftest import write_past_checks
 
 SECRET = "a-value-that-must-not-be-shown"
@@ -132,6 +133,36 @@ def test_a_refused_value_is_not_its_own_cause(database: Database, by: str) -> No
     while (cause := causes[-1].__cause__) is not None:
         assert cause not in causes
         causes.append(cause)
+
+
+@pytest.mark.parametrize("by", ["statement", "session", "read connection"])
+@pytest.mark.parametrize(
+    "kind", [Boolean(), Float(), Numeric(), Date(), Uuid(), Enum("red", name="color", validate_strings=True)]
+)
+def test_a_value_of_a_wrong_type_is_not_shown(database: Database, kind: TypeEngine[Any], by: str) -> None:
+    """If a type of SQLAlchemy can't convert a value, the error and its causes do not show the value."""
+    search = select(cast(bindparam("value", type_=kind), kind))
+    with pytest.raises(errors.HomeAgentError) as caught:
+        if by == "statement":
+            database.run(lambda unit: unit.one(Statement(search), value=SECRET))
+        elif by == "session":
+            database.run(lambda unit: unit.session.execute(search, {"value": SECRET}))
+        else:
+            with database.read_connection() as connection:
+                connection.execute(search, {"value": SECRET})
+    waiting: list[BaseException | None] = [caught.value]
+    while waiting:
+        if (error := waiting.pop()) is not None:
+            assert SECRET not in f"{error} {vars(error)} {getattr(error, 'obj', None)}"
+            waiting += [error.__cause__, error.__context__]
+
+
+def test_an_absent_value_is_named(database: Database) -> None:
+    """If a statement of the session lacks a value, the error names the parameter, and shows no other value."""
+    search = text("SELECT :shown, :absent")
+    with pytest.raises(errors.InvalidArgumentError, match="absent") as caught, database.unit_of_work() as unit:
+        unit.session.execute(search, {"shown": SECRET})
+    assert SECRET not in f"{caught.value} {vars(caught.value)}"
 
 
 @pytest.mark.parametrize("raised", [KeyError, KeyboardInterrupt])

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 from sqlalchemy import URL, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.pool import NullPool
 
-from homeagent.engine.driver_errors import postgresql_error, remove_private
+from homeagent.engine.driver_errors import conversion_error, postgresql_error, remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
@@ -215,6 +215,8 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
     if isinstance(original, HomeAgentError):
         raise copy(original)  # SQLAlchemy makes `original` the cause, and no error may be its own cause.
+    if type(context.sqlalchemy_exception) is StatementError:
+        return conversion_error(original)
     by_driver = isinstance(context.sqlalchemy_exception, DBAPIError)
     if not by_driver and not isinstance(original, (OverflowError, UnicodeError)):
         return None

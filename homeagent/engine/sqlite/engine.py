@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import apsw
 import sqlalchemy
 from sqlalchemy import URL, event
+from sqlalchemy.exc import StatementError
 from sqlalchemy.pool import NullPool
 
 from homeagent.clock import monotonic
-from homeagent.engine.driver_errors import remove_private
+from homeagent.engine.driver_errors import conversion_error, remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.files import database_file
 from homeagent.engine.files.directories import make_temporary_directory
@@ -317,10 +318,9 @@ class SQLiteEngine(Engine):
         clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
         if isinstance(original, HomeAgentError):
             raise copy(original)  # SQLAlchemy makes `original` the cause, and no error may be its own cause.
-        # Before a statement runs, translate only apsw's errors. A column type of the application can raise other
-        # errors.
-        kinds = apsw.Error if context.execution_context is None else DRIVER_ERRORS
-        if not isinstance(original, kinds):
+        if type(context.sqlalchemy_exception) is StatementError:
+            return conversion_error(original)
+        if not isinstance(original, DRIVER_ERRORS):
             return None
         raw = None if context.connection is None else context.connection.connection.driver_connection
         conflict = None if raw is None else named_conflict(raw, original, context.statement)
