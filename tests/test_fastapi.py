@@ -36,6 +36,7 @@ ANSWERS: list[tuple[errors.HomeAgentError, int, str | None]] = [
     (errors.LeaseLostError(**CALL, attempt=1), 409, None),
     (errors.FingerprintMismatchError(**CALL), 422, None),
     (errors.InvalidArgumentError("/srv/private.db names a directory"), 422, None),
+    (errors.HandshakeError("private"), 400, None),
     (errors.EffectFailedError({"jammed": True}), 422, None),
     (errors.EffectNotStartedError("private"), 503, "1"),
     (errors.TooManyAttemptsError("30 checks failed", retry_after=timedelta(milliseconds=1500)), 429, "2"),

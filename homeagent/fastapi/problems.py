@@ -189,6 +189,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     | error | status |
     |---|---|
+    | `HandshakeError` | 400 |
     | `AuthenticationError`, `AccessDeniedError` | 401, 403 |
     | `NotFoundError` | 404 |
     | `AlreadyExistsError`, `ConflictError`, `IdempotencyError` | 409 |
