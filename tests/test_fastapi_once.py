@@ -409,6 +409,18 @@ def test_two_effects_of_a_request(client: Client, house: House) -> None:
     assert house.count == 1
 
 
+def test_keys_of_an_object_without_texts(client: Client, house: House) -> None:
+    """If a dict has numbers as keys, a retry gets the same JSON as the first request."""
+
+    @client.app.post("/numbers", response_model=None)
+    async def numbers(once: Key) -> Any:
+        return await once(lambda attempt: {1: house.close(attempt), None: [{0.5: False}], False: 2})
+
+    first, retry = post(client, "/numbers"), post(client, "/numbers")
+    assert (first.status_code, first.json()) == (200, {"1": {"count": 1}, "null": [{"0.5": False}], "false": 2})
+    assert (retry.status_code, retry.content) == (200, first.content)
+
+
 def test_an_answer_that_cannot_be_stored(client: Client, house: House) -> None:
     """After a streamed or large answer, or an answer that has no JSON, a retry learns that the effect took place."""
     assert post(client, "/stream").text == "{'count': 1}"

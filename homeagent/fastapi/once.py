@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import aclosing, suppress
@@ -165,7 +166,8 @@ class Once:
     async def _encode(self, value: Any) -> Any:
         """Return the JSON value that FastAPI sends for the value."""
         options: Any = {name: getattr(self._route, "response_model_" + name) for name in _MODEL_OPTIONS}
-        return await serialize_response(field=self._route.response_field, response_content=value, **options)
+        encoded = await serialize_response(field=self._route.response_field, response_content=value, **options)
+        return json.loads(json.dumps(encoded))  # JSON changes keys such as numbers into texts
 
     def _answer(self, outcome: Outcome) -> Any:
         """Return the answer for the HTTP endpoint. Raise HTTPProblem if the first request's answer is not stored."""
