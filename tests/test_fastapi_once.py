@@ -486,6 +486,22 @@ def test_a_webhook_is_handled_once(
     assert (references.severity, references.facts["keys"]) == ("ok", 0)
 
 
+def test_a_webhook_with_a_form(hooks: Client, homeagent_clock: FakeClock, caplog: pytest.LogCaptureFixture) -> None:
+    """If the route of a webhook declares a form, the log names the remedy, because the signed bytes are gone."""
+    pytest.importorskip("python_multipart")
+
+    @hooks.app.post("/form")
+    async def form(
+        x: Annotated[str, Form()], webhook: Annotated[Webhook, Depends(signed_webhook(SECRET, sender="bell"))]
+    ) -> Any:
+        return await webhook(lambda attempt: x)
+
+    headers = sign(SECRET, "m-1", int(homeagent_clock().timestamp()), b"x=1")
+    headers["content-type"] = "application/x-www-form-urlencoded"
+    assert hooks.post("/form", content=b"x=1", headers=headers).status_code == 500
+    assert "read the fields from webhook.body" in caplog.text
+
+
 def test_a_webhook_for_another_path(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:
     """A message that is sent again to another path of the route gets an error, and not the first path's answer."""
     body = b'{"rung": 1}'

@@ -14,7 +14,13 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import SecretBytes, SecretStr
 
-from homeagent.errors import AuthenticationError, CorruptDatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.errors import (
+    AuthenticationError,
+    CorruptDatabaseError,
+    HomeAgentError,
+    InvalidArgumentError,
+    UnitStateError,
+)
 from homeagent.fastapi.lifespan import DatabaseDep
 from homeagent.fastapi.once import MAX_BODY, Once, check_options, matched_route, params_of, read_body, route_of
 from homeagent.fastapi.problems import HTTPProblem, as_http
@@ -117,6 +123,11 @@ async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tup
     message_id, timestamp, signatures = (
         request.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
     )
+    if getattr(request, "_form", None) is not None:
+        raise UnitStateError(
+            "FastAPI has parsed the body as a form, so its signature can't be checked: remove Form() and File() from "
+            "the route of the webhook, and read the fields from webhook.body"
+        )
     body = await read_body(request, max_body)
     signed = f"{message_id}.{timestamp}.".encode() + body
     # Compute one signature for each key. A header can contain thousands of signatures.
