@@ -409,6 +409,19 @@ def test_two_effects_of_a_request(client: Client, house: House) -> None:
     assert house.count == 1
 
 
+def test_two_dependencies_of_a_route(client: Client, house: House) -> None:
+    """If a route has two dependencies, only one of them can run an effect, because both have the key of the request."""
+
+    @client.app.post("/two")
+    async def two(once: Key, again: Annotated[Once, Depends(idempotent())], both: bool = False) -> Any:
+        answer = await once(house.close)
+        return await again(house.close) if both else answer
+
+    assert post(client, "/two").json() == {"count": 1}
+    assert post(client, "/two?both=true", "k-2").status_code == 500
+    assert house.count == 2
+
+
 def test_keys_of_an_object_without_texts(client: Client, house: House) -> None:
     """If a dict has numbers as keys, a retry gets the same JSON as the first request."""
 

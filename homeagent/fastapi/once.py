@@ -77,6 +77,7 @@ class Once:
         response: Response,
         scope: IdempotencyScope,
         *,
+        called: set[IdempotencyScope],
         route: Any,
         stored: bool,
         params: JsonValue,
@@ -87,6 +88,7 @@ class Once:
         self._database = database
         self._response = response
         self._scope = scope
+        self._called = called
         self._route = route
         self._stored = stored
         self._params = params
@@ -94,7 +96,6 @@ class Once:
         self._ttl = ttl
         self._on_abandoned = on_abandoned
         self._first: Any = None
-        self._is_called = False
 
     async def __call__(self, effect: Effect) -> Any:
         """Run the effect, or return the first answer for the key. The HTTP endpoint must return the answer unchanged,
@@ -106,13 +107,15 @@ class Once:
 
         Raises:
             HTTPProblem: if the effect has no result. The status is 409, 422 or 503.
-            UnitStateError: if the `Once` object is called a second time.
+            UnitStateError: if the `Once` object, or another `Once` object with the same key, was already called.
         """
         check_function(effect, "effect")
-        if self._is_called:
+        if self._scope in self._called:
             # A second call with the same key would return the first outcome.
-            raise UnitStateError("a request has one effect: call the object once, and do all work in one function")
-        self._is_called = True
+            raise UnitStateError(
+                "a request has one effect: call only one object, call it once, and do all work in one function"
+            )
+        self._called.add(self._scope)
         try:
             if not self._stored:
                 await self._run(effect, self._unstored_attempt())
@@ -265,6 +268,7 @@ def idempotent(
             database,
             response,
             scope,
+            called=called_in(request),
             route=matched_route(request),
             stored=bool(keys),
             params=await params_of(request, max_body),
@@ -299,6 +303,12 @@ def route_of(request: Request) -> str:
     # Begin the result with the application's mount path. Leave out a prefix that a proxy removed.
     prefix = request.scope.get("root_path", "").removeprefix(_outer_root(request))
     return f"{request.method} {prefix}{matched_route(request).path}"
+
+
+def called_in(request: Request) -> set[IdempotencyScope]:
+    """Return the scopes of the effects that the request has called. All dependencies of a request share the set."""
+    called: set[IdempotencyScope] = request.scope.setdefault("homeagent.called", set())
+    return called
 
 
 def matched_route(request: Request) -> Any:

@@ -22,7 +22,16 @@ from homeagent.errors import (
     UnitStateError,
 )
 from homeagent.fastapi.lifespan import DatabaseDep
-from homeagent.fastapi.once import MAX_BODY, Once, check_options, matched_route, params_of, read_body, route_of
+from homeagent.fastapi.once import (
+    MAX_BODY,
+    Once,
+    called_in,
+    check_options,
+    matched_route,
+    params_of,
+    read_body,
+    route_of,
+)
 from homeagent.fastapi.problems import HTTPProblem, as_http
 from homeagent.idempotency import OnAbandoned
 from homeagent.models.idempotency_key import OWNER_CHARACTERS, IdempotencyScope, webhook_owner
@@ -111,7 +120,9 @@ def signed_webhook(
         if not fresh:
             raise _refused()
         params = await params_of(request, max_body)
-        found = create(database, response, scope, route=matched_route(request), params=params)
+        found = create(
+            database, response, scope, called=called_in(request), route=matched_route(request), params=params
+        )
         found.id, found.sent_at, found.body = message_id, sent_at, body
         return found
 
