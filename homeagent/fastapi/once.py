@@ -74,11 +74,10 @@ class Once:
     def __init__(
         self,
         database: Database,
+        request: Request,
         response: Response,
         scope: IdempotencyScope,
         *,
-        called: set[IdempotencyScope],
-        route: Any,
         stored: bool,
         params: JsonValue,
         lease: timedelta,
@@ -88,8 +87,8 @@ class Once:
         self._database = database
         self._response = response
         self._scope = scope
-        self._called = called
-        self._route = route
+        self._called = called_in(request)
+        self._route = matched_route(request)
         self._stored = stored
         self._params = params
         self._lease = lease
@@ -266,10 +265,9 @@ def idempotent(
             raise _refused("The header Idempotency-Key is invalid.") from None
         return Once(
             database,
+            request,
             response,
             scope,
-            called=called_in(request),
-            route=matched_route(request),
             stored=bool(keys),
             params=await params_of(request, max_body),
             lease=lease,

@@ -25,9 +25,7 @@ from homeagent.fastapi.lifespan import DatabaseDep
 from homeagent.fastapi.once import (
     MAX_BODY,
     Once,
-    called_in,
     check_options,
-    matched_route,
     params_of,
     read_body,
     route_of,
@@ -120,9 +118,7 @@ def signed_webhook(
         if not fresh:
             raise _refused()
         params = await params_of(request, max_body)
-        found = create(
-            database, response, scope, called=called_in(request), route=matched_route(request), params=params
-        )
+        found = create(database, request, response, scope, params=params)
         found.id, found.sent_at, found.body = message_id, sent_at, body
         return found
 
