@@ -513,6 +513,16 @@ def test_a_webhook_with_a_form(hooks: Client, homeagent_clock: FakeClock, caplog
     headers["content-type"] = "application/x-www-form-urlencoded"
     assert hooks.post("/form", content=b"x=1", headers=headers).status_code == 500
     assert "read the fields from webhook.body" in caplog.text
+    headers["content-type"] = "application/json"  # FastAPI reads no form
+    del hooks.app.router.routes[-1]
+
+    @hooks.app.post("/form")
+    async def optional(
+        webhook: Annotated[Webhook, Depends(signed_webhook(SECRET, sender="bell"))], x: Annotated[str, Form()] = "none"
+    ) -> Any:
+        return await webhook(lambda attempt: x)
+
+    assert hooks.post("/form", content=b"x=1", headers=headers).json() == "none"
 
 
 def test_a_webhook_for_another_path(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:

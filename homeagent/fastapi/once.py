@@ -305,7 +305,8 @@ def route_of(request: Request) -> str:
 
 def called_in(request: Request) -> set[IdempotencyScope]:
     """Return the scopes of the effects that the request has called. All dependencies of a request share the set."""
-    called: set[IdempotencyScope] = request.scope.setdefault("homeagent.called", set())
+    # Do not use `request.scope`: a middleware can send one scope twice.
+    called: set[IdempotencyScope] = vars(request).setdefault("_homeagent_called", set())
     return called
 
 
