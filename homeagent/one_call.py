@@ -10,6 +10,8 @@ from inspect import getattr_static
 from types import FunctionType
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
+
 from homeagent.engine.statements import Statement
 from homeagent.errors import UnitStateError
 from homeagent.frame_locals import clears_locals
@@ -66,9 +68,12 @@ def _one_call_type(kind: type[Store]) -> Any:
     return type(kind.__name__, (kind,), methods)
 
 
-def _have_iterator(*arguments: object) -> bool:
-    """Return True if one of a method's arguments is an iterator."""
-    return any(hasattr(each, "__next__") for each in arguments)
+def _have_stream(*arguments: object) -> bool:
+    """Return True if one of a method's arguments can perhaps be read only once, such as an iterator."""
+    return any(
+        hasattr(each, "__iter__") and not hasattr(each, "__len__") and not isinstance(each, BaseModel)
+        for each in arguments
+    )
 
 
 def _in_own_unit(kind: type[Store], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +89,7 @@ def _in_own_unit(kind: type[Store], method: Callable[..., Any]) -> Callable[...,
                 return answer
             if answer is not None:
                 return database.runner.run(lambda unit: answer(kind(unit)))
-        run = database.run_once if _have_iterator(*arguments, *named.values()) else database.runner.run
+        run = database.run_once if _have_stream(*arguments, *named.values()) else database.runner.run
         return run(lambda unit: method(kind(unit), *arguments, **named))
 
     return call
@@ -168,7 +173,7 @@ def _in_unit_if_necessary(kind: type[Store], method: Callable[..., Any]) -> Call
                 raise reads.needed
             return value
 
-        if _have_iterator(*arguments, *named.values()):
+        if _have_stream(*arguments, *named.values()):
             return database.run_once(write)
         try:
             return read(database, 1)

@@ -113,8 +113,18 @@ def test_an_iterable_is_read_once(database: Database, clock: FakeClock) -> None:
     assert len(database.sessions.list(limit=1000)) == 300
 
 
-@pytest.mark.parametrize("is_iterator", [False, True], ids=["list", "iterator"])
-def test_an_index_is_repeated_after_a_conflict(database: Database, clock: FakeClock, is_iterator: bool) -> None:
+class Queue:
+    """An iterable that can be read only once."""
+
+    def __init__(self, items: list[AgentSession]) -> None:
+        self._items = iter(items)
+
+    def __iter__(self) -> Iterator[AgentSession]:
+        return self._items
+
+
+@pytest.mark.parametrize("kind", [list, iter, Queue])
+def test_an_index_is_repeated_after_a_conflict(database: Database, clock: FakeClock, kind: Any) -> None:
     """After a conflict with another unit, `sessions.index` of a list runs again. An iterator can't be read again."""
     add_agent(database)
     sessions = [AgentSession(session_id="s", agent_id="ada", created_at=clock(), last_active_at=clock())]
@@ -125,13 +135,13 @@ def test_an_index_is_repeated_after_a_conflict(database: Database, clock: FakeCl
         if done == [1]:
             raise errors.TransientError("a conflict")
 
-    if is_iterator:
-        with pytest.raises(errors.TransientError):
-            database.sessions.index(iter(sessions), progress=fail_once)
-    else:
+    if kind is list:
         assert database.sessions.index(sessions, progress=fail_once) == 1
         assert done == [1, 1]
-    assert len(database.sessions.list()) == (0 if is_iterator else 1)
+    else:
+        with pytest.raises(errors.TransientError):
+            database.sessions.index(kind(sessions), progress=fail_once)
+    assert len(database.sessions.list()) == (1 if kind is list else 0)
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
