@@ -4,7 +4,7 @@ down the import.
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform, get_args
 
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -102,9 +102,10 @@ class Model(SQLModel, registry=_registry):
         values.
         """
         copied = super().model_copy(deep=deep)
-        for name, value in (update or {}).items():
-            setattr(copied, name, value)
-        return copied
+        if not update:
+            return copied
+        fields = {name for name in self.model_fields_set if type(self).model_fields[name].alias not in update}
+        return type(self).model_validate({**{name: getattr(copied, name) for name in fields}, **update})
 
 
 class PartialIndex(Index):
@@ -257,13 +258,13 @@ class Table(Model, metaclass=_TableType):
 
     @classmethod
     def model_values(cls, **data: Any) -> dict[str, Any]:
-        """Validate the values of a new row, and add the defaults. Return a dict from column name to value, for a
-        `Statement`. The method is faster than creating an instance.
+        """Validate the values of a new row, and add the defaults. Return a dict from attribute name to value. A
+        `Statement` takes column names: if the two names of a column differ, rename the key. The method is faster than
+        creating an instance.
         """
         instance = object.__new__(cls)
         cls.__pydantic_validator__.validate_python(data, self_instance=instance)
-        values, renamed = instance.__dict__, _renamed(cls)
-        return {renamed.get(name, name): value for name, value in values.items()} if renamed else values
+        return instance.__dict__
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a new, validated instance that does not belong to an ORM session. The values in `update={…}` replace
@@ -286,13 +287,6 @@ class Table(Model, metaclass=_TableType):
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         return self.model_copy(deep=True)
-
-
-@cache
-def _renamed(model: type[Table]) -> dict[str, str]:
-    """Return the key of each column that is not named as its attribute, by the name of the attribute."""
-    columns = {each.key: each.columns[0].key for each in inspect(model).column_attrs}
-    return {name: key for name, key in columns.items() if name != key}
 
 
 def _is_loaded(instance: Table) -> bool:

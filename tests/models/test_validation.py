@@ -9,11 +9,12 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError, field_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 from sqlalchemy.engine.default import DefaultDialect
 from sqlmodel import Field, SQLModel
+from sqlmodel._compat import SQLModelConfig
 
 from homeagent import (
     Agent,
@@ -253,8 +254,31 @@ def test_a_copy_of_a_request_is_validated() -> None:
     assert (renamed.id, request.id) == ("e", "d")
     assert renamed.metadata_ == request.metadata_
     assert renamed.metadata_ is not request.metadata_
+    assert request.model_copy(update={"metadata": {"b": 2}}).metadata_ == {"b": 2}
     # An omitted field stays unset.
     assert AgentUpdate().model_copy(update={"name": "A"}).model_fields_set == {"name"}
+
+
+class Range(AgentUpdate):
+    """An application's request with a rule for two fields."""
+
+    model_config = SQLModelConfig(frozen=True)
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def _check(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError("low must be below high")
+        return self
+
+
+def test_a_copy_is_validated_once() -> None:
+    """A copy of a frozen request has the new values, and a rule for two fields sees both new values."""
+    copied = Range().model_copy(update={"low": 5, "high": 9})
+    assert (copied.low, copied.high) == (5, 9)
+    with pytest.raises(ValidationError):
+        Range().model_copy(update={"low": 5})
 
 
 def test_a_session_id_is_a_uuid_of_version_7() -> None:
