@@ -40,8 +40,6 @@ class UnitSession(Session):
         """Objects that `reload()` has detached since the outermost savepoint."""
         self._is_outdated = False
         """True if an object's row can have disappeared since the last `reload()`."""
-        self._has_written = False
-        """True if a statement can have changed rows of objects since the outermost savepoint."""
         self._callbacks: WeakKeyDictionary[SessionTransaction, int] = WeakKeyDictionary()
         """For each nested transaction, the number of the unit's callbacks at the begin."""
 
@@ -54,8 +52,6 @@ class UnitSession(Session):
         """Begin a transaction. For a nested transaction, send SAVEPOINT immediately."""
         if nested and not self.in_nested_transaction():
             self._detached.clear()
-            # If the session is younger than a savepoint, a store can have written before.
-            self._has_written = bool(self._unit._savepoints)
         transaction = super().begin(nested)
         if nested:
             self._callbacks[transaction] = len(self._unit._after_commit or ())
@@ -112,7 +108,6 @@ class UnitSession(Session):
         """After a store's write, expire the affected objects, and the objects with a loaded relationship to an affected
         table. The class `Compiled` describes the arguments.
         """
-        self._has_written = True
         self._is_outdated |= cascade == "ondelete"
         if target is None:
             self.expire_all()
@@ -183,31 +178,15 @@ def _persistent_to_transient(session: UnitSession, instance: object) -> None:
     session._restore(instance)
 
 
-@event.listens_for(UnitSession, "after_flush")
-def _after_flush(session: UnitSession, context: Any) -> None:
-    """Note that the session has changed rows."""
-    session._has_written = True
-
-
-@event.listens_for(UnitSession, "do_orm_execute")
-def _do_orm_execute(context: Any) -> None:
-    """Note that a statement of the session can change rows."""
-    context.session._has_written |= not context.is_select
-
-
 @event.listens_for(UnitSession, "after_soft_rollback")
 def _after_soft_rollback(session: UnitSession, ended: SessionTransaction) -> None:
-    """After the rollback of a savepoint, expire all objects, because a write in the block can have changed their rows.
-    A flush without an error is such a write.
-    """
-    was_outdated, session._is_outdated = session._is_outdated, False
+    """After the rollback of a savepoint, expire all objects, because a store can have changed their rows."""
+    session._is_outdated = False
     for row in session._detached:
         state = inspect(row)
         if state.detached and state.key not in session.identity_map:
             session.add(row)
-    session._is_outdated = was_outdated
-    if session._has_written:
-        session.expire_all()
+    session.expire_all()
 
 
 @event.listens_for(UnitSession, "before_attach")

@@ -13,7 +13,7 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
-from sqlalchemy import event, inspect, text, update
+from sqlalchemy import event, text
 from sqlmodel import select
 
 from homeagent import (
@@ -419,29 +419,6 @@ def test_stores_and_session_see_the_same_rows(database: Database) -> None:
         assert unit.agents.get("ada").name == "By the session"
         unit.agents.delete("ada")
         assert unit.session.get(Agent, "ada") is None
-
-
-@pytest.mark.parametrize("written", ["nothing", "text", "update", "store", "flush"])
-def test_an_undone_savepoint_expires_changed_objects(database: Database, written: str) -> None:
-    """After an undone savepoint, objects are read again only if a statement in the savepoint can have changed rows."""
-    add_agent(database)
-    with database.unit_of_work() as unit:
-        row = unit.session.get_one(Agent, "ada")
-        with suppress(LookupError), unit.savepoint():
-            if written == "text":
-                unit.session.execute(text("UPDATE agents SET name = 'new'"))
-                unit.session.refresh(row)
-            elif written == "update":
-                unit.session.execute(update(Agent).values(name="new"))
-            elif written == "store":
-                unit.agents.update("ada", AgentUpdate(name="new"))
-            elif written == "flush":
-                row.name = "new"
-                unit.session.flush()
-            assert row.name == ("Ada" if written == "nothing" else "new")
-            raise LookupError
-        assert inspect(row).expired == (written != "nothing")
-        assert row.name == "Ada"
 
 
 @pytest.mark.parametrize("is_known", [False, True], ids=["opened inside", "opened before"])
