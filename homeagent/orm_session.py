@@ -86,7 +86,9 @@ class UnitSession(Session):
 
     def _remember(self, state: InstanceState[Any]) -> None:
         """Keep the loaded values of an object's columns and relationships until `expunge_all()`."""
-        keys = {*state.mapper.column_attrs.keys(), *state.mapper.relationships.keys()}
+        # Such a relationship loads no objects.
+        related = {each.key for each in state.mapper.relationships if each.lazy not in ("dynamic", "write_only")}
+        keys = related.union(state.mapper.column_attrs.keys())
         self._values.setdefault(state, {}).update({key: state.dict[key] for key in keys & state.dict.keys()})
 
     def expunge_all(self) -> None:

@@ -32,7 +32,7 @@ from sqlalchemy import (
     type_coerce,
     update,
 )
-from sqlalchemy.orm import Mapped, relationship
+from sqlalchemy.orm import Mapped, WriteOnlyMapped, relationship
 from sqlmodel import Field, Relationship, SQLModel, select
 
 from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
@@ -84,6 +84,9 @@ class Room(Table, table=True):
     __tablename__ = "own_rooms"
     name: str = Field(primary_key=True)
     lamps: Mapped[list[Lamp]] = Relationship(sa_relationship=relationship(back_populates="room", order_by="Lamp.name"))
+    found: WriteOnlyMapped[Lamp] = Relationship(
+        sa_relationship=relationship(overlaps="lamps,room", lazy="write_only", passive_deletes=True)
+    )
 
 
 class Lamp(Table, table=True):
@@ -635,6 +638,16 @@ def test_relationships_stay_usable(hub: Database[HubUnit], kind: str, end: str) 
     assert lamp.room is room
     assert lamp.watts == (9 if is_kept and kind == "update of lamps" else 5)
     room.lamps.clear()  # without a warning of SQLAlchemy
+
+
+def test_a_write_only_relationship_stays_usable(hub: Database[HubUnit]) -> None:
+    """A store's write does not disturb a relationship that never loads objects."""
+    with hub.unit_of_work() as unit:
+        room = Room(name="hall")
+        unit.session.add(room)
+        room.found.add(Lamp(name="new", room_name="hall"))
+        unit.write(LAMPS["update of lamps"])
+        assert [lamp.watts for lamp in unit.session.scalars(room.found.select())] == [9]
 
 
 def test_own_rows_follow_the_writes_of_stores(hub: Database[HubUnit]) -> None:
