@@ -72,7 +72,7 @@ class UnitOfWork(Transaction):
             yield
             if self._state is ROLLED_BACK:
                 return
-            self._require_connection()
+            self._require_connection().require_transaction()
             if (nested := self._savepoints[depth]) is not None:
                 nested.commit()
         except BaseException:

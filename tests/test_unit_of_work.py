@@ -266,11 +266,15 @@ def test_a_unit_whose_connection_was_closed(database: Database, caplog: pytest.L
         with unit.savepoint():
             write(unit)
 
+    def close_in_a_savepoint(unit: UnitOfWork) -> None:
+        with unit.savepoint():
+            close(unit)
+
     def roll_back(unit: UnitOfWork) -> None:
         close(unit)
         unit.rollback()
 
-    for work in (close, write, write_in_a_savepoint):
+    for work in (close, write, write_in_a_savepoint, close_in_a_savepoint):
         with pytest.raises(errors.UnitStateError, match="transaction"):
             database.run(work)
     with pytest.raises(errors.UnitStateError, match="transaction"):
