@@ -183,11 +183,11 @@ def _run(context: Any, connection: Connection, acknowledged: frozenset[str]) -> 
     with context.begin_transaction():
         before = broken_references(connection)
         with revision_guard(connection, acknowledged) as guard:
-            guard.begin("")
             migration = context.get_context()
             block = migration.autocommit_block
             migration.autocommit_block = lambda: guard.may_end(block())
             try:
+                guard.begin("")
                 context.run_migrations()
                 guard.check()
             except Exception as error:

@@ -326,7 +326,9 @@ def remove_private(error: Any) -> None:
         error.args = (message_with_name(error) or "SQLite's message is withheld",)
 
 
-def unconvertible(kind: type[BaseException], what: str = "a value of the statement") -> InvalidArgumentError:
+def unconvertible(
+    kind: type[BaseException], what: str = "a value or a default of the statement"
+) -> InvalidArgumentError:
     """Return the error for a value that a column type refused by an exception of the given class."""
     return InvalidArgumentError(f"{what} can't be converted ({kind.__name__}): pass a value of the column's type")
 

@@ -261,7 +261,8 @@ class RevisionGuard:
     @property
     def has_ended(self) -> bool:
         """True if the revision has ended its transaction on PostgreSQL. On SQLite, the authorizer prevents the end."""
-        is_checked = not self._may_end and self._connection.dialect.driver == "psycopg"
+        # On a connection without autocommit, psycopg begins the transaction with the first statement.
+        is_checked = not self._may_end and self._connection.dialect.driver == "psycopg" and self.raw.autocommit
         return is_checked and self.raw.info.transaction_status == 0
 
     def require_transaction(self, *_: object) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal, cast
 from alembic.autogenerate.api import AutogenContext, produce_migrations, render_python_code
 from alembic.ddl.postgresql import PostgresqlImpl
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import NUMERIC, UUID, Connection, MetaData, String, TypeDecorator
+from sqlalchemy import NUMERIC, UUID, Connection, MetaData, TypeDecorator
 from sqlalchemy.sql.elements import False_, True_
 from sqlmodel import AutoString
 
@@ -26,9 +25,6 @@ from homeagent.migrations.revisions import RevisionFailedError, upgrade
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, metadata
 from homeagent.models.base import Table
 from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColumn, TimestampColumn
-
-# PostgreSQL adds the type to a default, such as 'x'::character varying. For SQLite, Alembic puts '' into parentheses.
-_TEXT_LITERAL = re.compile(r"\(?'((?:[^']|'')*)'\)?(?:::.*)?", re.DOTALL)
 
 
 def render_item(type_: str, object: Any, autogen_context: AutogenContext) -> str | Literal[False]:
@@ -84,7 +80,7 @@ def options(
         "render_as_batch": dialect_name == "sqlite",
         "render_item": render_item,
         "compare_type": _compare_type,
-        "compare_server_default": _compare_server_default,
+        "compare_server_default": True,
         "include_name": include_name,
         "include_object": include_object,
         "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
@@ -97,21 +93,6 @@ def _compare_type(
     """Return False for a UUID column on SQLite, whose dialect reads NUMERIC. For another column, return None."""
     is_uuid = isinstance(own_type, UUID) and isinstance(stored_type, NUMERIC)
     return False if is_uuid and context.dialect.name == "sqlite" else None
-
-
-def _compare_server_default(
-    _context: object, stored: Any, own: Any, stored_default: str | None, *_: object
-) -> bool | None:
-    """Return whether a model's text default differs from the database. For another default, return None.
-
-    Alembic's own comparison does not double quotes in a text, and removes parentheses.
-    """
-    default, literal = getattr(own.server_default, "arg", None), _TEXT_LITERAL.fullmatch(stored_default or "")
-    if not isinstance(default, str) or literal is None or not isinstance(stored.type, String):
-        return None
-    # Alembic writes the text 'x' without the quotes into a revision.
-    texts = {default, re.sub("^'|'$", "", default)}
-    return literal[1].replace("''", "'") not in texts
 
 
 def application_tables(package: str, *, more: Sequence[MetaData] = (), scripts: Path | None = None) -> frozenset[str]:
