@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, SecretStr, WithJsonSchema
+from pydantic import AfterValidator, AliasChoices, BaseModel, SecretStr, WithJsonSchema
 from pydantic import Field as PlainField
 from sqlmodel import Field
 
@@ -23,7 +23,10 @@ from homeagent.models.types import (
     check_new_secret,
 )
 
-PublicMetadata = Annotated[Json, PlainField(alias="metadata")]
+# Keep the name `metadata_` first. Pydantic converts a KeyboardInterrupt in `_Metadata` into a ValidationError.
+PublicMetadata = Annotated[
+    Json, PlainField(validation_alias=AliasChoices("metadata_", "metadata"), serialization_alias="metadata")
+]
 
 
 ChosenSecret = Annotated[
