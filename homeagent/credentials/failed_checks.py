@@ -78,7 +78,7 @@ class FailedChecks:
         return found
 
     def _begin(self, device_id: str) -> _Moment:
-        """Count a started check, and return the time of its start. At the limit of the id, raise TooManyAttemptsError."""
+        """Count a started check, and return the start time. At the limit of the id, raise TooManyAttemptsError."""
         with _lock:
             now = (self._clock(), self._monotonic())
             failed = [begun for begun in self._failed.get(device_id, ()) if _age(begun, now) < _MINUTE]
