@@ -37,7 +37,7 @@ from sqlalchemy import (
 from sqlmodel import AutoString
 
 from homeagent.engine.engine import Engine
-from homeagent.errors import CorruptDatabaseError, DatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.errors import ConflictError, CorruptDatabaseError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.migrations.rehearsal import kept_objects
 from homeagent.migrations.revisions import (
     REVISION,
@@ -144,10 +144,7 @@ class CopiedTable:
             if self.model is not None:
                 raise
             # A column type of the application can raise any error.
-            raise DatabaseError(
-                f"the target refuses rows of {self.name} ({reason_of(error)}), so the copy was undone: correct the "
-                f"rows in the source, or leave the table (leave={[self.name]!r})"
-            ) from None
+            raise _refused(self.name, error) from None
 
     def _check(self, model: Table, page: Sequence[_Row]) -> None:
         """Raise CorruptDatabaseError for a value that homeagent does not store."""
@@ -345,9 +342,20 @@ def suspended_rules(connection: Connection, tables: Sequence[CopiedTable]) -> It
     connection.execute(text("SET CONSTRAINTS ALL DEFERRED"))
     yield
     # Also run the feed's deferred trigger now. ALTER TABLE fails if a deferred trigger has not run yet.
-    connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+    try:
+        connection.execute(text("SET CONSTRAINTS ALL IMMEDIATE"))
+    except ConflictError as error:
+        raise _refused(str(error.table), error) from None
     for _, restore in changes:
         connection.execute(text(restore))
+
+
+def _refused(table: str, error: Exception) -> DatabaseError:
+    """Return the error for a table whose rows the target refuses."""
+    return DatabaseError(
+        f"the target refuses rows of {table} ({reason_of(error)}), so the copy was undone: correct the rows in the "
+        f"source, or leave the table (leave={[table]!r})"
+    )
 
 
 def _own_table(name: str, source: Connection, target: Connection, declared: Table | None) -> CopiedTable:

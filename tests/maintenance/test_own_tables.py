@@ -306,6 +306,19 @@ def test_unknown_tables_are_named(sqlite_path: Path, tmp_path: Path, folder: Pat
         assert report.rows["sessions"] == 1
 
 
+def test_a_parent_table_that_is_left(open_three: OpenThree, tmp_path: Path) -> None:
+    """If a copy leaves a parent table, the error on PostgreSQL names the refused table and the remedy."""
+    create = "CREATE TABLE room (id INTEGER PRIMARY KEY)", "CREATE TABLE lamp (id INTEGER PRIMARY KEY, room INTEGER %s)"
+    folder = write_revision(
+        tmp_path / "hub", "a1", None, f'op.execute("{create[0]}"); op.execute("{create[1] % "REFERENCES room (id)"}")'
+    ).parents[1]
+    source, server, _ = open_three(folder)
+    run(source, "INSERT INTO room VALUES (1)", "INSERT INTO lamp VALUES (1, 1)")
+    with pytest.raises(DatabaseError, match=r"refuses rows of lamp .* leave the table \(leave=\['lamp'\]\)"):
+        source.copy_to(server, leave=["room"])
+    assert run(server, "SELECT count(*) FROM lamp") == 0
+
+
 def test_orphan(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
     """An orphan in an own table is named, and prevents neither a backup, a restore nor an upgrade."""
     with Database.open(sqlite_path, migrations=folder) as source:
