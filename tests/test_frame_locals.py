@@ -147,6 +147,7 @@ REFUSED: dict[str, Callable[[Database], Any]] = {
     "secret that is too long": lambda database: hash_secret(SECRET * 100),
     "key of a human": lambda database: scram.derive_proof_keys(SECRET + "\0", scram.ProofParameters(bytes(16), 4096)),
     "token with a lone surrogate": lambda database: bearer_token("lamp", SECRET + "\ud800"),
+    # The caller passes a wrong type on purpose.
     "token of bytes": lambda database: bearer_token("lamp", SECRET.encode()),  # type: ignore[arg-type]
     "message of a proof": lambda database: scram.proof_message(device_id="lamp", nonce=SECRET, timestamp=MINUTE),
 }

@@ -222,6 +222,7 @@ def _convert(connection: Connection, report: AdoptionReport) -> None:
         # The report's names are safe in SQL, because `_adopt_file()` checks the report.
         columns = ", ".join(_FIRST_TABLES[table])
         key = _FIRST_TABLES[table][0]
+        # All names in the two statements are constants of this module.
         execute(
             f"INSERT INTO {table} ({columns}) SELECT {columns} FROM _adopted_{table} WHERE {key} IS NOT NULL"  # noqa: S608
         )
