@@ -57,6 +57,7 @@ else:
     from typing_extensions import TypeVar
 
 _DEFAULT_LIMITS = Limits()
+_NO_COROUTINE = "make it an ordinary function, and await outside the unit"
 
 S = TypeVar("S", bound=Store)
 T = TypeVar("T")
@@ -314,6 +315,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             CommitUnknownError: if the connection was lost during COMMIT. Before you repeat the call, check whether the
                 commit took place.
         """
+        check_function(work, "work", coroutine=_NO_COROUTINE)
         return self._runner.run(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]  # a unit is a U
 
     async def arun(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
@@ -332,6 +334,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as for
                 `Database.run()`.
         """
+        check_function(work, "work", coroutine=_NO_COROUTINE)
         # mypy does not see that a unit of this database is a `U`.
         return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from anyio.lowlevel import checkpoint_if_cancelled
 
-from homeagent.callables import check_function
 from homeagent.clock import monotonic
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError, StandbyError, TransientError
 from homeagent.group_commit import GroupCommit
@@ -34,9 +33,6 @@ RETRIED = (TransientError, ConnectionLostError, StandbyError, CommitUnknownError
 _FIRST_PAUSE = 0.005
 _LONGEST_PAUSE = 0.5
 
-
-_NO_COROUTINE = "make it an ordinary function, and await outside the unit"
-
 _UNITS, _CHECKS, _SLOW_HASHES = "units", "checks", "slow_hashes"
 _WORKERS = 64
 
@@ -57,7 +53,6 @@ class Runner:
 
     def run(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Run a function as a unit, with retries (see `Database.run`)."""
-        check_function(work, "work", coroutine=_NO_COROUTINE)
         begun, retries = monotonic(), None
         while True:
             try:
@@ -75,7 +70,6 @@ class Runner:
         if self._group_commit is None or read_only or not _under_asyncio():
             await checkpoint_if_cancelled()
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
-        check_function(work, "work", coroutine=_NO_COROUTINE)
         # A call of `checkpoint_if_cancelled()` is unnecessary. `GroupCommit.arun()` lets AnyIO cancel the caller before
         # the unit starts.
         begun, retries = monotonic(), None
