@@ -129,7 +129,7 @@ class StoreConnection:
     def in_transaction(self) -> bool:
         """True if the driver's connection is inside a transaction."""
         try:
-            return not self._connection.closed and bool(self._raw.in_transaction)
+            return bool(self._raw.in_transaction)
         except self._driver_errors:  # another thread runs a statement on the connection
             return not self.is_lost
 
