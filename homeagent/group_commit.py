@@ -123,11 +123,11 @@ class GroupCommit:
     def run(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run a function as a unit, and return the function's value."""
         settings = self._settings
-        settings.engine.pool(read_only=False)  # in a forked child, the method pool() raises DatabaseClosedError
-        if get_ident() in settings.writing:
-            refuse_nesting()
         # A queued call can share a commit with the calls of other threads.
         if settings.writing or self._is_contended or not self._queue.empty():
+            settings.engine.pool(read_only=False)  # in a forked child, the method pool() raises DatabaseClosedError
+            if get_ident() in settings.writing:
+                refuse_nesting()
             call = QueuedCall(work)
             call.woken.acquire()
             try:
