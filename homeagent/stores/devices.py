@@ -3,7 +3,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from operator import methodcaller
 from typing import Literal, TypeVar
 
 from homeagent import errors, models
@@ -244,11 +243,10 @@ class DeviceStore(Store):
         """If `update_last_seen()` has no row to change, return `(True, False)`. Otherwise return False and a function
         that stores the time. So one call of `update_last_seen()` reads the clock once.
         """
-        device = self._searched(device_id, "device_id")
-        at, before = self._seen_range(at, granularity)
-        if self._unit.one(statements.NEEDS_LAST_SEEN, device_id=device, before=before) is None:
+        given = self._last_seen(device_id, at, granularity)
+        if self._unit.one(statements.NEEDS_LAST_SEEN, **given) is None:
             return True, False
-        return False, methodcaller("_set_last_seen", device, at, before)
+        return False, lambda store: store.unit.write(statements.SET_LAST_SEEN, **given) > 0
 
     @writing(unless=_is_seen_recently)
     def update_last_seen(
@@ -259,18 +257,15 @@ class DeviceStore(Store):
         Without `at=…`, or for a future time, store the current time. If the time would advance by less than
         `granularity=`, keep the row.
         """
-        return self._set_last_seen(self._searched(device_id, "device_id"), *self._seen_range(at, granularity))
+        return self._unit.write(statements.SET_LAST_SEEN, **self._last_seen(device_id, at, granularity)) > 0
 
-    def _set_last_seen(self, device_id: str | None, at: datetime, before: datetime) -> bool:
-        """Store the time, unless the stored time is later than `before=`. Return True if the method changed the row."""
-        return self._unit.write(statements.SET_LAST_SEEN, device_id=device_id, at=at, before=before) > 0
-
-    def _seen_range(self, at: datetime | None, granularity: timedelta) -> tuple[datetime, datetime]:
-        """Return the new time, and the new time minus the granularity."""
+    def _last_seen(self, device_id: str, at: datetime | None, granularity: timedelta) -> Parameters:
+        """Return the parameters of `SET_LAST_SEEN`. The parameter `:before` is the new time minus the granularity."""
         types.check_duration(granularity, "granularity", zero=True)
         at = types.not_after(self._unit.now(), at, "at")
         # With a granularity below 1 ms, several calls could write equal timestamps.
-        return at, types.earlier(at, max(granularity, types.MILLISECOND))
+        before = types.earlier(at, max(granularity, types.MILLISECOND))
+        return {"device_id": self._searched(device_id, "device_id"), "at": at, "before": before}
 
     @writing()
     def delete(self, device_id: str, *, force: bool = False) -> bool:

@@ -18,6 +18,7 @@ from homeagent.models.types.stored_values import StoredColumn
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MILLISECOND = timedelta(milliseconds=1)
+_ZERO = timedelta(0)
 
 LONGEST_WAIT = timedelta(milliseconds=2**31 - 1)
 """Maximum wait of nearly 25 days. Both engines store the milliseconds in 32 bits."""
@@ -51,7 +52,7 @@ def check_duration(value: timedelta, what: str, *, zero: bool = False) -> timede
     """Return the value if it is at least a millisecond. With `zero=True`, the minimum is zero."""
     if not isinstance(value, timedelta):
         raise InvalidArgumentError(f"{what} must be a timedelta, not {type(value).__name__}")
-    if value < timedelta(0) or (not zero and value < MILLISECOND):
+    if value < (_ZERO if zero else MILLISECOND):
         raise InvalidArgumentError(f"{what} must be {'zero or more' if zero else 'a millisecond or more'}")
     return value
 
