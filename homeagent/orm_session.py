@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import event, inspect, select, tuple_
 from sqlalchemy.orm import selectinload
 from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.collections import collection_adapter
 from sqlmodel import Session
 
 from homeagent.errors import UnitStateError
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 500
 """Number of expired rows that one SELECT loads."""
 
+_VALUES = "_homeagent_values"
+"""Name of the attribute that contains an object's last loaded values."""
+
 
 class UnitSession(Session):
     """ORM session of a unit. The method `commit()` only flushes. The method `rollback()` rolls back the unit."""
@@ -34,8 +39,6 @@ class UnitSession(Session):
             info={"now": unit.now},
         )
         self._unit = unit
-        self._values: WeakKeyDictionary[InstanceState[Any], dict[str, Any]] = WeakKeyDictionary()
-        """The last loaded values of expired objects."""
         self._detached: list[object] = []
         """Objects that `reload()` has detached since the outermost savepoint."""
         self._is_outdated = False
@@ -69,12 +72,12 @@ class UnitSession(Session):
         self._unit.rollback()
 
     def expire(self, instance: object, attribute_names: Iterable[str] | None = None) -> None:
-        """Expire an object, and remember the loaded values for `expunge_all()`."""
-        self._remember(inspect(instance))
+        """Expire an object, and remember the loaded values for the end of the unit."""
+        _remember(inspect(instance))
         super().expire(instance, attribute_names)
 
     def expire_all(self) -> None:
-        """Expire all objects, and remember the loaded values for `expunge_all()`."""
+        """Expire all objects, and remember the loaded values for the end of the unit."""
         self._remember_all()
         super().expire_all()
         self._is_outdated = True
@@ -82,29 +85,7 @@ class UnitSession(Session):
     def _remember_all(self) -> None:
         """Call `_remember()` for all objects of the session."""
         for state in self.identity_map.all_states():
-            self._remember(state)
-
-    def _remember(self, state: InstanceState[Any]) -> None:
-        """Keep the loaded values of an object's columns and relationships until `expunge_all()`."""
-        # Such a relationship loads no objects.
-        related = {each.key for each in state.mapper.relationships if each.lazy not in ("dynamic", "write_only")}
-        keys = related.union(state.mapper.column_attrs.keys())
-        self._values.setdefault(state, {}).update({key: state.dict[key] for key in keys & state.dict.keys()})
-
-    def expunge_all(self) -> None:
-        """Detach all objects. An expired object gets the last loaded values back, so the object stays usable."""
-        # Keep the values: after a rollback, SQLAlchemy restores and expires deleted objects only after this method.
-        for state in self._values:
-            if state.session in (self, None) and (row := state.obj()) is not None:
-                self._restore(row)
-        super().expunge_all()
-
-    def _restore(self, row: object) -> None:
-        """Give an expired object the last loaded values back."""
-        values = self._values.get(inspect(row), {})
-        for key in values.keys() - row.__dict__.keys():
-            adapter = getattr(values[key], "_sa_adapter", None)  # the value is a collection of objects
-            set_committed_value(row, key, values[key] if adapter is None else list(adapter))
+            _remember(state)
 
     def expire_written(self, target: str | None, cascade: str | None) -> None:
         """After a store's write, expire the affected objects, and the objects with a loaded relationship to an affected
@@ -138,10 +119,9 @@ class UnitSession(Session):
         expired: dict[tuple[Mapper[Any], frozenset[str]], dict[Any, Any]] = {}
         for row in self.identity_map.values():
             state = inspect(row)
-            lost = self._values.get(state, {}).keys() - state.dict.keys()
-            related = lost.intersection(state.mapper.relationships.keys())
+            related = _related(state.mapper).intersection(state.dict.get(_VALUES, ())).difference(state.dict)
             if related or state.expired_attributes.intersection(state.mapper.column_attrs.keys()):
-                expired.setdefault((state.mapper, frozenset(related)), {})[state.identity] = row
+                expired.setdefault((state.mapper, related), {})[state.identity] = row
         for (mapper, related), rows in expired.items():
             query = select(mapper).options(*(selectinload(mapper.attrs[each].class_attribute) for each in related))
             key, keys = tuple_(*mapper.primary_key), list(rows)
@@ -153,6 +133,21 @@ class UnitSession(Session):
                 self.expunge(row)
                 if self.in_nested_transaction():
                     self._detached.append(row)
+
+
+def _remember(state: InstanceState[Any]) -> None:
+    """Keep the loaded values of an object in the object. If the session kept the values, the values would keep related
+    objects in memory.
+    """
+    values = state.dict.pop(_VALUES, {})
+    values.update(state.dict)
+    state.dict[_VALUES] = values
+
+
+@cache
+def _related(mapper: Mapper[Any]) -> frozenset[str]:
+    """Return the names of the relationships that load objects."""
+    return frozenset(each.key for each in mapper.relationships if each.lazy not in ("dynamic", "write_only"))
 
 
 @event.listens_for(UnitSession, "after_rollback")
@@ -168,16 +163,21 @@ def _after_rollback(session: UnitSession) -> None:
     session._remember_all()
 
 
+@event.listens_for(UnitSession, "deleted_to_detached")
 @event.listens_for(UnitSession, "persistent_to_deleted")
-def _persistent_to_deleted(session: UnitSession, instance: object) -> None:
-    """Remember the values of a deleted object, which SQLAlchemy can restore and expire after a rollback."""
-    session._remember(inspect(instance))
-
-
+@event.listens_for(UnitSession, "persistent_to_detached")
 @event.listens_for(UnitSession, "persistent_to_transient")
-def _persistent_to_transient(session: UnitSession, instance: object) -> None:
-    """After the rollback of a new object, restore the object's values. The session can then add the object again."""
-    session._restore(instance)
+def _keep_usable(session: UnitSession, instance: object | None) -> None:
+    """Restore the values of an object that leaves the session, or whose row was deleted."""
+    if instance is None:
+        return  # the application has dropped the object
+    state = inspect(instance)
+    values, related = state.dict.pop(_VALUES, {}), _related(state.mapper)
+    for key in related.union(state.mapper.column_attrs.keys()).intersection(values).difference(state.dict):
+        is_collection = key in related and state.mapper.relationships[key].uselist
+        set_committed_value(instance, key, list(collection_adapter(values[key])) if is_collection else values[key])
+    if state.deleted:
+        _remember(state)  # after a rollback, SQLAlchemy can restore and expire the object
 
 
 @event.listens_for(UnitSession, "after_soft_rollback")
