@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import event, inspect, select, tuple_
-from sqlalchemy.orm import selectinload
+from sqlalchemy.orm import make_transient, selectinload
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 from sqlmodel import Session
@@ -39,10 +39,6 @@ class UnitSession(Session):
             info={"now": unit.now},
         )
         self._unit = unit
-        self._detached: list[object] = []
-        """Objects that `reload()` has detached since the outermost savepoint."""
-        self._is_outdated = False
-        """True if an object's row can have disappeared since the last `reload()`."""
         self._callbacks: WeakKeyDictionary[SessionTransaction, int] = WeakKeyDictionary()
         """For each nested transaction, the number of the unit's callbacks at the begin."""
 
@@ -53,8 +49,6 @@ class UnitSession(Session):
 
     def begin(self, nested: bool = False) -> SessionTransaction:
         """Begin a transaction. For a nested transaction, send SAVEPOINT immediately."""
-        if nested and not self.in_nested_transaction():
-            self._detached.clear()
         transaction = super().begin(nested)
         if nested:
             self._callbacks[transaction] = len(self._unit._after_commit or ())
@@ -80,7 +74,6 @@ class UnitSession(Session):
         """Expire all objects, and remember the loaded values for the end of the unit."""
         self._remember_all()
         super().expire_all()
-        self._is_outdated = True
 
     def _remember_all(self) -> None:
         """Call `_remember()` for all objects of the session."""
@@ -91,7 +84,6 @@ class UnitSession(Session):
         """After a store's write, expire the affected objects, and the objects with a loaded relationship to an affected
         table. The class `Compiled` describes the arguments.
         """
-        self._is_outdated |= cascade == "ondelete"
         if target is None:
             self.expire_all()
             return
@@ -111,28 +103,21 @@ class UnitSession(Session):
                 "rollback() or savepoint() of the unit instead"
             )
         self.flush()
-        self.reload()
+        self._load(self.identity_map.all_states())
 
-    def reload(self) -> None:
-        """Reload expired objects and their relationships. Detach objects whose rows no longer exist."""
-        self._is_outdated = False
-        expired: dict[tuple[Mapper[Any], frozenset[str]], dict[Any, Any]] = {}
-        for row in self.identity_map.values():
-            state = inspect(row)
+    def _load(self, states: Iterable[InstanceState[Any]]) -> None:
+        """Load the columns of expired objects, and the relationships that the objects have lost."""
+        expired: dict[tuple[Mapper[Any], frozenset[str]], list[Any]] = {}
+        for state in states:
             related = _related(state.mapper).intersection(state.dict.get(_VALUES, ())).difference(state.dict)
             if related or state.expired_attributes.intersection(state.mapper.column_attrs.keys()):
-                expired.setdefault((state.mapper, related), {})[state.identity] = row
-        for (mapper, related), rows in expired.items():
-            query = select(mapper).options(*(selectinload(mapper.attrs[each].class_attribute) for each in related))
-            key, keys = tuple_(*mapper.primary_key), list(rows)
+                expired.setdefault((state.mapper, related), []).append(state.identity)
+        for (mapper, related), keys in expired.items():
+            options = [selectinload(mapper.attrs[each].class_attribute) for each in related]
+            query = select(mapper).options(*options).execution_options(autoflush=False)
             for start in range(0, len(keys), _ROWS_AT_ONCE):
-                found = self.scalars(query.where(key.in_(keys[start : start + _ROWS_AT_ONCE])))
-                for row in found.unique():
-                    rows.pop(inspect(row).identity, None)
-            for row in rows.values():
-                self.expunge(row)
-                if self.in_nested_transaction():
-                    self._detached.append(row)
+                found = query.where(tuple_(*mapper.primary_key).in_(keys[start : start + _ROWS_AT_ONCE]))
+                self.scalars(found).unique().all()
 
 
 def _remember(state: InstanceState[Any]) -> None:
@@ -178,24 +163,33 @@ def _keep_usable(session: UnitSession, instance: object | None) -> None:
         set_committed_value(instance, key, list(collection_adapter(values[key])) if is_collection else values[key])
     if state.deleted:
         _remember(state)  # after a rollback, SQLAlchemy can restore and expire the object
+    elif state.key is None:
+        make_transient(instance)  # if the row was deleted too, SQLAlchemy would not store the object again
 
 
 @event.listens_for(UnitSession, "after_soft_rollback")
 def _after_soft_rollback(session: UnitSession, ended: SessionTransaction) -> None:
     """After the rollback of a savepoint, expire all objects, because a store can have changed their rows."""
-    session._is_outdated = False
-    for row in session._detached:
-        state = inspect(row)
-        if state.detached and state.key not in session.identity_map:
-            session.add(row)
     session.expire_all()
 
 
 @event.listens_for(UnitSession, "before_attach")
 def _before_attach(session: UnitSession, instance: object) -> None:
-    """Detach objects whose rows no longer exist. The new object can have the same key as a detached object."""
-    if session._is_outdated:
-        session.reload()
+    """If the session has an object with the key of a new object, check whether the row still exists."""
+    state = inspect(instance)
+    key = state.key or state.mapper.identity_key_from_instance(instance)
+    if key in session.identity_map:
+        with session.no_autoflush:
+            session.get(state.mapper, key[1])  # if the row does not exist, SQLAlchemy marks the object as deleted
+
+
+@event.listens_for(UnitSession, "after_flush")
+def _after_flush(session: UnitSession, context: object) -> None:
+    """If a new object has got the key of a deleted row from the database, mark the row's object as deleted."""
+    for row in session.new:
+        old = session.identity_map.get(inspect(row).mapper.identity_key_from_instance(row))
+        if old is not None and inspect(old).expired:
+            session._remove_newly_deleted([inspect(old)])
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
