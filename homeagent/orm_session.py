@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import event, inspect, select, tuple_
+from sqlalchemy import event, select, tuple_
 from sqlalchemy.orm import make_transient, selectinload
-from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
 from sqlmodel import Session
 
 from homeagent.errors import UnitStateError
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction
+    from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, SessionTransaction
 
     from homeagent.engine.connection import StoreConnection
     from homeagent.transaction import Transaction
@@ -39,6 +40,10 @@ class UnitSession(Session):
             info={"now": unit.now},
         )
         self._unit = unit
+        self._further = 0
+        """Number of expired objects to load together with the next object."""
+        self._unread: Iterator[InstanceState[Any]] = iter(())
+        """Objects to load together with the next objects, if expired."""
         self._callbacks: WeakKeyDictionary[SessionTransaction, int] = WeakKeyDictionary()
         """For each nested transaction, the number of the unit's callbacks at the begin."""
 
@@ -67,18 +72,15 @@ class UnitSession(Session):
 
     def expire(self, instance: object, attribute_names: Iterable[str] | None = None) -> None:
         """Expire an object, and remember the loaded values for the end of the unit."""
-        _remember(inspect(instance))
+        _remember(instance_state(instance))
         super().expire(instance, attribute_names)
+        self._further = 0
 
     def expire_all(self) -> None:
         """Expire all objects, and remember the loaded values for the end of the unit."""
-        self._remember_all()
-        super().expire_all()
-
-    def _remember_all(self) -> None:
-        """Call `_remember()` for all objects of the session."""
-        for state in self.identity_map.all_states():
-            _remember(state)
+        for row in self.identity_map.values():
+            if not (state := instance_state(row)).expired or state.modified:
+                self.expire(row)
 
     def expire_written(self, target: str | None, cascade: str | None) -> None:
         """After a store's write, expire the affected objects, and the objects with a loaded relationship to an affected
@@ -88,11 +90,13 @@ class UnitSession(Session):
             self.expire_all()
             return
         for row in self.identity_map.values():
-            state = inspect(row)
+            state = instance_state(row)
+            if state.expired:
+                continue
             loaded = [each for each in state.mapper.relationships if each.key in state.dict]
             tables = [state.mapper.local_table, *(each.mapper.local_table for each in loaded)]
             tables += [each.secondary for each in loaded if each.secondary is not None]
-            if not state.expired and any(_is_changed(table, target, cascade) for table in tables):
+            if any(_is_changed(table, target, cascade) for table in tables):
                 self.expire(row)
 
     def complete(self) -> None:
@@ -135,17 +139,28 @@ def _related(mapper: Mapper[Any]) -> frozenset[str]:
     return frozenset(each.key for each in mapper.relationships if each.lazy not in ("dynamic", "write_only"))
 
 
+@event.listens_for(UnitSession, "do_orm_execute")
+def _load_further_objects(context: ORMExecuteState) -> None:
+    """Before SQLAlchemy loads an expired object, load further expired objects: each time about twice as many."""
+    session: Any = context.session
+    if context.is_column_load:
+        if session._further == 0:
+            session._unread = iter(session.identity_map.all_states())
+        session._load(islice((state for state in session._unread if state.expired), session._further))
+        session._further = min(2 * session._further + 1, _ROWS_AT_ONCE)
+
+
 @event.listens_for(UnitSession, "after_rollback")
 def _after_rollback(session: UnitSession) -> None:
     """Roll back the unit if the session has rolled back the whole transaction. If the session has rolled back a
-    savepoint, drop the callbacks of the savepoint's block. Remember the values of the objects that SQLAlchemy expires
-    next.
+    savepoint, drop the callbacks of the savepoint's block. Expire all objects, because a write in the block can have
+    changed their rows.
     """
     session._unit._end_after_rollback()
     nested, callbacks = session.get_nested_transaction(), session._unit._after_commit
     if nested is not None and callbacks is not None:
         del callbacks[session._callbacks[nested] :]
-    session._remember_all()
+    session.expire_all()
 
 
 @event.listens_for(UnitSession, "deleted_to_detached")
@@ -156,7 +171,7 @@ def _keep_usable(session: UnitSession, instance: object | None) -> None:
     """Restore the values of an object that leaves the session, or whose row was deleted."""
     if instance is None:
         return  # the application has dropped the object
-    state = inspect(instance)
+    state = instance_state(instance)
     values, related = state.dict.pop(_VALUES, {}), _related(state.mapper)
     for key in related.union(state.mapper.column_attrs.keys()).intersection(values).difference(state.dict):
         is_collection = key in related and state.mapper.relationships[key].uselist
@@ -169,14 +184,14 @@ def _keep_usable(session: UnitSession, instance: object | None) -> None:
 
 @event.listens_for(UnitSession, "after_soft_rollback")
 def _after_soft_rollback(session: UnitSession, ended: SessionTransaction) -> None:
-    """After the rollback of a savepoint, expire all objects, because a store can have changed their rows."""
+    """Expire the objects that the block has deleted. SQLAlchemy has restored the objects after `_after_rollback()`."""
     session.expire_all()
 
 
 @event.listens_for(UnitSession, "before_attach")
 def _before_attach(session: UnitSession, instance: object) -> None:
     """If the session has an object with the key of a new object, check whether the row still exists."""
-    state = inspect(instance)
+    state = instance_state(instance)
     key = state.key or state.mapper.identity_key_from_instance(instance)
     if key in session.identity_map:
         with session.no_autoflush:
@@ -187,9 +202,9 @@ def _before_attach(session: UnitSession, instance: object) -> None:
 def _after_flush(session: UnitSession, context: object) -> None:
     """If a new object has got the key of a deleted row from the database, mark the row's object as deleted."""
     for row in session.new:
-        old = session.identity_map.get(inspect(row).mapper.identity_key_from_instance(row))
-        if old is not None and inspect(old).expired:
-            session._remove_newly_deleted([inspect(old)])
+        old = session.identity_map.get(instance_state(row).mapper.identity_key_from_instance(row))
+        if old is not None and instance_state(old).expired:
+            session._remove_newly_deleted([instance_state(old)])
 
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:

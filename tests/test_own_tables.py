@@ -27,6 +27,7 @@ from sqlalchemy import (
     bindparam,
     cast,
     delete,
+    event,
     func,
     insert,
     inspect,
@@ -118,6 +119,7 @@ _message = Message.__table__.c
 ADD = Statement(insert(Message), returning=Message)
 RENAME = Statement[None](update(Message).where(_message.id == bindparam("id_")).values(text=bindparam("new_text")))
 REMOVE = Statement[None](delete(Message).where(_message.id == bindparam("id_")))
+REMOVE_UP_TO = Statement[None](delete(Message).where(_message.id <= bindparam("id_")))
 REMOVE_BY_TEXT = Statement[None](text("DELETE FROM own_messages WHERE id = :id_"))
 OF_SESSION = Statement(select(Message).where(_message.session_id == bindparam("session_id")).order_by(_message.id))
 COUNT = Statement(select(func.count()).select_from(Message))
@@ -591,6 +593,24 @@ def test_rows_stay_usable_after_an_undone_savepoint(hub: Database[HubUnit]) -> N
             rows[1].text = "not flushed"
             raise LookupError
     assert [row.text for row in rows] == ["flushed", "not flushed"]
+
+
+@pytest.mark.parametrize("deleted", [0, 600])
+def test_expired_objects_are_loaded_together(hub: Database[HubUnit], deleted: int) -> None:
+    """After an undone savepoint, one SELECT loads one object, and a loop over the objects needs few further SELECTs."""
+    hub.run(lambda unit: unit.messages.add_all([str(number) for number in range(deleted + 100)]))
+    with hub.unit_of_work() as unit:
+        rows = unit.session.exec(select(Message).order_by(_message.id)).all()
+        selects: list[object] = []
+        event.listen(unit.session, "do_orm_execute", selects.append)
+        with suppress(LookupError), unit.savepoint():
+            unit.write(RENAME, id_=rows[-1].id, new_text="undone")
+            raise LookupError
+        unit.write(REMOVE_UP_TO, id_=deleted)
+        assert rows[-1].text == str(deleted + 99)
+        assert len(selects) == 1
+        assert [row.text for row in rows[deleted:]] == [str(number) for number in range(deleted, deleted + 100)]
+        assert len(selects) < 30
 
 
 @pytest.mark.parametrize("kind", ["savepoint", "begin_nested"])
