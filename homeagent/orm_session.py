@@ -72,7 +72,10 @@ class UnitSession(Session):
 
     def expire(self, instance: object, attribute_names: Iterable[str] | None = None) -> None:
         """Expire an object, and remember the loaded values for the end of the unit."""
-        _remember(instance_state(instance))
+        state = instance_state(instance)
+        _remember(state)
+        for _, _, related, _ in state.mapper.cascade_iterator("refresh-expire", state):
+            _remember(related)  # SQLAlchemy expires these objects too
         super().expire(instance, attribute_names)
         self._further = 0
 

@@ -86,7 +86,9 @@ class Tag(Table, table=True):
 class Room(Table, table=True):
     __tablename__ = "own_rooms"
     name: str = Field(primary_key=True)
-    lamps: Mapped[list[Lamp]] = Relationship(sa_relationship=relationship(back_populates="room", order_by="Lamp.name"))
+    lamps: Mapped[list[Lamp]] = Relationship(
+        sa_relationship=relationship(back_populates="room", order_by="Lamp.name", cascade="all")
+    )
     found: WriteOnlyMapped[Lamp] = Relationship(
         sa_relationship=relationship(overlaps="lamps,room", lazy="write_only", passive_deletes=True)
     )
