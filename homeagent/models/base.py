@@ -104,8 +104,17 @@ class Model(SQLModel, registry=_registry):
         copied = super().model_copy(deep=deep)
         if not update:
             return copied
-        fields = {name for name in self.model_fields_set if type(self).model_fields[name].alias not in update}
-        return type(self).model_validate({**{name: getattr(copied, name) for name in fields}, **update})
+        kept = {name for name, field in type(self).model_fields.items() if field.alias not in update}
+        # The validation would generate another value for a field with `default_factory`, such as `session_id`. Do not
+        # pass the other defaults: a default of `AgentUpdate` is not a valid value.
+        unset = kept - self.model_fields_set - update.keys()
+        defaults = {name: type(self).model_fields[name].default for name in unset}
+        generated = {name for name, default in defaults.items() if self.__dict__.get(name, default) is not default}
+        values = {name: getattr(copied, name) for name in kept & self.model_fields_set | generated}
+        made = type(self).model_validate({**values, **(copied.model_extra or {}), **update})
+        made.model_fields_set.difference_update(generated)
+        object.__setattr__(made, "__pydantic_private__", copied.__pydantic_private__)
+        return made
 
 
 class PartialIndex(Index):

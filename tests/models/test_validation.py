@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, PrivateAttr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 from sqlalchemy.engine.default import DefaultDialect
@@ -279,6 +279,34 @@ def test_a_copy_is_validated_once() -> None:
     assert (copied.low, copied.high) == (5, 9)
     with pytest.raises(ValidationError):
         Range().model_copy(update={"low": 5})
+
+
+class Open(AgentUpdate):
+    """An application's request with a generated value, a list, a private attribute and unknown fields."""
+
+    model_config = SQLModelConfig(extra="allow")
+    request_id: str = Field(default_factory=new_session_id)
+    tags: list[str] = Field(default=[])
+    _token: str = PrivateAttr(default="")
+
+
+def test_a_copy_keeps_generated_values() -> None:
+    """A copy with `update={…}` keeps generated values, changed lists, private attributes and extra values."""
+    session = AgentSessionCreate(agent_id="a")
+    copied = session.model_copy(update={"channel_id": "c"})
+    assert (copied.session_id, copied.channel_id) == (session.session_id, "c")
+    assert copied.model_fields_set == {"agent_id", "channel_id"}
+    assert session.model_copy(update={"session_id": "s"}).session_id == "s"
+    request = Open.model_validate({"colour": "red"})
+    request.tags.append("x")
+    request._token = SECRET
+    changed = request.model_copy(update={"name": "n"})
+    assert changed.model_dump() == {**request.model_dump(), "name": "n"}
+    assert changed._token == SECRET
+    assert changed.model_fields_set == {"colour", "name"}
+    assert request.model_copy(update={"colour": "blue"}).model_extra == {"colour": "blue"}
+    with pytest.raises(ValidationError, match="agent_id"):
+        AgentSessionCreate.model_construct().model_copy(update={"channel_id": "c"})
 
 
 def test_a_session_id_is_a_uuid_of_version_7() -> None:
