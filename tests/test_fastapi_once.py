@@ -334,6 +334,27 @@ def test_forms(client: Client, house: House) -> None:
     assert statuses == [200, 200, 413, 200, 413, 413]
 
 
+def test_an_omitted_form(client: Client, house: House) -> None:
+    """If a route has an optional form and the request has another body, the body's bytes count."""
+    pytest.importorskip("python_multipart")
+
+    @client.app.post("/optional")
+    async def optional(
+        request: Request, once: Annotated[Once, Depends(idempotent(max_body=100))], name: Annotated[str, Form()] = ""
+    ) -> Any:
+        text = name or (await request.body()).decode()
+        return await once(lambda attempt: {"text": text, **house.close(attempt)})
+
+    async def chunked() -> AsyncIterator[bytes]:
+        yield b"x" * 60
+        yield b"x" * 60
+
+    assert [post(client, "/optional", json=value).status_code for value in (1, 2, 1)] == [200, 422, 200]
+    assert post(client, "/optional", json=1).json() == {"text": "1", "count": 1}
+    assert post(client, "/optional", "k-2", content=chunked()).status_code == 413
+    assert [post(client, "/optional", "k-3", data={"name": name}).status_code for name in "ab"] == [200, 422]
+
+
 def test_failures(client: Client, house: House) -> None:
     """A known failure is an answer that retries get again. `EffectNotStartedError` frees the key."""
     kinds = {"http": 404, "absent": 404, "full": 409, "pair": 400, "number": 422, "numbers": 422, "failed": 422}
@@ -523,6 +544,8 @@ def test_a_webhook_with_a_form(hooks: Client, homeagent_clock: FakeClock, caplog
         return await webhook(lambda attempt: x)
 
     assert hooks.post("/form", content=b"x=1", headers=headers).json() == "none"
+    headers = {**headers, **sign(SECRET, "m-1", int(homeagent_clock().timestamp()), b"x=2")}
+    assert hooks.post("/form", content=b"x=2", headers=headers).status_code == 422
 
 
 def test_a_webhook_for_another_path(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:

@@ -346,10 +346,15 @@ async def read_body(request: Request, max_body: int) -> bytes:
     return request._body
 
 
+def is_body_gone(request: Request) -> bool:
+    """Return True if FastAPI has read the body as a form, so that the body's bytes are gone."""
+    # Starlette also creates an empty form for a body that is not a form, but then does not read the body.
+    return getattr(request, "_form", None) is not None and not hasattr(request, "_body") and request._stream_consumed
+
+
 async def params_of(request: Request, max_body: int) -> JsonValue:
     """Return the values that a retry must repeat: path, query and body."""
-    if getattr(request, "_form", None) is not None:
-        # FastAPI has parsed the form, so the body's bytes are gone.
+    if getattr(request, "_form", None) or is_body_gone(request):
         items = (await request.form()).multi_items()
         # A chunked body has no header Content-Length. The sum is smaller than the body.
         sizes = [value.size or 0 if isinstance(value, UploadFile) else len(value.encode()) for _, value in items]

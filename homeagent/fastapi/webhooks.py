@@ -26,6 +26,7 @@ from homeagent.fastapi.once import (
     MAX_BODY,
     Once,
     check_options,
+    is_body_gone,
     params_of,
     read_body,
     route_of,
@@ -130,7 +131,7 @@ async def _read(request: Request, keys: list[SecretBytes], max_body: int) -> tup
     message_id, timestamp, signatures = (
         request.headers.get(f"webhook-{name}", "") for name in ("id", "timestamp", "signature")
     )
-    if getattr(request, "_form", None) is not None and not hasattr(request, "_body") and request._stream_consumed:
+    if is_body_gone(request):
         raise UnitStateError(
             "FastAPI has parsed the body as a form, so its signature can't be checked: remove Form() and File() from "
             "the route of the webhook, and read the fields from webhook.body"
