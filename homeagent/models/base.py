@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform, get_args
 
-from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 from pydantic_core.core_schema import ErrorType
 from sqlalchemy import Index, MetaData, TextClause, inspect
@@ -71,6 +71,17 @@ def hide_input(data: Any, handler: Callable[[Any], T]) -> T:
     raise without_input
 
 
+def _kept_fields(model: type[SQLModel], update: Mapping[str, Any]) -> set[str]:
+    """Return the names of the model's fields whose names and aliases are not in the update."""
+    kept = set()
+    for name, field in model.model_fields.items():
+        alias = field.validation_alias
+        choices = alias.choices if isinstance(alias, AliasChoices) else [alias]
+        if update.keys().isdisjoint([name, *(each for each in choices if isinstance(each, str))]):
+            kept.add(name)
+    return kept
+
+
 class Model(SQLModel, registry=_registry):
     """Base of all models. A model refuses unknown fields, and validates each assignment."""
 
@@ -104,10 +115,10 @@ class Model(SQLModel, registry=_registry):
         copied = super().model_copy(deep=deep)
         if not update:
             return copied
-        kept = {name for name, field in type(self).model_fields.items() if field.alias not in update}
+        kept = _kept_fields(type(self), update)
         # The validation would generate another value for a field with `default_factory`, such as `session_id`. Do not
         # pass the other defaults: a default of `AgentUpdate` is not a valid value.
-        unset = kept - self.model_fields_set - update.keys()
+        unset = kept - self.model_fields_set
         defaults = {name: type(self).model_fields[name].default for name in unset}
         generated = {name for name, default in defaults.items() if self.__dict__.get(name, default) is not default}
         values = {name: getattr(copied, name) for name in kept & self.model_fields_set | generated}
@@ -280,10 +291,11 @@ class Table(Model, metaclass=_TableType):
         the copied values. With `deep=True`, also copy the values of JSON columns.
         """
         # Do not call Pydantic's `model_copy()`, which would copy SQLAlchemy's state.
-        values = {name: getattr(self, name) for name in type(self).model_fields}
+        update = update or {}
+        values = {name: getattr(self, name) for name in _kept_fields(type(self), update)}
         if deep:
             values = copy.deepcopy(values)
-        return type(self)(**{**values, **(update or {})})
+        return type(self)(**{**values, **update})
 
     def __getstate__(self) -> dict[Any, Any]:
         # Create SQLAlchemy's state for the pickle. After `pickle.loads()`, the class `_StateOnDemand` could not create

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, SecretStr, WithJsonSchema
+from pydantic import AfterValidator, AliasChoices, BaseModel, GetJsonSchemaHandler, SecretStr, WithJsonSchema
 from pydantic import Field as PlainField
+from pydantic_core import CoreSchema
 from sqlmodel import Field
 
 from homeagent.models.base import Model
@@ -44,6 +45,15 @@ class MetadataSchema(Model):
     def metadata(self) -> Any:  # type: ignore[override]  # see above
         """The value of the field `metadata_`."""
         return self.metadata_  # type: ignore[attr-defined]  # every subclass declares the field
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler, /) -> dict[str, Any]:
+        schema = handler(core_schema)
+        properties = handler.resolve_ref_schema(schema)["properties"]
+        # Of the choices in `PublicMetadata`, Pydantic would use the first choice as the name in a validation schema.
+        if isinstance(cls.model_fields["metadata_"].validation_alias, AliasChoices) and "metadata_" in properties:
+            properties["metadata"] = properties.pop("metadata_")
+        return schema
 
 
 class AgentCreate(Model):

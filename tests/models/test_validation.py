@@ -9,7 +9,16 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    AliasPath,
+    BaseModel,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic import Field as PlainField
 from pydantic_core import PydanticCustomError
 from sqlalchemy import inspect
 from sqlalchemy.engine.default import DefaultDialect
@@ -225,6 +234,31 @@ def test_metadata_of_a_row_is_read(loaded: bool) -> None:
     models = [AgentSession, AgentSessionCreate, AgentSessionPublic]
     assert [model.model_validate(session).metadata_ for model in models] == [None] * 3
     assert RoomOfDevice.model_validate(device).metadata == {"room": "k"}
+
+
+@pytest.mark.parametrize("schema", [DevicePublic, AgentSessionPublic, DevicePair])
+@pytest.mark.parametrize("mode", ["validation", "serialization"])
+def test_the_json_schema_names_the_metadata(schema: type[Model], mode: Any) -> None:
+    """Both JSON schemas of a request or a reply, and of a subclass, have the name `metadata` of the JSON text."""
+    subclass = type("Named", (schema,), {"__module__": __name__})
+    for model in (schema, subclass):
+        assert {"metadata", "metadata_"} & model.model_json_schema(mode=mode)["properties"].keys() == {"metadata"}
+
+
+class Renamed(AgentUpdate):
+    """An application's request with aliases of a field."""
+
+    token: str = PlainField(default="", validation_alias=AliasChoices(AliasPath("tokens", 0), "tok", "token2"))
+
+
+def test_a_copy_takes_a_name_or_an_alias() -> None:
+    """A copy of a row, a request or a reply accepts each name of a field in `update={…}`."""
+    device = Device(**ROWS[Device], metadata={"a": 1})
+    for model in (device, DevicePublic.model_validate(device), DevicePair(id="d", role=Role.NODE, metadata={"a": 1})):
+        for name in ("metadata", "metadata_"):
+            assert model.model_copy(update={name: {"b": 2}}).model_dump()["metadata"] == {"b": 2}
+    for name in ("token", "tok", "token2"):
+        assert Renamed(token="t").model_copy(update={name: "new"}).token == "new"
 
 
 def test_a_copy_is_an_instance_of_its_own() -> None:
