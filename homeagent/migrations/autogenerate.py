@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any, Literal, cast
 from alembic.autogenerate.api import AutogenContext, produce_migrations, render_python_code
 from alembic.ddl.postgresql import PostgresqlImpl
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import NUMERIC, UUID, Connection, MetaData, TypeDecorator
+from alembic.runtime.plugins import Plugin
+from alembic.util import PriorityDispatchResult
+from sqlalchemy import NUMERIC, UUID, Connection, MetaData, String, TypeDecorator
 from sqlalchemy.sql.elements import False_, True_
 from sqlmodel import AutoString
 
@@ -25,6 +28,9 @@ from homeagent.migrations.revisions import RevisionFailedError, upgrade
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, metadata
 from homeagent.models.base import Table
 from homeagent.models.types import EnumColumn, FlagColumn, HashColumn, JsonColumn, TimestampColumn
+
+# PostgreSQL adds the type to a default, such as 'x'::character varying. For SQLite, Alembic puts '' into parentheses.
+_TEXT_LITERAL = re.compile(r"""\(?'((?:[^']|'')*)'\)?(?:::[\w ."()]+)?""")
 
 
 def render_item(type_: str, object: Any, autogen_context: AutogenContext) -> str | Literal[False]:
@@ -83,7 +89,7 @@ def options(
         "compare_server_default": True,
         "include_name": include_name,
         "include_object": include_object,
-        "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname"],
+        "autogenerate_plugins": ["alembic.autogenerate.*", "alembic.ext.checkconstraint_byname", _PLUGIN.name],
     }
 
 
@@ -93,6 +99,29 @@ def _compare_type(
     """Return False for a UUID column on SQLite, whose dialect reads NUMERIC. For another column, return None."""
     is_uuid = isinstance(own_type, UUID) and isinstance(stored_type, NUMERIC)
     return False if is_uuid and context.dialect.name == "sqlite" else None
+
+
+def _compare_text_default(
+    _context: object, operation: Any, _schema: object, _table: object, _name: object, stored: Any, own: Any
+) -> PriorityDispatchResult:
+    """Compare a model's text default with the database. Leave other defaults to Alembic.
+
+    Alembic's comparison differs for '', a text with quotes, parentheses or line breaks.
+    """
+    default = getattr(own.server_default, "arg", None)
+    literal = _TEXT_LITERAL.fullmatch(getattr(getattr(stored.server_default, "arg", None), "text", ""))
+    if not isinstance(default, str) or literal is None or not isinstance(stored.type, String):
+        return PriorityDispatchResult.CONTINUE
+    # Alembic writes the text 'x' without the quotes into a revision.
+    if literal[1].replace("''", "'") not in {default, re.sub("^'|'$", "", default)}:
+        operation.modify_server_default = own.server_default
+    return PriorityDispatchResult.STOP
+
+
+# Do not pass the function as `compare_server_default`. Alembic can't call such a function for a computed or identity
+# column (`test_text_defaults`).
+_PLUGIN = Plugin("homeagent.text_defaults")
+_PLUGIN.add_autogenerate_comparator(_compare_text_default, "column", "server_default")
 
 
 def application_tables(package: str, *, more: Sequence[MetaData] = (), scripts: Path | None = None) -> frozenset[str]:

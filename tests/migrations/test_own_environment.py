@@ -12,7 +12,7 @@ import pytest
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import text
+from sqlalchemy import DefaultClause, text
 
 import homeagent.alembic
 from alembic import command
@@ -20,7 +20,9 @@ from homeagent import Database
 from homeagent.alembic import TABLES
 from homeagent.errors import DatabaseBusyError, SchemaOutdatedError
 from homeagent.migrations import postgresql
-from homeagent.models import SCHEMA
+from homeagent.migrations.application import Application
+from homeagent.migrations.autogenerate import render_revision
+from homeagent.models import SCHEMA, metadata
 from tests.conftest import add_agent
 from tests.migrations.old_databases import change, fetch, is_sound, old_database, plain_engine
 from tests.migrations.own_revisions import write_revision, write_revisions
@@ -128,6 +130,57 @@ def test_life_of_an_application(target: str, make_hub: Any) -> None:
         with database.read_connection() as connection:
             assert connection.execute(text(f"SELECT text, stars FROM {hub.name}_messages")).all() == [("kept", 0)]
         command.downgrade(hub.config, "-1")
+
+
+DEFAULTS = """
+from homeagent import Table
+from sqlalchemy import Computed, Identity
+from sqlmodel import Field
+
+class Message(Table, table=True):
+    __tablename__ = "{prefix}_messages"
+    id: int | None = Field(default=None, primary_key=True)
+    doubled: int | None = Field(default=None, sa_column_args=[Computed("id * 2")])
+    stars: int = Field(default=0, sa_column_kwargs={{"server_default": "0"}})
+"""
+IDENTITY = "    number: int = Field(default=0, sa_column_args=[Identity()])\n"
+DEFAULT = '    text_{}: str = Field(default="", sa_column_kwargs={{"server_default": {!r}}})\n'
+
+
+def test_text_defaults(target: str, make_hub: Any) -> None:
+    """After the upgrade, `alembic check` finds no difference of a text default, and then finds a changed default."""
+    hub = make_hub(target)
+    texts = ("", "it's", "(a)", "'x'", "0", "two\nlines", "back\\slash")
+    fields = [DEFAULT.format(number, default) for number, default in enumerate(texts)]
+    # Alembic does not support an identity column on SQLite.
+    fields += [IDENTITY] if target.startswith("postgresql") else []
+    (hub.package / "tables.py").write_text(DEFAULTS.format(prefix=hub.name) + "".join(fields))
+    hub.revise("messages")
+    command.upgrade(hub.config, "head")
+    command.check(hub.config)
+    name = f"{hub.name}_messages"
+    with plain_engine(target).connect() as connection:
+        connection.execute(text(f"INSERT INTO {name} (id) VALUES (1)"))
+        row = connection.execute(text(f"SELECT * FROM {name}")).mappings().one()
+    assert [row[f"text_{number}"] for number in range(len(texts))] == ["x" if each == "'x'" else each for each in texts]
+    column = metadata.tables[name].columns["text_0"]
+    for other in ("it's", "('')", "''::text"):
+        column.server_default = DefaultClause(other)
+        with pytest.raises(CommandError, match="modify_default"):
+            command.check(hub.config)
+
+
+def test_no_revision_for_an_unchanged_text(make_hub: Any) -> None:
+    """A second call of `homeagent migrations new` writes no revision for the default '' and an added text default."""
+    hub = make_hub()
+    (hub.package / "tables.py").write_text(DEFAULTS.format(prefix=hub.name) + DEFAULT.format(0, ""))
+    hub.revise("messages")
+    revisions, tables = Application.of(hub.package / "migrations"), {f"{hub.name}_messages"}
+    assert render_revision(revisions, tables) is None
+    metadata.tables[f"{hub.name}_messages"].columns["text_0"].server_default = DefaultClause("it's")
+    changed = render_revision(revisions, tables)
+    assert changed is not None
+    assert """server_default="it's",""" in changed["upgrade"]
 
 
 def test_new_and_old_databases(make_hub: Any, tmp_path: Path) -> None:
