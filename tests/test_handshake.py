@@ -226,6 +226,14 @@ def test_the_time_limit(homeagent_database: Database) -> None:
         assert isinstance(error.__cause__, TimeoutError)
 
 
+def test_an_id_of_a_wrong_type(handshake: Any) -> None:
+    """If the device's id is not a str, the device sends nothing."""
+    (device, _), sent = handshake(SecretStr("phone"), "x" * 8)
+    assert isinstance(device, InvalidArgumentError)
+    assert str(device) == "device_id must be text, not SecretStr"
+    assert sent[0] == []
+
+
 def test_recheck(handshake: Any, homeagent_database: Database) -> None:
     """After a deletion, or a change of the secret, the role or the approval, an admitted device has no access."""
     admission = handshake("phone", pair(homeagent_database))[0][1]

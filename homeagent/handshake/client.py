@@ -26,6 +26,7 @@ from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeEr
 from homeagent.frame_locals import clears_locals
 from homeagent.handshake import messages
 from homeagent.handshake.messages import Receive, Send
+from homeagent.models.types import check_searched
 from homeagent.scram import ProofParameters, derive_proof_keys, proof_message
 
 __all__ = ["authenticate"]
@@ -60,7 +61,9 @@ async def authenticate(
         AccessDeniedError: if the device is pending or revoked. The error message names the reason.
         HandshakeError: if the handshake takes too long, or the clocks differ too much. Another cause is an invalid
             message, or a gateway without the verifier. Close the connection after the error.
+        InvalidArgumentError: if the device's id is not a str.
     """
+    check_searched(device_id, "device_id")
     check_function(clock, "clock")
     try:
         with anyio.fail_after(time_limit.total_seconds()):
