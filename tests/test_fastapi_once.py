@@ -450,8 +450,16 @@ def test_keys_of_an_object_without_texts(client: Client, house: House) -> None:
     async def numbers(once: Key) -> Any:
         return await once(lambda attempt: {1: house.close(attempt), None: [{0.5: False}], False: 2})
 
+    @client.app.post("/model")
+    async def model(once: Key) -> dict[Any, Any]:
+        answer: dict[Any, Any] = await once(lambda attempt: {1: house.close(attempt), None: [{0.5: (False,)}]})
+        return answer
+
     first, retry = post(client, "/numbers"), post(client, "/numbers")
     assert (first.status_code, first.json()) == (200, {"1": {"count": 1}, "null": [{"0.5": False}], "false": 2})
+    assert (retry.status_code, retry.content) == (200, first.content)
+    first, retry = post(client, "/model"), post(client, "/model")
+    assert (first.status_code, first.json()) == (200, {"1": {"count": 2}, "None": [{"0.5": [False]}]})
     assert (retry.status_code, retry.content) == (200, first.content)
 
 

@@ -168,8 +168,10 @@ class Once:
     async def _encode(self, value: Any) -> Any:
         """Return the JSON value that FastAPI sends for the value."""
         options: Any = {name: getattr(self._route, "response_model_" + name) for name in _MODEL_OPTIONS}
-        encoded = await serialize_response(field=self._route.response_field, response_content=value, **options)
-        return json.loads(json.dumps(encoded))  # JSON changes keys such as numbers into texts
+        field = self._route.response_field
+        encoded = await serialize_response(field=field, response_content=value, **options)
+        # Without a response model, FastAPI keeps keys such as numbers. JSON changes the keys into texts.
+        return json.loads(json.dumps(encoded)) if field is None else encoded
 
     def _answer(self, outcome: Outcome) -> Any:
         """Return the answer for the HTTP endpoint. Raise HTTPProblem if the first request's answer is not stored."""
