@@ -272,7 +272,7 @@ class Transaction:
     def _undo_changes(self, connection: StoreConnection) -> None:
         """Roll back the unit, drop the callbacks, and set the state ROLLED_BACK."""
         if not self._has_joined:
-            connection.rollback()
+            self._undo(connection)
         elif connection.in_transaction:
             connection.rollback_to_savepoint(SAVEPOINT)
         self._after_commit = self._run = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from inspect import get_annotations
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_origin, get_type_hints
@@ -14,7 +14,7 @@ from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.statements import Parameters, Row, Statement
-from homeagent.errors import EffectFailedError, HomeAgentError, InvalidArgumentError
+from homeagent.errors import ConnectionLostError, EffectFailedError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.stores.agents import AgentStore
@@ -78,13 +78,15 @@ class UnitOfWork(Transaction):
         except BaseException:
             # After an error such as a full disk, SQLite can have rolled back the whole transaction.
             if self._state is OPEN and connection.in_transaction:
-                if (nested := self._savepoints[depth]) is not None:
-                    nested.rollback()
-                if session is None:
-                    connection.rollback_to_savepoint(name)
-                if self._after_commit is not None:
-                    del self._after_commit[callbacks:]
-                self._keep_savepoints(depth)
+                # A failed ROLLBACK must not replace the exception, for example a Ctrl-C, which `run()` must not retry.
+                with suppress(ConnectionLostError):
+                    if (nested := self._savepoints[depth]) is not None:
+                        nested.rollback()
+                    if session is None:
+                        connection.rollback_to_savepoint(name)
+                    if self._after_commit is not None:
+                        del self._after_commit[callbacks:]
+                    self._keep_savepoints(depth)
             raise
         if session is None:
             connection.execute(f"RELEASE SAVEPOINT {name}")
@@ -231,6 +233,9 @@ class UnitOfWork(Transaction):
             raise
         try:
             return run(connection, statement, parameters)
+        except BaseException:
+            connection.close_interrupted()
+            raise
         finally:
             if session is not None and (compiled := statement.compiled(connection.dialect)).writes:
                 session.expire_written(compiled.target, compiled.cascade)

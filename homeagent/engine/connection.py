@@ -146,6 +146,9 @@ class StoreConnection:
         """True if the connection has ended, for example by Ctrl-C, or if the application has closed it."""
         return self._connection.invalidated or self._connection.closed
 
+    def close_interrupted(self) -> None:
+        """On PostgreSQL, close the connection if an exception has interrupted a statement, which still runs."""
+
     def is_stale(self, failure: BaseException) -> bool:
         """Return whether BEGIN failed because the server ended the idle connection. On SQLite, return False."""
         return False

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
+import psycopg
 import pytest
+from sqlmodel import select
 
-from homeagent import AgentCreate, Attempt, Database, DevicePair, IdempotencyScope, Outcome, Role, UnitOfWork, errors
+from homeagent import (
+    Agent,
+    AgentCreate,
+    Attempt,
+    Database,
+    Device,
+    DevicePair,
+    IdempotencyScope,
+    Outcome,
+    Role,
+    UnitOfWork,
+    errors,
+)
 from tests.conftest import START, FakeClock
 from tests.postgresql.cut_line import CutLine
 
@@ -56,6 +72,62 @@ def test_connection_lost_before_commit_repeats_the_unit(line: CutLine, far: Data
     assert far.run(adding(runs)) == "added"
     assert line.cuts == 1
     assert count_agents(far) == 1
+
+
+class OutOfTimeError(Exception):
+    """Raised by a signal handler, for example at a time limit."""
+
+
+def create_ada(unit: UnitOfWork) -> None:
+    unit.agents.create(AgentCreate(id="ada", name="Ada", workspace_path="/srv/ada"))
+
+
+def flush_ada(unit: UnitOfWork) -> None:
+    unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv/ada", created_at=START))
+    unit.session.flush()
+
+
+def autoflush_ada(unit: UnitOfWork) -> None:
+    unit.session.add(Agent(id="ada", name="Ada", workspace_path="/srv/ada", created_at=START))
+    unit.session.exec(select(Device)).all()
+
+
+def begin_nested(unit: UnitOfWork) -> AbstractContextManager[object]:
+    return unit.session.begin_nested()
+
+
+@pytest.mark.parametrize("kind", [OutOfTimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("block", [nullcontext, UnitOfWork.savepoint, begin_nested])
+@pytest.mark.parametrize("write", [create_ada, flush_ada, autoflush_ada])
+def test_interrupted_statement_is_not_repeated(
+    target: str,
+    database: Database,
+    kind: type[BaseException],
+    block: Callable[[UnitOfWork], AbstractContextManager[object]],
+    write: Callable[[UnitOfWork], None],
+) -> None:
+    """An exception of a signal handler during a statement leaves `run`, and the function is not called again."""
+    runs: list[int] = []
+
+    def work(unit: UnitOfWork) -> None:
+        runs.append(1)
+        if len(runs) == 1:
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            with block(unit):
+                write(unit)
+
+    def interrupt(*_signal: object) -> NoReturn:
+        raise kind
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with psycopg.connect(target) as other, pytest.raises(kind):
+            other.execute("LOCK TABLE agents IN EXCLUSIVE MODE")
+            database.run(work, idempotent=True)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert len(runs) == 1
+    assert count_agents(database) == 0
 
 
 ANSWERS = pytest.mark.parametrize("answered", [True, False], ids=["committed", "not committed"])

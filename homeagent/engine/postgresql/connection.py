@@ -23,6 +23,7 @@ POOLED = "homeagent_pooled"
 
 # libpq's PGTransactionStatusType: https://www.postgresql.org/docs/current/libpq-status.html
 _IDLE = 0
+ACTIVE = 1
 _FAILED = 3
 _FATAL_ERROR = 7  # libpq's ExecStatusType for an error
 
@@ -151,6 +152,13 @@ class PostgreSQLConnection(StoreConnection):
     def is_lost(self) -> bool:
         """True if the driver or the server has reported a lost connection."""
         return bool(self._lost or self._raw.closed)
+
+    def close_interrupted(self) -> None:
+        """Close the connection if an exception, such as a signal handler's, has interrupted a statement. Otherwise
+        SQLAlchemy's next ROLLBACK would fail and replace the exception.
+        """
+        if self._raw.pgconn.transaction_status == ACTIVE:
+            self._connection.invalidate()
 
     def is_stale(self, failure: BaseException) -> bool:
         """Return True if BEGIN failed on a used connection. The server ended the session or became a standby."""

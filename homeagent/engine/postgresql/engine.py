@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool
 from homeagent.engine.driver_errors import conversion_error, postgresql_error, remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
-from homeagent.engine.postgresql.connection import POOLED, PostgreSQLConnection
+from homeagent.engine.postgresql.connection import ACTIVE, POOLED, PostgreSQLConnection
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clear_locals
 
@@ -213,6 +213,11 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         return None  # `StoreConnection` translates the exception of the instrumented cursor
     original: Any = context.original_exception
     clear_locals(original)  # A traceback could show stored values in local variables of homeagent.
+    cursor: Any = getattr(context.execution_context, "cursor", None)
+    if cursor is not None and cursor.connection.pgconn.transaction_status == ACTIVE:
+        # An exception such as a signal handler's has interrupted the statement. Make SQLAlchemy close the connection.
+        # Otherwise SQLAlchemy would send a ROLLBACK, which fails and replaces the exception.
+        context.is_disconnect = True
     if isinstance(original, HomeAgentError):
         raise copy(original)  # SQLAlchemy makes `original` the cause, and no error may be its own cause.
     if type(context.sqlalchemy_exception) is StatementError:
