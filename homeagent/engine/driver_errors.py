@@ -334,8 +334,8 @@ def unconvertible(
 
 
 def conversion_error(original: Any) -> InvalidArgumentError:
-    """Return homeagent's error for an exception before a statement of SQLAlchemy runs. Remove the value from the
-    exception, which becomes the cause of the error.
+    """Return homeagent's error for an exception before a statement of SQLAlchemy runs, such as a default's exception.
+    Remove the value from the exception, which becomes the cause of the error.
     """
     if type(original) is InvalidRequestError:
         return InvalidArgumentError(original.args[0])  # names a parameter without a value

@@ -15,8 +15,8 @@ from sqlalchemy import CompoundSelect, Dialect, Float, Insert, Select, TextClaus
 from sqlalchemy.orm import configure_mappers
 from sqlalchemy.sql.expression import ColumnClause
 
-from homeagent.engine.driver_errors import unconvertible
-from homeagent.errors import CorruptDatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.engine.conversions import hiding_parameter
+from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
 from homeagent.models import TABLES
 from homeagent.models.base import Table, metadata
 from homeagent.models.types import UNREADABLE, naming_column, unreadable
@@ -249,7 +249,7 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
         direct = getattr(parameter.type, "convert_bound", None)
         convert: Any = parameter.type.dialect_impl(dialect).bind_processor(dialect)
         if convert is not None and direct is None:
-            convert = _hiding_value(convert, parameter.key)
+            convert = hiding_parameter(convert, parameter.key)
         if not parameter.required and parameter.key not in defaults:
             # SQLAlchemy makes parameters from constants too, as in `approved == False`.
             constant = parameter.effective_value
@@ -282,22 +282,6 @@ def bind(given):
 """
     exec(source, namespace)  # noqa: S102  built from the names of parameters only
     return namespace["bind"]  # type: ignore[no-any-return]  # generated above
-
-
-def _hiding_value(convert: Callable[[Any], Any], name: str) -> Callable[[Any], Any]:
-    """Return a function that converts a value of a parameter. An error of the function does not show the value."""
-
-    def convert_value(value: Any) -> Any:
-        try:
-            return convert(value)
-        except HomeAgentError:
-            raise
-        except Exception as error:  # noqa: BLE001  raised again without the value
-            kind = type(error)
-        # Do not raise inside the `except` block. The error's `__context__` would show the value.
-        raise unconvertible(kind, f"the value of the parameter {name!r}")
-
-    return convert_value
 
 
 def _missing(error: KeyError) -> InvalidArgumentError:

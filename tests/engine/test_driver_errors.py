@@ -9,8 +9,23 @@ from importlib import import_module
 from typing import Any
 
 import pytest
-from sqlalchemy import Boolean, Date, Enum, Float, Numeric, Uuid, bindparam, cast, event, select, text
-from sqlalchemy.types import TypeEngine
+from pydantic import TypeAdapter
+from sqlalchemy import (
+    Boolean,
+    Date,
+    Dialect,
+    Enum,
+    Float,
+    Numeric,
+    String,
+    Uuid,
+    bindparam,
+    cast,
+    event,
+    select,
+    text,
+)
+from sqlalchemy.types import TypeDecorator, TypeEngine
 
 import homeagent
 from homeagent import Agent, AgentCreate, Database, DevicePair, Role, Statement, UnitOfWork, errors
@@ -135,12 +150,24 @@ def test_a_refused_value_is_not_its_own_cause(database: Database, by: str) -> No
         causes.append(cause)
 
 
+class Validated(TypeDecorator[str]):
+    """A column type of an application, whose exception contains the value."""
+
+    impl = String
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        """Raise Pydantic's ValidationError for a text that is not a number."""
+        return str(TypeAdapter(int).validate_python(value))
+
+
 @pytest.mark.parametrize("by", ["statement", "session", "read connection"])
 @pytest.mark.parametrize(
-    "kind", [Boolean(), Float(), Numeric(), Date(), Uuid(), Enum("red", name="color", validate_strings=True)]
+    "kind",
+    [Boolean(), Float(), Numeric(), Date(), Uuid(), Enum("red", name="color", validate_strings=True), Validated()],
 )
 def test_a_value_of_a_wrong_type_is_not_shown(database: Database, kind: TypeEngine[Any], by: str) -> None:
-    """If a type of SQLAlchemy can't convert a value, the error and its causes do not show the value."""
+    """If a column type can't convert a value, the error and its causes do not show the value."""
     search = select(cast(bindparam("value", type_=kind), kind))
     with pytest.raises(errors.HomeAgentError) as caught:
         if by == "statement":

@@ -15,6 +15,7 @@ from sqlalchemy import URL, event
 from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.pool import NullPool
 
+from homeagent.engine.conversions import hide_values
 from homeagent.engine.driver_errors import conversion_error, postgresql_error, remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
@@ -80,6 +81,7 @@ class PostgreSQLEngine(Engine):
             isolation_level="AUTOCOMMIT",
             paramstyle="format",
         )
+        hide_values(sa_engine.dialect)
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "begin", self._on_begin)
         # A tracing library's error listener can run before `_on_error()`. So `_run_by()` removes stored values from the

@@ -21,6 +21,7 @@ from sqlalchemy.exc import StatementError
 from sqlalchemy.pool import NullPool
 
 from homeagent.clock import monotonic
+from homeagent.engine.conversions import hide_values
 from homeagent.engine.driver_errors import conversion_error, remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.files import database_file
@@ -121,6 +122,7 @@ class SQLiteEngine(Engine):
         """Return a new SQLAlchemy engine with homeagent's listeners. `open_file()` opens each connection."""
         url = URL.create(DRIVER_NAME, database=str(self.path))
         sa_engine = sqlalchemy.create_engine(url, poolclass=NullPool, hide_parameters=True, creator=open_file)
+        hide_values(sa_engine.dialect)
         event.listen(sa_engine, "connect", self._on_connect)
         event.listen(sa_engine, "close", self._on_close)
         # Use a weak reference to this engine. The caches of compiled statements keep this listener in memory. A strong
