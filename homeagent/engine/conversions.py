@@ -7,10 +7,13 @@ from functools import cache, cached_property, partial
 from typing import Any
 
 from sqlalchemy import Dialect
+from sqlalchemy.engine.default import DefaultExecutionContext
 from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.types import TypeEngine
 
 from homeagent.engine.driver_errors import unconvertible
 from homeagent.errors import HomeAgentError
+from homeagent.models.types import StoredColumn, unreadable
 
 Convert = Callable[[Any], Any]
 
@@ -38,6 +41,15 @@ def hiding_parameter(convert: Convert, name: str) -> Convert:
     return hiding_value(convert, partial(unconvertible, what=f"the value of the parameter {name!r}"))
 
 
+def hiding_stored(convert: Convert | None, kind: TypeEngine[Any]) -> Convert | None:
+    """Return a function that converts a stored value. For an unreadable value, the function raises
+    CorruptDatabaseError. homeagent's column types already do so.
+    """
+    if convert is None or isinstance(kind, StoredColumn):
+        return convert
+    return hiding_value(convert, lambda _: unreadable())
+
+
 class _Compiler(SQLCompiler):
     @cached_property
     def _bind_processors(self) -> Any:
@@ -52,9 +64,15 @@ class _Compiler(SQLCompiler):
         }
 
 
+class _Execution(DefaultExecutionContext):
+    def get_result_processor(self, type_: Any, colname: str, coltype: Any) -> Any:
+        return hiding_stored(super().get_result_processor(type_, colname, coltype), type_)
+
+
 def hide_values(dialect: Dialect) -> None:
     """Make the errors of column types in SQLAlchemy's statements hide the values."""
     dialect.statement_compiler = _combined((_Compiler, dialect.statement_compiler))
+    dialect.execution_ctx_cls = _combined((_Execution, dialect.execution_ctx_cls))
 
 
 @cache

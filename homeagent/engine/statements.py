@@ -15,7 +15,7 @@ from sqlalchemy import CompoundSelect, Dialect, Float, Insert, Select, TextClaus
 from sqlalchemy.orm import configure_mappers
 from sqlalchemy.sql.expression import ColumnClause
 
-from homeagent.engine.conversions import hiding_parameter
+from homeagent.engine.conversions import hiding_parameter, hiding_stored
 from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
 from homeagent.models import TABLES
 from homeagent.models.base import Table, metadata
@@ -297,7 +297,7 @@ def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], 
     # Before the execution, the driver's type code is unknown. A `Float` column with Decimal values needs the code
     # `_FLOAT8`. For any other column, the code `_NUMERIC` is right.
     code = _FLOAT8 if isinstance(column.type, Float) and column.type.asdecimal else _NUMERIC
-    return column.type.dialect_impl(dialect).result_processor(dialect, code)
+    return hiding_stored(column.type.dialect_impl(dialect).result_processor(dialect, code), column.type)
 
 
 def _model_of(expression: Any) -> Any:

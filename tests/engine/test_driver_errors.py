@@ -11,17 +11,21 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 from sqlalchemy import (
+    JSON,
     Boolean,
     Date,
     Dialect,
     Enum,
     Float,
+    Interval,
+    LargeBinary,
     Numeric,
     String,
     Uuid,
     bindparam,
     cast,
     event,
+    literal_column,
     select,
     text,
 )
@@ -164,7 +168,16 @@ class Validated(TypeDecorator[str]):
 @pytest.mark.parametrize("by", ["statement", "session", "read connection"])
 @pytest.mark.parametrize(
     "kind",
-    [Boolean(), Float(), Numeric(), Date(), Uuid(), Enum("red", name="color", validate_strings=True), Validated()],
+    [
+        Boolean(),
+        Float(),
+        Numeric(),
+        Date(),
+        Uuid(),
+        LargeBinary(),
+        Enum("red", name="color", validate_strings=True),
+        Validated(),
+    ],
 )
 def test_a_value_of_a_wrong_type_is_not_shown(database: Database, kind: TypeEngine[Any], by: str) -> None:
     """If a column type can't convert a value, the error and its causes do not show the value."""
@@ -182,6 +195,26 @@ def test_a_value_of_a_wrong_type_is_not_shown(database: Database, kind: TypeEngi
         if (error := waiting.pop()) is not None:
             assert SECRET not in f"{error} {vars(error)} {getattr(error, 'obj', None)}"
             waiting += [error.__cause__, error.__context__]
+
+
+@pytest.mark.parametrize("by", ["statement", "session", "read connection"])
+@pytest.mark.parametrize("kind", [Enum("red", name="color"), Numeric(), Uuid(), JSON(), Date(), Interval()])
+def test_a_stored_value_of_a_wrong_type_is_not_shown(sqlite_database: Database, kind: TypeEngine[Any], by: str) -> None:
+    """If a type of SQLAlchemy can't read a stored value, the error is CorruptDatabaseError without the value.
+
+    SQLite only: PostgreSQL checks the type of each stored value.
+    """
+    search = select(literal_column(f"'{SECRET}'", kind))
+    with pytest.raises(errors.CorruptDatabaseError, match="can't be read") as caught:
+        if by == "statement":
+            sqlite_database.run(lambda unit: unit.one(Statement(search)))
+        elif by == "session":
+            sqlite_database.run(lambda unit: unit.session.execute(search).all())
+        else:
+            with sqlite_database.read_connection() as connection:
+                connection.execute(search).all()
+    assert caught.value.__cause__ is None
+    assert caught.value.__context__ is None
 
 
 def test_an_absent_value_is_named(database: Database) -> None:

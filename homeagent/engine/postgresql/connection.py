@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from homeagent.engine.connection import StoreConnection
-from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost
+from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost, unconvertible
 from homeagent.engine.instrumented_cursor import InstrumentedCursor
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, StandbyError
 
@@ -163,3 +164,36 @@ class PostgreSQLConnection(StoreConnection):
     def is_stale(self, failure: BaseException) -> bool:
         """Return True if BEGIN failed on a used connection. The server ended the session or became a standby."""
         return self._begun and isinstance(failure, (ConnectionLostError, StandbyError))
+
+
+@cache
+def cursor_class() -> Any:
+    """Return the class of psycopg's cursor whose errors of a conversion do not show the value."""
+    import psycopg
+
+    class Cursor(psycopg.Cursor[Any]):
+        def execute(self, query: Any, params: Any = None, **options: Any) -> Any:
+            return _hiding_parameters(self, super().execute, query, params, options)
+
+        def executemany(self, query: Any, params_seq: Any, **options: Any) -> None:
+            if isinstance(params_seq, list):
+                _hiding_parameters(self, super().executemany, query, params_seq, options)
+            else:  # an exception of the application's iterator must pass
+                super().executemany(query, params_seq, **options)
+
+    return Cursor
+
+
+def _hiding_parameters(
+    cursor: Any, execute: Callable[..., Any], query: Any, parameters: Any, options: dict[str, Any]
+) -> Any:
+    """Run a statement. If psycopg can't convert a parameter, raise InvalidArgumentError."""
+    try:
+        return execute(query, parameters, **options)
+    except (TypeError, ValueError, RecursionError) as error:
+        # A signal handler's exception can interrupt the statement.
+        if isinstance(error, UnicodeError) or cursor.connection.pgconn.transaction_status == ACTIVE:
+            raise
+        kind = type(error)
+    # Do not raise inside the `except` block. The error's `__context__` would show the parameters.
+    raise unconvertible(kind)

@@ -19,7 +19,7 @@ from homeagent.engine.conversions import hide_values
 from homeagent.engine.driver_errors import conversion_error, postgresql_error, remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
-from homeagent.engine.postgresql.connection import ACTIVE, POOLED, PostgreSQLConnection
+from homeagent.engine.postgresql.connection import ACTIVE, POOLED, PostgreSQLConnection, cursor_class
 from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.frame_locals import clear_locals
 
@@ -100,6 +100,7 @@ class PostgreSQLEngine(Engine):
         """Record whether a pooler serves the new connection. Without a pooler, set the engine's settings by SET."""
         pooled = connection.execute("SELECT pg_backend_pid()").fetchone()[0] != connection.info.backend_pid
         record.info[POOLED] = pooled
+        connection.cursor_factory = cursor_class()
         if self.search_schema is None:
             self._fix_search_path(connection)
         if pooled:

@@ -13,7 +13,13 @@ from homeagent.models.types.json_text import (
 )
 from homeagent.models.types.limits import MAX_LIMIT, check_limit, check_names
 from homeagent.models.types.own_columns import choose_column_type
-from homeagent.models.types.stored_values import UNREADABLE, naming_column, problem_of_stored, unreadable
+from homeagent.models.types.stored_values import (
+    UNREADABLE,
+    StoredColumn,
+    naming_column,
+    problem_of_stored,
+    unreadable,
+)
 from homeagent.models.types.text import (
     INVISIBLE,
     MIN_SECRET_CHARACTERS,
