@@ -183,6 +183,8 @@ def _run(context: Any, connection: Connection, acknowledged: frozenset[str]) -> 
     with context.begin_transaction():
         before = broken_references(connection)
         with revision_guard(connection, acknowledged) as guard:
+            if guard.has_ended:
+                raise CommandError("the connection is in autocommit mode: pass a connection with transactions")
             migration = context.get_context()
             block = migration.autocommit_block
             migration.autocommit_block = lambda: guard.may_end(block())

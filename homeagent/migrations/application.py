@@ -243,6 +243,7 @@ class RevisionGuard:
         self._outside = outside
         self._left_transaction = False
         self._may_end = False
+        self._begun = False
         self._acknowledged = acknowledged
         self._before: dict[str, tuple[str, int]] = {}
         self._statements = 0
@@ -257,13 +258,15 @@ class RevisionGuard:
         self.require_transaction()
         if _ENDS_TRANSACTION.match(statement):
             self.refuse_end(None)
+        self._begun = True
 
     @property
     def has_ended(self) -> bool:
         """True if the revision has ended its transaction on PostgreSQL. On SQLite, the authorizer prevents the end."""
+        if self._may_end or self._connection.dialect.driver != "psycopg":
+            return False
         # On a connection without autocommit, psycopg begins the transaction with the first statement.
-        is_checked = not self._may_end and self._connection.dialect.driver == "psycopg" and self.raw.autocommit
-        return is_checked and self.raw.info.transaction_status == 0
+        return (self.raw.autocommit or self._begun) and self.raw.info.transaction_status == 0
 
     def require_transaction(self, *_: object) -> None:
         """Raise an error if the revision has ended its transaction."""
@@ -286,7 +289,7 @@ class RevisionGuard:
             with block:
                 yield
         finally:
-            self._may_end = False
+            self._may_end = self._begun = False
 
     def fail(self, reason: str) -> NoReturn:
         """Raise an error with the reason. Also store the reason, because SQLAlchemy can replace the raised error."""

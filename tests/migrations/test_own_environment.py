@@ -306,6 +306,45 @@ def test_a_given_connection(target: str, make_hub: Any) -> None:
         assert connection.execute(text("SELECT count(*) FROM given")).scalar_one() == 0
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        'op.execute("SELECT 1; ROLLBACK")',
+        'op.execute("SELECT 1; COMMIT")',
+        "op.get_bind().connection.driver_connection.rollback()",
+        "op.get_bind().connection.driver_connection.commit()",
+    ],
+)
+def test_ended_transaction_of_a_given_connection(empty_postgres_url: str, make_hub: Any, end: str) -> None:
+    """If a revision ends the transaction of a given connection, the command fails, and the revision is not recorded.
+
+    PostgreSQL only: on SQLite, a statement can't end the transaction of a revision.
+    """
+    hub = make_hub(empty_postgres_url)
+    Database.open(empty_postgres_url).close()
+    write_revisions(hub.package / "migrations")
+    write_revision(
+        hub.package / "migrations", "a4", "a3", f'op.create_table("given", sa.Column("a", sa.Integer))\n{end}'
+    )
+    with plain_engine(empty_postgres_url).connect() as connection:
+        hub.config.attributes["connection"] = connection
+        command.upgrade(hub.config, "a3")
+        connection.commit()
+        with pytest.raises(CommandError, match="it has ended its transaction"):
+            command.upgrade(hub.config, "a4")
+        assert connection.execute(text("SELECT version_num FROM application_schema_version")).scalar_one() == "a3"
+
+
+def test_given_connection_in_autocommit_mode(empty_postgres_url: str, make_hub: Any) -> None:
+    """A given connection without transactions is refused."""
+    hub = make_hub(empty_postgres_url)
+    Database.open(empty_postgres_url).close()
+    with plain_engine(empty_postgres_url).connect() as connection:
+        hub.config.attributes["connection"] = connection.execution_options(isolation_level="AUTOCOMMIT")
+        with pytest.raises(CommandError, match="autocommit mode"):
+            command.check(hub.config)
+
+
 def test_environment_of_the_application(target: str, make_hub: Any) -> None:
     """An own env.py writes SQLAlchemy's types into a revision, and neither compares nor drops homeagent's tables."""
     hub = make_hub(target)
