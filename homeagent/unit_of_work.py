@@ -14,7 +14,13 @@ from homeagent.callables import check_function, refuse_coroutine
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.statements import Parameters, Row, Statement
-from homeagent.errors import ConnectionLostError, EffectFailedError, HomeAgentError, InvalidArgumentError
+from homeagent.errors import (
+    ConnectionLostError,
+    EffectFailedError,
+    HomeAgentError,
+    InvalidArgumentError,
+    UnitStateError,
+)
 from homeagent.frame_locals import clears_locals
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.stores.agents import AgentStore
@@ -26,6 +32,7 @@ from homeagent.stores.store import Store
 from homeagent.transaction import OPEN, ROLLED_BACK, SAVEPOINT, Transaction
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
     from sqlmodel import Session
 
 R = TypeVar("R")
@@ -73,14 +80,14 @@ class UnitOfWork(Transaction):
             if self._state is ROLLED_BACK:
                 return
             self._require_connection().require_transaction()
-            if (nested := self._savepoints[depth]) is not None:
+            if (nested := self._nested_transaction(depth)) is not None:
                 nested.commit()
         except BaseException:
             # After an error such as a full disk, SQLite can have rolled back the whole transaction.
             if self._state is OPEN and connection.in_transaction:
                 # A failed ROLLBACK must not replace the exception, for example a Ctrl-C, which `run()` must not retry.
                 with suppress(ConnectionLostError):
-                    if (nested := self._savepoints[depth]) is not None:
+                    if (nested := self._nested_transaction(depth)) is not None:
                         nested.rollback()
                     if session is None:
                         connection.rollback_to_savepoint(name)
@@ -91,6 +98,12 @@ class UnitOfWork(Transaction):
         if session is None:
             connection.execute(f"RELEASE SAVEPOINT {name}")
         self._keep_savepoints(depth)
+
+    def _nested_transaction(self, number: int) -> SessionTransaction | None:
+        """Return the ORM session's nested transaction of an open savepoint, or None without an ORM session."""
+        if number >= len(self._savepoints):
+            raise UnitStateError("an outer savepoint of this unit was left first: leave the inner savepoint first")
+        return self._savepoints[number]
 
     def _keep_savepoints(self, number: int) -> None:
         """Forget the inner savepoints. If the innermost remaining savepoint is older than the ORM session, begin a

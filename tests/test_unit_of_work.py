@@ -148,6 +148,22 @@ def test_savepoints_nest(database: Database, orm: bool) -> None:
     assert agents_of(database) == ["outer 2"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("orm", [False, True])
+def test_savepoints_end_in_order(database: Database, orm: bool, fails: bool) -> None:
+    """If an outer savepoint ends before an inner savepoint, the inner savepoint raises, and the unit is undone."""
+    with pytest.raises(errors.UnitStateError, match="inner savepoint first"), database.unit_of_work() as unit:
+        if orm:
+            unit.session.connection()
+        outer, inner = unit.savepoint(), unit.savepoint()
+        outer.__enter__()
+        inner.__enter__()
+        create(unit, "ada")
+        outer.__exit__(None, None, None)
+        inner.__exit__(ValueError if fails else None, ValueError() if fails else None, None)
+    assert agents_of(database) == []
+
+
 @pytest.mark.parametrize("flushed", [False, True], ids=["statement", "flush"])
 def test_savepoint_survives_a_constraint(database: Database, flushed: bool) -> None:
     """If a statement or flush in a savepoint is refused, only this savepoint is undone on both engines."""
