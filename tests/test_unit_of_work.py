@@ -19,6 +19,7 @@ from sqlmodel import select
 from homeagent import (
     Agent,
     AgentSession,
+    AgentSessionCreate,
     AgentUpdate,
     Database,
     Device,
@@ -406,6 +407,27 @@ def test_a_partly_read_result_keeps_no_snapshot(database: Database, reopen: Make
     assert agents_of(database) == ["ada", "bob", "eve"]
     add_agent(database, "zoe")
     assert agents_of(database) == ["ada", "bob", "eve", "zoe"]
+
+
+READ_ONLY: dict[str, Callable[[UnitOfWork], object]] = {
+    "start": lambda unit: unit.sessions.start(agent_id="ada"),
+    "resolve": lambda unit: unit.sessions.resolve(agent_id="ada", sender_id="new"),
+    "create": lambda unit: unit.sessions.create(AgentSessionCreate(session_id="other", agent_id="ada")),
+    "move": lambda unit: unit.sessions.move("s", agent_id="bob"),
+    "index": lambda unit: unit.sessions.index([unit.sessions.get("s")]),
+}
+
+
+@pytest.mark.parametrize("method", READ_ONLY)
+def test_read_only_unit_reads_on(database: Database, method: str) -> None:
+    """If a read-only unit refuses a method that locks an agent, the unit can read after the error."""
+    add_agent(database)
+    add_agent(database, "bob")
+    database.sessions.create(AgentSessionCreate(session_id="s", agent_id="ada"))
+    with database.unit_of_work(read_only=True) as unit:
+        with pytest.raises(errors.ReadOnlyError):
+            READ_ONLY[method](unit)
+        assert [session.session_id for session in unit.sessions.list()] == ["s"]
 
 
 def test_read_only_unit_cannot_write(database: Database) -> None:

@@ -123,6 +123,7 @@ class Statement(Generic[R]):
         make: expression of the statement. For an upsert, pass a function. The function takes the dialect's `insert()`,
             and returns the expression. Use SQLAlchemy's bindparam() for each value that differs between calls.
         lock: True if a SELECT in a write unit locks its rows. The locks end with the unit. SQLite does not lock rows.
+            In a read-only unit, the SELECT locks no rows, even with SQLAlchemy's with_for_update().
         returning: model class of the rows from an INSERT, UPDATE or DELETE. With None, the statement returns no rows.
 
     Raises (at the first use): InvalidArgumentError: if the results mix a model and columns, or the model does not
@@ -153,7 +154,8 @@ class Statement(Generic[R]):
     ) -> None:
         self._make = make
         self._returning = returning
-        self.lock: bool = lock
+        # SQLAlchemy has no public attribute for the clause that `with_for_update()` adds.
+        self.lock: bool = lock or getattr(make, "_for_update_arg", None) is not None
         self._cache: dict[tuple[str, bool], Compiled[R]] = {}
 
     @property
@@ -171,8 +173,10 @@ class Statement(Generic[R]):
             if callable(expression):
                 # Import only the dialect in use, because each import costs start time.
                 expression = expression(import_module(f"sqlalchemy.dialects.{dialect.name}").insert)
-            if self.lock and not read_only:
+            if self.lock and (read_only or expression._for_update_arg is None):
                 expression = expression.with_for_update()
+                if read_only:
+                    expression._for_update_arg = None
             if self._returning is not None:
                 expression = expression.returning(*self._returning.__table__.columns)
             # Compile without a lock, because two threads get equal results.
