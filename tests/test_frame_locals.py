@@ -17,20 +17,27 @@ from sqlalchemy import Float, bindparam, insert, select, text
 import homeagent
 from homeagent import (
     Agent,
+    AgentCreate,
+    AgentSession,
+    AgentSessionCreate,
+    AgentSessionUpdate,
+    AgentUpdate,
     Database,
     DevicePair,
+    DeviceUpdate,
     IdempotencyScope,
     Nonce,
     ReplayGuard,
     Role,
     Statement,
+    UnitOfWork,
     errors,
     hash_secret,
     scram,
 )
 from homeagent.credentials import hashing
 from homeagent.fastapi import bearer_token
-from tests.conftest import START, add_device
+from tests.conftest import START, add_agent, add_device
 from tests.credentials.conftest import cheap_hashes as cheap_hashes
 from tests.credentials.conftest import dearer
 
@@ -172,6 +179,37 @@ def test_no_frame_shows_a_refused_value(database: Database, kind: str) -> None:
     assert shown(caught.value) == []
     *_, last = traceback.extract_tb(caught.value.__traceback__)
     assert last.filename.startswith((PACKAGE, GENERATED)) or REFUSED[kind] in (refused_by_orm, filtering, after_a_flush)
+
+
+IN_A_UNIT: dict[str, Callable[[UnitOfWork], Any]] = {
+    "agents.create": lambda unit: unit.agents.create(
+        AgentCreate(id="ada", name="Ada", workspace_path="/srv", config=SECRET)
+    ),
+    "agents.update": lambda unit: unit.agents.update("eve", AgentUpdate(config=SECRET)),
+    "devices.update": lambda unit: unit.devices.update("radio", DeviceUpdate(metadata=SECRET)),
+    "devices.revoke": lambda unit: unit.devices.revoke("radio", reason=SECRET),
+    "sessions.create": lambda unit: unit.sessions.create(
+        AgentSessionCreate(session_id="s", agent_id="ada", sender_id=SECRET, metadata=SECRET)
+    ),
+    "sessions.resolve": lambda unit: unit.sessions.resolve(agent_id="eve", sender_id=SECRET),
+    "sessions.start": lambda unit: unit.sessions.start(agent_id="eve", channel_id=SECRET),
+    "sessions.move": lambda unit: unit.sessions.move("s", agent_id="eve", sender_id=SECRET),
+    "sessions.list": lambda unit: unit.sessions.list(sender_id=SECRET, limit=0),
+    "sessions.update": lambda unit: unit.sessions.update("none", AgentSessionUpdate(metadata=SECRET)),
+    "sessions.index": lambda unit: unit.sessions.index(
+        [AgentSession(session_id="t", agent_id="eve", sender_id=SECRET, created_at=START, last_active_at=START)]
+    ),
+}
+
+
+@pytest.mark.parametrize("method", IN_A_UNIT)
+def test_no_frame_in_a_unit_shows_an_argument(sqlite_database: Database, method: str) -> None:
+    """If a method of a store raises inside a unit, no frame holds the method's data, such as metadata and senders."""
+    add_agent(sqlite_database)
+    sqlite_database.sessions.create(AgentSessionCreate(session_id="s", agent_id="ada"))
+    with sqlite_database.unit_of_work() as unit, pytest.raises(errors.HomeAgentError) as caught:
+        IN_A_UNIT[method](unit)
+    assert shown(caught.value) == []
 
 
 CLOSED: dict[str, Callable[[Database], Any]] = {

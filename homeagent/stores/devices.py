@@ -7,7 +7,6 @@ from typing import Literal, TypeVar
 
 from homeagent import errors, models
 from homeagent.engine.statements import Parameters
-from homeagent.frame_locals import clears_locals
 from homeagent.models import types
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.device_change import DeviceChange
@@ -24,7 +23,6 @@ class DeviceStore(Store):
     __slots__ = ()
 
     @writing()
-    @clears_locals
     def create(self, device: models.DeviceCreate) -> Device:
         """Add an unapproved device whose secret is already hashed. If the id exists, raise `DeviceExistsError`."""
         check_kind(device, models.DeviceCreate, "device")
@@ -162,7 +160,6 @@ class DeviceStore(Store):
         return device
 
     @writing()
-    @clears_locals
     def approve(
         self,
         device_id: str,
@@ -284,7 +281,6 @@ class DeviceStore(Store):
         return True
 
     @writing()
-    @clears_locals
     def set_secret(
         self,
         device_id: str,
@@ -324,7 +320,6 @@ class DeviceStore(Store):
         return self._unit.write(statements.SET_SECRET, **values) > 0
 
     @writing()
-    @clears_locals
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
         """Replace the expected hash by a new hash of the same secret. If the stored hash differs, return False."""
         values = {

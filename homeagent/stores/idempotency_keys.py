@@ -26,7 +26,6 @@ class IdempotencyKeyStore(Store):
     __slots__ = ()
 
     @writing()
-    @clears_locals
     def insert(self, scope: IdempotencyScope, result: JsonValue, *, ttl: timedelta) -> IdempotencyKey:
         """Store the result of a call for later retries.
 
@@ -99,7 +98,6 @@ class IdempotencyKeyStore(Store):
     # Methods that `run_once()` calls
 
     @writing()
-    @clears_locals
     def claim(
         self,
         scope: IdempotencyScope,
@@ -179,7 +177,6 @@ class IdempotencyKeyStore(Store):
         return attempt
 
     @writing()
-    @clears_locals
     def renew(self, attempt: Attempt, *, lease: timedelta) -> Attempt:
         """Renew the lease of an attempt, and return the renewed attempt. The argument `lease=` is the duration of the
         new lease from now. If the attempt no longer owns the key, raise `LeaseLostError`.
@@ -190,7 +187,6 @@ class IdempotencyKeyStore(Store):
         return replace(attempt, lease_expires_at=until)
 
     @writing()
-    @clears_locals
     def complete(self, attempt: Attempt, result: JsonValue) -> bool:
         """Record the result of the effect for later retries. Omit a result that is not JSON or is over 1 MiB. For an
         omitted result, record `omitted=True` and return False.
@@ -202,7 +198,6 @@ class IdempotencyKeyStore(Store):
         return self._record(attempt, IdempotencyState.COMPLETED, result, self._unit.now(), recorded_by=attempt.owner)
 
     @writing()
-    @clears_locals
     def fail(self, attempt: Attempt, error: JsonValue) -> bool:
         """Record that the effect failed permanently. A retry raises `EffectFailedError` with the given detail."""
         check_kind(attempt, Attempt, "attempt")
@@ -241,7 +236,6 @@ class IdempotencyKeyStore(Store):
         return not omitted
 
     @writing()
-    @clears_locals
     def release(self, attempt: Attempt, *, none_began: bool = False) -> None:
         """Release a key. Call the method only if the attempt's effect did not begin.
 
@@ -272,7 +266,6 @@ class IdempotencyKeyStore(Store):
         return self._unit.all(statements.ABANDONED, now=self._unit.now(), limit=types.check_limit(limit))
 
     @writing()
-    @clears_locals
     def resolve(self, scope: IdempotencyScope, result: JsonValue) -> bool:
         """Record the result of an abandoned attempt for later retries. If the scope has no abandoned attempt, return
         False.
@@ -287,7 +280,6 @@ class IdempotencyKeyStore(Store):
         return attempt is not None and self._record(attempt, IdempotencyState.COMPLETED, result, now, recorded_by=None)
 
     @writing()
-    @clears_locals
     def forget(self, scope: IdempotencyScope) -> bool:
         """Delete the record of an abandoned attempt. The next call runs the effect again. If the scope has no abandoned
         attempt, return False.

@@ -65,7 +65,6 @@ class NonceStore(Store):
     __slots__ = ()
 
     @writing()
-    @clears_locals
     def consume(self, device_id: str, nonce: str, *, expires_at: datetime, limit: int | None = None) -> bool:
         """Consume a nonce. If several callers consume a device's nonce, at most one caller gets True. If the time
         `expires_at` has passed, return False.
@@ -110,7 +109,6 @@ class NonceStore(Store):
         return self._unit.one(_COUNT, device_id=device_id, now=now) or 0
 
     @writing()
-    @clears_locals
     def consume_signed(
         self, device_id: str, nonce: str, *, signed_at: datetime, skew: timedelta, limit: int | None = None
     ) -> Freshness:

@@ -26,6 +26,7 @@ from pydantic import JsonValue
 
 from homeagent import errors, models
 from homeagent.engine.statements import Parameters
+from homeagent.frame_locals import clears_locals
 from homeagent.models.session import ROUTE_INDEX, AgentSession, new_session_id, route_key
 from homeagent.models.types import check_limit, check_optional_label, check_searched, not_after
 from homeagent.stores import session_statements as statements
@@ -242,6 +243,7 @@ class SessionStore(Store):
         return self.get(session_id)
 
     @reading
+    @clears_locals
     def list(
         self,
         *,

@@ -8,6 +8,7 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from homeagent.errors import InvalidArgumentError
+from homeagent.frame_locals import clears_locals
 from homeagent.models.types import MILLISECOND, check_duration, check_searched
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def reading(method: F) -> F:
 
 
 def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None) -> Callable[[F], F]:
-    """Declare that a store's method writes.
+    """Declare that a store's method writes. If the method raises a HomeAgentError, clear local variables.
 
     If some calls of the method do not write, pass a function as `unless=`. Outside a unit, homeagent first calls the
     function with the method's arguments. If the function returns `(True, result)`, homeagent returns the result at
@@ -53,6 +54,7 @@ def writing(*, unless: Callable[..., tuple[bool, Any]] | None = None) -> Callabl
     """
 
     def declare(method: Any) -> Any:
+        method = clears_locals(method)
         method.homeagent_access, method.homeagent_unless = Access.WRITE, unless
         return method
 
