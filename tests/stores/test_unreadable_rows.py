@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
-from homeagent import AgentUpdate, Database, DeviceUpdate, IdempotencyScope, Role
-from homeagent.errors import CorruptDatabaseError, LastAdminError
+from homeagent import AgentUpdate, Database, Device, DeviceUpdate, IdempotencyScope, Role
+from homeagent.errors import CorruptDatabaseError, InvalidArgumentError, LastAdminError
 from tests.conftest import START, add_agent, add_device, pair, write_past_checks
 
 # Values that another program stored, and whether PostgreSQL accepts them.
@@ -73,6 +74,15 @@ def test_update_replaces_the_value(database: Database, target: str) -> None:
     assert database.agents.update("ada", AgentUpdate(config={"a": 1})).config == {"a": 1}
     write_past_checks(target, "UPDATE agents SET config = 'hello'")
     assert database.agents.delete("ada") is True
+
+
+@pytest.mark.parametrize("time", ["9999-12-31T23:59:59-12:00", "0001-01-01T00:00:00+12:00"])
+def test_a_time_that_can_not_be_read_is_not_stored(database: Database, time: str) -> None:
+    """If a statement of the session stores a time that is out of range in UTC, the statement raises an error."""
+    add_device(database)
+    with database.unit_of_work() as unit, pytest.raises(InvalidArgumentError, match="outside the years 1 to 9999"):
+        unit.session.execute(update(Device).values(last_seen_at=datetime.fromisoformat(time)))
+    assert database.devices.get("lamp").last_seen_at is None
 
 
 def test_secret_key_is_not_named(database: Database, target: str) -> None:

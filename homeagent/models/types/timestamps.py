@@ -128,8 +128,8 @@ class TimestampColumn(StoredColumn[datetime]):
     @staticmethod
     def convert_bound(value: datetime) -> int:
         """Return the milliseconds of an aware datetime, floored."""
-        try:
-            since = value - EPOCH
-        except TypeError:
-            raise InvalidArgumentError("a timestamp must be an aware datetime") from None
+        # Do not call `check_timestamp()` for each value: the conversion would take 40% longer.
+        if value.__class__ is not datetime or value.tzinfo is not UTC:
+            value = check_timestamp(value)
+        since = value - EPOCH
         return since.days * 86_400_000 + since.seconds * 1000 + since.microseconds // 1000
