@@ -60,7 +60,7 @@ def test_limit_counts_utf8_bytes() -> None:
         encode_json(fits + "é")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1] 2", "nul", "{'a': 1}"])
+@pytest.mark.parametrize("text", ["", "{", "[1] 2", "nul", "{'a': 1}", "NaN", "[1, -Infinity]"])
 def test_invalid_stored_json_raises(text: str) -> None:
     """If another program stored a text that is not JSON, reading raises an error and does not return null."""
     with pytest.raises(ValueError, match=r"."):

@@ -17,6 +17,7 @@ from tests.conftest import START, add_agent, add_device, pair, write_past_checks
 # Values that another program stored, and whether PostgreSQL accepts them.
 VALUES = {
     "no JSON": ("metadata", "'hello'", True),
+    "a number outside JSON": ("metadata", "'[1, NaN]'", True),
     "a time beyond the year 9999": ("last_seen_at", "1152921504606846976", True),
     "a time as text": ("paired_at", "'yesterday'", False),
     "a BLOB": ("last_seen_at", "x'00ff'", False),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from pydantic import AfterValidator, JsonValue
 from pydantic_core import from_json, to_json
@@ -57,10 +57,14 @@ def decode_json(text: str | bytes) -> Any:
     if not isinstance(text, (str, bytes)):
         raise ValueError("JSON is stored as text")
     try:
-        return from_json(text, cache_strings="keys")
+        return from_json(text, allow_inf_nan=False, cache_strings="keys")
     except ValueError:
         # For more than 200 nested levels, `from_json()` raises ValueError.
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")
 
 
 def _within(limit: int) -> AfterValidator:
