@@ -80,6 +80,14 @@ class AgentSession(Table, table=True):
         description="Data of the application, as JSON, such as a title or token counts.",
     )
 
+    def __eq__(self, other: object) -> bool:
+        """Compare the fields of two sessions, except `route_key`, which changes if another session takes the route."""
+        if not isinstance(other, AgentSession):
+            return NotImplemented
+        names = type(self).model_fields.keys() - {"route_key"}
+        mine, others = ({name: each.__dict__[name] for name in names & each.__dict__.keys()} for each in (self, other))
+        return mine == others
+
 
 # SQLAlchemy calls the following listeners only for `uow.session`. The sessions store sets `route_key` in its own
 # statements.

@@ -103,6 +103,17 @@ def test_move_gives_the_old_route(database: Database, clock: FakeClock) -> None:
     assert only_sound(database)
 
 
+def test_a_new_holder_keeps_the_old_session_equal(database: Database) -> None:
+    """If a session loses its route, the session stays equal to its row, and differs from other sessions and types."""
+    add_agent(database)
+    old = database.sessions.resolve(agent_id="ada")
+    new = database.sessions.start(agent_id="ada")
+    assert old in database.sessions.list()
+    assert database.sessions.get(old.session_id) == old != new
+    assert old != old.model_copy(update={"metadata_": 1})
+    assert old != AgentSessionPublic.model_validate(old)
+
+
 def test_metadata(database: Database) -> None:
     """`update` sets the metadata and no time, a reply shows the metadata, and too long metadata are refused."""
     add_agent(database)
