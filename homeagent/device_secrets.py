@@ -74,7 +74,6 @@ class DeviceSecrets:
         Raises:
             DeviceExistsError: if a device with this id exists. The error reveals to a caller that the id exists.
             PendingLimitError: if the number of pending devices has reached `Limits.pending_devices`.
-            InvalidArgumentError: if the secret is too long or has a control character.
             TooManyAttemptsError: if the secret is chosen and the limit `Limits.waiting_hashes` is reached.
             DatabaseBusyError: if the slow hash of a chosen secret did not begin within 30 seconds.
         """

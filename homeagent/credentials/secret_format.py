@@ -30,8 +30,10 @@ def reveal(secret: SecretStr | str) -> str:
 
 def what_is_wrong(text: str) -> str | None:
     """Return the reason why a secret is unusable, or None. The reason does not show the secret."""
-    if not 1 <= len(text) <= MAX_SECRET_CHARACTERS:
-        return f"a secret must have 1 to {MAX_SECRET_CHARACTERS} characters, and this has {len(text)}"
+    if not text:
+        return "a secret must not be empty: choose a secret, or leave it out to get a generated secret"
+    if len(text) > MAX_SECRET_CHARACTERS:
+        return f"a secret must have at most {MAX_SECRET_CHARACTERS} characters, and this has {len(text):,}"
     if _UNUSABLE.search(text):
         return "a secret must have no control character and no lone surrogate: remove it"
     if len(text.encode()) > MAX_SECRET_BYTES:

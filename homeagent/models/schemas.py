@@ -8,6 +8,7 @@ from pydantic import Field as PlainField
 from pydantic_core import CoreSchema
 from sqlmodel import Field
 
+from homeagent.credentials.secret_format import MAX_SECRET_CHARACTERS
 from homeagent.models.base import Model
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.session import new_session_id
@@ -33,7 +34,16 @@ PublicMetadata = Annotated[
 ChosenSecret = Annotated[
     SecretStr,
     AfterValidator(check_new_secret),
-    WithJsonSchema({"type": "string", "minLength": MIN_SECRET_CHARACTERS, "writeOnly": True, "format": "password"}),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "minLength": MIN_SECRET_CHARACTERS,
+            "maxLength": MAX_SECRET_CHARACTERS,
+            "pattern": r"^[^\u0000-\u001f\u007f-\u009f]*$",
+            "writeOnly": True,
+            "format": "password",
+        }
+    ),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
@@ -398,6 +399,25 @@ class Body(BaseModel):
     """A request body with a nested request model, as in FastAPI."""
 
     pair: DevicePair
+
+
+@pytest.mark.parametrize(
+    "end", ["x" * 512, "\N{EURO SIGN}" * 400, "\0", "\ud800"], ids=["characters", "bytes", "NUL", "surrogate"]
+)
+def test_a_chosen_secret_that_pair_can_not_use(end: str) -> None:
+    """If a chosen secret is too long or has an invalid character, `DevicePair` raises an error without the secret."""
+    with pytest.raises(ValidationError, match=r"a secret must (have at most|be at most|have no)") as refused:
+        DevicePair(id="d", role=Role.NODE, shared_secret=SECRET + end)
+    assert SECRET not in shown(refused.value)
+
+
+def test_the_schema_of_a_chosen_secret() -> None:
+    """The JSON schema of `DevicePair` names the limits of a chosen secret."""
+    secret, null = DevicePair.model_json_schema()["properties"]["shared_secret"]["anyOf"]
+    assert (secret["minLength"], secret["maxLength"], null) == (8, 512, {"type": "null"})
+    for text in (SECRET, "Passwort für Gäste"):
+        assert re.search(secret["pattern"], text)
+    assert not re.search(secret["pattern"], SECRET + "\0")
 
 
 @pytest.mark.parametrize("secret", [SECRET, {"nested": SECRET}, [SECRET]], ids=["text", "object", "list"])

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, SecretStr, WithJsonSchema
 from sqlalchemy import Text
 from sqlalchemy.types import TypeEngine
 
+from homeagent.credentials.secret_format import what_is_wrong
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.types.stored_values import StoredColumn
 
@@ -133,7 +134,7 @@ MIN_SECRET_CHARACTERS = 8
 
 
 def check_new_secret(secret: SecretStr) -> SecretStr:
-    """Return the value if it is a SecretStr that is long enough."""
+    """Return the value if it is a SecretStr that is long enough and usable. An error does not show the secret."""
     if not isinstance(secret, SecretStr):
         raise InvalidArgumentError(f"a secret must be a SecretStr, not {type(secret).__name__}")
     if len(secret) < MIN_SECRET_CHARACTERS:
@@ -141,6 +142,10 @@ def check_new_secret(secret: SecretStr) -> SecretStr:
             f"a secret that a person chose must have at least {MIN_SECRET_CHARACTERS} characters, and this has "
             f"{len(secret)}: choose a longer one, or leave it out to get a generated secret"
         )
+    # Do not keep the secret's text in a local variable, which the error's traceback would show.
+    problem = what_is_wrong(secret.get_secret_value())
+    if problem is not None:
+        raise InvalidArgumentError(problem)
     return secret
 
 
