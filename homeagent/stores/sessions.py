@@ -293,7 +293,11 @@ class SessionStore(Store):
 
     @writing()
     def delete(self, session_id: str) -> bool:
-        """Delete a session, and free its route. The transcript stays. If the session is absent, return False."""
+        """Delete a session, and free its route. The transcript stays. If the session is absent, return False.
+
+        After the deletion of a holder, `create()` and `move()` can take the free route. The method `resolve()` gives
+        the free route to the last active session that remains.
+        """
         return self._unit.write(statements.DELETE, id=self._searched(session_id, "session_id")) > 0
 
     @writing()
