@@ -26,7 +26,8 @@ This page is for engineers who read the tables by SQL, or whose own tables refer
 generates the page from the models. Timestamps are milliseconds since 1970-01-01 in UTC.
 
 In the diagram, the line from `agents` to `sessions` stands for a foreign key. In homeagent's tables, the column
-`device_id` is not a foreign key. If a device is deleted, the nonces and changes of the device stay.
+`device_id` is not a foreign key. If a device is deleted or gets another id, triggers delete the idempotency keys of the
+device. The nonces and changes of the device stay.
 """
 
 

@@ -212,7 +212,8 @@ def _after_flush(session: UnitSession, context: object) -> None:
 
 def _is_changed(table: Any, target: str, cascade: str | None) -> bool:
     """Return True if a statement can change the table (see `Compiled.cascade`)."""
-    if table.fullname == target:
+    # A trigger deletes the keys of a deleted device.
+    if table.fullname == target or (table.fullname, target, cascade) == ("idempotency_keys", "devices", "ondelete"):
         return True
     return cascade is not None and any(
         getattr(key, cascade) not in (None, "NO ACTION", "RESTRICT")

@@ -10,6 +10,7 @@ import io
 import shutil
 import subprocess
 from collections.abc import Container
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -17,7 +18,7 @@ from zipfile import ZipFile
 import pytest
 from sqlalchemy import Connection, inspect, text
 
-from homeagent import Database, DeviceStatus
+from homeagent import Database, DeviceStatus, IdempotencyScope
 from homeagent.errors import SchemaTooNewError
 from homeagent.migrations import REVISION, VERSION_TABLE
 from homeagent.migrations.expansion import breaks, structure
@@ -82,6 +83,7 @@ def test_no_revision_breaks_the_previous_version(
 
 
 NEXT = f"{int(REVISION) + 1:04}"
+DAY = timedelta(days=1)
 
 
 def sample(directory: Path, body: str, line: str) -> Path:
@@ -288,6 +290,24 @@ def test_changes_of_old_code_are_in_the_feed(targets: list[str], tmp_path: Path,
         assert [change.number for change in changes] == list(range(1, len(changes) + 1))
 
 
+def test_code_of_0009_deletes_results(targets: list[str], tmp_path: Path, children: Children) -> None:
+    """If the code of revision 0009 deletes a device on the present schema, only the results of the device are gone."""
+    for target in targets:
+        with Database.open(target) as database:
+            for device_id in ("gone", "lock", "old"):
+                # A new pairing keeps the record of a running call.
+                database.idempotency_keys.claim(
+                    IdempotencyScope(device_id, "m", "k"), fingerprint="", lease=DAY, ttl=DAY
+                )
+    run_old_code("0009", tmp_path / "code", targets, children)
+    for target in targets:
+        with Database.open(target) as database:
+            connection: Any
+            with database.read_connection() as connection:
+                keys = connection.execute(text("SELECT device_id FROM idempotency_keys ORDER BY 1")).scalars().all()
+            assert (keys, database.devices.find_by_id("gone")) == (["lock", "old"], None)
+
+
 # The test of the previous version's code, for each new CHECK on an old column and each new trigger on an old table.
 SHOWN = {
     "ck_devices_approved": test_code_of_0005_writes_what_0006_accepts,
@@ -305,4 +325,5 @@ SHOWN = {
         ),
         test_changes_of_old_code_are_in_the_feed,
     ),
+    **dict.fromkeys(("homeagent_device_keys_deleted", "homeagent_device_keys_left"), test_code_of_0009_deletes_results),
 }

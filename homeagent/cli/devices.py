@@ -196,7 +196,7 @@ def delete(
 def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, yes: bool) -> None:
     deleted = 0
     with open_named(context) as opened:
-        cascades = cascading_tables(opened, "devices")
+        cascades = cascading_tables(opened, "devices", "idempotency_keys")
         if dry_run or not yes:
             pending = opened.devices.list(status=DeviceStatus.PENDING, order="paired_at", limit=MAX_LIMIT)
             found = [device for device in pending if device.paired_at < before]

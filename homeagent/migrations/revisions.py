@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from homeagent.migrations.application import RevisionGuard
 
 
-REVISION = "0009"
+REVISION = "0010"
 """Revision that this version needs: the newest revision in `alembic/versions`."""
 
 logger: logging.Logger = logging.getLogger("homeagent")

@@ -12,7 +12,6 @@ from homeagent.engine.statements import Statement, bindparams, constant, count, 
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.device import PENDING, Device, DeviceStatus, Role
 from homeagent.models.device_change import DeviceChange, DeviceChangeKind
-from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.store_record import store_table
 
 
@@ -26,7 +25,6 @@ class SecretHashes(NamedTuple):
 
 _table: Any = Device.__table__
 _columns: Any = _table.c
-_keys: Any = IdempotencyKey.__table__
 _changes: Any = DeviceChange.__table__.c
 _IS_DEVICE = _columns.id == bindparam("device_id")
 
@@ -106,7 +104,6 @@ _SEEN_EARLIER = or_(_columns.last_seen_at.is_(None), _columns.last_seen_at <= bi
 NEEDS_LAST_SEEN = Statement[str](select(_columns.id).where(_IS_DEVICE, _SEEN_EARLIER))
 SET_LAST_SEEN = Statement[Device](_update(_SEEN_EARLIER, last_seen_at=bindparam("at")))
 DELETE = Statement[Device](delete(_table).where(_IS_DEVICE))
-DELETE_KEYS = Statement[IdempotencyKey](delete(_keys).where(equal(_keys, "device_id")))
 # Compare in SQL. An unreadable value must not prevent an approval or a revocation. The third column is True after the
 # first approval or revocation.
 STATE = Statement[tuple[bool, bool, bool, bool | None, bool | None, bool | None]](

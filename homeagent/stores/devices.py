@@ -273,12 +273,9 @@ class DeviceStore(Store):
         """
         device = self._searched(device_id, "device_id")
         self._require_another_admin(device_id, force=force)
-        # A foreign key of the application can refuse to delete the keys. Then the device must stay too.
+        # A trigger deletes the keys. A foreign key of the application can refuse the deletion of the device or a key.
         with self._unit.savepoint():
-            if not self._unit.write(statements.DELETE, device_id=device):
-                return False
-            self._unit.write(statements.DELETE_KEYS, device_id=device)
-        return True
+            return self._unit.write(statements.DELETE, device_id=device) > 0
 
     @writing()
     def set_secret(

@@ -135,6 +135,8 @@ def test_own_objects_are_kept_on_postgresql(empty_postgres_url: str, revision: s
             "INSERT INTO sessions (session_id, agent_id, created_at, last_active_at) VALUES ('s-1', 'ada', 1, 1)",
             NOTES,
             *ROWS,
+            # Run the deferred triggers of revision 0009, which would prevent the new indexes.
+            "SET CONSTRAINTS ALL IMMEDIATE",
             "CREATE VIEW own_view AS SELECT own_notes.id, role FROM own_notes LEFT JOIN devices"
             " ON devices.id = device_id",
             *(f"CREATE INDEX own_{table} ON {table} (lower({column}))" for table, column in COLUMNS.items()),

@@ -323,6 +323,23 @@ def test_routes_are_computed_again(old_target: Callable[[str], Any]) -> None:
         assert len(holders) == len(rows)
 
 
+def test_results_of_old_devices(old_target: Callable[[str], Any]) -> None:
+    """0010 keeps all results. After the upgrade, a deletion by SQL also deletes the results of an old device."""
+    target = old_target("0009")
+    device = {"id": "kept", "role": "node", "shared_secret_hash": "h", "paired_at": 1}
+    key = {"key": "k", "method": "m", "result": "1", "created_at": 0, "expires_at": 4_000_000_000_000}
+    # The old version kept the result of a device that SQL deleted.
+    results = [("idempotency_keys", {**key, "device_id": device_id}) for device_id in ("gone", "kept")]
+    insert(target, [("devices", device), *results])
+    with Database.open(target, clock=clock) as database:
+        query = text("SELECT device_id FROM idempotency_keys ORDER BY 1")
+        with database.unit_of_work() as unit:
+            connection = unit.session.connection()
+            assert connection.execute(query).scalars().all() == ["gone", "kept"]
+            connection.execute(text("DELETE FROM devices"))
+            assert connection.execute(query).scalars().all() == ["gone"]
+
+
 # Rows that an earlier release stored, and that no method would store today: ids, a result and a route that are odd. The
 # characters are in the texts themselves, because both engines must store them.
 ODD = ["a/../b", "back\\slash", "pho\u202ene", "tab\there", "x" * 600, " ", "\u200b", "o'Hara; --", "NULL"]

@@ -9,12 +9,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 
 import psutil
 import pytest
 from sqlalchemy import text
 
-from homeagent import Database, DeviceUpdate
+from homeagent import Database, DeviceUpdate, IdempotencyScope
 from homeagent.device_changes import PATIENCE
 from homeagent.errors import DatabaseError
 from tests.conftest import Children, add_device, postgres_execute
@@ -46,13 +47,17 @@ def test_stores_in_two_schemas_do_not_wait_for_each_other(database: Database, ta
 
 
 def test_a_role_without_rights_on_the_feed_changes_devices(database: Database, target: str) -> None:
-    """A role with rights on `devices` alone can change devices, as before the upgrade, and the feed has the change."""
+    """A role with rights on `devices` alone can change devices. The feed has the change, and results are deleted."""
     role = f"only_devices_{os.getpid()}"
     postgres_execute(target, f"CREATE ROLE {role}; GRANT SELECT, INSERT, UPDATE, DELETE ON devices TO {role}")
     try:
         insert = "INSERT INTO devices (id, role, shared_secret_hash, paired_at) VALUES ('lamp', 'node', 'h', 0)"
         postgres_execute(target, f"SET LOCAL ROLE {role}; {insert}")
         assert [change.device_id for change in database.devices.changes()] == ["lamp"]
+        scope = IdempotencyScope("lamp", "on", "k")
+        database.idempotency_keys.insert(scope, 1, ttl=timedelta(minutes=1))
+        postgres_execute(target, f"SET LOCAL ROLE {role}; DELETE FROM devices")
+        assert database.idempotency_keys.find(scope) is None
     finally:
         postgres_execute(target, f"DROP OWNED BY {role}; DROP ROLE {role}")
 

@@ -191,6 +191,7 @@ class DeviceMachine(Machine):
 
     def remove(self, device: str) -> None:
         del self.devices[device]
+        self.keys.pop(device, None)
         self.expected.append((device, "deleted"))
 
     def pending(self, *, overdue: bool) -> list[str]:
@@ -264,7 +265,6 @@ class DeviceMachine(Machine):
         assert got is (device in self.devices)
         if got:
             self.remove(device)
-            self.keys.pop(device, None)
 
     @action(data=st.data())
     def update(self, data: st.DataObject) -> None:

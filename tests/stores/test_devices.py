@@ -18,6 +18,7 @@ from homeagent import (
     DevicePair,
     DeviceStatus,
     DeviceUpdate,
+    IdempotencyKey,
     IdempotencyScope,
     Limits,
     Role,
@@ -30,6 +31,7 @@ from tests.conftest import START, FakeClock, MakeDatabase, add_device, dump, pla
 
 SECOND = timedelta(seconds=1)
 MINUTE = timedelta(minutes=1)
+DAY = timedelta(days=1)
 
 
 def test_create_is_always_unapproved(database: Database) -> None:
@@ -176,6 +178,49 @@ def test_delete_removes_results_and_keeps_nonces(database: Database) -> None:
     with database.unit_of_work() as unit:
         assert [unit.idempotency_keys.find(scope) is None for scope in scopes] == [True, False]
         assert unit.nonces.consume("lamp", "n", expires_at=START + MINUTE) is False
+
+
+_SQL = {
+    "SQL": "DELETE FROM devices WHERE id = 'lamp'",
+    "another id": "UPDATE devices SET id = 'moved' WHERE id = 'lamp'",
+}
+
+
+@pytest.mark.parametrize("way", ["ORM", "sweep", *_SQL])
+def test_each_deletion_removes_results(database: Database, clock: FakeClock, way: str) -> None:
+    """A deletion by SQL, the ORM or a sweep removes a device's results and keeps its nonces. So does another id."""
+    scopes = [IdempotencyScope(device_id, "on", "k") for device_id in ("lamp", "other")]
+    for scope in scopes:
+        add_device(database, scope.device_id, approved=scope.device_id == "other")
+        database.idempotency_keys.insert(scope, 1, ttl=60 * DAY)
+        assert database.nonces.consume(scope.device_id, "n", expires_at=START + 60 * DAY)
+    if way == "sweep":
+        clock.advance(days=31)
+        assert database.sweep().pending_devices == 1
+    new = IdempotencyScope("lamp", "on", "new")
+    with database.unit_of_work() as unit:
+        if way == "ORM":
+            unit.session.delete(unit.session.get_one(Device, "lamp"))
+        elif way in _SQL:
+            unit.session.connection().execute(text(_SQL[way]))
+        unit.devices.create(DeviceCreate(id="lamp", role=Role.NODE, shared_secret_hash="sha256$x"))
+        unit.idempotency_keys.insert(new, 2, ttl=MINUTE)
+    # The new device's key was stored in the unit of the deletion, and stays.
+    assert [database.idempotency_keys.find(scope) is None for scope in (*scopes, new)] == [True, False, False]
+    assert database.nonces.consume("lamp", "n", expires_at=START + 60 * DAY) is False
+
+
+def test_the_session_notices_removed_results(database: Database) -> None:
+    """After `delete`, `uow.session` does not find a result that it had loaded, because a trigger removed the result."""
+    add_device(database)
+    scope = IdempotencyScope("lamp", "on", "k")
+    database.idempotency_keys.insert(scope, 1, ttl=MINUTE)
+    with database.unit_of_work() as unit:
+        key = {"device_id": "lamp", "method": "on", "key": "k"}
+        loaded = unit.session.get_one(IdempotencyKey, key)
+        assert unit.devices.delete("lamp")
+        assert unit.session.get(IdempotencyKey, key) is None
+        assert loaded not in unit.session
 
 
 def test_list_filters_and_pages(database: Database) -> None:

@@ -154,10 +154,11 @@ def test_rows_that_break_the_rules(database: Database, target: str, odd: str) ->
     )
     write_past_checks(
         target,
+        # A change of the device's id would delete the keys of the id.
+        f"UPDATE idempotency_keys SET device_id = {stored}, method = {stored}, key = {stored}",
         f"UPDATE devices SET id = {stored}",
         f"UPDATE sessions SET session_id = {stored}, sender_id = {stored}, route_key = NULL",
         f"UPDATE nonces SET device_id = {stored}, nonce = {stored}",
-        f"UPDATE idempotency_keys SET device_id = {stored}, method = {stored}, key = {stored}",
     )
     with database.unit_of_work() as unit:
         assert DevicePublic.model_validate(unit.devices.get(odd)).id == odd
