@@ -18,8 +18,9 @@ from zipfile import ZipFile
 import pytest
 from sqlalchemy import Connection, inspect, text
 
-from homeagent import Database, DeviceStatus, IdempotencyScope
+from homeagent import Database, DeviceStatus, IdempotencyScope, diagnose
 from homeagent.errors import SchemaTooNewError
+from homeagent.maintenance.doctor import Severity
 from homeagent.migrations import REVISION, VERSION_TABLE
 from homeagent.migrations.expansion import breaks, structure
 from homeagent.migrations.revisions import loaded, run_revisions
@@ -190,6 +191,20 @@ def test_an_older_version_refuses_an_incompatible_newer_schema(target: str, migr
         Database.open(target, migrate=migrate)
     assert (caught.value.revision, caught.value.known) == ("9999", REVISION)
     assert schema_of(target) == before
+
+
+@pytest.mark.parametrize("revision", ["", "0000", "garbage", "99999", "1e9"])
+def test_an_impossible_revision_is_refused(target: str, revision: str) -> None:
+    """If no release can have a revision's number, `Database.open` refuses the schema, and the doctor reports it."""
+    Database.open(target).close()
+    with plain_engine(target).connect() as connection, connection.begin():
+        connection.execute(text(f"UPDATE {VERSION_TABLE} SET version_num = :revision"), {"revision": revision})
+    for migrate in (True, False):
+        with pytest.raises(SchemaTooNewError) as caught:
+            Database.open(target, migrate=migrate)
+        assert (caught.value.revision, caught.value.known) == (revision, REVISION)
+    (finding,) = [finding for finding in diagnose(target).findings if finding.check == "schema_revision"]
+    assert (finding.severity, finding.facts["revision"]) == (Severity.CRITICAL, revision)
 
 
 def archive_of(revision: str) -> bytes:

@@ -7,6 +7,7 @@ objects `alembic.context` and `alembic.op`. An Alembic command in another thread
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -146,6 +147,11 @@ def known_revisions() -> set[str]:
     return {script.revision for script in _scripts()}
 
 
+def is_newer(revision: str) -> bool:
+    """Return True if the revision can be that of a later version: four digits, and a greater number."""
+    return re.fullmatch("[0-9]{4}", revision) is not None and revision > REVISION
+
+
 def server_triggers(revision: str) -> dict[str, str]:
     """Return a text for each PostgreSQL trigger in a revision's schema. The text is the trigger's definition, followed
     by the function's body.
@@ -169,7 +175,8 @@ def suits(connection: Connection, revision: str | None) -> bool:
         return False
     # The column `store.oldest_revision` contains a revision. A version that knows the revision can use the schema.
     query = text("SELECT oldest_revision FROM store")
-    if "store" not in tables(connection) or connection.execute(query).scalar() not in known:
+    can_suit = is_newer(revision) and "store" in tables(connection)
+    if not can_suit or connection.execute(query).scalar() not in known:
         raise errors.SchemaTooNewError(revision, known=REVISION)
     logger.info(
         "the schema is at revision %s, which this version, made for %s, may work with",

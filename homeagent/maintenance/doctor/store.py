@@ -13,7 +13,7 @@ from homeagent.engine.sqlite.dialect import Undecodable, decoded_row, undecoded_
 from homeagent.errors import CorruptDatabaseError
 from homeagent.maintenance.doctor.report import RESTORE, TOO_LONG, Collector, Severity
 from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
-from homeagent.migrations.revisions import count_rows, own_tables, stored_revisions
+from homeagent.migrations.revisions import count_rows, is_newer, known_revisions, own_tables, stored_revisions
 from homeagent.migrations.schema_drift import Difference, schema_differences
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, Agent, AgentSession, Device, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyState, webhook_owner
@@ -40,6 +40,8 @@ _TIMES = [
 ]
 """Stores write only the current time to these columns. The database's clock can set the column `device_changes.at`."""
 
+_OLDEST = select(store_table.c.oldest_revision)
+
 
 def check_store(collector: Collector, connection: Connection) -> None:
     """Run all checks of a store. The connection must be in a transaction with one snapshot."""
@@ -65,12 +67,12 @@ def _check_revision(collector: Collector, connection: Connection) -> None:
         summary = f"There is no schema: no table {VERSION_TABLE}."
         remedy = f"if there was a schema, {RESTORE}; if not, create the schema"
         collector.critical(check, summary, "the schema was not created, or was lost", remedy, "homeagent init", **facts)
-    elif revision < REVISION:
+    elif revision in known_revisions():
         summary = f"The schema is at revision {revision}, and this version needs {REVISION}."
         meaning = "the gateway upgrades the schema at its next start; until then read-only programs refuse it"
         remedy = "upgrade it; a SQLite file is backed up first"
         collector.warn(check, summary, meaning, remedy, "homeagent migrate", **facts)
-    elif (connection.execute(select(store_table.c.oldest_revision)).scalar() or revision) <= REVISION:
+    elif is_newer(revision) and (connection.execute(_OLDEST).scalar() or revision) <= REVISION:
         collector.add(check, f"The schema is at the newer revision {revision}, which works with this version.", **facts)
     else:
         summary = f"The schema is at revision {revision}, and this version knows {REVISION} at most."
