@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 
-from homeagent import Database, Device, Role
+from homeagent import Database, Device, DeviceChange, Role
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.revisions import loaded
 from tests.conftest import ROOT, START, FakeClock, add_device
@@ -75,9 +76,6 @@ def test_a_swept_number_gives_a_reset(database: Database, clock: FakeClock) -> N
     clock.advance(days=2)
     with database.unit_of_work() as unit:  # a late import with an old date must not leave a gap
         unit.session.add(Device(id="late", role=Role.NODE, shared_secret_hash="h", paired_at=START))
-    # The database's clock wrote the time of row 0.
-    with database.unit_of_work() as unit:
-        unit.session.connection().execute(text("UPDATE device_changes SET at = 0 WHERE number = 0"))
     report = database.sweep()
     assert (report.device_changes, report.more) == (3, False)
     assert listed(database, after=3) == [("late", "paired")]
@@ -88,6 +86,22 @@ def test_a_swept_number_gives_a_reset(database: Database, clock: FakeClock) -> N
     assert database.sweep(batch_size=1).device_changes == 1
     assert listed(database, after=4) == []  # the newest change stays
     assert [change.kind for change in database.devices.changes(after=99)] == ["reset"]
+
+
+@pytest.mark.parametrize("at", [START, START + timedelta(days=365)])
+def test_the_first_reset_stays_until_the_next_change_is_old(database: Database, clock: FakeClock, at: datetime) -> None:
+    """The time of the first row does not matter to a sweep, because the database's clock can have written the time."""
+    with database.unit_of_work() as unit:
+        unit.session.connection().execute(update(DeviceChange).values(at=at))
+    clock.advance(days=30)
+    for device_id in ("lamp", "phone"):
+        add_device(database, device_id)
+    clock.advance(days=6)
+    assert database.sweep(dry_run=True).device_changes == database.sweep().device_changes == 0
+    assert listed(database) == [("lamp", "paired"), ("phone", "paired")]
+    clock.advance(days=2)
+    assert database.sweep(dry_run=True).device_changes == database.sweep(batch_size=1).device_changes == 2
+    assert listed(database, after=2) == []
 
 
 def test_a_new_epoch_restarts_the_feed(target: str, clock: FakeClock) -> None:

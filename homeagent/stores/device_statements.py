@@ -170,8 +170,14 @@ CHANGES = Statement[DeviceChange](
     .order_by(_changes.number)
     .limit(bindparam("limit"))
 )
-_first_kept = select(_changes.number).where(_changes.at > bindparam("before")).order_by(_changes.number).limit(1)
-_is_old = _changes.number < func.coalesce(_first_kept.scalar_subquery(), _newest)
+# Ignore the time of a reset, which is always the first row. The database's clock writes the time of a new feed. Delete
+# the row together with the next change.
+_is_change = _changes.kind != constant(DeviceChangeKind.RESET, _changes.kind.type)
+_recent = (
+    select(_changes.number).where(_changes.at > bindparam("before"), _is_change).order_by(_changes.number).limit(1)
+)
+_is_earlier = _changes.number < func.coalesce(_recent.scalar_subquery(), _newest)
+_is_old = and_(_is_earlier, select(_changes.number).where(_is_earlier, _is_change).exists())
 COUNT_OLD = count(DeviceChange, _is_old)
 DELETE_OLD = Statement[DeviceChange](
     delete(DeviceChange).where(

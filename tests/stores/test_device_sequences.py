@@ -399,7 +399,10 @@ class DeviceMachine(Machine):
             self.remove(str(row.device_id))
         self.follow()
         before = self.clock.now - LIMITS.changes_kept
-        gone = next(number for number, row in enumerate(self.feed) if row.at > before or row is self.feed[-1])
+        resets = [row for row in self.feed if row.kind is DeviceChangeKind.RESET]
+        recent = [row for row in self.feed if row.at > before and row not in resets]
+        gone = self.feed.index([*recent, self.feed[-1]][0])
+        gone = 0 if self.feed[:gone] == resets else gone
         report = self.database.sweep()
         assert (report.pending_devices, report.device_changes, report.more) == (0, gone, False)
         del self.feed[:gone]
