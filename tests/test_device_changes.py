@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import text, update
 
-from homeagent import Database, Device, DeviceChange, Role
+from homeagent import Database, Device, DeviceChange, DeviceUpdate, Role, UnitOfWork
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.revisions import loaded
 from tests.conftest import ROOT, START, FakeClock, add_device
@@ -32,6 +34,57 @@ def test_the_time_of_a_change_is_the_time_of_the_method(database: Database, cloc
         ("revoked", 2),
     ]
     assert database.devices.changes(after=1, limit=1) == changes[1:2]
+
+
+TIMED: dict[str, Callable[[UnitOfWork], object]] = {
+    "updated": lambda unit: unit.devices.update("lamp", DeviceUpdate(metadata=1)),
+    "rotated": lambda unit: unit.devices.set_secret(
+        "lamp", expected_secret_hash="sha256$of-lamp", secret_hash="sha256$new", proof_verifier=None
+    ),
+    "rotated by a new hash": lambda unit: unit.devices.rehash_secret(
+        "lamp", expected_secret_hash="sha256$of-lamp", secret_hash="sha256$new"
+    ),
+    "deleted": lambda unit: unit.devices.delete("lamp"),
+    "deleted as pending": lambda unit: unit.devices.delete_pending(paired_before=START),
+}
+
+
+@pytest.mark.parametrize("kind", TIMED)
+def test_each_method_stores_the_time_of_the_unit(database: Database, clock: FakeClock, kind: str) -> None:
+    """A change of a store's method has the clock's time. A change by SQL has the database's time, before and after."""
+    add_device(database, "other", approved=True)
+    add_device(database)
+    change_other = text("UPDATE devices SET metadata = :value WHERE id = 'other'")
+    with database.unit_of_work() as unit:
+        unit.session.connection().execute(change_other, {"value": "1"})
+    clock.advance(seconds=5)
+    with database.unit_of_work() as unit:
+        TIMED[kind](unit)
+        with contextlib.suppress(LookupError), unit.savepoint():
+            clock.advance(seconds=1)
+            unit.devices.update("other", DeviceUpdate(metadata=2))
+            raise LookupError
+        assert unit.devices.update("other", DeviceUpdate()).metadata_ == 1
+    with database.unit_of_work() as unit:
+        unit.session.connection().execute(change_other, {"value": "3"})
+    *_, before, change, after = database.devices.changes()
+    assert (change.device_id, change.kind.value) == ("lamp", kind.split()[0])
+    assert change.at == START + timedelta(seconds=5)
+    assert [each.device_id for each in (before, after)] == ["other", "other"]
+    # The real time is after the time of the test's clock.
+    assert min(before.at, after.at) > START + timedelta(days=1)
+
+
+def test_an_unchanged_row_keeps_the_time_of_its_last_change(database: Database, clock: FakeClock) -> None:
+    """If a method changes no value, no earlier change gets the clock's time."""
+    add_device(database)
+    database.devices.update("lamp", DeviceUpdate(metadata=1))
+    clock.advance(seconds=5)
+    database.devices.update("lamp", DeviceUpdate(metadata=1))
+    assert not database.devices.delete("absent")
+    # PostgreSQL also records an UPDATE without a new value.
+    times = [START, START, START + timedelta(seconds=5)]
+    assert [change.at for change in database.devices.changes()] in (times, times[:2])
 
 
 def test_changes_by_sql_and_by_the_orm_are_in_the_feed(database: Database) -> None:

@@ -321,6 +321,8 @@ def test_code_of_0009_deletes_results(targets: list[str], tmp_path: Path, childr
             with database.read_connection() as connection:
                 keys = connection.execute(text("SELECT device_id FROM idempotency_keys ORDER BY 1")).scalars().all()
             assert (keys, database.devices.find_by_id("gone")) == (["lock", "old"], None)
+            kinds = [change.kind for change in database.devices.changes() if change.device_id == "gone"]
+        assert kinds == ["paired", "approved", "rotated", "deleted"]
 
 
 # The test of the previous version's code, for each new CHECK on an old column and each new trigger on an old table.
@@ -340,5 +342,8 @@ SHOWN = {
         ),
         test_changes_of_old_code_are_in_the_feed,
     ),
-    **dict.fromkeys(("homeagent_device_keys_deleted", "homeagent_device_keys_left"), test_code_of_0009_deletes_results),
+    **dict.fromkeys(
+        ("homeagent_device_keys_deleted", "homeagent_device_keys_left", "homeagent_device_change_timed"),
+        test_code_of_0009_deletes_results,
+    ),
 }

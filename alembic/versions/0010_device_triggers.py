@@ -1,7 +1,10 @@
-"""Delete the idempotency keys of a deleted device by triggers.
+"""Delete the idempotency keys of a deleted device by triggers. Let a unit set the time of its device changes.
 
 The triggers also run if SQL, the ORM, a sweep or an older version deletes the device. A device with a new id counts as
 deleted. The device's nonces stay. TRUNCATE on PostgreSQL keeps the keys. Existing rows do not change.
+
+On PostgreSQL, the trigger of a device adds the changes at COMMIT. A unit sets `homeagent.now`, and another trigger
+stores this time in the changes. On SQLite, the unit updates its changes.
 
 Revision ID: 0010
 Revises: 0009
@@ -32,13 +35,23 @@ BEGIN
     RETURN NULL;
 END
 """,
+    # A setting that an earlier transaction of the session made is empty.
+    "homeagent_time_device_change": """
+BEGIN
+    NEW.at := coalesce(nullif(current_setting('homeagent.now', true), '')::bigint, NEW.at);
+    RETURN NEW;
+END
+""",
 }
 
-# The text is that of pg_get_triggerdef. Do not defer the trigger. At COMMIT, the trigger would also delete the keys of
-# a new device with the same id (`test_each_deletion_removes_results`).
+# The texts are those of pg_get_triggerdef. Do not defer the first trigger. At COMMIT, the trigger would also delete the
+# keys of a new device with the same id (`test_each_deletion_removes_results`).
 POSTGRESQL_TRIGGERS = {
     "homeagent_device_keys_deleted": "CREATE TRIGGER homeagent_device_keys_deleted"
     " AFTER DELETE OR UPDATE OF id ON devices FOR EACH ROW EXECUTE FUNCTION homeagent_delete_idempotency_keys()",
+    "homeagent_device_change_timed": "CREATE TRIGGER homeagent_device_change_timed BEFORE INSERT ON device_changes"
+    " FOR EACH ROW WHEN (new.kind = ANY (ARRAY['rotated'::text, 'updated'::text, 'deleted'::text]))"
+    " EXECUTE FUNCTION homeagent_time_device_change()",
 }
 
 

@@ -47,4 +47,4 @@ class DeviceChange(Table, table=True):
     )
     device_id: Identifier | None = Field(default=None, description="Id of the device. Null if the kind is `reset`.")
     kind: DeviceChangeKind = Field(description="Kind of the change.")
-    at: Timestamp = Field(description="Time of the change, from the device's row or from the database's clock.")
+    at: Timestamp = Field(description="Time of the unit. After other SQL, the time in the row or of the database.")

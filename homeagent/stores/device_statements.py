@@ -161,6 +161,14 @@ _newest = select(func.max(_changes.number)).scalar_subquery()
 _after = bindparam("after", type_=_changes.number.type)
 _is_kept = select(constant(1, _changes.number.type)).where(_changes.number == _after).exists()
 
+# On SQLite, the triggers have already added the changes. On PostgreSQL, the triggers add the changes at COMMIT, and use
+# the setting.
+_now = bindparam("now", type_=_changes.at.type)
+UPDATE_TIMES = Statement[DeviceChange](update(DeviceChange).where(_changes.number > _after).values(at=_now))
+SET_TIME = Statement[str](
+    # The function concat() returns the number as a text.
+    select(func.set_config(literal_column("'homeagent.now'"), func.concat(_now), literal_column("true")))
+)
 NEWEST = Statement[int](select(func.max(_changes.number)))
 # Select the change with the number `:after`, and all later changes. If the change does not exist, select only the
 # newest change.

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from typing import Literal, TypeVar
 
@@ -93,7 +93,9 @@ class DeviceStore(Store):
         of deleted devices, which is at most the limit.
         """
         before = types.check_timestamp(paired_before, "paired_before")
-        return self._unit.write(statements.DELETE_PENDING, before=before, limit=types.check_limit(limit))
+        types.check_limit(limit)
+        with self._timed_changes():
+            return self._unit.write(statements.DELETE_PENDING, before=before, limit=limit)
 
     @reading
     def list(
@@ -152,9 +154,9 @@ class DeviceStore(Store):
         check_kind(changes, models.DeviceUpdate, "changes")
         if "metadata_" not in changes.model_fields_set:
             return self.get(device_id)
-        device = self._unit.write_one(
-            statements.UPDATE_METADATA, device_id=self._searched(device_id, "device_id"), value=changes.metadata_
-        )
+        searched = self._searched(device_id, "device_id")
+        with self._timed_changes():
+            device = self._unit.write_one(statements.UPDATE_METADATA, device_id=searched, value=changes.metadata_)
         if device is None:
             raise errors.DeviceNotFoundError(device_id)
         return device
@@ -274,7 +276,7 @@ class DeviceStore(Store):
         device = self._searched(device_id, "device_id")
         self._require_another_admin(device_id, force=force)
         # A trigger deletes the keys. A foreign key of the application can refuse the deletion of the device or a key.
-        with self._unit.savepoint():
+        with self._unit.savepoint(), self._timed_changes():
             return self._unit.write(statements.DELETE, device_id=device) > 0
 
     @writing()
@@ -314,7 +316,8 @@ class DeviceStore(Store):
             with suppress(errors.DeviceNotFoundError):
                 if not self._lock_state(device_id)[0]:
                     raise errors.DeviceNotApprovedError(device_id)
-        return self._unit.write(statements.SET_SECRET, **values) > 0
+        with self._timed_changes():
+            return self._unit.write(statements.SET_SECRET, **values) > 0
 
     @writing()
     def rehash_secret(self, device_id: str, *, expected_secret_hash: str, secret_hash: str) -> bool:
@@ -324,7 +327,8 @@ class DeviceStore(Store):
             "expected": self._searched(expected_secret_hash, "expected_secret_hash"),
             "replacement": types.check_name(secret_hash, "secret_hash"),
         }
-        return self._unit.write(statements.REHASH, **values) > 0
+        with self._timed_changes():
+            return self._unit.write(statements.REHASH, **values) > 0
 
     def _require_another_admin(self, device_id: str, *, force: bool) -> None:
         """Raise LastAdminError if the device is the only approved admin."""
@@ -335,6 +339,18 @@ class DeviceStore(Store):
             raise errors.LastAdminError(device_id)
 
     # The feed of device changes
+
+    @contextmanager
+    def _timed_changes(self) -> Iterator[None]:
+        """Store the unit's time in the device changes that the block causes. The triggers store the database's time."""
+        now = self._unit.now()
+        if self._unit.settings.engine.dialect_name == "postgresql":
+            self._unit.one(statements.SET_TIME, now=now)  # until the end of the transaction
+            yield
+        else:
+            newest = self.newest_change()
+            yield
+            self._unit.write(statements.UPDATE_TIMES, after=newest, now=now)
 
     @reading
     def changes(self, *, after: int = 0, limit: int = 100) -> Sequence[DeviceChange]:
