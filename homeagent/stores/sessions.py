@@ -316,7 +316,7 @@ class SessionStore(Store):
         Raises:
             InvalidArgumentError: if the argument `sessions=` is not an iterable, or an item is not a session. After the
                 error, roll back the unit, which contains earlier batches.
-            AgentNotFoundError: if a session's agent does not exist.
+            AgentNotFoundError: if a session's agent does not exist. The message begins with the session's number.
         """
         if not isinstance(sessions, Iterable):
             raise errors.InvalidArgumentError(
@@ -365,7 +365,11 @@ class SessionStore(Store):
         for number, session in enumerate(batch, before + 1):
             check_kind(session, AgentSession, f"number {number}")
             if session.agent_id not in known:
-                self._require_agent(session.agent_id)
+                try:
+                    self._require_agent(session.agent_id)
+                except errors.AgentNotFoundError as error:
+                    error.args = (f"number {number}: {error}",)
+                    raise
                 known.add(session.agent_id)
             yield {
                 **session.__dict__,

@@ -307,12 +307,12 @@ def test_a_route_is_searched_by_its_index(sqlite_database: Database) -> None:
 
 
 def test_index_names_the_wrong_item(database: Database) -> None:
-    """An item that is not a session is named by its number, an absent agent by its id, and no row is written."""
+    """A wrong item is named by its number, an absent agent by its number and id, and no row is written."""
     add_agent(database)
     before = dump(database)
     with pytest.raises(errors.InvalidArgumentError, match="number 1003 "):
         database.sessions.index([*rows(1002), "no session"])  # type: ignore[list-item]
-    with pytest.raises(errors.AgentNotFoundError) as caught:
+    with pytest.raises(errors.AgentNotFoundError, match="number 2: no agent 'nobody'") as caught:
         database.sessions.index([*rows(1), *rows(1, agent_id="nobody")])
     assert caught.value.agent_id == "nobody"
     assert dump(database) == before
