@@ -37,7 +37,7 @@ from homeagent.idempotency import ARUN_ONCE, LeaseTimer, OnAbandoned, OnceCall, 
 from homeagent.models.device_change import DeviceChange
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
 from homeagent.models.limits import Limits
-from homeagent.models.types import check_wait
+from homeagent.models.types import check_flag, check_wait
 from homeagent.one_call import one_call_store
 from homeagent.opening import open_engine
 from homeagent.retry import Runner
@@ -316,6 +316,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 commit took place.
         """
         check_function(work, "work", coroutine=_NO_COROUTINE)
+        check_flag(idempotent, "idempotent")
         return self._runner.run(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]  # a unit is a U
 
     async def arun(self, work: Callable[[U], T], *, read_only: bool = False, idempotent: bool = False) -> T:
@@ -335,6 +336,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
                 `Database.run()`.
         """
         check_function(work, "work", coroutine=_NO_COROUTINE)
+        check_flag(idempotent, "idempotent")
         # mypy does not see that a unit of this database is a `U`.
         return await self._runner.arun(work, read_only=read_only, idempotent=idempotent)  # type: ignore[arg-type]
 

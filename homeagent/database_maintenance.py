@@ -18,7 +18,7 @@ from homeagent.engine.engine import Engine
 from homeagent.engine.target import conceal
 from homeagent.errors import CorruptDatabaseError, DatabaseClosedError, InvalidArgumentError
 from homeagent.frame_locals import clears_locals
-from homeagent.models.types import check_duration, check_names
+from homeagent.models.types import check_duration, check_flag, check_names
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
@@ -144,7 +144,7 @@ class DatabaseMaintenance:
         from homeagent.maintenance.backups import back_up
 
         self._require_open()
-        return back_up(self._settings, destination, keep=keep, replace=replace)
+        return back_up(self._settings, destination, keep=keep, replace=check_flag(replace, "replace"))
 
     @clears_locals
     def copy_to(
@@ -191,7 +191,7 @@ class DatabaseMaintenance:
         return copy_store(
             self._settings,
             target._settings,
-            live=live,
+            live=check_flag(live, "live"),
             leave=check_names(leave, "leave", "notes"),
             progress=progress,
         )

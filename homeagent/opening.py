@@ -19,6 +19,7 @@ from homeagent.environment import BUSY_TIMEOUT, MAX_POOL_SIZE, Durability, durab
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
+from homeagent.models.types import check_flag
 
 
 def open_engine(
@@ -37,6 +38,7 @@ def open_engine(
     durability, pool_size = durability_or_default(durability), pool_size_or_default(pool_size)
     if type(pool_size) is not int or not 1 <= pool_size <= MAX_POOL_SIZE:
         raise InvalidArgumentError(f"pool_size must be a whole number from 1 to {MAX_POOL_SIZE:,}")
+    check_flag(migrate, "migrate")
     application = Application.of(migrations, acknowledged)
     if not isinstance(metadata, Collection) or not all(isinstance(one, MetaData) for one in metadata):
         raise InvalidArgumentError("metadata must be a list of MetaData objects, such as [SQLModel.metadata]")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from homeagent.clock import Clock, system_clock
 from homeagent.errors import HomeAgentError, UnitStateError
 from homeagent.models.limits import Limits
-from homeagent.models.types import check_timestamp
+from homeagent.models.types import check_flag, check_timestamp
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import SessionTransaction
@@ -124,7 +124,7 @@ class Transaction:
     ) -> None:
         self.settings: UnitSettings = settings
         self._timeout = settings.timeout if timeout is None else timeout
-        self.read_only: bool = read_only
+        self.read_only: bool = check_flag(read_only, "read_only")
         self._state = NEW
         self._connection = joined
         # The connection's method `rows()`. The value is None without an open unit, or with an ORM session.

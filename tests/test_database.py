@@ -222,6 +222,28 @@ def test_work_that_is_not_an_ordinary_function(database: Database, read_only: bo
 
 
 @pytest.mark.parametrize("engine_name", ["sqlite"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_flag_must_be_a_bool(database: Database, tmp_path: Path, value: Any) -> None:
+    """An argument for True or False refuses another value, such as the text "no"."""
+    calls: dict[str, Callable[[], object]] = {
+        "read_only": lambda: database.unit_of_work(read_only=value),
+        "idempotent": lambda: database.run(lambda unit: None, idempotent=value),
+        "dry_run": lambda: database.sweep(dry_run=value),
+        "thorough": lambda: database.doctor(thorough=value),
+        "fix": lambda: database.doctor(fix=value),
+        "replace": lambda: database.backup(tmp_path / "backup.db", replace=value),
+        "live": lambda: database.copy_to(database, live=value),
+        "migrate": lambda: Database.open(":memory:", migrate=value),
+    }
+    for name, call in calls.items():
+        with pytest.raises(errors.InvalidArgumentError, match=f"^{name} must be True or False, not"):
+            call()
+    with pytest.raises(errors.InvalidArgumentError, match="read_only"):
+        database.run(lambda unit: None, read_only=value or 1)
+    with pytest.raises(errors.InvalidArgumentError, match="idempotent"):
+        anyio.run(partial(database.arun, lambda unit: None, idempotent=value))
+
+
 def test_work_may_return_a_coroutine(database: Database) -> None:
     """If an ordinary function returns a coroutine, `run` returns the coroutine to the caller."""
 

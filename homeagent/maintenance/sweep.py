@@ -25,7 +25,7 @@ from homeagent.errors import ConflictError, DatabaseClosedError, HomeAgentError,
 from homeagent.models.device import PENDING, Device
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.nonce import Nonce
-from homeagent.models.types import check_duration, check_limit, check_wait, earlier
+from homeagent.models.types import check_duration, check_flag, check_limit, check_wait, earlier
 from homeagent.stores.device_statements import COUNT_OLD, OVERDUE
 from homeagent.stores.idempotency_key_statements import EXPIRED as EXPIRED_KEY
 from homeagent.stores.nonces import EXPIRED as EXPIRED_NONCE
@@ -225,6 +225,7 @@ def sweep(
 ) -> SweepReport:
     """Delete expired rows in batches (see `Database.sweep`)."""
     check_limit(batch_size, "batch_size")
+    check_flag(dry_run, "dry_run")
     deadline = None if time_budget is None else monotonic() + check_duration(time_budget, "time_budget").total_seconds()
     stopped = stop or threading.Event()
     limits = settings.limits

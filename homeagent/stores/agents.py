@@ -11,7 +11,7 @@ from homeagent.engine.statements import Statement, count, equal
 from homeagent.errors import AgentExistsError, AgentInUseError, AgentNotFoundError
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
-from homeagent.models.types import check_limit
+from homeagent.models.types import check_flag, check_limit
 from homeagent.stores.store import Store, check_kind, reading, writing
 
 _table: Any = Agent.__table__
@@ -109,6 +109,7 @@ class AgentStore(Store):
         Raises:
             AgentInUseError: if the agent has sessions and `delete_sessions` is False.
         """
+        check_flag(delete_sessions, "delete_sessions")
         # Lock the agent first, so that no other unit adds a session.
         if self._unit.one(_LOCK, id=self._searched(agent_id, "agent_id")) is None:
             return False

@@ -124,8 +124,8 @@ class DeviceStore(Store):
             DeviceNotFoundError: if `order="paired_at"`, and no device has the id in the argument `after=`. Pass a
                 `Device` object to avoid the error.
         """
-        if approved is not None and not isinstance(approved, bool):
-            raise errors.InvalidArgumentError("approved must be True, False or None")
+        if approved is not None:
+            types.check_flag(approved, "approved")
         if order not in ("id", "paired_at"):
             raise errors.InvalidArgumentError("order must be 'id' or 'paired_at'")
         status = _member(DeviceStatus, status, "status")
@@ -333,7 +333,7 @@ class DeviceStore(Store):
     def _require_another_admin(self, device_id: str, *, force: bool) -> None:
         """Raise LastAdminError if the device is the only approved admin."""
         device = self._searched(device_id, "device_id")
-        if force or not self._unit.one(statements.IS_ADMIN, device_id=device):
+        if types.check_flag(force, "force") or not self._unit.one(statements.IS_ADMIN, device_id=device):
             return
         if self._unit.all(statements.APPROVED_ADMINS, device_id=device) == [True]:
             raise errors.LastAdminError(device_id)

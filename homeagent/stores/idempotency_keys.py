@@ -126,6 +126,7 @@ class IdempotencyKeyStore(Store):
             KeyLimitError: if the key is new and the device has reached the limit.
         """
         _check_new(scope)
+        types.check_flag(rerun, "rerun")
         if fingerprint != "":
             types.check_name(fingerprint, "fingerprint")
         now = self._unit.now()

@@ -90,10 +90,14 @@ CASES: list[tuple[str, Call]] = [
     *each("limit", "nonces.consume", [0, True], "lamp", "n", by="limit", expires_at=START),
     *each("limit", "nonces.consume_signed", [0], "lamp", "n", by="limit", signed_at=START - 2 * MINUTE, skew=MINUTE),
     *each("", "sessions.list", ["s1"], by="after"),
+    # Flags
+    *each("^force must be True or False, not", "devices.delete devices.revoke", ["no", 0.5, None], "root", by="force"),
+    *each("delete_sessions", "agents.delete", ["no", 1], "ada", by="delete_sessions"),
+    *each("rerun", "idempotency_keys.claim", ["no"], SCOPE, by="rerun", fingerprint="f", lease=MINUTE, ttl=MINUTE),
+    *each("approved", "devices.list", [1, "yes"], by="approved"),
     # Values of devices
     *each("^role must be one of client, node, admin$", "devices.list", ["root"], by="role"),
     *each("^status must be one of pending, approved, revoked$", "devices.list", ["root"], by="status"),
-    *each("", "devices.list", [1], by="approved"),
     *each("", "devices.list", ["last_seen_at"], by="order"),
     *each("seen_before", "devices.list", [NAIVE], by="seen_before"),
     *each("^expected_role must be one of", "devices.approve", ["root"], "lamp", by="expected_role"),

@@ -31,7 +31,7 @@ from homeagent.maintenance.doctor.sqlite import check_sqlite
 from homeagent.maintenance.doctor.store import STORE_CHECKS, stale_routes
 from homeagent.models import AgentSession
 from homeagent.models.limits import Limits
-from homeagent.models.types import check_timestamp
+from homeagent.models.types import check_flag, check_timestamp
 from homeagent.opening import open_engine
 from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
@@ -116,6 +116,8 @@ def _diagnose(
     settings: UnitSettings | None = None,
 ) -> Diagnosis:
     """Run the checks, and return the diagnosis. With `fix=True`, make safe repairs, and check again."""
+    check_flag(thorough, "thorough")
+    check_flag(fix, "fix")
 
     def check(repairs: list[Repair]) -> Diagnosis:
         limit = None if thorough else QUICK

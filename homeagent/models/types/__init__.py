@@ -11,7 +11,7 @@ from homeagent.models.types.json_text import (
     decode_json,
     encode_json,
 )
-from homeagent.models.types.limits import MAX_LIMIT, check_limit, check_names
+from homeagent.models.types.limits import MAX_LIMIT, check_flag, check_limit, check_names
 from homeagent.models.types.own_columns import choose_column_type
 from homeagent.models.types.stored_values import (
     UNREADABLE,

@@ -14,6 +14,13 @@ def check_limit(value: int, what: str = "limit") -> int:
     return value
 
 
+def check_flag(value: bool, what: str) -> bool:
+    """Return the value if it is True or False. Otherwise raise InvalidArgumentError."""
+    if not isinstance(value, bool):
+        raise InvalidArgumentError(f"{what} must be True or False, not {type(value).__name__}")
+    return value
+
+
 def check_names(names: Collection[str], what: str, example: str) -> frozenset[str]:
     """Return the names as a frozenset. Raise InvalidArgumentError if `names` is a str or not a collection of texts."""
     is_collection = isinstance(names, Collection) and not isinstance(names, str)
