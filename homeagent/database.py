@@ -332,6 +332,7 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
             idempotent: see `run()`.
 
         Raises:
+            UnitStateError: if this asyncio task already has an open write unit and `read_only=False`.
             InvalidArgumentError, DatabaseBusyError, ConnectionLostError, CommitUnknownError: in the same cases as for
                 `Database.run()`.
         """

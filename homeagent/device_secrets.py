@@ -98,6 +98,7 @@ class DeviceSecrets:
     @clears_locals
     async def apair(self, request: models.DevicePair) -> models.PairedDevice:
         """Run `pair()` under asyncio or trio, without blocking the event loop."""
+        self._runner.refuse_inside_unit()
         return await self._runner.in_thread(partial(self.pair, request), slow=True)
 
     @clears_locals
@@ -373,6 +374,7 @@ class DeviceSecrets:
             expected_secret_hash=expected_secret_hash,
             expected_paired_at=expected_paired_at,
         )
+        self._runner.refuse_inside_unit()
         return await self._runner.in_thread(rotate, slow=True)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import TYPE_CHECKING, TypeVar
 
 from anyio.lowlevel import checkpoint_if_cancelled
@@ -15,7 +16,7 @@ from anyio.lowlevel import checkpoint_if_cancelled
 from homeagent.clock import monotonic
 from homeagent.errors import CommitUnknownError, ConnectionLostError, HomeAgentError, StandbyError, TransientError
 from homeagent.group_commit import GroupCommit
-from homeagent.transaction import UnitSettings
+from homeagent.transaction import UnitSettings, current_task, refuse_nesting
 from homeagent.unit_of_work import UnitOfWork
 from homeagent.worker_threads import CollectedCalls, ThreadCall, call_in_thread, run_in_thread
 
@@ -67,6 +68,8 @@ class Runner:
 
     async def arun(self, work: Callable[[UnitOfWork], T], *, read_only: bool = False, idempotent: bool = False) -> T:
         """Run a function as a unit for a coroutine (see `Database.arun`)."""
+        if not read_only:
+            self.refuse_inside_unit()
         if self._group_commit is None or read_only or not _under_asyncio():
             await checkpoint_if_cancelled()
             return await self._in_thread(partial(self.run, work, read_only=read_only, idempotent=idempotent), _UNITS)
@@ -80,6 +83,14 @@ class Runner:
                 retries = retries or _Retries(self._settings, begun, idempotent)
                 pause = retries.pause_after(error)
             await asyncio.sleep(pause)
+
+    def refuse_inside_unit(self) -> None:
+        """If the caller's asyncio task has an open write unit, raise UnitStateError. A call that writes in another
+        thread would wait for the unit, and the task for the call.
+        """
+        unit = self._settings.writing.get(get_ident())
+        if unit is not None and unit.task is not None and unit.task is current_task():
+            refuse_nesting()
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
         """Call `work()` in a worker thread. Even a cancelled caller waits until a started call has ended."""
@@ -143,10 +154,7 @@ class _Retries:
 
 def _under_asyncio() -> bool:
     """Return True if the caller is an asyncio task. Under trio, or without an event loop, return False."""
-    try:
-        return asyncio.current_task() is not None
-    except RuntimeError:
-        return False
+    return current_task() is not None
 
 
 def _worker_limiter(kind: str) -> CapacityLimiter:

@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -67,8 +68,8 @@ class UnitSettings:
     limits: Limits
     grants: dict[tuple[str, str, int], Iterator[int]] = field(default_factory=dict)
     """Rows that the stores can still add before the next count (see `homeagent.stores.room`)."""
-    writing: set[int] = field(default_factory=set)
-    """Ids of the threads that have an open write unit."""
+    writing: dict[int, Transaction] = field(default_factory=dict)
+    """The open write unit of each thread. The key is the id of the thread."""
 
     def now(self) -> datetime:
         """Return the clock's timestamp in UTC, rounded down to milliseconds."""
@@ -96,6 +97,12 @@ def refuse_nesting() -> NoReturn:
     )
 
 
+def current_task() -> object | None:
+    """Return the asyncio task that runs in this thread, or None."""
+    loop = asyncio._get_running_loop()
+    return None if loop is None else asyncio.current_task(loop)
+
+
 class Transaction:
     """Base class of `UnitOfWork`. If the unit joins a batch, the argument `joined=` is the batch's connection. The
     method `_leave()` ends such a unit. The timeout is in seconds, by default `settings.timeout`.
@@ -113,6 +120,7 @@ class Transaction:
         "_timeout",
         "read_only",
         "settings",
+        "task",
     )
 
     def __init__(
@@ -135,6 +143,8 @@ class Transaction:
         # For each open savepoint, the nested transaction of the ORM session, or None (see `_keep_savepoints()`).
         self._savepoints: tuple[SessionTransaction | None, ...] = ()
         self._owner = 0
+        self.task: object | None = None
+        """The asyncio task that entered the write unit, or None."""
         if joined is not None:
             joined.execute(_BEGIN_SAVEPOINT)
             self._run, self._state = joined.rows, OPEN
@@ -151,11 +161,12 @@ class Transaction:
                 refuse_nesting()
         try:
             if not self.read_only:
-                settings.writing.add(self._owner)
+                self.task = current_task()
+                settings.writing[self._owner] = self
             self._connection = connection = settings.engine.begin(self.read_only, self._timeout)
         except BaseException as error:
             settings.engine.counters.faulted(error)
-            settings.writing.discard(self._owner)
+            settings.writing.pop(self._owner, None)
             raise
         self._run = connection.rows
         self._state = OPEN
@@ -237,7 +248,7 @@ class Transaction:
                 else:
                     # Do not discard the id before the release of the write lock. Without the id, a signal handler would
                     # wait for the write lock of its own thread.
-                    settings.writing.discard(self._owner)
+                    settings.writing.pop(self._owner, None)
                     if committed:
                         engine.counters.commits += 1
                     else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, repeat
@@ -20,7 +21,7 @@ from pydantic import SecretStr
 from homeagent import Attempt, Database, DevicePair, DeviceStatus, IdempotencyScope, Role, UnitOfWork, errors
 from homeagent.credentials import hashing
 from homeagent.scram import make_verifier
-from tests.batches import held
+from tests.batches import creating, held
 from tests.conftest import START, FakeClock, dump, pair, write_past_checks
 from tests.credentials.conftest import cheap_hashes as cheap_hashes
 from tests.credentials.conftest import dearer
@@ -242,6 +243,34 @@ def test_a_flag_must_be_a_bool(database: Database, tmp_path: Path, value: Any) -
         database.run(lambda unit: None, read_only=value or 1)
     with pytest.raises(errors.InvalidArgumentError, match="idempotent"):
         anyio.run(partial(database.arun, lambda unit: None, idempotent=value))
+
+
+def test_a_task_that_writes_inside_its_unit(database: Database) -> None:
+    """A call that writes for an asyncio task with an open write unit is refused; another task's call waits."""
+
+    async def effect(attempt: Attempt) -> None:
+        """Do nothing."""
+
+    async def main() -> None:
+        paired = await database.apair(DevicePair(id="lamp", role=Role.CLIENT))
+        with database.unit_of_work():
+            other = asyncio.create_task(database.arun(creating("bob")))
+            await asyncio.sleep(0.01)
+            calls: list[Coroutine[Any, Any, object]] = [
+                database.arun(creating("bob")),
+                database.arun_once(IdempotencyScope(device_id="lamp", method="m", key="k"), effect),
+                database.apair(DevicePair(id="fan", role=Role.CLIENT)),
+                database.arotate_secret("lamp"),
+            ]
+            for call in calls:
+                with pytest.raises(errors.UnitStateError, match="already has an open write unit"):
+                    await call
+            assert await database.arun(lambda unit: unit.devices.get("lamp"), read_only=True) == paired.device
+        assert await other == "bob"
+        with database.unit_of_work(read_only=True):
+            await database.arotate_secret("lamp")
+
+    asyncio.run(main())
 
 
 def test_work_may_return_a_coroutine(database: Database) -> None:
