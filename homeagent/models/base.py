@@ -3,7 +3,7 @@ down the import.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, dataclass_transform, get_args
 
@@ -126,6 +126,13 @@ class Model(SQLModel, registry=_registry):
         made.model_fields_set.difference_update(generated)
         object.__setattr__(made, "__pydantic_private__", copied.__pydantic_private__)
         return made
+
+    def __iter__(self) -> Generator[tuple[str, Any], None, None]:
+        """Yield names and values, for example for `dict(device)`. Leave out the fields that dumps leave out."""
+        fields = type(self).model_fields
+        for name, value in super().__iter__():
+            if name not in fields or not fields[name].exclude:
+                yield name, value
 
 
 class PartialIndex(Index):
