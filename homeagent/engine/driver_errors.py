@@ -27,6 +27,7 @@ from homeagent.errors import (
     TransientError,
     UnitStateError,
 )
+from homeagent.models import TABLES
 
 RESTORE = "stop, keep the file with its -wal and -shm, and restore the newest good backup"
 
@@ -78,6 +79,8 @@ _MISSING = re.compile(r"no such (?:table|column): |(?:relation|column) .* does n
 _MISSING_REMEDY = (
     " (if the table is the application's, create the table by a revision, and pass migrations= to Database.open)"
 )
+_MISSING_TABLE = re.compile(r'no such table: (?:main\.)?(\w+)|relation "(?:\w+\.)?(\w+)" does not exist')
+_LOST_REMEDY = " (homeagent's table was deleted: restore the newest good backup)"
 
 
 def message_with_name(error: BaseException) -> str:
@@ -102,7 +105,9 @@ def message_with_name(error: BaseException) -> str:
 def named(error: BaseException) -> str:
     """Return the database's message as a suffix for homeagent's message. Add a remedy for a missing table or column."""
     message = message_with_name(error)
-    return (f": {message}" if message else "") + (_MISSING_REMEDY if _MISSING.search(message) else "")
+    table = _MISSING_TABLE.fullmatch(message)
+    remedy = _LOST_REMEDY if table is not None and (table[1] or table[2]) in TABLES else _MISSING_REMEDY
+    return (f": {message}" if message else "") + (remedy if _MISSING.search(message) else "")
 
 
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:

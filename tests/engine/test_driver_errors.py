@@ -54,6 +54,14 @@ def test_failed_statement_is_named(target: str, database: Database) -> None:
     assert SECRET not in str(caught.value)
 
 
+def test_a_lost_table_needs_a_backup(target: str, database: Database) -> None:
+    """If a table of homeagent was deleted, the error names the table and the backup, not a revision."""
+    write_past_checks(target, "DROP TABLE nonces")
+    with pytest.raises(errors.DatabaseError, match=r"nonces.*restore the newest good backup") as caught:
+        database.nonces.find("lamp", "n")
+    assert "revision" not in str(caught.value)
+
+
 def test_application_statement_is_not_shown(database: Database) -> None:
     """If an application's statement fails, the error names the missing table and omits the SQL text with its values."""
     with pytest.raises(errors.DatabaseError, match="nowhere") as caught, database.unit_of_work() as unit:
