@@ -126,8 +126,8 @@ class GroupCommit:
         # A queued call can share a commit with the calls of other threads.
         if settings.writing or self._is_contended or not self._queue.empty():
             settings.engine.pool(read_only=False)  # in a forked child, the method pool() raises DatabaseClosedError
-            if get_ident() in settings.writing:
-                refuse_nesting()
+            if (unit := settings.writing.get(get_ident())) is not None:
+                refuse_nesting(unit)
             call = QueuedCall(work)
             call.woken.acquire()
             try:

@@ -90,7 +90,7 @@ class Runner:
         """
         unit = self._settings.writing.get(get_ident())
         if unit is not None and unit.task is not None and unit.task is current_task():
-            refuse_nesting()
+            refuse_nesting(unit)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:
         """Call `work()` in a worker thread. Even a cancelled caller waits until a started call has ended."""

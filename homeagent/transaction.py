@@ -89,8 +89,10 @@ def call_back(callbacks: Iterable[Callable[[], object]]) -> None:
             )
 
 
-def refuse_nesting() -> NoReturn:
+def refuse_nesting(unit: Transaction) -> NoReturn:
     """Raise UnitStateError. A second write unit would wait for the thread's first write unit."""
+    if unit._state is ROLLED_BACK:
+        raise UnitStateError("this thread is in the block of a write unit that was rolled back: leave the block first")
     raise UnitStateError(
         "this thread already has an open write unit: use that unit or end it first; "
         "to be able to undo a part of a unit, use savepoint()"
@@ -155,10 +157,10 @@ class Transaction:
         settings = self.settings
         if not self.read_only:
             self._owner = get_ident()
-            if self._owner in settings.writing:
+            if (outer := settings.writing.get(self._owner)) is not None:
                 # In a forked child, `pool()` raises DatabaseClosedError.
                 settings.engine.pool(read_only=False)
-                refuse_nesting()
+                refuse_nesting(outer)
         try:
             if not self.read_only:
                 self.task = current_task()

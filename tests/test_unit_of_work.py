@@ -672,9 +672,14 @@ def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:
     """If a thread in a write unit opens another write unit, the second is refused, and the first is unharmed."""
     with database.unit_of_work() as unit:
         create(unit, "ada")
-        with pytest.raises(errors.UnitStateError), database.unit_of_work():
+        with pytest.raises(errors.UnitStateError, match="use that unit"), database.unit_of_work():
             raise AssertionError("entered")
     assert agents_of(database) == ["ada"]
+    with database.unit_of_work() as unit:
+        unit.rollback()
+        for act in (database.unit_of_work().__enter__, lambda: database.run(creating("bob"))):
+            with pytest.raises(errors.UnitStateError, match="rolled back: leave the block first"):
+                act()
 
 
 def test_closed_database_refuses(database: Database) -> None:
