@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from inspect import CO_COROUTINE, CO_GENERATOR, iscoroutine, iscoroutinefunction, isgeneratorfunction
+from inspect import (
+    CO_ASYNC_GENERATOR,
+    CO_COROUTINE,
+    CO_GENERATOR,
+    isasyncgen,
+    isasyncgenfunction,
+    isawaitable,
+    iscoroutine,
+    iscoroutinefunction,
+    isgenerator,
+    isgeneratorfunction,
+)
 from types import FunctionType
 from typing import TypeVar
 
@@ -10,7 +21,9 @@ from homeagent.errors import InvalidArgumentError
 
 T = TypeVar("T")
 
-_DEFERRED = CO_GENERATOR | CO_COROUTINE
+_GENERATOR = CO_GENERATOR | CO_ASYNC_GENERATOR
+
+_DEFERRED = _GENERATOR | CO_COROUTINE
 """Flags of functions whose body does not run at the call."""
 
 
@@ -20,23 +33,29 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
     `coroutine=`.
     """
     plain: object = function
-    deferred = CO_GENERATOR if coroutine is None else _DEFERRED
+    deferred = _GENERATOR if coroutine is None else _DEFERRED
     # For an ordinary function without attributes, skip the slow checks below. An attribute can mark a coroutine
     # function (`inspect.markcoroutinefunction()`).
     if isinstance(plain, FunctionType) and not (plain.__code__.co_flags & deferred or plain.__dict__):
         return function
     if not callable(function):
         raise InvalidArgumentError(f"{what} must be a function, not {type(function).__name__}")
-    if isgeneratorfunction(function):
+    # A call of another object runs its method `__call__()`.
+    called: tuple[object, object] = (function, type(function).__call__)
+    if any(isgeneratorfunction(each) or isasyncgenfunction(each) for each in called):
         raise InvalidArgumentError(f"{what} is a generator function, and a call does not run its body: return a value")
     if coroutine is not None and iscoroutinefunction(function):
         raise InvalidArgumentError(f"{what} is a coroutine function, which is not awaited here: {coroutine}")
     return function
 
 
-def refuse_coroutine(value: T, what: str, remedy: str) -> T:
-    """Return the value that a function returned. If the value is a coroutine, raise InvalidArgumentError."""
+def refuse_deferred(value: T, what: str, remedy: str) -> T:
+    """Return the value that a function returned. Raise InvalidArgumentError for an awaitable object or a generator."""
     if iscoroutine(value):
         value.close()  # The call of `close()` prevents Python's warning "never awaited".
-        raise InvalidArgumentError(f"{what} returned a coroutine, which is not awaited here: {remedy}")
+    if isgenerator(value) or isasyncgen(value):
+        raise InvalidArgumentError(f"{what} returned a generator, whose body has not run: return a value")
+    if isawaitable(value):
+        kind = "a coroutine" if iscoroutine(value) else "an awaitable object"
+        raise InvalidArgumentError(f"{what} returned {kind}, which is not awaited here: {remedy}")
     return value

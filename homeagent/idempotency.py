@@ -19,7 +19,7 @@ from operator import methodcaller
 from os import urandom
 from typing import TYPE_CHECKING, Any, Literal
 
-from homeagent.callables import check_function, refuse_coroutine
+from homeagent.callables import check_function, refuse_deferred
 from homeagent.clock import monotonic
 from homeagent.errors import (
     EffectFailedError,
@@ -208,8 +208,8 @@ def run_once(run: Run, timer: LeaseTimer, call: OnceCall, effect: Callable[[Atte
         run(_once(attempt, lambda keys: keys.release(attempt), leaves_record=False))
         raise
     try:
-        # Refuse a returned coroutine, because its code has not run.
-        value = refuse_coroutine((substitute or effect)(attempt), "the effect", ARUN_ONCE)
+        # Refuse a returned coroutine or generator, because its code has not run.
+        value = refuse_deferred((substitute or effect)(attempt), "the effect", ARUN_ONCE)
     except EffectFailedError as error:
         detail = error.detail
         run(_once(attempt, lambda keys: keys.fail(attempt, detail)))
@@ -286,6 +286,7 @@ async def arun_once(
         value: Any = (substitute or effect)(attempt)
         if isinstance(value, Awaitable):
             value = await value
+        value = refuse_deferred(value, "the effect", "return its result")
     except EffectFailedError as error:
         detail = error.detail
         await _record(arun, attempt, lambda keys: keys.fail(attempt, detail))

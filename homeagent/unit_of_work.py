@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_origin, get_type_h
 
 from pydantic import JsonValue
 
-from homeagent.callables import check_function, refuse_coroutine
+from homeagent.callables import check_function, refuse_deferred
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.statements import Parameters, Row, Statement
@@ -191,7 +191,7 @@ class UnitOfWork(Transaction):
                 return claimed
             try:
                 with self.savepoint():
-                    value = refuse_coroutine(effect(claimed), "the effect", _NO_COROUTINE)
+                    value = refuse_deferred(effect(claimed), "the effect", _NO_COROUTINE)
             except EffectFailedError as error:
                 self.idempotency_keys.fail(claimed, error.detail)
                 failure = error

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import chain, repeat
@@ -212,8 +212,12 @@ def test_work_that_is_not_an_ordinary_function(database: Database, read_only: bo
     def generator(unit: UnitOfWork) -> Iterator[int]:
         yield 1
 
-    works: Any = {"ordinary function": coroutine, "a generator function": generator, "a function": None}
-    for words, work in works.items():
+    async def agenerator(unit: UnitOfWork) -> AsyncIterator[int]:
+        yield 1
+
+    deferred = "a generator function"
+    works: Any = [("ordinary function", coroutine), (deferred, generator), (deferred, agenerator), ("a function", None)]
+    for words, work in works:
         with pytest.raises(errors.InvalidArgumentError, match=words):
             database.run(work, read_only=read_only)
         for backend in ("asyncio", "trio"):

@@ -7,7 +7,7 @@ import functools
 import math
 import threading
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
@@ -207,17 +207,31 @@ def generator(attempt: Attempt) -> Iterator[int]:
     yield 1
 
 
+async def agenerator(attempt: Attempt) -> AsyncIterator[int]:
+    """Yield values that no caller reads, as an asynchronous generator."""
+    yield 1
+
+
+class Generated:
+    """A callable whose call gives a generator."""
+
+    def __call__(self, attempt: Attempt) -> Iterator[int]:
+        """Yield values that no caller reads."""
+        yield 1
+
+
 @pytest.mark.parametrize("engine_name", ["sqlite"])
 def test_effect_that_is_not_a_function(database: Database) -> None:
     """If an effect is not callable, needs awaiting or is a generator function, no call claims the key."""
-    wrong: list[Any] = [anever, functools.partial(anever), 5, None, generator]
+    generators: list[Any] = [generator, agenerator, functools.partial(agenerator), Generated()]
+    wrong: list[Any] = [anever, functools.partial(anever), 5, None, *generators]
     for effect in wrong:
-        words = "effect is a generator function" if effect is generator else "effect"
+        words = "effect is a generator function" if effect in generators else "effect"
         with pytest.raises(errors.InvalidArgumentError, match=words):
             database.run_once(SCOPE, effect)
         with pytest.raises(errors.InvalidArgumentError, match=words), database.unit_of_work() as unit:
             unit.run_once(SCOPE, effect)
-        if effect in (5, generator):
+        if effect in (5, *generators):
             with pytest.raises(errors.InvalidArgumentError, match=words):
                 anyio.run(functools.partial(database.arun_once, SCOPE, effect))
     with pytest.raises(errors.InvalidArgumentError, match="arun_once"):
@@ -236,6 +250,41 @@ def test_effect_that_returns_a_coroutine(database: Database, clock: FakeClock) -
         assert row_of(database, scope) is None
         with pytest.raises(errors.InvalidArgumentError, match="arun_once"):
             database.run_once(scope, effect)
+        clock.advance(minutes=2)
+        with pytest.raises(errors.OutcomeUnknownError):
+            database.run_once(scope, never)
+
+
+@pytest.mark.parametrize("engine_name", ["sqlite"])
+@pytest.mark.parametrize("kind", ["generator", "asynchronous generator", "awaitable"])
+def test_effect_that_returns_deferred_work(database: Database, clock: FakeClock, kind: str) -> None:
+    """If an effect returns a generator or an awaitable object, the effect is never recorded as completed."""
+
+    class Later:
+        def __await__(self) -> Iterator[None]:
+            yield
+
+    effects: dict[str, Callable[[Attempt], Any]] = {
+        "generator": lambda attempt: generator(attempt),
+        "asynchronous generator": lambda attempt: agenerator(attempt),
+        "awaitable": lambda attempt: Later(),
+    }
+    effect = effects[kind]
+
+    async def aeffect(attempt: Attempt) -> Any:
+        return effect(attempt)
+
+    with pytest.raises(errors.InvalidArgumentError, match="returned a"), database.unit_of_work() as unit:
+        unit.run_once(SCOPE, effect)
+    assert row_of(database) is None
+    calls: dict[str, Callable[[IdempotencyScope], Any]] = {
+        "run_once": lambda scope: database.run_once(scope, effect),
+        "arun_once": lambda scope: anyio.run(functools.partial(database.arun_once, scope, aeffect)),
+    }
+    for name, call in calls.items():
+        scope = IdempotencyScope("lamp", "m", name)
+        with pytest.raises(errors.InvalidArgumentError, match="returned a"):
+            call(scope)
         clock.advance(minutes=2)
         with pytest.raises(errors.OutcomeUnknownError):
             database.run_once(scope, never)
