@@ -51,7 +51,8 @@ def back_up(settings: UnitSettings, destination: str | os.PathLike[str], *, keep
         check_limit(keep, "keep")
     refuse_address(destination)
     where = locate_file(destination)
-    into_directory = where.is_dir() or os.fspath(destination).endswith("/")
+    with explained("inspect", where):
+        into_directory = where.is_dir() or os.fspath(destination).endswith("/")
     directory = where if into_directory else where.parent
     prepare_directory(directory)
     with FileLock(directory / _LOCK, timeout=timedelta(seconds=settings.timeout)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import closing
 from datetime import datetime, timedelta
 from time import sleep
@@ -12,6 +11,7 @@ from pydantic import BaseModel
 from sqlalchemy import URL, select, text, update
 
 from homeagent.clock import monotonic
+from homeagent.engine.files.database_file import look_at
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.in_use import alone, epoch_of_marker, kept_from_sqlite, marker_of_epoch
@@ -76,7 +76,7 @@ def begin_epoch(
 
 
 def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None) -> int:
-    if not os.path.lexists(path):
+    if look_at(path) is None:
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     with closing(SQLiteEngine(path, busy_timeout=timeout, durability="full")) as engine:
         identify_or_wait(engine)

@@ -29,7 +29,7 @@ from homeagent.engine.files.directories import prepare_directory
 from homeagent.engine.files.filesystems import refuse_network_filesystem
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.owners import backup_owners
-from homeagent.engine.files.system_errors import quoted
+from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path, sidecar_lock
 from homeagent.engine.sqlite.in_use import (
@@ -200,8 +200,9 @@ def check_paths(backup: str | os.PathLike[str], target: Given) -> tuple[Path, Pa
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISLNK(status.st_mode):
         raise InvalidArgumentError(f"{quoted(source)} is not a regular file: name the backup to restore")
     refuse_insecure(source, status, backup_owners(database))
-    if os.path.lexists(database) and source.samefile(database):
-        raise InvalidArgumentError(f"{quoted(source)} is the database itself: name one of its backups")
+    with explained("inspect", database):
+        if os.path.lexists(database) and source.samefile(database):
+            raise InvalidArgumentError(f"{quoted(source)} is the database itself: name one of its backups")
     return source, database, read_manifest(source, database)
 
 

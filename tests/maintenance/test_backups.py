@@ -376,12 +376,18 @@ with Database.open(sys.argv[1]) as database:
             print(database.backup(sys.argv[2] + "/copy.db", replace=True))
         except errors.DatabaseError as error:
             print(error)
+    os.chmod(sys.argv[2], 0)
+    for call in (database.backup, Database.begin_epoch):
+        try:
+            call(sys.argv[2] + "/copy.db")
+        except errors.DatabaseError as error:
+            print(error)
 """
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
 def test_lost_permission(sqlite_path: Path, children: Children, public_directory: Path) -> None:
-    """If the write permission is lost during a backup, an error says so, and the rest cannot be taken for a backup."""
+    """If a permission is lost before or during a backup, an error says so, and no file looks like a backup."""
     place = public_directory
     shutil.copytree(sqlite_path.parent, place / "database")
     (place / "backups").mkdir()
@@ -389,7 +395,7 @@ def test_lost_permission(sqlite_path: Path, children: Children, public_directory
         os.chown(path, 65534, 65534)
     said = children.run(UNPRIVILEGED, place / "database" / "homeagent.db", place / "backups").splitlines()
     assert said[0].endswith("copy.db")
-    assert "no permission" in said[1]
+    assert ["no permission" in line for line in said[1:]] == [True, True, True]
     (place / "backups").chmod(0o700)
     left = [path for path in (place / "backups").iterdir() if "partial" in path.name]
     assert all(path.stat().st_size == 0 for path in left)
@@ -412,6 +418,8 @@ def test_temporary_database(tmp_path: Path) -> None:
     with Database.open(":memory:") as database:
         assert database.backup(tmp_path / "kept.db") == tmp_path / "kept.db"
         add_agent(database)
+        with pytest.raises(errors.InvalidArgumentError, match="too long"):
+            database.backup(tmp_path / ("x" * 300))
         # With `replace`, a backup replaces an earlier backup and its manifest.
         backup = database.backup(tmp_path / "kept.db", replace=True)
     manifest = read_manifest(backup)

@@ -313,13 +313,15 @@ def test_refused_target(sqlite_path: Path, backup: Path, tmp_path: Path) -> None
     """If the target is not homeagent's database and never was, the restore raises an error and keeps the file."""
     photo, link, directory, other = (tmp_path / name for name in ("photo.jpg", "link.db", "directory", "other.db"))
     photo.write_bytes(b"\xff\xd8" * 1000)
+    loop = tmp_path / "loop.db"
+    loop.symlink_to(loop)
     link.symlink_to(sqlite_path)
     directory.mkdir()
     other.touch()
     FOREIGN(other)
     for target, error in (
         *((target, errors.ForeignDatabaseError) for target in (photo, other, directory)),
-        (link, errors.InsecureFileError),
+        *((target, errors.InsecureFileError) for target in (link, loop)),
         *((target, errors.InvalidArgumentError) for target in (":memory:", "postgresql://host/db", backup)),
     ):
         with pytest.raises(error):
