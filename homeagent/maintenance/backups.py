@@ -17,7 +17,15 @@ from homeagent.engine.files.system_errors import explained, quoted
 from homeagent.engine.sqlite.backup import Stop, backup_name, discard, never_stop, write_backup
 from homeagent.engine.sqlite.engine import SQLiteEngine, lock_path
 from homeagent.engine.sqlite.in_use import in_use_path
-from homeagent.engine.sqlite.manifests import PARTIAL, Manifest, backups_in, manifest_path, note_path, remember_backup
+from homeagent.engine.sqlite.manifests import (
+    PARTIAL,
+    Manifest,
+    backup_number,
+    backups_in,
+    manifest_path,
+    note_path,
+    remember_backup,
+)
 from homeagent.engine.target import refuse_address
 from homeagent.errors import DatabaseBusyError, DatabaseError, HomeAgentError, InvalidArgumentError
 from homeagent.migrations import revision_of
@@ -100,12 +108,13 @@ def _make_in(directory: Path, engine: SQLiteEngine, clock: Clock, keep: int | No
     with engine.reading() as connection:
         revision = revision_of(connection) or "none"
     taken_at = clock()
-    target = free = directory / backup_name(engine.path, revision, taken_at)
-    number = 1
-    while os.path.lexists(free):
-        number += 1
-        free = target.with_name(f"{target.name.removesuffix('.backup')}-{number}.backup")
-    return _make(free, engine, taken_at, keep, stop=stop)
+    target = directory / backup_name(engine.path, revision, taken_at)
+    stem = target.name.removesuffix(".backup")
+    # Do not use a smaller free number: `_remove_oldest()` would delete the new backup before older backups.
+    taken = [backup_number(path) for path in directory.glob(f"{glob.escape(stem)}*.backup")]
+    if taken:
+        target = target.with_name(f"{stem}-{max(taken) + 1}.backup")
+    return _make(target, engine, taken_at, keep, stop=stop)
 
 
 def _make(

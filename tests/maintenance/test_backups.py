@@ -150,6 +150,16 @@ def test_keep_deletes_the_oldest_backups(
             sqlite_database.backup(directory, keep=keep)
 
 
+def test_keep_removes_the_oldest_of_one_time(sqlite_database: Database, sqlite_path: Path, tmp_path: Path) -> None:
+    """If the clock stands still, `keep` deletes the backups that were made first."""
+    directory = tmp_path / "backups"
+    directory.mkdir()
+    made = [sqlite_database.backup(directory, keep=3) for _ in range(12)]
+    assert set(directory.glob("*.backup")) == set(made[-3:])
+    assert made[-1].name.endswith("Z-12.backup")
+    assert newest_backup(sqlite_path) == made[-1]
+
+
 def test_keep_removes_backups_from_the_future_first(
     sqlite_database: Database, clock: FakeClock, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
@@ -94,7 +95,15 @@ def backups_in(directory: Path, database: Path) -> list[tuple[Path, Manifest]]:
                 refuse_insecure(backup, status, owners)
                 if status.st_size == manifest.size and manifest.kind != "adoption":
                     found.append((backup, manifest))
-    return sorted(found, key=lambda entry: (entry[1].taken_at, entry[0].name))
+    return sorted(found, key=lambda entry: (entry[1].taken_at, backup_number(entry[0]), entry[0].name))
+
+
+def backup_number(backup: Path) -> int:
+    """Return the number at the end of a backup's name. A name without a number counts as 1. Later backups of the same
+    time have larger numbers.
+    """
+    found = re.search(r"Z-([0-9]{1,9})\.backup$", backup.name)
+    return 1 if found is None else int(found[1])
 
 
 def newest_backup(database: Path) -> Path | None:
@@ -108,7 +117,11 @@ def newest_backup(database: Path) -> Path | None:
         found += [entry for entry in backups_in(last.parent, database) if entry[1].database == str(database)]
     now = system_clock()
     # Prefer a backup with a time in the past. A time in the future comes from a wrong clock.
-    newest = max(found, key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, entry[0]), default=None)
+    newest = max(
+        found,
+        key=lambda entry: (entry[1].taken_at <= now, entry[1].taken_at, backup_number(entry[0]), entry[0]),
+        default=None,
+    )
     return None if newest is None else newest[0]
 
 
