@@ -13,6 +13,7 @@ from sqlalchemy import URL, select, text, update
 from homeagent.clock import monotonic
 from homeagent.engine.files.database_file import look_at
 from homeagent.engine.postgresql.engine import PostgreSQLEngine
+from homeagent.engine.sqlite.diagnosis import naming_newest_backup
 from homeagent.engine.sqlite.engine import SQLiteEngine, sidecar_lock
 from homeagent.engine.sqlite.in_use import alone, epoch_of_marker, kept_from_sqlite, marker_of_epoch
 from homeagent.engine.target import Given, resolve_target
@@ -79,7 +80,8 @@ def _in_file(path: Path, now: datetime, timeout: timedelta, expected: int | None
     if look_at(path) is None:
         raise SchemaOutdatedError(None, needed=REVISION, location=str(path))
     with closing(SQLiteEngine(path, busy_timeout=timeout, durability="full")) as engine:
-        identify_or_wait(engine)
+        with naming_newest_backup(path):
+            identify_or_wait(engine)
         with alone(path, timeout=timeout):
             with kept_from_sqlite(path):
                 pass  # `kept_from_sqlite()` raises an error if another program has the file open.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from homeagent.engine.files import database_file
 from homeagent.engine.files.locks import FileLock
 from homeagent.engine.files.system_errors import quoted
-from homeagent.engine.sqlite.diagnosis import corrupt_after_all
+from homeagent.engine.sqlite.diagnosis import corrupt_after_all, naming_newest_backup
 from homeagent.engine.sqlite.engine import lock_path, read_transaction, sidecar_lock
 from homeagent.engine.sqlite.foreign_access import protect
 from homeagent.engine.sqlite.in_use import hold_in_use_lock, in_use_path
@@ -70,7 +70,8 @@ def open_sqlite(
     unchanged.
     """
     try:
-        _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
+        with naming_newest_backup(engine.path):
+            _open_sqlite(engine, application, clock=clock, timeout=timeout, migrate=migrate, temporary=temporary)
     except BaseException:
         if engine.in_use_lock is not None and engine.in_use_lock.held:
             engine.in_use_lock.withdraw()  # remove the new lock file, because the database file was refused
@@ -104,6 +105,7 @@ def _open_sqlite(
             # Use one snapshot, because another process can upgrade the file.
             with read_transaction(connection):
                 revision = revision_of(connection)
+                is_lost = revision is None and bool(database_file.size_of(lock_path(path)) or tables(connection))
                 suitable, pending = suits(connection, revision), application.is_pending(connection)
                 if suitable and pending and not migrate:
                     raise application.outdated(connection)
@@ -113,6 +115,8 @@ def _open_sqlite(
         if suitable and not pending and (temporary or not migrate or database_file.size_of(lock_path(path))):
             return
         if not migrate:
+            if is_lost:
+                raise _schema_lost(path)
             raise SchemaOutdatedError(revision, needed=REVISION, location=str(path))
     elif not migrate:
         if not temporary and database_file.size_of(lock_path(path)):
@@ -191,13 +195,18 @@ def _make_or_upgrade(
     if suitable and not pending:
         return
     if revision is None and (initialised or has_tables):
-        raise CorruptDatabaseError(
-            f"{path} has lost its schema: move the file and its -wal and -shm to another directory, and restore "
-            "the newest good backup"
-        )
+        raise _schema_lost(path)
     _upgrade(engine, application, None if temporary else clock)
     if not initialised and not temporary:
         lock.write_marker("initialised")
+
+
+def _schema_lost(path: Path) -> CorruptDatabaseError:
+    """Return the error for a database whose version table was lost."""
+    return CorruptDatabaseError(
+        f"{path} has lost its schema: move the file and its -wal and -shm to another directory, and restore "
+        "the newest good backup"
+    )
 
 
 def _upgrade(engine: SQLiteEngine, application: Application, backup_clock: Clock | None) -> None:

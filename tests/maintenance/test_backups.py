@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import closing
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -188,7 +189,7 @@ def test_damaged_database(
             # An index page with a count of three entries, but without the entries.
             file.seek((root - 1) * 4096 + 3)
             file.write(b"\x00\x03")
-        with pytest.raises(errors.CorruptDatabaseError, match="newest good backup"):
+        with pytest.raises(errors.CorruptDatabaseError, match="newest good backup; no backup of the database is known"):
             database.backup(tmp_path / "copy.db")
         assert names(tmp_path) == {"database"}
         add_agent(database, "kept")
@@ -462,6 +463,45 @@ def test_lost_database_names_its_backup(sqlite_path: Path, tmp_path: Path, how: 
             Database.open(sqlite_path, migrate=migrate)
         assert str(backup) in str(caught.value)
         assert "init" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["short", "version table", "version row"])
+def test_damaged_file_names_its_backup(sqlite_path: Path, how: str) -> None:
+    """If a database's file is too short or has lost its version, each error names the newest backup."""
+    with Database.open(sqlite_path) as database:
+        backup = database.backup(f"{sqlite_path.parent}/")
+    if how == "short":
+        os.truncate(sqlite_path, 50)
+    else:
+        change(sqlite_path, f"{'DROP TABLE' if how == 'version table' else 'DELETE FROM'} homeagent_schema_version")
+    for call in (Database.open, partial(Database.open, migrate=False), Database.begin_epoch):
+        with pytest.raises(errors.CorruptDatabaseError) as caught:
+            call(sqlite_path)
+        assert str(caught.value).count(str(backup)) == 1
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced", "emptied", "without its WAL"])
+def test_moved_file_names_its_backup(sqlite_path: Path, tmp_path: Path, how: str) -> None:
+    """If an open database's file or WAL is lost, the error names the newest backup."""
+    with Database.open(sqlite_path) as database:
+        backup = database.backup(f"{tmp_path}/backups/")
+        add_agent(database)
+        kept = sqlite_path.with_name("kept")
+        lost = sqlite_path.with_name(f"{sqlite_path.name}-wal") if how == "without its WAL" else sqlite_path
+        content = lost.read_bytes()
+        os.link(lost, kept)
+        if how == "emptied":
+            os.truncate(sqlite_path, 0)
+        else:
+            lost.unlink()
+            if how == "replaced":
+                shutil.copy(kept, lost)
+        time.sleep(0.02)  # a check of the WAL is due after 10 ms
+        for _ in range(2):
+            with pytest.raises(errors.DatabaseMovedError) as caught, database.unit_of_work() as unit:
+                unit.agents.list()
+            assert str(caught.value).count(str(backup)) == 1
+        kept.replace(lost) if how != "emptied" else lost.write_bytes(content)
 
 
 @pytest.mark.slow

@@ -19,11 +19,11 @@ _INTERVAL = 0.01
 
 class FileIdentityCheck:
     """Checks the identities of an open database's file, WAL and WAL index. With `strict=True`, every commit checks the
-    file. `check.due` is the earliest time of the next check (monotonic clock). If `check.marked_corrupt` is set, every
-    check raises CorruptDatabaseError.
+    file. `on_moved()` returns a suffix for the message about a moved file. `check.due` is the earliest time of the next
+    check (monotonic clock). If `check.marked_corrupt` is set, every check raises CorruptDatabaseError.
     """
 
-    def __init__(self, path: Path, *, strict: bool, on_moved: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, path: Path, *, strict: bool, on_moved: Callable[[], str] = str) -> None:
         self._on_moved = on_moved
         self._strict = strict
         self.monotonic: Callable[[], float] = monotonic
@@ -87,8 +87,7 @@ class FileIdentityCheck:
             raise CorruptDatabaseError(self.marked_corrupt)
         problem = None if self.identity is None else self._problem(beside=beside, remember=remember)
         if problem is not None:
-            self._on_moved()
-            raise DatabaseMovedError(problem)
+            raise DatabaseMovedError(problem + self._on_moved())
         self.due = due
 
     def _problem(self, *, beside: bool, remember: bool) -> str | None:

@@ -20,7 +20,7 @@ from homeagent.engine.driver_errors import sqlite_code, sqlite_error, translated
 from homeagent.engine.files.database_file import OPEN_FLAGS, create_file, secure_sidecars, sidecars
 from homeagent.engine.files.sync import fsync_directory, sync
 from homeagent.engine.files.system_errors import explained, quoted
-from homeagent.engine.sqlite.diagnosis import diagnosed_error
+from homeagent.engine.sqlite.diagnosis import diagnosed_error, newest_backup_hint
 from homeagent.engine.sqlite.dialect import connect
 from homeagent.engine.sqlite.manifests import Kind, Manifest, manifest_path, write_manifest
 from homeagent.errors import (
@@ -207,7 +207,7 @@ def _verify(source: Path, copy: Any, expected: Contents, *, needs_schema: bool) 
         return
     raise CorruptDatabaseError(
         f"{quoted(source)} is damaged ({problem}), so the copy was removed: stop, move the file and its -wal and -shm "
-        "to another directory, and restore the newest good backup"
+        f"to another directory, and restore the newest good backup; {newest_backup_hint(source)}"
     )
 
 

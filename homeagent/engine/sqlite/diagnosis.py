@@ -7,8 +7,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -74,6 +74,18 @@ def newest_backup_hint(path: Path) -> str:
     """Return a clause about the newest backup, for an error message."""
     backup = newest_backup(path)
     return "no backup of the database is known here" if backup is None else f"the newest backup is {quoted(backup)}"
+
+
+@contextmanager
+def naming_newest_backup(path: Path) -> Iterator[None]:
+    """Add a clause about the newest backup to a CorruptDatabaseError of the block, if the message lacks the clause."""
+    try:
+        yield
+    except CorruptDatabaseError as error:
+        hint = newest_backup_hint(path)
+        if hint not in str(error):
+            error.args = (f"{error}; {hint}",)
+        raise
 
 
 def corrupt_after_all(path: Path) -> CorruptDatabaseError:

@@ -32,7 +32,7 @@ from homeagent.engine.fork import inherit, refuse_inherited
 from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.sqlite.connection import SQLiteConnection, busy_handler, end_with_transactions
 from homeagent.engine.sqlite.constraints import named_conflict
-from homeagent.engine.sqlite.diagnosis import diagnosed_error
+from homeagent.engine.sqlite.diagnosis import diagnosed_error, newest_backup_hint
 from homeagent.engine.sqlite.dialect import DRIVER_ERRORS, DRIVER_NAME, deny_attach
 from homeagent.engine.sqlite.dialect import Connection as DriverConnection
 from homeagent.engine.sqlite.foreign_access import guard_of, open_guarded, unprotect
@@ -106,7 +106,7 @@ class SQLiteEngine(Engine):
         self.busy_seconds: float = min(busy_timeout.total_seconds(), (2**31 - 1) / 1000)
         """Longest wait of a statement for a lock of another process, in seconds."""
         self.is_temporary = temporary
-        self.identity_check = FileIdentityCheck(path, strict=durability == "full", on_moved=self._keep_from_checkpoints)
+        self.identity_check = FileIdentityCheck(path, strict=durability == "full", on_moved=self._on_moved)
         self.in_use_lock: FileLock | None = None
         super().__init__(self._create_engine(self._open_existing), writers=1, readers=READERS)
         event.listen(self.sa_engine, "begin", self._on_begin)
@@ -177,6 +177,11 @@ class SQLiteEngine(Engine):
             f"PRAGMA cell_size_check=ON; PRAGMA journal_size_limit={_JOURNAL_SIZE_LIMIT}"
         ).fetchall()
         self._open.add(connection)  # do not check files yet: another process can still delete the WAL
+
+    def _on_moved(self) -> str:
+        """Prevent checkpoints of the moved file. Return a clause about the newest backup."""
+        self._keep_from_checkpoints()
+        return f"; {newest_backup_hint(self.path)}"
 
     def _keep_from_checkpoints(self) -> None:
         """Prevent SQLite from copying the WAL when a connection is closed."""
