@@ -178,8 +178,8 @@ class DatabaseMaintenance:
             InvalidArgumentError: if source and target are equal, or if the target lacks a table. The error message
                 names the missing table.
             SchemaOutdatedError, SchemaTooNewError: if the source or the target has another version's schema.
-            SchemaChangedError: if a schema was changed by hand. On PostgreSQL, homeagent checks only triggers and
-                rules.
+            SchemaChangedError: if a schema was changed by hand. On PostgreSQL, homeagent checks only triggers, rules
+                and columns.
             CorruptDatabaseError: if a value in the source is invalid or unreadable.
         """
         from homeagent.maintenance.copy_store import copy_store

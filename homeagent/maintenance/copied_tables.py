@@ -37,7 +37,14 @@ from sqlalchemy import (
 from sqlmodel import AutoString
 
 from homeagent.engine.engine import Engine
-from homeagent.errors import ConflictError, CorruptDatabaseError, DatabaseError, HomeAgentError, InvalidArgumentError
+from homeagent.errors import (
+    ConflictError,
+    CorruptDatabaseError,
+    DatabaseError,
+    HomeAgentError,
+    InvalidArgumentError,
+    SchemaChangedError,
+)
 from homeagent.migrations.rehearsal import kept_objects
 from homeagent.migrations.revisions import (
     REVISION,
@@ -241,12 +248,27 @@ _SET_VALUE = text("SELECT setval(s, :last) FROM pg_get_serial_sequence(:table, :
 
 def homeagents_tables(source: Connection, target: Connection) -> list[CopiedTable]:
     """Return homeagent's tables in the order of their foreign keys. Omit the feed of device changes: the target's
-    triggers fill the feed.
+    triggers fill the feed. Raise SchemaChangedError if a table has other columns than its model.
     """
+    models = [model for model in SCHEMA if model is not DeviceChange.__table__]
+    for connection, location in ((source, "the source"), (target, "the target")):
+        changes = [change for model in models for change in _changed_columns(model, connection)]
+        if changes:
+            raise SchemaChangedError(changes, location=location, command=None)
     return [
         CopiedTable(model.name, _described(model.name, source, None), _described(model.name, target, None), model)
-        for model in SCHEMA
-        if model is not DeviceChange.__table__
+        for model in models
+    ]
+
+
+def _changed_columns(model: Table, connection: Connection) -> list[str]:
+    """Return a text for each missing and each unknown column of one of homeagent's tables."""
+    if not inspect(connection).has_table(model.name):
+        return [f"table {model.name} is missing"]
+    found, wanted = _described(model.name, connection, None).columns.keys(), model.columns.keys()
+    return [
+        *(f"column {model.name}.{name} is missing" for name in wanted if name not in found),
+        *(f"column {model.name}.{name} is not homeagent's" for name in found if name not in wanted),
     ]
 
 

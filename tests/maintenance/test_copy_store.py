@@ -431,6 +431,33 @@ def test_changed_schema_is_not_copied(engine: str, kind: str, changed: str, open
     assert len(caught.value.changes) == 1
 
 
+@pytest.mark.parametrize("changed", ["source", "target"])
+@pytest.mark.parametrize(
+    ("engine", "change", "texts"),
+    [
+        *((engine, "ADD COLUMN extra text", ["column agents.extra is not homeagent's"]) for engine in BOTH),
+        ("postgresql", "DROP COLUMN config", ["column agents.config is missing"]),
+        (
+            "postgresql",
+            "RENAME COLUMN name TO other",
+            ["column agents.name is missing", "column agents.other is not homeagent's"],
+        ),
+        ("postgresql", "RENAME TO other", ["table agents is missing"]),
+    ],
+)
+def test_other_columns_are_not_copied(
+    engine: str, change: str, texts: list[str], changed: str, open_pair: OpenPair
+) -> None:
+    """If one of homeagent's tables has other columns on either side, the error names each column or the table."""
+    other = "postgresql" if engine == "sqlite" else "sqlite"
+    ours, theirs = open_pair(*((engine, other) if changed == "source" else (other, engine)))
+    execute(ours if changed == "source" else theirs, f"ALTER TABLE agents {change}")
+    with pytest.raises(errors.SchemaChangedError, match=f"the schema of the {changed} ") as caught:
+        ours.copy_to(theirs)
+    assert caught.value.changes == texts
+    assert theirs.sessions.list() == []
+
+
 KILLED = """
 import sys
 from homeagent import Database
