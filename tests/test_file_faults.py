@@ -356,6 +356,38 @@ with Database.open(path) as database:
     )
 
 
+def test_few_descriptors_for_a_backup(sqlite_path: Path, children: Children) -> None:
+    """With few descriptors a backup or a restore raises TooManyFilesError; a valid backup never counts as damaged."""
+    printed = children.run(
+        FULL
+        + """
+from homeagent.errors import TooManyFilesError
+with Database.open(path) as database:
+    backup = database.backup(f"{path}.backup")
+    Database.restore(backup, f"{path}.restored")  # imports the modules
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    taken = []
+    while True:
+        try:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+        except OSError:
+            break
+    for free in range(12):
+        for call in (lambda: database.backup(f"{path}.{free}"), lambda: Database.restore(backup, f"{path}.r{free}")):
+            try:
+                call()
+            except TooManyFilesError:
+                print("refused")
+        os.close(taken.pop())
+    for descriptor in taken:
+        os.close(descriptor)
+""",
+        sqlite_path,
+        Path(__file__).parent.parent,
+    )
+    assert printed.count("refused") > 6
+
+
 def test_database_marked_corrupt_is_refused(opened: Database) -> None:
     """If a database is marked corrupt, every unit is refused, and the refusal changes no byte."""
     before = dump(opened)

@@ -255,7 +255,7 @@ def _explained_copy(engine: SQLiteEngine, partial: Path, stop: Stop) -> Iterator
         if code == apsw.SQLITE_INTERRUPT:
             return BackupStoppedError(_STOPPED)  # only the function `stop()` interrupts a statement
         translation = sqlite_error(error)
-        if code == apsw.SQLITE_IOERR:
+        if code in (apsw.SQLITE_IOERR, apsw.SQLITE_CANTOPEN):
             translation = diagnosed_error(error, partial, find_moved=lambda: None)
         if isinstance(translation, DiskFullError):
             return DiskFullError(

@@ -8,7 +8,7 @@ import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -30,6 +30,10 @@ from homeagent.errors import (
 # SQLite extends the WAL index by 32 KiB at a time. On an almost full disk, a smaller probe could still succeed.
 _PIECE = 64 * 1024
 
+# A backup opens two databases, and SQLite opens up to four files for each database. After the error, SQLite has closed
+# the files again, so a probe for a single descriptor could succeed.
+_DESCRIPTORS = 8
+
 
 def diagnosed_error(
     error: BaseException, path: Path, *, find_moved: Callable[[], DatabaseMovedError | None]
@@ -42,7 +46,7 @@ def diagnosed_error(
     code, name = sqlite_code(error), sqlite_code_name(error)
     if not is_corrupt and code not in (apsw.SQLITE_CANTOPEN, apsw.SQLITE_IOERR, apsw.SQLITE_READONLY):
         return translation
-    if not is_corrupt and code != apsw.SQLITE_READONLY and _no_descriptor_left():
+    if not is_corrupt and code != apsw.SQLITE_READONLY and _lacks_descriptors():
         return TooManyFilesError(
             "this process or the system has reached its limit of open files: close some files, or raise the limit "
             f"('ulimit -n'), then run the unit again [{name}]"
@@ -96,11 +100,13 @@ def corrupt_after_all(path: Path) -> CorruptDatabaseError:
     )
 
 
-def _no_descriptor_left() -> bool:
-    try:
-        os.close(os.open(os.devnull, os.O_RDONLY))
-    except OSError as error:
-        return error.errno in (errno.EMFILE, errno.ENFILE)
+def _lacks_descriptors() -> bool:
+    with ExitStack() as opened:
+        try:
+            for _ in range(_DESCRIPTORS):
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        except OSError as error:
+            return error.errno in (errno.EMFILE, errno.ENFILE)
     return False
 
 

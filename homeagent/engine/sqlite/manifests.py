@@ -64,10 +64,12 @@ def read_manifest(backup: Path, database: Path | None = None) -> Manifest | None
     """
     path = manifest_path(backup)
     try:
-        return Manifest.model_validate_json(_read(path, backup_owners(database or backup)))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValidationError, ForeignDatabaseError):
+        with explained("read", path):
+            try:
+                return Manifest.model_validate_json(_read(path, backup_owners(database or backup)))
+            except FileNotFoundError:
+                return None
+    except (ValidationError, ForeignDatabaseError):
         raise CorruptDatabaseError(
             f"{quoted(path)} can't be read as a manifest, so the backup next to it can't be verified: use another "
             "backup, or move the manifest away to rely on SQLite's checks alone"
@@ -144,13 +146,13 @@ def remembered_backup(database: Path) -> Path | None:
 
 
 def _read(path: Path, owners: frozenset[int]) -> bytes:
-    """Read a file. The argument `owners=` contains the allowed owners' user ids. Raise OSError if the file is larger
-    than 64 KiB.
+    """Read a file. The argument `owners=` contains the allowed owners' user ids. Raise ForeignDatabaseError if the file
+    is larger than 64 KiB.
     """
     with open_to_read(path, owners) as file:
         content = file.read(_LARGEST + 1)
     if len(content) > _LARGEST:
-        raise OSError(f"{path} is too large")
+        raise ForeignDatabaseError(f"{path} is too large")
     return content
 
 
