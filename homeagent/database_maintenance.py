@@ -188,6 +188,8 @@ class DatabaseMaintenance:
             raise InvalidArgumentError(
                 f"target must be an open Database, not {type(target).__name__}: see Database.open"
             )
+        if progress is not None:
+            check_function(progress, "progress")
         return copy_store(
             self._settings,
             target._settings,

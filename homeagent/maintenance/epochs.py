@@ -60,11 +60,18 @@ class EpochReport(BaseModel, frozen=True):
     restored_at: datetime
 
 
+def check_expected_epoch(epoch: int | None) -> None:
+    """Raise InvalidArgumentError if the argument `expected_epoch=` is neither None nor a whole number."""
+    if epoch is not None and (type(epoch) is not int or epoch < 0):
+        raise InvalidArgumentError("expected_epoch must be a whole number from 0, or None for any epoch")
+
+
 def begin_epoch(
     target: Given, *, clock: Clock, busy_timeout: timedelta, expected_epoch: int | None = None
 ) -> EpochReport:
     """Begin a new epoch of a closed store (see `Database.begin_epoch`)."""
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
+    check_expected_epoch(expected_epoch)
     where = resolve_target(target)
     now = check_timestamp(clock(), "the clock's time")
     if where.url is not None:

@@ -51,8 +51,9 @@ from homeagent.errors import (
     ForeignDatabaseError,
     InvalidArgumentError,
 )
+from homeagent.maintenance.epochs import check_expected_epoch
 from homeagent.maintenance.staging import Devices, check_header, devices_of, stage
-from homeagent.models.types import check_timestamp, check_wait
+from homeagent.models.types import check_names, check_timestamp, check_wait
 
 if TYPE_CHECKING:
     from homeagent.clock import Clock
@@ -104,6 +105,8 @@ def restore(
 ) -> RestoreReport:
     """Restore a backup over a closed database (see `Database.restore`)."""
     busy_timeout = check_wait(busy_timeout, "busy_timeout", zero=True)
+    acknowledged = check_names(acknowledged, "acknowledged", "audit_devices")
+    check_expected_epoch(expected_epoch)
     source, database, manifest = check_paths(backup, target)
     with _not_in_use(source):
         check_header(source, database, manifest)

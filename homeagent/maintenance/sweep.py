@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tuple_
 
 from homeagent.clock import monotonic
+from homeagent.engine.files.database_file import locate_file
 from homeagent.engine.statements import Statement
 from homeagent.engine.target import refuse_address
 from homeagent.errors import ConflictError, DatabaseClosedError, HomeAgentError, UnitStateError
@@ -170,8 +171,8 @@ class BackupSchedule:
             `keep=None`, no backup is removed.
 
     Raises:
-        InvalidArgumentError: if `every` is not above zero, or `keep` is below 1. Also raised if the directory is a
-            server's address.
+        InvalidArgumentError: if `every` is not above zero, or `keep` is below 1. Also raised if the directory is not a
+            path, or is a server's address.
     """
 
     directory: str | os.PathLike[str]
@@ -180,6 +181,7 @@ class BackupSchedule:
 
     def __post_init__(self) -> None:
         refuse_address(self.directory)
+        locate_file(self.directory)
         check_duration(self.every, "every")
         if self.keep is not None:
             check_limit(self.keep, "keep")

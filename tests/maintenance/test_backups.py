@@ -582,6 +582,10 @@ def test_sweeper_makes_the_backups(sqlite_database: Database, tmp_path: Path, ca
     for wrong in ({"every": timedelta(0)}, {"keep": 0}):
         with pytest.raises(errors.InvalidArgumentError):
             BackupSchedule(directory, **wrong)
+    places: list[Any] = [None, 1, "", b"backups", "two\nlines"]
+    for place in places:
+        with pytest.raises(errors.InvalidArgumentError):
+            BackupSchedule(place)
 
 
 def test_stopped_sweeper_ends_its_backup(

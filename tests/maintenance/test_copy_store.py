@@ -258,7 +258,7 @@ def test_target_with_data_is_refused(target: str, open_pair: OpenPair) -> None:
 
 @pytest.mark.parametrize("engine", BOTH)
 def test_database_is_not_copied_onto_itself(engine: str, make_store: MakeStore) -> None:
-    """If the target is the source under another name, or a path instead of a Database, the copy raises an error."""
+    """If the target is the source under another name, or if an argument is invalid, the copy raises an error."""
     target = make_store(engine)
     other = str(Path(target).parent / ".." / Path(target).parent.name / Path(target).name)
     if engine == "postgresql":
@@ -267,6 +267,9 @@ def test_database_is_not_copied_onto_itself(engine: str, make_store: MakeStore) 
         for same in (theirs, ours):
             with pytest.raises(errors.InvalidArgumentError, match="same database"):
                 ours.copy_to(same)
+        report: Any = 1
+        with pytest.raises(errors.InvalidArgumentError, match="progress must be a function"):
+            ours.copy_to(ours, progress=report)
         with pytest.raises(errors.InvalidArgumentError, match="open Database"):
             ours.copy_to(target)  # type: ignore[arg-type]  # on purpose
 

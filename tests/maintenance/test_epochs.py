@@ -45,6 +45,10 @@ def test_another_epoch_than_the_expected_epoch(target: str, clock: FakeClock) ->
     for expected in (0, 2):
         with pytest.raises(errors.ConflictError, match=f"has epoch 1, but epoch {expected} was expected"):
             Database.begin_epoch(target, clock=clock, expected_epoch=expected)
+    wrong: list[Any] = [True, 1.0, "1", -1]
+    for expected in wrong:
+        with pytest.raises(errors.InvalidArgumentError, match="expected_epoch must be a whole number"):
+            Database.begin_epoch(target, clock=clock, expected_epoch=expected)
     assert Database.begin_epoch(target, clock=clock, expected_epoch=1).epoch == 2
 
 

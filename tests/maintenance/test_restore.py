@@ -299,13 +299,20 @@ def test_refused_backup(sqlite_path: Path, backup: Path, tmp_path: Path, kind: s
         assert agents(target) == ["new", "old"]
 
 
-def test_refused_clock(sqlite_path: Path, backup: Path) -> None:
-    """If the clock can't be called, the database stays as it is."""
+def test_refused_arguments(sqlite_path: Path, backup: Path) -> None:
+    """If an argument is invalid, the call raises InvalidArgumentError, and the database stays as it is."""
     before = listing(sqlite_path.parent)
     clock: Any = 5
     for begin in (partial(Database.restore, backup), Database.begin_epoch, diagnose):
         with pytest.raises(errors.InvalidArgumentError, match="clock must be a function, not int"):
             begin(sqlite_path, clock=clock)
+    text: Any = "audit"
+    for call in (partial(Database.restore, backup), diagnose):
+        with pytest.raises(errors.InvalidArgumentError, match="acknowledged must be a collection of names"):
+            call(sqlite_path, acknowledged=text)
+    epoch: Any = 1.0
+    with pytest.raises(errors.InvalidArgumentError, match="expected_epoch must be a whole number"):
+        Database.restore(backup, sqlite_path, expected_epoch=epoch)
     assert listing(sqlite_path.parent) == before
 
 

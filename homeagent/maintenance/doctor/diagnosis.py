@@ -31,7 +31,7 @@ from homeagent.maintenance.doctor.sqlite import check_sqlite
 from homeagent.maintenance.doctor.store import STORE_CHECKS, stale_routes
 from homeagent.models import AgentSession
 from homeagent.models.limits import Limits
-from homeagent.models.types import check_flag, check_timestamp
+from homeagent.models.types import check_flag, check_names, check_timestamp
 from homeagent.opening import open_engine
 from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
@@ -79,7 +79,9 @@ def diagnose(
     if where.is_temporary:
         raise InvalidArgumentError("a temporary database exists only while it is open: use Database.doctor()")
     check_function(clock, "clock")
-    return _diagnose(where, clock, frozenset(acknowledged), thorough=thorough, fix=fix)
+    return _diagnose(
+        where, clock, check_names(acknowledged, "acknowledged", "audit_devices"), thorough=thorough, fix=fix
+    )
 
 
 def diagnose_open(settings: UnitSettings, *, thorough: bool, fix: bool) -> Diagnosis:
