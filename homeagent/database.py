@@ -158,7 +158,8 @@ class Database(DeviceSecrets, DatabaseMaintenance, Generic[U]):
 
         After a call of `close()`, each use of the database except `counters()` raises DatabaseClosedError. The methods
         `unit_of_work()`, `store()`, `read_connection()` and `watch_devices(after=n)` still return an object. The use of
-        the object raises DatabaseClosedError.
+        the object raises DatabaseClosedError. A unit that is open during the call of `close()` stays usable and can
+        commit. Its connection is closed at the end of the unit.
         """
         if self._engine.is_forked_copy:
             # A forked child must not take the mutex, which can stay locked.

@@ -31,7 +31,8 @@ FAULTS = [
     *(("postgresql", code, errors.TransientError) for code in ("40001", "40P01", "55P03", "53200")),
     ("postgresql", "53100", errors.DiskFullError),
     ("postgresql", "42501", errors.ReadOnlyError),
-    ("postgresql", "23505", errors.ConflictError),
+    *(("postgresql", code, errors.ConflictError) for code in ("23505", "44000")),
+    ("postgresql", "58030", errors.DatabaseIOError),
     ("postgresql", "XX001", errors.CorruptDatabaseError),
     ("postgresql", "XX000", errors.DatabaseError),
 ]

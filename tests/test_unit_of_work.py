@@ -439,6 +439,8 @@ def test_read_only_unit_cannot_write(database: Database) -> None:
             create(unit, "bob")
         with pytest.raises(errors.ReadOnlyError):
             unit.agents.delete("ada")
+        with pytest.raises(errors.ReadOnlyError):
+            unit.agents.delete("absent")
         assert unit.agents.get("ada").id == "ada"
     with pytest.raises(errors.ReadOnlyError), database.unit_of_work(read_only=True) as unit:
         unit.session.add(orm_agent("orm"))
@@ -680,6 +682,15 @@ def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:
         for act in (database.unit_of_work().__enter__, lambda: database.run(creating("bob"))):
             with pytest.raises(errors.UnitStateError, match="rolled back: leave the block first"):
                 act()
+
+
+def test_open_unit_of_a_closed_database_commits(target: str) -> None:
+    """A unit that is open during the call of `close()` commits at its end."""
+    with Database.open(target) as database, database.unit_of_work() as unit:
+        database.close()
+        create(unit, "ada")
+    with Database.open(target) as database:
+        assert agents_of(database) == ["ada"]
 
 
 def test_closed_database_refuses(database: Database) -> None:

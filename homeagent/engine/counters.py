@@ -16,7 +16,7 @@ N = TypeVar("N", int, float)
 
 
 class LastFault(BaseModel, frozen=True):
-    """The last error of the engine. Errors for invalid arguments are not recorded.
+    """The last error of the engine or of a scheduled backup. The engine does not record errors for invalid arguments.
 
     Attributes:
         kind: name of the error's class, such as `DiskFullError`.
@@ -49,7 +49,7 @@ class DatabaseCounters(BaseModel, frozen=True):
             first batch.
         sweeps: number of ended sweeps.
         swept: number of rows that sweeps deleted.
-        last_error: last error of the engine. The value is None before the first error.
+        last_error: last error of the engine or of a scheduled backup. The value is None before the first error.
     """
 
     units: int = 0
@@ -102,7 +102,11 @@ class Counters:
     def faulted(self, error: BaseException) -> None:
         """Keep a `DatabaseError` as the engine's last error. Ignore any other error, such as an invalid argument."""
         if isinstance(error, DatabaseError):
-            self.last_error = LastFault(kind=type(error).__name__, message=str(error), at=datetime.now(UTC))
+            self.failed(error)
+
+    def failed(self, error: BaseException) -> None:
+        """Keep an error of any class as the last error."""
+        self.last_error = LastFault(kind=type(error).__name__, message=str(error), at=datetime.now(UTC))
 
     def snapshot(self) -> DatabaseCounters:
         """Return the current counters."""

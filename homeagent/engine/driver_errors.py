@@ -278,7 +278,9 @@ _POSTGRESQL_ERRORS: tuple[tuple[tuple[str, ...], type[HomeAgentError], str], ...
     (("53100", "53400"), DiskFullError, f"the PostgreSQL server has no room to write: make room, then {_AGAIN}"),
     (("53",), TransientError, "the PostgreSQL server is out of connections or memory: lower pool_size"),
     (("22003",), InvalidArgumentError, "a number is out of the range of its type: pass a smaller number"),
-    (("23",), ConflictError, _REFUSED),
+    # 44000 is a row that violates the check option of a view.
+    (("23", "44"), ConflictError, _REFUSED),
+    (("58030",), DatabaseIOError, "the PostgreSQL server failed to read or write a file: check its disk and its log"),
     (
         (_TOO_LONG,),
         InvalidArgumentError,

@@ -93,6 +93,7 @@ def back_up_on_schedule(settings: UnitSettings, schedule: BackupSchedule, stop: 
         back_up_if_due(settings, schedule, stop)
     except HomeAgentError as error:
         if not stop():
+            settings.engine.counters.failed(error)
             logger.warning(
                 "a scheduled backup failed and will be tried again after the next sweep: %s",
                 error,

@@ -579,6 +579,9 @@ def test_sweeper_makes_the_backups(sqlite_database: Database, tmp_path: Path, ca
         while "a scheduled backup failed" not in caplog.text:
             assert sweeper.running
             pause.wait(0.001)
+    last_error = sqlite_database.counters().last_error
+    assert last_error is not None
+    assert str(blocked) in last_error.message
     for wrong in ({"every": timedelta(0)}, {"keep": 0}):
         with pytest.raises(errors.InvalidArgumentError):
             BackupSchedule(directory, **wrong)
