@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 import sqlalchemy
 from pydantic import BaseModel
@@ -78,6 +78,8 @@ class Compiled(Generic[R]):
 
     def _is_readable(self, column: Any, value: object) -> bool:
         convert = _processor(column, self._dialect)
+        if value is not None and _is_checked_text(column, self._dialect):
+            return isinstance(value, str)
         if convert is None or value is None:
             return convert is None or getattr(column, "nullable", True)
         try:
@@ -304,6 +306,17 @@ def _processor(column: ColumnElement[Any], dialect: Dialect) -> Callable[[Any], 
     return hiding_stored(column.type.dialect_impl(dialect).result_processor(dialect, code), column.type)
 
 
+def _is_checked_text(column: Any, dialect: Dialect) -> bool:
+    """Return True if the loader must check that a stored value is a text. A column of SQLite accepts any type."""
+    if dialect.name != "sqlite" or getattr(getattr(column, "table", None), "name", None) not in TABLES:
+        return False
+    return _processor(column, dialect) is None and column.type.python_type is str
+
+
+def _refuse_blob() -> NoReturn:
+    raise ValueError("a text is stored as another type")
+
+
 def _model_of(expression: Any) -> Any:
     """Return the model whose instances a statement selects, or None for columns."""
     selected = [each["expr"] for each in getattr(expression, "column_descriptions", None) or []]
@@ -352,13 +365,15 @@ def _model_loader(model: type[Table], dialect: Dialect) -> Loader:
         )
     configure_mappers()
     mapper = inspect(model)
-    namespace: dict[str, Any] = {"model": model, "new": object.__new__, "set_dict": _set_dict}
+    namespace: dict[str, Any] = {"model": model, "new": object.__new__, "set_dict": _set_dict, "refuse": _refuse_blob}
     items = []
     for index, column in enumerate(model.__table__.columns):
         name = mapper.get_property_by_column(column).key
         convert = getattr(column.type, "convert_loaded", None) or _processor(column, dialect)
         namespace[f"convert{index}"] = convert
         value = f"c{index}" if convert is None else f"convert{index}(c{index})"
+        if _is_checked_text(column, dialect):
+            value = f"(c{index} if c{index}.__class__ is str else refuse())"
         items.append(f"{name!r}: None if c{index} is None else {value}" if column.nullable else f"{name!r}: {value}")
     row = "".join(f"c{index}, " for index in range(len(items)))
     source = f"""

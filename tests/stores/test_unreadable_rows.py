@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from homeagent import AgentUpdate, Database, Device, DeviceUpdate, IdempotencyScope, Role
+from homeagent import AgentSessionCreate, AgentUpdate, Database, Device, DeviceUpdate, IdempotencyScope, Role
 from homeagent.errors import CorruptDatabaseError, InvalidArgumentError, LastAdminError
+from tests.command_line import invoke
 from tests.conftest import START, add_agent, add_device, pair, write_past_checks
 
 # Values that another program stored, and whether PostgreSQL accepts them.
@@ -22,6 +23,7 @@ VALUES = {
     "a time as text": ("paired_at", "'yesterday'", False),
     "a BLOB": ("last_seen_at", "x'00ff'", False),
     "a hash as BLOB": ("shared_secret_hash", "CAST(shared_secret_hash AS BLOB)", False),
+    "a text as BLOB": ("revoked_reason", "x'00ff'", False),
     "no UTF-8": ("revoked_reason", "CAST(x'ff' AS TEXT)", False),
 }
 
@@ -84,6 +86,29 @@ def test_a_time_that_can_not_be_read_is_not_stored(database: Database, time: str
     with database.unit_of_work() as unit, pytest.raises(InvalidArgumentError, match="outside the years 1 to 9999"):
         unit.session.execute(update(Device).values(last_seen_at=datetime.fromisoformat(time)))
     assert database.devices.get("lamp").last_seen_at is None
+
+
+def test_id_that_is_a_blob(sqlite_database: Database, sqlite_path: Path) -> None:
+    """If an id was stored as BLOB, a list raises an error that names the row, and so does the command line."""
+    add_agent(sqlite_database)
+    sqlite_database.sessions.create(AgentSessionCreate(session_id="one", agent_id="ada"))
+    write_past_checks(
+        sqlite_path,
+        "UPDATE sessions SET session_id = x'00ff'",
+        "INSERT INTO agents (id, name, workspace_path, created_at) VALUES (x'00ff', 'Odd', '/', 1)",
+    )
+    for act, column in (
+        (sqlite_database.agents.list, "agents.id"),
+        (sqlite_database.sessions.list, "sessions.session"),
+    ):
+        with pytest.raises(
+            CorruptDatabaseError, match=rf"{column}.* holds a value that can't be read, in the row with"
+        ):
+            act()
+    for command in ("agents", "sessions"):
+        result = invoke("--database", str(sqlite_path), command, "list")
+        assert result.exit_code == 1
+        assert "holds a value that can't be read" in result.stderr
 
 
 def test_secret_key_is_not_named(database: Database, target: str) -> None:
