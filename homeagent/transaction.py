@@ -288,6 +288,7 @@ class Transaction:
             self._undo(connection)
         elif connection.in_transaction:
             connection.rollback_to_savepoint(SAVEPOINT)
+            connection.end_orm()
         self._after_commit = self._run = None
         self._state = ROLLED_BACK
 

@@ -141,8 +141,9 @@ class UnitOfWork(Transaction):
         Before a store's statement, the unit flushes the session. After a store's change or an undone savepoint, the
         session reloads affected objects at the next access. The session and the stores therefore see the same data. The
         session's `commit()` only flushes. The session's `rollback()` rolls back the unit. The session's
-        `begin_nested()` also undoes changes of the stores. After the unit, the session raises UnitStateError. The
-        session's objects stay usable after the unit.
+        `begin_nested()` also undoes changes of the stores. After the unit or its rollback, the session and its
+        `connection()` raise UnitStateError. The connection's `commit()` also raises UnitStateError, and the unit then
+        stores nothing. The session's objects stay usable after the unit.
         """
         connection = self._require_connection()
         if self._session is None:

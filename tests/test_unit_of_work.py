@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -251,7 +252,9 @@ ENDS: dict[str, Callable[[UnitOfWork], object]] = {
 @pytest.mark.parametrize("later", ["nothing", "store", "session"])
 @pytest.mark.parametrize("end", ENDS)
 def test_a_unit_whose_transaction_was_ended_by_sql(database: Database, end: str, later: str) -> None:
-    """If SQL or SQLAlchemy's connection ends the transaction, the unit raises an error and stores no later change."""
+    """If SQL or SQLAlchemy's connection ends the transaction, the unit raises an error and stores no later change. The
+    connection's method commit() stores no row.
+    """
 
     def work(unit: UnitOfWork) -> None:
         create(unit, "before")
@@ -264,7 +267,7 @@ def test_a_unit_whose_transaction_was_ended_by_sql(database: Database, end: str,
 
     with pytest.raises(errors.UnitStateError, match="transaction"):
         database.run(work)
-    assert agents_of(database) == (["before"] if "commit" in end.lower() else [])
+    assert agents_of(database) == (["before"] if "COMMIT" in end else [])
 
 
 def test_a_unit_whose_connection_was_closed(database: Database, caplog: pytest.LogCaptureFixture) -> None:
@@ -682,6 +685,114 @@ def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:
         for act in (database.unit_of_work().__enter__, lambda: database.run(creating("bob"))):
             with pytest.raises(errors.UnitStateError, match="rolled back: leave the block first"):
                 act()
+
+
+GHOST = text("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('ghost', 'n', '/', 1)")
+
+
+@pytest.mark.parametrize("road", ["unit", "run", "read only"])
+@pytest.mark.parametrize("how", ["connection", "get_bind"])
+def test_kept_connection_does_not_work_after_the_unit(database: Database, road: str, how: str) -> None:
+    """A connection of SQLAlchemy that was kept from a unit reads and writes no row after the end of the unit."""
+    kept: list[Any] = []
+
+    def keep(unit: UnitOfWork) -> None:
+        kept.append(getattr(unit.session, how)())
+        kept[0].execute(text("SELECT 1"))
+
+    if road == "unit":
+        with database.unit_of_work() as unit:
+            keep(unit)
+    else:
+        database.run(keep, read_only=road == "read only")
+
+    def write() -> None:
+        for act in (lambda: kept[0].execute(GHOST), kept[0].begin, lambda: kept[0].execute(text("SELECT 1"))):
+            with pytest.raises(errors.UnitStateError):
+                act()
+        kept[0].commit()
+
+    write()
+    with database.unit_of_work() as unit:
+        unit.session.add(orm_agent("ada"))
+        unit.session.flush()
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+        create(unit, "bob")
+    assert agents_of(database) == ["ada", "bob"]
+
+
+@pytest.mark.parametrize("road", ["unit", "run"])
+@pytest.mark.parametrize("how", ["unit", "session"])
+def test_connection_does_not_write_after_a_rollback(database: Database, road: str, how: str) -> None:
+    """After a rollback, the connection of the session stores no row in the rest of the unit."""
+
+    def work(unit: UnitOfWork) -> None:
+        connection = unit.session.connection()
+        create(unit, "lost")
+        (unit if how == "unit" else unit.session).rollback()
+        for act in (lambda: connection.execute(GHOST), connection.commit):
+            with suppress(errors.UnitStateError):
+                act()
+
+    if road == "run":
+        database.run(work)
+    else:
+        with database.unit_of_work() as unit:
+            work(unit)
+    add_agent(database)
+    assert agents_of(database) == ["ada"]
+
+
+@pytest.mark.parametrize("how", ["unit", "session"])
+def test_connection_in_a_batch_does_not_write_after_a_rollback(sqlite_database: Database, how: str) -> None:
+    """In a batch, the connection of a unit that was rolled back, or has ended, stores no row. SQLite only."""
+    kept: list[Any] = []
+
+    def insert(connection: Any) -> None:
+        for act in (lambda: connection.execute(GHOST), connection.commit):
+            with suppress(errors.UnitStateError):
+                act()
+
+    def undone(unit: UnitOfWork) -> None:
+        kept.append(unit.session.connection())
+        create(unit, "lost")
+        (unit if how == "unit" else unit.session).rollback()
+        insert(kept[-1])
+
+    def whole(unit: UnitOfWork) -> str:
+        unit.session.add(orm_agent("whole"))
+        unit.session.flush()
+        kept.append(unit.session.connection())
+        return "whole"
+
+    def late(unit: UnitOfWork) -> str:
+        for connection in kept:
+            insert(connection)
+        unit.session.add(orm_agent("late"))
+        unit.session.flush()
+        return "late"
+
+    run_together(sqlite_database, [creating("one"), undone, whole, late, creating("two")])
+    for connection in kept:
+        insert(connection)
+    assert agents_of(sqlite_database) == ["late", "one", "two", "whole"]
+
+
+def test_connection_does_not_commit_a_part_of_a_unit(database: Database) -> None:
+    """If the application commits the connection or its transaction, the error undoes the whole unit."""
+    acts: list[Callable[[Any], object]] = [
+        lambda connection: connection.commit(),
+        lambda connection: connection.get_transaction().commit(),
+    ]
+    for act in acts:
+        with pytest.raises(errors.UnitStateError), database.unit_of_work() as unit:
+            create(unit, "lost")
+            act(unit.session.connection())
+        with pytest.raises(errors.UnitStateError):
+            database.run(lambda unit, act=act: (create(unit, "lost"), act(unit.session.connection())))  # type: ignore[misc]
+    assert agents_of(database) == []
 
 
 def test_open_unit_of_a_closed_database_commits(target: str) -> None:

@@ -7,20 +7,61 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from sqlalchemy import Connection
+
 from homeagent.engine.driver_errors import commit_unknown, naming_statement, transaction_ended, translated
 from homeagent.engine.instrumented_cursor import InstrumentedCursor, has_listeners
 from homeagent.engine.statements import Compiled, Parameters, Row, Statement
-from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError
+from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError, UnitStateError
 from homeagent.frame_locals import clear_locals
 from homeagent.models.types import UNREADABLE
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Dialect
+    from sqlalchemy import Dialect
     from sqlalchemy.engine import RootTransaction
+    from sqlalchemy.pool import PoolProxiedConnection
 
     from homeagent.engine.engine import Engine
 
 R = TypeVar("R")
+
+
+class UnitConnection(Connection):
+    """SQLAlchemy's view of a `StoreConnection` for one transaction. The view does not work after the transaction."""
+
+    def __init__(self, connection: Connection) -> None:
+        # Share the driver's connection and the event listeners.
+        vars(self).update(vars(connection))
+        self._lent = connection
+        self._can_commit = False
+
+    def commit_unit(self, root: RootTransaction) -> None:
+        """Commit the transaction of the unit."""
+        self._can_commit = True
+        try:
+            root.commit()
+        finally:
+            self._can_commit = False
+
+    def detach(self) -> None:
+        """Make every further statement raise UnitStateError."""
+        self._dbapi_connection = self._transaction = self._nested_transaction = None
+
+    def close(self) -> None:
+        """Close the driver's connection too, unless the transaction has ended."""
+        is_attached = self._dbapi_connection is not None
+        super().close()
+        if is_attached:
+            self._lent.close()
+
+    def _commit_impl(self) -> None:
+        if not self._can_commit:
+            raise UnitStateError("a unit of work commits its transaction itself: remove the call of commit()")
+        super()._commit_impl()
+
+    def _revalidate_connection(self) -> PoolProxiedConnection:
+        # SQLAlchemy calls this method for a connection without a driver's connection.
+        raise UnitStateError("the unit of work of this connection was rolled back or has ended: open another unit")
 
 
 class StoreConnection:
@@ -46,6 +87,7 @@ class StoreConnection:
         self.changes: Callable[[], int] = partial(getattr, self._cursor, "rowcount")
         """Returns the number of rows that the last statement changed."""
         self._root: RootTransaction | None = None
+        self._view: UnitConnection | None = None
         self.memory: dict[str, Any] = {}
         """Cache of values that do not change while the connection is open."""
 
@@ -93,9 +135,9 @@ class StoreConnection:
         self.require_transaction()
         failure: BaseException
         try:
-            if self._root is not None:
-                self._root.commit()
-                self._root = None
+            if self._root is not None and self._view is not None:
+                self._view.commit_unit(self._root)
+                self.end_orm()
             else:
                 self._execute("COMMIT")
         except self._driver_errors as error:
@@ -120,8 +162,9 @@ class StoreConnection:
         if self._root is not None:
             root, self._root = self._root, None
             # After a failed flush, SQLAlchemy has already rolled back the root transaction.
-            if self._connection.get_transaction() is root:
+            if root.connection.get_transaction() is root:
                 root.rollback()
+        self.end_orm()
         if self.in_transaction:
             self.execute("ROLLBACK")
 
@@ -157,8 +200,16 @@ class StoreConnection:
         """Return SQLAlchemy's connection for an ORM session in the open transaction."""
         self.require_transaction()
         if self._root is None:
-            self._root = self._connection.begin()
-        return self._connection
+            self.end_orm()
+            self._view = UnitConnection(self._connection)
+            self._root = self._view.begin()
+        return self._root.connection
+
+    def end_orm(self) -> None:
+        """Forget the ORM session's transaction, and detach the connection that the application can have kept."""
+        if self._view is not None:
+            self._view.detach()
+        self._root = self._view = None
 
     @property
     def has_orm_transaction(self) -> bool:
@@ -166,19 +217,18 @@ class StoreConnection:
         return self._root is not None and self._root.is_active
 
     def release_orm(self, *, keep: bool) -> None:
-        """Undo the driver's `confine()`, and end the open savepoints. With `keep=True`, keep the changes in the
-        savepoints.
+        """Undo the driver's `confine()`, end the open savepoints, and call `end_orm()`. With `keep=True`, keep the
+        changes in the savepoints.
         """
         try:
             if not self.in_transaction:
                 self.rollback()
-            while (nested := self._connection.get_nested_transaction()) is not None:
+            while self._view is not None and (nested := self._view.get_nested_transaction()) is not None:
                 (nested.commit if keep else nested.rollback)()
         finally:
             if not self._connection.closed:
                 self._raw.confine(None)
-        if not self.has_orm_transaction:
-            self._root = None
+            self.end_orm()
 
     def rollback_to_savepoint(self, name: str) -> None:
         """Roll back the changes after a savepoint, and release the savepoint."""

@@ -63,6 +63,13 @@ class SQLiteConnection(StoreConnection):
         self.require_transaction()
         super()._insert(into, width, rows)
 
+    def end_orm(self) -> None:
+        """Also close unfinished statements if the transaction of the batch continues."""
+        if self._view is not None and self.in_transaction:
+            for cursor in list(self._connection.info.get(_CURSORS, ())):
+                cursor.close()
+        super().end_orm()
+
     def look_for_commits(self) -> bool:
         """Return True if another connection has committed since the last call."""
         self.check_file()  # the data_version of a replaced file does not change
