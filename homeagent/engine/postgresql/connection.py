@@ -205,7 +205,7 @@ class PostgreSQLConnection(StoreConnection):
         SQLAlchemy's next ROLLBACK would fail and replace the exception.
         """
         if self._raw.pgconn.transaction_status == ACTIVE:
-            self._connection.invalidate()
+            (self._view or self._connection).invalidate()
 
     def is_stale(self, failure: BaseException) -> bool:
         """Return True if BEGIN failed on a used connection. The server ended the session or became a standby."""
