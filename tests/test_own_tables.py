@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import sqlalchemy
 from pydantic import JsonValue, ValidationError
 from sqlalchemy import (
     CheckConstraint,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Computed,
     Float,
     Integer,
+    MetaData,
     Numeric,
     String,
     bindparam,
@@ -375,11 +377,18 @@ def test_a_statement_after_the_end_of_a_call_is_refused(hub: Database[HubUnit], 
 
 
 def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
-    """An absent parameter, a naive datetime and an unknown member raise InvalidArgumentError without the value."""
+    """A wrong name, a naive datetime and an unknown member raise InvalidArgumentError without the value."""
     set_mood = Statement[None](update(Preference).values(mood=bindparam("mood")))
+    lamps = sqlalchemy.Table("lamps", MetaData(), Column("name", String), Column("watts", Integer, default=5))
+    add_lamp = Statement[None](insert(lamps).values(name=bindparam("name")))
+    message: dict[str, Any] = {"session_id": "s", "text": "t", "sent_at": START}
     with hub.unit_of_work() as unit:
         for act, words in (
             (lambda: unit.write(ADD, session_id="s", sent_at=START), "needs a value for the parameter 'text'"),
+            (lambda: unit.write(ADD, id=7, **message), "no parameter 'id'.*: sent_at, session_id, text"),
+            (lambda: unit.write_many(ADD, [{"id": 7, **message}]), "no parameter 'id'"),
+            (lambda: unit.all(OF_SESSION, session_id="s", sesion="geheim"), "no parameter 'sesion'"),
+            (lambda: unit.write(add_lamp, name="a", wats=3), "no parameter 'wats'"),
             (lambda: unit.write(ADD, session_id="s", text="t", sent_at=datetime(2026, 1, 1)), "aware"),  # noqa: DTZ001
             (lambda: unit.write(set_mood, mood="geheim"), "not a member of Mood"),
             (lambda: unit.all(Statement(select(PlainNote))), "does not derive from homeagent.Table"),

@@ -45,7 +45,14 @@ class Compiled(Generic[R]):
 
     __slots__ = ("_dialect", "bind", "cascade", "columns", "is_text", "load", "sql", "target", "writes")
 
-    def __init__(self, expression: Executable, dialect: Dialect, returning: type[Table] | None = None) -> None:
+    def __init__(
+        self,
+        expression: Executable,
+        dialect: Dialect,
+        returning: type[Table] | None = None,
+        *,
+        ignores_unknown: bool = False,
+    ) -> None:
         compiled: Any = expression.compile(dialect=dialect, column_keys=_column_keys(expression))  # type: ignore[attr-defined]
         if compiled.post_compile_params or compiled.literal_execute_params:
             raise InvalidArgumentError(
@@ -54,7 +61,7 @@ class Compiled(Generic[R]):
             )
         self.sql: str = compiled.string
         self.writes: bool = not isinstance(expression, _READING)
-        self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect)
+        self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect, ignores_unknown=ignores_unknown)
         model = returning or _model_of(expression)
         columns = getattr(expression, "exported_columns", ()) if model is None else model.__table__.columns
         self.columns: list[Any] = list(columns)
@@ -119,7 +126,8 @@ class Statement(Generic[R]):
     use. A SELECT of one model gives instances of the model. The model must derive from `homeagent.Table`. A SELECT of
     one column gives values. A SELECT of several columns gives tuples. A statement of SQLAlchemy's text() gives tuples.
     An INSERT without `values()` has a parameter for each column. A computed column, and a key that the database
-    assigns, have no parameter.
+    assigns, have no parameter. To choose such a key, list the columns in `values()`. A unit refuses an unknown
+    parameter.
 
     Args:
         make: expression of the statement. For an upsert, pass a function. The function takes the dialect's `insert()`,
@@ -133,6 +141,7 @@ class Statement(Generic[R]):
     """
 
     __slots__ = ("_cache", "_make", "_returning", "lock")
+    _ignores_unknown = False
 
     if TYPE_CHECKING:
 
@@ -182,8 +191,17 @@ class Statement(Generic[R]):
             if self._returning is not None:
                 expression = expression.returning(*self._returning.__table__.columns)
             # Compile without a lock, because two threads get equal results.
-            compiled = self._cache[key] = Compiled[R](expression, dialect, self._returning)
+            compiled = self._cache[key] = Compiled[R](
+                expression, dialect, self._returning, ignores_unknown=self._ignores_unknown
+            )
             return compiled
+
+
+class LenientStatement(Statement[R]):
+    """A statement of homeagent that ignores unknown parameters. Several statements can get the same parameters."""
+
+    __slots__ = ()
+    _ignores_unknown = True
 
 
 def constant(value: str | int, type_: TypeEngine[Any]) -> ColumnElement[Any]:
@@ -226,9 +244,14 @@ def _column_keys(expression: Any) -> list[str] | None:
         return None
     if expression.select is not None:
         return None
-    table: Any = expression.table
+    absent = _columns_without_parameter(expression.table)
+    return [key for key in expression.table.columns.keys() if key not in absent]  # noqa: SIM118  not a dict
+
+
+def _columns_without_parameter(table: Any) -> list[str]:
+    """Return the computed columns' names, and the name of a key that the database assigns."""
     assigned = getattr(table, "autoincrement_column", None)
-    return [each.key for each in table.columns if each.computed is None and (assigned is None or each is not assigned)]
+    return [each.key for each in getattr(table, "columns", ()) if each.computed is not None or each is assigned]
 
 
 def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
@@ -241,9 +264,12 @@ def _defaults(compiled: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], Row]:
+def _binder(compiled: SQLCompiler, dialect: Dialect, *, ignores_unknown: bool) -> Callable[[Parameters], Row]:
     """Generate a function that converts parameters to placeholder values. A loop would take three times as long."""
     defaults = _defaults(compiled)
+    accepted: set[str] = set()
+    # `Table.model_values()` contains None for a column without a parameter.
+    absent = set(_columns_without_parameter(getattr(compiled.statement, "table", None)))
     # With the name of this module, `clear_locals()` clears the values in a traceback.
     namespace: dict[str, Any] = {"__name__": __name__, "_missing": _missing}
     given: dict[str, str] = {}
@@ -262,11 +288,13 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
             namespace[f"constant{index}"] = convert(constant) if convert else constant
             values.append(f"constant{index}")
             continue
+        accepted.add(parameter.key)
         namespace[f"convert{index}"] = convert and (direct or convert)
         namespace[f"default{index}"] = defaults.get(parameter.key)
         key = f"given[{parameter.key!r}]"
         if parameter.key in defaults:
-            key += f" if {parameter.key!r} in given else default{index}()"
+            # A misspelt name can be the reason why the parameter is missing.
+            key += f" if {parameter.key!r} in given else refuse_unknown(given) or default{index}()"
         value = given.setdefault(key, f"value{len(given)}")
         if convert is None:
             values.append(value)
@@ -277,6 +305,10 @@ def _binder(compiled: SQLCompiler, dialect: Dialect) -> Callable[[Parameters], R
         else:
             converted[value, direct] = f"bound{index}"
             values.append(f"(bound{index} := None if {value} is None else convert{index}({value}))")
+    absent -= accepted
+    namespace["refuse_unknown"] = partial(_refuse_unknown, accepted, absent)
+    nulls = "".join(f" + (given.get({name!r}, 0) is None)" for name in absent)
+    has_only_known = ignores_unknown or f"len(given) <= {len(accepted)}{nulls}"
     # Convert outside the `try` block, because a conversion can raise KeyError too.
     source = f"""
 def bind(given):
@@ -284,10 +316,19 @@ def bind(given):
         {"; ".join(f"{value} = {key}" for key, value in given.items()) or "pass"}
     except KeyError as error:
         raise _missing(error) from None
+    {has_only_known} or refuse_unknown(given)
     return ({"".join(f"{value}, " for value in values)})
 """
     exec(source, namespace)  # noqa: S102  built from the names of parameters only
     return namespace["bind"]  # type: ignore[no-any-return]  # generated above
+
+
+def _refuse_unknown(accepted: set[str], absent: set[str], given: Parameters) -> None:
+    """Raise InvalidArgumentError if a given name is not a parameter of the statement."""
+    unknown = [name for name in given if name not in accepted and not (name in absent and given[name] is None)]
+    if unknown:
+        shown = ", ".join(sorted(accepted)) or "none"
+        raise InvalidArgumentError(f"the statement has no parameter {unknown[0]!r}. The parameters are: {shown}")
 
 
 def _missing(error: KeyError) -> InvalidArgumentError:

@@ -20,7 +20,7 @@ from sqlalchemy import ColumnElement, and_, bindparam, delete, func, select, tup
 
 from homeagent.clock import monotonic
 from homeagent.engine.files.database_file import locate_file
-from homeagent.engine.statements import Statement
+from homeagent.engine.statements import LenientStatement
 from homeagent.engine.target import refuse_address
 from homeagent.errors import ConflictError, DatabaseClosedError, HomeAgentError, UnitStateError
 from homeagent.models.device import PENDING, Device
@@ -50,12 +50,12 @@ class _Statements:
         self.names = [column.name for column in order]
         """Column names of a page. Each name is also a parameter of the statements."""
         after = tuple_(*(bindparam(column.name, type_=column.type) for column in order))
-        self.page = Statement[tuple[Any, ...]](
+        self.page = LenientStatement[tuple[Any, ...]](
             select(*order).where(expired, tuple_(*order) > after).order_by(*order).limit(bindparam("limit"))
         )
         same = and_(*(column == bindparam(column.name, type_=column.type) for column in key))
-        self.delete = Statement[Any](delete(table).where(same, expired))
-        self.count = Statement[int](select(func.count()).select_from(table).where(expired))
+        self.delete = LenientStatement[Any](delete(table).where(same, expired))
+        self.count = LenientStatement[int](select(func.count()).select_from(table).where(expired))
         self.first = {column.name: _FIRST if column is table.c[time] else "" for column in order}
 
 
@@ -88,8 +88,10 @@ class ExpiredRows:
     def count(self) -> int:
         """Return the number of expired rows, including rows that sweeps skip."""
         with UnitOfWork(self._settings, read_only=True) as unit:
-            statement = COUNT_OLD if self._statements is None else self._statements.count
-            return unit.one(statement, **self._times()) or 0
+            times = self._times()
+            if self._statements is None:
+                return unit.one(COUNT_OLD, before=times["before"]) or 0
+            return unit.one(self._statements.count, **times) or 0
 
     def _delete(self, limit: int) -> tuple[int, int, float]:
         """Delete a batch of at most `limit` rows. Return the number of deleted rows, the number of found rows, and the

@@ -79,11 +79,8 @@ class AgentStore(Store):
             limit: maximum number of agents, 1 or more.
             after: id of the last agent on the previous page. Default: the first page.
         """
-        return self._unit.all(
-            _list(after=after is not None),
-            limit=check_limit(limit),
-            after=None if after is None else self._searched(after, "after"),
-        )
+        given: dict[str, Any] = {} if after is None else {"after": self._searched(after, "after")}
+        return self._unit.all(_list(after=after is not None), limit=check_limit(limit), **given)
 
     @writing()
     def update(self, agent_id: str, changes: models.AgentUpdate) -> Agent:

@@ -23,7 +23,7 @@ from sqlalchemy import (
     update,
 )
 
-from homeagent.engine.statements import Statement, bindparams, constant
+from homeagent.engine.statements import LenientStatement, Statement, bindparams, constant
 from homeagent.models.agent import Agent
 from homeagent.models.session import AgentSession
 
@@ -69,7 +69,7 @@ _IS_ON_ROUTE = and_(*(_columns[name].is_not_distinct_from(bindparam(name)) for n
 RELEASE_STALE = Statement[AgentSession](
     update(AgentSession).where(_columns.route_key == _route, not_(_IS_ON_ROUTE)).values(route_key=None)
 )
-INDEX = Statement[AgentSession](
+INDEX = LenientStatement[AgentSession](
     lambda insert: (
         statement := insert(_table).values(
             **_VALUES, route_key=case((exists().where(_columns.route_key == _route), null()), else_=_route)
@@ -112,7 +112,7 @@ def _last_active(given: frozenset[str], *conditions: Any) -> Any:
 @cache
 def last_active(given: frozenset[str]) -> Statement[str]:
     """Return the statement that reads the id of a route's last active session."""
-    return Statement(_last_active(given))
+    return LenientStatement(_last_active(given))
 
 
 @cache
@@ -122,7 +122,7 @@ def give(given: frozenset[str]) -> Statement[AgentSession]:
     """
     is_free = not_(exists().where(_columns.route_key == _route).correlate(None))
     candidate = _last_active(given, is_free).correlate(None)
-    return Statement(
+    return LenientStatement(
         update(AgentSession)
         # Keep the condition `_IS_ON_ROUTE`. PostgreSQL checks the condition again if another transaction moves the
         # session.
@@ -136,7 +136,7 @@ def release_earlier(given: frozenset[str]) -> Statement[AgentSession]:
     """Return the statement that frees a route. A holder that is the last active session keeps the route."""
     is_later = tuple_(*_activity(_others.c)) > tuple_(*_activity(_columns))
     has_rival = exists().where(*_others_on(_VALUES, given), is_later)
-    return Statement(
+    return LenientStatement(
         update(AgentSession)
         .where(_columns.route_key == _route, or_(not_(_IS_ON_ROUTE), has_rival))
         .values(route_key=None)

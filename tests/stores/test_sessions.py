@@ -207,10 +207,11 @@ def test_pages_come_from_an_index(database: Database, engine_name: str) -> None:
             for way in ("seqscan", "bitmapscan", "sort", "incremental_sort"):
                 raw.execute(f"SET LOCAL enable_{way} = off")
         for given, after in product(("", "agent_id", "sender_id", "channel_id"), (False, True)):
-            names = {*given.split(), *(("after_active", "after_id") if after else ())}
+            names = {"limit", *given.split(), *(("after_active", "after_id") if after else ())}
             compiled = statements.page_of(frozenset(names)).compiled(connection.dialect, read_only=True)
             explain = "EXPLAIN QUERY PLAN" if is_sqlite else "EXPLAIN"
-            rows = raw.execute(f"{explain} {compiled.sql}", compiled.bind(values)).fetchall()
+            bound = compiled.bind({name: values[name] for name in names})
+            rows = raw.execute(f"{explain} {compiled.sql}", bound).fetchall()
             plan = "\n".join(str(row[-1]) for row in rows)
             assert ("TEMP B-TREE" if is_sqlite else "Sort") not in plan
             assert ("USING INDEX" if is_sqlite else "Index Scan Backward") in plan
