@@ -56,6 +56,12 @@ _ENDS_TRANSACTION = re.compile(
     r"(?>[\s;]|--[^\n]*|/\*.*?\*/)*+(COMMIT|END|ABORT|ROLLBACK(?!.*\bTO\b))\b", re.IGNORECASE | re.DOTALL
 )
 
+# In an `autocommit_block()`, PostgreSQL commits each statement at once.
+_WRITES = re.compile(
+    rf"""\b(?:UPDATE|INTO|DELETE\s+FROM|TRUNCATE(?:\s+TABLE)?)\s+(?:ONLY\s+)?(?:"?\w+"?\.)?"?({"|".join(_PROTECTED)})\b""",
+    re.IGNORECASE,
+)
+
 _REMEDY = (
     "Delete the statement; for a statement that can't run in a transaction, use op.get_context().autocommit_block()"
 )
@@ -263,6 +269,10 @@ class RevisionGuard:
         if _ENDS_TRANSACTION.match(statement):
             self.refuse_end(None)
         self._begun = True
+        written = _WRITES.search(statement) if self._may_end else None
+        if written is not None:
+            self.refuse(written[1])
+            raise RevisionFailedError(str(self.refused))
 
     @property
     def has_ended(self) -> bool:
@@ -412,8 +422,14 @@ _STATE = text(
     " (SELECT string_agg(concat_ws(' ', conname, pg_get_constraintdef(oid)), ',' ORDER BY oid)"
     "  FROM pg_constraint WHERE conrelid = c.oid),"
     " (SELECT string_agg(pg_get_indexdef(indexrelid), ',' ORDER BY indexrelid) FROM pg_index WHERE indrelid = c.oid),"
-    " (SELECT string_agg(concat_ws(' ', tgname, tgenabled), ',' ORDER BY tgname) FROM pg_trigger"
-    "  WHERE tgrelid = c.oid AND NOT tgisinternal AND tgname <> ALL (CAST(:acknowledged AS text[]))),"
+    " (SELECT string_agg(concat_ws(' ', tgname, tgenabled), ',' ORDER BY tgname) FROM pg_trigger WHERE tgrelid = c.oid"
+    "  AND CASE WHEN tgisinternal THEN tgenabled <> 'O' ELSE tgname <> ALL (CAST(:acknowledged AS text[])) END),"
+    " (SELECT string_agg(pg_get_functiondef(p.oid), ',' ORDER BY p.oid) FROM pg_trigger"
+    "  JOIN pg_proc p ON p.oid = tgfoid WHERE tgrelid = c.oid AND proname LIKE 'homeagent%'),"
+    " (SELECT string_agg(concat_ws(' ', inhparent, inhrelid), ',' ORDER BY inhrelid) FROM pg_inherits"
+    "  WHERE c.oid IN (inhparent, inhrelid)),"
+    " (SELECT string_agg(concat_ws(' ', s.oid, s.relfilenode), ',' ORDER BY s.oid) FROM pg_depend"
+    "  JOIN pg_class s ON s.oid = objid WHERE refobjid = c.oid AND classid = refclassid AND s.relkind = 'S'),"
     " (SELECT string_agg(rulename, ',' ORDER BY rulename) FROM pg_rewrite WHERE ev_class = c.oid)),"
     " coalesce((SELECT n_tup_ins + n_tup_upd + n_tup_del FROM pg_stat_xact_all_tables WHERE relid = c.oid), 0)"
     " FROM unnest(CAST(:names AS text[])) AS names(name) JOIN pg_class c ON c.oid = to_regclass(name)"

@@ -279,6 +279,36 @@ def test_change_that_is_undone_after_the_block(empty_postgres_url: str, folder: 
         Database.open(empty_postgres_url, migrations=folder)
 
 
+TOUCHED = {
+    "sessions": "ALTER TABLE sessions DISABLE TRIGGER ALL",
+    "agents": "CREATE TABLE extra () INHERITS (agents)",
+    "devices": "CREATE OR REPLACE FUNCTION homeagent_record_device_change() RETURNS trigger LANGUAGE plpgsql"
+    " AS 'BEGIN RETURN NULL; END'",
+    "device_changes": "ALTER SEQUENCE device_changes_numbers RESTART 1",
+}
+
+
+@pytest.mark.parametrize("table", TOUCHED)
+def test_change_of_an_object_of_a_table(empty_postgres_url: str, folder: Path, table: str) -> None:
+    """On PostgreSQL a revision that changes a table's checks, heirs, functions or sequences is refused by name."""
+    write_revision(folder, "a4", "a3", f"op.execute({TOUCHED[table]!r})")
+    with pytest.raises(MigrationError, match=rf"'a4' of .*it changes homeagent's table {table}, which"):
+        Database.open(empty_postgres_url, migrations=folder)
+
+
+@pytest.mark.parametrize("statement", ["UPDATE agents SET name = ''", 'DELETE FROM ONLY public."agents"'])
+def test_write_outside_a_transaction(empty_postgres_url: str, folder: Path, statement: str) -> None:
+    """On PostgreSQL a statement that writes homeagent's table in an autocommit_block is refused before its commit."""
+    with Database.open(empty_postgres_url, migrations=folder) as database:
+        add_note(database, "kept")
+    body = f"with op.get_context().autocommit_block():\n    op.execute({statement!r})"
+    write_revision(folder, "a4", "a3", body)
+    with pytest.raises(MigrationError, match="it changes homeagent's table agents"):
+        Database.open(empty_postgres_url, migrations=folder)
+    with Database.open(empty_postgres_url) as database:
+        assert rows(database, "SELECT name FROM agents") == [("Ada",)]
+
+
 INSERT_ORPHAN = "op.execute(\"INSERT INTO notes (session_id) VALUES ('no')\")"
 KEY = "fk_notes_session_id_sessions"
 ADD_KEY = f"ADD CONSTRAINT {KEY} FOREIGN KEY (session_id) REFERENCES sessions (session_id) NOT VALID"
