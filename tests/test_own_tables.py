@@ -38,10 +38,17 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import Mapped, WriteOnlyMapped, relationship
-from sqlmodel import Field, Relationship, SQLModel, select
+from sqlmodel import Field, Relationship, SQLModel, col, select
 
 from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
-from homeagent.errors import ConflictError, CorruptDatabaseError, DatabaseError, InvalidArgumentError, UnitStateError
+from homeagent.errors import (
+    ConflictError,
+    CorruptDatabaseError,
+    DatabaseError,
+    InvalidArgumentError,
+    ReadOnlyError,
+    UnitStateError,
+)
 from tests.batches import counted_commits, run_together
 from tests.conftest import START, FakeClock, add_agent
 
@@ -357,6 +364,31 @@ def test_each_call_of_an_own_store_is_a_unit(hub: Database[HubUnit]) -> None:
     assert store.add_all(text for text in ["second", "third"]) == 2
     store.add_and_suppress()
     assert [each.text for each in store.of_session("s")] == ["first", "second", "third", "kept"]
+
+
+_room = insert(Room).values(name="hall").returning(col(Room.name)).cte()
+LOCKING: dict[str, Statement[Any]] = {
+    "for update": Statement(select(Message).with_for_update()),
+    "subquery": Statement(select(Message).where(_message.id.in_(select(_message.id).with_for_update()))),
+    "insert": Statement(select(_room.c.name)),
+    "added": Statement(select(Message).add_cte(_room)),
+}
+
+
+@pytest.mark.parametrize("statement", LOCKING)
+@pytest.mark.parametrize("engine_name", ["postgresql"])
+def test_a_select_that_locks_or_writes_needs_a_unit(hub: Database[HubUnit], statement: str) -> None:
+    """A SELECT with FOR UPDATE or with an INSERT in a CTE runs in a write unit, which a read-only unit refuses."""
+
+    class Selects(Store):
+        def all(self) -> list[Any]:
+            return self.unit.all(LOCKING[statement])
+
+    with hub.unit_of_work(), pytest.raises(UnitStateError, match="already has an open write unit"):
+        hub.store(Selects).all()
+    hub.store(Selects).all()
+    with pytest.raises(ReadOnlyError), hub.unit_of_work(read_only=True) as unit:
+        unit.all(LOCKING[statement])
 
 
 LATE: dict[str, Callable[[MessageStore], object]] = {

@@ -11,9 +11,22 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, overload
 
 import sqlalchemy
 from pydantic import BaseModel
-from sqlalchemy import CompoundSelect, Dialect, Float, Insert, Select, TextClause, bindparam, inspect, literal_column
+from sqlalchemy import (
+    CompoundSelect,
+    Delete,
+    Dialect,
+    Float,
+    Insert,
+    Select,
+    TextClause,
+    Update,
+    bindparam,
+    inspect,
+    literal_column,
+)
 from sqlalchemy.orm import configure_mappers
 from sqlalchemy.sql.expression import ColumnClause
+from sqlalchemy.sql.visitors import iterate
 
 from homeagent.engine.conversions import hiding_parameter, hiding_stored
 from homeagent.errors import CorruptDatabaseError, InvalidArgumentError
@@ -60,7 +73,10 @@ class Compiled(Generic[R]):
                 f"or use unit.session.exec(): {' '.join(compiled.string.split())}"
             )
         self.sql: str = compiled.string
-        self.writes: bool = not isinstance(expression, _READING)
+        parts: Any = compiled.ctes or ()
+        self.writes: bool = not isinstance(expression, _READING) or any(
+            isinstance(each.element, _WRITING) for each in parts
+        )
         self.bind: Callable[[Parameters], Row] = _binder(compiled, dialect, ignores_unknown=ignores_unknown)
         model = returning or _model_of(expression)
         columns = getattr(expression, "exported_columns", ()) if model is None else model.__table__.columns
@@ -117,6 +133,7 @@ class Compiled(Generic[R]):
 
 
 _READING = (Select, CompoundSelect)
+_WRITING = (Insert, Update, Delete)
 
 
 class Statement(Generic[R]):
@@ -140,7 +157,7 @@ class Statement(Generic[R]):
         derive from `homeagent.Table`. Also if the SQL depends on the values, as with `in_([…])`.
     """
 
-    __slots__ = ("_cache", "_make", "_returning", "lock")
+    __slots__ = ("_cache", "_make", "_only_reads", "_returning", "lock")
     _ignores_unknown = False
 
     if TYPE_CHECKING:
@@ -168,11 +185,14 @@ class Statement(Generic[R]):
         # SQLAlchemy has no public attribute for the clause that `with_for_update()` adds.
         self.lock: bool = lock or getattr(make, "_for_update_arg", None) is not None
         self._cache: dict[tuple[str, bool], Compiled[R]] = {}
+        self._only_reads: bool | None = None
 
     @property
     def only_reads(self) -> bool:
         """True if the statement neither changes nor locks rows."""
-        return not self.lock and isinstance(self._make, _READING)
+        if self._only_reads is None:
+            self._only_reads = not self.lock and isinstance(self._make, _READING) and not _writes_or_locks(self._make)
+        return self._only_reads
 
     def compiled(self, dialect: Dialect, *, read_only: bool = False) -> Compiled[R]:
         """Return the compiled statement for a dialect. With `read_only=True`, leave out the clause that locks rows."""
@@ -195,6 +215,14 @@ class Statement(Generic[R]):
                 expression, dialect, self._returning, ignores_unknown=self._ignores_unknown
             )
             return compiled
+
+
+def _writes_or_locks(expression: Any) -> bool:
+    """Return True if a part of the expression writes, such as a CTE, or has the clause FOR UPDATE."""
+    # SQLAlchemy has no public attribute for FOR UPDATE.
+    return any(
+        isinstance(part, _WRITING) or getattr(part, "_for_update_arg", None) is not None for part in iterate(expression)
+    )
 
 
 class LenientStatement(Statement[R]):
