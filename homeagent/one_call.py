@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from homeagent.engine.statements import Statement
+from homeagent.engine.statements import Statement, no_statement
 from homeagent.errors import UnitStateError
 from homeagent.frame_locals import clears_locals
 from homeagent.retry import Runner
@@ -127,6 +127,8 @@ class _Reads:
     def _check(self, statement: Statement[Any]) -> None:
         """Count the statement. Raise an error if the call has ended or needs a unit."""
         self._refuse_ended()
+        if not isinstance(statement, Statement):
+            raise no_statement(statement)
         if not statement.only_reads:
             raise self._need(writes=True)
         if self._allowed == 0:

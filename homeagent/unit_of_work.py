@@ -13,7 +13,7 @@ from pydantic import JsonValue
 from homeagent.callables import check_function, refuse_deferred
 from homeagent.canonical_json import fingerprint_of
 from homeagent.engine.connection import StoreConnection
-from homeagent.engine.statements import Parameters, Row, Statement
+from homeagent.engine.statements import Parameters, Row, Statement, no_statement
 from homeagent.errors import (
     ConnectionLostError,
     EffectFailedError,
@@ -240,6 +240,8 @@ class UnitOfWork(Transaction):
     ) -> Any:
         """Run a statement in a unit that can have an ORM session. If the unit is not open, raise UnitStateError."""
         try:
+            if not isinstance(statement, Statement):
+                raise no_statement(statement)
             connection = self._require_connection()
             session = self._session
             if session is not None:

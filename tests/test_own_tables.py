@@ -25,6 +25,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Numeric,
+    Select,
     String,
     bindparam,
     cast,
@@ -389,6 +390,27 @@ def test_a_select_that_locks_or_writes_needs_a_unit(hub: Database[HubUnit], stat
     hub.store(Selects).all()
     with pytest.raises(ReadOnlyError), hub.unit_of_work(read_only=True) as unit:
         unit.all(LOCKING[statement])
+
+
+@pytest.mark.parametrize("wrong", ["SELECT 1", None, select(Message)], ids=["text", "None", "select"])
+def test_an_object_that_is_no_statement_is_refused(hub: Database[HubUnit], wrong: Any) -> None:
+    """A unit, a unit with a session, and a store of a database raise InvalidArgumentError for another object."""
+
+    class Wrong(Store):
+        def all(self) -> Any:
+            return self.unit.all(wrong)
+
+    with hub.unit_of_work() as unit:
+        for session in (False, True):
+            assert not session or unit.session
+            for act in (unit.one, unit.all, unit.write, unit.write_one, lambda wrong: unit.write_many(wrong, [])):
+                with pytest.raises(InvalidArgumentError, match="a unit runs a Statement"):
+                    act(wrong)
+    with pytest.raises(InvalidArgumentError, match="a unit runs a Statement"):
+        hub.store(Wrong).all()
+    if not isinstance(wrong, Select):
+        with pytest.raises(InvalidArgumentError, match=r"wrap SQL in text\(\)"):
+            Statement(wrong)
 
 
 LATE: dict[str, Callable[[MessageStore], object]] = {

@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 
 from homeagent.engine.driver_errors import commit_unknown, naming_statement, transaction_ended, translated
 from homeagent.engine.instrumented_cursor import InstrumentedCursor, has_listeners
-from homeagent.engine.statements import Compiled, Parameters, Row, Statement
+from homeagent.engine.statements import Compiled, Parameters, Row, Statement, no_statement
 from homeagent.errors import ConnectionLostError, DatabaseClosedError, HomeAgentError, ReadOnlyError, UnitStateError
 from homeagent.frame_locals import clear_locals
 from homeagent.models.types import UNREADABLE
@@ -278,6 +278,11 @@ class StoreConnection:
                 self.require_transaction()
         except HomeAgentError as error:
             failure = error
+        except AttributeError:
+            given: object = statement
+            if isinstance(given, Statement):
+                raise
+            failure = no_statement(given)
         except self._driver_errors as error:
             failure = self._unread_rows(error, compiled, parameters) or self._refused(error, compiled.sql)
         else:

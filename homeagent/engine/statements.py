@@ -15,6 +15,7 @@ from sqlalchemy import (
     CompoundSelect,
     Delete,
     Dialect,
+    Executable,
     Float,
     Insert,
     Select,
@@ -35,7 +36,7 @@ from homeagent.models.base import Table, metadata
 from homeagent.models.types import UNREADABLE, naming_column, unreadable
 
 if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement, Executable
+    from sqlalchemy import ColumnElement
     from sqlalchemy.sql.compiler import SQLCompiler
     from sqlalchemy.types import TypeEngine
     from sqlmodel.sql.expression import SelectOfScalar
@@ -180,6 +181,11 @@ class Statement(Generic[R]):
         lock: bool = False,
         returning: type[Table] | None = None,
     ) -> None:
+        if not (callable(make) or isinstance(make, Executable)):
+            raise InvalidArgumentError(
+                "a Statement takes an expression of SQLAlchemy, or a function that returns one, not "
+                f"{type(make).__name__}: wrap SQL in text()"
+            )
         self._make = make
         self._returning = returning
         # SQLAlchemy has no public attribute for the clause that `with_for_update()` adds.
@@ -222,6 +228,13 @@ def _writes_or_locks(expression: Any) -> bool:
     # SQLAlchemy has no public attribute for FOR UPDATE.
     return any(
         isinstance(part, _WRITING) or getattr(part, "_for_update_arg", None) is not None for part in iterate(expression)
+    )
+
+
+def no_statement(given: object) -> InvalidArgumentError:
+    """Return the error for an object that is not a Statement. The caller must raise the error."""
+    return InvalidArgumentError(
+        f"a unit runs a Statement(…), not {type(given).__name__}: wrap SQL in Statement(text(…))"
     )
 
 
