@@ -72,7 +72,7 @@ class UnitSettings:
     """The open write unit of each thread. The key is the id of the thread."""
 
     def now(self) -> datetime:
-        """Return the clock's timestamp in UTC, rounded down to milliseconds."""
+        """Return the clock's timestamp in UTC, rounded down to milliseconds. After the end, raise UnitStateError."""
         clock = self.clock
         # The default clock already returns a timestamp in UTC in whole milliseconds.
         return clock() if clock is system_clock else check_timestamp(clock(), "the clock's instant")
@@ -266,7 +266,9 @@ class Transaction:
         return connection
 
     def now(self) -> datetime:
-        """Return the clock's timestamp in UTC, rounded down to milliseconds."""
+        """Return the clock's timestamp in UTC, rounded down to milliseconds. After the end, raise UnitStateError."""
+        if self._run is None:
+            self._require_connection()
         return self.settings.now()
 
     def rollback(self) -> None:

@@ -580,6 +580,20 @@ def test_unit_and_its_stores_are_usable_only_in_the_block(database: Database, re
     refused()
 
 
+def test_the_clock_is_unusable_after_the_end(database: Database) -> None:
+    """The unit's clock raises after a rollback and after the end of the block."""
+    with database.unit_of_work() as unit:
+        assert unit.session
+        assert unit.now()
+        unit.rollback()
+        with pytest.raises(errors.UnitStateError, match="rolled back"):
+            unit.now()
+    with database.unit_of_work() as unit:
+        devices = unit.devices
+    with pytest.raises(errors.UnitStateError, match="has ended"):
+        devices.unit.now()
+
+
 @pytest.mark.parametrize("rolled_back", [False, True], ids=["ended", "rolled back"])
 @pytest.mark.parametrize("read_only", [False, True], ids=["write", "read only"])
 def test_session_is_unusable_after_the_end(database: Database, read_only: bool, rolled_back: bool) -> None:
