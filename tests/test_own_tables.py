@@ -505,6 +505,11 @@ def test_a_statement_of_text_returns_its_rows(hub: Database[HubUnit]) -> None:
         assert unit.write(Statement(text(change)), text="third") == 1
         assert unit.all(Statement(text(change)), text="fourth") == []
     assert [each.text for each in hub.store(MessageStore).of_session("s")] == ["fourth"]
+    with hub.unit_of_work(read_only=True) as unit:
+        assert unit.one(Statement(text("SELECT text FROM own_messages"))) == ("fourth",)
+        with pytest.raises(ReadOnlyError):
+            unit.write(Statement(text(change)), text="fifth")
+        unit.rollback()
 
 
 def test_an_unreadable_value_names_its_row_without_a_secret(hub: Database[HubUnit]) -> None:

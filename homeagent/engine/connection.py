@@ -266,7 +266,7 @@ class StoreConnection:
             compiled = statement._cache.get(self._compile_key) or statement.compiled(
                 self.dialect, read_only=self.read_only
             )
-            if compiled.writes and self.read_only:
+            if compiled.writes and self.read_only and not compiled.is_text:
                 raise _read_only()
             cursor = self._execute(compiled.sql, compiled.bind(parameters))
             # Do not use fetchone: an unread row keeps SQLite's locks and snapshot. With RETURNING, SQLite counts the
