@@ -351,6 +351,10 @@ def suspended_rules(connection: Connection, tables: Sequence[CopiedTable]) -> It
             for name in set(dropped) - homeagents_objects(REVISION):
                 connection.exec_driver_sql(f"DROP TRIGGER {quote(name)}")
             yield
+        # SQLite's error at COMMIT would not name the table.
+        for child, parent in sorted(broken_references(connection)):
+            if child in {table.name for table in tables}:
+                raise _refused(child, ConflictError(f"rows of {parent} are missing"))
         return
     names = {
         "tables": [table.name for table in tables],
