@@ -34,7 +34,7 @@ from homeagent.migrations.revisions import (
     upgrade,
 )
 from homeagent.migrations.schema_drift import refuse_changed_schema, views_of_tables
-from homeagent.models import VERSION_TABLE
+from homeagent.models import TABLES, VERSION_TABLE
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -172,10 +172,11 @@ def _make_or_upgrade(
             "the search_path leads to no schema, so homeagent can't create tables: CREATE SCHEMA, or ALTER ROLE … SET "
             "search_path to an existing schema"
         )
-    if revision is None and tables(connection) & {"devices", "agents", "sessions", "nonces"}:
+    foreign = sorted(tables(connection) & set(TABLES)) if revision is None else []
+    if foreign:
         raise ForeignDatabaseError(
-            "the schema holds another application's tables with the names of homeagent's tables: name another database "
-            "or schema"
+            "the schema holds another application's tables with the names of homeagent's tables "
+            f"({', '.join(foreign)}): name another database or schema, or give the tables other names"
         )
     if revision is not None and not suitable:
         location = presentable_url(connection.engine.url)

@@ -12,7 +12,13 @@ import pytest
 from sqlalchemy import Connection, make_url, text
 
 from homeagent import Database
-from homeagent.errors import DatabaseBusyError, DatabaseError, InvalidArgumentError, MigrationError
+from homeagent.errors import (
+    DatabaseBusyError,
+    DatabaseError,
+    ForeignDatabaseError,
+    InvalidArgumentError,
+    MigrationError,
+)
 from homeagent.migrations import REVISION, VERSION_TABLE, postgresql, revisions
 from tests.conftest import add_agent, postgres_execute
 from tests.migrations.old_databases import plain_engine
@@ -88,6 +94,13 @@ def test_search_path_without_a_schema(empty_postgres_url: str) -> None:
     """If search_path names no existing schema, the error says so with the remedy."""
     postgres_execute(empty_postgres_url, f"ALTER DATABASE {make_url(empty_postgres_url).database} SET search_path = no")
     with pytest.raises(InvalidArgumentError, match="search_path leads to no schema"):
+        Database.open(empty_postgres_url)
+
+
+def test_foreign_table_is_named(empty_postgres_url: str) -> None:
+    """If the schema holds another application's table, the error names the table."""
+    postgres_execute(empty_postgres_url, "CREATE TABLE devices (id integer)")
+    with pytest.raises(ForeignDatabaseError, match=r"names of homeagent's tables \(devices\)"):
         Database.open(empty_postgres_url)
 
 
