@@ -80,10 +80,10 @@ def run_environment(
     """Run the current command of Alembic on the application's tables.
 
     The option `-x database=TARGET` names the database. Without the option, Alembic's configuration can name the
-    database (`database = TARGET`). If the configuration names no database, homeagent uses `$HOMEAGENT_DATABASE`. Before
-    the command, `run_environment()` upgrades homeagent's tables in a named database. Without a named database,
-    `alembic revision` and `alembic check` use a scratch database. A program can pass a connection in
-    `config.attributes["connection"]`.
+    database (`database = TARGET`). If the configuration names no database, homeagent uses `$HOMEAGENT_DATABASE`, then
+    the configuration's `sqlalchemy.url`. Before the command, `run_environment()` upgrades homeagent's tables in a named
+    database. Without a named database, `alembic revision` and `alembic check` use a scratch database. A program can
+    pass a connection in `config.attributes["connection"]`.
 
     `run_environment()` imports all modules of the application's package. Autogenerate compares the tables of all
     modules with the database. Pass further tables in the argument `metadata=`.
@@ -122,7 +122,10 @@ def run_environment(
 def _target(context: Any) -> str | None:
     named = context.get_x_argument(as_dictionary=True).get("database")
     # Do not call `get_main_option()`, which does not read pyproject.toml.
-    return named or context.config.get_alembic_option("database") or os.environ.get(ENVIRONMENT_VARIABLE)
+    url = context.config.get_alembic_option("sqlalchemy.url")
+    if url == "driver://user:pass@localhost/dbname":
+        url = None  # the value in Alembic's template
+    return named or context.config.get_alembic_option("database") or os.environ.get(ENVIRONMENT_VARIABLE) or url
 
 
 @contextmanager

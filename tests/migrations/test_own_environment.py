@@ -226,6 +226,21 @@ def test_broken_references(sqlite_path: Path, make_hub: Any) -> None:
     assert fetch(sqlite_path, f"SELECT count(*) FROM {hub.name}_messages") == [(1,)]
 
 
+def test_url_of_the_configuration(target: str, make_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alembic's option sqlalchemy.url names the database last. The value of Alembic's template names none."""
+    monkeypatch.delenv("HOMEAGENT_DATABASE", raising=False)
+    hub = make_hub()
+    write_revision(hub.package / "migrations", "b1", None, 'op.create_table("given", sa.Column("a", sa.Integer))')
+    hub.config.set_main_option("sqlalchemy.url", "driver://user:pass@localhost/dbname")
+    with pytest.raises(CommandError, match="name the database"):
+        command.upgrade(hub.config, "head")
+    url = target if target.startswith("postgresql") else f"sqlite:///{target}"
+    hub.config.set_main_option("sqlalchemy.url", url.replace("%", "%%"))
+    command.upgrade(hub.config, "head")
+    with Database.open(target) as database:
+        assert database.status().application_revision == "b1"
+
+
 AUDIT = """
 how = "BEGIN SELECT 1; END"
 if op.get_bind().dialect.name == "postgresql":
