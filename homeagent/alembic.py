@@ -44,8 +44,8 @@ TABLES: frozenset[str] = frozenset({table.name for table in SCHEMA} | {VERSION_T
 
 
 def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | None]) -> bool:
-    """Return False for homeagent's tables and their columns, indexes and constraints. Pass `include_name` to Alembic's
-    `context.configure`.
+    """Return False for homeagent's tables and their columns, indexes and constraints. Pass `include_name` and
+    `render_item` to Alembic's `context.configure`. Without `render_item`, a generated revision can fail.
 
     Args:
         name: name of the object in the database.
@@ -57,8 +57,8 @@ def include_name(name: str | None, type_: str, parent_names: Mapping[str, str | 
 
 
 def include_object(object: Any, name: str | None, type_: str, reflected: bool, compare_to: Any) -> bool:
-    """Return False for homeagent's tables and their columns, indexes and constraints. Pass `include_object` to
-    Alembic's `context.configure`.
+    """Return False for homeagent's tables and their columns, indexes and constraints. Pass `include_object` and
+    `render_item` to Alembic's `context.configure`. Without `render_item`, a generated revision can fail.
 
     The metadata of `homeagent.Table` also contains homeagent's tables. An application's foreign key can name a table of
     homeagent.
