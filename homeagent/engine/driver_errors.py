@@ -113,8 +113,25 @@ def named(error: BaseException) -> str:
 def naming_statement(error: HomeAgentError, sql: str) -> HomeAgentError:
     """Add the SQL text to an error of the exact class DatabaseError. The SQL text contains no stored values."""
     if type(error) is not DatabaseError:
-        return error
+        return naming_table(error, sql)
     return DatabaseError(f"{error}; the statement was: {' '.join(sql.split())}")
+
+
+_WRITTEN = re.compile(r'\s*(?:INSERT\s+INTO|UPDATE)\s+"?([\w.]+)', re.IGNORECASE)
+
+
+def naming_table(error: HomeAgentError, sql: str | None) -> HomeAgentError:
+    """Add the statement's table to the error for a value that is too long for an index."""
+    label = f" [SQLSTATE {_TOO_LONG}]"
+    message, found = str(error), _WRITTEN.match(sql or "")
+    if (
+        found is None
+        or type(error) is not InvalidArgumentError
+        or not message.endswith(label)
+        or " of table " in message
+    ):
+        return error
+    return InvalidArgumentError(f"{message.removesuffix(label)} of table {found[1]!r}{label}")
 
 
 def connection_lost() -> ConnectionLostError:
@@ -314,7 +331,8 @@ def postgresql_error(error: BaseException) -> HomeAgentError:
     if found is None and getattr(getattr(error, "diag", None), "severity_nonlocalized", None) in SESSION_ENDED:
         found = ConnectionLostError, f"the PostgreSQL server ended the session: {_AGAIN}"
     kind, message = found or (DatabaseError, "PostgreSQL refused the statement")
-    failure = kind(f"{message}{named(error)} [{label}]")
+    table = refused_by(error)[0] if state == _TOO_LONG else None
+    failure = kind(f"{message}{named(error)}{'' if table is None else f' of table {table!r}'} [{label}]")
     if isinstance(failure, TransientError) and state in _NOT_IN_TIME:
         failure.sqlstate = state
     return failure

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.pool import NullPool
 
 from homeagent.engine.conversions import hide_values
-from homeagent.engine.driver_errors import conversion_error, postgresql_error, remove_private
+from homeagent.engine.driver_errors import conversion_error, naming_table, postgresql_error, remove_private
 from homeagent.engine.engine import Engine
 from homeagent.engine.instrumented_cursor import FailureContext
 from homeagent.engine.postgresql.connection import ACTIVE, POOLED, PostgreSQLConnection, cursor_class
@@ -237,7 +237,7 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     # Remove private data from the driver's exception. A traceback of the returned error also shows the driver's
     # exception.
     remove_private(original)
-    return failure
+    return naming_table(failure, context.statement)
 
 
 def _connect_error(error: BaseException) -> ConnectionLostError:
