@@ -24,12 +24,16 @@ TABLES = (
     "CREATE TABLE own_uses (tag INTEGER, CONSTRAINT fk_own_uses_tag FOREIGN KEY (tag) REFERENCES own_tags (id))",
     "CREATE TABLE own_plans (agent TEXT, CONSTRAINT fk_own_plans_agent FOREIGN KEY (agent)"
     " REFERENCES agents (id) DEFERRABLE INITIALLY DEFERRED)",
+    "CREATE TABLE own_parts (tag INTEGER, plan TEXT, CONSTRAINT fk_own_parts_tag FOREIGN KEY (tag) REFERENCES own_tags"
+    " (id) ON DELETE CASCADE, CONSTRAINT fk_own_parts_plan FOREIGN KEY (plan) REFERENCES agents (id) ON DELETE"
+    " RESTRICT)",
     # The text "own_tags." is in the name of a column.
     'CREATE TABLE own_odd ("x own_tags.y" INTEGER, "own_odd.b" INTEGER,'
     ' CONSTRAINT uq_own_odd UNIQUE ("x own_tags.y", "own_odd.b"))',
     "INSERT INTO own_odd VALUES (1, 1)",
     "INSERT INTO own_tags VALUES (1, 'geheim', 1, 'geheim')",
     "INSERT INTO own_uses VALUES (1)",
+    "INSERT INTO own_parts VALUES (1, NULL)",
 )
 
 # Refused statements, and the table, constraint and kind in the error.
@@ -42,6 +46,7 @@ REFUSED = {
     "not null": ("INSERT INTO own_tags (id) VALUES (2)", "own_tags", "name", "not_null"),
     "child": ("INSERT INTO own_uses VALUES (77)", "own_uses", "fk_own_uses_tag", "foreign_key"),
     "parent": ("DELETE FROM own_tags WHERE id = 1", "own_uses", "fk_own_uses_tag", "foreign_key"),
+    "two keys": ("UPDATE own_parts SET plan = 'geheim'", "own_parts", "fk_own_parts_plan", "foreign_key"),
     "deferred": ("INSERT INTO own_plans VALUES ('geheim')", "own_plans", "fk_own_plans_agent", "foreign_key"),
 }
 
@@ -148,3 +153,7 @@ def test_a_store_s_statement_names_an_own_constraint(own: Database) -> None:
     own.run(execute("INSERT INTO own_plans VALUES ('ada')"))
     refused = refused_in_batch(own, lambda unit: unit.agents.delete("ada"))
     assert (refused.table, refused.constraint, refused.kind) == ("own_plans", "fk_own_plans_agent", "foreign_key")
+    own.run(execute("DELETE FROM own_plans"))
+    own.run(execute("INSERT INTO own_parts VALUES (NULL, 'ada')"))
+    refused = refused_in_batch(own, lambda unit: unit.agents.delete("ada"))
+    assert (refused.table, refused.constraint, refused.kind) == ("own_parts", "fk_own_parts_plan", "foreign_key")

@@ -28,17 +28,27 @@ _IGNORED = re.compile(r"/\*.*?\*/|\b(OR\s+\w+|INTO|FROM)\b\s*", re.I | re.S)
 
 
 # For a refused COMMIT, the SQL parameter `:target` is an empty text. Only a deferred foreign key can refuse a COMMIT.
+# The last column names the key's columns in the written table, separated by "|". A change of a row can change or delete
+# rows of other tables by CASCADE.
 _FOREIGN_KEYS = """
-    SELECT child.name, group_concat(key."from", ', ' ORDER BY key.seq)
-    FROM sqlite_master AS child, pragma_foreign_key_list(child.name) AS key
-    WHERE child.type = 'table' AND CASE WHEN :target = ''
-        THEN (child.name, key.id) IN (
+    WITH RECURSIVE key AS (
+        SELECT child.name AS child, list.*, CASE :verb WHEN 'UPDATE' THEN on_update ELSE on_delete END AS act
+        FROM sqlite_master AS child, pragma_foreign_key_list(child.name) AS list WHERE child.type = 'table'),
+    reached(name) AS (
+        SELECT :target UNION SELECT child FROM key JOIN reached ON key."table" = name COLLATE NOCASE
+        WHERE act = 'CASCADE')
+    SELECT child, group_concat("from", ', ' ORDER BY seq), child <> :target COLLATE NOCASE,
+        group_concat(CASE :target COLLATE NOCASE WHEN child THEN "from" WHEN "table" THEN "to" END, '|')
+    FROM key
+    WHERE CASE WHEN :target = ''
+        THEN (child, id) IN (
             SELECT broken.name, fkid FROM sqlite_master AS broken, pragma_foreign_key_check(broken.name)
             WHERE broken.type = 'table' AND broken.sql LIKE '%DEFERR%')
-        ELSE :verb <> 'DELETE' AND child.name = :target COLLATE NOCASE
-            OR :verb <> 'INSERT' AND key."table" = :target COLLATE NOCASE
+        ELSE :verb <> 'DELETE' AND child = :target COLLATE NOCASE
+            OR :verb <> 'INSERT' AND "table" COLLATE NOCASE IN (SELECT name FROM reached)
+                AND act NOT IN ('CASCADE', 'SET NULL')
         END
-    GROUP BY child.name, key.id
+    GROUP BY child, id
 """
 _UNIQUE_INDEXES = """
     SELECT name FROM pragma_index_list(:table) AS listed WHERE "unique" AND origin = 'c' AND :columns =
@@ -50,7 +60,10 @@ def named_conflict(raw: Any, error: BaseException, statement: str | None) -> Con
     """Return a ConflictError if a constraint refused the change, otherwise None. The argument `statement=` is the
     refused SQL text, or None for COMMIT.
     """
-    kind = _KINDS.get(getattr(error, "extendedresult", 0))
+    code = getattr(error, "extendedresult", 0)
+    # For a foreign key with RESTRICT, SQLite reports the code of a trigger.
+    is_restrict = code == apsw.SQLITE_CONSTRAINT_TRIGGER and str(error) == "FOREIGN KEY constraint failed"
+    kind = "foreign_key" if is_restrict else _KINDS.get(code)
     if kind is None:
         return None
     table: str | None = None
@@ -121,13 +134,26 @@ def _constraint_name(raw: Any, table: str, kind: str, columns: str) -> str | Non
     return None
 
 
+def _has_references(raw: Any, table: str, columns: str) -> bool:
+    """Return True if a row of the referring table has a value in the key's columns."""
+    names = ['"{}"'.format(name.replace('"', '""')) for name in (table, *columns.split(", "))]
+    conditions = " AND ".join(f"{name} IS NOT NULL" for name in names[1:])
+    return bool(_rows(raw, f"SELECT 1 FROM {names[0]} WHERE {conditions} LIMIT 1"))  # noqa: S608  quoted
+
+
 def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | None]:
     """Return the failed foreign key's table and name, each None if unknown."""
     verb, target = _target(statement)
     candidates = _rows(raw, _FOREIGN_KEYS, target=target, verb=verb)
-    if len({child for child, _ in candidates}) != 1:
+    if verb == "UPDATE":
+        # The statement changes only the columns before WHERE.
+        changed = re.split(r"\bwhere\b", (statement or "").lower(), maxsplit=1)[0]
+        candidates = [each for each in candidates if any(map(changed.__contains__, (each[3] or "").lower().split("|")))]
+    if len(candidates) > 1:
+        candidates = [each for each in candidates if not each[2] or _has_references(raw, each[0], each[1])]
+    if len({child for child, *_ in candidates}) != 1:
         return None, None
-    table, columns = candidates[0]
+    table, columns = candidates[0][:2]
     if len(candidates) != 1:
         return table, None
     return table, _constraint_name(raw, table, r"FOREIGN\s+KEY", columns) or columns
