@@ -75,6 +75,8 @@ _DEFINITIONS = ("25001", "2BP01", "42701", "42710", "42723", "42830", "42P01", "
 _NAMES = ("3F000", "42704", "42804", "42809", "42883")
 # PostgreSQL has one code for all values that are too long. Only an error of an index names an index.
 _TOO_LONG = "54000"
+_IN_OBJECT = re.compile(r"error in (view|trigger) ")
+_IN_OBJECT_REMEDY = " (drop the {0} first, and create the {0} again at the end)"
 _MISSING = re.compile(r"no such (?:table|column): |(?:relation|column) .* does not exist")
 _MISSING_REMEDY = (
     " (if the table is the application's, create the table by a revision, and pass migrations= to Database.open)"
@@ -105,6 +107,9 @@ def message_with_name(error: BaseException) -> str:
 def named(error: BaseException) -> str:
     """Return the database's message as a suffix for homeagent's message. Add a remedy for a missing table or column."""
     message = message_with_name(error)
+    broken = _IN_OBJECT.match(message)
+    if broken is not None:
+        return f": {message}{_IN_OBJECT_REMEDY.format(broken[1])}"
     table = _MISSING_TABLE.fullmatch(message)
     remedy = _LOST_REMEDY if table is not None and (table[1] or table[2]) in TABLES else _MISSING_REMEDY
     return (f": {message}" if message else "") + (remedy if _MISSING.search(message) else "")

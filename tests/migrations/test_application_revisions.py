@@ -14,7 +14,7 @@ from homeagent.errors import InvalidArgumentError, MigrationError, SchemaOutdate
 from homeagent.testing import FakeClock
 from tests.conftest import add_agent
 from tests.migrations.old_databases import change, clock, fetch, old_database, plain_engine, rows_of
-from tests.migrations.own_revisions import CONCURRENTLY, CREATE, write_revision, write_revisions
+from tests.migrations.own_revisions import CONCURRENTLY, CREATE, REBUILD, write_revision, write_revisions
 
 
 @pytest.fixture
@@ -195,6 +195,15 @@ def test_annotations_of_a_revision(sqlite_path: Path, tmp_path: Path) -> None:
     """The annotations in a revision are objects, not texts."""
     write_revision(tmp_path, "a1", None, "def of(row: int): pass\nassert of.__annotations__ == {'row': int}")
     Database.open(sqlite_path, migrations=tmp_path).close()
+
+
+def test_view_of_a_rebuilt_table(sqlite_path: Path, folder: Path) -> None:
+    """On SQLite the error for a view that prevents a rebuild of its table names the view and the remedy."""
+    write_revision(folder, "a4", "a3", f"op.execute('CREATE VIEW texts AS SELECT text FROM notes')\n{REBUILD}")
+    with pytest.raises(
+        MigrationError, match=r"error in view texts: .* \(drop the view first, and create the view again"
+    ):
+        Database.open(sqlite_path, migrations=folder)
 
 
 END_OF_TRANSACTION = {
