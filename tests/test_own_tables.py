@@ -38,7 +38,7 @@ from sqlalchemy import (
     type_coerce,
     update,
 )
-from sqlalchemy.orm import Mapped, WriteOnlyMapped, relationship
+from sqlalchemy.orm import Mapped, WriteOnlyMapped, aliased, relationship
 from sqlmodel import Field, Relationship, SQLModel, col, select
 
 from homeagent import AgentCreate, AgentSession, Database, Statement, Store, Table, Timestamp, UnitOfWork
@@ -463,6 +463,14 @@ def test_a_statement_checks_its_parameters(hub: Database[HubUnit]) -> None:
             with pytest.raises(InvalidArgumentError, match=words) as caught:
                 act()
             assert "geheim" not in str(caught.value)
+
+
+def test_a_select_of_an_alias_gives_instances(hub: Database[HubUnit]) -> None:
+    """A SELECT of an aliased model gives instances of the model."""
+    with hub.unit_of_work() as unit:
+        unit.messages.add("s", "first")
+        (found,) = unit.all(Statement[Message](select(aliased(Message))))
+        assert (type(found), found.text) == (Message, "first")
 
 
 def test_a_statement_inserts_the_rows_of_a_select(hub: Database[HubUnit]) -> None:

@@ -301,8 +301,9 @@ def _refuse_blob() -> NoReturn:
 
 def _model_of(expression: Any) -> Any:
     """Return the model whose instances a statement selects, or None for columns."""
-    selected = [each["expr"] for each in getattr(expression, "column_descriptions", None) or []]
-    models = [each for each in selected if isinstance(each, type)]
+    selected: list[Any] = getattr(expression, "column_descriptions", None) or []
+    # The expression is the entity itself for a model and for `aliased(model)`.
+    models = [each["type"] for each in selected if each.get("entity") is not None and each["expr"] is each["entity"]]
     if models and len(selected) > 1:
         raise InvalidArgumentError("a Statement can select one model, or columns: select the columns of each model")
     return models[0] if models else None
