@@ -35,6 +35,11 @@ from homeagent.models import store_table
 from homeagent.transaction import UnitSettings
 from homeagent.unit_of_work import UnitOfWork
 
+_DIFFERS = (
+    "is not the same on both sides, so the copy was undone: check whether the target's column types can store each "
+    "value (SQLite rounds a NUMERIC to 15 digits), then the target's server or disk"
+)
+
 
 class CopyReport(BaseModel, frozen=True):
     """Result of a copy that was compared with its source.
@@ -115,9 +120,7 @@ def copy_store(
         if differing is not None:
             if not live and _first_difference(origin, destination, tables, lambda table, rows: None) is None:
                 raise SourceChangedError(differing)
-            raise DatabaseError(
-                f"{differing} is not the same on both sides, so the copy was undone: check the target's server or disk"
-            )
+            raise DatabaseError(f"{differing} {_DIFFERS}")
     # Connections cache the time of the last restore (`precedes_restore()`), which the copy has replaced.
     written.engine.require_reconnect()
     written.engine.discard_free()
