@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import and_, bindparam, case, delete, func, literal_column, not_, or_, select, tuple_, update
 
-from homeagent.engine.statements import Statement, bindparams, constant, count, delete_first, equal
+from homeagent.engine.statements import LenientStatement, Statement, bindparams, constant, count, delete_first, equal
 from homeagent.errors import InvalidArgumentError
 from homeagent.models.device import PENDING, Device, DeviceStatus, Role
 from homeagent.models.device_change import DeviceChange, DeviceChangeKind
@@ -101,7 +101,7 @@ SET_SECRET = Statement[Device](
 )
 REHASH = Statement[Device](_update(_HAS_EXPECTED_HASH, shared_secret_hash=bindparam("replacement")))
 _SEEN_EARLIER = or_(_columns.last_seen_at.is_(None), _columns.last_seen_at <= bindparam("before"))
-NEEDS_LAST_SEEN = Statement[str](select(_columns.id).where(_IS_DEVICE, _SEEN_EARLIER))
+NEEDS_LAST_SEEN = LenientStatement[str](select(_columns.id).where(_IS_DEVICE, _SEEN_EARLIER))
 SET_LAST_SEEN = Statement[Device](_update(_SEEN_EARLIER, last_seen_at=bindparam("at")))
 DELETE = Statement[Device](delete(_table).where(_IS_DEVICE))
 # Compare in SQL. An unreadable value must not prevent an approval or a revocation. The third column is True after the
