@@ -556,6 +556,14 @@ def test_a_webhook_with_a_form(hooks: Client, homeagent_clock: FakeClock, caplog
     assert hooks.post("/form", content=b"x=2", headers=headers).status_code == 422
 
 
+@pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 100_000])
+def test_a_webhook_without_json(hooks: Client, homeagent_clock: FakeClock, body: bytes) -> None:
+    """A body that is not JSON, or is nested too deeply, gets status 422, also when the sender repeats the message."""
+    headers = sign(SECRET, "m-1", int(homeagent_clock().timestamp()), body)
+    replies = [hooks.post("/hook", content=body, headers=headers) for _ in range(2)]
+    assert [(each.status_code, each.json()["detail"]) for each in replies] == [(422, "The body is not JSON.")] * 2
+
+
 def test_a_webhook_for_another_path(hooks: Client, house: House, homeagent_clock: FakeClock) -> None:
     """A message that is sent again to another path of the route gets an error, and not the first path's answer."""
     body = b'{"rung": 1}'

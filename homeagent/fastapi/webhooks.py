@@ -57,10 +57,12 @@ class Webhook(Once):
     body: bytes
 
     def json(self) -> Any:
-        """Return the body as JSON. If the body is not JSON, raise an HTTPProblem with the status 422."""
+        """Return the body as JSON. If the body is not JSON or is nested too deeply, raise an HTTPProblem with
+        the status 422.
+        """
         try:
             return json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise HTTPProblem(InvalidArgumentError("the body is not JSON"), detail="The body is not JSON.") from None
 
 
