@@ -21,7 +21,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
     from homeagent.database import Database
+    from homeagent.engine.target import Given
 
 __all__ = ["START", "DatabaseFactory", "FakeClock", "check_revisions"]
 
@@ -73,9 +74,9 @@ class _Templates:
     def __init__(self, directory: Path, closing: ExitStack) -> None:
         self._directory = directory
         self._closing = closing
-        self._made: dict[tuple[str | None, Path | None], Any] = {}
+        self._made: dict[tuple[Given, Path | None], Any] = {}
 
-    def copy(self, server: str | None, options: dict[str, Any], closing: ExitStack) -> Path | URL:
+    def copy(self, server: Given, options: dict[str, Any], closing: ExitStack) -> Path | URL:
         from homeagent.database import Database
         from homeagent.migrations.application import named_folder
 
@@ -107,7 +108,7 @@ class _Templates:
 class DatabaseFactory:
     """Open fresh databases, and close the databases at the end of the test."""
 
-    def __init__(self, templates: _Templates, options: dict[str, Any], server: str | None) -> None:
+    def __init__(self, templates: _Templates, options: dict[str, Any], server: Given) -> None:
         self._templates = templates
         self._options = options
         self._server = server
@@ -160,16 +161,19 @@ def check_revisions(
         InvalidArgumentError: if the revisions do not form a sequence, for example with several heads.
         MigrationError: if a revision fails, or changes homeagent's tables.
     """
+    from homeagent.engine.target import conceal
     from homeagent.migrations.application import Application
     from homeagent.migrations.expansion import check_expansion
     from homeagent.opening import open_engine
 
+    given = conceal(server)
+    del server  # a traceback must not show the password
     with ExitStack() as closing:
-        if server is None:
+        if given is None:
             directory = closing.enter_context(tempfile.TemporaryDirectory(prefix="homeagent-"))
             target: Path | URL = Path(directory) / "scratch.db"
         else:
-            target = closing.enter_context(_server_database(server))
+            target = closing.enter_context(_server_database(given))
         check_expansion(
             Application.of(migrations, acknowledged),
             lambda step: open_engine(target, durability="normal", migrations=step),
@@ -178,22 +182,31 @@ def check_revisions(
 
 
 @contextmanager
-def _server_database(server: str, *, template: str | None = None) -> Iterator[URL]:
+def _server_database(server: Given, *, template: str | None = None) -> Iterator[URL]:
     """Create a database on a server, and yield its URL. Drop the database after the block."""
-    from sqlalchemy import create_engine, make_url, text
-    from sqlalchemy.pool import NullPool
+    from sqlalchemy import text
 
-    url = make_url(server).set(database=f"homeagent_test_{uuid.uuid4().hex}")
-    # PostgreSQL can't create a database inside a transaction.
-    options: dict[str, Any] = {"isolation_level": "AUTOCOMMIT", "poolclass": NullPool}
-    engine = create_engine(make_url(server).set(drivername="postgresql+psycopg"), **options)
-    with engine.connect() as connection:
-        connection.execute(text(f"CREATE DATABASE {url.database}" + (f" TEMPLATE {template}" if template else "")))
-    try:
-        yield url
-    finally:
-        with engine.connect() as connection:
-            connection.execute(text(f"DROP DATABASE IF EXISTS {url.database} WITH (FORCE)"))
+    from homeagent.engine.postgresql.engine import PostgreSQLEngine
+    from homeagent.engine.target import resolve_target
+    from homeagent.environment import BUSY_TIMEOUT
+    from homeagent.errors import InvalidArgumentError
+
+    given = resolve_target(server).url
+    if given is None:
+        raise InvalidArgumentError("the URL of the PostgreSQL server must begin with postgresql://")
+    url = given.set(database=f"homeagent_test_{uuid.uuid4().hex}")
+    with closing(PostgreSQLEngine(given, busy_timeout=BUSY_TIMEOUT)) as engine:
+
+        def execute(statement: str) -> None:
+            # PostgreSQL can't create a database inside a transaction.
+            with engine.connect() as connection:
+                connection.execution_options(isolation_level="AUTOCOMMIT").execute(text(statement))
+
+        execute(f"CREATE DATABASE {url.database}" + (f" TEMPLATE {template}" if template else ""))
+        try:
+            yield url
+        finally:
+            execute(f"DROP DATABASE IF EXISTS {url.database} WITH (FORCE)")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -238,8 +251,10 @@ def homeagent_factory(
     homeagent_server: str | None,
 ) -> Iterator[DatabaseFactory]:
     """Factory that opens further databases. A test can pass arguments of `Database.open`."""
+    from homeagent.engine.target import conceal
+
     options = {"clock": homeagent_clock, "durability": "normal", **homeagent_options}
-    factory = DatabaseFactory(_homeagent_templates, options, homeagent_server)
+    factory = DatabaseFactory(_homeagent_templates, options, conceal(homeagent_server))
     yield factory
     factory.close()
 

@@ -51,6 +51,22 @@ def test_relative_path(
     assert homeagent_factory(migrations="migrations").status().application_revision == revision
 
 
+def test_a_refused_connection_shows_no_password(tmp_path: Path) -> None:
+    """If the server refuses the connection, pytest's report has the error of homeagent, and not the password."""
+    (tmp_path / "test_application.py").write_text("def test_it(homeagent_database): ...\n")
+    url = "postgresql://nobody:private-word@127.0.0.1:1/x"
+    plugin = ["-p", "no:cacheprovider", "-p", "homeagent.testing", "--homeagent-postgresql", url]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", os.devnull, "--tb=long", "-l", *plugin, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "ConnectionLostError" in done.stdout, done.stdout + done.stderr
+    assert "private-word" not in done.stdout + done.stderr
+
+
 PAGE = (ROOT / "docs" / "how-to" / "test.md").read_text(encoding="utf-8")
 
 TESTS = """
