@@ -81,14 +81,17 @@ class DatabaseMaintenance:
 
         Raises:
             DatabaseError: if a schedule of backups is given for a database on PostgreSQL.
+            InvalidArgumentError: if an argument is invalid, for example if `backups` is a path.
             DatabaseClosedError: if the database was closed.
         """
-        from homeagent.maintenance.sweep import Sweeper, sweep
+        from homeagent.maintenance.sweep import BackupSchedule, Sweeper, sweep
 
         jobs: list[Callable[[Callable[[], bool]], None]] = []
         if backups is not None:
             from homeagent.maintenance.backups import back_up_on_schedule, require_file
 
+            if not isinstance(backups, BackupSchedule):
+                raise InvalidArgumentError("backups must be a BackupSchedule, such as BackupSchedule('backups/')")
             require_file(self._engine)
             jobs.append(partial(back_up_on_schedule, self._settings, backups))
         if check_every is not None:

@@ -135,7 +135,7 @@ def test_invalid_arguments() -> None:
     """A value with a wrong type, a lone surrogate and an unknown role are refused at once."""
     wrong: Any = 5
     for call in (
-        lambda: bearer_token(wrong, "x"), lambda: bearer_token("x", wrong), lambda: require_role(wrong),
+        lambda: bearer_token(wrong, "x"), lambda: bearer_token("x", wrong), lambda: require_role(wrong), require_role,
         lambda: bearer_token("\ud800", "x"), lambda: bearer_token("x", "\ud800"),
     ):  # fmt: skip
         with pytest.raises(errors.InvalidArgumentError) as refused:

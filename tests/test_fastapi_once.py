@@ -645,7 +645,10 @@ def test_many_signatures_of_a_webhook(hooks: Client, monkeypatch: pytest.MonkeyP
     assert len(computed) == 2
 
 
-@pytest.mark.parametrize("option", [{"ttl": timedelta(0)}, {"ttl": 5}, {"lease": None}, {"on_abandoned": "x"}])
+@pytest.mark.parametrize(
+    "option",
+    [{"ttl": timedelta(0)}, {"ttl": 5}, {"lease": None}, {"on_abandoned": "x"}, {"max_body": -1}, {"max_body": "x"}],
+)
 def test_invalid_options(option: dict[str, Any]) -> None:
     """An invalid option is refused when the route is defined, and not in each request."""
     with pytest.raises(errors.InvalidArgumentError, match=next(iter(option))):
@@ -656,7 +659,17 @@ def test_invalid_options(option: dict[str, Any]) -> None:
 
 def test_invalid_webhook_settings() -> None:
     """A secret that is short or malformed, no secret, no sender, and a short `ttl` are refused at once."""
-    secrets: list[Any] = ["whsec_", "whsec_%%%", "whsec_" + base64.b64encode(bytes(23)).decode(), [], b"x", [5]]
+    wrong: Any = 5
+    secrets: list[Any] = [
+        "whsec_",
+        "whsec_%%%",
+        "whsec_" + base64.b64encode(bytes(23)).decode(),
+        [],
+        b"x",
+        [5],
+        5,
+        None,
+    ]
     for secret in secrets:
         with pytest.raises(errors.InvalidArgumentError):
             signed_webhook(secret, sender="bell")
@@ -664,6 +677,10 @@ def test_invalid_webhook_settings() -> None:
         signed_webhook(SECRET, sender="bell", ttl=timedelta(minutes=10))
     with pytest.raises(errors.InvalidArgumentError, match="sender must have 1"):
         signed_webhook(SECRET, sender="")
+    with pytest.raises(errors.InvalidArgumentError, match="sender must be text"):
+        signed_webhook(SECRET, sender=wrong)
+    with pytest.raises(errors.InvalidArgumentError, match="required must be True or False"):
+        idempotent("no")  # type: ignore[arg-type]  # the wrong value is the subject
 
 
 def test_the_page(homeagent_database: Database, homeagent_clock: FakeClock) -> None:

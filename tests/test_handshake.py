@@ -6,14 +6,16 @@ import json
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import pytest
+from fastapi import WebSocket
 from pydantic import SecretStr
 
 from homeagent import Database, Device, Role
 from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeError, InvalidArgumentError
+from homeagent.fastapi import accept_device
 from homeagent.handshake import MAX_MESSAGE, Admission, authenticate_device, gateway, recheck
 from homeagent.handshake.client import authenticate
 from homeagent.testing import FakeClock
@@ -86,6 +88,10 @@ async def say(messages: list[Any], send: Any, receive: Any) -> Any:
     return answer
 
 
+async def say_nothing(send: Any, receive: Any) -> None:
+    """End without a message."""
+
+
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
 def test_an_approved_device_gets_in(handshake: Any, homeagent_database: Database, backend: str) -> None:
     """The gateway gets the device, and the messages contain neither the secret nor the verifier."""
@@ -132,6 +138,24 @@ def test_the_time_is_checked(handshake: Any, homeagent_database: Database, homea
         (device, gateway), sent = handshake("phone", secret, clock=clock, skew=timedelta(hours=1))
         assert type(device) is type(gateway) is AuthenticationError
         assert len(sent[0]) == 2
+
+
+@pytest.mark.parametrize("option", [{"time_limit": 5}, {"time_limit": timedelta(0)}, {"skew": 5}])
+def test_invalid_durations(homeagent_database: Database, option: dict[str, Any]) -> None:
+    """A wrong time limit or skew raises InvalidArgumentError on each side, and no side sends a message."""
+    websocket = WebSocket({"type": "websocket"}, *[cast("Any", None)] * 2)
+
+    async def device(send: Any, receive: Any) -> None:
+        await authenticate("phone", "x", send=send, receive=receive, **option)
+
+    async def accept(send: Any, receive: Any) -> None:
+        async with accept_device(websocket, homeagent_database, **option):
+            pass
+
+    for side in device, partial(serve, homeagent_database, **option), accept:
+        (error, _), sent = connect(side, say_nothing)
+        assert (type(error), next(iter(option)) in str(error)) == (InvalidArgumentError, True)
+        assert sent == [[], []]
 
 
 def test_an_endless_skew(homeagent_database: Database, homeagent_clock: FakeClock) -> None:

@@ -98,9 +98,11 @@ CurrentDevice = Annotated[Device, Security(current_device)]
 
 def require_role(*roles: Role) -> Callable[[Device], Awaitable[Device]]:
     """Return a dependency that returns the device of the request. Use the dependency as `Annotated[Device,
-    Depends(require_role(Role.ADMIN))]`. A device with another role gets a reply with status 403. A value that is not a
-    role raises InvalidArgumentError.
+    Depends(require_role(Role.ADMIN))]`. A device with another role gets a reply with status 403. A call without a
+    role, or with a value that is not a role, raises InvalidArgumentError.
     """
+    if not roles:
+        raise InvalidArgumentError("require_role needs a role, such as Role.ADMIN")
     try:
         allowed = frozenset(map(Role, roles))
     except ValueError as error:

@@ -47,6 +47,7 @@ def lifespan(
         InvalidArgumentError: if a schedule of backups is given with `sweep_every=None`.
 
     Raises (when the server starts):
+        InvalidArgumentError: if `sweep_every` or `backups` is invalid, for example if `backups` is a path.
         DatabaseClosedError: if the target was opened before the server forked the worker process.
     """
     if backups is not None and sweep_every is None:

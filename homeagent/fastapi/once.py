@@ -243,16 +243,16 @@ def idempotent(
             model, also set FastAPI's argument `max_body_size=`.
 
     Raises:
-        InvalidArgumentError: if `lease`, `ttl` or `on_abandoned` is invalid.
+        InvalidArgumentError: if an argument is invalid.
     """
-    check_options(lease, ttl, on_abandoned)
+    check_options(lease, ttl, on_abandoned, max_body, required)
 
     async def once(
         request: Request,
         response: Response,
         database: DatabaseDep,
         # Do not write `str | None`. FastAPI handles a union more slowly.
-        idempotency_key: str = Header(None, description=_KEY_DESCRIPTIONS[bool(required)]),
+        idempotency_key: str = Header(None, description=_KEY_DESCRIPTIONS[required]),
         caller: Device = Depends(device),  # an annotation can't refer to an argument of the enclosing function
     ) -> Once:
         keys = request.headers.getlist("idempotency-key")
@@ -280,11 +280,17 @@ def idempotent(
     return once
 
 
-def check_options(lease: timedelta, ttl: timedelta, on_abandoned: OnAbandoned) -> None:
+def check_options(
+    lease: timedelta, ttl: timedelta, on_abandoned: OnAbandoned, max_body: int, required: bool = True
+) -> None:
     """Raise InvalidArgumentError for an invalid option of a dependency. Otherwise each request would be refused."""
     check_duration(lease, "lease", zero=True)
     check_duration(ttl, "ttl")
     check_on_abandoned(on_abandoned)
+    if type(max_body) is not int or max_body < 0:
+        raise InvalidArgumentError("max_body must be a whole number of bytes, zero or more")
+    if not isinstance(required, bool):
+        raise InvalidArgumentError("required must be True or False")
 
 
 def _refused(detail: str) -> HTTPProblem:

@@ -6,7 +6,7 @@ import base64
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ from homeagent.fastapi.once import (
 from homeagent.fastapi.problems import HTTPProblem, as_http
 from homeagent.idempotency import OnAbandoned
 from homeagent.models.idempotency_key import OWNER_CHARACTERS, IdempotencyScope, webhook_owner
-from homeagent.models.types import check_duration, check_identifier
+from homeagent.models.types import check_duration, check_identifier, check_searched
 from homeagent.stores.nonces import FIND_RECORD
 from homeagent.unit_of_work import UnitOfWork
 
@@ -94,12 +94,9 @@ def signed_webhook(
     Raises:
         InvalidArgumentError: if an argument is invalid.
     """
-    secrets = [secret] if isinstance(secret, (SecretStr, str, bytes)) else list(secret)
-    keys = [_key_of(each) for each in secrets]
-    check_identifier(sender and f"{sender}/{'x' * OWNER_CHARACTERS}", "sender")
-    if not keys:
-        raise InvalidArgumentError("signed_webhook needs a secret")
-    check_options(lease, ttl, on_abandoned)
+    keys = _keys_of(secret)
+    check_identifier(check_searched(sender, "sender") and f"{sender}/{'x' * OWNER_CHARACTERS}", "sender")
+    check_options(lease, ttl, on_abandoned, max_body)
     if ttl / 2 <= check_duration(tolerance, "tolerance"):
         raise InvalidArgumentError(
             "ttl must be more than twice the tolerance: otherwise an old message is accepted again"
@@ -156,6 +153,15 @@ def _refused() -> HTTPProblem:
     problem = HTTPProblem(AuthenticationError("the signature or the time of the message is wrong"))
     problem.headers = {"WWW-Authenticate": "Webhook"}
     return problem
+
+
+def _keys_of(given: Any) -> list[SecretBytes]:
+    """Return the keys of a secret or of several secrets. Raise InvalidArgumentError for any other value."""
+    is_single = isinstance(given, (SecretStr, str, bytes)) or not isinstance(given, Iterable)
+    keys = [_key_of(each) for each in ([given] if is_single else given)]
+    if not keys:
+        raise InvalidArgumentError("signed_webhook needs a secret")
+    return keys
 
 
 def _key_of(secret: SecretStr | str) -> SecretBytes:

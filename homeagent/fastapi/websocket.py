@@ -26,6 +26,7 @@ from homeagent.errors import (
     TooManyAttemptsError,
 )
 from homeagent.handshake import REFUSALS, Admission, authenticate_device, recheck
+from homeagent.handshake.messages import check_durations
 from homeagent.models.device import Device
 from homeagent.models.device_change import DeviceChangeKind
 
@@ -42,9 +43,8 @@ async def accept_device(
 ) -> AsyncIterator[Device]:
     """Accept a WebSocket, run the handshake, and yield the approved device.
 
-    When the access ends, homeagent cancels the block, and closes the WebSocket. The access ends with a revocation,
-    deletion, new secret or new role. An unreadable feed of device changes also ends the access. The page on FastAPI
-    lists the close codes.
+    When the access ends, homeagent cancels the block, and closes the WebSocket. A revocation, a deletion, a new secret,
+    a new role or an unreadable feed of device changes ends the access. The page on FastAPI lists the close codes.
 
     Args:
         websocket: WebSocket that the application has not accepted yet.
@@ -56,7 +56,9 @@ async def accept_device(
         WebSocketException: if the handshake fails, or if the device lacks or loses access. Starlette then closes the
             WebSocket. If the application has already closed the WebSocket, a loss of access only cancels the block.
         WebSocketDisconnect: if the device closed the WebSocket during the handshake.
+        InvalidArgumentError: if `time_limit` or `skew` is invalid.
     """
+    check_durations(time_limit, skew)
     # Subscribe before the handshake, because a later subscription could miss a revocation.
     changes = await run_sync(database.watch_devices)
     await websocket.accept()

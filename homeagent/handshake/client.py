@@ -61,9 +61,10 @@ async def authenticate(
         AccessDeniedError: if the device is pending or revoked. The error message names the reason.
         HandshakeError: if the handshake takes too long, or the clocks differ too much. Another cause is an invalid
             message, or a gateway without the verifier. Close the connection after the error.
-        InvalidArgumentError: if the device's id is not a str.
+        InvalidArgumentError: if the device's id is not a str, or if `time_limit`, `skew` or `clock` is invalid.
     """
     check_searched(device_id, "device_id")
+    messages.check_durations(time_limit, skew)
     check_function(clock, "clock")
     try:
         with anyio.fail_after(time_limit.total_seconds()):

@@ -60,9 +60,10 @@ async def authenticate_device(
         AuthenticationError: if the proof or the time is wrong, or the device is absent.
         AccessDeniedError: if the proof is right, but the device is pending or revoked.
         HandshakeError: if a message is invalid, or if the handshake takes too long.
-        InvalidArgumentError: if the skew reaches past the year 9999.
+        InvalidArgumentError: if `time_limit` or `skew` is invalid, or if the skew reaches past the year 9999.
         HomeAgentError: if the function can't read the database.
     """
+    messages.check_durations(time_limit, skew)
     try:
         with anyio.fail_after(time_limit.total_seconds()):
             return await _authenticate(database, send, receive, skew)

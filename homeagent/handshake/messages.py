@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from homeagent.errors import HandshakeError
-from homeagent.models.types import from_milliseconds, to_milliseconds
+from homeagent.models.types import check_duration, from_milliseconds, to_milliseconds
 
 MAX_MESSAGE = 8_192
 """Maximum size of a message in bytes. The web server needs a separate limit for buffered bytes."""
@@ -23,6 +23,12 @@ Receive = Callable[[], Awaitable[Any]]
 T = TypeVar("T")
 
 _LATEST = datetime(9999, 1, 1, tzinfo=UTC)
+
+
+def check_durations(time_limit: timedelta, skew: timedelta) -> None:
+    """Raise InvalidArgumentError if the time limit is below a millisecond, or if the skew is negative."""
+    check_duration(time_limit, "time_limit")
+    check_duration(skew, "skew", zero=True)
 
 
 def write(**fields: str | int | bytes | datetime) -> str:

@@ -582,6 +582,9 @@ def test_sweeper_makes_the_backups(sqlite_database: Database, tmp_path: Path, ca
     last_error = sqlite_database.counters().last_error
     assert last_error is not None
     assert str(blocked) in last_error.message
+    path: Any = directory
+    with pytest.raises(errors.InvalidArgumentError, match="backups must be a BackupSchedule"):
+        sqlite_database.sweeper(backups=path)
     for wrong in ({"every": timedelta(0)}, {"keep": 0}):
         with pytest.raises(errors.InvalidArgumentError):
             BackupSchedule(directory, **wrong)
