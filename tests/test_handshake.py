@@ -181,19 +181,20 @@ def test_a_replayed_proof(homeagent_database: Database, handshake: Any, monkeypa
 
 
 def test_a_false_gateway(homeagent_database: Database, homeagent_clock: FakeClock) -> None:
-    """If the gateway does not know the verifier, or asks for few iterations, the device notices."""
+    """The device notices a gateway without the verifier, with few iterations or with a bad challenge."""
     secret = pair(homeagent_database)
 
-    async def false(send: Any, receive: Any, iterations: int = 4096) -> None:
+    async def false(send: Any, receive: Any, iterations: int = 4096, text: str = "c") -> None:
         await receive()
-        challenge = {"type": "challenge", "challenge": "c", "salt": "c2FsdHNhbHRzYWx0c2FsdA=="}
+        challenge = {"type": "challenge", "challenge": text, "salt": "c2FsdHNhbHRzYWx0c2FsdA=="}
         milliseconds = int(homeagent_clock().timestamp() * 1000)
         await send(json.dumps({**challenge, "iterations": iterations, "time": milliseconds}))
-        if iterations >= 4096:
+        if iterations >= 4096 and text == "c":
             await receive()
             await send(json.dumps({"type": "welcome", "signature": "A" * 43 + "="}))
 
-    for side, words in ((false, "does not have the verifier"), (partial(false, iterations=1), "invalid parameters")):
+    invalid = [partial(false, iterations=1), *(partial(false, text=text) for text in ("\ud800", "", "c" * 1025))]
+    for side, words in ((false, "does not have the verifier"), *((each, "invalid parameters") for each in invalid)):
         device = connect(
             lambda send, receive: authenticate("phone", secret, send=send, receive=receive, clock=homeagent_clock), side
         )[0][0]

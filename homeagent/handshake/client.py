@@ -26,7 +26,7 @@ from homeagent.errors import AccessDeniedError, AuthenticationError, HandshakeEr
 from homeagent.frame_locals import clears_locals
 from homeagent.handshake import messages
 from homeagent.handshake.messages import Receive, Send
-from homeagent.models.types import check_searched
+from homeagent.models.types import check_label, check_searched
 from homeagent.scram import ProofParameters, derive_proof_keys, proof_message
 
 __all__ = ["authenticate"]
@@ -81,13 +81,15 @@ async def _authenticate(
     difference = messages.time_of(challenge) - clock()
     if abs(difference) > skew:
         raise HandshakeError(f"the clocks of gateway and device differ by {difference}: set the clock of the device")
+    given = messages.field(challenge, "challenge", str)
     try:
+        check_label(given, "the challenge")
         parameters = ProofParameters(messages.bytes_of(challenge, "salt"), messages.field(challenge, "iterations", int))
     except InvalidArgumentError as error:
         raise HandshakeError(f"the gateway sent invalid parameters: {error}") from None
     keys = await run_sync(partial(derive_proof_keys, secret, parameters))
     own, now = token_urlsafe(24), clock()
-    nonce = f"{messages.field(challenge, 'challenge', str)}.{own}"
+    nonce = f"{given}.{own}"
     message = proof_message(device_id=device_id, nonce=nonce, timestamp=now)
     await send(messages.write(type="proof", nonce=own, time=now, proof=keys.prove(message)))
     welcome = _expect(await receive(), "welcome")
