@@ -34,7 +34,7 @@ from homeagent.errors import (
 )
 from homeagent.fastapi.authentication import current_device
 from homeagent.fastapi.lifespan import DatabaseDep
-from homeagent.fastapi.problems import HTTPProblem, as_http, json_of, problem_response
+from homeagent.fastapi.problems import REQUIRED_KEY, HTTPProblem, as_http, json_of, problem_response
 from homeagent.idempotency import OnAbandoned, check_on_abandoned
 from homeagent.models.device import Device
 from homeagent.models.idempotency_key import Attempt, IdempotencyScope, Outcome
@@ -54,9 +54,10 @@ _KEPT_HEADERS = ("content-type", "content-encoding", "location")
 # Key in each stored reply. A result of `IdempotencyKeyStore.resolve()` or `insert()` lacks the key.
 _REPLY = "homeagent.fastapi"
 
-# Do not declare the header as required. FastAPI would answer a request without the header with status 422.
+# Do not declare the header as required. FastAPI would answer a request without the header with status 422. The function
+# `install_error_handlers()` marks the header as required in the OpenAPI document.
 _KEY_DESCRIPTIONS = {
-    True: "Required key of the call, the same in each retry.",
+    True: REQUIRED_KEY,
     False: "Key of the call, the same in each retry.",
 }
 

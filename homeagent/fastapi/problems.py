@@ -27,6 +27,9 @@ PROBLEM = "application/problem+json"
 CHALLENGE = 'Bearer realm="homeagent", Basic realm="homeagent", charset="UTF-8"'
 """Value of the header WWW-Authenticate (RFC 9110, section 11.6.1)."""
 
+REQUIRED_KEY = "Required key of the call, the same in each retry."
+"""Description of the header Idempotency-Key that a request must have."""
+
 _RETRY_AFTER = 1
 """Value of the header Retry-After, in seconds, for errors without a known time."""
 
@@ -243,7 +246,11 @@ def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
     reference = {"$ref": "#/components/schemas/ErrorReply"}
     replaced = (reference, {"$ref": "#/components/schemas/HTTPValidationError"})
     operations = [each for path in document.get("paths", {}).values() for each in path.values()]
-    for responses in [each["responses"] for each in operations if isinstance(each, dict) and "responses" in each]:
+    for operation in [each for each in operations if isinstance(each, dict) and "responses" in each]:
+        for parameter in operation.get("parameters", ()):
+            if parameter.get("description") == REQUIRED_KEY:
+                parameter["required"] = True
+        responses = operation["responses"]
         for response in responses.values():
             content = response.get("content", {})
             if content.get("application/json", {}).get("schema") in replaced:
