@@ -257,5 +257,8 @@ def _document_problems(document: dict[str, Any]) -> dict[str, Any]:
                 del content["application/json"]
                 content[PROBLEM] = {"schema": reference}
         responses.setdefault("default", {"description": "Error", "content": {PROBLEM: {"schema": reference}}})
-    # Keep FastAPI's schemas: the replies to callbacks and webhooks refer to the schemas.
+    # The replies to callbacks and webhooks refer to FastAPI's schemas. Otherwise remove the schemas.
+    for name in ("HTTPValidationError", "ValidationError"):
+        if f"'#/components/schemas/{name}'" not in str(document):
+            schemas.pop(name, None)
     return document
