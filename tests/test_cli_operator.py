@@ -269,11 +269,13 @@ def test_config_shows_the_source(store: Path) -> None:
 
 
 def test_nonces_forget_releases_the_limit(sqlite_path: Path) -> None:
-    """`nonces forget` prints how many nonces were released."""
+    """`nonces forget` prints how many nonces were released. An id without nonces and without a device is refused."""
     soon = datetime.now(UTC) + timedelta(minutes=5)
     with Database.open(sqlite_path) as database:
         database.nonces.consume("lamp", "n1", expires_at=soon)
     assert invoke("nonces", "forget", "lamp", "--database", sqlite_path).stdout == "Released 1 nonce of 'lamp'.\n"
+    absent = invoke("nonces", "forget", "lmap", "--database", sqlite_path)
+    assert (absent.exit_code, "no device 'lmap'" in absent.stderr) == (1, True)
 
 
 # Long lists, and ids of an earlier version

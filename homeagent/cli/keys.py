@@ -134,8 +134,11 @@ def forget_nonces(context: typer.Context, device_id: arguments.DeviceArgument) -
     """Make room for new nonces of a device.
 
     The limit of nonces then ignores the stored nonces of the device. First configure the gateway to keep nonces for a
-    shorter time. The gateway still refuses a replayed message until its nonce expires.
+    shorter time. The gateway still refuses a replayed message until its nonce expires. If DEVICE has no such nonces and
+    does not exist, the command fails.
     """
     with open_named(context) as opened:
         released = opened.nonces.forget(device_id)
+        if not released:
+            opened.devices.get(device_id)  # raises DeviceNotFoundError for a misspelt id
     print_result(context, {"released": released}, f"Released {count(released, 'nonce')} of {quoted(device_id)}.")
