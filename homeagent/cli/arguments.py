@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from enum import StrEnum
@@ -37,6 +38,18 @@ def choice(values: type[StrEnum], help: str, *names: str, **settings: Any) -> An
 def seconds(help: str, *, min: int, show_default: bool | str = True) -> Any:
     """Declare an option whose value is a duration in seconds, of at most 366 days."""
     return option("SECONDS", help, min=min, max=366 * 24 * 3600, show_default=show_default)
+
+
+def text(metavar: str, help: str, check: Callable[[str], str]) -> Any:
+    """Declare an option whose value must pass `check()`. Otherwise the command ends with the status for wrong usage."""
+
+    def read(value: str) -> str:
+        try:
+            return check(value)
+        except InvalidArgumentError as error:
+            raise typer.BadParameter(f"{error}.") from None
+
+    return option(metavar, help, parser=read)
 
 
 def timestamp(help: str) -> Any:

@@ -27,7 +27,7 @@ from homeagent.cli.visible_text import quoted
 from homeagent.models.device import Device, DeviceStatus, Role
 from homeagent.models.idempotency_key import IdempotencyKey
 from homeagent.models.schemas import DevicePair
-from homeagent.models.types import MAX_LIMIT, MILLISECOND, earlier
+from homeagent.models.types import MAX_LIMIT, MILLISECOND, check_name, earlier
 
 devices: typer.Typer = group("devices", help="Pair, list, approve, revoke and delete devices.")
 
@@ -141,7 +141,7 @@ def approve(
 def revoke(
     context: typer.Context,
     device_id: arguments.DeviceArgument,
-    reason: Annotated[str | None, arguments.option("TEXT", "Reason, stored with the device.")] = None,
+    reason: Annotated[str | None, arguments.text("TEXT", "Reason, stored with the device.", check_name)] = None,
     force: Annotated[bool, arguments.flag("--force", "Allow the revocation of the last approved admin.")] = False,
 ) -> None:
     """Revoke a device. The device has no access until a new approval."""

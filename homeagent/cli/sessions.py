@@ -13,6 +13,7 @@ from homeagent.cli.output import print_deletion, print_list, print_result, rows_
 from homeagent.cli.rows import cascading_tables, change_shown, public, require_expected, show_row
 from homeagent.cli.visible_text import quoted
 from homeagent.models.session import AgentSession
+from homeagent.models.types import check_label
 from homeagent.unit_of_work import UnitOfWork
 
 sessions: typer.Typer = group("sessions", help="List, move and delete sessions, which are an index of the transcripts.")
@@ -55,9 +56,9 @@ def move(
     context: typer.Context,
     session_id: arguments.SessionArgument,
     agent: Annotated[str | None, arguments.option("AGENT", "New agent.")] = None,
-    sender: Annotated[str | None, arguments.option("SENDER", "New sender.")] = None,
+    sender: Annotated[str | None, arguments.text("SENDER", "New sender.", check_label)] = None,
     no_sender: Annotated[bool, arguments.flag("--no-sender", "Remove the sender from the session's route.")] = False,
-    channel: Annotated[str | None, arguments.option("CHANNEL", "New channel.")] = None,
+    channel: Annotated[str | None, arguments.text("CHANNEL", "New channel.", check_label)] = None,
     no_channel: Annotated[bool, arguments.flag("--no-channel", "Remove the channel from the session's route.")] = False,
 ) -> None:
     """Give a session a different agent, sender or channel.
