@@ -308,6 +308,8 @@ def test_delete_old_pending_devices(sqlite_path: Path) -> None:
     assert "Delete 2 pending devices?" in declined.stderr
     assert "old/2" in declined.stderr
     assert "new" not in declined.stderr
+    planned = {"dry_run": True, "deleted": 2, "devices": ["old/2", "old/1"]}
+    assert json.loads(invoke(*delete, "--dry-run", "--json").stdout) == planned
     assert _ids(sqlite_path) == ["approved", "new", "old/1", "old/2"]
     assert json.loads(invoke(*delete, "--json", "--yes").stdout) == {"deleted": 2}
     assert _ids(sqlite_path) == ["approved", "new"]
@@ -315,11 +317,11 @@ def test_delete_old_pending_devices(sqlite_path: Path) -> None:
 
 
 def test_many_devices_are_shown_in_part(sqlite_path: Path) -> None:
-    """The question shows 20 devices and the number of the others."""
+    """The question shows 20 devices and the number of the others. A dry run shows all devices."""
     _pair(sqlite_path, *(f"device-{number:02}" for number in range(23)))
-    asked = invoke(
-        "devices", "delete", "--pending", "--before", "2030-01-01T00:00:00Z", "--database", sqlite_path, input="y\n"
-    )
+    delete = ["devices", "delete", "--pending", "--before", "2030-01-01T00:00:00Z", "--database", str(sqlite_path)]
+    assert "device-02" in invoke(*delete, "--dry-run").stderr
+    asked = invoke(*delete, input="y\n")
     assert "device-22" in asked.stderr
     assert "device-02" not in asked.stderr
     assert "and 3 other devices" in asked.stderr

@@ -194,7 +194,7 @@ def delete(
 
 
 def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, yes: bool) -> None:
-    deleted = 0
+    deleted, found = 0, list[Device]()
     with open_named(context) as opened:
         cascades = cascading_tables(opened, "devices", "idempotency_keys")
         if dry_run or not yes:
@@ -203,7 +203,7 @@ def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, 
             confirm(
                 context,
                 f"Delete {count(len(found), 'pending device')}{rows_in(cascades)}?",
-                partial(_show_first, found),
+                partial(_show_first, found, len(found) if dry_run else _SHOWN),
             )
             deleted = len(found) if dry_run else 0
         # The command must keep a device that was paired exactly at --before. `delete_pending()` would delete the
@@ -211,13 +211,14 @@ def _delete_pending(context: typer.Context, before: datetime, *, dry_run: bool, 
         until = earlier(before, MILLISECOND)
         while not dry_run and (batch := opened.run(lambda unit: unit.devices.delete_pending(paired_before=until))):
             deleted += batch
-    print_deletion(context, deleted, count(deleted, "pending device"), cascades)
+    print_deletion(context, deleted, count(deleted, "pending device"), cascades, ids=[device.id for device in found])
 
 
-def _show_first(found: list[Device]) -> None:
-    print_table(_HEADINGS, map(_row_of, found[:_SHOWN]), error=True)
-    if len(found) > _SHOWN:
-        typer.echo(f"and {count(len(found) - _SHOWN, 'other device')}", err=True)
+def _show_first(found: list[Device], number: int) -> None:
+    """Print the first devices of the list, and the number of the others."""
+    print_table(_HEADINGS, map(_row_of, found[:number]), error=True)
+    if len(found) > number:
+        typer.echo(f"and {count(len(found) - number, 'other device')}", err=True)
 
 
 @devices.command()

@@ -55,15 +55,24 @@ def rows_in(tables: Sequence[str]) -> str:
     return f", and their rows in {', '.join(map(escape_words, tables))}" if tables else ""
 
 
-def print_deletion(context: typer.Context, deleted: int, what: str, cascades: Sequence[str], **others: int) -> None:
+def print_deletion(
+    context: typer.Context,
+    deleted: int,
+    what: str,
+    cascades: Sequence[str],
+    *,
+    ids: list[str] | None = None,
+    **others: int,
+) -> None:
     """Print what a command deleted. The argument `cascades=` names the tables of the application that lose rows. With
-    --dry-run also print the numbers of dependent rows, such as sessions.
+    --dry-run also print the numbers of dependent rows, such as sessions, and the `ids` of the devices as JSON.
     """
     tables = {"cascades": cascades} if cascades else {}
     if context.params.get("dry_run"):
         more = "".join(f" and {count(rows, name.removesuffix('s').replace('_', ' '))}" for name, rows in others.items())
         text = f"Would delete {what}{more}{rows_in(cascades)}. Nothing was changed."
-        print_result(context, {"dry_run": True, "deleted": deleted, **others, **tables}, text)
+        devices = {} if ids is None else {"devices": ids}
+        print_result(context, {"dry_run": True, "deleted": deleted, **devices, **others, **tables}, text)
     else:
         print_result(context, {"deleted": deleted, **tables}, f"Deleted {what}{rows_in(cascades)}.")
 
