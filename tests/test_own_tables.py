@@ -390,7 +390,9 @@ LOCKING: dict[str, Statement[Any]] = {
 @pytest.mark.parametrize("statement", LOCKING)
 @pytest.mark.parametrize("engine_name", ["postgresql"])
 def test_a_select_that_locks_or_writes_needs_a_unit(hub: Database[HubUnit], statement: str) -> None:
-    """A SELECT with FOR UPDATE or with an INSERT in a CTE runs in a write unit, which a read-only unit refuses."""
+    """A SELECT with FOR UPDATE or with an INSERT in a CTE runs in a write unit. A read-only unit refuses the SELECT,
+    but ignores FOR UPDATE at its end.
+    """
 
     class Selects(Store):
         def all(self) -> list[Any]:
@@ -399,7 +401,8 @@ def test_a_select_that_locks_or_writes_needs_a_unit(hub: Database[HubUnit], stat
     with hub.unit_of_work(), pytest.raises(UnitStateError, match="already has an open write unit"):
         hub.store(Selects).all()
     hub.store(Selects).all()
-    with pytest.raises(ReadOnlyError), hub.unit_of_work(read_only=True) as unit:
+    refused = nullcontext() if statement == "for update" else pytest.raises(ReadOnlyError)
+    with refused, hub.unit_of_work(read_only=True) as unit:
         unit.all(LOCKING[statement])
 
 
