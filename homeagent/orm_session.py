@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import event, select, tuple_
+from sqlalchemy import event, inspect, select, tuple_
 from sqlalchemy.orm import make_transient, selectinload
 from sqlalchemy.orm.attributes import instance_state, set_committed_value
 from sqlalchemy.orm.collections import collection_adapter
@@ -17,7 +17,7 @@ from sqlmodel import Session
 from homeagent.errors import UnitStateError
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, SessionTransaction
+    from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction
 
     from homeagent.engine.connection import StoreConnection
     from homeagent.transaction import Transaction
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 500
 """Number of expired rows that one SELECT loads."""
 
-_VALUES = "_homeagent_values"
+# FastAPI and SQLModel leave out attributes whose names begin with "_sa".
+_VALUES = "_sa_homeagent_values"
 """Name of the attribute that contains an object's last loaded values."""
 
 
@@ -40,10 +41,6 @@ class UnitSession(Session):
             info={"now": unit.now},
         )
         self._unit = unit
-        self._further = 0
-        """Number of expired objects to load together with the next object."""
-        self._unread: Iterator[InstanceState[Any]] = iter(())
-        """Objects to load together with the next objects, if expired."""
         self._callbacks: WeakKeyDictionary[SessionTransaction, int] = WeakKeyDictionary()
         """For each nested transaction, the number of the unit's callbacks at the begin."""
         self._marks: WeakKeyDictionary[SessionTransaction, tuple[int, int]] = WeakKeyDictionary()
@@ -77,18 +74,30 @@ class UnitSession(Session):
 
     def expire(self, instance: object, attribute_names: Iterable[str] | None = None) -> None:
         """Expire an object, and remember the loaded values for the end of the unit."""
-        state = instance_state(instance)
-        _remember(state)
-        for _, _, related, _ in state.mapper.cascade_iterator("refresh-expire", state):
-            _remember(related)  # SQLAlchemy expires these objects too
-        super().expire(instance, attribute_names)
-        self._further = 0
+        with _remembered(instance):
+            super().expire(instance, attribute_names)
+
+    def refresh(self, instance: object, *args: Any, **kwargs: Any) -> None:
+        """Load an object again. SQLAlchemy also expires related objects, whose values must last."""
+        with _remembered(instance):
+            super().refresh(instance, *args, **kwargs)
+
+    def expunge(self, instance: object) -> None:
+        """Detach an object, with the current values of its row."""
+        state = inspect(instance)
+        if state.persistent:
+            self._load([state])
+        super().expunge(instance)
 
     def expire_all(self) -> None:
         """Expire all objects, and remember the loaded values for the end of the unit."""
-        for row in self.identity_map.values():
-            if not (state := instance_state(row)).expired or state.modified:
-                self.expire(row)
+        self._remember_all()
+        super().expire_all()
+
+    def _remember_all(self) -> None:
+        for state in self.identity_map.all_states():
+            if not state.expired or state.modified:
+                _remember(state)
 
     def expire_written(self, target: str | None, cascade: str | None) -> None:
         """After a store's write, expire the affected objects, and the objects with a loaded relationship to an affected
@@ -132,13 +141,48 @@ class UnitSession(Session):
                 self.scalars(found).unique().all()
 
 
+@contextmanager
+def _remembered(instance: object) -> Iterator[None]:
+    """Before the block, remember the values of an object, and of the objects that SQLAlchemy expires with the object.
+    After the block, restore the values of related objects that are not in the session.
+    """
+    state = inspect(instance)
+    related = [each for _, _, each, _ in state.mapper.cascade_iterator("refresh-expire", state)]
+    for each in (state, *related):
+        _remember(each)
+    yield
+    for each in related:
+        if not each.persistent:
+            _restore(each)
+
+
 def _remember(state: InstanceState[Any]) -> None:
     """Keep the loaded values of an object in the object. If the session kept the values, the values would keep related
     objects in memory.
     """
+    if state.key is None:
+        return
     values = state.dict.pop(_VALUES, {})
-    values.update(state.dict)
+    values.update((name, state.dict[name]) for name in state.manager if name in state.dict)
     state.dict[_VALUES] = values
+
+
+def _restore(state: InstanceState[Any]) -> None:
+    """Give an object its remembered values, except for attributes with newer values."""
+    values, related = state.dict.pop(_VALUES, {}), _related(state.mapper)
+    for key in related.union(state.mapper.column_attrs.keys()).intersection(values).difference(state.dict):
+        value = values[key]
+        if key in related and state.mapper.relationships[key].uselist:
+            value = list(collection_adapter(value))
+            for each in value:
+                _restore_columns(instance_state(each))  # a collection can use a column as its key
+        set_committed_value(state.obj(), key, value)
+
+
+def _restore_columns(state: InstanceState[Any]) -> None:
+    values = state.dict.get(_VALUES, {})
+    for key in set(state.mapper.column_attrs.keys()).intersection(values).difference(state.dict):
+        set_committed_value(state.obj(), key, values[key])
 
 
 @cache
@@ -147,28 +191,17 @@ def _related(mapper: Mapper[Any]) -> frozenset[str]:
     return frozenset(each.key for each in mapper.relationships if each.lazy not in ("dynamic", "write_only"))
 
 
-@event.listens_for(UnitSession, "do_orm_execute")
-def _load_further_objects(context: ORMExecuteState) -> None:
-    """Before SQLAlchemy loads an expired object, load further expired objects: each time about twice as many."""
-    session: Any = context.session
-    if context.is_column_load:
-        if session._further == 0:
-            session._unread = iter(session.identity_map.all_states())
-        session._load(islice((state for state in session._unread if state.expired), session._further))
-        session._further = min(2 * session._further + 1, _ROWS_AT_ONCE)
-
-
 @event.listens_for(UnitSession, "after_rollback")
 def _after_rollback(session: UnitSession) -> None:
     """Roll back the unit if the session has rolled back the whole transaction. If the session has rolled back a
-    savepoint, drop the callbacks of the savepoint's block. Expire all objects, because a write in the block can have
-    changed their rows.
+    savepoint, drop the callbacks of the savepoint's block. Remember the values of the objects that SQLAlchemy expires
+    next.
     """
     session._unit._end_after_rollback()
     nested, callbacks = session.get_nested_transaction(), session._unit._after_commit
     if nested is not None and callbacks is not None:
         del callbacks[session._callbacks[nested] :]
-    session.expire_all()
+    session._remember_all()
 
 
 @event.listens_for(UnitSession, "deleted_to_detached")
@@ -180,14 +213,16 @@ def _keep_usable(session: UnitSession, instance: object | None) -> None:
     if instance is None:
         return  # the application has dropped the object
     state = instance_state(instance)
-    values, related = state.dict.pop(_VALUES, {}), _related(state.mapper)
-    for key in related.union(state.mapper.column_attrs.keys()).intersection(values).difference(state.dict):
-        is_collection = key in related and state.mapper.relationships[key].uselist
-        set_committed_value(instance, key, list(collection_adapter(values[key])) if is_collection else values[key])
-    if state.deleted:
-        _remember(state)  # after a rollback, SQLAlchemy can restore and expire the object
-    elif state.key is None:
+    _restore(state)
+    if state.key is None:
         make_transient(instance)  # if the row was deleted too, SQLAlchemy would not store the object again
+
+
+@event.listens_for(UnitSession, "deleted_to_persistent")
+def _remember_restored(session: UnitSession, instance: object | None) -> None:
+    """Remember the values of an object that a rollback restores. SQLAlchemy expires the object next."""
+    if instance is not None:
+        _remember(instance_state(instance))
 
 
 @event.listens_for(UnitSession, "after_soft_rollback")

@@ -30,7 +30,6 @@ from sqlalchemy import (
     bindparam,
     cast,
     delete,
-    event,
     func,
     insert,
     inspect,
@@ -131,7 +130,6 @@ _message = Message.__table__.c
 ADD = Statement(insert(Message), returning=Message)
 RENAME = Statement[None](update(Message).where(_message.id == bindparam("id_")).values(text=bindparam("new_text")))
 REMOVE = Statement[None](delete(Message).where(_message.id == bindparam("id_")))
-REMOVE_UP_TO = Statement[None](delete(Message).where(_message.id <= bindparam("id_")))
 REMOVE_BY_TEXT = Statement[None](text("DELETE FROM own_messages WHERE id = :id_"))
 OF_SESSION = Statement(select(Message).where(_message.session_id == bindparam("session_id")).order_by(_message.id))
 COUNT = Statement(select(func.count()).select_from(Message))
@@ -687,24 +685,6 @@ def test_rows_stay_usable_after_an_undone_savepoint(hub: Database[HubUnit]) -> N
     assert [row.text for row in rows] == ["flushed", "not flushed"]
 
 
-@pytest.mark.parametrize("deleted", [0, 600])
-def test_expired_objects_are_loaded_together(hub: Database[HubUnit], deleted: int) -> None:
-    """After an undone savepoint, one SELECT loads one object, and a loop over the objects needs few further SELECTs."""
-    hub.run(lambda unit: unit.messages.add_all([str(number) for number in range(deleted + 100)]))
-    with hub.unit_of_work() as unit:
-        rows = unit.session.exec(select(Message).order_by(_message.id)).all()
-        selects: list[object] = []
-        event.listen(unit.session, "do_orm_execute", selects.append)
-        with suppress(LookupError), unit.savepoint():
-            unit.write(RENAME, id_=rows[-1].id, new_text="undone")
-            raise LookupError
-        unit.write(REMOVE_UP_TO, id_=deleted)
-        assert rows[-1].text == str(deleted + 99)
-        assert len(selects) == 1
-        assert [row.text for row in rows[deleted:]] == [str(number) for number in range(deleted, deleted + 100)]
-        assert len(selects) < 30
-
-
 @pytest.mark.parametrize("kind", ["savepoint", "begin_nested"])
 def test_a_new_object_of_an_undone_block_can_be_added_again(hub: Database[HubUnit], kind: str) -> None:
     """If a store changed the row of a new object in an undone block, the unit can add the object again."""
@@ -810,6 +790,43 @@ def test_dropped_objects_do_not_stay_in_memory(hub: Database[HubUnit], kind: str
             del room
             gc.collect()
             assert lamp() is None
+
+
+def test_a_deleted_object_keeps_its_values(hub: Database[HubUnit]) -> None:
+    """A store's write after the deletion of a related object does not take the object's values."""
+    hub.run(lambda unit: unit.session.add_all([Room(name="hall"), Lamp(name="old", room_name="hall")]))
+    with hub.unit_of_work() as unit:
+        lamp = unit.session.get_one(Room, "hall").lamps[0]
+        unit.session.delete(lamp)
+        unit.session.flush()
+        unit.write(LAMPS["update of rooms"])
+    assert (lamp.name, lamp.watts) == ("old", 5)
+    assert vars(lamp).keys() <= {"_sa_instance_state", "name", "room_name", "watts", "room"}
+
+
+def test_an_object_that_is_detached_and_added_is_current(hub: Database[HubUnit]) -> None:
+    """After a store's write, an object that leaves the session and comes back has the row's present values."""
+    hub.run(lambda unit: unit.session.add_all([Room(name="hall"), Lamp(name="old", room_name="hall")]))
+    with hub.unit_of_work() as unit:
+        lamp = unit.session.get_one(Lamp, "old")
+        unit.write(LAMPS["update of lamps"])
+        unit.session.expunge(lamp)
+        unit.session.add(lamp)
+        assert lamp.watts == 9
+        lamp.watts += 1
+    assert hub.run(lambda unit: unit.session.get_one(Lamp, "old").watts) == 10
+
+
+def test_the_kept_values_are_not_part_of_a_reply(hub: Database[HubUnit]) -> None:
+    """The values that the session keeps in an object are not part of FastAPI's encoding of the object."""
+    hub.run(lambda unit: unit.session.add(Room(name="hall")))
+    with hub.unit_of_work() as unit:
+        room = unit.session.get_one(Room, "hall")
+        unit.write(LAMPS["update of rooms"])
+        assert room.name == "hall"
+        kept = {name for name in vars(room) if not name.startswith("_sa")}
+    assert "name" in kept
+    assert all(name in inspect(Room).attrs for name in kept)
 
 
 def test_a_write_only_relationship_stays_usable(hub: Database[HubUnit]) -> None:
