@@ -18,7 +18,14 @@ from homeagent.models.types import StoredColumn, unreadable
 Convert = Callable[[Any], Any]
 
 
-def hiding_value(convert: Convert, failure: Callable[[type[Exception]], HomeAgentError]) -> Convert:
+# A type raises these errors for a value that the type can't read. Do not replace other exceptions, because a signal
+# handler can raise them (`test_signal_handler_during_a_conversion`).
+_UNREADABLE = (ArithmeticError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def hiding_value(
+    convert: Convert, failure: Callable[[type[Exception]], HomeAgentError], *replaced: type[Exception]
+) -> Convert:
     """Return a function that converts a value. In place of an exception, the function raises the given error, whose
     traceback does not show the value.
     """
@@ -28,8 +35,9 @@ def hiding_value(convert: Convert, failure: Callable[[type[Exception]], HomeAgen
             return convert(value)
         except HomeAgentError:
             raise
-        except Exception as error:  # noqa: BLE001  raised again without the value
+        except replaced as error:
             kind = type(error)
+        del value
         # Do not raise inside the `except` block. The error's `__context__` would show the value.
         raise failure(kind)
 
@@ -38,7 +46,7 @@ def hiding_value(convert: Convert, failure: Callable[[type[Exception]], HomeAgen
 
 def hiding_parameter(convert: Convert, name: str) -> Convert:
     """Return a function that converts a value of a parameter. An error of the function does not show the value."""
-    return hiding_value(convert, partial(unconvertible, what=f"the value of the parameter {name!r}"))
+    return hiding_value(convert, partial(unconvertible, what=f"the value of the parameter {name!r}"), Exception)
 
 
 def hiding_stored(convert: Convert | None, kind: TypeEngine[Any]) -> Convert | None:
@@ -47,7 +55,7 @@ def hiding_stored(convert: Convert | None, kind: TypeEngine[Any]) -> Convert | N
     """
     if convert is None or isinstance(kind, StoredColumn):
         return convert
-    return hiding_value(convert, lambda _: unreadable())
+    return hiding_value(convert, lambda _: unreadable(), *_UNREADABLE)
 
 
 class _Compiler(SQLCompiler):

@@ -186,6 +186,8 @@ class Statement(Generic[R]):
                 "a Statement takes an expression of SQLAlchemy, or a function that returns one, not "
                 f"{type(make).__name__}: wrap SQL in text()"
             )
+        if lock and not (callable(make) or isinstance(make, _READING)):
+            raise InvalidArgumentError("lock=True needs a SELECT of SQLAlchemy's select(): leave out lock=True")
         self._make = make
         self._returning = returning
         # SQLAlchemy has no public attribute for the clause that `with_for_update()` adds.

@@ -225,6 +225,24 @@ def test_a_stored_value_of_a_wrong_type_is_not_shown(sqlite_database: Database, 
     assert caught.value.__context__ is None
 
 
+class Interrupted(TypeDecorator[str]):
+    """A type whose conversion a signal handler interrupts."""
+
+    impl = String
+    cache_ok = True
+
+    def process_result_value(self, value: str | None, dialect: Dialect) -> str:
+        raise TimeoutError("the time limit of the task is over")
+
+
+@pytest.mark.parametrize("by", ["statement", "session"])
+def test_signal_handler_during_a_conversion(database: Database, by: str) -> None:
+    """An exception of a signal handler during the conversion of a stored value passes unwrapped."""
+    search = select(literal_column("'x'", Interrupted()))
+    with pytest.raises(TimeoutError, match="time limit"), database.unit_of_work() as unit:
+        unit.one(Statement(search)) if by == "statement" else unit.session.execute(search).all()
+
+
 def test_an_absent_value_is_named(database: Database) -> None:
     """If a statement of the session lacks a value, the error names the parameter, and shows no other value."""
     search = text("SELECT :shown, :absent")

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import anyio
 import psycopg
 import pytest
+from sqlalchemy import text
 from sqlmodel import select
 
 from homeagent import (
@@ -88,13 +89,18 @@ def autoflush_ada(unit: UnitOfWork) -> None:
     unit.session.exec(select(Device)).all()
 
 
+def insert_two_agents(unit: UnitOfWork) -> None:
+    insert = "INSERT INTO agents (id, name, workspace_path, created_at) VALUES (:id, 'Ada', '/srv/ada', 1)"
+    unit.session.execute(text(insert), [{"id": "ada"}, {"id": "ada2"}])
+
+
 def begin_nested(unit: UnitOfWork) -> AbstractContextManager[object]:
     return unit.session.begin_nested()
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("block", [nullcontext, UnitOfWork.savepoint, begin_nested])
-@pytest.mark.parametrize("write", [create_ada, flush_ada, autoflush_ada])
+@pytest.mark.parametrize("write", [create_ada, flush_ada, autoflush_ada, insert_two_agents])
 def test_interrupted_statement_is_not_repeated(
     target: str,
     database: Database,

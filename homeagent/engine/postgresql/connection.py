@@ -222,10 +222,18 @@ def cursor_class() -> Any:
             return _hiding_parameters(self, super().execute, query, params, options)
 
         def executemany(self, query: Any, params_seq: Any, **options: Any) -> None:
-            if isinstance(params_seq, list):
-                _hiding_parameters(self, super().executemany, query, params_seq, options)
-            else:  # an exception of the application's iterator must pass
-                super().executemany(query, params_seq, **options)
+            try:
+                if isinstance(params_seq, list):
+                    _hiding_parameters(self, super().executemany, query, params_seq, options)
+                else:  # an exception of the application's iterator must pass
+                    super().executemany(query, params_seq, **options)
+                return
+            except psycopg.OperationalError as error:
+                # At the end of a pipeline, psycopg can replace the exception of a signal handler.
+                interruption = error.__context__
+                if interruption is None or isinstance(interruption, psycopg.Error):
+                    raise
+            raise interruption
 
     return Cursor
 
