@@ -301,12 +301,13 @@ def applications_tables(
         for one in (metadata, *engines[0].application_metadata, *engines[1].application_metadata)
         for table in one.tables.values()
     }
-    orphans = sorted(keys for keys in broken_references(source) if keys[0] in names)
+    broken = broken_references(source) if source.dialect.name == "sqlite" else {}
+    orphans = sorted(keys for keys in broken if keys[0] in names)
     if orphans:
         shown = ", ".join(f"{child} to {parent}" for child, parent in orphans)
         raise DatabaseError(
             f"rows of the application's tables refer to rows that do not exist ({shown}), and the target would refuse "
-            "the rows: correct or delete the rows ('homeagent doctor' shows how to list them), or leave the tables"
+            "the rows: correct or delete the rows ('PRAGMA foreign_key_check' lists them), or leave the tables"
         )
     if target.dialect.name == "sqlite":
         # Let COMMIT check the foreign keys. A row can refer to a later row.

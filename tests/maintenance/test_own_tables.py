@@ -320,20 +320,6 @@ def test_a_parent_table_that_is_left(open_three: OpenThree, tmp_path: Path) -> N
         assert run(target, "SELECT count(*) FROM lamp") == 0
 
 
-def test_orphan_on_postgresql(open_three: OpenThree, folder: Path) -> None:
-    """On PostgreSQL too, the doctor and a copy name the tables of an orphan, and an upgrade keeps the orphan."""
-    _, source, target = open_three(folder)
-    fill(source, 2)
-    run(source, "SET LOCAL session_replication_role = replica", "DELETE FROM notes WHERE id = 1")
-    application = finding(source, "application")
-    assert (application.severity, application.facts["orphans"]) == ("warning", 4)
-    assert "from a tag to notes: 3; from notes to notes: 1" in application.summary
-    assert 'a LEFT JOIN of "a tag" and "notes"' in str(application.remedy)
-    with pytest.raises(DatabaseError, match=r"a tag to notes, notes to notes.*doctor"):
-        source.copy_to(target)
-    source.copy_to(target, leave=["a tag", "notes"])
-
-
 def test_orphan(sqlite_path: Path, tmp_path: Path, folder: Path) -> None:
     """An orphan in an own table is named, and prevents neither a backup, a restore nor an upgrade."""
     with Database.open(sqlite_path, migrations=folder) as source:

@@ -13,14 +13,7 @@ from homeagent.engine.sqlite.dialect import Undecodable, decoded_row, undecoded_
 from homeagent.errors import CorruptDatabaseError
 from homeagent.maintenance.doctor.report import RESTORE, TOO_LONG, Collector, Severity
 from homeagent.migrations import REVISION, VERSION_TABLE, revision_of
-from homeagent.migrations.revisions import (
-    broken_references,
-    count_rows,
-    is_newer,
-    known_revisions,
-    own_tables,
-    stored_revisions,
-)
+from homeagent.migrations.revisions import count_rows, is_newer, known_revisions, own_tables, stored_revisions
 from homeagent.migrations.schema_drift import Difference, schema_differences
 from homeagent.models import APPLICATION_VERSION_TABLE, SCHEMA, Agent, AgentSession, Device, Nonce, Role, store_table
 from homeagent.models.idempotency_key import IdempotencyKey, IdempotencyState, webhook_owner
@@ -154,23 +147,20 @@ def _check_application(collector: Collector, connection: Connection) -> None:
     place = "" if revision is None else f" at revision {revision}"
     summary = f"Tables of the application{place}: {shown or 'none'}."
     collector.add("application", summary, revision=revision, tables=len(rows), rows=sum(rows.values()))
-    if connection.dialect.name != "sqlite":
-        report_orphans(collector, broken_references(connection), is_sqlite=False)
 
 
-def report_orphans(collector: Collector, broken: Counter[tuple[str, str]], *, is_sqlite: bool = True) -> None:
+def report_orphans(collector: Collector, broken: Counter[tuple[str, str]]) -> None:
     """Report rows of the application's tables that refer to a missing row."""
     if not broken:
         return
     shown = "; ".join(f"from {child} to {parent}: {rows:,}" for (child, parent), rows in sorted(broken.items()))
-    child, parent = (name.replace('"', '""') for name in min(broken))
-    query = f'PRAGMA foreign_key_check("{child}")' if is_sqlite else f'a LEFT JOIN of "{child}" and "{parent}"'
+    child = min(broken)[0].replace('"', '""')
     summary = f"Rows of the application that refer to a row that does not exist: {shown}."
     meaning = (
-        "another program wrote to the table, or a revision rebuilt the table, without foreign keys; the database is "
-        "not damaged, and a backup can't restore these rows"
+        "another program wrote to the table, or a revision rebuilt the table, without foreign keys; the file is not "
+        "damaged, and a backup can't restore these rows"
     )
-    remedy = f"list the rows by: {query}; then correct or delete the rows"
+    remedy = f'list the rows by: PRAGMA foreign_key_check("{child}"); then correct or delete the rows'
     collector.warn("application", summary, meaning, remedy, orphans=broken.total())
 
 
