@@ -10,7 +10,6 @@ import ast
 import os
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from homeagent.errors import InvalidArgumentError, SchemaOutdatedError, SchemaTo
 from homeagent.migrations.revisions import (
     SPEAK_FOR_THEMSELVES,
     RevisionFailedError,
-    broken_references,
     loaded,
     place_of,
     reason_of,
@@ -54,12 +52,6 @@ _PROTECTED = (*TABLES, VERSION_TABLE)
 
 _ENDS_TRANSACTION = re.compile(
     r"(?>[\s;]|--[^\n]*|/\*.*?\*/)*+(COMMIT|END|ABORT|ROLLBACK(?!.*\bTO\b))\b", re.IGNORECASE | re.DOTALL
-)
-
-# In an `autocommit_block()`, PostgreSQL commits each statement at once.
-_WRITES = re.compile(
-    rf"""\b(?:UPDATE|INTO|DELETE\s+FROM|TRUNCATE(?:\s+TABLE)?)\s+(?:ONLY\s+)?(?:"?\w+"?\.)?"?({"|".join(_PROTECTED)})\b""",
-    re.IGNORECASE,
 )
 
 _REMEDY = (
@@ -162,7 +154,6 @@ class Application:
             try:
                 modules = [loaded(script.file) for script in self.scripts.values()]
                 run_revisions(connection, modules, APPLICATION_VERSION_TABLE, str(self.head), guard)
-                guard.check_references()
             except SPEAK_FOR_THEMSELVES:
                 raise
             except Exception as error:
@@ -257,7 +248,6 @@ class RevisionGuard:
         self._before: dict[str, tuple[str, int]] = {}
         self._statements = 0
         self._tables: set[str] = set()
-        self._broken = broken_references(connection) if outside is not None else Counter[tuple[str, str]]()
         self.refused: str | None = None
         self.revision: str | None = None
         self.committed: str = ""
@@ -269,10 +259,6 @@ class RevisionGuard:
         if _ENDS_TRANSACTION.match(statement):
             self.refuse_end(None)
         self._begun = True
-        written = _WRITES.search(statement) if self._may_end else None
-        if written is not None:
-            self.refuse(written[1])
-            raise RevisionFailedError(str(self.refused))
 
     @property
     def has_ended(self) -> bool:
@@ -342,20 +328,9 @@ class RevisionGuard:
                 "homeagent's tables. Give the table another name"
             )
         if self._outside is not None and self._left_transaction:
-            self.check_references()
             # Commit now: a rollback could not undo statements outside the transaction.
             with self._outside():
                 self._left_transaction = False
-
-    def check_references(self) -> None:
-        """On PostgreSQL, raise an error for a new orphan. On SQLite, the caller compares the broken references."""
-        if self._outside is None:
-            return
-        # PostgreSQL resets the counts of written rows at COMMIT.
-        worse = broken_references(self._connection, written=not self._left_transaction) - self._broken
-        if worse:
-            shown = ", ".join(f"{rows:,} from {child} to {parent}" for (child, parent), rows in sorted(worse.items()))
-            self.fail(f"it leaves broken references ({shown}). Insert the missing rows, or delete the referring rows")
 
     @contextmanager
     def autocommit(self) -> Iterator[None]:
@@ -368,7 +343,6 @@ class RevisionGuard:
                 "it runs statements before its autocommit_block, and a failure in the block could not undo these "
                 "statements. Move the statements to an earlier revision"
             )
-        self.check_references()  # the block commits the earlier revisions
         self.committed = " (the earlier revisions, and statements outside a transaction, stay)"
         self._left_transaction = True
         with self.may_end(self._outside()):

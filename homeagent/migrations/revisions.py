@@ -99,36 +99,14 @@ def tables(connection: Connection) -> set[str]:
     return {row[0] for row in connection.exec_driver_sql(query)}
 
 
-# A query for each foreign key of the application's tables. A revision can switch off the checks of foreign keys. With
-# `written`, leave out a key whose tables have no row that this transaction has changed.
-_REFERENCES = text(
-    "SELECT c.relname, p.relname, format('SELECT count(*) FROM %s AS child WHERE (%s) IS NOT NULL AND NOT EXISTS"
-    " (SELECT FROM %s AS parent WHERE %s)', c.oid::regclass, string_agg(format('child.%I', a.attname), ', '),"
-    " p.oid::regclass, string_agg(format('parent.%I OPERATOR(%s.%s) child.%I', b.attname, o.oprnamespace::regnamespace,"
-    " o.oprname, a.attname), ' AND ')) FROM pg_constraint k JOIN pg_class c ON c.oid = k.conrelid"
-    " JOIN pg_class p ON p.oid = k.confrelid, unnest(k.conkey, k.confkey, k.conpfeqop) AS pair(child, parent, equal)"
-    " JOIN pg_operator o ON o.oid = equal"
-    " JOIN pg_attribute a ON a.attnum = child JOIN pg_attribute b ON b.attnum = parent"
-    " WHERE a.attrelid = k.conrelid AND b.attrelid = k.confrelid AND k.contype = 'f' AND k.conparentid = 0"
-    " AND c.relnamespace = current_schema()::regnamespace AND c.relname <> ALL (CAST(:homeagents AS text[]))"
-    " AND has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(p.oid, 'SELECT')"
-    " AND (NOT :written OR 'p' IN (c.relkind, p.relkind) OR EXISTS (SELECT FROM pg_stat_xact_all_tables"
-    " WHERE relid IN (c.oid, p.oid) AND n_tup_ins + n_tup_upd + n_tup_del > 0)) GROUP BY k.oid, c.oid, p.oid"
-)
-
-
-def broken_references(connection: Connection, *, written: bool = False) -> Counter[tuple[str, str]]:
-    """Count the broken references. The counter's keys are tuples (referring table, referenced table). On PostgreSQL,
-    count only the references of the application's tables. With `written=True`, PostgreSQL counts only the references
-    from and to tables that the transaction has written.
+def broken_references(connection: Connection) -> Counter[tuple[str, str]]:
+    """Count the broken references in a SQLite file. The counter's keys are tuples (referring table, referenced
+    table). On PostgreSQL, which enforces foreign keys, return an empty counter.
     """
-    if connection.dialect.name == "sqlite":
-        rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
-        return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
-    found: Counter[tuple[str, str]] = Counter()
-    for child, parent, query in connection.execute(_REFERENCES, {"homeagents": list(TABLES), "written": written}).all():
-        found[child, parent] += connection.execute(text(query)).scalar_one()
-    return +found
+    if connection.dialect.name != "sqlite":
+        return Counter()
+    rows = connection.exec_driver_sql("PRAGMA foreign_key_check").fetchall()
+    return Counter((str(child), str(parent)) for child, _, parent, _ in rows)
 
 
 def count_rows(connection: Connection, names: Iterable[str]) -> dict[str, int]:
