@@ -19,8 +19,6 @@ from homeagent.environment import BUSY_TIMEOUT, MAX_POOL_SIZE, Durability, durab
 from homeagent.errors import InvalidArgumentError
 from homeagent.migrations.application import Application
 from homeagent.migrations.sqlite import open_sqlite
-from homeagent.models.base import metadata as homeagents_metadata
-from homeagent.models.base import refuse_reserved_name
 from homeagent.models.types import check_flag
 
 
@@ -44,10 +42,6 @@ def open_engine(
     application = Application.of(migrations, acknowledged)
     if not isinstance(metadata, Collection) or not all(isinstance(one, MetaData) for one in metadata):
         raise InvalidArgumentError("metadata must be a list of MetaData objects, such as [SQLModel.metadata]")
-    # The metadata of `homeagent.Table` contains homeagent's tables. A table in another schema can have any name.
-    for table in (table for one in metadata if one is not homeagents_metadata for table in one.tables.values()):
-        if table.schema is None:
-            refuse_reserved_name(table.name, "an object in metadata=…")
     where = resolve_target(target)
     engine: Engine
     if where.url is not None:

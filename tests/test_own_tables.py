@@ -294,17 +294,6 @@ def test_a_taken_table_name_is_refused(name: str, reason: str) -> None:
             id: int = Field(primary_key=True)
 
 
-@pytest.mark.parametrize("name", ["Sessions", "homeagent_notes", "application_schema_version"])
-def test_a_reserved_name_in_a_metadata_is_refused(sqlite_path: Path, name: str) -> None:
-    """A reserved name of a table in `metadata=` raises, unless the table is in another schema."""
-    given = MetaData()
-    sqlalchemy.Table(name, given, Column("id", Integer), schema="other")
-    Database.open(sqlite_path, metadata=[given, Table.metadata]).close()
-    sqlalchemy.Table(name, given, Column("id", Integer))
-    with pytest.raises(InvalidArgumentError, match=f"the table name '{name}' of .*metadata.* is reserved"):
-        Database.open(sqlite_path, metadata=[given])
-
-
 def test_a_plain_datetime_is_refused() -> None:
     """A field of type datetime without the checks of `Timestamp` raises when the class is defined."""
     with pytest.raises(InvalidArgumentError, match=r"Naive\.sent_at is a datetime: annotate it as homeagent.Timestamp"):

@@ -38,7 +38,6 @@ from homeagent.migrations.revisions import (
 )
 from homeagent.migrations.schema_drift import refuse_changed_schema
 from homeagent.migrations.sqlite import back_up, upgrade_transaction
-from homeagent.models.base import RESERVED_PREFIX
 from homeagent.opening import open_engine
 
 if TYPE_CHECKING:
@@ -146,12 +145,6 @@ def _examine(connection: Connection, application: Application, location: str) ->
             "by 'sqlite3 OLD .dump | sqlite3 NEW', and adopt the new file. Nothing was changed"
         )
     found = tables(connection)
-    reserved = sorted(name for name in found if name.lower().startswith(RESERVED_PREFIX))
-    if reserved and revision is None:
-        raise ForeignDatabaseError(
-            f"the table {reserved[0]} in {location} has a name that is reserved for homeagent's tables: give the table "
-            "another name. Nothing was changed"
-        )
     old = [] if revision is not None or not is_sqlite else sorted(_FIRST_TABLES.keys() & found)
     moved: dict[str, int] = {}
     converted: dict[str, int] = {}

@@ -167,18 +167,13 @@ def _is_own(model: type) -> bool:
     return not model.__module__.startswith("homeagent.")
 
 
-def refuse_reserved_name(name: str, place: str) -> None:
-    """Raise InvalidArgumentError if a table of the application can't have the name."""
-    if name.lower() in _RESERVED_NAMES or name.lower().startswith((RESERVED_PREFIX, "sqlite_", "_alembic_tmp_")):
-        raise InvalidArgumentError(
-            f"the table name {name!r} of {place} is reserved: choose a name that is not a table of homeagent and does "
-            f"not begin with {RESERVED_PREFIX!r}"
-        )
-
-
 def _check_table_name(model: type, name: str) -> None:
     lower = name.lower()
-    refuse_reserved_name(name, f"{model.__module__}.{model.__qualname__}")
+    if lower in _RESERVED_NAMES or lower.startswith((RESERVED_PREFIX, "sqlite_", "_alembic_tmp_")):
+        raise InvalidArgumentError(
+            f"the table name {name!r} of {model.__module__}.{model.__qualname__} is reserved: choose a name that is "
+            f"not a table of homeagent and does not begin with {RESERVED_PREFIX!r}"
+        )
     for table in metadata.tables.values():
         if table.name.lower() == lower:
             first = next((each.class_ for each in _registry.mappers if each.local_table is table), None)

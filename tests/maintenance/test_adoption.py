@@ -162,7 +162,6 @@ REFUSED: dict[str, tuple[str, type[DatabaseError]]] = {
     ),
     "application's view counts, which": ("CREATE VIEW counts AS SELECT count(*) FROM nonces", DatabaseError),
     "needs the name of the application's table store": ("CREATE TABLE store (id)", DatabaseError),
-    "table homeagent_x in .* is reserved": ("CREATE TABLE homeagent_x (id)", ForeignDatabaseError),
     "application's table nonces_without_key: give .* another name": (
         "CREATE TABLE nonces_without_key (id)",
         DatabaseError,
