@@ -304,8 +304,8 @@ class SessionStore(Store):
     def index(self, sessions: Iterable[AgentSession], *, progress: Callable[[int], object] | None = None) -> int:
         """Rebuild the index of transcripts. Return the number of sessions that the method has read.
 
-        Add each new session. For an existing session, or if an id occurs again, only replace `last_active_at` by a
-        later time. The last active session on each affected route becomes the holder.
+        Add each new session. For an existing session, only replace `last_active_at` by a later time. The last active
+        session on each affected route becomes the holder.
 
         Args:
             sessions: transient `AgentSession` objects, which the method reads in batches. Times in the future count as
@@ -328,11 +328,7 @@ class SessionStore(Store):
         total = 0
         while batch := list(islice(iterator, _INDEX_BATCH)):
             # Finish the generator before the write, because the generator reads the database.
-            first: dict[str, Parameters] = {}
-            for row in self._rows(batch, total, known, now):
-                kept = first.setdefault(row["session_id"], row)
-                kept["last_active_at"] = max(kept["last_active_at"], row["last_active_at"])
-            rows = sorted(first.values(), key=itemgetter("last_active_at"), reverse=True)
+            rows = sorted(self._rows(batch, total, known, now), key=itemgetter("last_active_at"), reverse=True)
             while not self._unless_taken(self._index_rows, rows):
                 pass  # try again, because another transaction has taken a route (only on PostgreSQL)
             total += len(batch)

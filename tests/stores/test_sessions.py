@@ -295,31 +295,6 @@ def test_index_gives_the_routes_of_existing_sessions(database: Database, clock: 
     assert database.sessions.resolve(agent_id="ada", sender_id="s").session_id == "b"
 
 
-@pytest.mark.parametrize("active", list(permutations((1, 5, 9))), ids=str)
-def test_index_of_one_id_does_not_depend_on_the_batches(database: Database, active: tuple[int, ...]) -> None:
-    """If `index` gets an id several times, the first session is added, and later sessions only extend its activity."""
-    add_agent(database)
-    items = [
-        AgentSession(
-            session_id="a",
-            agent_id="ada",
-            sender_id=f"sender{number}",
-            created_at=START - seconds * SECOND,
-            last_active_at=START - 60 * SECOND + seconds * SECOND,
-        )
-        for number, seconds in enumerate(active)
-    ]
-    stored = []
-    for calls in ([items], [[item] for item in items]):
-        with database.unit_of_work() as unit:
-            for call in calls:
-                assert unit.sessions.index(call) == len(call)
-            stored.append(unit.sessions.get("a"))
-            unit.rollback()
-    assert stored[0] == stored[1]
-    assert (stored[0].sender_id, stored[0].last_active_at) == ("sender0", START - 51 * SECOND)
-
-
 def test_a_route_is_searched_by_its_index(sqlite_database: Database) -> None:
     """The last active session of a route is found by the three columns of the route. SQLite only: it has hints."""
     values = {"agent_id": "a", "sender_id": "s", "channel_id": "c", "route": "r"}
