@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from configparser import InterpolationError
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -122,10 +123,21 @@ def run_environment(
 def _target(context: Any) -> str | None:
     named = context.get_x_argument(as_dictionary=True).get("database")
     # Do not call `get_main_option()`, which does not read pyproject.toml.
-    url = context.config.get_alembic_option("sqlalchemy.url")
-    if url == "driver://user:pass@localhost/dbname":
-        url = None  # the value in Alembic's template
-    return named or context.config.get_alembic_option("database") or os.environ.get(ENVIRONMENT_VARIABLE) or url
+    return (
+        named
+        or context.config.get_alembic_option("database")
+        or os.environ.get(ENVIRONMENT_VARIABLE)
+        or _sqlalchemy_url(context.config)
+    )
+
+
+def _sqlalchemy_url(config: Any) -> str | None:
+    """Return Alembic's own option for the database, or None for an empty value or the value in Alembic's template."""
+    try:
+        url: str | None = config.get_alembic_option("sqlalchemy.url")
+    except InterpolationError as error:
+        raise CommandError("sqlalchemy.url is invalid: write %% for each character % of the URL") from error
+    return None if url in ("", "driver://user:pass@localhost/dbname") else url
 
 
 @contextmanager

@@ -101,6 +101,15 @@ def test_the_error_names_the_constraint(own: Database, what: str) -> None:
         assert error.__cause__ is None or "geheim" not in str(error.__cause__)
 
 
+def test_a_subquery_does_not_name_a_wrong_key(own: Database) -> None:
+    """If an UPDATE has a subquery, the error never names a key that did not fail."""
+    statement = "UPDATE own_parts SET tag = (SELECT max(id) FROM own_tags WHERE id > 0), plan = 'geheim'"
+    with pytest.raises(ConflictError) as caught:
+        own.run(execute(statement))
+    assert (caught.value.table, caught.value.kind) == ("own_parts", "foreign_key")
+    assert caught.value.constraint in (None, "fk_own_parts_plan")
+
+
 _TAGS = Statement[Any](text("SELECT id FROM own_tags"))
 _ADD = Statement[Any](text("INSERT INTO own_tags (id, name) VALUES (:id, :name)"))
 _TRIGGER = "CREATE TRIGGER own_refusal BEFORE {} ON sessions BEGIN SELECT RAISE(ABORT, 'no'); END"

@@ -496,12 +496,15 @@ def test_a_parameter_has_any_name(hub: Database[HubUnit], name: str) -> None:
 
 
 def test_a_computed_column_has_no_parameter(hub: Database[HubUnit]) -> None:
-    """`model_values` gives the parameters of an INSERT also for a table with a computed column."""
+    """`model_values` gives the parameters of an INSERT also for a table with a computed column, and so does a row."""
     add = Statement(insert(Measure), returning=Measure)
     with hub.unit_of_work() as unit:
         added = unit.write_one(add, **Measure.model_values(width=2, height=5))
-    assert added is not None
-    assert (added.width, added.height, added.area) == (2, 5, 10)
+        assert added is not None
+        assert (added.width, added.height, added.area) == (2, 5, 10)
+        copied = unit.write_one(add, **added.model_dump(exclude={"id"}))
+    assert copied is not None
+    assert copied.id != added.id
 
 
 def test_a_statement_of_text_returns_its_rows(hub: Database[HubUnit]) -> None:

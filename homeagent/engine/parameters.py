@@ -50,8 +50,6 @@ def binder(
     """Generate a function that converts parameters to placeholder values. A loop would take three times as long."""
     defaults = _defaults(compiled)
     accepted: set[str] = set()
-    # `Table.model_values()` contains None for a column without a parameter.
-    absent = set(_columns_without_parameter(getattr(compiled.statement, "table", None)))
     # With the name of this module, `clear_locals()` clears the values in a traceback.
     namespace: dict[str, Any] = {"__name__": __name__, "_missing": _missing}
     given: dict[str, str] = {}
@@ -75,8 +73,7 @@ def binder(
         namespace[f"default{index}"] = defaults.get(parameter.key)
         key = f"given[{parameter.key!r}]"
         if parameter.key in defaults:
-            # A misspelt name can be the reason why the parameter is missing.
-            key += f" if {parameter.key!r} in given else refuse_unknown(given) or default{index}()"
+            key += f" if {parameter.key!r} in given else default{index}()"
         value = given.setdefault(key, f"value{len(given)}")
         if convert is None:
             values.append(value)
@@ -87,10 +84,15 @@ def binder(
         else:
             converted[value, direct] = f"bound{index}"
             values.append(f"(bound{index} := None if {value} is None else convert{index}({value}))")
-    absent -= accepted
-    namespace["refuse_unknown"] = partial(_refuse_unknown, accepted, absent)
-    nulls = "".join(f" + (given.get({name!r}, 0) is None)" for name in absent)
-    has_only_known = ignores_unknown or f"len(given) <= {len(accepted)}{nulls}"
+    table = getattr(compiled.statement, "table", None)
+    ignored = set(_columns_without_parameter(table)) - accepted
+    # `Table.model_values()` contains None for a key that the database assigns. Do not ignore a chosen key.
+    assigned = getattr(getattr(table, "autoincrement_column", None), "key", None)
+    namespace["refuse_unknown"] = partial(_refuse_unknown, accepted, ignored, assigned)
+    namespace["accepts"] = frozenset(accepted | ignored).issuperset
+    has_only_known = ignores_unknown or "accepts(given)"
+    if assigned in ignored and not ignores_unknown:
+        has_only_known = f"accepts(given) and given.get({assigned!r}) is None"
     # Convert outside the `try` block, because a conversion can raise KeyError too.
     source = f"""
 def bind(given):
@@ -105,12 +107,13 @@ def bind(given):
     return namespace["bind"]  # type: ignore[no-any-return]  # generated above
 
 
-def _refuse_unknown(accepted: set[str], absent: set[str], given: dict[str, Any]) -> None:
-    """Raise InvalidArgumentError if a given name is not a parameter of the statement."""
-    unknown = [name for name in given if name not in accepted and not (name in absent and given[name] is None)]
-    if unknown:
-        shown = ", ".join(sorted(accepted)) or "none"
-        raise InvalidArgumentError(f"the statement has no parameter {unknown[0]!r}. The parameters are: {shown}")
+def _refuse_unknown(accepted: set[str], ignored: set[str], assigned: str | None, given: dict[str, Any]) -> None:
+    """Raise InvalidArgumentError for a name that is not a parameter of the statement, or for a chosen key."""
+    refused = [
+        name for name in given if name not in accepted | ignored or (name == assigned and given[name] is not None)
+    ]
+    shown = ", ".join(sorted(accepted)) or "none"
+    raise InvalidArgumentError(f"the statement has no parameter {refused[0]!r}. The parameters are: {shown}")
 
 
 def _missing(error: KeyError) -> InvalidArgumentError:

@@ -145,9 +145,10 @@ def _foreign_key(raw: Any, statement: str | None) -> tuple[str | None, str | Non
     """Return the failed foreign key's table and name, each None if unknown."""
     verb, target = _target(statement)
     candidates = _rows(raw, _FOREIGN_KEYS, target=target, verb=verb)
-    if verb == "UPDATE":
+    sql = (statement or "").lower()
+    if verb == "UPDATE" and "select" not in sql:
         # The statement changes only the columns before WHERE.
-        changed = re.split(r"\bwhere\b", (statement or "").lower(), maxsplit=1)[0]
+        changed = re.split(r"\bwhere\b", sql, maxsplit=1)[0]
         candidates = [each for each in candidates if any(map(changed.__contains__, (each[3] or "").lower().split("|")))]
     if len(candidates) > 1:
         candidates = [each for each in candidates if not each[2] or _has_references(raw, each[0], each[1])]
