@@ -14,7 +14,7 @@ from inspect import (
     isgenerator,
     isgeneratorfunction,
 )
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import TypeVar
 
 from homeagent.errors import InvalidArgumentError
@@ -32,7 +32,7 @@ def check_function(function: T, what: str, *, coroutine: str | None = None) -> T
     `coroutine=` is not None, also refuse a coroutine function. The error's message then ends with the text of
     `coroutine=`.
     """
-    plain: object = function
+    plain: object = function.__func__ if isinstance(function, MethodType) else function
     deferred = _GENERATOR if coroutine is None else _DEFERRED
     # For an ordinary function without attributes, skip the slow checks below. An attribute can mark a coroutine
     # function (`inspect.markcoroutinefunction()`).

@@ -193,7 +193,9 @@ def test_an_epoch_is_expected(store: Path, tmp_path: Path, monkeypatch: pytest.M
     invoke("backup", tmp_path / "h.backup", "--database", store)
     for command, epoch in ((["begin-epoch"], 1), (["restore", tmp_path / "h.backup"], 2)):
         run = [*command, "--database", store, "--yes"]
-        for options, status in (([], 2), (["--epoch", epoch + 1], 1), (["--epoch", epoch], 0), (["--epoch", epoch], 1)):
+        given: tuple[list[int], ...] = ([], [-1], [epoch + 1], [epoch], [epoch])
+        for value, status in zip(given, (2, 2, 1, 0, 1), strict=True):
+            options = ["--epoch", *value] if value else []
             done = invoke(*run, *options, input=None)
             assert done.exit_code == status, done.stderr
             assert status == 0 or "epoch" in done.stderr

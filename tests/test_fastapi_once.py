@@ -443,6 +443,23 @@ def test_two_dependencies_of_a_route(client: Client, house: House) -> None:
     assert house.count == 2
 
 
+def test_an_effect_whose_body_does_not_run(client: Client, house: House) -> None:
+    """If an effect returns an async generator, no success is recorded, because the generator's body did not run."""
+
+    async def later(attempt: Attempt) -> AsyncIterator[Any]:
+        yield house.close(attempt)
+
+    @client.app.post("/later")
+    async def answer(once: Key) -> Any:
+        return await once(lambda attempt: later(attempt))
+
+    statuses = [
+        (reply.status_code, reply.json()["error"]) for reply in (post(client, "/later"), post(client, "/later"))
+    ]
+    assert statuses == [(422, "InvalidArgumentError"), (409, "IdempotencyInProgressError")]
+    assert house.count == 0
+
+
 def test_keys_of_an_object_without_texts(client: Client, house: House) -> None:
     """If a dict has numbers as keys, a retry gets the same JSON as the first request."""
 

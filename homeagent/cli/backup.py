@@ -62,7 +62,7 @@ def restore(
     context: typer.Context,
     backup: Annotated[str, argument("BACKUP", "Backup to restore. The backup does not change.")],
     acknowledge: AcknowledgeOption = None,
-    epoch: Annotated[int | None, option("NUMBER", _EPOCH_HELP)] = None,
+    epoch: Annotated[int | None, option("NUMBER", _EPOCH_HELP, min=0)] = None,
     yes: YesOption = False,
 ) -> None:
     """Replace the database by a backup, and keep the old database in quarantine.
@@ -136,7 +136,9 @@ def _print(report: RestoreReport) -> None:
 @app.command()
 def begin_epoch(
     context: typer.Context,
-    epoch: Annotated[int | None, option("NUMBER", "Refuse the change if the database has another epoch.")] = None,
+    epoch: Annotated[
+        int | None, option("NUMBER", "Refuse the change if the database has another epoch.", min=0)
+    ] = None,
     yes: YesOption = False,
 ) -> None:
     """Begin a new epoch after another program has restored the database.

@@ -20,7 +20,7 @@ from fastapi.utils import is_body_allowed_for_status_code
 from pydantic import JsonValue
 from starlette.datastructures import UploadFile
 
-from homeagent.callables import check_function
+from homeagent.callables import check_function, refuse_deferred
 from homeagent.database import Database
 from homeagent.errors import (
     AlreadyExistsError,
@@ -151,6 +151,7 @@ class Once:
         except EffectFailedError as error:
             error.detail = json_of(error.detail)
             raise
+        refuse_deferred(value, "the effect", "return its result")
         self._first = value
         if not isinstance(value, Response):
             # If FastAPI can't encode the value, `arun_once()` records no value. FastAPI raises the encoding error for

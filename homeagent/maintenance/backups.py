@@ -101,10 +101,15 @@ def back_up_on_schedule(settings: UnitSettings, schedule: BackupSchedule, stop: 
             )
 
 
+def _found(directory: Path, pattern: str) -> list[Path]:
+    with explained("read", directory):
+        return list(directory.glob(pattern))
+
+
 def _make_in(directory: Path, engine: SQLiteEngine, clock: Clock, keep: int | None, stop: Stop = never_stop) -> Path:
     """Make a backup under a free name, and return the backup's path. The caller must hold the directory's lock."""
     # Delete unfinished backups of killed processes. The caller holds the directory's lock, so no other backup runs.
-    for partial in directory.glob(f".{glob.escape(engine.path.name)}.*.backup{PARTIAL}"):
+    for partial in _found(directory, f".{glob.escape(engine.path.name)}.*.backup{PARTIAL}"):
         discard(partial)
     with engine.reading() as connection:
         revision = revision_of(connection) or "none"
@@ -112,7 +117,7 @@ def _make_in(directory: Path, engine: SQLiteEngine, clock: Clock, keep: int | No
     target = directory / backup_name(engine.path, revision, taken_at)
     stem = target.name.removesuffix(".backup")
     # Do not use a smaller free number: `_remove_oldest()` would delete the new backup before older backups.
-    taken = [backup_number(path) for path in directory.glob(f"{glob.escape(stem)}*.backup")]
+    taken = [backup_number(path) for path in _found(directory, f"{glob.escape(stem)}*.backup")]
     if taken:
         target = target.with_name(f"{stem}-{max(taken) + 1}.backup")
     return _make(target, engine, taken_at, keep, stop=stop)

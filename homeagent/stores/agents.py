@@ -109,8 +109,10 @@ class AgentStore(Store):
         check_flag(delete_sessions, "delete_sessions")
         # Lock the agent first, so that no other unit adds a session.
         key = self._searched(agent_id, "agent_id")
+        if self._unit.read_only:
+            self._unit.write(_DELETE, id=key)  # raises ReadOnlyError
         if self._unit.one(_LOCK, id=key) is None:
-            return bool(self._unit.write(_DELETE, id=key))  # in a read-only unit, raise ReadOnlyError
+            return False
         if not delete_sessions and (count := self._unit.one(_COUNT_SESSIONS, agent_id=agent_id)):
             raise AgentInUseError(agent_id, count)
         # A foreign key of the application can refuse to delete the agent. Then the sessions must stay too.

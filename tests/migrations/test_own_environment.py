@@ -239,7 +239,7 @@ def test_url_of_the_configuration(target: str, make_hub: Any, monkeypatch: pytes
     command.upgrade(hub.config, "head")
     with Database.open(target) as database:
         assert database.status().application_revision == "b1"
-    hub.config.file_config.set("alembic", "sqlalchemy.url", "sqlite:///a%b")
+    hub.config.file_config._sections["alembic"]["sqlalchemy.url"] = "sqlite:///a%b"
     with pytest.raises(CommandError, match="write %% for each"):
         command.upgrade(hub.config, "head")
     hub.config.set_main_option("database", target)
