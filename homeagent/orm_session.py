@@ -43,14 +43,10 @@ class UnitSession(Session):
         self._unit = unit
         self._callbacks: WeakKeyDictionary[SessionTransaction, int] = WeakKeyDictionary()
         """For each nested transaction, the number of the unit's callbacks at the begin."""
-        self._marks: WeakKeyDictionary[SessionTransaction, tuple[int, int]] = WeakKeyDictionary()
-        """For each nested transaction, the connection's mark at the begin."""
 
     def get_bind(self, *args: Any, **kwargs: Any) -> Any:
         """Return the connection of the unit. If the unit or its transaction has ended, raise UnitStateError."""
-        connection = self._unit._require_connection()
-        connection.require_transaction()
-        connection.expect_orm_write()
+        self._unit._require_connection().require_transaction()
         return super().get_bind(*args, **kwargs)
 
     def begin(self, nested: bool = False) -> SessionTransaction:
@@ -60,7 +56,6 @@ class UnitSession(Session):
             self._callbacks[transaction] = len(self._unit._after_commit or ())
             # Without this call, SQLAlchemy would send SAVEPOINT after the writes of the stores in the block.
             self.connection()
-            self._marks[transaction] = self._unit._require_connection().mark()
         return transaction
 
     def commit(self) -> None:
@@ -227,11 +222,7 @@ def _remember_restored(session: UnitSession, instance: object | None) -> None:
 
 @event.listens_for(UnitSession, "after_soft_rollback")
 def _after_soft_rollback(session: UnitSession, ended: SessionTransaction) -> None:
-    """Lock the rows of a savepoint's block again. Expire the objects that the block has deleted, which SQLAlchemy has
-    restored after `_after_rollback()`.
-    """
-    if ended in session._marks and (connection := session._unit._connection) is not None:
-        connection.lock_again(session._marks[ended])
+    """Expire the objects that the block has deleted. SQLAlchemy has restored the objects after `_after_rollback()`."""
     session.expire_all()
 
 

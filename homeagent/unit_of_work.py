@@ -19,7 +19,6 @@ from homeagent.errors import (
     EffectFailedError,
     HomeAgentError,
     InvalidArgumentError,
-    TransientError,
     UnitStateError,
 )
 from homeagent.frame_locals import clears_locals
@@ -75,7 +74,6 @@ class UnitOfWork(Transaction):
         callbacks = len(self._after_commit or ())
         if session is None:
             connection.execute(f"SAVEPOINT {name}")
-            mark = connection.mark()
         self._savepoints += (None if session is None else session.begin_nested(),)
         try:
             yield
@@ -87,14 +85,12 @@ class UnitOfWork(Transaction):
         except BaseException:
             # After an error such as a full disk, SQLite can have rolled back the whole transaction.
             if self._state is OPEN and connection.in_transaction:
-                # A failed ROLLBACK or lock must not replace the exception, for example a Ctrl-C, which `run()` must not
-                # retry.
-                with suppress(ConnectionLostError, TransientError):
+                # A failed ROLLBACK must not replace the exception, for example a Ctrl-C, which `run()` must not retry.
+                with suppress(ConnectionLostError):
                     if (nested := self._nested_transaction(depth)) is not None:
                         nested.rollback()
                     if session is None:
                         connection.rollback_to_savepoint(name)
-                        connection.lock_again(mark)
                     if self._after_commit is not None:
                         del self._after_commit[callbacks:]
                     self._keep_savepoints(depth)

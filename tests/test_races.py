@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import timedelta
-from typing import Any
-from uuid import uuid4
 
 import pytest
 
-from homeagent import (
-    Agent,
-    AgentCreate,
-    AgentSessionCreate,
-    AgentUpdate,
-    Database,
-    DeviceStatus,
-    IdempotencyScope,
-    Role,
-    UnitOfWork,
-)
-from homeagent.errors import (
-    AgentNotFoundError,
-    ApprovalChangedError,
-    DeviceNotApprovedError,
-    EffectFailedError,
-    LastAdminError,
-)
+from homeagent import AgentCreate, AgentSessionCreate, Database, DeviceStatus, Role
+from homeagent.errors import AgentNotFoundError, ApprovalChangedError, DeviceNotApprovedError, LastAdminError
 from homeagent.models.session import route_key
 from tests.conftest import Children, add_agent, add_device, dump
 
@@ -156,58 +136,6 @@ def test_a_revocation_outlasts_concurrent_approvals_and_rotations(database: Data
         assert at_once(7, act)[0] is True
         device = database.devices.get(device_id)
         assert (device.status, device.previous_secret_hash) == (DeviceStatus.REVOKED, None)
-
-
-def read_and_undo(unit: UnitOfWork, way: str) -> int:
-    """Read the agent's counter in a savepoint, undo the savepoint, and return the counter."""
-    seen: list[Any] = []
-
-    def effect(attempt: object) -> None:
-        seen.append(unit.agents.get("ada").config)
-        raise EffectFailedError("none")
-
-    if way == "effect":
-        scope = IdempotencyScope(device_id="lamp", method="m", key=str(uuid4()))
-        with suppress(EffectFailedError):
-            unit.run_once(scope, effect)
-    else:
-        savepoint = unit.session.begin_nested() if way == "begin_nested" else unit.savepoint()
-        with suppress(EffectFailedError), savepoint:
-            effect(None)
-    return int(seen[0])
-
-
-@pytest.mark.parametrize("way", ["savepoint", "effect", "begin_nested"])
-def test_an_undone_savepoint_keeps_its_locks(database: Database, way: str) -> None:
-    """If threads each increment a counter that they read in an undone savepoint, no update is lost."""
-    add_agent(database)
-    database.agents.update("ada", AgentUpdate(config=0))
-
-    def increment(unit: UnitOfWork) -> None:
-        count = read_and_undo(unit, way)
-        time.sleep(0.005)
-        unit.agents.update("ada", AgentUpdate(config=count + 1))
-
-    at_once(4, lambda number: [database.run(increment) for _ in range(5)])
-    assert database.agents.get("ada").config == 20
-
-
-@pytest.mark.parametrize("by_session", [False, True], ids=["savepoint", "begin_nested"])
-def test_an_undone_write_is_no_conflict(database: Database, by_session: bool) -> None:
-    """If a savepoint reads a row after its own write, the unit commits after the savepoint was undone."""
-    add_agent(database)
-    database.agents.update("ada", AgentUpdate(config=0))
-    with database.unit_of_work() as unit:
-        with suppress(KeyError), unit.session.begin_nested() if by_session else unit.savepoint():
-            if by_session:
-                unit.session.get_one(Agent, "ada").config = 5
-                unit.session.flush()
-            else:
-                unit.agents.update("ada", AgentUpdate(config=5))
-            assert unit.agents.get("ada").config == 5
-            raise KeyError
-        assert unit.agents.get("ada").config == 0
-    assert database.agents.get("ada").config == 0
 
 
 def test_a_session_of_an_agent_that_is_being_deleted(database: Database) -> None:

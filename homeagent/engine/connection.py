@@ -235,16 +235,6 @@ class StoreConnection:
         self.execute(f"ROLLBACK TO SAVEPOINT {name}")
         self.execute(f"RELEASE SAVEPOINT {name}")
 
-    def mark(self) -> tuple[int, int]:
-        """After SAVEPOINT, return the position that `lock_again()` takes. SQLite needs no positions."""
-        return 0, 0
-
-    def lock_again(self, mark: tuple[int, int]) -> None:
-        """After ROLLBACK TO SAVEPOINT, lock the rows again that were read since the mark. SQLite keeps its lock."""
-
-    def expect_orm_write(self) -> None:
-        """Prepare a statement of the ORM session, which can write."""
-
     def execute(self, sql: str) -> Any:
         """Run SQL text, such as a pragma, and return the driver's cursor."""
         failure: BaseException

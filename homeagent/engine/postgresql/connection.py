@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from homeagent.engine.connection import StoreConnection
 from homeagent.engine.driver_errors import SESSION_ENDED, commit_unknown, connection_lost, unconvertible
 from homeagent.engine.instrumented_cursor import InstrumentedCursor
-from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, StandbyError, TransientError
-from homeagent.frame_locals import clears_locals
+from homeagent.errors import ConnectionLostError, DatabaseError, HomeAgentError, StandbyError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -42,10 +41,6 @@ class PostgreSQLConnection(StoreConnection):
         self._lost = False
         self._pooled = bool(connection.info[POOLED])
         self._warned = False
-        self._reads: dict[tuple[str, str], tuple[Any, Sequence[Row], int]] = {}
-        """Locking reads in savepoints, with their values, rows and the number of earlier writes."""
-        self._writes = 0
-        self._has_conflict = False
         self._raw.add_notice_handler(self._notice)
         # Send commands such as BEGIN by libpq. The cursor of psycopg is slower.
         self._send: Callable[[bytes], Any] = self._raw.pgconn.exec_
@@ -73,8 +68,6 @@ class PostgreSQLConnection(StoreConnection):
         if self._pooled:
             # Forget the last session's state, because the pooler can use another session.
             self.memory.clear()
-        self._execute, self._has_conflict = self._cursor.execute, False
-        self._reads.clear()
         try:
             self._command(self._begin)
         except self._driver_errors as error:
@@ -108,47 +101,8 @@ class PostgreSQLConnection(StoreConnection):
 
             raise error_from_result(result)
 
-    def mark(self) -> tuple[int, int]:
-        """Record the locking reads from now on. Return the numbers of reads and writes before the savepoint."""
-        if not self.read_only:
-            self._execute = self._execute_in_savepoint
-        return len(self._reads), self._writes
-
-    def expect_orm_write(self) -> None:
-        """Count a write, because the ORM session's next statement can write."""
-        self._writes += 1
-
-    def _execute_in_savepoint(self, sql: str, *values: Any) -> Any:
-        """Run a statement of a unit that has had a savepoint. Record the rows of a locking read."""
-        cursor = self._cursor.execute(sql, *values)
-        if not sql.endswith(" FOR UPDATE"):
-            self._writes += not sql.startswith(("SELECT", "SAVEPOINT", "RELEASE", "ROLLBACK"))
-        elif rows := cursor.fetchall():
-            self._reads.setdefault((sql, repr(values)), (values, rows, self._writes))
-            cursor.scroll(0, "absolute")
-        return cursor
-
-    @clears_locals
-    def lock_again(self, mark: tuple[int, int]) -> None:
-        """Repeat the locking reads since the mark, because ROLLBACK TO SAVEPOINT has released their locks
-        (https://www.postgresql.org/docs/current/explicit-locking.html#LOCKING-ROWS). If another unit has changed a row,
-        let COMMIT fail. Do not compare a read after a write in the savepoint, because the undone write can have changed
-        the row.
-        """
-        start, writes = mark
-        for (sql, _), (values, before, earlier_writes) in list(self._reads.items())[start:]:
-            with self._naming(sql):
-                rows = self._cursor.execute(sql, *values).fetchall()
-            if earlier_writes == writes and before != rows and any(row not in rows for row in before):
-                self._has_conflict = True
-
     def commit(self) -> None:
         """Commit the transaction. If the outcome of COMMIT is unknown, raise CommitUnknownError."""
-        if self._has_conflict:
-            raise TransientError(
-                "another unit changed a row that this unit had read in an undone savepoint: repeat this unit, as run() "
-                "does, or read the row before the savepoint"
-            )
         if self._raw.pgconn.transaction_status == _FAILED:
             # After a failed statement, PostgreSQL rolls back at COMMIT, without an error.
             raise DatabaseError(
