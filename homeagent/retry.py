@@ -89,7 +89,7 @@ class Runner:
         thread would wait for the unit, and the task for the call.
         """
         unit = self._settings.writing.get(get_ident())
-        if unit is not None and unit.task is not None and unit.task is current_task():
+        if unit is not None and unit._task is not None and unit._task is current_task():
             refuse_nesting(unit)
 
     async def in_thread(self, work: Callable[[], T], *, slow: bool) -> T:

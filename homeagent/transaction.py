@@ -119,10 +119,10 @@ class Transaction:
         "_savepoints",
         "_session",
         "_state",
+        "_task",
         "_timeout",
         "read_only",
         "settings",
-        "task",
     )
 
     def __init__(
@@ -145,7 +145,7 @@ class Transaction:
         # For each open savepoint, the nested transaction of the ORM session, or None (see `_keep_savepoints()`).
         self._savepoints: tuple[SessionTransaction | None, ...] = ()
         self._owner = 0
-        self.task: object | None = None
+        self._task: object | None = None
         """The asyncio task that entered the write unit, or None."""
         if joined is not None:
             joined.execute(_BEGIN_SAVEPOINT)
@@ -163,7 +163,7 @@ class Transaction:
                 refuse_nesting(outer)
         try:
             if not self.read_only:
-                self.task = current_task()
+                self._task = current_task()
                 settings.writing[self._owner] = self
             self._connection = connection = settings.engine.begin(self.read_only, self._timeout)
         except BaseException as error:
@@ -219,7 +219,8 @@ class Transaction:
         sound = committed
         # End the unit before closing the session. A listener of the session could otherwise write in autocommit.
         self._state = FINISHED
-        self._connection = self._run = None
+        # An exception in the task's frames would keep the unit, and the unit the task.
+        self._connection = self._run = self._task = None
         # The unit and the session form a reference cycle.
         session, self._session = self._session, None
         try:

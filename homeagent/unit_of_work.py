@@ -65,7 +65,7 @@ class UnitOfWork(Transaction):
     @contextmanager
     def savepoint(self) -> Iterator[None]:
         """Return a context manager for a part of the unit. An exception that leaves the block undoes only the changes
-        of the block.
+        of the block. On PostgreSQL, the exception also releases the locks of rows that were first read in the block.
         """
         connection = self._require_connection()
         session = self._session

@@ -101,6 +101,18 @@ def test_the_error_names_the_constraint(own: Database, what: str) -> None:
         assert error.__cause__ is None or "geheim" not in str(error.__cause__)
 
 
+def test_a_key_to_an_idempotency_key_is_named(own: Database) -> None:
+    """If an own key refers to a stored result, the refused deletion of the device names the own table."""
+    add_device(own)
+    own.idempotency_keys.insert(IdempotencyScope("lamp", "m", "k"), 1, ttl=timedelta(hours=1))
+    with own.unit_of_work() as unit:
+        for statement in PARTIAL["devices.delete"][0]:
+            unit.session.execute(text(statement))
+    with pytest.raises(ConflictError) as caught:
+        own.devices.delete("lamp")
+    assert (caught.value.table, caught.value.kind) == ("own_orders", "foreign_key")
+
+
 def test_a_subquery_does_not_name_a_wrong_key(own: Database) -> None:
     """If an UPDATE has a subquery, the error never names a key that did not fail."""
     statement = "UPDATE own_parts SET tag = (SELECT max(id) FROM own_tags WHERE id > 0), plan = 'geheim'"

@@ -701,6 +701,20 @@ def test_write_units_do_not_nest_in_a_thread(database: Database) -> None:
                 act()
 
 
+class TaskStore(Store):
+    pass
+
+
+class TaskUnit(UnitOfWork):
+    task: TaskStore
+
+
+def test_names_of_own_stores(tmp_path: Path) -> None:
+    """An application's unit can have a store with the name `task`."""
+    with Database.open(tmp_path / "h.db", unit=TaskUnit) as hub, hub.unit_of_work() as unit:
+        assert isinstance(unit.task, TaskStore)
+
+
 GHOST = text("INSERT INTO agents (id, name, workspace_path, created_at) VALUES ('ghost', 'n', '/', 1)")
 
 
@@ -735,6 +749,28 @@ def test_kept_connection_does_not_work_after_the_unit(database: Database, road: 
         thread.join()
         create(unit, "bob")
     assert agents_of(database) == ["ada", "bob"]
+
+
+@pytest.mark.parametrize("road", ["unit", "run"])
+def test_a_result_that_is_read_after_the_unit(sqlite_database: Database, road: str) -> None:
+    """If the application reads rows after the end of the unit, the error is homeagent's.
+
+    SQLite only: psycopg has already read the rows, and returns them.
+    """
+    kept: list[Any] = []
+
+    def work(unit: UnitOfWork) -> None:
+        for name in ("ada", "bob"):
+            create(unit, name)
+        kept.append(unit.session.connection().execute(text("SELECT id FROM agents")))
+
+    if road == "run":
+        sqlite_database.run(work)
+    else:
+        with sqlite_database.unit_of_work() as unit:
+            work(unit)
+    with pytest.raises(errors.HomeAgentError):
+        kept[0].all()
 
 
 @pytest.mark.parametrize("road", ["unit", "run"])

@@ -43,7 +43,7 @@ class UnitConnection(Connection):
         finally:
             self._can_commit = False
 
-    def detach(self) -> None:
+    def end(self) -> None:
         """Make every further statement raise UnitStateError."""
         self._dbapi_connection = self._transaction = self._nested_transaction = None
 
@@ -208,7 +208,7 @@ class StoreConnection:
     def end_orm(self) -> None:
         """Forget the ORM session's transaction, and detach the connection that the application can have kept."""
         if self._view is not None:
-            self._view.detach()
+            self._view.end()
         self._root = self._view = None
 
     @property

@@ -81,7 +81,7 @@ _MISSING = re.compile(r"no such (?:table|column): |(?:relation|column) .* does n
 _MISSING_REMEDY = (
     " (if the table is the application's, create the table by a revision, and pass migrations= to Database.open)"
 )
-_MISSING_TABLE = re.compile(r'no such table: (?:main\.)?(\w+)|relation "(?:\w+\.)?(\w+)" does not exist')
+_MISSING_TABLE = re.compile(r'no such table: (?:main\.)?(\w+)|relation "(\w+)" does not exist')
 _LOST_REMEDY = " (homeagent's table was deleted: restore the newest good backup)"
 
 

@@ -35,7 +35,8 @@ _FOREIGN_KEYS = """
         SELECT child.name AS child, list.*, CASE :verb WHEN 'UPDATE' THEN on_update ELSE on_delete END AS act
         FROM sqlite_master AS child, pragma_foreign_key_list(child.name) AS list WHERE child.type = 'table'),
     reached(name) AS (
-        SELECT :target UNION SELECT child FROM key JOIN reached ON key."table" = name COLLATE NOCASE
+        SELECT :target UNION SELECT 'idempotency_keys' WHERE :target = 'devices' COLLATE NOCASE  -- by a trigger
+        UNION SELECT child FROM key JOIN reached ON key."table" = name COLLATE NOCASE
         WHERE act = 'CASCADE')
     SELECT child, group_concat("from", ', ' ORDER BY seq), child <> :target COLLATE NOCASE,
         group_concat(CASE :target COLLATE NOCASE WHEN child THEN "from" WHEN "table" THEN "to" END, '|')

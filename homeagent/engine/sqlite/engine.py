@@ -329,7 +329,9 @@ class SQLiteEngine(Engine):
             return conversion_error(original)
         if not isinstance(original, DRIVER_ERRORS):
             return None
-        raw = None if context.connection is None else context.connection.connection.driver_connection
+        connection = context.connection
+        # The connection of a unit that has ended is invalidated. The application can still read a result.
+        raw = None if connection is None or connection.invalidated else connection.connection.driver_connection
         conflict = None if raw is None else named_conflict(raw, original, context.statement)
         failure = conflict or self.translate(original)
         remove_private(original)
