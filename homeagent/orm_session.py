@@ -90,6 +90,7 @@ class UnitSession(Session):
         super().expire_all()
 
     def _remember_all(self) -> None:
+        """Remember the loaded values of all objects in the session."""
         for state in self.identity_map.all_states():
             if not state.expired or state.modified:
                 _remember(state)

@@ -90,9 +90,8 @@ def binder(
     assigned = getattr(getattr(table, "autoincrement_column", None), "key", None)
     namespace["refuse_unknown"] = partial(_refuse_unknown, accepted, ignored, assigned)
     namespace["accepts"] = frozenset(accepted | ignored).issuperset
-    has_only_known = ignores_unknown or "accepts(given)"
-    if assigned in ignored and not ignores_unknown:
-        has_only_known = f"accepts(given) and given.get({assigned!r}) is None"
+    has_no_key = f" and given.get({assigned!r}) is None" if assigned in ignored else ""
+    has_only_known = ignores_unknown or f"accepts(given){has_no_key}"
     # Convert outside the `try` block, because a conversion can raise KeyError too.
     source = f"""
 def bind(given):
