@@ -140,7 +140,7 @@ from sqlmodel import Field
 class Message(Table, table=True):
     __tablename__ = "{prefix}_messages"
     id: int | None = Field(default=None, primary_key=True)
-    doubled: int | None = Field(default=None, sa_column_args=[Computed("id * 2")])
+    doubled: int | None = Field(default=None, sa_column_args=[Computed("id * 2", persisted=True)])
     stars: int = Field(default=0, sa_column_kwargs={{"server_default": "0"}})
 """
 IDENTITY = "    number: int = Field(default=0, sa_column_args=[Identity()])\n"
