@@ -830,18 +830,22 @@ def test_connection_in_a_batch_does_not_write_after_a_rollback(sqlite_database: 
     assert agents_of(sqlite_database) == ["late", "one", "two", "whole"]
 
 
-def test_connection_does_not_commit_a_part_of_a_unit(database: Database) -> None:
+@pytest.mark.parametrize(
+    "act",
+    [lambda connection: connection.commit(), lambda connection: connection.get_transaction().commit()],
+    ids=["connection", "transaction"],
+)
+def test_connection_does_not_commit_a_part_of_a_unit(database: Database, act: Callable[[Any], object]) -> None:
     """If the application commits the connection or its transaction, the error undoes the whole unit."""
-    acts: list[Callable[[Any], object]] = [
-        lambda connection: connection.commit(),
-        lambda connection: connection.get_transaction().commit(),
-    ]
-    for act in acts:
-        with pytest.raises(errors.UnitStateError), database.unit_of_work() as unit:
-            create(unit, "lost")
-            act(unit.session.connection())
-        with pytest.raises(errors.UnitStateError):
-            database.run(lambda unit, act=act: (create(unit, "lost"), act(unit.session.connection())))  # type: ignore[misc]
+
+    def work(unit: UnitOfWork) -> None:
+        create(unit, "lost")
+        act(unit.session.connection())
+
+    with pytest.raises(errors.UnitStateError), database.unit_of_work() as unit:
+        work(unit)
+    with pytest.raises(errors.UnitStateError):
+        database.run(work)
     assert agents_of(database) == []
 
 

@@ -67,7 +67,8 @@ class Compiled(Generic[R]):
         *,
         ignores_unknown: bool = False,
     ) -> None:
-        compiled: Any = expression.compile(dialect=dialect, column_keys=column_keys(expression))  # type: ignore[attr-defined]
+        element: Any = expression
+        compiled: Any = element.compile(dialect=dialect, column_keys=column_keys(expression))
         if compiled.post_compile_params or compiled.literal_execute_params:
             raise InvalidArgumentError(
                 "the SQL of a Statement can't depend on the values, as with in_([…]): compare by or_() or a subquery, "
