@@ -6,9 +6,11 @@ SQLite only: on a server, these files belong to the server.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,13 +232,23 @@ def verified(database: Database, prefix: str, count: int) -> None:
         assert unit._require_connection().execute("PRAGMA integrity_check").fetchall() == [("ok",)]
 
 
+def take_descriptors() -> list[int]:
+    """Open all file descriptors up to a limit of 64."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    taken: list[int] = []
+    with suppress(OSError):
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    return taken
+
+
 FULL = """
 import os, resource, sys
 from datetime import timedelta
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from homeagent import Database
-from tests.test_file_faults import fill, verified
+from tests.test_file_faults import fill, take_descriptors, verified
 path = Path(sys.argv[1])
 """
 
@@ -332,13 +344,7 @@ def test_too_many_open_files(sqlite_path: Path, children: Children) -> None:
 from homeagent.errors import TooManyFilesError
 from homeagent import AgentCreate
 with Database.open(path) as database:
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    taken = []
-    while True:
-        try:
-            taken.append(os.open("/dev/null", os.O_RDONLY))
-        except OSError:
-            break
+    taken = take_descriptors()
     for read_only in (False, True) * 3:
         try:
             with database.unit_of_work(read_only=read_only):
@@ -365,13 +371,7 @@ from homeagent.errors import TooManyFilesError
 with Database.open(path) as database:
     backup = database.backup(f"{path}.backup")
     Database.restore(backup, f"{path}.restored")  # imports the modules
-    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-    taken = []
-    while True:
-        try:
-            taken.append(os.open("/dev/null", os.O_RDONLY))
-        except OSError:
-            break
+    taken = take_descriptors()
     for free in range(12):
         for call in (lambda: database.backup(f"{path}.{free}"), lambda: Database.restore(backup, f"{path}.r{free}")):
             try:
